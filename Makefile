@@ -1,0 +1,52 @@
+# Needs Linux, make and a Python from 3.11 to 3.14. Every target makes .venv first and installs the package there, in
+# place; pip's own configuration and environment (indexes, proxies, caches) are honoured.
+
+VENV    := .venv
+PYTHON  := $(VENV)/bin/python
+STAMP   := $(VENV)/.installed
+PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint bench clean
+
+help:
+	@echo "make demo      run the first example (without a Hopper GPU: compile it and compute it in NumPy)"
+	@echo "make test      run every test that this machine can run"
+	@echo "make test-gpu  run the GPU tests, fail without a Hopper GPU, write tests/gpu_record.json"
+	@echo "make lint      ruff"
+	@echo "make bench     time the prefill suite; ARGS=\"--head-dim 128 --peers fa3,cudnn\" narrows or extends it"
+	@echo "make clean     remove .venv and what builds and tests leave behind"
+
+# Made again only when pyproject.toml changes: the package is installed in place, its sources need no reinstall.
+$(STAMP): pyproject.toml
+	@python=; for candidate in $(PYTHONS); do \
+	    if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then \
+	        python=$$candidate; break; \
+	    fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "fa3_cute needs a Python from 3.11 to 3.14; tried: $(PYTHONS)" >&2; exit 1; \
+	fi; \
+	$$python -m venv $(VENV) || { \
+	    echo "$$python cannot make a virtual environment; on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@
+
+demo: $(STAMP)
+	$(PYTHON) examples/01_fp16_causal_prefill.py
+
+test: $(STAMP)
+	$(PYTHON) -m pytest
+
+test-gpu: $(STAMP)
+	FA3_CUTE_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu --gpu-record tests/gpu_record.json
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+
+bench: $(STAMP)
+	$(PYTHON) -m fa3_cute bench --suite prefill $(ARGS)
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

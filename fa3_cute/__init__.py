@@ -1,0 +1,30 @@
+"""FlashAttention-3 forward for Hopper GPUs, written in the CuTe DSL: raw device pointers in, a status out.
+
+`from fa3_cute import FlashAttentionParams, forward`. Importing the package imports neither CUDA, the DSL nor NumPy: the
+public names below are fetched from their modules on first use, and those import the heavy parts when first called.
+"""
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "api": ("AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
+            "workspace_size"),
+    "status": ("CudaError", "FlashAttentionError", "InvalidCallError", "KernelCompileError", "NotWarmedUpError",
+               "Status", "UnsupportedDeviceError", "UnsupportedFeatureError", "get_error_string", "last_error"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [*_MODULE_OF, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value     # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

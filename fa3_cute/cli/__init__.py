@@ -1,0 +1,29 @@
+"""The command line: `python -m fa3_cute COMMAND`, one module per command.
+
+A command module has `add_arguments(parser)` and `run(args) -> int`, the exit status: 0 success, 1 the command's check
+failed, 2 it could not run here.
+"""
+import argparse
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "compile": "compile kernels for sm_90a, with or without a GPU, and print what the compiler made of them",
+    "bench": "time the forward on this machine's GPU, beside other libraries if asked to",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; `argv` without the program's name, default `sys.argv[1:]`. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="fa3_cute", description="FlashAttention-3 forward for Hopper GPUs.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if argv[:1] == [name]:      # only the command that runs is imported
+            command = import_module(f".{name}", __name__)
+            subparser.description = command.__doc__
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    return args.run(args)

@@ -1,0 +1,188 @@
+"""Times the forward on this machine's Hopper GPU with CUDA events, beside other libraries if asked to.
+
+Every implementation reads the same standard-normal inputs and is checked before it is timed. Rounds are interleaved and
+each batch of launches lasts long enough for the clock to settle; numbers are medians over rounds, ratios to a peer the
+median of each round's ratio (above 1: the peer is slower). TFLOP/s counts nominal FLOPs, half of them under a causal
+mask. "peak" is the share of the WGMMA peak, 4096 FLOP per clock and SM, at the SM clock that NVML reports during the
+batches. "host us" is the host's time for one forward() call on an int stream handle. A rate marked with * is the
+host's, not the GPU's: launching took as long as running.
+
+Exit status 1 if a result is wrong, 2 without a Hopper GPU.
+"""
+import json
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from statistics import median
+
+from .. import forward
+from ..config import ELEMENT_BYTES, HEAD_DIMS
+from ..device import hopper_device_problem, open_device
+from . import peers
+from .case import Case, Tensors
+from .measure import Batch, Stopwatch
+from .suites import prefill
+from .table import Table, one_or_more
+
+SUITES = {"prefill": prefill.cases}
+OURS = "fa3_cute"
+FLOPS_PER_CLOCK_AND_SM = 4096       # dense WGMMA with 16-bit operands
+# Relative error (norm) of a right answer: BF16 rounding of P and of O leaves about 2e-3 on normal inputs.
+WRONG = 1e-2
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--suite", choices=SUITES, default="prefill")
+    parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..")
+    parser.add_argument("--seqlen", type=one_or_more(int), metavar="S,..", help="default: the suite's")
+    parser.add_argument("--dtype", choices=ELEMENT_BYTES, default="bf16", help="default bf16, which every peer has")
+    mask = parser.add_mutually_exclusive_group()
+    mask.add_argument("--causal", action="store_const", const=[True], dest="masks", help="only causal cases")
+    mask.add_argument("--full", action="store_const", const=[False], dest="masks", help="only cases without a mask")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="default: the suite's, like the heads")
+    parser.add_argument("--num-heads", type=int, metavar="H")
+    parser.add_argument("--num-heads-k", type=int, metavar="H", help="default: as many as query heads")
+    parser.add_argument("--peers", type=one_or_more(str, peers.PEERS), default=[], metavar="P,..",
+                        help=f"of {', '.join(peers.PEERS)}; those that are not installed are left out")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    parser.add_argument("--batch-ms", type=float, default=40, metavar="MS", help="length of one timed batch")
+    parser.add_argument("--json", metavar="FILE", help="also write environment and rows to FILE, after every case")
+    parser.set_defaults(masks=[False, True])
+
+
+def run(args) -> int:
+    problem = hopper_device_problem()
+    if problem:
+        print(f"bench needs a Hopper GPU: {problem}")
+        return 2
+    device = open_device()
+    cases = SUITES[args.suite](args)
+    bench = Bench(args, device, cases)
+    print(bench.headline())
+    table = Table(columns(bench.peers))
+    rows = []
+    for case in cases:
+        rows.append(bench.row(case))
+        table.print_row(cells(rows[-1], bench.peers))
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump({"environment": bench.environment, "rows": rows}, file, indent=1)
+    wrong = [f"{row['name']}: {name} is off by {error:.1e}"
+             for row in rows for name, error in row["errors"].items() if not error < WRONG]
+    print("\n".join(["", *dict.fromkeys(note for row in rows for note in row["notes"]), *wrong]).rstrip())
+    return 1 if wrong else 0
+
+
+class Bench:
+    """One run: a device, a stream, the tensors, the peers that are here."""
+
+    def __init__(self, args, device, cases: list[Case]):
+        self.args = args
+        self.num_sms = device.properties.multiprocessor_count
+        self.stream = device.create_stream()
+        self.handle = int(self.stream.handle)
+        self.stopwatch = Stopwatch(device, self.stream)
+        self.tensors = Tensors(cases, self.stream)
+        self.peers = self.find_peers(args.peers)
+        self.environment = self.describe(device)
+
+    def find_peers(self, names: list[str]) -> dict[str, peers.Peer]:
+        """Loads the peers asked for; says in one line each which are not here."""
+        found = {}
+        for name in names:
+            try:
+                found[name] = peers.load(name)
+            except peers.PeerMissing as missing:
+                print(missing)
+        if found:
+            peers.use_stream(self.handle)
+        return found
+
+    def describe(self, device) -> dict:
+        """What the numbers depend on besides the code, and which code it was."""
+        import cutlass
+
+        from ..compiler import source_hash      # the DSL takes half a second to import
+        flavour = cutlass.CUDA_VERSION
+        return {"date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "gpu": device.name, "sms": self.num_sms, **self.stopwatch.monitor.limits(),
+                "dsl": cutlass.__version__, "dsl_cuda": f"{flavour.major}.{flavour.minor}",
+                "sources": source_hash(), "peers": {name: peer.version for name, peer in self.peers.items()},
+                "rounds": self.args.rounds, "batch_ms": self.args.batch_ms}
+
+    def headline(self) -> str:
+        known = self.environment
+        parts = [known["gpu"], f"{known['sms']} SMs"]
+        if problem := self.stopwatch.monitor.problem:
+            parts.append(f"no clocks ({problem})")
+        else:
+            parts.append(f"at most {known['max_clock_mhz']} MHz and {known['power_limit_watts']:.0f} W")
+            parts.append(f"driver {known['driver']}")
+        parts.append(f"CuTe DSL {known['dsl']} for CUDA {known['dsl_cuda']}")
+        return "; ".join([*parts, *known["peers"].values(), known["date"]])
+
+    def row(self, case: Case) -> dict:
+        """Checks and times one case."""
+        params, pointers = self.tensors.params(case), self.tensors.pointers()
+        self.tensors.poison_out()
+        forward(params, self.handle).check()
+        launches = {OURS: lambda: forward(params, self.handle)}
+        errors = {OURS: self.tensors.error_of_last_rows(case)}
+        notes = []
+        for name, peer in self.peers.items():
+            try:
+                launches[name] = peer.launch(case, pointers)
+                errors[name] = peer.error(case, pointers, launches[name])
+            except peers.PeerMissing as missing:
+                notes.append(str(missing))
+        batches = self.stopwatch.rounds(launches, self.args.rounds, self.args.batch_ms)
+        return {"name": case.name, "case": asdict(case), "errors": errors, "notes": notes,
+                "host_us": self.host_microseconds(case),
+                "results": {name: self.result(case, batches[name], batches[OURS]) for name in launches}}
+
+    def host_microseconds(self, case: Case) -> float:
+        """Host time of one forward() call, on a problem so short that the GPU keeps up."""
+        short = replace(case, batch_size=1, seqlen_q=min(case.seqlen_q, 128), seqlen_k=min(case.seqlen_k, 128))
+        params = self.tensors.params(short)
+        return self.stopwatch.host_microseconds(lambda: forward(params, self.handle))
+
+    def result(self, case: Case, batches: list[Batch], ours: list[Batch]) -> dict:
+        """Medians over the rounds of one implementation, and its time over ours, round by round."""
+        milliseconds = median(batch.milliseconds for batch in batches)
+        tflops = case.flops / milliseconds / 1e9
+        clock, power = (middle(getattr(batch, name) for batch in batches) for name in ("clock_mhz", "power_watts"))
+        ratios = [theirs.milliseconds / our.milliseconds for theirs, our in zip(batches, ours, strict=True)]
+        return {"ms": milliseconds, "tflops": tflops,
+                "peak": clock and tflops * 1e6 / (self.num_sms * FLOPS_PER_CLOCK_AND_SM * clock),
+                "clock_mhz": clock, "power_watts": power, "ratio": median(ratios),
+                "host_bound": sum(batch.is_host_bound for batch in batches) > len(batches) / 2,
+                "rounds_ms": [batch.milliseconds for batch in batches]}
+
+
+def middle(values) -> float | None:
+    """The median of those that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def columns(names) -> list[tuple[str, int]]:
+    return [("case", 34), ("TFLOP/s", 8), ("ms", 8), ("peak", 5), ("MHz", 5), ("W", 4), ("host us", 7), ("error", 7),
+            *(column for name in names for column in ((name, 8), (f"vs {name}", 6)))]
+
+
+def cells(row: dict, names) -> list[str]:
+    ours = row["results"][OURS]
+    share = "-" if ours["peak"] is None else f"{ours['peak']:.0%}"
+    numbers = [rate(ours), f"{ours['ms']:.4f}", share, whole(ours["clock_mhz"]), whole(ours["power_watts"]),
+               f"{row['host_us']:.1f}", f"{row['errors'][OURS]:.1e}"]
+    for name in names:
+        theirs = row["results"].get(name)
+        numbers += [rate(theirs), f"{theirs['ratio']:.3f}"] if theirs else ["-", "-"]
+    return [row["name"], *numbers]
+
+
+def rate(result: dict) -> str:
+    return f"{result['tflops']:.1f}{'*' if result['host_bound'] else ''}"
+
+
+def whole(number: float | None) -> str:
+    return "-" if number is None else f"{number:.0f}"

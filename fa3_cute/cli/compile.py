@@ -1,0 +1,74 @@
+"""Compiles forward kernels for sm_90a and prints what the compiler made of them: registers, spills, shared memory,
+WGMMA instructions, seconds. Needs no GPU, and leaves the kernels in the disk cache, where the first launch finds them.
+Exit status 1 if a kernel spills, draws a compiler warning or does not compile.
+"""
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+
+from ..config import ELEMENT_BYTES, HEAD_DIMS, FwdConfig
+from ..heuristics import all_forward_configs
+from .table import Table, one_or_more
+
+COLUMNS = (("kernel", 36), ("registers", 9), ("spilled bytes", 13), ("smem bytes", 10), ("WGMMA", 5), ("seconds", 7),
+           ("", 0))
+
+
+def add_arguments(parser) -> None:
+    mask = parser.add_mutually_exclusive_group()
+    parser.add_argument("--all", action="store_true", help="also the variants that write the log-sum-exp")
+    parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..")
+    parser.add_argument("--dtype", type=one_or_more(str, ELEMENT_BYTES), default=list(ELEMENT_BYTES), metavar="T,..",
+                        help=f"of {', '.join(ELEMENT_BYTES)}")
+    mask.add_argument("--causal", action="store_const", const=[True], dest="masks", help="only causal kernels")
+    mask.add_argument("--full", action="store_const", const=[False], dest="masks", help="only kernels without a mask")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
+    parser.add_argument("--json", action="store_true", help="print one JSON list and no table")
+    parser.set_defaults(masks=[True, False])
+
+
+def run(args) -> int:
+    configs = [cfg for cfg in all_forward_configs()
+               if cfg.head_dim in args.head_dim and cfg.dtype in args.dtype and cfg.is_causal in args.masks
+               and (args.all or not cfg.has_lse)]
+    table = None if args.json else Table(COLUMNS)
+    rows = []
+    for row in compile_rows(configs, args.jobs):
+        rows.append(row)
+        if table:
+            table.print_row(cells(row))
+    failed = [row["name"] for row in rows if row["problems"]]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"{len(rows)} kernels, {len(failed)} with problems" if failed else f"{len(rows)} kernels, all clean")
+    return 1 if failed else 0
+
+
+def compile_rows(configs: list[FwdConfig], jobs: int):
+    """Yields one row per config, in order. The DSL compiles one kernel at a time per process, hence processes."""
+    if jobs <= 1 or len(configs) <= 1:
+        yield from map(compile_row, configs)
+        return
+    with ProcessPoolExecutor(min(jobs, len(configs)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_row, configs)
+
+
+def compile_row(cfg: FwdConfig) -> dict:
+    """Compiles one config, once for the disk cache, once to look inside. Its Report's fields, and "problems"."""
+    from .. import compiler
+    try:
+        compiler.get_kernel(cfg)
+        report = compiler.compile_report(cfg)
+    except compiler.CompileError as error:
+        return {"name": cfg.name, "config": cfg.as_dict(), "problems": [str(error)]}
+    return asdict(report) | {"problems": report.problems()}
+
+
+def cells(row: dict) -> list:
+    if "registers" not in row:
+        return [row["name"], *["-"] * 5, *row["problems"]]
+    return [row["name"], row["registers"], row["stack_bytes"], row["smem_bytes"], row["wgmmas"],
+            f"{row['seconds']:.1f}", "; ".join(row["problems"])]

@@ -1,0 +1,115 @@
+"""Timing with CUDA events, in interleaved rounds, and what the card was doing meanwhile."""
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from statistics import median
+
+# A stream queues about a thousand launches before launching blocks: below that, the host's time is its own.
+MAX_LAUNCHES = 512
+# The host needs more than this share of a batch to queue it: the GPU waited for the host, and the time is the host's.
+HOST_BOUND = 0.9
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One timed batch of launches. Times are per launch; the clock is the median of its samples, None if unknown."""
+    milliseconds: float
+    host_microseconds: float
+    clock_mhz: float | None
+    power_watts: float | None
+
+    @property
+    def is_host_bound(self) -> bool:
+        return self.host_microseconds > HOST_BOUND * 1000 * self.milliseconds
+
+
+class Monitor:
+    """The SM clock and the power draw of a cuda.core device, read through NVML.
+
+    The clock is NVML's current SM clock, the power NVML's average over the last second. `problem` says why they are
+    unknown, where they are; samples are then None.
+    """
+
+    def __init__(self, device):
+        self.problem = None
+        try:
+            from cuda.bindings import nvml
+            nvml.init_v2()
+            self.handle = nvml.device_get_handle_by_pci_bus_id_v2(device.pci_bus_id)
+            self.nvml = nvml
+            self.sample()
+        except Exception as error:      # no library, no permission, a virtual card: then without clocks
+            self.problem = f"{type(error).__name__}: {error}"
+
+    def sample(self) -> tuple[int | None, float | None]:
+        """(SM clock in MHz, power in W) now."""
+        if self.problem:
+            return None, None
+        return (self.nvml.device_get_clock_info(self.handle, self.nvml.ClockType.CLOCK_SM),
+                self.nvml.device_get_power_usage(self.handle) / 1000)
+
+    def limits(self) -> dict:
+        """The card's maximal SM clock and its power limit, and the driver's version; empty where NVML cannot tell."""
+        if self.problem:
+            return {}
+        return {"max_clock_mhz": self.nvml.device_get_max_clock_info(self.handle, self.nvml.ClockType.CLOCK_SM),
+                "power_limit_watts": self.nvml.device_get_enforced_power_limit(self.handle) / 1000,
+                "driver": self.nvml.system_get_driver_version()}
+
+
+class Stopwatch:
+    """Times launches on one cuda.core stream."""
+
+    def __init__(self, device, stream):
+        from cuda.core import EventOptions
+        self.stream = stream
+        self.monitor = Monitor(device)
+        self.start, self.stop = (device.create_event(EventOptions(timing_enabled=True)) for _ in range(2))
+
+    def time(self, launch: Callable, count: int) -> Batch:
+        """`count` launches between two events; the clock is sampled while the GPU works off the queue."""
+        self.stream.record(self.start)
+        began = time.perf_counter()
+        for _ in range(count):
+            launch()
+        host_seconds = time.perf_counter() - began
+        self.stream.record(self.stop)
+        samples = [self.monitor.sample()]
+        while not self.stop.is_done:
+            samples.append(self.monitor.sample())
+            time.sleep(0.001)
+        clock, power = (None if self.monitor.problem else median(values) for values in zip(*samples, strict=True))
+        return Batch((self.stop - self.start) / count, 1e6 * host_seconds / count, clock, power)
+
+    def rounds(self, launches: dict[str, Callable], rounds: int, batch_ms: float) -> dict[str, list[Batch]]:
+        """`rounds` batches of about `batch_ms` for each launch, interleaved, after one round that is not recorded.
+
+        The order turns: A B C, B C A, ... The card's clock and temperature drift by more than the differences that
+        matter, so only batches of one round are comparable: take ratios per round.
+        """
+        counts = {}
+        for name, launch in launches.items():
+            self.time(launch, 2)
+            counts[name] = min(MAX_LAUNCHES, max(3, ceil(batch_ms / self.time(launch, 3).milliseconds)))
+        batches = {name: [] for name in launches}
+        order = list(launches)
+        for number in range(rounds + 1):
+            for name in order:
+                batch = self.time(launches[name], counts[name])
+                if number > 0:
+                    batches[name].append(batch)
+            order.append(order.pop(0))
+        return batches
+
+    def host_microseconds(self, launch: Callable, calls: int = 200, repetitions: int = 5) -> float:
+        """Host time of one launch: the median over repetitions of the mean of `calls` calls with no wait in between."""
+        means = []
+        for _ in range(repetitions):
+            self.stream.sync()
+            began = time.perf_counter()
+            for _ in range(calls):
+                launch()
+            means.append((time.perf_counter() - began) / calls)
+        self.stream.sync()
+        return 1e6 * median(means)

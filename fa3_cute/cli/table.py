@@ -1,0 +1,34 @@
+"""Plain text tables and the parsing of comma-separated options."""
+import argparse
+from collections.abc import Callable, Sequence
+
+
+class Table:
+    """An aligned table that is printed row by row, so that a long run shows its progress.
+
+    Columns are (heading, width) pairs; a cell is aligned right, the first one left, and a wider one pushes its row out.
+    """
+
+    def __init__(self, columns: Sequence[tuple[str, int]]):
+        self.widths = [max(width, len(heading)) for heading, width in columns]
+        self.print_row([heading for heading, _ in columns])
+
+    def print_row(self, cells: Sequence[object]):
+        first, *rest = (str(cell) for cell in cells)
+        aligned = [first.ljust(self.widths[0])]
+        aligned += (cell.rjust(width) for cell, width in zip(rest, self.widths[1:], strict=True))
+        print("  ".join(aligned).rstrip(), flush=True)
+
+
+def one_or_more(kind: Callable, choices: Sequence | None = None) -> Callable[[str], list]:
+    """An argparse type: "a,b,c" to a list of `kind`, each one of `choices` if given."""
+    def parse(text: str) -> list:
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: {kind.__name__} values, separated by commas") from None
+        for value in values:
+            if choices is not None and value not in choices:
+                raise argparse.ArgumentTypeError(f"{value!r}: must be one of {', '.join(map(str, choices))}")
+        return values
+    return parse

@@ -1,0 +1,98 @@
+"""FwdConfig: every compile-time choice of one forward kernel, with its legality and its budgets. Pure Python.
+
+A config is frozen, hashable and made of plain ints, bools and strings: it *is* the compile-cache key. Nothing in it
+depends on a length, a pointer or a stride; those are run-time arguments (`FORWARD_ARGUMENTS`).
+"""
+from dataclasses import asdict, dataclass
+
+ELEMENT_BYTES = {"fp16": 2, "bf16": 2}
+HEAD_DIMS = (64, 96, 128, 192, 256)
+
+REGISTERS_PER_SM = 65536
+SMEM_BYTES_PER_CTA = 232448          # 227 KiB: the most one CTA may ask for on compute capability 9.0
+ROWS_PER_WARPGROUP = 64              # M of one WGMMA
+
+# The forward kernel's entry: (name, kind) in call order. compiler.py makes its stand-ins from this table, launch.py its
+# argument buffer, and a test holds kernels/flash_fwd.py's signature to it. Strides are in elements.
+FORWARD_ARGUMENTS = (
+    *((name, "pointer") for name in ("q", "k", "v", "out", "softmax_lse")),
+    *((f"{tensor}_{dim}_stride", "int64") for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
+    *((name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "num_sms")),
+    ("softmax_scale", "float32"),
+    ("stream", "stream"),
+)
+
+
+@dataclass(frozen=True)
+class FwdConfig:
+    """Compile-time choices of one forward kernel.
+
+    dtype              "fp16" or "bf16": of Q, K, V and O; accumulation is always FP32
+    is_causal          bottom-right aligned causal mask
+    has_lse            the kernel writes the log-sum-exp
+    tile_m, tile_n     rows of Q, rows of K and V per tile; one consumer warpgroup per 64 rows of Q
+    num_q_stages       depth of the Q ring; a slot carries Q in and O out, so 2 hides the O store and the next Q load
+    num_kv_stages      depth of the K ring and of the V ring
+    use_pingpong       order the warpgroups' GEMMs with named barriers (FA3 paper section 3.1)
+    rescale_before_pv  rescale O while QK runs instead of after PV: fewer registers live at once when head_dim is large
+    """
+    dtype: str
+    head_dim: int
+    is_causal: bool
+    has_lse: bool
+    tile_m: int
+    tile_n: int
+    num_q_stages: int = 1
+    num_kv_stages: int = 2
+    use_pingpong: bool = True
+    rescale_before_pv: bool = False
+
+    def __post_init__(self):
+        problem = self.first_problem()
+        if problem:
+            raise ValueError(f"{self.name}: {problem}")
+
+    def first_problem(self) -> str | None:
+        """The first rule that this config breaks, in words; None if it is legal."""
+        producer, consumer = self.registers
+        used = 128 * (producer + consumer * self.num_consumer_wgs)
+        rules = (
+            (self.dtype in ELEMENT_BYTES, f"dtype={self.dtype!r}: must be one of {', '.join(ELEMENT_BYTES)}"),
+            (self.head_dim in HEAD_DIMS, f"head_dim={self.head_dim}: must be one of {HEAD_DIMS}"),
+            (self.tile_m in (64, 128, 192), f"tile_m={self.tile_m}: must be 64, 128 or 192"),
+            (self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256,
+             f"tile_n={self.tile_n}: must be a multiple of 16 (K of the PV WGMMA) up to 256 (N of the QK WGMMA)"),
+            (used <= REGISTERS_PER_SM, f"{used} registers: an SM has {REGISTERS_PER_SM}"),
+            (self.smem_bytes <= SMEM_BYTES_PER_CTA,
+             f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}"),
+        )
+        return next((sentence for holds, sentence in rules if not holds), None)
+
+    @property
+    def name(self) -> str:
+        """Short and unique among the rows of heuristics.py: names cache entries, kernels and table rows."""
+        mask = "causal" if self.is_causal else "full"
+        return f"fwd_{self.dtype}_d{self.head_dim}_{mask}{'_lse' if self.has_lse else ''}_{self.tile_m}x{self.tile_n}"
+
+    @property
+    def num_consumer_wgs(self) -> int:
+        return max(1, self.tile_m // ROWS_PER_WARPGROUP)
+
+    @property
+    def num_threads(self) -> int:
+        return 128 * (1 + self.num_consumer_wgs)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """(producer, consumer) registers per thread after setmaxnreg; multiples of 8, both roles within one SM."""
+        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[min(self.num_consumer_wgs, 3)]
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of one CTA: the mbarriers (padded to 1024), the Q/O ring, the K ring, the V ring."""
+        row = self.head_dim * ELEMENT_BYTES.get(self.dtype, 2)
+        return 1024 + row * (self.num_q_stages * self.tile_m + 2 * self.num_kv_stages * self.tile_n)
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)

@@ -1,0 +1,127 @@
+"""Streams, devices and contexts through the CUDA driver, and its errors as exceptions.
+
+The device of a launch is its stream's. Compute capability and SM count are asked once per device.
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from cuda.bindings import driver, runtime
+from cuda.bindings.driver import CUdevice_attribute, CUresult, CUstreamCaptureStatus
+
+LAST_SPECIAL_STREAM = 2          # 0, 1 and 2 are the default streams: they belong to whichever device is current
+SUPPORTED_CAPABILITY = (9, 0)
+
+
+class CudaFailure(RuntimeError):
+    """A CUDA call failed: `code` is its cudaError_t or CUresult, `name` the name of that code."""
+
+    def __init__(self, code: int, name: str, text: str, action: str):
+        super().__init__(f"{action} failed with {name} ({code}): {text}")
+        self.code, self.name = code, name
+
+
+class UnsupportedDevice(RuntimeError):
+    """No CUDA driver, no device, or a device that is not of compute capability 9.0."""
+
+
+def resolve_stream(stream) -> int:
+    """Handle of a stream: an int, None (the legacy default stream), or an object with `__cuda_stream__` or `__int__`.
+
+    Raises TypeError for anything else.
+    """
+    if stream is None:
+        return 0
+    if protocol := getattr(stream, "__cuda_stream__", None):
+        _, stream = protocol()                # (version of the protocol, handle)
+    if isinstance(stream, (bool, float)) or not hasattr(stream, "__int__"):
+        raise TypeError(f"stream must be an int handle, None or have __cuda_stream__, not {type(stream).__name__}")
+    return int(stream)
+
+
+@cache
+def initialise_driver() -> None:
+    """Start the driver; raises UnsupportedDevice with its reason where there is none, or no device."""
+    try:
+        failed, = driver.cuInit(0)
+    except RuntimeError as error:             # the library itself is missing
+        raise UnsupportedDevice(f"no CUDA driver: {error}") from error
+    if failed:
+        raise UnsupportedDevice("no usable CUDA device: cuInit returned {}, {}".format(*_driver_error(failed)))
+
+
+@contextmanager
+def device_made_current(stream: int) -> Iterator[int]:
+    """Make a stream's device current and yield its ordinal; a context that was current before is current again after.
+
+    A thread with no current context gets the primary context of the device, and keeps it, as CUDA's runtime does it.
+    """
+    no_context, current = driver.cuCtxGetDevice()
+    if stream > LAST_SPECIAL_STREAM:
+        device = int(checked(driver.cuStreamGetDevice(stream), "finding the stream's device"))
+    else:
+        device = 0 if no_context else int(current)
+    if no_context:
+        checked(driver.cuCtxSetCurrent(_primary_context(device)), f"using device {device}")
+        yield device
+    elif device == int(current):
+        yield device
+    else:
+        context = checked(driver.cuStreamGetCtx(stream), "finding the stream's context")
+        checked(driver.cuCtxPushCurrent(context), f"switching to device {device}")
+        try:
+            yield device
+        finally:
+            checked(driver.cuCtxPopCurrent(), "switching back to the caller's device")
+
+
+@cache
+def _primary_context(device: int):
+    return checked(driver.cuDevicePrimaryCtxRetain(device), f"using device {device}")
+
+
+@cache
+def num_sms(device: int) -> int:
+    """Number of SMs of a device; raises UnsupportedDevice unless it is of compute capability 9.0."""
+    major, minor, sms = (
+        checked(driver.cuDeviceGetAttribute(attribute, device), f"reading the attributes of device {device}")
+        for attribute in (CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                          CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                          CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT))
+    if (major, minor) != SUPPORTED_CAPABILITY:
+        raise UnsupportedDevice(f"device {device} is of compute capability {major}.{minor}, not 9.0 (Hopper)")
+    return sms
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether work that is enqueued on the stream now goes into a CUDA graph."""
+    failed, state = driver.cuStreamIsCapturing(stream)
+    if failed == CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:     # the legacy stream, while another stream captures
+        return True
+    checked((failed,), "asking whether the stream is capturing")
+    return state != CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+
+
+def checked(result: tuple, action: str):
+    """The value of a driver call's (CUresult, value), or None; raises CudaFailure if the call failed."""
+    failed, *values = result
+    if failed:
+        raise CudaFailure(int(failed), *_driver_error(failed), action)
+    return values[0] if values else None
+
+
+def _driver_error(failed: CUresult) -> tuple[str, ...]:
+    answers = (driver.cuGetErrorName(failed), driver.cuGetErrorString(failed))
+    return tuple(text.decode() if text else "unknown" for _, text in answers)
+
+
+def check_runtime_error(code: int, action: str) -> None:
+    """Raise CudaFailure for a cudaError_t that is not success."""
+    if not code:
+        return
+    try:
+        error = runtime.cudaError_t(code)
+        name, text = (ask(error)[1].decode() for ask in (runtime.cudaGetErrorName, runtime.cudaGetErrorString))
+    except ValueError:                        # a code newer than these bindings
+        name, text = "cudaError_t", "unknown"
+    raise CudaFailure(code, name, text, action)

@@ -1,0 +1,127 @@
+"""FlashAttention-3 forward for sm_90a: one load warp, one store warp, 1-3 consumer warpgroups, a persistent grid."""
+import math
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cuda.bindings.driver import CUstream
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from ..config import ELEMENT_BYTES, FwdConfig
+from .arithmetic import ceil_div, minimum
+from .epilogue import store
+from .layout import element_type, row_major_smem
+from .load import load
+from .mainloop import consume
+from .params import FwdLayouts, FwdMmas, FwdParams, FwdPipelines, FwdSmem
+from .scheduler import TileGrid
+from .tma import tma_load, tma_store
+from .wgmma import make_mmas
+
+STRIDE_DIVISIBILITY = 16   # bytes, of every stride but the last dimension's: TMA's rule
+
+
+class FlashAttentionForward:
+    """The forward kernel of one config. Compile `__call__`: its parameters are config.FORWARD_ARGUMENTS, in order."""
+
+    def __init__(self, cfg: FwdConfig):
+        self.cfg = cfg
+
+    # ---- host side: traced once per config, runs at every launch ------------------------------
+    @cute.jit
+    def __call__(self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer,
+                 softmax_lse: cute.Pointer,
+                 q_batch_stride: Int64, q_row_stride: Int64, q_head_stride: Int64,
+                 k_batch_stride: Int64, k_row_stride: Int64, k_head_stride: Int64,
+                 v_batch_stride: Int64, v_row_stride: Int64, v_head_stride: Int64,
+                 out_batch_stride: Int64, out_row_stride: Int64, out_head_stride: Int64,
+                 batch_size: Int32, seqlen_q: Int32, seqlen_k: Int32,
+                 num_heads: Int32, num_heads_k: Int32, num_sms: Int32,
+                 softmax_scale: Float32, stream: CUstream):
+        """lse[b, h, i] = ln sum_j exp(softmax_scale q_i.k_j); out[b, i, h] = sum_j exp(softmax_scale q_i.k_j - lse) v_j
+
+        Pointers and strides (in elements) as in fa3_cute.FlashAttentionParams; num_sms CTAs at most are launched.
+        """
+        cfg = self.cfg
+        layouts = self.make_layouts()
+        view = self.tensor_view
+        mQ = view(q, (seqlen_q, num_heads, batch_size), (q_row_stride, q_head_stride, q_batch_stride))
+        mK = view(k, (seqlen_k, num_heads_k, batch_size), (k_row_stride, k_head_stride, k_batch_stride))
+        mV = view(v, (seqlen_k, num_heads_k, batch_size), (v_row_stride, v_head_stride, v_batch_stride))
+        mO = view(out, (seqlen_q, num_heads, batch_size), (out_row_stride, out_head_stride, out_batch_stride))
+        mLSE = None
+        if const_expr(cfg.has_lse):
+            mLSE = cute.make_tensor(softmax_lse, cute.make_layout(
+                (seqlen_q, num_heads, batch_size), stride=(1, Int64(seqlen_q), Int64(seqlen_q) * num_heads)))
+        grid = TileGrid(num_m_blocks=ceil_div(seqlen_q, cfg.tile_m), num_heads=num_heads, batch_size=batch_size)
+        params = FwdParams(
+            q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=tma_load(mK, layouts.sKV, cfg.tile_n),
+            v=tma_load(mV, layouts.sKV, cfg.tile_n), o=tma_store(mO, layouts.sQ, cfg.tile_m),
+            mLSE=mLSE, softmax_scale_log2=softmax_scale * math.log2(math.e), grid=grid)
+        self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
+        self.kernel(params, layouts, make_mmas(cfg)).launch(
+            grid=(minimum(grid.num_tiles(), num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
+            min_blocks_per_mp=1, stream=stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
+
+    def tensor_view(self, ptr: cute.Pointer, shape, stride) -> cute.Tensor:
+        """(seqlen, head_dim, heads, batch) over a pointer; shape and stride are (row, head, batch)."""
+        elements = STRIDE_DIVISIBILITY // ELEMENT_BYTES[self.cfg.dtype]
+        row, head, batch = (cute.assume(s, divby=elements) for s in stride)
+        layout = cute.make_layout((shape[0], self.cfg.head_dim, *shape[1:]), stride=(row, 1, head, batch))
+        return cute.make_tensor(ptr, layout)
+
+    def make_layouts(self) -> FwdLayouts:
+        """Shared-memory layouts of the three rings."""
+        cfg = self.cfg
+        return FwdLayouts(sQ=row_major_smem(cfg, cfg.tile_m, cfg.num_q_stages),
+                          sKV=row_major_smem(cfg, cfg.tile_n, cfg.num_kv_stages))
+
+    # ---- device side --------------------------------------------------------------------------
+    @cute.kernel
+    def kernel(self, params: FwdParams, layouts: FwdLayouts, mmas: FwdMmas):
+        """Warp 0 loads, warp 1 stores, warpgroups 1.. consume; warps 2 and 3 retire at once."""
+        cfg = self.cfg
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx == 0:
+            for operand in (params.q, params.k, params.v, params.o):
+                cpasync.prefetch_descriptor(operand.atom)
+        smem, pipes = self.allocate(layouts)
+        producer_registers, consumer_registers = cfg.registers
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(producer_registers)
+            if warp_idx == 0:
+                load(cfg, params, smem, pipes)
+            if warp_idx == 1:
+                store(cfg, params, smem, pipes)
+        else:
+            cute.arch.setmaxregister_increase(consumer_registers)
+            consume(cfg, params, mmas, smem, pipes)
+
+    @cute.jit
+    def allocate(self, layouts: FwdLayouts):
+        """Carve shared memory; initialise and publish the mbarriers. Arrive counts are derived here, nowhere else."""
+        cfg = self.cfg
+        allocator = cutlass.memory.SmemAllocator()
+        barriers = lambda stages: allocator.allocate_array(Int64, 2 * stages)   # full and empty halves
+        q_bars, k_bars = barriers(cfg.num_q_stages), barriers(cfg.num_kv_stages)
+        v_bars, o_bars = barriers(cfg.num_kv_stages), barriers(cfg.num_q_stages)
+        tensor = lambda layout: allocator.allocate_tensor(
+            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        smem = FwdSmem(sQ=tensor(layouts.sQ), sK=tensor(layouts.sKV), sV=tensor(layouts.sKV))
+
+        group = lambda threads: pipeline.CooperativeGroup(pipeline.Agent.Thread, threads)
+        tma_ring = lambda bars, stages, layout, arrivals: pipeline.PipelineTmaAsync.create(
+            num_stages=stages, producer_group=group(1), consumer_group=group(arrivals), barrier_storage=bars,
+            tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])), defer_sync=True)
+        consumer_warps = 4 * cfg.num_consumer_wgs
+        pipes = FwdPipelines(
+            q=tma_ring(q_bars, cfg.num_q_stages, layouts.sQ, arrivals=1),   # the store warp
+            k=tma_ring(k_bars, cfg.num_kv_stages, layouts.sKV, arrivals=consumer_warps),
+            v=tma_ring(v_bars, cfg.num_kv_stages, layouts.sKV, arrivals=consumer_warps),
+            o=pipeline.PipelineAsync.create(
+                num_stages=cfg.num_q_stages, producer_group=group(32 * consumer_warps), consumer_group=group(1),
+                barrier_storage=o_bars, defer_sync=True))
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return smem, pipes

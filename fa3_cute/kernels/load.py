@@ -1,0 +1,48 @@
+"""Load role: one warp streams Q, K and V tiles from global to shared memory with TMA."""
+import cutlass
+import cutlass.cute as cute
+
+from ..config import FwdConfig
+from .block_range import block_range
+from .params import FwdParams, FwdPipelines, FwdSmem
+from .scheduler import TileScheduler
+from .tma import tma_views
+
+
+@cute.jit
+def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
+    """Per tile: K[last], Q, then the pairs (K[n], V[n+1]), then V[first]: K one tile ahead of V, as consume needs them.
+
+    Every tile takes exactly one Q slot, also a tile that sees no key: its O still needs the slot.
+    Runs on: warp 0. Synchronises: waits for the empty halves of the Q, K, V rings; TMA signals their full halves.
+    """
+    q_producer, k_producer, v_producer = pipes.q.make_producer(), pipes.k.make_producer(), pipes.v.make_producer()
+    seqlen_q, seqlen_k = params.q.tensor.shape[0], params.k.tensor.shape[0]
+    qhead_per_kvhead = params.q.tensor.shape[2] // params.k.tensor.shape[2]
+    scheduler = TileScheduler.create(cfg.is_causal, params.grid)
+    while scheduler.has_tile():
+        tile = scheduler.tile()
+        kv_head = tile.head // qhead_per_kvhead
+        mQ = params.q.tensor[None, None, tile.head, tile.batch]
+        mK, mV = (op.tensor[None, None, kv_head, tile.batch] for op in (params.k, params.v))
+        gQ = cute.local_tile(mQ, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
+        gK, gV = (cute.local_tile(mX, (cfg.tile_n, cfg.head_dim), (None, 0)) for mX in (mK, mV))
+        tQsQ, tQgQ = tma_views(params.q, gQ, smem.sQ)
+        tKsK, tKgK = tma_views(params.k, gK, smem.sK)
+        tVsV, tVgV = tma_views(params.v, gV, smem.sV)
+        blocks = block_range(cfg, tile.m_block, seqlen_q, seqlen_k)
+        n_block = blocks.n_block_max - 1
+        if n_block >= blocks.n_block_min:
+            slot = k_producer.acquire_and_advance()
+            cute.copy(params.k.atom, tKgK[None, n_block], tKsK[None, slot.index], tma_bar_ptr=slot.barrier)
+        slot = q_producer.acquire_and_advance()
+        cute.copy(params.q.atom, tQgQ, tQsQ[None, slot.index], tma_bar_ptr=slot.barrier)
+        if n_block >= blocks.n_block_min:
+            for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
+                slot = k_producer.acquire_and_advance()
+                cute.copy(params.k.atom, tKgK[None, n_block - 1 - i], tKsK[None, slot.index], tma_bar_ptr=slot.barrier)
+                slot = v_producer.acquire_and_advance()
+                cute.copy(params.v.atom, tVgV[None, n_block - i], tVsV[None, slot.index], tma_bar_ptr=slot.barrier)
+            slot = v_producer.acquire_and_advance()
+            cute.copy(params.v.atom, tVgV[None, blocks.n_block_min], tVsV[None, slot.index], tma_bar_ptr=slot.barrier)
+        scheduler.advance()

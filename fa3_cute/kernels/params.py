@@ -1,0 +1,57 @@
+"""Bundles that cross host jit -> device kernel -> role. All frozen: nothing in here ever advances.
+
+Units: scores are raw q.k; softmax_scale_log2 = softmax_scale * log2(e), so that exp(softmax_scale * s) is
+exp2(softmax_scale_log2 * s); LSE is a natural logarithm, -inf for a row that sees no key; lengths are in tokens.
+"""
+from dataclasses import dataclass
+from typing import Optional
+
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Float32
+
+from .scheduler import TileGrid
+from .tma import TmaOperand
+
+
+@dataclass(frozen=True)
+class FwdParams:
+    """Run-time arguments of the forward kernel (device side)."""
+    q: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
+    k: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
+    v: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
+    o: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
+    mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
+    softmax_scale_log2: Float32
+    grid: TileGrid
+
+
+@dataclass(frozen=True)
+class FwdLayouts:
+    """Staged, swizzled shared-memory layouts."""
+    sQ: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): Q in, O out
+    sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
+
+
+@dataclass(frozen=True)
+class FwdMmas:
+    """The two GEMMs, over all consumer warpgroups."""
+    qk: cute.TiledMma              # S = Q K^T
+    pv: cute.TiledMma              # O += P V
+
+
+@dataclass(frozen=True)
+class FwdSmem:
+    """Shared-memory tensors, in layout order."""
+    sQ: cute.Tensor                # a slot holds Q until its tile's last QK, then O until the store has read it
+    sK: cute.Tensor
+    sV: cute.Tensor
+
+
+@dataclass(frozen=True)
+class FwdPipelines:
+    """Barrier arrays only; each role makes its own producer or consumer, whose state stays a local variable."""
+    q: pipeline.PipelineTmaAsync   # load warp -> consumers; emptied by the store warp
+    k: pipeline.PipelineTmaAsync   # load warp -> consumers
+    v: pipeline.PipelineTmaAsync   # load warp -> consumers
+    o: pipeline.PipelineAsync      # consumers -> store warp; slot i is Q's slot i, so only its full half is used

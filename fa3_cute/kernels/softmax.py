@@ -1,0 +1,79 @@
+"""Online softmax over the K/V tiles of one Q tile (Milakov & Gimelshein 2018; FA3 paper, algorithm 1, lines 9-13).
+
+row_max    running maximum of the raw scores
+row_sum    running sum of exp2(scale_log2 * (score - row_max)), per thread until finalize
+row_scale  what O must still be multiplied with since row_max last moved
+"""
+import math
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, const_expr
+
+from .layout import as_rows_cols
+
+THREADS_PER_ROW = 4   # of a WGMMA accumulator
+
+
+@dataclass
+class OnlineSoftmax:
+    """State of the rows that one thread holds (two per WGMMA)."""
+    scale_log2: Float32
+    row_max: cute.Tensor
+    row_sum: cute.Tensor
+    row_scale: cute.Tensor
+
+    @staticmethod
+    def create(scale_log2: Float32, num_rows: int) -> "OnlineSoftmax":
+        """Before the first tile; `update(is_first=True)` initialises the rows."""
+        row_max, row_sum, row_scale = (cute.make_rmem_tensor(num_rows, Float32) for _ in range(3))
+        return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale)
+
+    @cute.jit
+    def update(self, acc_S: cute.Tensor, is_first: Constexpr[bool]):
+        """Scores -> unnormalised probabilities, in place; moves row_max and row_sum, sets row_scale."""
+        S = as_rows_cols(acc_S)
+        for r in cutlass.range_constexpr(cute.size(self.row_max)):
+            scores = S[r, None].load()
+            old_max = self.row_max[r]
+            new_max = scores.reduce(cute.ReductionOp.MAX, -Float32.inf if const_expr(is_first) else old_max, 0)
+            new_max = cute.arch.warp_reduction_max(new_max, threads_in_group=THREADS_PER_ROW)
+            self.row_max[r] = new_max
+            # A row with no visible key so far: subtract 0 instead of -inf, since -inf - -inf is NaN.
+            offset = (Float32(0.0) if new_max == -Float32.inf else new_max) * self.scale_log2
+            probabilities = cute.math.exp2(scores * self.scale_log2 - offset, fastmath=True)
+            tile_sum = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+            if const_expr(is_first):
+                self.row_scale[r] = Float32(1.0)
+                self.row_sum[r] = tile_sum
+            else:
+                self.row_scale[r] = cute.math.exp2(old_max * self.scale_log2 - offset, fastmath=True)
+                self.row_sum[r] = self.row_sum[r] * self.row_scale[r] + tile_sum
+            S[r, None].store(probabilities)
+
+    @cute.jit
+    def rescale(self, acc_O: cute.Tensor):
+        """Pay O the factor it is owed since the last update."""
+        O = as_rows_cols(acc_O)
+        for r in cutlass.range_constexpr(cute.size(self.row_scale)):
+            O[r, None].store(O[r, None].load() * self.row_scale[r])
+
+    @cute.jit
+    def finalize(self, acc_O: cute.Tensor):
+        """O /= row_sum, and row_sum becomes LSE = ln(sum exp(softmax_scale * score)).
+
+        A row that saw no key has the sum 0: its O is 0 and its LSE -inf. A NaN sum stays NaN in both.
+        """
+        O = as_rows_cols(acc_O)
+        for r in cutlass.range_constexpr(cute.size(self.row_sum)):
+            total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=THREADS_PER_ROW)
+            is_empty = total == 0.0
+            O[r, None].store(O[r, None].load() * (Float32(0.0) if is_empty else cute.arch.rcp_approx(total)))
+            lse = (self.row_max[r] * self.scale_log2 + cute.math.log2(total, fastmath=True)) * math.log(2.0)
+            self.row_sum[r] = -Float32.inf if is_empty else lse
+
+    @cute.jit
+    def no_key(self):
+        """The state of `finalize` for a tile that no key reaches."""
+        self.row_sum.fill(-Float32.inf)

@@ -1,0 +1,34 @@
+"""TMA operands: a descriptor with its coordinate tensor, and one copy's views (PTX ISA, "cp.async.bulk.tensor")."""
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass.cute.nvgpu import cpasync
+
+
+@dataclass(frozen=True)
+class TmaOperand:
+    """A TMA descriptor and the coordinate tensor that it copies from or to."""
+    atom: cute.CopyAtom
+    tensor: cute.Tensor
+
+
+def tma_operand(op, tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int) -> TmaOperand:
+    """Copies boxes of (rows, head_dim) between `tensor` and the slots of a ring with that shared-memory layout."""
+    slot = cute.select(ring, mode=[0, 1])
+    return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, slot, (rows, tensor.shape[1])))
+
+
+def tma_load(tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int) -> TmaOperand:
+    """Global -> shared."""
+    return tma_operand(cpasync.CopyBulkTensorTileG2SOp(), tensor, ring, rows)
+
+
+def tma_store(tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int) -> TmaOperand:
+    """Shared -> global."""
+    return tma_operand(cpasync.CopyBulkTensorTileS2GOp(), tensor, ring, rows)
+
+
+def tma_views(op: TmaOperand, gX: cute.Tensor, sX: cute.Tensor):
+    """TMA's view of one operand: smem (box, slot) and gmem (box, tile)."""
+    no_multicast = cute.make_layout(1)
+    return cpasync.tma_partition(op.atom, 0, no_multicast, cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2))

@@ -1,0 +1,267 @@
+"""params -> packed argument buffer -> launch. The only file that uses private names of the DSL.
+
+The compiled host code takes one array of addresses: of each argument's storage, and of an int32 for its cudaError_t.
+Each thread keeps one such buffer per kernel and rewrites it in place, what changed and no more, because the DSL's own
+argument objects cost 20 to 40 us of host time per launch against 1. The buffer may be reused at once: a launch copies
+its arguments. Where the DSL lacks a name of PRIVATE_NAMES, its objects must do (`launch_path`).
+"""
+import ctypes
+import math
+import struct
+import threading
+from operator import attrgetter
+from typing import Any
+
+from cuda.bindings.driver import cuCtxGetDevice, cuStreamGetDevice
+
+from .compiler import get_kernel, typed_arguments
+from .config import FORWARD_ARGUMENTS, FwdConfig
+from .cuda_driver import (
+    LAST_SPECIAL_STREAM,
+    CudaFailure,
+    UnsupportedDevice,
+    check_runtime_error,
+    device_made_current,
+    initialise_driver,
+    is_capturing,
+    num_sms,
+    resolve_stream,
+)
+
+__all__ = ["CudaFailure", "NotWarmedUp", "UnsupportedDevice", "device_of", "ensure_loaded", "launch", "launch_path",
+           "resolve_stream"]
+
+PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
+
+STRUCT_CODES = {"pointer": "Q", "int64": "q", "int32": "i", "float32": "f", "stream": "Q"}
+
+# The order of the arguments in the buffer: those that change with every call, then those that change with the shape.
+PER_CALL = [name for name, kind in FORWARD_ARGUMENTS if kind in ("pointer", "stream")]
+PER_SHAPE = [name for name, kind in FORWARD_ARGUMENTS if kind not in ("pointer", "stream")]
+CODES = {name: STRUCT_CODES[kind] for name, kind in FORWARD_ARGUMENTS}
+PER_CALL_STRUCT = struct.Struct("".join(CODES[name] for name in PER_CALL))
+PER_SHAPE_STRUCT = struct.Struct("".join(CODES[name] for name in PER_SHAPE))
+PER_SHAPE_OFFSET = PER_CALL_STRUCT.size
+ERROR_OFFSET = PER_SHAPE_OFFSET + -(-PER_SHAPE_STRUCT.size // 8) * 8
+
+# What is read from params, in that order; num_sms is the device's, and head_dim only serves the defaults.
+read_params = attrgetter(*(name for name in PER_CALL + PER_SHAPE if name not in ("num_sms", "stream")), "head_dim")
+NO_STRIDES = [None] * 12
+
+_lock = threading.Lock()                      # loading is not thread-safe
+_kernels: dict[FwdConfig, "Kernel"] = {}
+
+
+class NotWarmedUp(RuntimeError):
+    """The stream is capturing a CUDA graph and the kernel is not loaded: loading it now would break the capture."""
+
+
+def launch(params, cfg: FwdConfig, stream=None) -> None:
+    """Enqueue one forward on a stream; allocates no device memory, waits for nothing.
+
+    `params` has the attributes of FlashAttentionParams and is valid; `stream` is what `resolve_stream` takes. The
+    stream's device is made current for the launch if it is not. The first use of a config on a device compiles and
+    loads its kernel. Raises CudaFailure, UnsupportedDevice, NotWarmedUp, compiler.CompileError.
+    """
+    handle = stream if type(stream) is int else resolve_stream(stream)
+    call = _thread.calls.get(id(cfg)) or _new_call(cfg, handle)
+    elsewhere, device = cuCtxGetDevice()
+    if not elsewhere and handle > LAST_SPECIAL_STREAM:
+        elsewhere, own = cuStreamGetDevice(handle)
+        elsewhere = elsewhere or int(own) != int(device)
+    if elsewhere:                             # or no device is current, or the stream is none
+        with device_made_current(handle) as device:
+            call.launch(params, handle, device)
+    else:
+        call.launch(params, handle, int(device))
+
+
+def ensure_loaded(cfg: FwdConfig, device: int | None = None) -> None:
+    """Compile and load a kernel on a device (None: the current one), so that no launch there has to.
+
+    Raises what `launch` raises, except NotWarmedUp.
+    """
+    initialise_driver()
+    with device_made_current(0) as current:
+        _kernel(cfg).load(current if device is None else device)
+
+
+def device_of(stream=None) -> int:
+    """Ordinal of the device on which work of this stream runs. Raises UnsupportedDevice, CudaFailure."""
+    initialise_driver()
+    with device_made_current(resolve_stream(stream)) as device:
+        return device
+
+
+def launch_path(cfg: FwdConfig) -> str:
+    """How launches of this config travel: "packed", or "objects" with the names that the DSL lacks."""
+    missing = _missing_names(get_kernel(cfg))
+    return f"objects: the DSL has no {', '.join(missing)}" if missing else "packed"
+
+
+class Kernel:
+    """One kernel and the devices it is loaded on; shared by all threads.
+
+    num_sms  {device: its number of SMs}, for the devices that the kernel is loaded on
+    """
+
+    def __init__(self, cfg: FwdConfig):
+        self.cfg = cfg
+        self.num_sms: dict[int, int] = {}
+        self.compiled: Any = None
+        self.library: ctypes.c_void_p | None = None
+
+    def load(self, device: int, stream: int | None = None) -> int:
+        """Load on a device and return its number of SMs; NotWarmedUp if that is needed while `stream` is capturing."""
+        with _lock:
+            if device not in self.num_sms:
+                sms = num_sms(device)
+                if stream is not None and is_capturing(stream):
+                    raise NotWarmedUp(f"{self.cfg.name} is not loaded on device {device} and the stream is capturing a "
+                                      "CUDA graph: call warmup() before the capture")
+                self.compiled = self.compiled or get_kernel(self.cfg)
+                if not _missing_names(self.compiled):
+                    self._load_code(device)
+                self.num_sms[device] = sms
+            return self.num_sms[device]
+
+    def _load_code(self, device: int) -> None:
+        # The DSL's own `to()` loads on every device of the machine, and fails if one of them is not a Hopper GPU.
+        initialise, load = self.compiled._get_cuda_init_and_load()
+        library = self.library or ctypes.c_void_p()
+        place, error = ctypes.c_void_p(ctypes.addressof(library)), ctypes.c_int32()
+        if self.library is None:
+            initialise(_addresses(place, error))
+            check_runtime_error(error.value, f"loading {self.cfg.name}")
+            self.library = library
+        load(_addresses(place, ctypes.c_int32(device), error))
+        check_runtime_error(error.value, f"loading {self.cfg.name} on device {device}")
+
+
+class Call:
+    """One thread's way to launch one kernel. It keeps `cfg` itself alive, whose id() finds it in the thread's table.
+
+    Sizes, strides and scale seldom change from one call to the next: their defaults are resolved when they do.
+    """
+
+    def __init__(self, cfg: FwdConfig, kernel: Kernel):
+        self.cfg, self.kernel = cfg, kernel
+        self.shape: list | None = None
+        self.device: int | None = None
+
+    def launch(self, params, stream: int, device: int) -> None:
+        """Launch with the values of params; `device` is the current one and the stream's."""
+        q, k, v, out, lse, *shape = read_params(params)
+        if shape != self.shape or device != self.device:
+            num_sms = self.kernel.num_sms.get(device) or self.kernel.load(device, stream)
+            self.set_shape(resolve_shape(num_sms, *shape))
+            self.shape, self.device = shape, device
+        self.enqueue((q, k, v, out, lse or 0, stream))
+
+
+class PackedCall(Call):
+    """Launches through an argument buffer."""
+
+    def __init__(self, cfg: FwdConfig, kernel: Kernel):
+        super().__init__(cfg, kernel)
+        self.run = kernel.compiled.capi_func
+        self.buffer = (ctypes.c_uint64 * (ERROR_OFFSET // 8 + 1))()
+        self.error = ctypes.c_int32.from_buffer(self.buffer, ERROR_OFFSET)
+        offsets = storage_offsets()
+        base = ctypes.addressof(self.buffer)
+        self.addresses = (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
+        self.argument = ctypes.addressof(self.addresses)
+
+    def set_shape(self, values) -> None:
+        """Take the values of PER_SHAPE for this and the following calls."""
+        PER_SHAPE_STRUCT.pack_into(self.buffer, PER_SHAPE_OFFSET, *values)
+
+    def enqueue(self, values: tuple) -> None:
+        """Launch with the values of PER_CALL."""
+        try:
+            PER_CALL_STRUCT.pack_into(self.buffer, 0, *values)
+        except struct.error:                  # a pointer that has __int__ only
+            PER_CALL_STRUCT.pack_into(self.buffer, 0, *map(int, values))
+        self.run(self.argument)
+        if self.error.value:
+            check_runtime_error(self.error.value, f"launching {self.cfg.name}")
+
+
+class ObjectCall(Call):
+    """Launches through the DSL's argument objects: slower, with public names only."""
+
+    def set_shape(self, values) -> None:
+        """Take the values of PER_SHAPE for this and the following calls."""
+        self.values = dict(zip(PER_SHAPE, values, strict=True))
+
+    def enqueue(self, values: tuple) -> None:
+        """Launch with the values of PER_CALL."""
+        named = self.values | dict(zip(PER_CALL, map(int, values), strict=True))
+        arguments = typed_arguments(self.cfg, [named[name] for name, _ in FORWARD_ARGUMENTS])
+        try:
+            self.kernel.compiled(*arguments)
+        except Exception as error:            # the DSL's own kind
+            code = getattr(error, "_error_code", -1)
+            raise CudaFailure(code, type(error).__name__, str(error), f"launching {self.cfg.name}") from error
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        self.calls: dict[int, Call] = {}      # by id(cfg): hashing a config costs as much as packing its arguments
+
+
+_thread = _Thread()
+
+
+def _new_call(cfg: FwdConfig, stream: int) -> Call:
+    initialise_driver()
+    kernel = _kernel(cfg)
+    with device_made_current(stream) as device:
+        kernel.load(device, stream)
+    call = _thread.calls[id(cfg)] = (ObjectCall if _missing_names(kernel.compiled) else PackedCall)(cfg, kernel)
+    return call
+
+
+def resolve_shape(num_sms: int, *shape) -> tuple:
+    """The values of PER_SHAPE: those of params (`read_params` after the pointers), with defaults where they are None.
+
+    The stride of a dimension of size 1 never addresses memory and array libraries put anything there, but TMA wants a
+    multiple of 16 bytes: the kernel gets the contiguous one.
+    """
+    *strides, batch, seqlen_q, seqlen_k, heads, heads_k, scale, head_dim = shape
+    row_q, row_k = heads * head_dim, heads_k * head_dim
+    q, k = (seqlen_q * row_q, row_q, head_dim), (seqlen_k * row_k, row_k, head_dim)
+    contiguous = q + k + k + q
+    if strides == NO_STRIDES:
+        strides = contiguous
+    else:
+        sizes_q, sizes_k = (batch, seqlen_q, heads), (batch, seqlen_k, heads_k)
+        sizes = sizes_q + sizes_k + sizes_k + sizes_q
+        strides = [default if stride is None or size == 1 else stride
+                   for stride, default, size in zip(strides, contiguous, sizes, strict=True)]
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    return (*strides, batch, seqlen_q, seqlen_k, heads, heads_k, num_sms, scale)
+
+
+def storage_offsets() -> list[int]:
+    """Where in the buffer each argument of FORWARD_ARGUMENTS lies, and last the cudaError_t."""
+    places = {}
+    for names, start in ((PER_CALL, 0), (PER_SHAPE, PER_SHAPE_OFFSET)):
+        codes = ""
+        for name in names:
+            codes += CODES[name]
+            places[name] = start + struct.calcsize(codes) - struct.calcsize(CODES[name])
+    return [places[name] for name, _ in FORWARD_ARGUMENTS] + [ERROR_OFFSET]
+
+
+def _kernel(cfg: FwdConfig) -> Kernel:
+    with _lock:
+        return _kernels.setdefault(cfg, Kernel(cfg))
+
+
+def _missing_names(compiled: Any) -> list[str]:
+    return [name for name in PRIVATE_NAMES if not hasattr(compiled, name)]
+
+
+def _addresses(*arguments) -> ctypes.Array:
+    return (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))

@@ -1,0 +1,297 @@
+"""NumPy attention that defines what every option means, and its low-precision twin. No GPU; NumPy only.
+
+For query head h (KV head h // (num_heads / num_heads_k)), query row i and key row j of one sequence:
+
+    S[i, j] = softmax_scale * (q_descale * q[i]) . (k_descale * k[j])      for the keys j that row i sees
+    LSE[i]  = log sum_j exp S[i, j]                                        natural logarithm
+    O[i]    = sum_j exp(S[i, j] - LSE[i]) * v_descale * v[j]
+
+Which keys a row sees. Let n_q and n_k be the used lengths of the sequence (`seqused_*` if given, else its whole length)
+and d = j - (i + n_k - n_q), the distance from the diagonal that ends in the bottom-right corner. Row i sees key j iff
+0 <= j < n_k and
+
+    causal          d <= 0
+    window (l, r)   -l <= d <= r, both bounds inclusive; a negative bound is no bound
+    otherwise       always
+
+Rows that see no key: O = 0, LSE = -inf. A row that sees keys but whose every score is -inf (an Inf in Q or K) reads the
+same here; the kernels may give NaN for it. A NaN in a row of Q, or in a key or value that the row sees, gives NaN. Keys
+and values that a row does not see contribute nothing to it, NaN or not; the kernels promise that for those at or past
+the used length and those outside the tensor. Query rows that no sequence uses are untouched: they hold NaN in the
+arrays returned here.
+
+16-bit floats that NumPy lacks: BF16 arrays are ml_dtypes.bfloat16 arrays, or uint16 arrays of the bits; FP8 arrays are
+ml_dtypes.float8_e4m3fn arrays, or uint8 arrays of the bits. `as_float` reads them all, `to_bits` makes the bits.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+# Scores computed at a time: float64 rows of them then stay in the L2 cache of a CPU core.
+SCORES_PER_CHUNK = 1 << 17
+# FP8 P is rounded as P * 2^8: the row maximum, 1, lands at 256 of e4m3's 448 and small P keep their bits (FA3 does so).
+FP8_P_SCALE = 256.0
+
+
+# ---- number formats ------------------------------------------------------------------------------------------------
+
+def bf16_bits(values) -> np.ndarray:
+    """The BF16 nearest to each value (ties to even), as uint16 bits; overflow gives inf, every NaN gives 0x7FFF."""
+    values = np.asarray(values, np.float32)
+    bits = values.view(np.uint32)
+    tie_to_even = (bits >> 16) & 1
+    with np.errstate(over="ignore"):  # only NaN patterns wrap around, and they are replaced below
+        rounded = ((bits + (0x7FFF + tie_to_even)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+
+
+def as_float(array, dtype=np.float32) -> np.ndarray:
+    """Any array that this module reads, as float32 or float64: uint16 is BF16 bits, uint8 is FP8 E4M3 bits."""
+    array = np.asarray(array)
+    if array.dtype == np.uint16:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    elif array.dtype == np.uint8:
+        array = _E4M3_VALUES[array]
+    return array.astype(dtype, copy=False)
+
+
+def to_bits(values, dtype: str) -> np.ndarray:
+    """Values rounded to `dtype` in the array a kernel's buffer holds: "fp16" float16, "bf16" uint16 bits."""
+    return {"fp16": lambda: np.asarray(values).astype(np.float16), "bf16": lambda: bf16_bits(values)}[dtype]()
+
+
+def round_to(values, dtype: str) -> np.ndarray:
+    """Values rounded to the nearest "fp16", "bf16" or "fp8_e4m3" number (ties to even), as float32."""
+    return _ROUND[dtype](np.asarray(values, np.float32))
+
+
+def _round_bf16(values: np.ndarray) -> np.ndarray:
+    return as_float(bf16_bits(values))
+
+
+def _round_fp16(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
+def _round_e4m3(values: np.ndarray) -> np.ndarray:
+    """Saturating, as the hardware's cvt.satfinite: 4 exponent bits, 3 mantissa bits, largest 448, no infinity."""
+    values = np.clip(values, -448, 448)
+    exponent = np.maximum(np.frexp(values)[1] - 1, -6)
+    step = np.ldexp(np.float32(1), exponent - 3)
+    return np.rint(values / step) * step
+
+
+def _e4m3_values() -> np.ndarray:
+    """The value of each of the 256 E4M3 bit patterns: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7F is NaN."""
+    bits = np.arange(128)
+    exponent, mantissa = bits >> 3, bits & 7
+    magnitude = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7))
+    magnitude[127] = np.nan
+    return np.concatenate([magnitude, -magnitude]).astype(np.float32)
+
+
+_E4M3_VALUES = _e4m3_values()
+_ROUND = {"fp16": _round_fp16, "bf16": _round_bf16, "fp8_e4m3": _round_e4m3}
+
+
+# ---- what is computed, and where it is rounded ----------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Precision of one evaluation: `accumulate` is the dtype of products and sums; the hooks round inputs, P and O."""
+    accumulate: type
+    round_input: Callable = lambda x: x
+    round_p: Callable = lambda p: p
+    round_out: Callable = lambda o: o
+
+
+EXACT = Arithmetic(np.float64)
+TWINS = {
+    "fp16": Arithmetic(np.float32, _round_fp16, _round_fp16, _round_fp16),
+    "bf16": Arithmetic(np.float32, _round_bf16, _round_bf16, _round_bf16),
+    "fp8_e4m3": Arithmetic(np.float32, _round_e4m3, lambda p: _round_e4m3(p * FP8_P_SCALE) / FP8_P_SCALE, _round_bf16),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What attention is asked for besides Q, K and V: the keyword arguments of both functions below.
+
+    causal             bottom-right aligned causal mask
+    window_size        (left, right) in keys, negative = unbounded; not together with causal
+    softmax_scale      natural units; None: 1 / sqrt(head_dim)
+    cu_seqlens_q, _k   [batch + 1] first rows of the packed sequences, then their end; None: dense; both or neither
+    seqused_q, _k      [batch] rows really used of each sequence, counted from its first; None: all
+    q_, k_, v_descale  scalar, [heads], [batch, 1] or [batch, heads]: real value = stored value * descale; heads are
+                       query heads for q, KV heads for k and v; None: 1
+    """
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    softmax_scale: float | None = None
+    cu_seqlens_q: object = None
+    cu_seqlens_k: object = None
+    seqused_q: object = None
+    seqused_k: object = None
+    q_descale: object = None
+    k_descale: object = None
+    v_descale: object = None
+
+
+def attention_reference(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
+    """O and LSE of attention in float64, as the module's docstring defines them.
+
+    q        [batch, seqlen_q, num_heads, head_dim];     with cu_seqlens [total_q, num_heads, head_dim]
+    k, v     [batch, seqlen_k, num_heads_k, head_dim];   with cu_seqlens [total_k, num_heads_k, head_dim]
+             any float dtype and strides; uint16 = BF16 bits, uint8 = FP8 E4M3 bits
+    options  the fields of `Options`
+
+    Returns (O float64 of q's shape, LSE float64 [batch, num_heads, seqlen_q] or [num_heads, total_q]); rows that the
+    kernels leave untouched hold NaN in both. Raises ValueError for shapes and options that do not fit together.
+    """
+    return _attention(EXACT, q, k, v, Options(**options))
+
+
+def low_precision_twin(q, k, v, dtype: str, **options) -> tuple[np.ndarray, np.ndarray]:
+    """The same attention, rounded where a kernel of `dtype` ("fp16", "bf16", "fp8_e4m3") must round, and nowhere else.
+
+    Inputs in `dtype`; S, the row sums and P V accumulated in FP32; P relative to its row maximum rounded to `dtype`
+    before P V; division by the row sum in FP32; O rounded to `dtype` (to BF16 for FP8). Its distance from
+    `attention_reference` is the error that the number formats alone explain: the tolerance rule's yardstick.
+    Arguments and returns as `attention_reference`; the returned float64 values are the rounded ones.
+    """
+    return _attention(TWINS[dtype], q, k, v, Options(**options))
+
+
+def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
+    q, k, v = (np.asarray(tensor) for tensor in (q, k, v))
+    _check(q, k, v, options)
+    window = (-1, 0) if options.causal else tuple(options.window_size)
+    softmax_scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
+    num_heads, num_heads_k = q.shape[-2], k.shape[-2]
+    group = num_heads // num_heads_k
+
+    out = np.full(q.shape, np.nan)
+    lse = np.full((*q.shape[:-3], num_heads, q.shape[-3]), np.nan)
+    q_rows = _used_rows(q, options.cu_seqlens_q, options.seqused_q)
+    k_rows = _used_rows(k, options.cu_seqlens_k, options.seqused_k)
+    batch = len(q_rows)
+    q_descale = _descales(options.q_descale, batch, num_heads)
+    k_descale = _descales(options.k_descale, batch, num_heads_k)
+    v_descale = _descales(options.v_descale, batch, num_heads_k)
+
+    def operand(tensor, rows, head):
+        return arithmetic.round_input(as_float(tensor[*rows, head], arithmetic.accumulate))
+
+    for b, kv_head in np.ndindex(batch, num_heads_k):
+        k_head, v_head = operand(k, k_rows[b], kv_head), operand(v, k_rows[b], kv_head)
+        *outer, rows = q_rows[b]
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            scale = softmax_scale * q_descale[b, head] * k_descale[b, kv_head]
+            out[*outer, rows, head], lse[*outer, head, rows] = _one_head(
+                arithmetic, operand(q, q_rows[b], head), k_head, v_head, window, scale, v_descale[b, kv_head])
+    return out, lse
+
+
+def _used_rows(tensor, cu_seqlens, seqused) -> list[tuple]:
+    """Per sequence, the index of its used rows in `tensor`: (b, slice) if dense, (slice,) if packed."""
+    if cu_seqlens is None:
+        starts, lengths = np.zeros(len(tensor), int), np.full(len(tensor), tensor.shape[1])
+    else:
+        starts, lengths = np.asarray(cu_seqlens)[:-1], np.diff(cu_seqlens)
+    used = lengths if seqused is None else np.asarray(seqused)
+    if used.shape != lengths.shape or (used < 0).any() or (used > lengths).any():
+        raise ValueError(f"seqused {used.tolist()}: one entry per sequence, from 0 to its length {lengths.tolist()}")
+    rows = [slice(int(start), int(start + n)) for start, n in zip(starts, used, strict=True)]
+    return list(enumerate(rows)) if cu_seqlens is None else [(r,) for r in rows]
+
+
+def _one_head(arithmetic, q, k, v, window, scale, v_scale):
+    """O [n_q, head_dim] and LSE [n_q] of one head of one sequence; all operands in the accumulation dtype."""
+    out, lse = np.empty((len(q), v.shape[1])), np.empty(len(q))
+    scale, v_scale = arithmetic.accumulate(scale), arithmetic.accumulate(v_scale)
+    poisoned = np.flatnonzero(~np.isfinite(v).all(axis=1))
+    finite_v = v
+    if poisoned.size:
+        finite_v = v.copy()
+        finite_v[poisoned] = 0
+    step = max(1, SCORES_PER_CHUNK // max(1, len(k)))
+    for first in range(0, len(q), step):
+        rows = slice(first, min(first + step, len(q)))
+        seen, keys = _seen_keys(rows, len(q), len(k), window)
+        with np.errstate(invalid="ignore", over="ignore"):  # inf - inf and the like must give NaN, quietly
+            p, row_sum, lse[rows] = _softmax((q[rows] @ k[keys].T) * scale, seen)
+            p = arithmetic.round_p(p)
+            o = p @ finite_v[keys]
+            for j in poisoned[(poisoned >= keys.start) & (poisoned < keys.stop)] - keys.start:
+                reached = slice(None) if seen is None else seen[:, j]  # 0 * NaN must reach only the rows that see key j
+                o[reached] += p[reached, j, None] * v[keys.start + j]
+            out[rows] = arithmetic.round_out(o * (v_scale / row_sum)[:, None])
+    return out, lse
+
+
+def _seen_keys(rows: slice, n_q: int, n_k: int, window):
+    """(seen, keys): which of these rows sees which of these keys (None: all see all), and the keys' slice."""
+    left, right = window
+    first_diagonal, last_diagonal = rows.start + n_k - n_q, rows.stop - 1 + n_k - n_q
+    start = 0 if left < 0 else min(max(first_diagonal - left, 0), n_k)
+    stop = n_k if right < 0 else max(min(last_diagonal + right + 1, n_k), start)
+    if left < 0 and right < 0:
+        return None, slice(start, stop)
+    distance = np.arange(start, stop) - np.arange(first_diagonal, last_diagonal + 1)[:, None]
+    seen = np.full(distance.shape, True)
+    if left >= 0:
+        seen &= distance >= -left
+    if right >= 0:
+        seen &= distance <= right
+    return seen, slice(start, stop)
+
+
+def _softmax(scores: np.ndarray, seen: np.ndarray | None):
+    """(P relative to the row maximum, its row sums, LSE); empty rows get P = 0, row sum 1 and LSE = -inf. In place."""
+    if seen is not None:
+        scores[~seen] = -np.inf
+    row_max = np.max(scores, axis=1, initial=-np.inf)
+    empty = row_max == -np.inf
+    row_max = np.where(empty, scores.dtype.type(0), row_max)
+    scores -= row_max[:, None]
+    p = np.exp(scores, out=scores)
+    row_sum = np.where(empty, scores.dtype.type(1), p.sum(axis=1))
+    return p, row_sum, np.where(empty, -np.inf, row_max + np.log(row_sum))
+
+
+def _descales(descale, batch: int, heads: int) -> np.ndarray:
+    descale = np.asarray(1.0 if descale is None else descale, np.float64)
+    try:
+        return np.broadcast_to(descale, (batch, heads))
+    except ValueError as error:
+        raise ValueError(f"descale {descale.shape}: must broadcast to [batch, heads] = [{batch}, {heads}]") from error
+
+
+def _check(q, k, v, options: Options) -> None:
+    """Raise ValueError for the first rule that the shapes and options break."""
+    cu_seqlens_q, cu_seqlens_k, window = options.cu_seqlens_q, options.cu_seqlens_k, tuple(options.window_size)
+    packed = cu_seqlens_q is not None
+    rank = 3 if packed else 4
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    rules = (  # functions: a rule may be asked only when those before it hold
+        (lambda: packed == (cu_seqlens_k is not None), "cu_seqlens_q and cu_seqlens_k: give both or neither"),
+        (lambda: q.ndim == k.ndim == v.ndim == rank, f"{shapes}: must have {rank} dimensions each"),
+        (lambda: k.shape == v.shape and q.shape[-1] == k.shape[-1], f"{shapes}: k and v alike, one head_dim"),
+        (lambda: k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0, f"{shapes}: num_heads a multiple of num_heads_k"),
+        (lambda: packed or len(q) == len(k), f"{shapes}: q and k must have the same batch size"),
+        (lambda: not packed or len(cu_seqlens_q) == len(cu_seqlens_k), "cu_seqlens_q, cu_seqlens_k: lengths differ"),
+        (lambda: not packed or _are_offsets(cu_seqlens_q, len(q)) and _are_offsets(cu_seqlens_k, len(k)),
+         "cu_seqlens must never fall and stay within the packed rows"),
+        (lambda: len(window) == 2, f"window_size {window}: must be (left, right)"),
+        (lambda: not options.causal or max(window) < 0, f"window_size {window} together with causal"),
+    )
+    for holds, sentence in rules:
+        if not holds():
+            raise ValueError(sentence)
+
+
+def _are_offsets(cu_seqlens, total: int) -> bool:
+    offsets = np.asarray(cu_seqlens)
+    return bool(offsets.size and offsets[0] >= 0 and (np.diff(offsets) >= 0).all() and offsets[-1] <= total)

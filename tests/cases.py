@@ -1,0 +1,76 @@
+"""The grid of forward problems that the GPU tests run, as data. Pure Python."""
+from dataclasses import dataclass
+from itertools import product
+
+DTYPES = ("fp16", "bf16")
+HEAD_DIMS = (64, 96, 128, 192, 256)
+
+# Query heads, KV heads. Two KV heads where they fit, so that a wrong KV head shows; MQA has an odd group.
+HEADS = {"mha": (2, 2), "gqa3": (6, 2), "gqa8": (16, 2), "mqa": (5, 1)}
+
+# (seqlen_q, seqlen_k). What each is for:
+LENGTHS = (
+    (1, 1),         # the smallest problem
+    (1, 333),       # one query row (decoding) over partial key tiles
+    (64, 128),      # whole tiles only
+    (113, 203),     # neither length a multiple of anything
+    (113, 128),     # partial query tile, whole key tile
+    (128, 217),     # the reverse
+    (239, 1),       # one key; causal: 238 rows without any
+    (799, 3),       # causal: whole query tiles without a key
+    (108, 256),     # diagonal far from the tile corner
+    (256, 512),     # whole tiles, twice as many keys
+    (512, 256),     # causal: half of the rows without a key
+    (640, 128),     # causal: most query tiles without a key
+    (384, 385),     # one key into the next tile
+)
+# The same with more tiles than a pipeline has stages, one row off in each direction.
+LONG_LENGTHS = ((1023, 1024), (1024, 1023), (1024, 1024))
+# Enough key tiles for every steady state, as far as the reference's cost permits: lengths, num_heads, num_heads_k.
+LONGEST = ((2048, 2048, 2, 1), (4096, 4096, 1, 1), (333, 8191, 3, 1))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One dense forward problem. `str(case)` is its test id and seeds its random inputs."""
+    dtype: str
+    head_dim: int
+    is_causal: bool
+    num_heads: int
+    num_heads_k: int
+    seqlen_q: int
+    seqlen_k: int
+    batch: int = 1
+    has_lse: bool = True
+
+    def __str__(self) -> str:
+        return (f"{self.dtype}-d{self.head_dim}-{'causal' if self.is_causal else 'full'}"
+                f"-{self.num_heads}over{self.num_heads_k}heads-{self.seqlen_q}x{self.seqlen_k}"
+                f"{f'-batch{self.batch}' if self.batch > 1 else ''}{'-lse' if self.has_lse else ''}")
+
+
+def _grid() -> list[Case]:
+    """Every dtype, head_dim, mask, head ratio and length; LSE on in every second case of each of these."""
+    cases = []
+    for dtype, head_dim, is_causal in product(DTYPES, HEAD_DIMS, (False, True)):
+        for (i, (heads, heads_k)), (j, (seqlen_q, seqlen_k)) in product(
+                enumerate(HEADS.values()), enumerate(LENGTHS + LONG_LENGTHS)):
+            is_long = (seqlen_q, seqlen_k) in LONG_LENGTHS
+            cases.append(Case(dtype, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k,
+                              batch=1 if is_long else 2, has_lse=(i + j) % 2 == 0))
+        cases += [Case(dtype, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k, has_lse=True)
+                  for seqlen_q, seqlen_k, heads, heads_k in LONGEST]
+    return cases
+
+
+GRID = _grid()
+
+# One case per compiled config family: where a property does not depend on lengths or ratios, these stand for all.
+FAMILIES = [Case(dtype, head_dim, is_causal, 6, 2, 300, 420, batch=2)
+            for dtype, head_dim, is_causal in product(DTYPES, HEAD_DIMS, (False, True))]
+
+# More tiles than 3 * 132 SMs, so that every CTA of a persistent kernel computes several, of unlike lengths.
+MANY_TILES = [Case(dtype, head_dim, is_causal, 16, 4, seqlen_q, seqlen_k, batch=6)
+              for (dtype, head_dim), is_causal, (seqlen_q, seqlen_k) in product(
+                  (("fp16", 64), ("bf16", 128), ("fp16", 192), ("bf16", 256)), (False, True),
+                  ((1300, 700), (900, 1100)))]

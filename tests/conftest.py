@@ -1,0 +1,131 @@
+"""The GPU tier: what it needs, what is left out without it, and the record that a run on a GPU leaves behind.
+
+Tests marked `gpu` need a Hopper GPU. Without one they are skipped and the last lines of the run say how many and why;
+with FA3_CUTE_REQUIRE_GPU=1 they fail instead. `--gpu-record FILE` writes what a run showed, and for which sources.
+"""
+import hashlib
+import json
+import os
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Read when NumPy is first imported, hence no import above that does. The reference's matrices gain little from more
+# threads, and OpenBLAS's wait by spinning: on two busy cores an attention of 0.4 s took up to 12 s.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu-record", metavar="FILE", help="write a JSON record of the GPU tests that this run executed")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a Hopper GPU (compute capability 9.0)")
+    config.pluginmanager.register(GpuTier(config.getoption("--gpu-record")), "fa3_cute-gpu-tier")
+
+
+class GpuTier:
+    """Skips or fails GPU tests where there is no GPU, counts their outcomes, reports and records them."""
+
+    def __init__(self, record_file: str | None):
+        from fa3_cute.device import hopper_device_problem
+        self.record_file = record_file
+        self.problem = hopper_device_problem()
+        self.is_required = os.environ.get("FA3_CUTE_REQUIRE_GPU", "0") not in ("", "0")
+        self.selected: set[str] = set()
+        self.deselected: set[str] = set()
+        self.outcomes: dict[str, str] = {}
+        self.timings: dict[str, float] = {}
+
+    def pytest_deselected(self, items):
+        self.deselected |= _gpu_node_ids(items)
+
+    def pytest_collection_finish(self, session):
+        self.selected = _gpu_node_ids(session.items)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        if self.problem and item.get_closest_marker("gpu"):
+            outcome = pytest.fail if self.is_required else pytest.skip
+            outcome(f"needs a Hopper GPU: {self.problem}", **({"pytrace": False} if self.is_required else {}))
+
+    def pytest_runtest_logreport(self, report):
+        tells = report.when == "call" or report.outcome != "passed"
+        if tells and report.nodeid in self.selected and self.outcomes.get(report.nodeid) != "failed":
+            self.outcomes[report.nodeid] = report.outcome
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for name, seconds in self.timings.items():
+            terminalreporter.write_line(f"measured: {name}: {seconds:.3f} s")
+        counts = Counter(self.outcomes.values())
+        if self.problem and counts["skipped"]:
+            terminalreporter.write_line(f"{counts['skipped']} GPU tests left out: {self.problem}")
+        if self.record_file:
+            terminalreporter.write_line(self.write_record(counts))
+
+    def write_record(self, counts: Counter) -> str:
+        """Write the record file unless no GPU test ran, which must not replace an earlier run's; say what was done."""
+        if not counts["passed"] + counts["failed"]:
+            return f"{self.record_file} not written: no GPU test ran"
+        files = sorted({node_id.partition("::")[0] for node_id in self.selected})
+        record = {
+            "sha256": source_hash(),
+            **_machine(),
+            **{outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")},
+            "selected": len(self.selected),
+            "collected": len(self.selected | self.deselected),
+            "files": [Path(file).name for file in files],
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "timings": {name: round(seconds, 4) for name, seconds in self.timings.items()},
+        }
+        Path(self.record_file).write_text(json.dumps(record, indent=2) + "\n")
+        return f"GPU record written to {self.record_file}"
+
+
+def source_hash() -> str:
+    """SHA-256 over every Python file of the package, in the order of their paths: path, NUL, bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "fa3_cute").rglob("*.py")):
+        digest.update(path.encode() + b"\0" + (ROOT / path).read_bytes())
+    return digest.hexdigest()
+
+
+def _gpu_node_ids(items) -> set[str]:
+    return {item.nodeid for item in items if item.get_closest_marker("gpu")}
+
+
+def _machine() -> dict[str, str]:
+    """Names and versions of what the tests ran on."""
+    import cutlass
+    from cuda.core import Device, system
+    try:
+        driver = "{}.{}.{:02}".format(*system.get_kernel_mode_driver_version())
+    except Exception:  # no NVML on this machine: the CUDA version that the driver serves is known all the same
+        driver = "CUDA {}.{}".format(*system.get_user_mode_driver_version()[:2])
+    flavour = cutlass.CUDA_VERSION
+    return {"device": Device(0).name, "driver": driver, "dsl_version": cutlass.__version__,
+            "dsl_flavour": f"CUDA {flavour.major}.{flavour.minor}"}
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The GPU under test, current in the main thread."""
+    from fa3_cute.device import open_device
+    return open_device()
+
+
+@pytest.fixture(scope="session")
+def stream(device):
+    """A stream that does not wait for the default stream."""
+    return device.create_stream()
+
+
+@pytest.fixture
+def timing(pytestconfig):
+    """timing(name, seconds): report a measurement at the end of the run and in the record."""
+    tier = pytestconfig.pluginmanager.get_plugin("fa3_cute-gpu-tier")
+    return tier.timings.__setitem__

@@ -1,0 +1,85 @@
+/* A CUDA driver and the DSL's runtime library with no GPU behind them: one shared object that serves as libcuda.so.1
+ * (cuda.bindings) and as libcute_dsl_runtime.so (compiled host code). It runs nothing; it records what would be run.
+ *
+ * Two Hopper devices and one that is not. A stream of device d has a handle from (d + 1) << 32 on, and the context of
+ * device d is the address of contexts[d]. Every result that a test may want to change is a global variable.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { DEVICES = 3, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+
+int init_result = 0, capture_result = 0, capture_state = 0, load_result = 0, launch_result = 0;
+int major_of[DEVICES] = {9, 9, 8}, sms_of[DEVICES] = {132, 114, 108};
+static char contexts[DEVICES];
+static __thread char *stack[8] = {0};
+static __thread int depth = 0;
+
+/* ---- libcuda ---- */
+static int device_of(const void *stream) { return (int)((uintptr_t)stream >> 32) - 1; }
+int current_device(void) { return stack[depth] ? (int)(stack[depth] - contexts) : -1; }
+
+int cuInit(unsigned flags) { return init_result; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuCtxGetDevice(int *device) { *device = current_device(); return *device < 0 ? INVALID_CONTEXT : 0; }
+int cuCtxSetCurrent(void *context) { stack[depth] = context; return 0; }
+int cuCtxPushCurrent_v2(void *context) { stack[++depth] = context; return 0; }
+int cuCtxPopCurrent_v2(void **context) { *context = stack[depth--]; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = contexts + device; return 0; }
+int cuStreamGetDevice(void *stream, int *device) { *device = device_of(stream); return 0; }
+int cuStreamGetCtx(void *stream, void **context) { *context = contexts + device_of(stream); return 0; }
+int cuStreamIsCapturing(void *stream, int *state) { *state = capture_state; return capture_result; }
+int cuGetErrorName(int code, const char **text) { *text = "CUDA_ERROR_FAKE"; return 0; }
+int cuGetErrorString(int code, const char **text) { *text = "a fake error"; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == 75 ? major_of[device] : attribute == 76 ? 0 : attribute == 16 ? sms_of[device] : 0;
+    return 0;
+}
+int cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t flags, int *status) {
+    char versioned[128];
+    strncpy(versioned, name, 120);
+    versioned[120] = 0;
+    void *found = dlsym(RTLD_DEFAULT, strcat(versioned, "_v2"));
+    void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+    if (library && !(found = dlsym(library, versioned))) found = dlsym(library, name);
+    *function = found;
+    if (status) *status = found ? 0 : 1;
+    return found ? 0 : NOT_FOUND;
+}
+
+/* ---- the DSL's runtime library ---- */
+typedef struct { unsigned x, y, z; } dim3;
+typedef struct { dim3 grid, block; size_t smem; void *stream, *attributes; unsigned num_attributes; } launch_config;
+
+struct { dim3 grid, block; uint64_t smem; void *stream; long count; int device; const void *kernel; } last;
+int num_libraries = 0, loaded_on[DEVICES] = {0};
+int num_parameters = 0, offsets[64], sizes[64];          /* set by the test, from the cubin */
+unsigned char parameters[8192];
+
+int _cudaLibraryLoadData(void **library, const void *code, void *a, void *b, unsigned n, void *c, void *d, unsigned m) {
+    *library = (void *)(uintptr_t)++num_libraries;
+    return load_result;
+}
+int _cudaLibraryGetKernel(void **kernel, void *library, const char *name) { *kernel = library; return 0; }
+int _cudaLibraryUnload(void *library) { return 0; }
+int _cuKernelGetAttribute(int *value, int attribute, void *kernel, int device) { *value = 0; return 0; }
+int _cudaDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 97 ? 232448 : 0; return 0; }
+int _cudaGetDevice(int *device) { *device = current_device(); return 0; }
+int _cudaFuncSetAttribute(const void *kernel, int attribute, int value) { return 0; }
+int _cudaKernelSetAttributeForDevice(void *kernel, int attribute, int value, int device) {
+    loaded_on[device]++;
+    return 0;
+}
+int _cudaLaunchKernelEx(const launch_config *config, const void *kernel, void **arguments) {
+    last.grid = config->grid;
+    last.block = config->block;
+    last.smem = config->smem;
+    last.stream = config->stream;
+    last.device = current_device();
+    last.kernel = kernel;
+    last.count++;
+    for (int i = 0; i < num_parameters; i++) memcpy(parameters + offsets[i], arguments[i], sizes[i]);
+    return launch_result;
+}
