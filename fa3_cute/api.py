@@ -3,7 +3,10 @@
 `forward` goes validate -> heuristics -> launch, no step back. Nothing here imports CUDA, the DSL or NumPy before a call
 needs it: validation, `explain` and refusals work on any machine.
 """
+import threading
+from dataclasses import fields
 from functools import cache
+from operator import attrgetter
 
 from .heuristics import forward_config
 from .params import AttentionMode, DataType, FlashAttentionParams, address
@@ -15,6 +18,9 @@ __all__ = ["AttentionMode", "DataType", "FlashAttentionParams", "attention", "ex
 
 _OK = Status.OK
 _CONFIG_DTYPES = ("fp16", "bf16")       # by DataType
+_POINTERS = ("q", "k", "v", "out", "softmax_lse")
+_read_pointers = attrgetter(*_POINTERS)
+_read_values = attrgetter(*(field.name for field in fields(FlashAttentionParams) if field.name not in _POINTERS))
 
 
 def forward(params: FlashAttentionParams, stream=None) -> Status:
@@ -29,13 +35,16 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
     Raises TypeError if params is no FlashAttentionParams or stream no stream.
     Source: FlashAttention-3 (Shah et al. 2024), algorithms 1 and 2.
     """
-    problem = _problem(params)
-    if problem is not None:
-        return record_error(*problem)
     try:
-        _launcher().launch(params, _config(params), stream)
+        if type(params) is FlashAttentionParams and _recent.repeat(params, stream):
+            return _OK
+        problem = _problem(params)
+        if problem is not None:
+            return record_error(*problem)
+        call = _launcher().launch(params, _config(params), stream)
     except RuntimeError as error:
         return _failure(error)
+    _recent.remember(params, call)
     return _OK
 
 
@@ -69,6 +78,38 @@ def workspace_size(params: FlashAttentionParams) -> int:
     """Bytes of `workspace` that `forward(params)` can use: 0, no kernel needs scratch memory. Checks nothing else."""
     _require_params(params)
     return 0
+
+
+class _Recent(threading.local):
+    """A thread's last good call. The next one is mostly the same but for its addresses: then only these are checked.
+
+    Equal values are as good as those that were checked: 4096.0 passes after 4096.
+    """
+    values = call = shape = None
+    has_lse = False
+
+    def repeat(self, params, stream) -> bool:
+        """Launch these params the way of the last ones; False, and nothing done, if they differ in more than that."""
+        q, k, v, out, lse = _read_pointers(params)
+        if not (type(q) is type(k) is type(v) is type(out) is int and (lse is None or type(lse) is int)):
+            return False
+        lse = lse or 0
+        bits = q | k | v | out | lse << 2     # the LSE is aligned to 4 bytes, the others to 16
+        if not (q and k and v and out) or bits & 15 or bits >> 64 or (lse != 0) != self.has_lse:
+            return False
+        try:
+            is_same = _read_values(params) == self.values
+        except Exception:       # a value that cannot be compared: the rules put it into words
+            return False
+        return is_same and self.call.repeat(self.shape, (q, k, v, out, lse), stream)
+
+    def remember(self, params, call) -> None:
+        """Take a call that `launch` has just made."""
+        self.values, self.has_lse = _read_values(params), address(params.softmax_lse) != 0
+        self.call, self.shape = call, call.shape
+
+
+_recent = _Recent()
 
 
 def _problem(params) -> Problem | None:

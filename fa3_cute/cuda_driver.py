@@ -50,29 +50,44 @@ def initialise_driver() -> None:
         raise UnsupportedDevice("no usable CUDA device: cuInit returned {}, {}".format(*_driver_error(failed)))
 
 
+def shared_context(stream: int) -> int:
+    """Handle of the current context if the stream's work belongs to it; 0 if another one must be made current.
+
+    Two driver queries that a capture permits: cuStreamGetDevice and cuStreamGetId would invalidate it.
+    """
+    failed, current = driver.cuCtxGetCurrent()
+    context = 0 if failed else int(current)
+    if not context or stream <= LAST_SPECIAL_STREAM:
+        return context
+    failed, own = driver.cuStreamGetCtx(stream)
+    return context if not failed and int(own) == context else 0
+
+
 @contextmanager
 def device_made_current(stream: int) -> Iterator[int]:
     """Make a stream's device current and yield its ordinal; a context that was current before is current again after.
 
-    A thread with no current context gets the primary context of the device, and keeps it, as CUDA's runtime does it.
+    A thread with no current context gets the stream's or the primary one of device 0, and keeps it, as CUDA's runtime
+    does it.
     """
-    no_context, current = driver.cuCtxGetDevice()
-    if stream > LAST_SPECIAL_STREAM:
-        device = int(checked(driver.cuStreamGetDevice(stream), "finding the stream's device"))
-    else:
-        device = 0 if no_context else int(current)
-    if no_context:
-        checked(driver.cuCtxSetCurrent(_primary_context(device)), f"using device {device}")
-        yield device
-    elif device == int(current):
-        yield device
-    else:
-        context = checked(driver.cuStreamGetCtx(stream), "finding the stream's context")
-        checked(driver.cuCtxPushCurrent(context), f"switching to device {device}")
-        try:
-            yield device
-        finally:
-            checked(driver.cuCtxPopCurrent(), "switching back to the caller's device")
+    if not shared_context(stream):
+        is_special = stream <= LAST_SPECIAL_STREAM
+        wanted = (_primary_context(0) if is_special else
+                  checked(driver.cuStreamGetCtx(stream), "finding the stream's context"))
+        if int(checked(driver.cuCtxGetCurrent(), "finding the current context")):
+            checked(driver.cuCtxPushCurrent(wanted), "switching to the stream's device")
+            try:
+                yield current_device()
+            finally:
+                checked(driver.cuCtxPopCurrent(), "switching back to the caller's device")
+            return
+        checked(driver.cuCtxSetCurrent(wanted), "switching to the stream's device")
+    yield current_device()
+
+
+def current_device() -> int:
+    """Ordinal of the device whose context is current."""
+    return int(checked(driver.cuCtxGetDevice(), "finding the current device"))
 
 
 @cache

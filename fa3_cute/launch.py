@@ -12,20 +12,19 @@ import threading
 from operator import attrgetter
 from typing import Any
 
-from cuda.bindings.driver import cuCtxGetDevice, cuStreamGetDevice
-
 from .compiler import get_kernel, typed_arguments
 from .config import FORWARD_ARGUMENTS, FwdConfig
 from .cuda_driver import (
-    LAST_SPECIAL_STREAM,
     CudaFailure,
     UnsupportedDevice,
     check_runtime_error,
+    current_device,
     device_made_current,
     initialise_driver,
     is_capturing,
     num_sms,
     resolve_stream,
+    shared_context,
 )
 
 __all__ = ["CudaFailure", "NotWarmedUp", "UnsupportedDevice", "device_of", "ensure_loaded", "launch", "launch_path",
@@ -56,24 +55,22 @@ class NotWarmedUp(RuntimeError):
     """The stream is capturing a CUDA graph and the kernel is not loaded: loading it now would break the capture."""
 
 
-def launch(params, cfg: FwdConfig, stream=None) -> None:
+def launch(params, cfg: FwdConfig, stream=None) -> "Call":
     """Enqueue one forward on a stream; allocates no device memory, waits for nothing.
 
     `params` has the attributes of FlashAttentionParams and is valid; `stream` is what `resolve_stream` takes. The
     stream's device is made current for the launch if it is not. The first use of a config on a device compiles and
-    loads its kernel. Raises CudaFailure, UnsupportedDevice, NotWarmedUp, compiler.CompileError.
+    loads its kernel. Returns what can repeat the launch. Raises CudaFailure, UnsupportedDevice, NotWarmedUp,
+    compiler.CompileError.
     """
     handle = stream if type(stream) is int else resolve_stream(stream)
     call = _thread.calls.get(id(cfg)) or _new_call(cfg, handle)
-    elsewhere, device = cuCtxGetDevice()
-    if not elsewhere and handle > LAST_SPECIAL_STREAM:
-        elsewhere, own = cuStreamGetDevice(handle)
-        elsewhere = elsewhere or int(own) != int(device)
-    if elsewhere:                             # or no device is current, or the stream is none
-        with device_made_current(handle) as device:
-            call.launch(params, handle, device)
+    if context := shared_context(handle):
+        call.launch(params, handle, context)
     else:
-        call.launch(params, handle, int(device))
+        with device_made_current(handle):
+            call.launch(params, handle, shared_context(handle))
+    return call
 
 
 def ensure_loaded(cfg: FwdConfig, device: int | None = None) -> None:
@@ -147,16 +144,24 @@ class Call:
     def __init__(self, cfg: FwdConfig, kernel: Kernel):
         self.cfg, self.kernel = cfg, kernel
         self.shape: list | None = None
-        self.device: int | None = None
+        self.context = 0
 
-    def launch(self, params, stream: int, device: int) -> None:
-        """Launch with the values of params; `device` is the current one and the stream's."""
+    def launch(self, params, stream: int, context: int) -> None:
+        """Launch with the values of params; `context` is the current one and the stream's."""
         q, k, v, out, lse, *shape = read_params(params)
-        if shape != self.shape or device != self.device:
-            num_sms = self.kernel.num_sms.get(device) or self.kernel.load(device, stream)
-            self.set_shape(resolve_shape(num_sms, *shape))
-            self.shape, self.device = shape, device
+        if shape != self.shape or context != self.context:
+            self.set_shape(resolve_shape(self.kernel.load(current_device(), stream), *shape))
+            self.shape, self.context = shape, context
         self.enqueue((q, k, v, out, lse or 0, stream))
+
+    def repeat(self, shape: list, pointers: tuple, stream) -> bool:
+        """Launch again with other addresses (int, in the order of PER_CALL); False, and nothing done, if in between
+        the shape has changed or another context became current."""
+        handle = stream if type(stream) is int else resolve_stream(stream)
+        if self.shape is not shape or not self.context or shared_context(handle) != self.context:
+            return False
+        self.enqueue((*pointers, handle))
+        return True
 
 
 class PackedCall(Call):

@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -44,11 +44,25 @@ ROOT = Path(__file__).resolve().parent.parent
 def launches(monkeypatch):
     """Stands in for launch.py and lists what it is asked for."""
     calls = []
+
+    class Call:
+        shape = ()
+        can_repeat = False
+
+        def repeat(self, shape, pointers, stream):
+            calls.extend([("repeat", pointers, stream)] * self.can_repeat)
+            return self.can_repeat and shape is self.shape
+
+    def launch(params, cfg, stream):
+        calls.append(("launch", params, cfg, stream))
+        return stub.call
+
     stub = SimpleNamespace(
-        launch=lambda params, cfg, stream: calls.append(("launch", params, cfg, stream)),
+        call=Call(), launch=launch,
         ensure_loaded=lambda cfg, device: calls.append(("load", cfg, device)), device_of=lambda stream: f"of {stream}",
         CudaFailure=CudaFailure, UnsupportedDevice=UnsupportedDevice, NotWarmedUp=NotWarmedUp)
     monkeypatch.setattr(api, "_launcher", lambda: stub)
+    monkeypatch.setattr(api, "_recent", api._Recent())
     return SimpleNamespace(calls=calls, stub=stub)
 
 
@@ -105,6 +119,44 @@ def test_refusal(launches, call):
     assert last_error().detail == "head_dim=80: must be 64, 96, 128, 192 or 256"
     with pytest.raises(ValueError, match="head_dim=80"):
         call(BAD).check()
+
+
+def test_a_like_call_repeats_the_last_launch(launches):
+    """With other addresses and another stream too; the launcher may decline, and then everything is checked anew."""
+    forward(GOOD, 7)
+    launches.stub.call.can_repeat = True
+    other = replace(GOOD, q=5 * A, k=6 * A, v=7 * A, out=8 * A)
+    assert forward(other, 8) is Status.OK
+    launches.stub.call.can_repeat = False
+    assert forward(other, 8) is Status.OK
+    assert [call[0] for call in launches.calls] == ["launch", "repeat", "launch"]
+    assert launches.calls[1][1:] == ((5 * A, 6 * A, 7 * A, 8 * A, 0), 8)
+
+
+NOT_TENSORS = sorted({field.name for field in fields(FlashAttentionParams)} - {"q", "k", "v", "out"})
+
+
+@pytest.mark.parametrize("name", NOT_TENSORS)
+def test_no_field_escapes_a_repeated_launch(launches, name):
+    """Any field that differs from the last call's, and any address that is wrong, is checked as in a first call."""
+    forward(GOOD, 7)
+    launches.stub.call.can_repeat = True
+    for value in (3, "x", np.zeros(2), float("nan")):
+        changed = replace(GOOD, **{name: value})
+        status = forward(changed, 7)
+        problem = next(iter(explain(changed)), None)
+        assert status == (problem.status if problem else Status.OK)
+        assert launches.calls[-1][0] == "launch", f"{name}={value!r} was overlooked"
+
+
+@pytest.mark.parametrize("address, status", [(None, Status.NULL_POINTER), (A + 8, Status.INVALID_ARGUMENT),
+                                             (-A, Status.INVALID_ARGUMENT), (2**64, Status.INVALID_ARGUMENT)])
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_addresses_of_a_repeated_launch_are_checked(launches, name, address, status):
+    forward(GOOD, 7)
+    launches.stub.call.can_repeat = True
+    assert forward(replace(GOOD, **{name: address}), 7) is status
+    assert len(launches.calls) == 1
 
 
 def test_success_keeps_the_last_error(launches):
@@ -196,7 +248,8 @@ def test_threads_have_their_own_last_error(launches):
 
 def test_host_time(launches):
     """What forward adds to launch, the best of many rounds: 3 us on an idle machine, three times that on a busy one."""
-    launches.stub.launch = lambda params, cfg, stream: None
+    launches.stub.call.can_repeat = True
+    launches.stub.call.repeat = lambda shape, pointers, stream: True
 
     def round_us(count=1000):
         start = perf_counter()
