@@ -63,6 +63,12 @@ def shared_context(stream: int) -> int:
     return context if not failed and int(own) == context else 0
 
 
+def is_current(context: int) -> bool:
+    """Whether this context (a handle, not 0) is the thread's current one."""
+    failed, current = driver.cuCtxGetCurrent()
+    return int(current) == context and not failed
+
+
 @contextmanager
 def device_made_current(stream: int) -> Iterator[int]:
     """Make a stream's device current and yield its ordinal; a context that was current before is current again after.

@@ -22,6 +22,7 @@ from .cuda_driver import (
     device_made_current,
     initialise_driver,
     is_capturing,
+    is_current,
     num_sms,
     resolve_stream,
     shared_context,
@@ -144,7 +145,7 @@ class Call:
     def __init__(self, cfg: FwdConfig, kernel: Kernel):
         self.cfg, self.kernel = cfg, kernel
         self.shape: list | None = None
-        self.context = 0
+        self.context = self.stream = 0
 
     def launch(self, params, stream: int, context: int) -> None:
         """Launch with the values of params; `context` is the current one and the stream's."""
@@ -152,15 +153,19 @@ class Call:
         if shape != self.shape or context != self.context:
             self.set_shape(resolve_shape(self.kernel.load(current_device(), stream), *shape))
             self.shape, self.context = shape, context
+        self.stream = stream
         self.enqueue((q, k, v, out, lse or 0, stream))
 
     def repeat(self, shape: list, pointers: tuple, stream) -> bool:
         """Launch again with other addresses (int, in the order of PER_CALL); False, and nothing done, if in between
-        the shape has changed or another context became current."""
+        the shape has changed or another context became current, or the stream is another one."""
         handle = stream if type(stream) is int else resolve_stream(stream)
-        if self.shape is not shape or not self.context or shared_context(handle) != self.context:
+        if self.shape is not shape or handle != self.stream or not is_current(self.context):
             return False
-        self.enqueue((*pointers, handle))
+        try:
+            self.enqueue((*pointers, handle))
+        except CudaFailure:     # the handle may by now be that of a stream elsewhere: `launch` looks, and tells
+            return False
         return True
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from fa3_cute.config import FORWARD_ARGUMENTS
 from fa3_cute.heuristics import forward_config
+from fa3_cute.status import Status
 
 TESTS = Path(__file__).parent
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -198,13 +199,18 @@ def test_repeated_forwards(run):
 from fa3_cute import DataType, FlashAttentionParams, forward
 places = kernel_parameters()
 steps = []
-def step(stream=STREAM[0], cfg=CFG, **changes):
+def call(stream, **changes):
     fields = POINTERS | SIZES | dict(is_causal=True, dtype=DataType.BF16) | changes
-    forward(FlashAttentionParams(**fields), stream).check()
+    return forward(FlashAttentionParams(**fields), stream)
+def step(stream=STREAM[0], **changes):
+    call(stream, **changes).check()
     addresses = [struct.unpack("<Q", p[:8])[0] for p in recorded(places) if len(p) == 128]
     steps.append([last.device, last.grid[0], sorted(addresses)[0], last.count])
 step()
 step(k=0x1000)                       # repeated
+number("launch_result", 400)         # the second attempt looks at the stream anew, and tells
+failed = [call(STREAM[0], k=0x1000), last.count]
+number("launch_result", 0)
 step(k=0x1000, seqlen_q=200)         # another shape
 step(k=0x1000)                       # and back
 step(stream=STREAM[1], k=0x2000)     # another device
@@ -212,14 +218,15 @@ step(k=0x3000)
 other = params(k=0x4000, seqlen_q=100)
 launch(other, CFG, STREAM[0])        # behind forward's back
 step(k=0x5000)
-tell(steps=steps)
+tell(steps=steps, failed=failed)
 """)
     heads_and_batches, tile_m = 8 * 2, forward_config("bf16", 128, True, True).tile_m
     whole, short = (heads_and_batches * -(-rows // tile_m) for rows in (1000, 200))
     assert told["steps"] == [
-        [0, min(whole, 132), 0x100000010, 1], [0, min(whole, 132), 0x1000, 2], [0, min(short, 132), 0x1000, 3],
-        [0, min(whole, 132), 0x1000, 4], [1, min(whole, 114), 0x2000, 5], [0, min(whole, 132), 0x3000, 6],
-        [0, min(whole, 132), 0x5000, 8]]
+        [0, min(whole, 132), 0x100000010, 1], [0, min(whole, 132), 0x1000, 2], [0, min(short, 132), 0x1000, 5],
+        [0, min(whole, 132), 0x1000, 6], [1, min(whole, 114), 0x2000, 7], [0, min(whole, 132), 0x3000, 8],
+        [0, min(whole, 132), 0x5000, 10]]
+    assert told["failed"] == [Status.CUDA_ERROR, 4]
 
 
 def test_the_device_is_the_streams(run):
