@@ -43,7 +43,7 @@ def compile_only():
     """What ptxas made of the kernel that `on_gpu` would run."""
     from fa3_cute.compiler import compile_report
     from fa3_cute.heuristics import forward_config
-    report = compile_report(forward_config("fp16", HEAD_DIM, is_causal=True, has_lse=False))
+    report = compile_report(forward_config("fp16", HEAD_DIM, "causal", has_lse=False, is_varlen=False))
     print(f"{report.name} for sm_90a: {report.registers} registers, {report.smem_bytes} bytes of shared memory, "
           f"{report.stack_bytes} bytes spilled, compiled in {report.seconds:.1f} s")
 

@@ -8,15 +8,16 @@ from dataclasses import fields
 from functools import cache
 from operator import attrgetter
 
+from .config import UNBOUNDED_WINDOW
 from .heuristics import forward_config
-from .params import AttentionMode, DataType, FlashAttentionParams, address
+from .params import AttentionMode, DataType, FlashAttentionParams, address, are_constants
 from .status import Status, error_for, record_error, shown
 from .validate import Problem, contract_problems, first_problem, problems
 
 __all__ = ["AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
            "workspace_size"]
 
-_OK = Status.OK
+_OK, _VARLEN = Status.OK, AttentionMode.VARLEN_PREFILL
 _CONFIG_DTYPES = ("fp16", "bf16")       # by DataType
 _POINTERS = ("q", "k", "v", "out", "softmax_lse")
 _read_pointers = attrgetter(*_POINTERS)
@@ -41,6 +42,8 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
         problem = _problem(params)
         if problem is not None:
             return record_error(*problem)
+        if params.mode == _VARLEN and params.total_q == 0:
+            return _OK          # no row to write
         call = _launcher().launch(params, _config(params), stream)
     except RuntimeError as error:
         return _failure(error)
@@ -59,7 +62,7 @@ def warmup(params: FlashAttentionParams, stream=None) -> Status:
         return record_error(*problem)
     launch = _launcher()
     try:
-        launch.ensure_loaded(_config(params), launch.device_of(stream))
+        launch.ensure_loaded(_config(params), stream)
     except RuntimeError as error:
         return _failure(error)
     return _OK
@@ -105,8 +108,9 @@ class _Recent(threading.local):
 
     def remember(self, params, call) -> None:
         """Take a call that `launch` has just made."""
-        self.values, self.has_lse = _read_values(params), address(params.softmax_lse) != 0
-        self.call, self.shape = call, call.shape
+        values = _read_values(params)
+        self.values = values if are_constants(values) else None
+        self.has_lse, self.call, self.shape = address(params.softmax_lse) != 0, call, call.shape
 
 
 _recent = _Recent()
@@ -124,7 +128,19 @@ def _require_params(params) -> None:
 
 
 def _config(p):
-    return forward_config(_CONFIG_DTYPES[p.dtype], int(p.head_dim), bool(p.is_causal), address(p.softmax_lse) != 0)
+    is_varlen = any(map(address, (p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_q, p.seqused_k)))
+    return forward_config(_CONFIG_DTYPES[p.dtype], int(p.head_dim), _mask(p), address(p.softmax_lse) != 0, is_varlen)
+
+
+def _mask(p) -> str:
+    if p.is_causal:
+        return "causal"
+    left, right = p.window_size_left, p.window_size_right
+    if 0 <= left < UNBOUNDED_WINDOW:
+        return "local"
+    if 0 <= right < UNBOUNDED_WINDOW:
+        return "local" if right else "causal"
+    return "full"
 
 
 @cache

@@ -37,7 +37,10 @@ __all__ = ["CompileError", "Report", "cache_dir", "compile_report", "get_kernel"
 ARCH = "sm_90a"
 ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16}
 SCALAR_TYPES = {"int64": Int64, "int32": Int32, "float32": Float32, "stream": CUstream}
-FLOAT32_POINTERS = ("softmax_lse",)           # every other pointer is to the config's own 16-bit type
+# (element type, alignment in bytes) of a pointer; every other one is to the config's own 16-bit type, aligned for TMA.
+POINTER_TYPES = {"softmax_lse": (Float32, 4),
+                 **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "tile_counter"),
+                                 (Int32, 4))}
 
 # Settings of the DSL that change the code it generates; they are part of the cache key.
 CODE_SETTINGS = ("CUTE_DSL_LINEINFO", "CUTE_DSL_DEBUG", "CUTE_DSL_COMPILER_OPT", "CUTE_DSL_ENABLE_ASSERTIONS")
@@ -80,7 +83,7 @@ def typed_arguments(cfg: FwdConfig, values) -> list:
 def _typed(cfg: FwdConfig, name: str, kind: str, value) -> Any:
     if kind != "pointer":
         return SCALAR_TYPES[kind](value)
-    element, alignment = (Float32, 4) if name in FLOAT32_POINTERS else (ELEMENT_TYPES[cfg.dtype], 16)
+    element, alignment = POINTER_TYPES.get(name) or (ELEMENT_TYPES[cfg.dtype], 16)
     return cute.runtime.make_ptr(element, value, cute.AddressSpace.gmem, assumed_align=alignment)
 
 

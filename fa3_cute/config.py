@@ -11,13 +11,18 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 REGISTERS_PER_SM = 65536
 SMEM_BYTES_PER_CTA = 232448          # 227 KiB: the most one CTA may ask for on compute capability 9.0
 ROWS_PER_WARPGROUP = 64              # M of one WGMMA
+UNBOUNDED_WINDOW = 1 << 30           # beyond every length, yet adding it to one stays within int32
 
 # The forward kernel's entry: (name, kind) in call order. compiler.py makes its stand-ins from this table, launch.py its
-# argument buffer, and a test holds kernels/flash_fwd.py's signature to it. Strides are in elements.
+# argument buffer, and a test holds kernels/flash_fwd.py's signature to it. Strides are in elements; absent pointers
+# are 0; seqlen_q and seqlen_k are the tensors' rows (packed: total_q, total_k); windows are in [0, UNBOUNDED_WINDOW].
 FORWARD_ARGUMENTS = (
-    *((name, "pointer") for name in ("q", "k", "v", "out", "softmax_lse")),
+    *((name, "pointer") for name in ("q", "k", "v", "out", "softmax_lse",
+                                     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+                                     "tile_counter")),
     *((f"{tensor}_{dim}_stride", "int64") for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
-    *((name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "num_sms")),
+    *((name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k",
+                                   "window_size_left", "window_size_right", "num_sms")),
     ("softmax_scale", "float32"),
     ("stream", "stream"),
 )
@@ -35,6 +40,8 @@ class FwdConfig:
     num_kv_stages      depth of the K ring and of the V ring
     use_pingpong       order the warpgroups' GEMMs with named barriers (FA3 paper section 3.1)
     rescale_before_pv  rescale O while QK runs instead of after PV: fewer registers live at once when head_dim is large
+    is_local           sliding window around the bottom-right diagonal; excludes is_causal
+    is_varlen          offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
     """
     dtype: str
     head_dim: int
@@ -46,6 +53,8 @@ class FwdConfig:
     num_kv_stages: int = 2
     use_pingpong: bool = True
     rescale_before_pv: bool = False
+    is_local: bool = False
+    is_varlen: bool = False
 
     def __post_init__(self):
         problem = self.first_problem()
@@ -62,6 +71,7 @@ class FwdConfig:
             (self.tile_m in (64, 128, 192), f"tile_m={self.tile_m}: must be 64, 128 or 192"),
             (self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256,
              f"tile_n={self.tile_n}: must be a multiple of 16 (K of the PV WGMMA) up to 256 (N of the QK WGMMA)"),
+            (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
             (used <= REGISTERS_PER_SM, f"{used} registers: an SM has {REGISTERS_PER_SM}"),
             (self.smem_bytes <= SMEM_BYTES_PER_CTA,
              f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}"),
@@ -71,8 +81,13 @@ class FwdConfig:
     @property
     def name(self) -> str:
         """Short and unique among the rows of heuristics.py: names cache entries, kernels and table rows."""
-        mask = "causal" if self.is_causal else "full"
-        return f"fwd_{self.dtype}_d{self.head_dim}_{mask}{'_lse' if self.has_lse else ''}_{self.tile_m}x{self.tile_n}"
+        flags = "_varlen" * self.is_varlen + "_lse" * self.has_lse
+        return f"fwd_{self.dtype}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
+
+    @property
+    def mask(self) -> str:
+        """full, causal or local: the key of heuristics' table."""
+        return "causal" if self.is_causal else "local" if self.is_local else "full"
 
     @property
     def num_consumer_wgs(self) -> int:
@@ -85,7 +100,12 @@ class FwdConfig:
     @property
     def registers(self) -> tuple[int, int]:
         """(producer, consumer) registers per thread after setmaxnreg; multiples of 8, both roles within one SM."""
-        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[min(self.num_consumer_wgs, 3)]
+        return {1: (56, 256), 2: (40, 232), 3: (32, 160)}[min(self.num_consumer_wgs, 3)]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one token and KV head."""
+        return 2 * self.head_dim * ELEMENT_BYTES[self.dtype]
 
     @property
     def smem_bytes(self) -> int:

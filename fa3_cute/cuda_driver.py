@@ -21,6 +21,10 @@ class CudaFailure(RuntimeError):
         self.code, self.name = code, name
 
 
+class NotWarmedUp(RuntimeError):
+    """The stream is capturing a CUDA graph and something is missing that cannot be made within a capture."""
+
+
 class UnsupportedDevice(RuntimeError):
     """No CUDA driver, no device, or a device that is not of compute capability 9.0."""
 
@@ -80,7 +84,7 @@ def device_made_current(stream: int) -> Iterator[int]:
         is_special = stream <= LAST_SPECIAL_STREAM
         wanted = (_primary_context(0) if is_special else
                   checked(driver.cuStreamGetCtx(stream), "finding the stream's context"))
-        if int(checked(driver.cuCtxGetCurrent(), "finding the current context")):
+        if current_context():
             checked(driver.cuCtxPushCurrent(wanted), "switching to the stream's device")
             try:
                 yield current_device()
@@ -89,6 +93,11 @@ def device_made_current(stream: int) -> Iterator[int]:
             return
         checked(driver.cuCtxSetCurrent(wanted), "switching to the stream's device")
     yield current_device()
+
+
+def current_context() -> int:
+    """Handle of the current context, 0 if there is none."""
+    return int(checked(driver.cuCtxGetCurrent(), "finding the current context"))
 
 
 def current_device() -> int:
@@ -117,10 +126,11 @@ def num_sms(device: int) -> int:
 def is_capturing(stream: int) -> bool:
     """Whether work that is enqueued on the stream now goes into a CUDA graph."""
     failed, state = driver.cuStreamIsCapturing(stream)
+    if not failed:
+        return state is not CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
     if failed == CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:     # the legacy stream, while another stream captures
         return True
-    checked((failed,), "asking whether the stream is capturing")
-    return state != CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+    raise CudaFailure(int(failed), *_driver_error(failed), "asking whether the stream is capturing")
 
 
 def checked(result: tuple, action: str):

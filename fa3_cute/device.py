@@ -9,10 +9,11 @@ synchronised before. Functions return when their work is done, with one exceptio
 enqueued.
 """
 import ctypes
+import threading
 
 import numpy as np
 
-# Pageable memory cannot be copied asynchronously; large arrays pass through a pinned window of this size.
+# Pageable memory cannot be copied asynchronously; arrays pass through a pinned window of at most this size.
 STAGING_BYTES = 64 << 20
 
 
@@ -108,14 +109,28 @@ def download(buffer, shape, dtype, *, stream=None) -> np.ndarray:
 
 def _staged(nbytes: int):
     """Yield (start, size, pinned buffer, its bytes as an array) for consecutive pieces of a copy of `nbytes` bytes."""
-    from cuda.core import LegacyPinnedMemoryResource
     if not nbytes:
         return
-    room = min(nbytes, STAGING_BYTES)
-    with LegacyPinnedMemoryResource().allocate(room) as staging:
-        staged = np.frombuffer((ctypes.c_ubyte * room).from_address(address(staging)), np.uint8)
-        for start in range(0, nbytes, room):
-            yield start, min(room, nbytes - start), staging, staged
+    staging = _kept.at_least(min(nbytes, STAGING_BYTES))
+    staged = np.frombuffer((ctypes.c_ubyte * staging.size).from_address(address(staging)), np.uint8)
+    for start in range(0, nbytes, staging.size):
+        yield start, min(staging.size, nbytes - start), staging, staged
+
+
+class _Kept(threading.local):
+    """A thread's pinned window, kept from copy to copy: to pin memory takes longer than most copies."""
+    staging = None
+
+    def at_least(self, nbytes: int):
+        """The window as a buffer of `nbytes` or more, which holds until the next call."""
+        from cuda.core import LegacyPinnedMemoryResource
+        if self.staging is None or self.staging.size < nbytes:
+            self.staging = None     # freed before its successor is there
+            self.staging = LegacyPinnedMemoryResource().allocate(1 << max(16, (nbytes - 1).bit_length()))
+        return self.staging
+
+
+_kept = _Kept()
 
 
 def _or_default(stream):

@@ -7,7 +7,7 @@ from .config import ELEMENT_BYTES, FwdConfig
 
 @dataclass(frozen=True)
 class Row:
-    """Tile choice of one (bytes per element, head_dim, is_causal) and the measurement behind it."""
+    """Tile choice of one (bytes per element, head_dim, mask) and the measurement behind it."""
     tile_m: int
     tile_n: int
     num_q_stages: int
@@ -19,37 +19,46 @@ class Row:
 # Reasons: speed relative to FA3 C++ (fa3-fwd 0.0.3) at 4k / 16k tokens; BF16, randn, 16k tokens in all, hidden size
 # 2048, H200, 2026-11-22, interleaved in one process. "q1", "q2": Q stages. Larger tiles spill or do not fit.
 FORWARD = {
-    (2, 64, False): Row(192, 112, 2, "1.02 / 1.00; 192x128 1.04 / 0.96, 128x192 0.90 / 0.85, 128x128 0.86 / 0.78; "
+    (2, 64, "full"): Row(192, 112, 2, "1.02 / 1.00; 192x128 1.04 / 0.96, 128x192 0.90 / 0.85, 128x128 0.86 / 0.78; "
                                      "192x144 spills 64 bytes and serialises WGMMA"),
-    (2, 64, True): Row(192, 128, 2, "1.04 / 1.03; 192x112 0.99 / 0.97; 192x144 spills 160 bytes"),
-    (2, 96, False): Row(192, 112, 2, "1.02 / 1.02; 192x96 1.00 / 0.98, 128x160 and 128x192 0.95 / 0.96, "
+    (2, 64, "causal"): Row(192, 128, 2, "1.04 / 1.03; 192x112 0.99 / 0.97; 192x144 spills 160 bytes"),
+    (2, 96, "full"): Row(192, 112, 2, "1.02 / 1.02; 192x96 1.00 / 0.98, 128x160 and 128x192 0.95 / 0.96, "
                                      "128x128 0.97 / 0.95; 192x128 spills 144 bytes"),
-    (2, 96, True): Row(192, 112, 2, "1.07 / 1.07; 192x96 1.08 / 1.03, 128x192 1.04 / 0.99"),
-    (2, 128, False): Row(128, 160, 2, "1.02 / 1.02; 128x128 1.01 / 1.01; with the one Q stage that fits, "
+    (2, 96, "causal"): Row(192, 112, 2, "1.07 / 1.07; 192x96 1.08 / 1.03, 128x192 1.04 / 0.99"),
+    (2, 128, "full"): Row(128, 160, 2, "1.02 / 1.02; 128x128 1.01 / 1.01; with the one Q stage that fits, "
                                       "128x176 0.97 / 0.99 and 128x192 0.95 / 0.97"),
-    (2, 128, True): Row(128, 128, 2, "1.07 / 0.97; 128x160 1.02 / 0.99 and 12 % slower at 512 tokens, "
+    (2, 128, "causal"): Row(128, 128, 2, "1.07 / 0.97; 128x160 1.02 / 0.99 and 12 % slower at 512 tokens, "
                                      "128x112 0.93 / 0.95"),
-    (2, 192, False): Row(128, 112, 1, "1.03 / 1.03, with or without ping-pong; 128x96 q1 1.03 / 1.00, "
+    (2, 192, "full"): Row(128, 112, 1, "1.03 / 1.03, with or without ping-pong; 128x96 q1 1.03 / 1.00, "
                                       "128x80 q2 1.03 / 0.97"),
-    (2, 192, True): Row(128, 112, 1, "1.00 / 1.02; rescaling before PV without ping-pong 0.98 / 1.00, "
+    (2, 192, "causal"): Row(128, 112, 1, "1.00 / 1.02; rescaling before PV without ping-pong 0.98 / 1.00, "
                                      "128x80 q2 1.00 / 0.97"),
-    (2, 256, False): Row(128, 80, 1, "1.02 / 1.03; with ping-pong and rescaling after PV 0.97 / 0.96, "
+    (2, 256, "full"): Row(128, 80, 1, "1.02 / 1.03; with ping-pong and rescaling after PV 0.97 / 0.96, "
                                      "128x64 1.00 / 0.99",
                          use_pingpong=False, rescale_before_pv=True),
-    (2, 256, True): Row(128, 80, 1, "0.99 / 1.00; 128x64 0.98 / 0.98", use_pingpong=False, rescale_before_pv=True),
+    (2, 256, "causal"): Row(128, 80, 1, "0.99 / 1.00; 128x64 0.98 / 0.98", use_pingpong=False, rescale_before_pv=True),
+    # Windows: microseconds of (1023, 0) at 16k / (512, 512) at 4 x 4k tokens, same run of the same kernels.
+    (2, 64, "local"): Row(128, 128, 2, "387 / 365; 192x128 397 / 367, 192x112 413 / 396, 128x96 433 / 406: "
+                                       "a smaller tile_m wastes less at the window's two ends"),
+    (2, 96, "local"): Row(128, 128, 2, "214 / 224; 192x96 227 / 264, 192x112 233 / 244, 128x96 241 / 252"),
+    (2, 128, "local"): Row(128, 128, 2, "252 / 251; 128x96 288 / 287, 128x160 296 / 279, 128x64 298 / 295"),
+    (2, 192, "local"): Row(128, 96, 1, "290 / 303; 128x80 q2 308 / 293, 128x64 q2 318 / 289, 128x112 324 / 315"),
+    (2, 256, "local"): Row(128, 64, 1, "272 / 243; 128x80 281 / 249, 128x48 308 / 283",
+                           use_pingpong=False, rescale_before_pv=True),
 }
 
 
 @cache
-def forward_config(dtype: str, head_dim: int, is_causal: bool, has_lse: bool) -> FwdConfig:
+def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varlen: bool) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
-    row = FORWARD[ELEMENT_BYTES[dtype], head_dim, is_causal]
-    return FwdConfig(dtype, head_dim, is_causal, has_lse, row.tile_m, row.tile_n, row.num_q_stages,
-                     use_pingpong=row.use_pingpong, rescale_before_pv=row.rescale_before_pv)
+    row = FORWARD[ELEMENT_BYTES[dtype], head_dim, mask]
+    return FwdConfig(dtype, head_dim, mask == "causal", has_lse, row.tile_m, row.tile_n, row.num_q_stages,
+                     use_pingpong=row.use_pingpong, rescale_before_pv=row.rescale_before_pv,
+                     is_local=mask == "local", is_varlen=is_varlen)
 
 
 def all_forward_configs() -> list[FwdConfig]:
     """Every config that some supported call can need."""
-    return [forward_config(dtype, head_dim, is_causal, has_lse)
-            for dtype, size in ELEMENT_BYTES.items() for bytes_, head_dim, is_causal in FORWARD if bytes_ == size
-            for has_lse in (False, True)]
+    return [forward_config(dtype, head_dim, mask, has_lse, is_varlen)
+            for dtype, size in ELEMENT_BYTES.items() for bytes_, head_dim, mask in FORWARD if bytes_ == size
+            for is_varlen in (False, True) for has_lse in (False, True)]

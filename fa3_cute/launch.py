@@ -13,11 +13,13 @@ from operator import attrgetter
 from typing import Any
 
 from .compiler import get_kernel, typed_arguments
-from .config import FORWARD_ARGUMENTS, FwdConfig
+from .config import FORWARD_ARGUMENTS, UNBOUNDED_WINDOW, FwdConfig
 from .cuda_driver import (
     CudaFailure,
+    NotWarmedUp,
     UnsupportedDevice,
     check_runtime_error,
+    current_context,
     current_device,
     device_made_current,
     initialise_driver,
@@ -27,8 +29,10 @@ from .cuda_driver import (
     resolve_stream,
     shared_context,
 )
+from .params import address, are_constants
+from .workspace import TileCounters
 
-__all__ = ["CudaFailure", "NotWarmedUp", "UnsupportedDevice", "device_of", "ensure_loaded", "launch", "launch_path",
+__all__ = ["CudaFailure", "NotWarmedUp", "UnsupportedDevice", "ensure_loaded", "launch", "launch_path",
            "resolve_stream"]
 
 PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
@@ -36,24 +40,24 @@ PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
 STRUCT_CODES = {"pointer": "Q", "int64": "q", "int32": "i", "float32": "f", "stream": "Q"}
 
 # The order of the arguments in the buffer: those that change with every call, then those that change with the shape.
-PER_CALL = [name for name, kind in FORWARD_ARGUMENTS if kind in ("pointer", "stream")]
-PER_SHAPE = [name for name, kind in FORWARD_ARGUMENTS if kind not in ("pointer", "stream")]
+# The addresses of lengths count among these: all layers of a model share them.
+PER_CALL = ["q", "k", "v", "out", "softmax_lse", "tile_counter", "stream"]
+PER_SHAPE = [name for name, _ in FORWARD_ARGUMENTS if name not in PER_CALL]
 CODES = {name: STRUCT_CODES[kind] for name, kind in FORWARD_ARGUMENTS}
 PER_CALL_STRUCT = struct.Struct("".join(CODES[name] for name in PER_CALL))
 PER_SHAPE_STRUCT = struct.Struct("".join(CODES[name] for name in PER_SHAPE))
 PER_SHAPE_OFFSET = PER_CALL_STRUCT.size
 ERROR_OFFSET = PER_SHAPE_OFFSET + -(-PER_SHAPE_STRUCT.size // 8) * 8
 
-# What is read from params, in that order; num_sms is the device's, and head_dim only serves the defaults.
-read_params = attrgetter(*(name for name in PER_CALL + PER_SHAPE if name not in ("num_sms", "stream")), "head_dim")
-NO_STRIDES = [None] * 12
+# What is read from params, in that order; num_sms is the device's, tile_counter the stream's, and of the last three
+# come rows and defaults.
+read_params = attrgetter(*(name for name in PER_CALL + PER_SHAPE if name not in ("num_sms", "stream", "tile_counter")),
+                         "head_dim", "total_q", "total_k")
+NO_STRIDES = (None,) * 12
 
 _lock = threading.Lock()                      # loading is not thread-safe
 _kernels: dict[FwdConfig, "Kernel"] = {}
-
-
-class NotWarmedUp(RuntimeError):
-    """The stream is capturing a CUDA graph and the kernel is not loaded: loading it now would break the capture."""
+_counters: dict[int, TileCounters] = {}       # by context
 
 
 def launch(params, cfg: FwdConfig, stream=None) -> "Call":
@@ -74,21 +78,14 @@ def launch(params, cfg: FwdConfig, stream=None) -> "Call":
     return call
 
 
-def ensure_loaded(cfg: FwdConfig, device: int | None = None) -> None:
-    """Compile and load a kernel on a device (None: the current one), so that no launch there has to.
+def ensure_loaded(cfg: FwdConfig, stream=None) -> None:
+    """Compile and load a kernel where this stream's work runs, so that no launch there has to.
 
     Raises what `launch` raises, except NotWarmedUp.
     """
     initialise_driver()
-    with device_made_current(0) as current:
-        _kernel(cfg).load(current if device is None else device)
-
-
-def device_of(stream=None) -> int:
-    """Ordinal of the device on which work of this stream runs. Raises UnsupportedDevice, CudaFailure."""
-    initialise_driver()
     with device_made_current(resolve_stream(stream)) as device:
-        return device
+        _kernel(cfg).load(device)
 
 
 def launch_path(cfg: FwdConfig) -> str:
@@ -110,16 +107,22 @@ class Kernel:
         self.library: ctypes.c_void_p | None = None
 
     def load(self, device: int, stream: int | None = None) -> int:
-        """Load on a device and return its number of SMs; NotWarmedUp if that is needed while `stream` is capturing."""
+        """Load on a device, which is current, and return its number of SMs; with it come the context's tile counters.
+
+        NotWarmedUp if that is needed while `stream` is capturing.
+        """
         with _lock:
-            if device not in self.num_sms:
+            context = current_context()
+            if device not in self.num_sms or context not in _counters:
                 sms = num_sms(device)
                 if stream is not None and is_capturing(stream):
                     raise NotWarmedUp(f"{self.cfg.name} is not loaded on device {device} and the stream is capturing a "
                                       "CUDA graph: call warmup() before the capture")
                 self.compiled = self.compiled or get_kernel(self.cfg)
-                if not _missing_names(self.compiled):
+                if device not in self.num_sms and not _missing_names(self.compiled):
                     self._load_code(device)
+                if context not in _counters:
+                    _counters[context] = TileCounters()
                 self.num_sms[device] = sms
             return self.num_sms[device]
 
@@ -145,16 +148,16 @@ class Call:
     def __init__(self, cfg: FwdConfig, kernel: Kernel):
         self.cfg, self.kernel = cfg, kernel
         self.shape: list | None = None
-        self.context = self.stream = 0
+        self.context = self.stream = self.counter = 0
 
     def launch(self, params, stream: int, context: int) -> None:
         """Launch with the values of params; `context` is the current one and the stream's."""
         q, k, v, out, lse, *shape = read_params(params)
         if shape != self.shape or context != self.context:
             self.set_shape(resolve_shape(self.kernel.load(current_device(), stream), *shape))
-            self.shape, self.context = shape, context
-        self.stream = stream
-        self.enqueue((q, k, v, out, lse or 0, stream))
+            self.shape, self.context = shape if are_constants(shape) else None, context
+        self.stream, self.counter = stream, _counters[context].of_stream(stream)
+        self.enqueue((q, k, v, out, lse or 0, self.counter_for_launch(), stream))
 
     def repeat(self, shape: list, pointers: tuple, stream) -> bool:
         """Launch again with other addresses (int, in the order of PER_CALL); False, and nothing done, if in between
@@ -163,10 +166,14 @@ class Call:
         if self.shape is not shape or handle != self.stream or not is_current(self.context):
             return False
         try:
-            self.enqueue((*pointers, handle))
+            self.enqueue((*pointers, self.counter_for_launch(), handle))
         except CudaFailure:     # the handle may by now be that of a stream elsewhere: `launch` looks, and tells
             return False
         return True
+
+    def counter_for_launch(self) -> int:
+        """The stream's tile counter; for a launch that goes into a CUDA graph one of its own."""
+        return _counters[self.context].take() if is_capturing(self.stream) else self.counter
 
 
 class PackedCall(Call):
@@ -233,24 +240,33 @@ def _new_call(cfg: FwdConfig, stream: int) -> Call:
 
 
 def resolve_shape(num_sms: int, *shape) -> tuple:
-    """The values of PER_SHAPE: those of params (`read_params` after the pointers), with defaults where they are None.
+    """The values of PER_SHAPE: those of params (`read_params` after the tensors), with defaults where they are None.
 
     The stride of a dimension of size 1 never addresses memory and array libraries put anything there, but TMA wants a
-    multiple of 16 bytes: the kernel gets the contiguous one.
+    multiple of 16 bytes: the kernel gets the contiguous one. Packed tensors have one batch, and 0 for its stride.
     """
-    *strides, batch, seqlen_q, seqlen_k, heads, heads_k, scale, head_dim = shape
+    lengths, strides = tuple(map(address, shape[:4])), shape[4:16]
+    batch, rows_q, rows_k, heads, heads_k, left, right, scale, head_dim, total_q, total_k = shape[16:]
     row_q, row_k = heads * head_dim, heads_k * head_dim
-    q, k = (seqlen_q * row_q, row_q, head_dim), (seqlen_k * row_k, row_k, head_dim)
+    if lengths[0]:
+        batches, rows_q, rows_k, batch_q, batch_k = 1, total_q, total_k, 0, 0
+    else:
+        batches, batch_q, batch_k = batch, rows_q * row_q, rows_k * row_k
+    q, k = (batch_q, row_q, head_dim), (batch_k, row_k, head_dim)
     contiguous = q + k + k + q
     if strides == NO_STRIDES:
         strides = contiguous
     else:
-        sizes_q, sizes_k = (batch, seqlen_q, heads), (batch, seqlen_k, heads_k)
+        sizes_q, sizes_k = (batches, rows_q, heads), (batches, rows_k, heads_k)
         sizes = sizes_q + sizes_k + sizes_k + sizes_q
         strides = [default if stride is None or size == 1 else stride
                    for stride, default, size in zip(strides, contiguous, sizes, strict=True)]
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
-    return (*strides, batch, seqlen_q, seqlen_k, heads, heads_k, num_sms, scale)
+    return (*lengths, *strides, batch, rows_q, rows_k, heads, heads_k, _reach(left), _reach(right), num_sms, scale)
+
+
+def _reach(window_size: int) -> int:
+    return window_size if 0 <= window_size < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
 
 
 def storage_offsets() -> list[int]:

@@ -108,6 +108,7 @@ class FlashAttentionParams:
 
 
 OFF = frozenset((None, 0))      # what switches a field off
+CONSTANTS = frozenset((int, float, bool, type(None), DataType, AttentionMode))      # types without inner state
 
 
 def is_off(value) -> bool:
@@ -133,6 +134,8 @@ def address(value) -> int | None:
     kind = type(value)
     if kind is int:
         return value
+    if value is None:
+        return 0
     try:
         if _holds_address(kind):
             return int(value)
@@ -154,6 +157,11 @@ def is_given(value) -> bool:
     return not is_off(value) and address(value) != 0
 
 
+def are_constants(values) -> bool:
+    """No value can change and still be the same object, as an array scalar or a pointer object of a framework can."""
+    return CONSTANTS.issuperset(map(type, values))
+
+
 def member(enum: type[IntEnum], value) -> IntEnum | None:
     """The enum member that an int or a member stands for; None for anything else."""
     try:
@@ -170,7 +178,7 @@ def is_true(value) -> bool | None:
         return None
 
 
-def is_varlen(p) -> bool:
+def is_packed(p) -> bool:
     """The sequences are packed, or meant to be."""
     return (is_given(p.cu_seqlens_q) or is_given(p.cu_seqlens_k)
             or member(AttentionMode, p.mode) is AttentionMode.VARLEN_PREFILL)
@@ -180,6 +188,6 @@ def tensor_sizes(p, tensor: str) -> tuple[int | None, int | None, int | None]:
     """(batch, rows, heads) of one tensor; a packed tensor has one batch. None where the field is no integer."""
     side = "q" if tensor in ("q", "out") else "k"
     heads = integer(p.num_heads if side == "q" else p.num_heads_k)
-    if is_varlen(p):
+    if is_packed(p):
         return 1, integer(getattr(p, f"total_{side}")), heads
     return integer(p.batch_size), integer(getattr(p, f"seqlen_{side}")), heads

@@ -174,8 +174,8 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
 
     out = np.full(q.shape, np.nan)
     lse = np.full((*q.shape[:-3], num_heads, q.shape[-3]), np.nan)
-    q_rows = _used_rows(q, options.cu_seqlens_q, options.seqused_q)
-    k_rows = _used_rows(k, options.cu_seqlens_k, options.seqused_k)
+    q_rows = used_rows(q, options.cu_seqlens_q, options.seqused_q)
+    k_rows = used_rows(k, options.cu_seqlens_k, options.seqused_k)
     batch = len(q_rows)
     q_descale = _descales(options.q_descale, batch, num_heads)
     k_descale = _descales(options.k_descale, batch, num_heads_k)
@@ -194,8 +194,11 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     return out, lse
 
 
-def _used_rows(tensor, cu_seqlens, seqused) -> list[tuple]:
-    """Per sequence, the index of its used rows in `tensor`: (b, slice) if dense, (slice,) if packed."""
+def used_rows(tensor, cu_seqlens=None, seqused=None) -> list[tuple]:
+    """Per sequence, the index of its used rows in `tensor`: (b, slice) if dense, (slice,) with cu_seqlens.
+
+    Arguments as `attention_reference`. Raises ValueError for a used length that its sequence does not have.
+    """
     if cu_seqlens is None:
         starts, lengths = np.zeros(len(tensor), int), np.full(len(tensor), tensor.shape[1])
     else:
@@ -239,19 +242,17 @@ def _seen_keys(rows: slice, n_q: int, n_k: int, window):
     stop = n_k if right < 0 else max(min(last_diagonal + right + 1, n_k), start)
     if left < 0 and right < 0:
         return None, slice(start, stop)
-    distance = np.arange(start, stop) - np.arange(first_diagonal, last_diagonal + 1)[:, None]
-    seen = np.full(distance.shape, True)
+    keys, diagonals = np.arange(start, stop), np.arange(first_diagonal, last_diagonal + 1)[:, None]
+    seen = keys <= diagonals + right if right >= 0 else np.full((len(diagonals), len(keys)), True)
     if left >= 0:
-        seen &= distance >= -left
-    if right >= 0:
-        seen &= distance <= right
+        seen &= keys >= diagonals - left
     return seen, slice(start, stop)
 
 
 def _softmax(scores: np.ndarray, seen: np.ndarray | None):
     """(P relative to the row maximum, its row sums, LSE); empty rows get P = 0, row sum 1 and LSE = -inf. In place."""
     if seen is not None:
-        scores[~seen] = -np.inf
+        np.copyto(scores, -np.inf, where=~seen)
     row_max = np.max(scores, axis=1, initial=-np.inf)
     empty = row_max == -np.inf
     row_max = np.where(empty, scores.dtype.type(0), row_max)

@@ -12,8 +12,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from .config import HEAD_DIMS
-from .params import (OFF, AttentionMode, DataType, FlashAttentionParams, address, integer, is_given, is_off, is_true,
-                     is_varlen, member, tensor_sizes)
+from .params import (OFF, AttentionMode, DataType, FlashAttentionParams, address, integer, is_given, is_off, is_packed,
+                     is_true, member, tensor_sizes)
 from .status import Status, shown
 
 
@@ -33,6 +33,7 @@ MAX_SPLITS = 256
 # Lengths are int32 on the device, and rounding one up to a whole tile (at most 256 rows) must not overflow.
 MAX_SIZE = 2**31 - 256
 MAX_TILES = 2**31 - 1
+MAX_WINDOW = 2**31 - 1
 SMALLEST_TILE_M = 64
 # What TMA takes (CUtensorMap): addresses and strides that are multiples of 16 bytes, strides below 2^40 bytes.
 TMA_ALIGNMENT = 16
@@ -111,8 +112,8 @@ def _varlen(p):
 
 
 def _sizes(p):
-    varlen = is_varlen(p)
-    rows_q, rows_k, fewest = ("total_q", "total_k", 0) if varlen else ("seqlen_q", "seqlen_k", 1)
+    packed = is_packed(p)
+    rows_q, rows_k, fewest = ("total_q", "total_k", 0) if packed else ("seqlen_q", "seqlen_k", 1)
     sound = True
     for name, least in (("batch_size", 1), (rows_q, fewest), (rows_k, fewest)):
         size = integer(getattr(p, name))
@@ -123,7 +124,7 @@ def _sizes(p):
     if not sound or heads is None or heads < 1:
         return
     # Every packed sequence may end in a partly filled tile of its own.
-    tiles = rows // SMALLEST_TILE_M + batch if varlen else batch * -(-rows // SMALLEST_TILE_M)
+    tiles = rows // SMALLEST_TILE_M + batch if packed else batch * -(-rows // SMALLEST_TILE_M)
     if heads * tiles > MAX_TILES:
         yield (f"batch_size={batch}, num_heads={heads}, {rows_q}={rows}: must make at most {MAX_TILES} tiles of "
                f"{SMALLEST_TILE_M} rows, not {heads * tiles}")
@@ -208,8 +209,8 @@ def _choices(p):
 def _numbers(p):
     for name in ("window_size_left", "window_size_right"):
         size = integer(getattr(p, name))
-        if size is None or size > MAX_SIZE:
-            yield _must(p, name, f"an int up to {MAX_SIZE}; negative is unbounded")
+        if size is None or size > MAX_WINDOW:
+            yield _must(p, name, f"an int up to {MAX_WINDOW}; negative is unbounded")
     if p.softmax_scale is not None and not _is_scale(p.softmax_scale):
         accepted = f"a number from {SMALLEST_SCALE:.8g} to {LARGEST_SCALE:.8g}"
         yield _must(p, "softmax_scale", f"None (1/sqrt(head_dim)) or {accepted}")
@@ -258,12 +259,6 @@ def _off(*names: str, instead: str = ""):
 # leaves with the kernel that makes it true; until then its calls are refused after everything else was found right.
 PENDING = (
     ("dtype", lambda value: member(DataType, value) is DataType.FP8_E4M3, "FP8", "DataType.FP16 or BF16"),
-    ("cu_seqlens_q", is_given, "packed sequences", "None"),
-    ("cu_seqlens_k", is_given, "packed sequences", "None"),
-    ("seqused_q", is_given, "used lengths", "None"),
-    ("seqused_k", is_given, "used lengths", "None"),
-    ("window_size_left", lambda value: _at_least(value, 0), "sliding windows", "negative (unbounded)"),
-    ("window_size_right", lambda value: _at_least(value, 0), "sliding windows", "negative (unbounded)"),
     ("num_splits", lambda value: _at_least(value, 2), "split-KV", "0 or 1"),
     ("pack_gqa", lambda value: is_true(value) is True, "packed GQA", "None or False"),
 )
@@ -327,19 +322,21 @@ def _walk(params, rules):
     return (Problem(status, detail) for status, rule in rules for detail in rule(params))
 
 
-_FP16, _BF16, _PREFILL, _DECODE = DataType.FP16, DataType.BF16, AttentionMode.PREFILL, AttentionMode.DECODE
+_FP16, _BF16 = DataType.FP16, DataType.BF16
+_PREFILL, _DECODE, _VARLEN = AttentionMode
 _STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
 _CONTIGUOUS = (None,) * len(_STRIDES)
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "total_q", "total_k")
 _READ_BY_IS_COMMON = (
     "q", "k", "v", "out", "softmax_lse", "batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "head_dim",
     "dtype", "out_dtype", "mode", "num_splits", "softmax_scale", "is_causal", "window_size_left", "window_size_right",
-    *_STRIDES)
-_strides_in = attrgetter(*_STRIDES)
+    *_STRIDES, *_LENGTHS)
+_strides_in, _lengths_in = attrgetter(*_STRIDES), attrgetter(*_LENGTHS)
 _rest_of = attrgetter(*(field.name for field in fields(FlashAttentionParams) if field.name not in _READ_BY_IS_COMMON))
 
 
 def _is_common(p) -> bool:
-    """True only if `problems(p)` is empty; False says nothing. It knows dense FP16 and BF16 calls given in plain ints.
+    """True only if `problems(p)` is empty; False says nothing. It knows FP16 and BF16 calls given in plain ints.
 
     Every launch pays for this, hence one expression over locals. Its groups: pointers, sizes, choices, strides; and
     every field that it does not read, a future one too, must be off.
@@ -350,39 +347,48 @@ def _is_common(p) -> bool:
     bits = q | k | v | out
     if lse is not None:
         bits |= address(lse) << 2       # aligned to 4 bytes where the others are to 16
-    batch, seqlen_q, seqlen_k = p.batch_size, p.seqlen_q, p.seqlen_k
+    batch, rows_q, rows_k, mode = p.batch_size, p.seqlen_q, p.seqlen_k, p.mode
+    batches, suits = batch, rows_q and rows_k and (mode is _PREFILL or mode is _DECODE and rows_q == 1)
+    if not OFF.issuperset(lengths := _lengths_in(p)):
+        *pointers, total_q, total_k = lengths
+        cu_q, cu_k, used_q, used_k = map(address, pointers)
+        bits |= (cu_q | cu_k | used_q | used_k) << 2
+        if cu_q and cu_k:               # packed: one batch of total rows
+            batches, rows_q, rows_k, suits = 1, total_q, total_k, mode is _VARLEN and (total_q or total_k)
+        elif cu_q or cu_k or not OFF.issuperset((total_q, total_k)):
+            return False
     heads, heads_k, head_dim = p.num_heads, p.num_heads_k, p.head_dim
-    dtype, out_dtype, mode, splits, scale = p.dtype, p.out_dtype, p.mode, p.num_splits, p.softmax_scale
+    dtype, out_dtype, splits, scale = p.dtype, p.out_dtype, p.num_splits, p.softmax_scale
     left, right, is_causal, strides = p.window_size_left, p.window_size_right, p.is_causal, _strides_in(p)
     return (
         q and k and v and out and not bits & 15 and not bits >> 64
 
-        and type(batch) is type(seqlen_q) is type(seqlen_k) is type(heads) is type(heads_k) is type(head_dim) is int
-        and batch > 0 and 0 < seqlen_q <= MAX_SIZE and 0 < seqlen_k <= MAX_SIZE and head_dim in HEAD_DIMS
-        and 0 < heads_k <= heads and not heads % heads_k
-        and batch * heads * (seqlen_q + SMALLEST_TILE_M) <= MAX_TILES * SMALLEST_TILE_M
+        and type(batch) is type(rows_q) is type(rows_k) is type(heads) is type(heads_k) is type(head_dim) is int
+        and suits and 0 < batch <= MAX_SIZE and 0 <= rows_q <= MAX_SIZE and 0 <= rows_k <= MAX_SIZE
+        and head_dim in HEAD_DIMS and 0 < heads_k <= heads and not heads % heads_k
+        and heads * (batches * rows_q + batch * SMALLEST_TILE_M) <= MAX_TILES * SMALLEST_TILE_M
 
         and (dtype is _FP16 or dtype is _BF16) and (out_dtype is None or out_dtype is dtype)
-        and (mode is _PREFILL or mode is _DECODE and seqlen_q == 1)
-        and (is_causal is False or is_causal is True) and type(left) is type(right) is int and left < 0 > right
+        and type(left) is type(right) is int
+        and (is_causal is False and left <= MAX_WINDOW >= right or is_causal is True and left < 0 > right)
         and (scale is None or type(scale) is float and SMALLEST_SCALE <= scale <= LARGEST_SCALE)
         and type(splits) is int and 0 <= splits <= 1
 
-        and (seqlen_q * heads | seqlen_k * heads_k) * head_dim < TMA_STRIDE_BYTES // 4
-        and (strides == _CONTIGUOUS or _are_common(strides, batch, seqlen_q, heads, head_dim))
+        and (rows_q * heads | rows_k * heads_k) * head_dim < TMA_STRIDE_BYTES // 4
+        and (strides == _CONTIGUOUS or _are_common(strides, batches, rows_q, heads, head_dim))
 
         and OFF.issuperset(_rest_of(p))
     )
 
 
-def _are_common(strides, batch: int, seqlen_q: int, heads: int, head_dim: int) -> bool:
+def _are_common(strides, batch: int, rows_q: int, heads: int, head_dim: int) -> bool:
     """These strides (as _STRIDES names them) suit TMA, and each of out's steps over all that lies within it."""
     for stride in strides:
         if stride is not None and (type(stride) is not int or stride & 7 or not 0 <= stride < TMA_STRIDE_BYTES // 2):
             return False
-    contiguous = (seqlen_q * heads * head_dim, heads * head_dim, head_dim)
+    contiguous = (rows_q * heads * head_dim, heads * head_dim, head_dim)
     moving = sorted((default if stride is None else stride, size) for stride, default, size
-                    in zip(strides[-3:], contiguous, (batch, seqlen_q, heads), strict=True) if size > 1)
+                    in zip(strides[-3:], contiguous, (batch, rows_q, heads), strict=True) if size > 1)
     reach = head_dim
     for stride, size in moving:
         if stride < reach:

@@ -1,6 +1,6 @@
-"""The grid of forward problems that the GPU tests run, as data. Pure Python."""
-from dataclasses import dataclass
-from itertools import product
+"""The forward problems that the GPU tests run, as data. Pure Python."""
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
 
 DTYPES = ("fp16", "bf16")
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -32,7 +32,10 @@ LONGEST = ((2048, 2048, 2, 1), (4096, 4096, 1, 1), (333, 8191, 3, 1))
 
 @dataclass(frozen=True)
 class Case:
-    """One dense forward problem. `str(case)` is its test id and seeds its random inputs."""
+    """One forward problem. `str(case)` is its test id and seeds its random inputs.
+
+    Packed sequences: seqlen_q and seqlen_k are the rows of the tensors, batch is the number of sequences.
+    """
     dtype: str
     head_dim: int
     is_causal: bool
@@ -42,11 +45,46 @@ class Case:
     seqlen_k: int
     batch: int = 1
     has_lse: bool = True
+    window: tuple[int, int] = (-1, -1)
+
+    @property
+    def mask(self) -> str:
+        if self.window != (-1, -1):
+            return "window({},{})".format(*self.window)
+        return "causal" if self.is_causal else "full"
 
     def __str__(self) -> str:
-        return (f"{self.dtype}-d{self.head_dim}-{'causal' if self.is_causal else 'full'}"
+        return (f"{self.dtype}-d{self.head_dim}-{self.mask}"
                 f"-{self.num_heads}over{self.num_heads_k}heads-{self.seqlen_q}x{self.seqlen_k}"
                 f"{f'-batch{self.batch}' if self.batch > 1 else ''}{'-lse' if self.has_lse else ''}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Lengths of packed sequences, and how many rows of q, k, v and out belong to none, before the first and after
+    the last."""
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    before: int = 0
+    after: int = 0
+
+    @property
+    def total_q(self) -> int:
+        return self.before + sum(self.q) + self.after
+
+    @property
+    def total_k(self) -> int:
+        return self.before + sum(self.k) + self.after
+
+    @property
+    def cu_seqlens(self) -> dict[str, list[int]]:
+        return {f"cu_seqlens_{side}": list(accumulate(lengths, initial=self.before))
+                for side, lengths in (("q", self.q), ("k", self.k))}
+
+
+def with_heads(case: Case, heads: tuple[int, int]) -> Case:
+    """The same case with other (query heads, KV heads)."""
+    return replace(case, num_heads=heads[0], num_heads_k=heads[1])
 
 
 def _grid() -> list[Case]:

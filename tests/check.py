@@ -1,23 +1,31 @@
 """Run a forward problem on the GPU and judge the result: poisoned memory, the tolerance rule, numbers on failure."""
+import os
 import zlib
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
 
-from fa3_cute import DataType, FlashAttentionParams, forward
+from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward
 from fa3_cute import device as cuda
-from fa3_cute.reference import as_float, attention_reference, low_precision_twin, to_bits
+from fa3_cute.reference import as_float, attention_reference, low_precision_twin, to_bits, used_rows
 
 # All ones: a NaN in FP16, BF16 and FP32, and no value that a kernel computes (its NaN is 0x7FFF, 0x7FFFFFFF).
 POISON = 0xFF
 GUARD_BYTES = 64 << 10
-STORAGE = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), "fp32": np.dtype(np.float32)}
+STORAGE = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), "fp32": np.dtype(np.float32),
+           "int32": np.dtype(np.int32)}
 DATA_TYPES = {"fp16": DataType.FP16, "bf16": DataType.BF16}
 
 MAX_FACTOR, MAX_SLACK = 2.0, 1e-5
 MEAN_FACTOR, MEAN_SLACK = 1.5, 1e-6
 LSE_TOLERANCE = 1e-4
+# A sequence of as many queries is judged by itself; fewer have too few elements for the rule's statistics.
+JUDGED_ALONE = 16
+
+# The reference takes most of the tests' time. NumPy lets go of the interpreter's lock in all that is long.
+POOL = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
 
 # ---- device memory -------------------------------------------------------------------------------------------------
@@ -83,17 +91,38 @@ class Tensor:
         return bool((self.image.download(stream) == POISON).all())
 
 
+# ---- layouts: place(name, shape, dtype) functions for make_problem -------------------------------------------------
+
 def contiguous(name: str, shape, dtype: str) -> Tensor:
-    """A C-contiguous tensor between guard bands."""
+    """C-contiguous, between guard bands."""
     image = Image(shape, dtype)
     return image.tensor(image.whole)
+
+
+def padded(name: str, shape, dtype: str) -> Tensor:
+    """Gaps (poisoned) after every batch, row, head and vector; the base aligned to 16 bytes and no more."""
+    gaps = (1, 3, 2, 8)[-len(shape):]
+    image = Image([n + gap for n, gap in zip(shape, gaps, strict=True)], dtype, guard=GUARD_BYTES + 16)
+    return image.tensor(image.whole[tuple(slice(n) for n in shape)])
+
+
+def heads_before_rows(name: str, shape, dtype: str) -> Tensor:
+    """[batch, head, row, head_dim] in memory, or [head, row, head_dim]."""
+    *outer, rows, heads, head_dim = shape
+    image = Image((*outer, heads, rows, head_dim), dtype)
+    return image.tensor(image.whole.swapaxes(-3, -2))
 
 
 # ---- problems ------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its tensors on the device. `lse` is None if the case wants none."""
+    """A case with its tensors on the device, dense or packed.
+
+    q, k, v, out   [batch, rows, heads, head_dim], packed [rows, heads, head_dim]
+    lse            [batch, heads, rows], packed [heads, rows]; None if the case wants none
+    lengths        those of cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k that the call is given, by name
+    """
     case: object
     q: Tensor
     k: Tensor
@@ -101,6 +130,7 @@ class Problem:
     out: Tensor
     lse: Tensor | None
     softmax_scale: float | None = None
+    lengths: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[np.ndarray, ...]:
@@ -109,45 +139,91 @@ class Problem:
     @property
     def options(self) -> dict:
         """The reference's options."""
-        return {"causal": self.case.is_causal, "softmax_scale": self.softmax_scale}
+        return {"causal": self.case.is_causal, "window_size": self.case.window, "softmax_scale": self.softmax_scale,
+                **{name: tensor.array for name, tensor in self.lengths.items()}}
+
+    def sequences(self, side: str) -> list[tuple]:
+        """Per sequence, the index of its used rows in the tensors of a side, "q" or "k"."""
+        tensor = self.q if side == "q" else self.k
+        return used_rows(tensor.array, *(self.options.get(f"{name}_{side}") for name in ("cu_seqlens", "seqused")))
+
+    def is_used(self, side: str) -> np.ndarray:
+        """[batch, rows], packed [rows]: whether some sequence uses the row."""
+        tensor = self.q if side == "q" else self.k
+        mask = np.zeros(tensor.array.shape[:-2], bool)
+        for rows in self.sequences(side):
+            mask[rows] = True
+        return mask
 
     def upload(self) -> None:
-        """Bring the inputs to the device and poison the outputs."""
-        for image in {id(t.image): t.image for t in (self.q, self.k, self.v)}.values():
+        """Bring the inputs and the lengths to the device and poison the outputs."""
+        inputs = (self.q, self.k, self.v, *self.lengths.values())
+        for image in {id(tensor.image): tensor.image for tensor in inputs}.values():
             image.upload()
         for tensor in (self.out, self.lse):
             if tensor is not None:
                 tensor.poison()
 
 
-def make_problem(case, place=contiguous, softmax_scale=None) -> Problem:
-    """A problem of randn inputs, seeded by the case's name, uploaded. `place(name, shape, dtype)` lays a tensor out."""
-    q_shape = (case.batch, case.seqlen_q, case.num_heads, case.head_dim)
-    k_shape = (case.batch, case.seqlen_k, case.num_heads_k, case.head_dim)
+def make_problem(case, place=contiguous, softmax_scale=None, lengths=None) -> Problem:
+    """A problem of randn inputs, seeded by the case's name, uploaded. `place(name, shape, dtype)` lays a tensor out.
+
+    lengths   the problem's `lengths` as integers; with cu_seqlens, case.seqlen_q and seqlen_k are the packed rows and
+              case.batch the sequences. Rows that no sequence uses are poisoned.
+    """
+    lengths = lengths or {}
+    outer = () if "cu_seqlens_q" in lengths else (case.batch,)
+    q_shape = (*outer, case.seqlen_q, case.num_heads, case.head_dim)
+    k_shape = (*outer, case.seqlen_k, case.num_heads_k, case.head_dim)
     q, k, v, out = (place(name, shape, case.dtype) for name, shape in
                     (("q", q_shape), ("k", k_shape), ("v", k_shape), ("out", q_shape)))
-    lse = contiguous("lse", (case.batch, case.num_heads, case.seqlen_q), "fp32") if case.has_lse else None
-    problem = Problem(case, q, k, v, out, lse, softmax_scale)
-    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
-    for array in problem.inputs:
-        if array.flags.writeable:  # a broadcast view has its data already
-            array[...] = to_bits(rng.standard_normal(array.shape, np.float32), case.dtype)
+    lse = contiguous("lse", (*outer, case.num_heads, case.seqlen_q), "fp32") if case.has_lse else None
+    on_device = {name: contiguous(name, (len(values),), "int32") for name, values in lengths.items()}
+    for name, tensor in on_device.items():
+        tensor.array[...] = lengths[name]
+    problem = Problem(case, q, k, v, out, lse, softmax_scale, on_device)
+    rngs = np.random.default_rng(zlib.crc32(str(case).encode())).spawn(3)
+    list(POOL.map(lambda array, rng, side: fill(array, case.dtype, rng, problem.is_used(side)),
+                  problem.inputs, rngs, "qkk"))
     problem.upload()
     return problem
+
+
+def fill(array: np.ndarray, dtype: str, rng, is_used: np.ndarray) -> None:
+    """Randn in the used rows, NaN in the others."""
+    if array.flags.writeable:  # a broadcast view has its data already
+        array[...] = to_bits(rng.standard_normal(array.shape, np.float32), dtype)
+        array[~is_used] = poison_of(array.dtype)
+
+
+def poison_of(dtype: np.dtype):
+    """One poisoned element."""
+    return np.frombuffer(bytes([POISON]) * dtype.itemsize, dtype)[0]
+
+
+def packed_problem(family, layout, place=contiguous, used=None, **changes) -> Problem:
+    """The sequences of a Layout as a problem of a family of cases; `used`: seqused_q, seqused_k as integers."""
+    case = replace(family, batch=len(layout.q), seqlen_q=layout.total_q, seqlen_k=layout.total_k, **changes)
+    return make_problem(case, place, lengths={**layout.cu_seqlens, **(used or {})})
 
 
 def params_of(problem: Problem, **overrides) -> FlashAttentionParams:
     """The problem as a call. Strides are given only where a tensor is not C-contiguous: the defaults are used too."""
     case = problem.case
     tensors = {"q": problem.q, "k": problem.k, "v": problem.v, "out": problem.out}
+    is_packed = problem.q.array.ndim == 3
+    dims = ("row", "head") if is_packed else ("batch", "row", "head")
     strides = {f"{name}_{dim}_stride": stride for name, tensor in tensors.items() if not tensor.array.flags.c_contiguous
-               for dim, stride in zip(("batch", "row", "head"), tensor.strides, strict=False)}
+               for dim, stride in zip(dims, tensor.strides, strict=False)}
+    sizes = ({"mode": AttentionMode.VARLEN_PREFILL, "total_q": case.seqlen_q, "total_k": case.seqlen_k} if is_packed
+             else {"seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k})
     fields = {
-        **{name: tensor.address for name, tensor in tensors.items()},
+        **{name: tensor.address for name, tensor in (tensors | problem.lengths).items()},
         "softmax_lse": problem.lse and problem.lse.address,
-        "batch_size": case.batch, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k,
+        "batch_size": case.batch, **sizes,
         "num_heads": case.num_heads, "num_heads_k": case.num_heads_k, "head_dim": case.head_dim,
         "dtype": DATA_TYPES[case.dtype], "is_causal": case.is_causal, "softmax_scale": problem.softmax_scale,
+        **dict(zip(("window_size_left", "window_size_right"), case.window, strict=True)),
         **strides,
     }
     return FlashAttentionParams(**{**fields, **overrides})
@@ -165,41 +241,95 @@ def run(problem: Problem, stream, **overrides) -> tuple[np.ndarray, np.ndarray |
 
 
 def check(problem: Problem, out: np.ndarray, lse: np.ndarray | None, lse_rtol: float = 0.0) -> None:
-    """Judge a result by the tolerance rule against the reference and the twin of the problem's inputs."""
-    ref, ref_lse = attention_reference(*problem.inputs, **problem.options)
-    twin, _ = low_precision_twin(*problem.inputs, problem.case.dtype, **problem.options)
-    assert_out(as_float(out, np.float64), ref, twin)
+    """Judge a result by the tolerance rule against the reference and the twin of the problem's inputs.
+
+    Given lengths, each sequence is judged by itself (the short ones together), and rows of none must still be poison.
+    """
+    case, (q, k, v) = problem.case, problem.inputs
+    kv_heads = [head * case.num_heads_k // case.num_heads for head in range(case.num_heads)]
+    heads = [(q[..., h:h + 1, :], k[..., h_k:h_k + 1, :], v[..., h_k:h_k + 1, :]) for h, h_k in enumerate(kv_heads)]
+    twins = [POOL.submit(low_precision_twin, *inputs, case.dtype, **problem.options) for inputs in heads]
+
+    def judge(head: int):
+        ref, ref_lse = attention_reference(*heads[head], **problem.options)
+        return *errors(as_float(out[..., head:head + 1, :], np.float64), ref, twins[head].result()[0]), ref_lse
+
+    error, twin_error, ref_lse = (np.concatenate(parts, axis=-2) for parts in
+                                  zip(*POOL.map(judge, range(case.num_heads)), strict=True))
+    if problem.lengths:
+        assert_poison_outside(problem, out, lse)
+    for name, rows in judged_parts(problem):
+        assert_errors(error[rows], twin_error[rows], name)
     if lse is not None:
         assert_lse(lse, ref_lse, lse_rtol)
+
+
+def judged_parts(problem: Problem):
+    """(name, index of its query rows) of what is judged by itself: all of a dense problem, or long sequences."""
+    if not problem.lengths:
+        yield "", ...
+        return
+    short_ones = np.zeros(problem.q.array.shape[:-2], bool)
+    for b, rows in enumerate(problem.sequences("q")):
+        if rows[-1].stop - rows[-1].start < JUDGED_ALONE:
+            short_ones[rows] = True
+        else:
+            yield f" of sequence {b}", rows
+    yield " of the short sequences", short_ones
+
+
+def assert_poison_outside(problem: Problem, out: np.ndarray, lse: np.ndarray | None) -> None:
+    """Every bit of the rows of out and LSE that no sequence uses is as it was."""
+    unused = ~problem.is_used("q")
+    rows = {"out": out[unused]} | ({} if lse is None else {"LSE": np.moveaxis(lse, -2, -1)[unused]})
+    for name, array in rows.items():
+        is_written = np.ascontiguousarray(array).view(np.uint8) != POISON
+        written = is_written.any(axis=tuple(range(1, is_written.ndim)))
+        assert not written.any(), (f"{name}: {np.count_nonzero(written)} rows written that no sequence uses, the "
+                                   f"first {np.argwhere(unused)[written][:4].tolist()}")
 
 
 def run_and_check(problem: Problem, stream, lse_rtol: float = 0.0) -> None:
     check(problem, *run(problem, stream), lse_rtol)
 
 
-def with_lse(case, has_lse: bool):
-    """The same case with or without LSE."""
-    return replace(case, has_lse=has_lse)
-
-
 # ---- the tolerance rule --------------------------------------------------------------------------------------------
+
+def errors(out: np.ndarray, ref: np.ndarray, twin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """|out - ref| and |twin - ref| as float32.
+
+    NaN where ref is, as it should be; +inf where only out is NaN (or is infinite), -inf where only ref is.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        error, twin_error = (np.abs(x - ref).astype(np.float32) for x in (out, twin))
+    is_nan, should_be = np.isnan(out), np.isnan(ref)
+    error[is_nan & ~should_be] = np.inf
+    error[should_be & ~is_nan] = -np.inf
+    return error, twin_error
+
 
 def assert_out(out: np.ndarray, ref: np.ndarray, twin: np.ndarray) -> None:
     """max|out-ref| <= 2 max|twin-ref| + 1e-5, mean|out-ref| <= 1.5 mean|twin-ref| + 1e-6; NaN exactly where ref is."""
-    _assert_same_places("NaN", np.isnan(out), np.isnan(ref))
-    known = ~np.isnan(ref)
+    assert_errors(*errors(out, ref, twin))
+
+
+def assert_errors(error: np.ndarray, twin_error: np.ndarray, part: str = "") -> None:
+    """`assert_out` for what `errors` returned; `part` names a part of the output in the message."""
+    known = ~np.isnan(error)
     if not known.any():
         return
-    error, twin_error = np.abs(out - ref), np.abs(twin - ref)[known]
-    limit = MAX_FACTOR * twin_error.max() + MAX_SLACK
-    mean_limit = MEAN_FACTOR * twin_error.mean() + MEAN_SLACK
-    worst = np.unravel_index(np.argmax(np.where(known, error, -1)), error.shape)
-    bad_rows = np.unique(np.argwhere(known & (error > limit))[:, :-1], axis=0)
-    assert error[worst] <= limit and error[known].mean() <= mean_limit, (
-        f"out: max error {error[worst]:.3e} (limit {limit:.3e}, twin {twin_error.max():.3e}), "
-        f"mean error {error[known].mean():.3e} (limit {mean_limit:.3e}, twin {twin_error.mean():.3e}); worst at "
-        f"{tuple(int(i) for i in worst)}: {out[worst]:.6g}, expected {ref[worst]:.6g}; "
-        f"{len(bad_rows)} rows [batch, row, head] beyond the limit, first {bad_rows[:4].tolist()}")
+    wrong_kind = np.argwhere(np.isinf(error))
+    assert not len(wrong_kind), (
+        f"out{part}: {np.count_nonzero(error == np.inf)} elements are NaN or infinite and should not be, "
+        f"{np.count_nonzero(error == -np.inf)} should be NaN and are not, first {wrong_kind[:4].tolist()}")
+    twin_max, twin_mean = twin_error[known].max(), twin_error[known].mean(dtype=np.float64)
+    limit, mean_limit = MAX_FACTOR * twin_max + MAX_SLACK, MEAN_FACTOR * twin_mean + MEAN_SLACK
+    worst = np.unravel_index(np.nanargmax(error), error.shape)
+    mean = error[known].mean(dtype=np.float64)
+    assert error[worst] <= limit and mean <= mean_limit, (
+        f"out{part}: max error {error[worst]:.3e} (limit {limit:.3e}, twin {twin_max:.3e}), mean error {mean:.3e} "
+        f"(limit {mean_limit:.3e}, twin {twin_mean:.3e}); worst at {tuple(int(i) for i in worst)}; "
+        f"rows [.., row, head] beyond the limit: {np.unique(np.argwhere(error > limit)[:, :-1], axis=0)[:4].tolist()}")
 
 
 def assert_lse(lse: np.ndarray, ref: np.ndarray, rtol: float = 0.0) -> None:

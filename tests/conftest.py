@@ -14,9 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Read when NumPy is first imported, hence no import above that does. The reference's matrices gain little from more
-# threads, and OpenBLAS's wait by spinning: on two busy cores an attention of 0.4 s took up to 12 s.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+# Read when NumPy is first imported, hence no import above that does. One thread: check.py computes heads in parallel,
+# and OpenBLAS's threads wait by spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):

@@ -30,6 +30,9 @@ int cuCtxPopCurrent_v2(void **context) { *context = stack[depth--]; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = contexts + device; return 0; }
 int cuCtxGetCurrent(void **context) { *context = stack[depth]; return 0; }
 int cuStreamGetCtx(void *stream, void **context) { *context = contexts + device_of(stream); return 0; }
+int cuMemAlloc_v2(uint64_t *address, size_t bytes) { *address = 0x500000000000 + ((uint64_t)current_device() << 32); return 0; }
+int cuMemsetD8_v2(uint64_t address, unsigned char value, size_t count) { return 0; }
+int cuCtxSynchronize(void) { return 0; }
 int cuStreamIsCapturing(void *stream, int *state) { *state = capture_state; return capture_result; }
 int cuGetErrorName(int code, const char **text) { *text = "CUDA_ERROR_FAKE"; return 0; }
 int cuGetErrorString(int code, const char **text) { *text = "a fake error"; return 0; }

@@ -12,13 +12,13 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_NESTING = 400, 80, 8, 3
 # From the ground up: a module may import only from lower tiers. A package's name stands for its modules not named here.
 TIERS = (
     ("status", "config", "params", "device", "disk_cache", "cubin", "cuda_driver"),
-    ("heuristics", "reference", "validate"),
+    ("heuristics", "reference", "validate", "workspace"),
     # Words of the device code, then the maths, then the roles, then the kernels.
     ("kernels", "kernels.arithmetic", "kernels.ptx", "kernels.layout", "kernels.barriers", "kernels.tma"),
-    ("kernels.seqlen", "kernels.block_range", "kernels.scheduler"),
+    ("kernels.sequences", "kernels.tiles", "kernels.block_range", "kernels.scheduler"),
     ("kernels.params",),
     ("kernels.wgmma", "kernels.mask", "kernels.score_mod", "kernels.softmax", "kernels.fp8"),
-    ("kernels.load",),
+    ("kernels.load", "kernels.schedule"),
     ("kernels.load_fp8", "kernels.epilogue"),
     ("kernels.mainloop",),
     ("kernels.flash_fwd", "kernels.flash_decode", "kernels.flash_combine"),

@@ -1,4 +1,4 @@
-"""forward, warmup, explain, workspace_size over a stub of launch.py; attention over NumPy arrays. No GPU."""
+"""forward, warmup, explain, workspace_size over a stub of launch.py. No GPU."""
 import os
 import subprocess
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 
-import ml_dtypes
 import numpy as np
 import pytest
+from cuda.bindings.driver import CUdeviceptr
 
 import fa3_cute
 from fa3_cute import (
@@ -20,7 +20,6 @@ from fa3_cute import (
     FlashAttentionParams,
     Status,
     api,
-    attention,
     explain,
     forward,
     last_error,
@@ -30,11 +29,12 @@ from fa3_cute import (
 from fa3_cute.compiler import CompileError
 from fa3_cute.heuristics import forward_config
 from fa3_cute.launch import CudaFailure, NotWarmedUp, UnsupportedDevice
-from fa3_cute.reference import attention_reference
 
 A = 0x7F00_0000_0000
 GOOD = FlashAttentionParams(q=A, k=A, v=A, out=A, batch_size=2, seqlen_q=512, seqlen_k=512, num_heads=16, num_heads_k=4,
                             head_dim=128)
+PACKED = replace(GOOD, mode=AttentionMode.VARLEN_PREFILL, cu_seqlens_q=A, cu_seqlens_k=A + 64, total_q=700, total_k=900,
+                 seqlen_q=0, seqlen_k=0)
 BAD = replace(GOOD, head_dim=80, num_heads=6)
 HOST_BUDGET_US = 3.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,7 @@ def launches(monkeypatch):
 
     stub = SimpleNamespace(
         call=Call(), launch=launch,
-        ensure_loaded=lambda cfg, device: calls.append(("load", cfg, device)), device_of=lambda stream: f"of {stream}",
+        ensure_loaded=lambda cfg, stream: calls.append(("load", cfg, stream)),
         CudaFailure=CudaFailure, UnsupportedDevice=UnsupportedDevice, NotWarmedUp=NotWarmedUp)
     monkeypatch.setattr(api, "_launcher", lambda: stub)
     monkeypatch.setattr(api, "_recent", api._Recent())
@@ -98,18 +98,50 @@ def test_params_are_a_record():
 
 # ---- forward and its relatives ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes, config", [
-    ({}, ("fp16", 128, False, False)),
-    ({"dtype": DataType.BF16, "is_causal": True, "softmax_lse": A}, ("bf16", 128, True, True)),
-    ({"dtype": 1, "head_dim": np.int64(64), "is_causal": np.True_}, ("bf16", 64, True, False)),
-    ({"seqlen_q": 1, "mode": AttentionMode.DECODE, "softmax_lse": 0}, ("fp16", 128, False, False)),
+@pytest.mark.parametrize("base, changes, config", [
+    (GOOD, {}, ("fp16", 128, "full", False, False)),
+    (GOOD, {"dtype": DataType.BF16, "is_causal": True, "softmax_lse": A}, ("bf16", 128, "causal", True, False)),
+    (GOOD, {"dtype": 1, "head_dim": np.int64(64), "is_causal": np.True_}, ("bf16", 64, "causal", False, False)),
+    (GOOD, {"seqlen_q": 1, "mode": AttentionMode.DECODE, "softmax_lse": 0}, ("fp16", 128, "full", False, False)),
+    (GOOD, {"seqused_q": A}, ("fp16", 128, "full", False, True)),
+    (GOOD, {"seqused_k": A, "window_size_left": 9}, ("fp16", 128, "local", False, True)),
+    (GOOD, {"seqused_q": 0, "seqused_k": CUdeviceptr(0)}, ("fp16", 128, "full", False, False)),
+    (GOOD, {"seqused_k": CUdeviceptr(A)}, ("fp16", 128, "full", False, True)),
+    (PACKED, {}, ("fp16", 128, "full", False, True)),
+    (PACKED, {"is_causal": True, "softmax_lse": A}, ("fp16", 128, "causal", True, True)),
+    (PACKED, {"total_k": 0, "mode": 2}, ("fp16", 128, "full", False, True)),
 ])
-def test_forward_launches_the_config_of_the_params(launches, changes, config):
-    params = replace(GOOD, **changes)
+def test_forward_launches_the_config_of_the_params(launches, base, changes, config):
+    params = replace(base, **changes)
     assert forward(params, 7) is Status.OK
     (_, launched, cfg, stream), = launches.calls
     assert launched is params and cfg is forward_config(*config) and stream == 7
-    assert [type(value) for value in (cfg.head_dim, cfg.is_causal, cfg.has_lse)] == [int, bool, bool]
+    assert [type(value) for value in (cfg.head_dim, cfg.has_lse, cfg.is_varlen)] == [int, bool, bool]
+
+
+LARGEST, UNBOUNDED = 2**31 - 256, 2**30
+
+
+@pytest.mark.parametrize("left, right, mask", [
+    (-1, -1, "full"), (-9, LARGEST, "full"), (UNBOUNDED, -1, "full"), (LARGEST, UNBOUNDED, "full"),
+    (-1, 0, "causal"), (UNBOUNDED, 0, "causal"), (LARGEST, np.int64(0), "causal"),
+    (0, 0, "local"), (0, -1, "local"), (-1, 1, "local"), (UNBOUNDED - 1, -1, "local"), (-1, UNBOUNDED - 1, "local"),
+    (4096, 0, "local"), (LARGEST, 7, "local"), (np.int32(5), LARGEST, "local"),
+])
+def test_the_window_chooses_the_mask(launches, left, right, mask):
+    """An unbounded side costs nothing, and a window from the diagonal on to the left is causal."""
+    assert forward(replace(GOOD, window_size_left=left, window_size_right=right)) is Status.OK
+    assert launches.calls[0][2] is forward_config("fp16", 128, mask, False, False)
+
+
+def test_no_queries_are_no_launch(launches):
+    """Nothing to write: OK with no stream, no compile, no device; warmup still loads what a like call will need."""
+    empty = replace(PACKED, total_q=0)
+    assert forward(empty, 7) is forward(replace(empty, total_q=np.int64(0)), 7) is Status.OK
+    assert launches.calls == []
+    assert forward(replace(empty, head_dim=80)) is Status.UNSUPPORTED_HEAD_DIM
+    assert warmup(empty, 7) is Status.OK
+    assert launches.calls == [("load", forward_config("fp16", 128, "full", False, True), 7)]
 
 
 @pytest.mark.parametrize("call", [forward, warmup])
@@ -121,11 +153,12 @@ def test_refusal(launches, call):
         call(BAD).check()
 
 
-def test_a_like_call_repeats_the_last_launch(launches):
+@pytest.mark.parametrize("base", [GOOD, PACKED, replace(GOOD, seqused_k=A, window_size_left=8)])
+def test_a_like_call_repeats_the_last_launch(launches, base):
     """With other addresses and another stream too; the launcher may decline, and then everything is checked anew."""
-    forward(GOOD, 7)
+    forward(base, 7)
     launches.stub.call.can_repeat = True
-    other = replace(GOOD, q=5 * A, k=6 * A, v=7 * A, out=8 * A)
+    other = replace(base, q=5 * A, k=6 * A, v=7 * A, out=8 * A)
     assert forward(other, 8) is Status.OK
     launches.stub.call.can_repeat = False
     assert forward(other, 8) is Status.OK
@@ -136,17 +169,39 @@ def test_a_like_call_repeats_the_last_launch(launches):
 NOT_TENSORS = sorted({field.name for field in fields(FlashAttentionParams)} - {"q", "k", "v", "out"})
 
 
+@pytest.mark.parametrize("base", [GOOD, PACKED], ids=["dense", "packed"])
 @pytest.mark.parametrize("name", NOT_TENSORS)
-def test_no_field_escapes_a_repeated_launch(launches, name):
+def test_no_field_escapes_a_repeated_launch(launches, name, base):
     """Any field that differs from the last call's, and any address that is wrong, is checked as in a first call."""
-    forward(GOOD, 7)
+    forward(base, 7)
     launches.stub.call.can_repeat = True
-    for value in (3, "x", np.zeros(2), float("nan")):
-        changed = replace(GOOD, **{name: value})
+    for value in (3, A + 128, "x", np.zeros(2), float("nan")):
+        changed = replace(base, **{name: value})
         status = forward(changed, 7)
         problem = next(iter(explain(changed)), None)
         assert status == (problem.status if problem else Status.OK)
         assert launches.calls[-1][0] == "launch", f"{name}={value!r} was overlooked"
+
+
+class Movable:
+    """A pointer object that `+=` moves, as CuPy's: the same object, another address."""
+    def __init__(self, at):
+        self.at = at
+
+    def __int__(self):
+        return self.at
+
+
+@pytest.mark.parametrize("base, name", [(PACKED, "cu_seqlens_q"), (PACKED, "cu_seqlens_k"), (GOOD, "seqused_k")])
+def test_what_can_change_in_place_is_never_repeated(launches, base, name):
+    params = replace(base, **{name: Movable(A)})
+    forward(params, 7)
+    launches.stub.call.can_repeat = True
+    getattr(params, name).at = A + 2
+    assert forward(params, 7) is Status.INVALID_ARGUMENT
+    getattr(params, name).at = A + 4
+    assert forward(params, 7) is Status.OK
+    assert [call[0] for call in launches.calls] == ["launch", "launch"]
 
 
 @pytest.mark.parametrize("address, status", [(None, Status.NULL_POINTER), (A + 8, Status.INVALID_ARGUMENT),
@@ -169,7 +224,7 @@ def test_success_keeps_the_last_error(launches):
 
 def test_warmup_loads_and_launches_nothing(launches):
     assert warmup(replace(GOOD, softmax_lse=A), 7) is Status.OK
-    assert launches.calls == [("load", forward_config("fp16", 128, False, True), "of 7")]
+    assert launches.calls == [("load", forward_config("fp16", 128, "full", True, False), 7)]
 
 
 FAILURES = [
@@ -265,86 +320,3 @@ def test_host_time(launches):
 def test_no_device(call):
     assert call(GOOD) is Status.UNSUPPORTED_DEVICE
     assert last_error().cause is not None
-
-
-# ---- attention over NumPy arrays -------------------------------------------------------------------------------------
-
-def arrays(*shapes, dtype=np.float16):
-    rng = np.random.default_rng(0)
-    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-
-
-Q, K, V = arrays((2, 5, 4, 64), (2, 9, 2, 64), (2, 9, 2, 64))
-PACKED_Q, PACKED_K, PACKED_V = arrays((7, 4, 64), (9, 2, 64), (9, 2, 64))
-OFFSETS = {"cu_seqlens_q": np.array([0, 3, 5], np.int32), "cu_seqlens_k": np.array([0, 0, 9], np.int32)}
-E4M3 = ml_dtypes.float8_e4m3fn
-
-
-@pytest.mark.parametrize("qkv, options, result", [
-    ((Q, K, V), {}, np.float16),
-    ((Q, K, V), {"causal": True, "softmax_scale": 0.3, "num_splits": 1}, np.float16),
-    ((Q, K, V), {"window_size": (2, 1), "seqused_k": np.array([4, 0], np.int32)}, np.float16),
-    ((Q[:, :0], K, V), {}, np.float16),
-    ((Q.astype(np.float32), K.astype(np.float32), V.astype(np.float32)), {}, np.float32),
-    ([x.astype(ml_dtypes.bfloat16) for x in (Q, K, V)], {}, ml_dtypes.bfloat16),
-    ([x.astype(E4M3) for x in (Q, K, V)], {"q_descale": np.float32([[2], [3]]), "v_descale": 0.5}, ml_dtypes.bfloat16),
-    ([x.astype(E4M3).view(np.uint8) for x in (Q, K, V)], {"dtype": "float8_e4m3fn"}, ml_dtypes.bfloat16),
-    ((PACKED_Q, PACKED_K, PACKED_V), {**OFFSETS, "causal": True}, np.float16),
-])
-def test_attention_is_the_reference_rounded(qkv, options, result):
-    out, lse = attention(*qkv, return_lse=True, **options)
-    exact, exact_lse = attention_reference(
-        *qkv, **{name: value for name, value in options.items() if name not in ("dtype", "num_splits")})
-    assert out.dtype == result and lse.dtype == np.float32
-    np.testing.assert_array_equal(out, exact.astype(result))
-    np.testing.assert_array_equal(lse, exact_lse.astype(np.float32))
-    np.testing.assert_array_equal(attention(*qkv, **options), out)
-
-
-def test_attention_writes_out_in_place_and_no_row_beyond_the_sequences():
-    out = np.full_like(PACKED_Q, 7)
-    assert attention(PACKED_Q, PACKED_K, PACKED_V, out=out, **OFFSETS) is out
-    np.testing.assert_array_equal(out[:5], attention(PACKED_Q, PACKED_K, PACKED_V, **OFFSETS)[:5])
-    assert (out[:3] == 0).all() and (out[5:] == 7).all()
-
-
-class DeviceArray:
-    __cuda_array_interface__ = {}
-
-
-REFUSED = [
-    (-16, (DeviceArray(), K, V), {}, "q is a .*DeviceArray.*not implemented yet"),
-    (-16, (Q, K, V), {"out": DeviceArray()}, "out is a .*DeviceArray"),
-    (-16, (Q, K, V), {"num_splits": 4}, "num_splits=4: must be 0 or 1"),
-    (-13, (Q, K, V), {"num_splits": 257}, "num_splits=257"),
-    (-9, (Q, K, V), {"stream": 7}, "stream=7: must be None"),
-    (-9, (Q, K, V), {"softmax_scale": -1.0}, "softmax_scale=-1.0"),
-    (-9, (Q, K, V), {"window_size": 3}, "window_size=3: must be a pair"),
-    (-9, (Q, K.astype(np.float32), V), {}, "float16, float32, float16 of q, k, v"),
-    (-9, (Q, K, V), {"dtype": "bfloat16"}, "dtype='bfloat16' with arrays of float16"),
-    (-9, [x.astype(np.int32) for x in (Q, K, V)], {}, "arrays of int32"),
-    (-9, (Q, K, V), {"q_descale": 2.0}, "q_descale_ptr=.*FP8_E4M3"),
-    (-9, (Q, K, V), {"out": np.empty(Q.shape, np.float32)}, "out is float32.*must be float16"),
-    (-7, (Q, K, V), {"out": np.empty((2, 64), np.float16)}, r"out is float16\[2, 64\]: must be float16\[2, 5, 4, 64\]"),
-    (-7, (Q[0], K, V), {}, r"q.shape=\(5, 4, 64\)"),
-    (-7, (Q, K, V[:, :3]), {}, "k and v alike"),
-    (-7, (Q, K, V), {"seqused_k": np.array([4, 10])}, "seqused"),
-    (-6, (PACKED_Q, PACKED_K, PACKED_V), {"cu_seqlens_q": OFFSETS["cu_seqlens_q"]}, "cu_seqlens_k=None"),
-    (-5, (Q, K, V), {"causal": True, "window_size": (4, -1)}, "window_size_left=4"),
-    (-4, (Q[:, :, :3], K, V), {}, "num_heads=3: must be a multiple of num_heads_k=2"),
-    (-2, (Q[..., :40], K[..., :40], V[..., :40]), {}, "head_dim=40"),
-]
-
-
-@pytest.mark.parametrize("code, qkv, options, words", REFUSED)
-def test_attention_refuses(code, qkv, options, words):
-    with pytest.raises(FlashAttentionError, match=words) as caught:
-        attention(*qkv, **options)
-    assert caught.value.code == code
-
-
-@pytest.mark.parametrize("qkv, options", [
-    ((Q.tolist(), K, V), {}), ((Q, K, None), {}), ((Q, K, V), {"q_descale": "1"}), ((Q, K, V), {"seqused_k": [1, 2]})])
-def test_attention_of_no_array(qkv, options):
-    with pytest.raises(TypeError, match="must be a NumPy array"):
-        attention(*qkv, **options)

@@ -17,8 +17,9 @@ import pytest
 from fa3_cute import compiler, disk_cache
 from fa3_cute.config import FORWARD_ARGUMENTS
 from fa3_cute.heuristics import forward_config
+from fa3_cute.validate import ALIGNMENT
 
-CFG = forward_config("bf16", 64, True, True)
+CFG = forward_config("bf16", 64, "causal", True, False)
 KEY, CODE = "0123456789abcdef" * 4, b"\x7fELF not really" * 100
 REPOSITORY = Path(compiler.__file__).parents[1]
 
@@ -27,7 +28,7 @@ import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 from fa3_cute import compiler, heuristics
 try:
-    print(type(compiler.get_kernel(heuristics.forward_config("bf16", 64, True, True))).__name__)
+    print(type(compiler.get_kernel(heuristics.forward_config("bf16", 64, "causal", True, False))).__name__)
 except compiler.CompileError as error:
     print("CompileError:", error)
 """
@@ -171,10 +172,11 @@ def test_cache_dir_follows_the_environment(monkeypatch):
 # ---- the key ---------------------------------------------------------------------------------------------------------
 
 def test_key_depends_on_every_field_and_on_nothing_of_a_call():
-    changed = {"dtype": "fp16", "head_dim": 96, "is_causal": False, "has_lse": False, "tile_m": 128, "tile_n": 112,
-               "num_q_stages": CFG.num_q_stages + 1, "num_kv_stages": CFG.num_kv_stages - 1,
+    changed = {"dtype": "fp16", "head_dim": 96, "is_causal": True, "is_local": True, "is_varlen": True,
+               "has_lse": False, "tile_m": 128, "tile_n": 112, "num_q_stages": CFG.num_q_stages + 1,
+               "num_kv_stages": CFG.num_kv_stages - 1,
                "use_pingpong": not CFG.use_pingpong, "rescale_before_pv": not CFG.rescale_before_pv}
-    small = replace(CFG, tile_n=64)           # leaves room to change one field at a time
+    small = replace(CFG, tile_n=64, is_causal=False)      # leaves room to change one field at a time
     names = [field.name for field in fields(CFG)]
     keys = {compiler.cache_key(replace(small, **{name: changed[name]})) for name in names}
     assert len(keys | {compiler.cache_key(small)}) == len(names) + 1
@@ -201,8 +203,21 @@ def test_arguments_follow_the_table():
     names = list(inspect.signature(FlashAttentionForward.__call__).parameters)[1:]
     assert names == [name for name, _ in FORWARD_ARGUMENTS]
     arguments = compiler.typed_arguments(CFG, range(0, 16 * len(names), 16))
-    assert [type(a).__name__ for a in arguments[:5]] == ["_Pointer"] * 5
-    assert [type(a) for a in arguments[5:]] == [compiler.SCALAR_TYPES[kind] for _, kind in FORWARD_ARGUMENTS[5:]]
+    for (name, kind), argument in zip(FORWARD_ARGUMENTS, arguments, strict=True):
+        assert type(argument) is compiler.SCALAR_TYPES.get(kind, type(arguments[0])), name
+
+
+def test_pointers_have_their_type_and_no_more_alignment_than_validation_asks_for(monkeypatch):
+    monkeypatch.setattr(compiler.cute.runtime, "make_ptr", lambda element, value, space, assumed_align:
+                        (element.__name__, assumed_align))
+    arguments = dict(zip(dict(FORWARD_ARGUMENTS), compiler.typed_arguments(CFG, [0] * len(FORWARD_ARGUMENTS)),
+                         strict=True))
+    elements = {"q": "BFloat16", "k": "BFloat16", "v": "BFloat16", "out": "BFloat16", "softmax_lse": "Float32",
+                "cu_seqlens_q": "Int32", "cu_seqlens_k": "Int32", "seqused_q": "Int32", "seqused_k": "Int32",
+                "tile_counter": "Int32"}
+    alignment = ALIGNMENT | {"tile_counter": 4}       # the library's own
+    assert {name: arguments[name] for name, kind in FORWARD_ARGUMENTS if kind == "pointer"} == {
+        name: (element, alignment[name]) for name, element in elements.items()}
 
 
 # ---- get_kernel ------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def nvdisasm() -> Path | None:
 def test_counts_agree_with_nvdisasm(tmp_path):
     from fa3_cute import compiler, heuristics
 
-    cfg = heuristics.forward_config("bf16", 64, True, True)
+    cfg = heuristics.forward_config("bf16", 64, "causal", True, False)
     compiled = compiler._compile(cfg, f"--keep-cubin --dump-dir {tmp_path}")
     path = tmp_path / "kernel.cubin"
     path.write_bytes(compiled.__cubin__)

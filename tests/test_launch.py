@@ -1,7 +1,7 @@
 """Launch marshalling with no GPU: the compiled host code runs against a CUDA driver and runtime that only record.
 
-fake_cuda.c stands in for libcuda and for the DSL's runtime library in a process of its own; what it records is what the
-kernel would have been given, TMA descriptors included.
+fake_cuda.c stands in for libcuda and for the DSL's runtime library in a process of its own, where fake_cuda.py reads
+what it records: what the kernel would have been given, TMA descriptors included.
 """
 import ctypes
 import json
@@ -13,75 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from fa3_cute.config import FORWARD_ARGUMENTS
 from fa3_cute.heuristics import forward_config
 from fa3_cute.status import Status
 
 TESTS = Path(__file__).parent
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-
-# What every script starts with: params, the recorded launch as a dict, and the bytes of the kernel's parameters.
-PRELUDE = """
-import ctypes, json, os, struct, sys, threading
-from types import SimpleNamespace
-sys.path.insert(0, os.environ["REPOSITORY"])
-from fa3_cute import compiler, disk_cache, launch as module
-from fa3_cute.cubin import read_cubin
-from fa3_cute.heuristics import forward_config
-from fa3_cute.launch import launch
-
-fake = ctypes.CDLL("libcuda.so.1")
-CFG = forward_config("bf16", 128, True, True)
-STREAM = [(device + 1 << 32) + 0x7770 for device in range(3)]
-POINTERS = dict(q=0x7f1234567000, k=0x7e0000000000, v=0xffff80000000, out=0x100000010, softmax_lse=0x7fff00000004)
-SIZES = dict(batch_size=2, seqlen_q=1000, seqlen_k=1100, num_heads=8, num_heads_k=2, head_dim=128)
-STRIDES = {f"{x}_{d}_stride": None for x in ("q", "k", "v", "out") for d in ("batch", "row", "head")}
-
-class Last(ctypes.Structure):
-    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("smem", ctypes.c_uint64),
-                ("stream", ctypes.c_uint64), ("count", ctypes.c_long), ("device", ctypes.c_int),
-                ("kernel", ctypes.c_uint64)]
-last = Last.in_dll(fake, "last")
-
-def number(name, value=None):
-    cell = ctypes.c_int.in_dll(fake, name)
-    if value is not None:
-        cell.value = value
-    return cell.value
-
-def numbers(name):
-    return list((ctypes.c_int * 3).in_dll(fake, name))
-
-def params(**changes):
-    return SimpleNamespace(**POINTERS | SIZES | STRIDES | dict(softmax_scale=None) | changes)
-
-def kernel_parameters(cfg=CFG):
-    "Tell the fake where the kernel's parameters lie; return them as (offset, bytes)."
-    module.ensure_loaded(cfg, 0)
-    data = disk_cache.find(cfg.name, compiler.cache_key(cfg)).read_bytes()
-    kernel, = read_cubin(data[data.index(b"\\x7fELF", 4):]).values()
-    for i, place in enumerate(kernel.parameters):
-        (ctypes.c_int * 64).in_dll(fake, "offsets")[i], (ctypes.c_int * 64).in_dll(fake, "sizes")[i] = place
-    number("num_parameters", len(kernel.parameters))
-    return kernel.parameters
-
-def recorded(places):
-    blob = bytes((ctypes.c_ubyte * 8192).in_dll(fake, "parameters"))
-    return [blob[offset:offset + size] for offset, size in places]
-
-def meaning(places):
-    "The parameters without the bytes that nothing initialises: a descriptor's second half, padding in structs."
-    return [p[:64].hex() for p in recorded(places) if len(p) in (4, 128)]
-
-def raised(call):
-    try:
-        call()
-    except Exception as error:
-        return [type(error).__name__, str(error), getattr(error, "code", None)]
-
-def tell(**facts):
-    print("RESULT" + json.dumps(facts))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +39,11 @@ def run(fake_cuda):
     libraries = f"{fake_cuda}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     environment = clean | {
         "LD_LIBRARY_PATH": libraries, "CUTE_DSL_LIBS": str(fake_cuda / "libcute_dsl_runtime.so"),
-        "FA3_CUTE_CACHE_DIR": str(fake_cuda / "cache"), "REPOSITORY": str(TESTS.parent)}
+        "FA3_CUTE_CACHE_DIR": str(fake_cuda / "cache"), "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
 
     def run_script(script: str, **changes: str) -> dict:
-        done = subprocess.run([sys.executable, "-c", PRELUDE + script], env=environment | changes, text=True,
-                              capture_output=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", "from fake_cuda import *\n" + script], env=environment | changes,
+                              text=True, capture_output=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout.split("RESULT")[1])
 
@@ -125,7 +61,7 @@ tell(descriptors=[list(struct.unpack("<32I", p)) for p in given if len(p) == 128
      lse=any(POINTERS["softmax_lse"].to_bytes(8, "little") in p for p in given),
      grid=list(last.grid), block=list(last.block), smem=last.smem, stream=last.stream, device=last.device)
 """)
-    cfg = forward_config("bf16", 128, True, True)
+    cfg = forward_config("bf16", 128, "causal", True, False)
     assert told["grid"] == [min(132, -(-1000 // cfg.tile_m) * 8 * 2), 1, 1]
     assert told["block"] == [cfg.num_threads, 1, 1] and 0 < told["smem"] <= cfg.smem_bytes
     assert (told["stream"], told["device"]) == ((1 << 32) + 0x7770, 0)
@@ -141,6 +77,45 @@ tell(descriptors=[list(struct.unpack("<32I", p)) for p in given if len(p) == 128
     assert {1099, 1, 127} <= set(address[0xFFFF80000000][8:13])
     assert any(abs(value - 0.3 * 1.4426950408889634) < 1e-6 for value in told["floats"])
     assert told["lse"]
+
+
+def test_packed_sequences_reach_the_kernel(run):
+    """Also as pointer objects; what was given reaches the kernel and nothing of the last call stays behind."""
+    told = run("""
+class Pointer:
+    def __init__(self, at): self.at = at
+    def __int__(self): return self.at
+cfg = forward_config("bf16", 128, "local", True, True)
+places = kernel_parameters(cfg)
+arrays = {name: PACKED[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")}
+facts = arrays | dict(batch_size=77, left=0x123456, right=0x6543)
+def given(**changes):
+    launch(params(**WINDOW | changes), cfg, STREAM[0])
+    return reached(places, **facts)
+window = dict(window_size_left=0x123456, window_size_right=0x6543)
+packed = given(**PACKED, **window)
+sizes, grid = descriptors(places), last.grid[0]
+objects = given(**PACKED | {name: Pointer(at) for name, at in arrays.items()} | window)
+moving = Pointer(arrays["cu_seqlens_q"] + 64)
+given(**PACKED | dict(cu_seqlens_q=moving))
+moving.at = arrays["cu_seqlens_q"]
+moved = given(**PACKED | dict(cu_seqlens_q=moving))
+dense = given(seqused_k=arrays["seqused_k"], window_size_left=2**31 - 256, window_size_right=0x6543)
+unbounded = reached(places, left=1 << 30)
+used_sizes = descriptors(places)
+few = given(**PACKED | dict(total_q=1, total_k=0, batch_size=1))
+tell(packed=packed, objects=objects, moved=moved, dense=dense, unbounded=unbounded, grid=[grid, last.grid[0]],
+     sizes=[[sorted(table[POINTERS[name]]) for name in ("q", "k", "v", "out")] for table in (sizes, used_sizes)])
+""")
+    everything = dict.fromkeys(told["packed"], True)
+    assert told["packed"] == told["objects"] == everything
+    assert told["moved"] == everything | {"left": False, "right": False}
+    assert told["dense"] == dict.fromkeys(everything, False) | {"seqused_k": True, "right": True}
+    assert told["unbounded"] == {"left": True}
+    assert told["grid"] == [132, 8]
+    packed, dense = told["sizes"]
+    assert packed == [sorted((3210, 128, 8, 1, 1)), *[sorted((2345, 128, 2, 1, 1))] * 2, sorted((3210, 128, 8, 1, 1))]
+    assert dense == [sorted((1000, 128, 8, 2, 1)), *[sorted((1100, 128, 2, 2, 1))] * 2, sorted((1000, 128, 8, 2, 1))]
 
 
 def test_defaults_are_the_contiguous_tensor(run):
@@ -220,13 +195,42 @@ launch(other, CFG, STREAM[0])        # behind forward's back
 step(k=0x5000)
 tell(steps=steps, failed=failed)
 """)
-    heads_and_batches, tile_m = 8 * 2, forward_config("bf16", 128, True, True).tile_m
+    heads_and_batches, tile_m = 8 * 2, forward_config("bf16", 128, "causal", True, False).tile_m
     whole, short = (heads_and_batches * -(-rows // tile_m) for rows in (1000, 200))
     assert told["steps"] == [
         [0, min(whole, 132), 0x100000010, 1], [0, min(whole, 132), 0x1000, 2], [0, min(short, 132), 0x1000, 5],
         [0, min(whole, 132), 0x1000, 6], [1, min(whole, 114), 0x2000, 7], [0, min(whole, 132), 0x3000, 8],
         [0, min(whole, 132), 0x5000, 10]]
     assert told["failed"] == [Status.CUDA_ERROR, 4]
+
+
+def test_repeated_packed_forwards(run):
+    """The layers of a model share their lengths and are repeated; the next batch brings others and is not."""
+    told = run("""
+from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward
+places = kernel_parameters(forward_config("bf16", 128, "causal", True, True))
+fields = POINTERS | SIZES | PACKED | dict(dtype=DataType.BF16, mode=AttentionMode.VARLEN_PREFILL, is_causal=True,
+                                          seqlen_q=0, seqlen_k=0)
+checked, steps = [], []
+def counted(*arguments, launch=module.launch):
+    checked.append(1)
+    return launch(*arguments)
+module.launch = counted
+def step(**changes):
+    forward(FlashAttentionParams(**fields | changes), STREAM[0]).check()
+    there = reached(places, cu_seqlens_q=PACKED["cu_seqlens_q"], seqused_k=PACKED["seqused_k"])
+    steps.append([POINTERS["q"] in descriptors(places), *there.values(), len(checked), last.count])
+step()
+step(q=0x5000)                            # another layer
+step(cu_seqlens_q=0x7f0000000004)         # another batch
+step(seqused_k=None)
+step(total_q=0)                           # nothing to do
+step()
+tell(steps=steps)
+""")
+    assert told["steps"] == [
+        [True, True, True, 1, 1], [False, True, True, 1, 2], [True, False, True, 2, 3], [True, True, False, 3, 4],
+        [True, True, False, 3, 4], [True, True, True, 4, 5]]
 
 
 def test_the_device_is_the_streams(run):
@@ -246,12 +250,12 @@ loaded = numbers("loaded_on")
 before = last.count
 refused = raised(lambda: launch(params(), CFG, STREAM[2]))
 tell(steps=steps, loaded=loaded, libraries=number("num_libraries"), refused=refused,
-     after=[last.count - before, fake.current_device()], device=module.device_of(STREAM[0]))
+     after=[last.count - before, fake.current_device()])
 """)
     assert told["steps"] == [[0, 0, 132], [1, 0, 114], [0, 0, 132], [1, 0, 114], [1, 1, 114], [1, 1, 114]]
     assert all(told["loaded"][:2]) and told["loaded"][2] == 0 and told["libraries"] == 1
     assert told["refused"][:2] == ["UnsupportedDevice", "device 2 is of compute capability 8.0, not 9.0 (Hopper)"]
-    assert told["after"] == [0, 1] and told["device"] == 0
+    assert told["after"] == [0, 1]
 
 
 def test_capturing_needs_a_warm_up(run):
@@ -267,7 +271,7 @@ number("capture_state", 1)
 launch(params(), CFG, STREAM[0])
 warm = last.count
 other_device = raised(lambda: launch(params(), CFG, STREAM[1]))
-module.ensure_loaded(CFG, 1)
+module.ensure_loaded(CFG, STREAM[1])
 launch(params(), CFG, STREAM[1])
 tell(cold=cold, implicit=implicit[0], untouched=untouched, warm=warm, other_device=other_device, count=last.count)
 """)
@@ -298,9 +302,9 @@ def test_no_device(run):
     told = run("""
 number("init_result", 100)
 tell(launch=raised(lambda: launch(params(), CFG, 0)), load=raised(lambda: module.ensure_loaded(CFG)),
-     device=raised(module.device_of), compiled=len(compiler._kernels))
+     compiled=len(compiler._kernels))
 """)
-    assert {error[0] for error in (told["launch"], told["load"], told["device"])} == {"UnsupportedDevice"}
+    assert {error[0] for error in (told["launch"], told["load"])} == {"UnsupportedDevice"}
     assert "a fake error" in told["launch"][1] and told["compiled"] == 0
 
 
@@ -325,7 +329,7 @@ def test_kernels_are_told_apart(run):
     told = run("""
 seen = []
 for lse in (True, False, True):
-    cfg = forward_config("bf16", 128, True, lse)
+    cfg = forward_config("bf16", 128, "causal", lse, False)
     launch(params(), cfg, 0)
     seen.append(last.kernel)
 tell(seen=seen)
@@ -375,28 +379,3 @@ def test_no_driver():
     except OSError:
         with pytest.raises(UnsupportedDevice, match="no CUDA driver: "):
             initialise_driver()
-
-
-def test_storage_is_aligned_and_apart():
-    from fa3_cute import launch
-
-    offsets = launch.storage_offsets()
-    sizes = [4 if kind in ("int32", "float32") else 8 for _, kind in FORWARD_ARGUMENTS] + [4]
-    assert all(offset % size == 0 for offset, size in zip(offsets, sizes, strict=True))
-    spans = sorted(zip(offsets, sizes, strict=True))
-    assert all(at + size <= following for (at, size), (following, _) in zip(spans, spans[1:], strict=False))
-    assert set(launch.PER_CALL + launch.PER_SHAPE) == {name for name, _ in FORWARD_ARGUMENTS}
-
-
-def test_shape_values():
-    from fa3_cute.launch import NO_STRIDES, PER_SHAPE, resolve_shape
-
-    values = dict(zip(PER_SHAPE, resolve_shape(132, *NO_STRIDES, 2, 5, 7, 8, 4, None, 64), strict=True))
-    assert values["q_batch_stride"] == values["out_batch_stride"] == 5 * 8 * 64
-    assert values["k_batch_stride"] == values["v_batch_stride"] == 7 * 4 * 64
-    assert (values["q_row_stride"], values["k_row_stride"], values["v_head_stride"]) == (512, 256, 64)
-    assert (values["num_sms"], values["softmax_scale"]) == (132, 0.125)
-    given = dict(zip(PER_SHAPE, resolve_shape(132, *range(1000, 1012), 2, 5, 7, 8, 1, 0.5, 64), strict=True))
-    strides = [given[name] for name in PER_SHAPE[:12]]       # one KV head: its stride says nothing
-    assert strides == [1000, 1001, 1002, 1003, 1004, 64, 1006, 1007, 64, 1009, 1010, 1011]
-    assert given["softmax_scale"] == 0.5

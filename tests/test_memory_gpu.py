@@ -12,7 +12,9 @@ from check import (
     Image,
     assert_out,
     contiguous,
+    heads_before_rows,
     make_problem,
+    padded,
     params_of,
     results,
     run,
@@ -26,21 +28,7 @@ from fa3_cute.reference import as_float, attention_reference, low_precision_twin
 pytestmark = pytest.mark.gpu
 
 
-# ---- layouts: place(name, shape, dtype) functions for make_problem --------------------------------------------------
-
-def padded(name, shape, dtype):
-    """Gaps (poisoned) after every batch, row, head and vector; the base aligned to 16 bytes and no more."""
-    batch, rows, heads, head_dim = shape
-    image = Image((batch + 1, rows + 3, heads + 2, head_dim + 8), dtype, guard=GUARD_BYTES + 16)
-    return image.tensor(image.whole[:batch, :rows, :heads, :head_dim])
-
-
-def heads_before_rows(name, shape, dtype):
-    """[batch, head, row, head_dim] in memory."""
-    batch, rows, heads, head_dim = shape
-    image = Image((batch, heads, rows, head_dim), dtype)
-    return image.tensor(image.whole.transpose(0, 2, 1, 3))
-
+# ---- layouts of dense tensors, besides check.py's -------------------------------------------------------------------
 
 def rows_before_batch(name, shape, dtype):
     """[row, batch, head, head_dim] in memory: the batch stride is the smaller."""
@@ -177,9 +165,9 @@ class Huge:
 
 
 def huge_strides(shape, huge_dim: int) -> tuple[int, ...]:
-    """Strides of [batch, row, head, head_dim]: packed, but for one dimension whose last index lies past 2^31."""
-    strides, packed = [0] * 4, 1
-    for dim in (3, 2, 1, 0):
+    """Element strides of a shape: contiguous, but for one dimension whose last index lies past 2^31."""
+    strides, packed = [0] * len(shape), 1
+    for dim in reversed(range(len(shape))):
         if dim == huge_dim:
             strides[dim] = -(-2**31 // (shape[dim] - 1)) // 64 * 64 + 64
         else:
@@ -216,6 +204,33 @@ def test_offsets_beyond_31_bits(case, huge_dim, stream):
     judge(out.reshape(q_shape), inputs, case)
 
 
+@pytest.mark.parametrize("huge_dim", [0, 1], ids=["row", "head"])
+@pytest.mark.parametrize("case", HUGE_CASES, ids=str)
+def test_packed_offsets_beyond_31_bits(case, huge_dim, stream):
+    """The same for packed sequences of unlike lengths."""
+    cu_seqlens = {"cu_seqlens_q": [0, 50, 51, 130], "cu_seqlens_k": [0, 20, 140, 150]}
+    shapes = {name: (rows, heads, case.head_dim) for name, rows, heads in (
+        ("q", 130, case.num_heads), ("k", 150, case.num_heads_k), ("v", 150, case.num_heads_k),
+        ("out", 130, case.num_heads))}
+    tensors = {name: Huge(shape, huge_strides(shape, huge_dim), case.dtype) for name, shape in shapes.items()}
+    rng = np.random.default_rng(0)
+    inputs = {name: to_bits(rng.standard_normal(shapes[name], np.float32), case.dtype) for name in "qkv"}
+    for name, array in inputs.items():
+        for index in np.ndindex(array.shape[:2]):
+            tensors[name].write(index, array[index])
+    strides = {f"{name}_{dim}_stride": stride for name, tensor in tensors.items()
+               for dim, stride in zip(("row", "head"), tensor.strides, strict=False)}
+    offsets = {name: cuda.upload(np.array(values, np.int32)) for name, values in cu_seqlens.items()}
+    params = FlashAttentionParams(
+        **{name: tensor.address for name, tensor in tensors.items()}, **strides, batch_size=3, total_q=130, total_k=150,
+        **{name: cuda.address(buffer) for name, buffer in offsets.items()}, mode=AttentionMode.VARLEN_PREFILL,
+        num_heads=case.num_heads, num_heads_k=case.num_heads_k, head_dim=case.head_dim,
+        dtype=DATA_TYPES[case.dtype], is_causal=case.is_causal)
+    forward(params, stream).check()
+    out = np.stack([tensors["out"].read(index, (case.head_dim,), stream) for index in np.ndindex(shapes["out"][:2])])
+    judge(out.reshape(shapes["out"]), inputs, case, **cu_seqlens)
+
+
 @pytest.mark.parametrize("case", [Case("fp16", 128, False, 128, 128, 1024, 1024, batch=129),
                                   Case("bf16", 128, True, 128, 128, 1024, 1024, batch=129)], ids=str)
 def test_contiguous_tensors_of_more_than_2_31_elements(case, stream):
@@ -245,11 +260,11 @@ def test_contiguous_tensors_of_more_than_2_31_elements(case, stream):
     assert not tensors["out"].read((case.batch - 2,), shape[1:], stream).any()
 
 
-def judge(out, inputs, case):
+def judge(out, inputs, case, **cu_seqlens):
     """The tolerance rule for an output that has no Problem."""
     q, k, v = (inputs[name] for name in "qkv")
-    ref, _ = attention_reference(q, k, v, causal=case.is_causal)
-    twin, _ = low_precision_twin(q, k, v, case.dtype, causal=case.is_causal)
+    ref, _ = attention_reference(q, k, v, causal=case.is_causal, **cu_seqlens)
+    twin, _ = low_precision_twin(q, k, v, case.dtype, causal=case.is_causal, **cu_seqlens)
     assert_out(as_float(out, np.float64), ref, twin)
 
 

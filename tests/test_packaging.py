@@ -8,21 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from fa3_cute.cli import report
 from fa3_cute.status import Status
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-REQUIRED = {".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "examples", "fa3_cute", "pyproject.toml", "tests"}
-OPTIONAL = {"docs"}
+TOP_LEVEL = {".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "docs", "examples", "fa3_cute", "pyproject.toml",
+             "tests"}
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
 def test_top_level():
-    assert {path.name for path in ROOT.iterdir()} >= REQUIRED
+    assert {path.name for path in ROOT.iterdir()} >= TOP_LEVEL
     listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
                             capture_output=True, text=True) if shutil.which("git") else None
     if listed is None or listed.returncode:
         pytest.skip("not a git checkout: what else lies here is nobody's claim")
-    assert {line.split("/")[0] for line in listed.stdout.splitlines()} - OPTIONAL == REQUIRED
+    assert {line.split("/")[0] for line in listed.stdout.splitlines()} == TOP_LEVEL
 
 
 def test_dependencies():
@@ -80,12 +82,17 @@ def test_readme_first_screen():
     assert "forward(params, stream)" in "\n".join(first_screen)
 
 
-def test_readme_links_and_modules_exist():
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_exist(document):
+    targets = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
+    assert not [target for target in targets if not (document.parent / target).exists()]
+
+
+def test_readme_modules_exist():
     text = (ROOT / "README.md").read_text()
-    missing = [target for target in re.findall(r"\]\(([^)#:]+)\)", text) if not (ROOT / target).exists()]
     layout = text.partition("```\nfa3_cute/")[2].partition("\nexamples/")[0]
-    missing += [name for name in re.findall(r"\b\w+\.py\b|\bkernels/README\.md\b|^  \w+/", layout, re.MULTILINE)
-                if not (ROOT / "fa3_cute" / name.strip()).exists()]
+    missing = [name for name in re.findall(r"\b\w+\.py\b|\bkernels/README\.md\b|^  \w+/", layout, re.MULTILINE)
+               if not (ROOT / "fa3_cute" / name.strip()).exists()]
     assert not missing
 
 
@@ -97,3 +104,13 @@ def test_readme_example_is_a_valid_call(monkeypatch):
     exec(example, {f"{tensor}_ptr": 1 << 20 + number for number, tensor in enumerate(("q", "k", "v", "out"))}
          | {"stream": 0})
     assert len(calls) == 2 and fa3_cute.explain(calls[0]) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_performance_tables_can_be_replaced(document):
+    """`report --into` finds its place in both documents, and each table there says what it was measured on, and how."""
+    tables = document.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    sections = tables.split("### ")[1:]
+    assert sections
+    for section in sections:
+        assert re.search(r"H[12]00.*\d{4}-\d\d-\d\dT", section) and "    python -m fa3_cute bench " in section

@@ -94,7 +94,7 @@ def test_no_machine_paths():
     """Nothing names a folder of some developer's machine or a package index: pip's own configuration decides that."""
     private = re.compile(r"(?<![\w.$}~/-])/(?:work|root|opt|mnt|scratch|(?:home|Users)(?!/someone))/"
                          r"|/simple\b|--(?:extra-)?index-url")
-    texts = [*PACKAGE_FILES, *OTHER_FILES, *PACKAGE.rglob("*.md"),
+    texts = [*PACKAGE_FILES, *OTHER_FILES, *PACKAGE.rglob("*.md"), *(ROOT / "docs").rglob("*.md"),
              *(ROOT / name for name in ("Makefile", "pyproject.toml", "README.md", ".ci/run"))]
     found = [f"{path.relative_to(ROOT)}: {match[0]}" for path in texts if path != Path(__file__)
              for match in private.finditer(path.read_text())]

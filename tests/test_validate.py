@@ -51,6 +51,21 @@ QUICK = [
     (DENSE, every("softmax_lse cu_seqlens_q page_table seqused_k workspace", 0)),
     (DENSE, {"num_splits": 1, "pack_gqa": False, "window_size_left": -7}),
     (DENSE, {"seqlen_q": 1, "mode": DECODE}),
+    (DENSE, {"seqlen_q": 1, "mode": DECODE, "seqused_k": A + 4}),
+    (DENSE, {"seqused_q": Handle(), "seqused_k": CUdeviceptr(A), "is_causal": True}),
+    *((DENSE, {"window_size_left": left, "window_size_right": right})
+      for left, right in ((0, -1), (-1, 0), (0, 0), (256, -9), (-1, 256), (1024, 0), (2**31 - 1, 2**31 - 1))),
+    (PACKED, {}),
+    (PACKED, {"dtype": BF16, "softmax_lse": A + 4, "is_causal": True, "cu_seqlens_q": A + 4, "cu_seqlens_k": A + 8}),
+    (PACKED, every("q cu_seqlens_q cu_seqlens_k seqused_q", Handle())),
+    (PACKED, {"total_q": 0}),
+    (PACKED, {"total_k": 0, "window_size_left": 7, "seqused_q": A, "seqused_k": A + 4}),
+    (PACKED, every("seqlen_q seqlen_k", -5)),
+    (PACKED, every("seqlen_q seqlen_k", None)),
+    (PACKED, {"batch_size": 10_000, "total_q": 200_000}),
+    # [heads, rows, head_dim] in memory, a packed QKV projection
+    (PACKED, {"out_head_stride": 896 * 128, "out_row_stride": 128}),
+    (PACKED, every("q_row_stride k_row_stride v_row_stride", 6144)),
     # [batch, heads, rows, head_dim] in memory, a packed QKV projection, padded rows, one K head for the whole batch
     (DENSE, {"out_head_stride": 512 * 128, "out_row_stride": 128}),
     (DENSE, every("q_row_stride k_row_stride v_row_stride", 6144) | every("q_batch_stride k_batch_stride", 6144 * 640)),
@@ -60,6 +75,10 @@ QUICK = [
 ACCEPTED = [
     (DENSE, {"dtype": 1, "mode": 0, "softmax_scale": np.float32(1), "is_causal": np.True_, "batch_size": np.int64(2)}),
     (DENSE, every("softmax_lse page_table workspace seqused_k", CUdeviceptr(0))),
+    (PACKED, {"total_q": np.int64(896), "mode": 2, "window_size_left": np.int32(0)}),
+    (PACKED, {"q_batch_stride": 3, "k_batch_stride": 2**60, "out_batch_stride": -1}),
+    (PACKED, {"total_q": 0, "out_row_stride": 3}),
+    (PACKED, {"total_k": MAX_SIZE, "k_row_stride": 0, "v_row_stride": 0}),
     (DENSE, {"workspace": A, "workspace_bytes": 64, "q_descale_batch_stride": 16}),
     (DENSE, {"seqlen_k": MAX_SIZE} | every("k_row_stride v_row_stride k_batch_stride v_batch_stride", 0)),
     # rows of out that interleave without meeting
@@ -130,7 +149,7 @@ REFUSED = [
         ("out_dtype", 7, "None or FP16"), ("mode", 3, "AttentionMode.PREFILL"), ("mode", None, "AttentionMode.PREFILL"),
         ("is_causal", "yes", "True or False"), ("is_causal", None, "True or False"),
         ("pack_gqa", 2, "None (automatic)"),
-        ("window_size_left", None, "negative is unbounded"), ("window_size_right", 2**31, f"up to {MAX_SIZE}"),
+        ("window_size_left", None, "negative is unbounded"), ("window_size_right", 2**31, f"up to {2**31 - 1}"),
         ("window_size_left", -1.0, "negative is unbounded"), ("num_splits", 1.0, "0 (automatic)"),
         ("num_splits", None, "0 (automatic)"), ("workspace_bytes", -1, "at least 0"))),
     (-9, DENSE, {"out_dtype": BF16}, ("out_dtype=DataType.BF16", "None or FP16 with dtype=FP16")),
@@ -153,7 +172,7 @@ REFUSED = [
 @pytest.mark.parametrize("status, base, changes, words", REFUSED)
 def test_refused(status, base, changes, words):
     params = replace(base, **changes)
-    assert first_problem(base) is None or base is PACKED
+    assert first_problem(base) is None
     found = [problem for problem in problems(params) if "not implemented yet" not in problem.detail]
     assert found, "accepted"
     assert found[0] == first_problem(params)
@@ -171,17 +190,10 @@ def test_fp8_head_dim(head_dim):
 
 # Right by the contract, so the kernel that is missing is the only problem; a landed kernel moves its row to ACCEPTED.
 @pytest.mark.parametrize("base, changes, feature", [
-    (DENSE, {"window_size_left": 0}, "sliding windows"),
-    (DENSE, {"window_size_right": 256}, "sliding windows"),
-    (PACKED, {}, "packed sequences"),
-    (PACKED, {"total_q": 0}, "packed sequences"),
-    (PACKED, {"total_k": 0, "seqlen_q": -5, "q_batch_stride": 3}, "packed sequences"),
-    (DENSE, {"seqused_q": A}, "used lengths"),
-    (DENSE, {"seqused_k": A + 4}, "used lengths"),
     (DENSE, {"dtype": FP8, "out_dtype": FP16, "q_descale_ptr": A, "q_descale_batch_stride": 16,
              "q_descale_head_stride": 1}, "FP8"),
     (DENSE, {"seqlen_q": 1, "mode": DECODE, "num_splits": 256}, "split-KV"),
-    (DENSE, {"pack_gqa": True}, "packed GQA"),
+    (PACKED, {"pack_gqa": True}, "packed GQA"),
 ])
 def test_pending_features_are_named(base, changes, feature):
     params = replace(base, **changes)
@@ -195,13 +207,13 @@ def test_first_problem_follows_the_table():
     """A call that breaks every rule is refused for each in turn, as one after the other is mended."""
     params = FlashAttentionParams(
         k=A, v=A, out=A + 1, head_dim=80, num_heads=6, num_heads_k=4, is_causal=True, window_size_left=1, mode=DECODE,
-        cu_seqlens_q=A, softcap=1, num_splits=300, page_table=A, rotary_dim=8, p_dropout=0.5, dtype=FP8, seqused_q=A)
+        cu_seqlens_q=A, softcap=1, num_splits=300, page_table=A, rotary_dim=8, p_dropout=0.5, dtype=FP8, pack_gqa=1)
     mending = [
         (-1, {"q": A}), (-2, {"head_dim": 192}), (-3, {"head_dim": 128}), (-4, {"num_heads": 8}),
         (-5, {"is_causal": False}), (-6, {"cu_seqlens_q": None}), (-7, {"batch_size": 1, "seqlen_q": 2, "seqlen_k": 1}),
         (-8, {"seqlen_q": 1}), (-9, {"out": A}),
         (-11, {"softcap": 0}), (-13, {"num_splits": 0}), (-14, {"page_table": None}), (-15, {"rotary_dim": 0}),
-        (-16, {"p_dropout": 0}), (-16, {"dtype": FP16}), (-16, {"seqused_q": None}), (-16, {"window_size_left": -1}),
+        (-16, {"p_dropout": 0}), (-16, {"dtype": FP16}), (-16, {"pack_gqa": None}),
     ]
     for status, change in mending:
         assert first_problem(params).status == status, (first_problem(params), change)
@@ -237,7 +249,7 @@ CHANGES = st.dictionaries(st.sampled_from([field.name for field in fields(FlashA
 
 
 @settings(max_examples=800, deadline=None)
-@given(st.sampled_from([DENSE, PACKED, ONE_ROW]), CHANGES)
+@given(st.sampled_from([DENSE, PACKED, ONE_ROW, replace(DENSE, seqused_k=A, window_size_left=8)]), CHANGES)
 def test_quick_check_agrees_with_the_rules(base, changes):
     params = replace(base, **{name: VALUES[number] for name, number in changes.items()})
     found = problems(params)
@@ -251,12 +263,14 @@ SIZE = st.integers(1, 5)
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.tuples(SIZE, SIZE, SIZE), st.tuples(STRIDE, STRIDE, STRIDE))
-def test_strides_of_out_against_brute_force(sizes, strides):
+@given(st.sampled_from([DENSE, PACKED]), st.tuples(SIZE, SIZE, SIZE), st.tuples(STRIDE, STRIDE, STRIDE))
+def test_strides_of_out_against_brute_force(base, sizes, strides):
     """No layout whose rows are apart is refused, none that the quick check takes overlaps."""
     batch, rows, heads = sizes
-    params = replace(DENSE, batch_size=batch, seqlen_q=rows, num_heads=heads, num_heads_k=1,
-                     out_batch_stride=strides[0], out_row_stride=strides[1], out_head_stride=strides[2])
+    params = replace(base, batch_size=batch, num_heads=heads, num_heads_k=1, out_batch_stride=strides[0],
+                     out_row_stride=strides[1], out_head_stride=strides[2],
+                     **{"seqlen_q" if base is DENSE else "total_q": rows})
+    sizes = (batch if base is DENSE else 1, rows, heads)
     contiguous = (rows * heads * 128, heads * 128, 128)
     real = [default if stride is None else stride for stride, default in zip(strides, contiguous, strict=True)]
     fit = all(size == 1 or stride >= 128 and stride % 8 == 0 for stride, size in zip(real, sizes, strict=True))

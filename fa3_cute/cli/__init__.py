@@ -1,7 +1,7 @@
 """The command line: `python -m fa3_cute COMMAND`, one module per command.
 
 A command module has `add_arguments(parser)` and `run(args) -> int`, the exit status: 0 success, 1 the command's check
-failed, 2 it could not run here.
+failed, 2 it could not run here. `args.argv` is the command line.
 """
 import argparse
 import sys
@@ -10,6 +10,7 @@ from importlib import import_module
 COMMANDS = {
     "compile": "compile kernels for sm_90a, with or without a GPU, and print what the compiler made of them",
     "bench": "time the forward on this machine's GPU, beside other libraries if asked to",
+    "report": "render results of bench --json as markdown tables",
 }
 
 
@@ -26,4 +27,5 @@ def main(argv: list[str] | None = None) -> int:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
+    args.argv = argv
     return args.run(args)

@@ -2,28 +2,28 @@
 
 Every implementation reads the same standard-normal inputs and is checked before it is timed. Rounds are interleaved and
 each batch of launches lasts long enough for the clock to settle; numbers are medians over rounds, ratios to a peer the
-median of each round's ratio (above 1: the peer is slower). TFLOP/s counts nominal FLOPs, half of them under a causal
-mask. "peak" is the share of the WGMMA peak, 4096 FLOP per clock and SM, at the SM clock that NVML reports during the
-batches. "host us" is the host's time for one forward() call on an int stream handle. A rate marked with * is the
-host's, not the GPU's: launching took as long as running.
+median of each round's ratio (above 1: the peer is slower). Where a call is so short that launching it one by one would
+show, every implementation is replayed from a CUDA graph. TFLOP/s counts nominal FLOPs, half of them under a causal
+mask, and with a window those of the keys that a query sees. "peak" is the share of the WGMMA peak, 4096 FLOP per clock
+and SM, at the SM clock that NVML reports during the batches. "host us" is the host's time for one forward() call on an
+int stream handle. A rate marked with * is the host's, not the GPU's: launching took as long as running, or short calls
+could not be captured.
 
-Exit status 1 if a result is wrong, 2 without a Hopper GPU.
+Exit status 1 if a result is wrong, 2 without a Hopper GPU or where the suite decides an option itself.
 """
 import json
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from statistics import median
 
 from .. import forward
 from ..config import ELEMENT_BYTES, HEAD_DIMS
 from ..device import hopper_device_problem, open_device
-from . import peers
+from . import environment, peers
 from .case import Case, Tensors
-from .measure import Batch, Stopwatch
-from .suites import prefill
+from .measure import Batch, Stopwatch, Work
+from .suites import prefill, varlen, window
 from .table import Table, one_or_more
 
-SUITES = {"prefill": prefill.cases}
+SUITES = {"prefill": prefill, "varlen": varlen, "window": window}
 OURS = "fa3_cute"
 FLOPS_PER_CLOCK_AND_SM = 4096       # dense WGMMA with 16-bit operands
 # Relative error (norm) of a right answer: BF16 rounding of P and of O leaves about 2e-3 on normal inputs.
@@ -32,7 +32,7 @@ WRONG = 1e-2
 
 def add_arguments(parser) -> None:
     parser.add_argument("--suite", choices=SUITES, default="prefill")
-    parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..")
+    parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), metavar="D,..", help="default: the suite's")
     parser.add_argument("--seqlen", type=one_or_more(int), metavar="S,..", help="default: the suite's")
     parser.add_argument("--dtype", choices=ELEMENT_BYTES, default="bf16", help="default bf16, which every peer has")
     mask = parser.add_mutually_exclusive_group()
@@ -45,31 +45,45 @@ def add_arguments(parser) -> None:
                         help=f"of {', '.join(peers.PEERS)}; those that are not installed are left out")
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--batch-ms", type=float, default=40, metavar="MS", help="length of one timed batch")
-    parser.add_argument("--json", metavar="FILE", help="also write environment and rows to FILE, after every case")
-    parser.set_defaults(masks=[False, True])
+    parser.add_argument("--json", metavar="FILE", help="also write environment, rows and conclusions to FILE")
 
 
 def run(args) -> int:
+    suite = SUITES[args.suite]
     problem = hopper_device_problem()
-    if problem:
-        print(f"bench needs a Hopper GPU: {problem}")
+    fixed = [name for name in suite.FIXED if getattr(args, name) is not None]
+    if fixed or problem:
+        print(f"the {args.suite} suite has its own {', '.join(fixed)}" if fixed
+              else f"bench needs a Hopper GPU: {problem}")
         return 2
     device = open_device()
-    cases = SUITES[args.suite](args)
+    cases = suite.cases(args)
     bench = Bench(args, device, cases)
-    print(bench.headline())
+    print(environment.sentence(bench.environment))
     table = Table(columns(bench.peers))
-    rows = []
+    results = {"environment": bench.environment, "rows": [], "conclusions": []}
+    times = {}
     for case in cases:
-        rows.append(bench.row(case))
-        table.print_row(cells(rows[-1], bench.peers))
-        if args.json:
-            with open(args.json, "w", encoding="utf-8") as file:
-                json.dump({"environment": bench.environment, "rows": rows}, file, indent=1)
+        row = bench.row(case)
+        times[case] = row["results"][OURS]["ms"]
+        table.print_row(cells(row, bench.peers))
+        results["rows"].append(row)
+        write(results, args.json)       # a run that is cut short leaves what it has
+    results["conclusions"] = suite.conclusions(times)
+    write(results, args.json)
+    rows = results["rows"]
     wrong = [f"{row['name']}: {name} is off by {error:.1e}"
              for row in rows for name, error in row["errors"].items() if not error < WRONG]
-    print("\n".join(["", *dict.fromkeys(note for row in rows for note in row["notes"]), *wrong]).rstrip())
+    notes = dict.fromkeys(note for row in rows for note in row["notes"])
+    print("\n".join(["", *results["conclusions"], *notes, *wrong]).rstrip())
     return 1 if wrong else 0
+
+
+def write(results: dict, path: str | None) -> None:
+    """Leaves the results in a JSON file, if there is to be one."""
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
 
 
 class Bench:
@@ -83,7 +97,7 @@ class Bench:
         self.stopwatch = Stopwatch(device, self.stream)
         self.tensors = Tensors(cases, self.stream)
         self.peers = self.find_peers(args.peers)
-        self.environment = self.describe(device)
+        self.environment = environment.describe(device, self.stopwatch.monitor, self.peers, args)
 
     def find_peers(self, names: list[str]) -> dict[str, peers.Peer]:
         """Loads the peers asked for; says in one line each which are not here."""
@@ -97,35 +111,12 @@ class Bench:
             peers.use_stream(self.handle)
         return found
 
-    def describe(self, device) -> dict:
-        """What the numbers depend on besides the code, and which code it was."""
-        import cutlass
-
-        from ..compiler import source_hash      # the DSL takes half a second to import
-        flavour = cutlass.CUDA_VERSION
-        return {"date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "gpu": device.name, "sms": self.num_sms, **self.stopwatch.monitor.limits(),
-                "dsl": cutlass.__version__, "dsl_cuda": f"{flavour.major}.{flavour.minor}",
-                "sources": source_hash(), "peers": {name: peer.version for name, peer in self.peers.items()},
-                "rounds": self.args.rounds, "batch_ms": self.args.batch_ms}
-
-    def headline(self) -> str:
-        known = self.environment
-        parts = [known["gpu"], f"{known['sms']} SMs"]
-        if problem := self.stopwatch.monitor.problem:
-            parts.append(f"no clocks ({problem})")
-        else:
-            parts.append(f"at most {known['max_clock_mhz']} MHz and {known['power_limit_watts']:.0f} W")
-            parts.append(f"driver {known['driver']}")
-        parts.append(f"CuTe DSL {known['dsl']} for CUDA {known['dsl_cuda']}")
-        return "; ".join([*parts, *known["peers"].values(), known["date"]])
-
     def row(self, case: Case) -> dict:
         """Checks and times one case."""
-        params, pointers = self.tensors.params(case), self.tensors.pointers()
+        params, pointers = self.tensors.params(case), self.tensors.pointers(case)
         self.tensors.poison_out()
         forward(params, self.handle).check()
-        launches = {OURS: lambda: forward(params, self.handle)}
+        launches = {OURS: lambda: forward(params, self.handle).check()}
         errors = {OURS: self.tensors.error_of_last_rows(case)}
         notes = []
         for name, peer in self.peers.items():
@@ -134,15 +125,29 @@ class Bench:
                 errors[name] = peer.error(case, pointers, launches[name])
             except peers.PeerMissing as missing:
                 notes.append(str(missing))
-        batches = self.stopwatch.rounds(launches, self.args.rounds, self.args.batch_ms)
-        return {"name": case.name, "case": asdict(case), "errors": errors, "notes": notes,
-                "host_us": self.host_microseconds(case),
-                "results": {name: self.result(case, batches[name], batches[OURS]) for name in launches}}
+        works = {name: Work(launch) for name, launch in launches.items()}
+        is_short = any(self.stopwatch.is_short(work) for work in works.values())
+        if is_short:
+            works = {name: self.captured(name, work, notes) for name, work in works.items()}
+        batches = self.stopwatch.rounds(works, self.args.rounds, self.args.batch_ms)
+        results = {name: self.result(case, batches[name], batches[OURS]) for name in works}
+        for name, work in works.items():
+            results[name]["replayed"] = work.calls > 1
+            results[name]["host_bound"] |= is_short and work.calls == 1
+        return {"name": case.name, "case": case.as_dict(), "errors": errors, "notes": notes,
+                "host_us": self.host_microseconds(case), "results": results}
+
+    def captured(self, name: str, work: Work, notes: list[str]) -> Work:
+        """The work as a CUDA graph; as it is, with a note, if it cannot be captured."""
+        try:
+            return self.stopwatch.capture(work.launch) if name == OURS else peers.capture(work.launch)
+        except Exception as error:      # torch, the driver and each library have their own kinds
+            notes.append(f"{name} cannot be captured into a CUDA graph: {peers.first_line(error)}")
+            return work
 
     def host_microseconds(self, case: Case) -> float:
         """Host time of one forward() call, on a problem so short that the GPU keeps up."""
-        short = replace(case, batch_size=1, seqlen_q=min(case.seqlen_q, 128), seqlen_k=min(case.seqlen_k, 128))
-        params = self.tensors.params(short)
+        params = self.tensors.params(case.shortened(128))
         return self.stopwatch.host_microseconds(lambda: forward(params, self.handle))
 
     def result(self, case: Case, batches: list[Batch], ours: list[Batch]) -> dict:
@@ -165,14 +170,14 @@ def middle(values) -> float | None:
 
 
 def columns(names) -> list[tuple[str, int]]:
-    return [("case", 34), ("TFLOP/s", 8), ("ms", 8), ("peak", 5), ("MHz", 5), ("W", 4), ("host us", 7), ("error", 7),
+    return [("case", 38), ("TFLOP/s", 8), ("us", 8), ("peak", 5), ("MHz", 5), ("W", 4), ("host us", 7), ("error", 7),
             *(column for name in names for column in ((name, 8), (f"vs {name}", 6)))]
 
 
 def cells(row: dict, names) -> list[str]:
     ours = row["results"][OURS]
     share = "-" if ours["peak"] is None else f"{ours['peak']:.0%}"
-    numbers = [rate(ours), f"{ours['ms']:.4f}", share, whole(ours["clock_mhz"]), whole(ours["power_watts"]),
+    numbers = [rate(ours), f"{1000 * ours['ms']:.1f}", share, whole(ours["clock_mhz"]), whole(ours["power_watts"]),
                f"{row['host_us']:.1f}", f"{row['errors'][OURS]:.1e}"]
     for name in names:
         theirs = row["results"].get(name)

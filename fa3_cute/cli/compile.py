@@ -12,27 +12,32 @@ from ..config import ELEMENT_BYTES, HEAD_DIMS, FwdConfig
 from ..heuristics import all_forward_configs
 from .table import Table, one_or_more
 
-COLUMNS = (("kernel", 36), ("registers", 9), ("spilled bytes", 13), ("smem bytes", 10), ("WGMMA", 5), ("seconds", 7),
+COLUMNS = (("kernel", 39), ("registers", 9), ("spilled bytes", 13), ("smem bytes", 10), ("WGMMA", 5), ("seconds", 7),
            ("", 0))
+MASKS = {"full": "without a mask", "causal": "with the causal mask", "local": "with a sliding window"}
 
 
 def add_arguments(parser) -> None:
     mask = parser.add_mutually_exclusive_group()
-    parser.add_argument("--all", action="store_true", help="also the variants that write the log-sum-exp")
+    parser.add_argument("--all", action="store_true",
+                        help="also the variants that write the log-sum-exp and, without --varlen, the varlen ones")
+    parser.add_argument("--varlen", action="store_true",
+                        help="the variants for packed sequences and used lengths instead of the dense ones")
     parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..")
     parser.add_argument("--dtype", type=one_or_more(str, ELEMENT_BYTES), default=list(ELEMENT_BYTES), metavar="T,..",
                         help=f"of {', '.join(ELEMENT_BYTES)}")
-    mask.add_argument("--causal", action="store_const", const=[True], dest="masks", help="only causal kernels")
-    mask.add_argument("--full", action="store_const", const=[False], dest="masks", help="only kernels without a mask")
+    for name, kind in MASKS.items():
+        mask.add_argument(f"--{name}", action="store_const", const=[name], dest="masks", help=f"only kernels {kind}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
     parser.add_argument("--json", action="store_true", help="print one JSON list and no table")
-    parser.set_defaults(masks=[True, False])
+    parser.set_defaults(masks=list(MASKS))
 
 
 def run(args) -> int:
+    layouts = (True,) if args.varlen else (False, True) if args.all else (False,)
     configs = [cfg for cfg in all_forward_configs()
-               if cfg.head_dim in args.head_dim and cfg.dtype in args.dtype and cfg.is_causal in args.masks
-               and (args.all or not cfg.has_lse)]
+               if cfg.head_dim in args.head_dim and cfg.dtype in args.dtype and cfg.mask in args.masks
+               and cfg.is_varlen in layouts and (args.all or not cfg.has_lse)]
     table = None if args.json else Table(COLUMNS)
     rows = []
     for row in compile_rows(configs, args.jobs):

@@ -9,11 +9,21 @@ from statistics import median
 MAX_LAUNCHES = 512
 # The host needs more than this share of a batch to queue it: the GPU waited for the host, and the time is the host's.
 HOST_BOUND = 0.9
+# Shorter calls are replayed from a CUDA graph: one by one, the gaps between them would count.
+SHORT_MS = 0.05
+CALLS_PER_GRAPH = 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch repeats: `launch()` queues `calls` calls of one implementation."""
+    launch: Callable
+    calls: int = 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One timed batch of launches. Times are per launch; the clock is the median of its samples, None if unknown."""
+    """One timed batch of launches. Times are per call; the clock is the median of its samples, None if unknown."""
     milliseconds: float
     host_microseconds: float
     clock_mhz: float | None
@@ -67,12 +77,12 @@ class Stopwatch:
         self.monitor = Monitor(device)
         self.start, self.stop = (device.create_event(EventOptions(timing_enabled=True)) for _ in range(2))
 
-    def time(self, launch: Callable, count: int) -> Batch:
+    def time(self, work: Work, count: int) -> Batch:
         """`count` launches between two events; the clock is sampled while the GPU works off the queue."""
         self.stream.record(self.start)
         began = time.perf_counter()
         for _ in range(count):
-            launch()
+            work.launch()
         host_seconds = time.perf_counter() - began
         self.stream.record(self.stop)
         samples = [self.monitor.sample()]
@@ -80,23 +90,42 @@ class Stopwatch:
             samples.append(self.monitor.sample())
             time.sleep(0.001)
         clock, power = (None if self.monitor.problem else median(values) for values in zip(*samples, strict=True))
-        return Batch((self.stop - self.start) / count, 1e6 * host_seconds / count, clock, power)
+        calls = count * work.calls
+        return Batch((self.stop - self.start) / calls, 1e6 * host_seconds / calls, clock, power)
 
-    def rounds(self, launches: dict[str, Callable], rounds: int, batch_ms: float) -> dict[str, list[Batch]]:
-        """`rounds` batches of about `batch_ms` for each launch, interleaved, after one round that is not recorded.
+    def is_short(self, work: Work) -> bool:
+        """Launched one by one, the host's time would show in the GPU's."""
+        self.time(work, 2)
+        batch = self.time(work, CALLS_PER_GRAPH)
+        return batch.milliseconds < SHORT_MS or batch.is_host_bound
+
+    def capture(self, launch: Callable) -> Work:
+        """CALLS_PER_GRAPH calls of a launch on this stream as one CUDA graph."""
+        builder = self.stream.create_graph_builder().begin_building()
+        try:
+            for _ in range(CALLS_PER_GRAPH):
+                launch()
+        finally:        # a stream left capturing is lost for everything after
+            builder.end_building()
+        graph = builder.complete()
+        return Work(lambda: graph.launch(self.stream), CALLS_PER_GRAPH)
+
+    def rounds(self, works: dict[str, Work], rounds: int, batch_ms: float) -> dict[str, list[Batch]]:
+        """`rounds` batches of about `batch_ms` for each work, interleaved, after one round that is not recorded.
 
         The order turns: A B C, B C A, ... The card's clock and temperature drift by more than the differences that
         matter, so only batches of one round are comparable: take ratios per round.
         """
         counts = {}
-        for name, launch in launches.items():
-            self.time(launch, 2)
-            counts[name] = min(MAX_LAUNCHES, max(3, ceil(batch_ms / self.time(launch, 3).milliseconds)))
-        batches = {name: [] for name in launches}
-        order = list(launches)
+        for name, work in works.items():
+            self.time(work, 2)
+            launch_ms = self.time(work, 3).milliseconds * work.calls
+            counts[name] = min(MAX_LAUNCHES, max(3, ceil(batch_ms / launch_ms)))
+        batches = {name: [] for name in works}
+        order = list(works)
         for number in range(rounds + 1):
             for name in order:
-                batch = self.time(launches[name], counts[name])
+                batch = self.time(works[name], counts[name])
                 if number > 0:
                     batches[name].append(batch)
             order.append(order.pop(0))

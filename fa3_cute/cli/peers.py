@@ -5,9 +5,11 @@ A peer reads the benchmark's own tensors, in place, as torch views.
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from functools import partial
 from math import prod
 
 from .case import Case
+from .measure import CALLS_PER_GRAPH, Work
 
 
 class PeerMissing(Exception):
@@ -16,7 +18,8 @@ class PeerMissing(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """`make_launch(q, k, v, is_causal)` gets torch views [batch, seqlen, heads, head_dim]; a launch returns O alike."""
+    """`make_launch(case, q, k, v, cu_seqlens)` gets torch views in the case's shapes, cu_seqlens None if it is dense; a
+    launch returns O alike. It raises PeerMissing for a case that the peer cannot do."""
     name: str
     version: str
     dtypes: tuple[str, ...]
@@ -28,7 +31,8 @@ class Peer:
             raise PeerMissing(f"{self.name} has no {case.dtype} kernels")
         q, k, v = (view(pointers[name], shape, case.dtype)
                    for name, shape in (("q", case.q_shape), ("k", case.kv_shape), ("v", case.kv_shape)))
-        launch = self.make_launch(q, k, v, case.is_causal)
+        cu_seqlens = view(pointers["cu_seqlens"], (case.batch_size + 1,), "int32") if case.lengths else None
+        launch = self.make_launch(case, q, k, v, cu_seqlens)
         try:
             launch()
         except Exception as error:      # each library refuses in its own way; what it says is the answer
@@ -50,12 +54,16 @@ def load(name: str) -> Peer:
 
 
 def load_fa3() -> Peer:
-    """FlashAttention-3 in C++, as the PyPI wheel fa3-fwd packs it: built without FP16 kernels."""
-    from fa3_fwd_interface import flash_attn_func
+    """FlashAttention-3 in C++, as the PyPI wheel fa3-fwd packs it: built without FP16 kernels and without windows."""
+    from fa3_fwd_interface import flash_attn_func, flash_attn_varlen_func
 
-    def make_launch(q, k, v, is_causal):
+    def make_launch(case, q, k, v, cu_seqlens):
+        call = partial(flash_attn_func, q, k, v)
+        if case.lengths:
+            call = partial(flash_attn_varlen_func, q, k, v, cu_seqlens, cu_seqlens, case.seqlen_q, case.seqlen_k)
+
         def launch():
-            out = flash_attn_func(q, k, v, causal=is_causal)
+            out = call(causal=case.is_causal, window_size=case.window)
             return out[0] if isinstance(out, tuple) else out
         return launch
     return Peer("fa3", f"fa3-fwd {metadata.version('fa3-fwd')}", ("bf16",), make_launch)
@@ -67,15 +75,17 @@ def load_cudnn() -> Peer:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    def make_launch(q, k, v, is_causal):
-        if is_causal and q.shape[1] != k.shape[1]:
+    def make_launch(case, q, k, v, cu_seqlens):
+        if case.lengths or max(case.window) >= 0:
+            raise PeerMissing("cudnn through torch has neither packed sequences nor windows")
+        if case.is_causal and case.seqlen_q != case.seqlen_k:
             raise PeerMissing("cudnn through torch has no bottom-right aligned causal mask")
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        options = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        options = {"is_causal": case.is_causal, "enable_gqa": case.num_heads != case.num_heads_k}
 
         def launch():
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return scaled_dot_product_attention(q, k, v, is_causal=is_causal, **options).transpose(1, 2)
+                return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
         return launch
     version = f"cuDNN {torch.backends.cudnn.version()}, torch {torch.__version__}"
     return Peer("cudnn", version, ("fp16", "bf16"), make_launch)
@@ -90,16 +100,27 @@ def use_stream(handle: int) -> None:
     torch.cuda.set_stream(torch.cuda.ExternalStream(handle))
 
 
+def capture(launch: Callable) -> Work:
+    """CALLS_PER_GRAPH calls of a peer as one CUDA graph, made by torch: what a call allocates belongs to the graph."""
+    import torch
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(CALLS_PER_GRAPH):
+            launch()
+    return Work(graph.replay, CALLS_PER_GRAPH)
+
+
 def view(pointer: int, shape: tuple[int, ...], dtype: str):
     """Device memory as a torch tensor, in place. The interface knows no BF16: 16-bit integers carry the bits over."""
     import torch
 
     class Memory:
-        """prod(shape) 16-bit words."""
-        __cuda_array_interface__ = {"shape": (prod(shape),), "typestr": "<i2", "data": (pointer, False), "version": 3}
+        """prod(shape) words."""
+        __cuda_array_interface__ = {"shape": (prod(shape),), "typestr": "<i4" if dtype == "int32" else "<i2",
+                                    "data": (pointer, False), "version": 3}
 
     words = torch.as_tensor(Memory(), device="cuda")
-    return words.view({"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]).view(shape)
+    return words.view({"fp16": torch.float16, "bf16": torch.bfloat16, "int32": torch.int32}[dtype]).view(shape)
 
 
 def first_line(error: Exception) -> str:

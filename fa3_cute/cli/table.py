@@ -1,4 +1,4 @@
-"""Plain text tables and the parsing of comma-separated options."""
+"""Tables, plain and in markdown, and the parsing of comma-separated options."""
 import argparse
 from collections.abc import Callable, Sequence
 
@@ -18,6 +18,12 @@ class Table:
         aligned = [first.ljust(self.widths[0])]
         aligned += (cell.rjust(width) for cell, width in zip(rest, self.widths[1:], strict=True))
         print("  ".join(aligned).rstrip(), flush=True)
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def one_or_more(kind: Callable, choices: Sequence | None = None) -> Callable[[str], list]:

@@ -1,13 +1,14 @@
 """From acc_O to global memory: the consumers write O into their tile's Q slot, the store warp sends it out with TMA."""
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Boolean, Int32, const_expr
 
 from ..config import FwdConfig
+from .arithmetic import ceil_div
 from .barriers import sync_warpgroup
-from .layout import convert, element_type, fragment_col, fragment_row
+from .layout import convert, element_type, fragment_col, fragment_row, row_copy
 from .params import FwdMmas, FwdParams, FwdPipelines, FwdSmem
-from .scheduler import Tile, TileScheduler
+from .tiles import Tile, TileReader, rows_from
 from .tma import tma_views
 
 
@@ -37,28 +38,52 @@ def write_lse(cfg: FwdConfig, params: FwdParams, tile: Tile, lse: cute.Tensor, t
         if fragment_col(tidx) == 0:
             for r in cutlass.range_constexpr(cute.size(lse)):
                 row = tile.m_block * cfg.tile_m + fragment_row(tidx) + 8 * r
-                if row < params.mLSE.shape[0]:
-                    params.mLSE[row, tile.head, tile.batch] = lse[r]
+                if row < tile.seqlen_q:
+                    params.mLSE[tile.offset_q + row, tile.head, tile.batch] = lse[r]
+
+
+@cute.jit
+def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, num_rows: Int32):
+    """The first num_rows rows of sO to global memory with ordinary stores: what TMA cannot bound, since behind them
+    lie the rows of another sequence, or rows past seqused_q. Runs on: the store warp.
+    """
+    mO = rows_from(cfg, tile.offset_q, params.mO[None, None, tile.head, tile.batch])
+    gO = cute.local_tile(mO, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
+    copy, first_row, rows_per_step = row_copy(cfg, cute.arch.lane_idx(), num_threads=32)
+    tOsO, tOgO = copy.partition_S(sO), copy.partition_D(gO)
+    for step in cutlass.range(ceil_div(num_rows, rows_per_step), unroll=1):
+        if step * rows_per_step + first_row < num_rows:
+            for c in cutlass.range_constexpr(cute.size(tOsO, mode=[2])):
+                rO = cute.make_rmem_tensor_like(tOsO[None, 0, 0])
+                cute.autovec_copy(tOsO[None, step, c], rO)
+                cute.autovec_copy(rO, tOgO[None, step, c])
 
 
 @cute.jit
 def store(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
     """Per tile: O from its slot to global memory; TMA drops the rows past seqlen_q. Then the slot may take the next Q.
 
-    Runs on: warp 1. Synchronises: waits for the full half of the O ring; empties the Q ring.
+    Runs on: warp 1. Synchronises: reads the tile ring; waits for the full half of the O ring; empties the Q ring.
     """
     q_consumer, o_consumer = pipes.q.make_consumer(), pipes.o.make_consumer()
-    scheduler = TileScheduler.create(cfg.is_causal, params.grid)
-    while scheduler.has_tile():
-        tile = scheduler.tile()
-        mO = params.o.tensor[None, None, tile.head, tile.batch]
+    reader = TileReader.create(smem.sTiles, pipes.tiles)
+    while reader.has_tile():
+        tile = reader.tile
+        mO = rows_from(cfg, tile.offset_q, params.o.tensor[None, None, tile.head, tile.batch])
         gO = cute.local_tile(mO, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
         tOsO, tOgO = tma_views(params.o, gO, smem.sQ)
         slot = q_consumer.wait_and_advance()   # full long ago; this walks the ring whose slot we release
         o_consumer.wait_and_advance()
-        cute.copy(params.o.atom, tOsO[None, slot.index], tOgO)
-        cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.sync_warp()   # the lane that issued the store has waited: only now may lane 0 release
+        num_rows = tile.seqlen_q - tile.m_block * cfg.tile_m
+        use_tma = Boolean(True)
+        if const_expr(cfg.is_varlen):
+            use_tma = num_rows >= cfg.tile_m
+            if num_rows < cfg.tile_m:
+                store_rows(cfg, params, tile, smem.sQ[None, None, slot.index], num_rows)
+        if use_tma:
+            cute.copy(params.o.atom, tOsO[None, slot.index], tOgO)
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()   # every lane has read, the one that issued the store has waited: now lane 0 may release
         slot.release()
-        scheduler.advance()
+        reader.advance()

@@ -15,10 +15,15 @@ from .layout import element_type, row_major_smem
 from .load import load
 from .mainloop import consume
 from .params import FwdLayouts, FwdMmas, FwdParams, FwdPipelines, FwdSmem
-from .scheduler import TileGrid
+from .block_range import Window
+from .schedule import schedule
+from .scheduler import TileGrid, heads_per_section
+from .sequences import Sequences
+from .tiles import ENTRY_INTS
 from .tma import tma_load, tma_store
 from .wgmma import make_mmas
 
+NUM_TILE_SLOTS = 1         # each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles
 STRIDE_DIVISIBILITY = 16   # bytes, of every stride but the last dimension's: TMA's rule
 
 
@@ -31,13 +36,15 @@ class FlashAttentionForward:
     # ---- host side: traced once per config, runs at every launch ------------------------------
     @cute.jit
     def __call__(self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer,
-                 softmax_lse: cute.Pointer,
+                 softmax_lse: cute.Pointer, cu_seqlens_q: cute.Pointer, cu_seqlens_k: cute.Pointer,
+                 seqused_q: cute.Pointer, seqused_k: cute.Pointer, tile_counter: cute.Pointer,
                  q_batch_stride: Int64, q_row_stride: Int64, q_head_stride: Int64,
                  k_batch_stride: Int64, k_row_stride: Int64, k_head_stride: Int64,
                  v_batch_stride: Int64, v_row_stride: Int64, v_head_stride: Int64,
                  out_batch_stride: Int64, out_row_stride: Int64, out_head_stride: Int64,
                  batch_size: Int32, seqlen_q: Int32, seqlen_k: Int32,
-                 num_heads: Int32, num_heads_k: Int32, num_sms: Int32,
+                 num_heads: Int32, num_heads_k: Int32,
+                 window_size_left: Int32, window_size_right: Int32, num_sms: Int32,
                  softmax_scale: Float32, stream: CUstream):
         """lse[b, h, i] = ln sum_j exp(softmax_scale q_i.k_j); out[b, i, h] = sum_j exp(softmax_scale q_i.k_j - lse) v_j
 
@@ -45,23 +52,37 @@ class FlashAttentionForward:
         """
         cfg = self.cfg
         layouts = self.make_layouts()
+        sequences = Sequences(*(cute.make_tensor(array, cute.make_layout(batch_size + 1)) for array in (
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)), batch_size, seqlen_q, seqlen_k)
+        batches = batch_size
+        if const_expr(cfg.is_varlen):
+            batches = Int32(1) if sequences.is_packed() else batch_size
         view = self.tensor_view
-        mQ = view(q, (seqlen_q, num_heads, batch_size), (q_row_stride, q_head_stride, q_batch_stride))
-        mK = view(k, (seqlen_k, num_heads_k, batch_size), (k_row_stride, k_head_stride, k_batch_stride))
-        mV = view(v, (seqlen_k, num_heads_k, batch_size), (v_row_stride, v_head_stride, v_batch_stride))
-        mO = view(out, (seqlen_q, num_heads, batch_size), (out_row_stride, out_head_stride, out_batch_stride))
+        mQ = view(q, (seqlen_q, num_heads, batches), (q_row_stride, q_head_stride, q_batch_stride))
+        mK = view(k, (seqlen_k, num_heads_k, batches), (k_row_stride, k_head_stride, k_batch_stride))
+        mV = view(v, (seqlen_k, num_heads_k, batches), (v_row_stride, v_head_stride, v_batch_stride))
+        mO = view(out, (seqlen_q, num_heads, batches), (out_row_stride, out_head_stride, out_batch_stride))
         mLSE = None
         if const_expr(cfg.has_lse):
             mLSE = cute.make_tensor(softmax_lse, cute.make_layout(
-                (seqlen_q, num_heads, batch_size), stride=(1, Int64(seqlen_q), Int64(seqlen_q) * num_heads)))
-        grid = TileGrid(num_m_blocks=ceil_div(seqlen_q, cfg.tile_m), num_heads=num_heads, batch_size=batch_size)
+                (seqlen_q, num_heads, batches), stride=(1, Int64(seqlen_q), Int64(seqlen_q) * num_heads)))
+        grid = TileGrid(
+            num_m_blocks=ceil_div(seqlen_q, cfg.tile_m), num_heads=num_heads, batch_size=batch_size,
+            section=heads_per_section(num_heads * batch_size, num_heads // num_heads_k, seqlen_k,
+                                      cfg.kv_bytes_per_token))
+        num_tiles = grid.num_tiles()
+        if const_expr(cfg.is_varlen):
+            # The most that any lengths can make: packed sequences each end in a partial tile of their own.
+            num_tiles = (seqlen_q // cfg.tile_m + batch_size) * num_heads if sequences.is_packed() else num_tiles
         params = FwdParams(
             q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=tma_load(mK, layouts.sKV, cfg.tile_n),
-            v=tma_load(mV, layouts.sKV, cfg.tile_n), o=tma_store(mO, layouts.sQ, cfg.tile_m),
-            mLSE=mLSE, softmax_scale_log2=softmax_scale * math.log2(math.e), grid=grid)
+            v=tma_load(mV, layouts.sKV, cfg.tile_n), o=tma_store(mO, layouts.sQ, cfg.tile_m), mO=mO, mLSE=mLSE,
+            softmax_scale_log2=softmax_scale * math.log2(math.e), window=Window(window_size_left, window_size_right),
+            grid=grid, sequences=sequences, tile_counter=cute.make_tensor(tile_counter, cute.make_layout(1)),
+            num_heads=num_heads, num_heads_k=num_heads_k)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_mmas(cfg)).launch(
-            grid=(minimum(grid.num_tiles(), num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
+            grid=(minimum(num_tiles, num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
             min_blocks_per_mp=1, stream=stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
 
     def tensor_view(self, ptr: cute.Pointer, shape, stride) -> cute.Tensor:
@@ -80,7 +101,7 @@ class FlashAttentionForward:
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
     def kernel(self, params: FwdParams, layouts: FwdLayouts, mmas: FwdMmas):
-        """Warp 0 loads, warp 1 stores, warpgroups 1.. consume; warps 2 and 3 retire at once."""
+        """Warp 0 loads, warp 1 stores, warp 2 schedules, warp 3 retires; warpgroups 1.. consume."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
@@ -94,6 +115,8 @@ class FlashAttentionForward:
                 load(cfg, params, smem, pipes)
             if warp_idx == 1:
                 store(cfg, params, smem, pipes)
+            if warp_idx == 2:
+                schedule(cfg, params, smem, pipes)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consume(cfg, params, mmas, smem, pipes)
@@ -106,9 +129,11 @@ class FlashAttentionForward:
         barriers = lambda stages: allocator.allocate_array(Int64, 2 * stages)   # full and empty halves
         q_bars, k_bars = barriers(cfg.num_q_stages), barriers(cfg.num_kv_stages)
         v_bars, o_bars = barriers(cfg.num_kv_stages), barriers(cfg.num_q_stages)
+        tile_bars = barriers(NUM_TILE_SLOTS)
+        sTiles = allocator.allocate_tensor(Int32, cute.make_layout((ENTRY_INTS, NUM_TILE_SLOTS)), byte_alignment=16)
         tensor = lambda layout: allocator.allocate_tensor(
             element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        smem = FwdSmem(sQ=tensor(layouts.sQ), sK=tensor(layouts.sKV), sV=tensor(layouts.sKV))
+        smem = FwdSmem(sQ=tensor(layouts.sQ), sK=tensor(layouts.sKV), sV=tensor(layouts.sKV), sTiles=sTiles)
 
         group = lambda threads: pipeline.CooperativeGroup(pipeline.Agent.Thread, threads)
         tma_ring = lambda bars, stages, layout, arrivals: pipeline.PipelineTmaAsync.create(
@@ -121,7 +146,10 @@ class FlashAttentionForward:
             v=tma_ring(v_bars, cfg.num_kv_stages, layouts.sKV, arrivals=consumer_warps),
             o=pipeline.PipelineAsync.create(
                 num_stages=cfg.num_q_stages, producer_group=group(32 * consumer_warps), consumer_group=group(1),
-                barrier_storage=o_bars, defer_sync=True))
+                barrier_storage=o_bars, defer_sync=True),
+            tiles=pipeline.PipelineAsync.create(   # read by every thread of the load and store warps and the consumers
+                num_stages=NUM_TILE_SLOTS, producer_group=group(32), consumer_group=group(32 * (2 + consumer_warps)),
+                barrier_storage=tile_bars, defer_sync=True))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return smem, pipes

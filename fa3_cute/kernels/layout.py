@@ -72,6 +72,20 @@ def transposed(t: cute.Tensor) -> cute.Tensor:
     return cute.composition(t, cute.make_ordered_layout((t.shape[1], t.shape[0], *t.shape[2:]), order=order))
 
 
+def row_copy(cfg: FwdConfig, thread: Int32, num_threads: int):
+    """How `num_threads` threads walk a (rows, head_dim) tensor in 16-byte pieces, some rows per step.
+
+    Returns one thread's copy, whose partitions are (piece, step, column), its row of a step, and the rows of a step.
+    """
+    elements = 8                                        # 16 bytes
+    threads_per_row = 4 if cfg.head_dim % 64 else 8     # a divisor of the pieces of a row
+    rows_per_step = num_threads // threads_per_row
+    threads = cute.make_ordered_layout((rows_per_step, threads_per_row), order=(1, 0))
+    atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element_type(cfg), num_bits_per_copy=128)
+    copy = cute.make_tiled_copy_tv(atom, threads, cute.make_layout((1, elements)))
+    return copy.get_slice(thread), thread // threads_per_row, rows_per_step
+
+
 @cute.jit
 def convert(src: cute.Tensor, dst: cute.Tensor):
     """dst[i] = src[i] rounded to dst's type, in chunks of 8.

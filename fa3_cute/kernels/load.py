@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from ..config import FwdConfig
 from .block_range import block_range
 from .params import FwdParams, FwdPipelines, FwdSmem
-from .scheduler import TileScheduler
+from .tiles import TileReader, rows_from
 from .tma import tma_views
 
 
@@ -14,23 +14,22 @@ def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
     """Per tile: K[last], Q, then the pairs (K[n], V[n+1]), then V[first]: K one tile ahead of V, as consume needs them.
 
     Every tile takes exactly one Q slot, also a tile that sees no key: its O still needs the slot.
-    Runs on: warp 0. Synchronises: waits for the empty halves of the Q, K, V rings; TMA signals their full halves.
+    Runs on: warp 0. Synchronises: reads the tile ring; waits for the empty halves of the Q, K, V rings, and TMA signals
+    their full halves.
     """
     q_producer, k_producer, v_producer = pipes.q.make_producer(), pipes.k.make_producer(), pipes.v.make_producer()
-    seqlen_q, seqlen_k = params.q.tensor.shape[0], params.k.tensor.shape[0]
-    qhead_per_kvhead = params.q.tensor.shape[2] // params.k.tensor.shape[2]
-    scheduler = TileScheduler.create(cfg.is_causal, params.grid)
-    while scheduler.has_tile():
-        tile = scheduler.tile()
-        kv_head = tile.head // qhead_per_kvhead
-        mQ = params.q.tensor[None, None, tile.head, tile.batch]
-        mK, mV = (op.tensor[None, None, kv_head, tile.batch] for op in (params.k, params.v))
+    reader = TileReader.create(smem.sTiles, pipes.tiles)
+    while reader.has_tile():
+        tile = reader.tile
+        mQ = rows_from(cfg, tile.offset_q, params.q.tensor[None, None, tile.head, tile.batch])
+        mK, mV = (rows_from(cfg, tile.offset_k, op.tensor[None, None, tile.kv_head, tile.batch])
+                  for op in (params.k, params.v))
         gQ = cute.local_tile(mQ, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
         gK, gV = (cute.local_tile(mX, (cfg.tile_n, cfg.head_dim), (None, 0)) for mX in (mK, mV))
         tQsQ, tQgQ = tma_views(params.q, gQ, smem.sQ)
         tKsK, tKgK = tma_views(params.k, gK, smem.sK)
         tVsV, tVgV = tma_views(params.v, gV, smem.sV)
-        blocks = block_range(cfg, tile.m_block, seqlen_q, seqlen_k)
+        blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
         n_block = blocks.n_block_max - 1
         if n_block >= blocks.n_block_min:
             slot = k_producer.acquire_and_advance()
@@ -45,4 +44,4 @@ def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
                 cute.copy(params.v.atom, tVgV[None, n_block - i], tVsV[None, slot.index], tma_bar_ptr=slot.barrier)
             slot = v_producer.acquire_and_advance()
             cute.copy(params.v.atom, tVgV[None, blocks.n_block_min], tVsV[None, slot.index], tma_bar_ptr=slot.barrier)
-        scheduler.advance()
+        reader.advance()

@@ -14,15 +14,15 @@ import cutlass.pipeline as pipeline
 from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ..config import FwdConfig
-from .arithmetic import maximum
-from .barriers import open_turnstile, pass_turn, wait_turn
+from .arithmetic import ceil_div, maximum
+from .barriers import open_turnstile, pass_turn, sync_warpgroup, wait_turn
 from .block_range import block_range
 from .epilogue import write_lse, write_O
-from .layout import as_operand_a, convert, transposed
+from .layout import as_operand_a, convert, element_type, row_copy, transposed
 from .mask import Mask
 from .params import FwdMmas, FwdParams, FwdPipelines, FwdSmem
-from .scheduler import TileScheduler
 from .softmax import OnlineSoftmax
+from .tiles import TileReader
 from .wgmma import in_flight, issue_gemm
 
 
@@ -127,11 +127,34 @@ def make_attend(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem,
 
 
 @cute.jit
+def clear_unused_rows(cfg: FwdConfig, sV: cute.Tensor, v_consumer: pipeline.PipelineConsumer, num_used: Int32,
+                      tidx: Int32):
+    """Zero the rows of the V slot that is consumed next, from num_used on.
+
+    They belong to another sequence or to none, and may hold NaN, which P = 0 would not silence. TMA fills with zeros
+    past the end of the tensor only. Each warpgroup does it for itself, so that none waits for another: they write the
+    same zeros. K needs no such care: masking selects, it does not multiply.
+    """
+    v = v_consumer.wait()
+    copy, first_row, rows_per_step = row_copy(cfg, tidx % 128, num_threads=128)
+    tVsV = copy.partition_D(sV[None, None, v.index])
+    zeros = cute.make_rmem_tensor_like(tVsV[None, 0, 0], element_type(cfg))
+    zeros.fill(0.0)
+    for step in cutlass.range(num_used // rows_per_step, ceil_div(cfg.tile_n, rows_per_step), unroll=1):
+        row = step * rows_per_step + first_row
+        if row >= num_used and row < cfg.tile_n:
+            for c in cutlass.range_constexpr(cute.size(tVsV, mode=[2])):
+                cute.autovec_copy(zeros, tVsV[None, step, c])
+    cute.arch.fence_view_async_shared()
+    sync_warpgroup(tidx // 128)
+
+
+@cute.jit
 def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pipes: FwdPipelines):
     """Attend to every tile that the scheduler hands out, and hand its O to the store warp.
 
     Runs on: consumer warpgroups.
-    Synchronises: waits for the full halves of the Q, K, V rings; empties K and V; fills O.
+    Synchronises: reads the tile ring; waits for the full halves of the Q, K, V rings; empties K and V; fills O.
     """
     tidx = cute.arch.thread_idx()[0] - 128
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
@@ -139,25 +162,36 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pip
     q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()
     open_turnstile(cfg, wg_idx)
 
-    seqlen_q, seqlen_k = params.q.tensor.shape[0], params.k.tensor.shape[0]
-    scheduler = TileScheduler.create(cfg.is_causal, params.grid)
-    while scheduler.has_tile():
-        tile = scheduler.tile()
-        mask = Mask.create(cfg, tidx, tile.m_block, seqlen_q, seqlen_k)
-        blocks = block_range(cfg, tile.m_block, seqlen_q, seqlen_k)
+    reader = TileReader.create(smem.sTiles, pipes.tiles)
+    while reader.has_tile():
+        tile = reader.tile
+        mask = Mask.create(cfg, params.window, tidx, tile)
+        blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
         n_block = blocks.n_block_max - 1
         q = q_consumer.wait_and_advance()
         attend.q_slot = q.index
         if n_block >= blocks.n_block_min:
             attend.first_qk(mask, n_block)
-            # Two loops, so that the second carries no mask code: 1. tiles on the diagonal  2. the rest
-            if const_expr(cfg.is_causal):
-                num_masked = maximum(n_block - maximum(blocks.n_block_full_max, blocks.n_block_min), 0)
-                for i in cutlass.range(num_masked, unroll=1):
+            if const_expr(cfg.is_varlen):
+                num_used = tile.seqlen_k - n_block * cfg.tile_n
+                if num_used < cfg.tile_n:
+                    clear_unused_rows(cfg, smem.sV, attend.v_consumer, num_used, tidx)
+            # Three loops, so that the middle one, where the time goes, carries no mask code:
+            # tiles cut by the right end of what the rows see, tiles that they all see, tiles cut by the left end.
+            if const_expr(cfg.is_causal or cfg.is_local):
+                num_right = maximum(n_block - maximum(blocks.n_block_full_max, blocks.n_block_min), 0)
+                for i in cutlass.range(num_right, unroll=1):
                     attend.step(mask, n_block - 1 - i, is_masked=True)
-                n_block -= num_masked
-            for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
+                n_block -= num_right
+            num_full = n_block - blocks.n_block_min
+            if const_expr(cfg.is_local):
+                num_full = maximum(n_block - maximum(blocks.n_block_full_min, blocks.n_block_min), 0)
+            for i in cutlass.range(num_full, unroll=1):
                 attend.step(mask, n_block - 1 - i, is_masked=False)
+            if const_expr(cfg.is_local):
+                n_block -= num_full
+                for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
+                    attend.step(mask, n_block - 1 - i, is_masked=True)
             attend.last_pv()
         else:
             attend.no_visible_key()
@@ -165,4 +199,4 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pip
         o_producer.commit()      # no acquire: the Q ring has emptied the slot
         o_producer.advance()
         write_lse(cfg, params, tile, attend.softmax.row_sum, tidx)
-        scheduler.advance()
+        reader.advance()

@@ -5,35 +5,49 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
+from ..config import FwdConfig
+from .arithmetic import minimum
+from .block_range import Window
 from .layout import as_rows_cols, col_offset, fragment_col, fragment_row
+from .tiles import Tile
+
+ROW_STEP = 8   # from a thread's first row to its second
 
 
 @dataclass(frozen=True)
 class Mask:
     """Which keys the rows of one Q tile see, from one thread's point of view.
 
-    Causal needs no separate test against seqlen_k: no row below seqlen_q sees a key past it, and the rows past seqlen_q
-    are never stored.
+    Causal needs no test against seqlen_k: no row below seqlen_q sees a key past it, and the rows past seqlen_q are
+    never stored.
     """
     cfg: Constexpr
-    first_col: Int32        # this thread's first column
-    keys_of_first_row: Int32   # keys visible to this thread's first row: it sees key j iff j < keys_of_first_row
+    window: Window
+    first_col: Int32   # this thread's first column
+    diagonal: Int32    # key on the diagonal of this thread's first row
+    seqlen_k: Int32
 
     @staticmethod
-    def create(cfg, tidx: Int32, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> "Mask":
-        """For consumer thread `tidx` and Q tile `m_block`."""
-        keys = seqlen_k
-        if cfg.is_causal:
-            keys = m_block * cfg.tile_m + fragment_row(tidx) + 1 + seqlen_k - seqlen_q
-        return Mask(cfg, fragment_col(tidx), keys)
+    def create(cfg: FwdConfig, window: Window, tidx: Int32, tile: Tile) -> "Mask":
+        """For consumer thread `tidx`."""
+        first_row = tile.m_block * cfg.tile_m + fragment_row(tidx)
+        return Mask(cfg, window, fragment_col(tidx), first_row - tile.seqlen_q + tile.seqlen_k, tile.seqlen_k)
 
     @cute.jit
     def apply(self, acc_S: cute.Tensor, n_block: Int32):
         """acc_S[i, j] = -inf where row i does not see key n_block * tile_n + j."""
         S = as_rows_cols(acc_S)
+        origin = n_block * self.cfg.tile_n + self.first_col   # key of this thread's first column
         for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
-            limit = self.keys_of_first_row - n_block * self.cfg.tile_n - self.first_col
+            diagonal = self.diagonal + r * ROW_STEP
+            end = self.seqlen_k - origin            # a row sees the columns [start, end), counted from origin
             if const_expr(self.cfg.is_causal):
-                limit = limit + 8 * r
+                end = diagonal + 1 - origin
+            if const_expr(self.cfg.is_local):
+                end = minimum(end, diagonal + self.window.right + 1 - origin)
+                start = diagonal - self.window.left - origin
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-                S[r, c] = S[r, c] if limit > col_offset(c) else -Float32.inf
+                is_visible = end > col_offset(c)
+                if const_expr(self.cfg.is_local):
+                    is_visible = is_visible & (start <= col_offset(c))
+                S[r, c] = S[r, c] if is_visible else -Float32.inf

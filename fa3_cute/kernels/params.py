@@ -8,9 +8,11 @@ from typing import Optional
 
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32
+from cutlass import Float32, Int32
 
+from .block_range import Window
 from .scheduler import TileGrid
+from .sequences import Sequences
 from .tma import TmaOperand
 
 
@@ -21,9 +23,15 @@ class FwdParams:
     k: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
     v: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
     o: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
+    mO: cute.Tensor                # the same tensor as o, for tiles that end within the next sequence's rows
     mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
     softmax_scale_log2: Float32
-    grid: TileGrid
+    window: Window                 # used if cfg.is_local
+    grid: TileGrid                 # used unless cfg.is_varlen
+    sequences: Sequences           # used if cfg.is_varlen
+    tile_counter: cute.Tensor      # (1,) int32; see schedule.py
+    num_heads: Int32
+    num_heads_k: Int32
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class FwdSmem:
     sQ: cute.Tensor                # a slot holds Q until its tile's last QK, then O until the store has read it
     sK: cute.Tensor
     sV: cute.Tensor
+    sTiles: cute.Tensor            # (ENTRY_INTS, tile slots) int32
 
 
 @dataclass(frozen=True)
@@ -55,3 +64,4 @@ class FwdPipelines:
     k: pipeline.PipelineTmaAsync   # load warp -> consumers
     v: pipeline.PipelineTmaAsync   # load warp -> consumers
     o: pipeline.PipelineAsync      # consumers -> store warp; slot i is Q's slot i, so only its full half is used
+    tiles: pipeline.PipelineAsync  # schedule warp -> load warp, store warp, consumers

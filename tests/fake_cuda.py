@@ -1,0 +1,107 @@
+"""What a script of test_launch.py starts with, in a process whose CUDA is fake_cuda.c: calls, and what they recorded.
+
+A script takes all of these names, the modules too: `from fake_cuda import *`.
+"""
+import ctypes
+import json
+import struct
+import threading  # noqa: F401 (for the scripts)
+from types import SimpleNamespace
+
+from fa3_cute import compiler, disk_cache
+from fa3_cute import launch as module
+from fa3_cute.cubin import read_cubin
+from fa3_cute.heuristics import forward_config
+from fa3_cute.launch import launch  # noqa: F401 (for the scripts)
+
+fake = ctypes.CDLL("libcuda.so.1")
+
+CFG = forward_config("bf16", 128, "causal", True, False)
+STREAM = [(device + 1 << 32) + 0x7770 for device in range(3)]
+POINTERS = {"q": 0x7F1234567000, "k": 0x7E0000000000, "v": 0xFFFF80000000, "out": 0x100000010,
+            "softmax_lse": 0x7FFF00000004}
+SIZES = {"batch_size": 2, "seqlen_q": 1000, "seqlen_k": 1100, "num_heads": 8, "num_heads_k": 2, "head_dim": 128}
+STRIDES = {f"{x}_{d}_stride": None for x in ("q", "k", "v", "out") for d in ("batch", "row", "head")}
+WINDOW = {"window_size_left": -1, "window_size_right": -1}
+LENGTHS = {"cu_seqlens_q": None, "cu_seqlens_k": None, "seqused_q": None, "seqused_k": None, "total_q": 0, "total_k": 0}
+PACKED = {"cu_seqlens_q": 0x7F0011223344, "cu_seqlens_k": 0x7F0055667788, "seqused_q": 0x7F0099AABBCC,
+          "seqused_k": 0x7F00DDEEFF10, "total_q": 3210, "total_k": 2345, "batch_size": 77, "seqlen_q": None,
+          "seqlen_k": "ignored"}
+
+
+class Last(ctypes.Structure):
+    """`last` of fake_cuda.c: the most recent launch."""
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("smem", ctypes.c_uint64),
+                ("stream", ctypes.c_uint64), ("count", ctypes.c_long), ("device", ctypes.c_int),
+                ("kernel", ctypes.c_uint64)]
+
+
+last = Last.in_dll(fake, "last")
+
+
+def number(name, value=None):
+    """An int variable of fake_cuda.c, set first if there is a value."""
+    cell = ctypes.c_int.in_dll(fake, name)
+    if value is not None:
+        cell.value = value
+    return cell.value
+
+
+def numbers(name):
+    """A variable of fake_cuda.c with one int per device."""
+    return list((ctypes.c_int * 3).in_dll(fake, name))
+
+
+def params(**changes):
+    """A good call's attributes, some of them changed."""
+    return SimpleNamespace(**POINTERS | SIZES | STRIDES | WINDOW | LENGTHS | {"softmax_scale": None} | changes)
+
+
+def kernel_parameters(cfg=CFG):
+    """Tell the fake where the kernel's parameters lie; return them as (offset, bytes)."""
+    module.ensure_loaded(cfg)
+    data = disk_cache.find(cfg.name, compiler.cache_key(cfg)).read_bytes()
+    kernel, = read_cubin(data[data.index(b"\x7fELF", 4):]).values()
+    for i, place in enumerate(kernel.parameters):
+        (ctypes.c_int * 64).in_dll(fake, "offsets")[i], (ctypes.c_int * 64).in_dll(fake, "sizes")[i] = place
+    number("num_parameters", len(kernel.parameters))
+    return kernel.parameters
+
+
+def recorded(places):
+    """The bytes of each parameter at the last launch."""
+    blob = bytes((ctypes.c_ubyte * 8192).in_dll(fake, "parameters"))
+    return [blob[offset:offset + size] for offset, size in places]
+
+
+def reached(places, **values):
+    """{name: whether the kernel's parameters hold the value, wherever}; addresses have 8 bytes, other numbers 4."""
+    given = recorded(places)
+    raw = {name: value.to_bytes(8 if value >> 32 else 4, "little") for name, value in values.items()}
+    return {name: any(p[at:at + len(wanted)] == wanted for p in given for at in range(0, len(p), 4))
+            for name, wanted in raw.items()}
+
+
+def descriptors(places):
+    """{address: sizes} of the TMA descriptors."""
+    words = [struct.unpack("<32I", p) for p in recorded(places) if len(p) == 128]
+    return {w[0] | w[1] << 32: [size + 1 for size in w[8:13]] for w in words}
+
+
+def meaning(places):
+    """The parameters without the bytes that nothing initialises: a descriptor's second half, padding in structs."""
+    return [p[:64].hex() for p in recorded(places) if len(p) in (4, 128)]
+
+
+def raised(call):
+    """[type, text, code] of what a call raises; None if it does not."""
+    try:
+        call()
+    except Exception as error:
+        return [type(error).__name__, str(error), getattr(error, "code", None)]
+    return None
+
+
+def tell(**facts):
+    """Hand facts to the test."""
+    print("RESULT" + json.dumps(facts))

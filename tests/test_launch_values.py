@@ -1,0 +1,52 @@
+"""params -> the numbers of the argument buffer, and where they lie in it."""
+import pytest
+
+from fa3_cute.config import FORWARD_ARGUMENTS
+from fa3_cute.launch import PER_CALL, PER_SHAPE, read_params, resolve_shape, storage_offsets
+from fa3_cute.params import FlashAttentionParams
+
+
+def test_storage_is_aligned_and_apart():
+    offsets = storage_offsets()
+    sizes = [4 if kind in ("int32", "float32") else 8 for _, kind in FORWARD_ARGUMENTS] + [4]
+    assert all(offset % size == 0 for offset, size in zip(offsets, sizes, strict=True))
+    spans = sorted(zip(offsets, sizes, strict=True))
+    assert all(at + size <= following for (at, size), (following, _) in zip(spans, spans[1:], strict=False))
+    assert set(PER_CALL + PER_SHAPE) == {name for name, _ in FORWARD_ARGUMENTS}
+
+
+HEADS = {"num_heads": 8, "num_heads_k": 4, "head_dim": 64}
+DENSE = {"batch_size": 2, "seqlen_q": 5, "seqlen_k": 7}
+PACKED = {"batch_size": 3, "seqlen_q": None, "seqlen_k": "ignored", "cu_seqlens_q": 64, "cu_seqlens_k": 128,
+          "total_q": 9, "total_k": 11}
+CONTIGUOUS = {"q_row_stride": 512, "k_row_stride": 256, "v_row_stride": 256, "out_row_stride": 512,
+              **{f"{tensor}_head_stride": 64 for tensor in ("q", "k", "v", "out")}}
+ABSENT = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"), 0)
+WIDE = 2**30
+
+
+@pytest.mark.parametrize("given, values", [
+    (DENSE, {**CONTIGUOUS, **ABSENT, "q_batch_stride": 2560, "out_batch_stride": 2560, "k_batch_stride": 1792,
+             "v_batch_stride": 1792, "batch_size": 2, "seqlen_q": 5, "seqlen_k": 7, "num_heads": 8, "num_heads_k": 4,
+             "window_size_left": WIDE, "window_size_right": WIDE, "num_sms": 132, "softmax_scale": 0.125}),
+    (DENSE | {"softmax_scale": 0.5}, {"softmax_scale": 0.5}),
+    (DENSE | {"seqused_q": 4, "cu_seqlens_k": 0}, ABSENT | {"seqused_q": 4}),
+    # a dimension of size 1 has the contiguous stride, whatever is given
+    (DENSE | {"num_heads_k": 1, "k_head_stride": 3, "k_row_stride": 1000, "v_row_stride": 8},
+     {"k_head_stride": 64, "k_row_stride": 1000, "v_row_stride": 8, "k_batch_stride": 448}),
+    (DENSE | {"batch_size": 1, "q_batch_stride": 3}, {"q_batch_stride": 2560}),
+    # packed: the totals are the rows, one batch, and batch_size still counts the sequences
+    (PACKED, {**CONTIGUOUS, **ABSENT, "cu_seqlens_q": 64, "cu_seqlens_k": 128, "batch_size": 3, "seqlen_q": 9,
+              "seqlen_k": 11, **{f"{tensor}_batch_stride": 0 for tensor in ("q", "k", "v", "out")}}),
+    (PACKED | {"q_batch_stride": 4096, "k_batch_stride": 3, "q_row_stride": 1024, "out_head_stride": 576},
+     CONTIGUOUS | {"q_batch_stride": 0, "k_batch_stride": 0, "q_row_stride": 1024, "out_head_stride": 576}),
+    (PACKED | {"total_q": 1, "q_row_stride": 3}, {"seqlen_q": 1, "q_row_stride": 512}),
+    (PACKED | {"total_k": 0, "seqused_k": 4}, {"seqlen_k": 0, "seqused_k": 4, "cu_seqlens_q": 64}),
+    *((DENSE | {"window_size_left": left, "window_size_right": right},
+       {"window_size_left": left_reach, "window_size_right": right_reach}) for left, right, left_reach, right_reach in (
+        (0, 0, 0, 0), (-1, 7, WIDE, 7), (WIDE - 1, -9, WIDE - 1, WIDE), (WIDE, 2**31 - 256, WIDE, WIDE))),
+])
+def test_shape_values(given, values):
+    _, _, _, _, _, *shape = read_params(FlashAttentionParams(**HEADS | given))
+    resolved = dict(zip(PER_SHAPE, resolve_shape(132, *shape), strict=True))
+    assert {name: resolved[name] for name in values} == values
