@@ -76,7 +76,7 @@ def recorded(places):
 
 def reached(places, **values):
     """{name: whether the kernel's parameters hold the value, wherever}; addresses have 8 bytes, other numbers 4."""
-    given = recorded(places)
+    given = [p[:64] if len(p) == 128 else p for p in recorded(places)]   # the second half is garbage
     raw = {name: value.to_bytes(8 if value >> 32 else 4, "little") for name, value in values.items()}
     return {name: any(p[at:at + len(wanted)] == wanted for p in given for at in range(0, len(p), 4))
             for name, wanted in raw.items()}
