@@ -25,7 +25,8 @@ LSE_TOLERANCE = 1e-4
 JUDGED_ALONE = 16
 
 # The reference takes most of the tests' time. NumPy lets go of the interpreter's lock in all that is long.
-POOL = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+# As many threads as there are cores for this process; pytest-xdist runs several.
+POOL = ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
 # ---- device memory -------------------------------------------------------------------------------------------------

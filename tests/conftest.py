@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMING = "timing: "     # what a test's properties that are measurements start with
 
 # Read when NumPy is first imported, hence no import above that does. One thread: check.py computes heads in parallel,
 # and OpenBLAS's threads wait by spinning.
@@ -41,6 +42,17 @@ class GpuTier:
         self.outcomes: dict[str, str] = {}
         self.timings: dict[str, float] = {}
 
+    # With pytest-xdist the workers collect and the controller reports: a worker's sets travel as its output.
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["gpu_tier"] = sorted(self.selected), sorted(self.deselected)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        selected, deselected = getattr(node, "workeroutput", {}).get("gpu_tier", ((), ()))
+        self.selected.update(selected)
+        self.deselected.update(deselected)
+
     def pytest_deselected(self, items):
         self.deselected |= _gpu_node_ids(items)
 
@@ -55,12 +67,14 @@ class GpuTier:
 
     def pytest_runtest_logreport(self, report):
         tells = report.when == "call" or report.outcome != "passed"
-        if tells and report.nodeid in self.selected and self.outcomes.get(report.nodeid) != "failed":
+        if tells and "gpu" in report.keywords and self.outcomes.get(report.nodeid) != "failed":
             self.outcomes[report.nodeid] = report.outcome
+        if report.when == "teardown":
+            self.timings |= {name: value for name, value in report.user_properties if name.startswith(TIMING)}
 
     def pytest_terminal_summary(self, terminalreporter):
         for name, seconds in self.timings.items():
-            terminalreporter.write_line(f"measured: {name}: {seconds:.3f} s")
+            terminalreporter.write_line(f"measured: {name.removeprefix(TIMING)}: {seconds:.3f} s")
         counts = Counter(self.outcomes.values())
         if self.problem and counts["skipped"]:
             terminalreporter.write_line(f"{counts['skipped']} GPU tests left out: {self.problem}")
@@ -80,7 +94,7 @@ class GpuTier:
             "collected": len(self.selected | self.deselected),
             "files": [Path(file).name for file in files],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "timings": {name: round(seconds, 4) for name, seconds in self.timings.items()},
+            "timings": {name.removeprefix(TIMING): round(value, 4) for name, value in self.timings.items()},
         }
         Path(self.record_file).write_text(json.dumps(record, indent=2) + "\n")
         return f"GPU record written to {self.record_file}"
@@ -125,7 +139,6 @@ def stream(device):
 
 
 @pytest.fixture
-def timing(pytestconfig):
+def timing(record_property):
     """timing(name, seconds): report a measurement at the end of the run and in the record."""
-    tier = pytestconfig.pluginmanager.get_plugin("fa3_cute-gpu-tier")
-    return tier.timings.__setitem__
+    return lambda name, seconds: record_property(TIMING + name, seconds)

@@ -1,4 +1,4 @@
-"""FlashAttention-3 forward for sm_90a: one load warp, one store warp, 1-3 consumer warpgroups, a persistent grid."""
+"""FlashAttention-3 forward for sm_90a: a persistent grid; load, store and schedule warps, 1-3 consumer warpgroups."""
 import math
 
 import cutlass
@@ -10,12 +10,12 @@ from cutlass.cute.nvgpu import cpasync
 
 from ..config import ELEMENT_BYTES, FwdConfig
 from .arithmetic import ceil_div, minimum
+from .block_range import Window
 from .epilogue import store
 from .layout import element_type, row_major_smem
 from .load import load
 from .mainloop import consume
 from .params import FwdLayouts, FwdMmas, FwdParams, FwdPipelines, FwdSmem
-from .block_range import Window
 from .schedule import schedule
 from .scheduler import TileGrid, heads_per_section
 from .sequences import Sequences
