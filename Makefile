@@ -41,6 +41,7 @@ test: $(STAMP)
 
 # The cache is filled first, by many processes: the tests compile one kernel at a time. What does not compile there fails
 # again where a test needs it.
+test-gpu: export OPENBLAS_NUM_THREADS = 1
 test-gpu: $(STAMP)
 	-$(PYTHON) -m fa3_cute compile --all --jobs $(JOBS)
 	FA3_CUTE_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu --gpu-record tests/gpu_record.json
