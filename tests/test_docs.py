@@ -1,0 +1,231 @@
+"""The documents say what the code does: tables of codes and fields, mask pictures, code blocks, links, numbers."""
+import ast
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fa3_cute
+from fa3_cute import FlashAttentionParams
+from fa3_cute.reference import attention_reference
+from fa3_cute.status import Status, shown
+
+ROOT = Path(__file__).resolve().parent.parent
+API, API_ZH, PERFORMANCE = (ROOT / "docs" / name for name in ("api.md", "api.zh-CN.md", "performance.md"))
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+FIELDS = [(field.name, shown(field.default)) for field in fields(FlashAttentionParams)]
+
+both_languages = pytest.mark.parametrize("page", [API, API_ZH], ids=lambda path: path.name)
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+def statuses_in(text: str) -> list[tuple[int, str]]:
+    return [(int(code), name) for code, name in re.findall(r"^\| (0|-\d+) \| (\w+) \|", text, re.MULTILINE)]
+
+
+def fields_in(text: str) -> list[tuple[str, str]]:
+    """(field, default) in the order of the table; a row may name several fields that share a default."""
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `([^`]+)` \| [^|]*\| [^|]+\|$", text, re.MULTILINE)
+    return [(name, default) for names, default in rows for name in re.findall(r"\w+", names)]
+
+
+@both_languages
+def test_status_table_is_complete_and_in_order(page):
+    assert statuses_in(page.read_text()) == [(int(status), status.name) for status in Status]
+
+
+@both_languages
+def test_field_table_has_every_field_with_its_default(page):
+    assert sorted(fields_in(page.read_text())) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize("old, new", [("| -9 | INVALID_ARGUMENT", "| -9 | INVALID_ARGUMENTS"), ("| -14 |", "| -41 |"),
+                                      ("| -3 | FP8_HEAD_DIM |", "| - | FP8_HEAD_DIM |")])
+@both_languages
+def test_a_wrong_status_table_is_found(page, old, new):
+    text = page.read_text()
+    assert old in text and statuses_in(text.replace(old, new)) != statuses_in(text)
+
+
+@pytest.mark.parametrize("old, new", [("| `is_causal` | `False`", "| `is_causal` | `True`"), ("`seqused_q`, ", ""),
+                                      ("`DataType.FP16`", "`FP16`"), ("| `out` | `None`", "| `output` | `None`")])
+@both_languages
+def test_a_wrong_field_table_is_found(page, old, new):
+    text = page.read_text()
+    assert old in text and sorted(fields_in(text.replace(old, new))) != sorted(FIELDS)
+
+
+def test_attention_signature_matches_its_table():
+    parameters = inspect.signature(fa3_cute.attention).parameters.values()
+    true = {p.name: "" if p.default is p.empty else repr(p.default).replace("'", '"') for p in parameters}
+    table = API.read_text().partition("| argument | default | meaning |\n")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ([\w, ]+?) \| ([^|]*?) ?\|", table, re.MULTILINE)
+    assert {name: default for names, default in rows for name in names.split(", ")} == true
+
+
+# ---- pictures of masks ---------------------------------------------------------------------------------------------
+
+def pictures(text: str):
+    """Yield (options, sizes, lines) for each matrix of each picture block: options over the block, sizes over a matrix.
+
+    Matrices stand side by side; each begins in the column of its own `seqlen_q=`.
+    """
+    for block in blocks(text, "text"):
+        options, *rest = block.splitlines()
+        if not rest or not rest[0].startswith("seqlen_q="):
+            continue
+        starts = [match.start() for match in re.finditer("seqlen_q=", rest[0])] + [None]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            header, *lines = (line[start:stop].strip() for line in rest)
+            yield assignments(options), assignments(header), [line for line in lines if line]
+
+
+def assignments(text: str) -> dict[str, int]:
+    return {name: int(value == "True" or value != "False" and int(value))
+            for name, value in (word.split("=") for word in text.split())}
+
+
+def drawn_by_reference(options: dict, sizes: dict) -> list[str]:
+    """What the reference attends to: with equal scores and one-hot V, out[i, j] is not 0 where query i sees key j."""
+    n_q, n_k = sizes["seqlen_q"], sizes["seqlen_k"]
+    used = {name: [sizes[name]] for name in ("seqused_q", "seqused_k") if name in sizes}
+    window = options.get("window_size_left", -1), options.get("window_size_right", -1)
+    zeros, one_hot = np.zeros((1, max(n_q, n_k), 1, n_k)), np.eye(n_k)[None, :, None]
+    out, _ = attention_reference(zeros[:, :n_q], zeros[:, :n_k], one_hot, causal=bool(options.get("is_causal", 0)),
+                                 window_size=window, **used)
+    return [" ".join("-" if np.isnan(weight) else str(int(weight > 0)) for weight in row) for row in out[0, :, 0]]
+
+
+@both_languages
+def test_pictures_are_what_the_reference_computes(page):
+    wrong = [(options, sizes, lines) for options, sizes, lines in pictures(page.read_text())
+             if lines != drawn_by_reference(options, sizes)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("page, masks", [(API, {"is_causal=1", "window_size_left=2 window_size_right=0",
+                                                "window_size_left=1 window_size_right=1"}), (API_ZH, {"is_causal=1"})],
+                         ids=["api.md", "api.zh-CN.md"])
+def test_pictures_show_every_relation_of_lengths(page, masks):
+    shown_relations = {(" ".join(f"{name}={value}" for name, value in options.items()),
+                        int(np.sign(sizes["seqlen_q"] - sizes["seqlen_k"])))
+                       for options, sizes, _ in pictures(page.read_text())}
+    assert shown_relations >= {(mask, relation) for mask in masks for relation in (-1, 0, 1)}
+
+
+@pytest.mark.parametrize("old, new", [("1 1 1 1 0 0  ", "1 1 1 0 0 0  "), ("- - - - - -", "0 0 0 0 0 0"),
+                                      ("window_size_left=2", "window_size_left=3"), ("seqused_k=5", "seqused_k=6")])
+def test_a_wrong_picture_is_found(old, new):
+    text = API.read_text()
+    assert old in text
+    assert any(lines != drawn_by_reference(options, sizes)
+               for options, sizes, lines in pictures(text.replace(old, new)))
+
+
+# ---- code ----------------------------------------------------------------------------------------------------------
+
+def faults(code: str) -> list[str]:
+    """Names that a code block uses and the library does not have: imports, FlashAttentionParams' keywords."""
+    known = {name for name, _ in FIELDS}
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "fa3_cute":
+            found += [alias.name for alias in node.names if alias.name not in fa3_cute.__all__]
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("fa3_cute."):
+            module = __import__(node.module, fromlist=["name"])
+            found += [alias.name for alias in node.names if not hasattr(module, alias.name)]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "FlashAttentionParams":
+            found += [keyword.arg for keyword in node.keywords if keyword.arg not in known]
+    return found
+
+
+@every_document
+def test_python_blocks_compile_and_name_what_exists(document):
+    for code in blocks(document.read_text(), "python"):
+        assert not faults(code), code
+
+
+def test_there_are_python_blocks():
+    assert all(len(blocks(page.read_text(), "python")) >= 5 for page in (API, API_ZH))
+
+
+@pytest.mark.parametrize("code", ["from fa3_cute import flash", "FlashAttentionParams(head_dims=64)",
+                                  "from fa3_cute.device import malloc"])
+def test_a_wrong_block_is_found(code):
+    assert faults(code)
+
+
+@pytest.mark.parametrize("page, count", [(API, 2), (API_ZH, 4)], ids=["api.md", "api.zh-CN.md"])
+def test_params_in_the_examples_are_valid_calls(page, count):
+    """Those without strides of tensors: their pointers are names that any address can stand for."""
+    pointers = {f"{tensor}_ptr": 1 << 20 for tensor in ("q", "k", "v", "out", "cu")}
+    names = pointers | {name: getattr(fa3_cute, name) for name in fa3_cute.__all__}
+    calls = [node for code in blocks(page.read_text(), "python") for node in ast.walk(ast.parse(code))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "FlashAttentionParams"]
+    params = [eval(compile(ast.Expression(call), "example", "eval"), names) for call in calls
+              if getattr(call.keywords[0].value, "id", "") in pointers]
+    assert len(params) == count
+    assert [fa3_cute.explain(example) for example in params] == [[]] * count
+
+
+def test_explanations_read_as_printed(capsys):
+    code, printed = re.search(r"^```python\n([^`]*?in explain\([^`]*)```\n\nprints\n\n```text\n([^`]*)```",
+                              API.read_text(), re.MULTILINE).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
+
+
+# ---- links, numbers ------------------------------------------------------------------------------------------------
+
+def anchors(text: str) -> set[str]:
+    """Those that GitHub gives a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(document: Path, text: str) -> list[str]:
+    links = re.findall(r"\]\((?!\w+:)([^)]*)\)", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+    broken = []
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        if not target.exists() or anchor and anchor not in anchors(text if not name else target.read_text()):
+            broken.append(link)
+    return broken
+
+
+@every_document
+def test_relative_links_resolve(document):
+    assert not broken_links(document, document.read_text())
+
+
+@pytest.mark.parametrize("link", ["[x](nothing.md)", "[x](#nothing)", "[x](api.md#nothing)", "[x](../docs/no/api.md)"])
+def test_a_broken_link_is_found(link):
+    assert broken_links(API, API.read_text() + link)
+
+
+def quoted_numbers(text: str) -> set[str]:
+    section = text.partition("\n## 性能优化建议\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", section))
+
+
+def test_quoted_numbers_were_measured():
+    """The advice quotes docs/performance.md; after a new measurement there, it has to quote that one."""
+    quoted = quoted_numbers(API_ZH.read_text())
+    measured = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", PERFORMANCE.read_text()))
+    assert len(quoted) > 10 and not quoted - measured
+
+
+@both_languages
+def test_lines_are_short(page):
+    assert not [line for line in page.read_text().splitlines() if len(line) > 120]
