@@ -4,15 +4,16 @@
 needs it: validation, `explain` and refusals work on any machine.
 """
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from operator import attrgetter
 
-from .config import UNBOUNDED_WINDOW
-from .heuristics import forward_config
+from .config import UNBOUNDED_WINDOW, DecodeConfig
+from .heuristics import decode_config, forward_config
 from .params import AttentionMode, DataType, FlashAttentionParams, address, are_constants
-from .status import Status, error_for, record_error, shown
-from .validate import Problem, contract_problems, first_problem, problems
+from .splits import is_decode, is_windowed, plan_of
+from .status import Problem, Status, error_for, record_error, shown
+from .validate import contract_problems, first_problem, problems
 
 __all__ = ["AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
            "workspace_size"]
@@ -54,15 +55,19 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
 def warmup(params: FlashAttentionParams, stream=None) -> Status:
     """Compile and load the kernel that `forward(params, stream)` would use; launches nothing, touches no tensor.
 
-    After it, such a call can be captured into a CUDA graph. Arguments, returns and raises as `forward`; the params are
-    checked in full, but of the pointers only presence and alignment matter.
+    After it, such a call can be captured into a CUDA graph. If it needs a workspace and none is given, this makes the
+    stream's own and a spare one, which the first capture on a stream without one takes. Arguments, returns and raises
+    as `forward`; the params are checked in full, but of the pointers only presence and alignment matter.
     """
     problem = _problem(params)
     if problem is not None:
         return record_error(*problem)
     launch = _launcher()
+    cfg = _config(params)
     try:
-        launch.ensure_loaded(_config(params), stream)
+        launch.ensure_loaded(cfg, stream)
+        if isinstance(cfg, DecodeConfig):
+            launch.prepare_workspace(params, cfg, stream)
     except RuntimeError as error:
         return _failure(error)
     return _OK
@@ -78,9 +83,17 @@ def explain(params: FlashAttentionParams) -> list[Problem]:
 
 
 def workspace_size(params: FlashAttentionParams) -> int:
-    """Bytes of `workspace` that `forward(params)` can use: 0, no kernel needs scratch memory. Checks nothing else."""
+    """Bytes of `workspace` that `forward(params)` needs for the partial results of split-KV; 0 if it needs none.
+
+    It depends on sizes, mask, num_splits and pack_gqa alone and needs no GPU. Without a `workspace` the library keeps
+    one per device and stream. Contents before the call do not matter. Raises FlashAttentionError for params that
+    `forward` would refuse, but for missing tensors and the workspace itself.
+    """
     _require_params(params)
-    return 0
+    for problem in contract_problems(replace(params, workspace=None, workspace_bytes=0)):
+        if problem.status is not Status.NULL_POINTER:
+            raise error_for(*problem)
+    return plan_of(params).partial_bytes if is_decode(params) else 0
 
 
 class _Recent(threading.local):
@@ -128,6 +141,8 @@ def _require_params(params) -> None:
 
 
 def _config(p):
+    if is_decode(p):
+        return decode_config(_CONFIG_DTYPES[p.dtype], int(p.head_dim), is_windowed(p))
     is_varlen = any(map(address, (p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_q, p.seqused_k)))
     return forward_config(_CONFIG_DTYPES[p.dtype], int(p.head_dim), _mask(p), address(p.softmax_lse) != 0, is_varlen)
 

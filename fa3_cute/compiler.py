@@ -28,7 +28,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, cute
 
 from . import disk_cache
-from .config import FORWARD_ARGUMENTS, SMEM_BYTES_PER_CTA, FwdConfig
+from .config import SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
 from .cubin import read_cubin
 from .disk_cache import cache_dir
 
@@ -38,8 +38,8 @@ ARCH = "sm_90a"
 ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16}
 SCALAR_TYPES = {"int64": Int64, "int32": Int32, "float32": Float32, "stream": CUstream}
 # (element type, alignment in bytes) of a pointer; every other one is to the config's own 16-bit type, aligned for TMA.
-POINTER_TYPES = {"softmax_lse": (Float32, 4),
-                 **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "tile_counter"),
+POINTER_TYPES = {"softmax_lse": (Float32, 4), "partials": (Float32, 16),
+                 **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "tile_counter", "arrivals"),
                                  (Int32, 4))}
 
 # Settings of the DSL that change the code it generates; they are part of the cache key.
@@ -55,15 +55,17 @@ UNACCEPTABLE_REMARKS = {
 
 log = logging.getLogger("fa3_cute")
 
+Config = FwdConfig | DecodeConfig
+
 _lock = threading.Lock()                      # concurrent compiles crash the DSL
-_kernels: dict[FwdConfig, Any] = {}
+_kernels: dict[Config, Any] = {}
 
 
 class CompileError(RuntimeError):
     """A kernel did not compile, or would have to be compiled although FA3_CUTE_DISABLE_JIT is set."""
 
 
-def get_kernel(cfg: FwdConfig) -> Any:
+def get_kernel(cfg: Config) -> Any:
     """The compiled kernel of a config, not yet loaded on any device: from memory, else from disk, else compiled.
 
     Thread-safe; a second caller of the same config waits for the first. Raises CompileError.
@@ -75,19 +77,19 @@ def get_kernel(cfg: FwdConfig) -> Any:
     return kernel
 
 
-def typed_arguments(cfg: FwdConfig, values) -> list:
-    """The kernel's arguments as DSL objects; `values` are plain numbers in the order of FORWARD_ARGUMENTS."""
-    return [_typed(cfg, name, kind, value) for (name, kind), value in zip(FORWARD_ARGUMENTS, values, strict=True)]
+def typed_arguments(cfg: Config, values) -> list:
+    """The kernel's arguments as DSL objects; `values` are plain numbers in the order of cfg.arguments."""
+    return [_typed(cfg, name, kind, value) for (name, kind), value in zip(cfg.arguments, values, strict=True)]
 
 
-def _typed(cfg: FwdConfig, name: str, kind: str, value) -> Any:
+def _typed(cfg: Config, name: str, kind: str, value) -> Any:
     if kind != "pointer":
         return SCALAR_TYPES[kind](value)
     element, alignment = POINTER_TYPES.get(name) or (ELEMENT_TYPES[cfg.dtype], 16)
     return cute.runtime.make_ptr(element, value, cute.AddressSpace.gmem, assumed_align=alignment)
 
 
-def cache_key(cfg: FwdConfig) -> str:
+def cache_key(cfg: Config) -> str:
     """SHA-256 over all that the object depends on. Plain values only: no length, no pointer, nothing from a call."""
     facts = {
         "sources": source_hash(),
@@ -113,7 +115,7 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def _find_on_disk(cfg: FwdConfig) -> Any | None:
+def _find_on_disk(cfg: Config) -> Any | None:
     path = disk_cache.find(cfg.name, cache_key(cfg))
     try:
         return path and _load(path, cfg.name)
@@ -122,7 +124,7 @@ def _find_on_disk(cfg: FwdConfig) -> Any | None:
         return None
 
 
-def _compile_and_store(cfg: FwdConfig) -> Any:
+def _compile_and_store(cfg: Config) -> Any:
     if os.environ.get("FA3_CUTE_DISABLE_JIT", "0") not in ("", "0"):
         raise CompileError(f"{cfg.name} is not in the cache ({cache_dir()}) and FA3_CUTE_DISABLE_JIT is set: {cfg}")
     start = time.perf_counter()
@@ -138,13 +140,15 @@ def _compile_and_store(cfg: FwdConfig) -> Any:
     return kernel
 
 
-def _compile(cfg: FwdConfig, options: str = "") -> Any:
+def _compile(cfg: Config, options: str = "") -> Any:
     """One run of the DSL's compiler; the caller holds the lock."""
-    from .kernels.flash_fwd import FlashAttentionForward     # traced code: import it only where it will be compiled
+    from .kernels.flash_decode import FlashAttentionDecode   # traced code: import it only where it will be compiled
+    from .kernels.flash_fwd import FlashAttentionForward
 
-    stand_ins = typed_arguments(cfg, [0] * len(FORWARD_ARGUMENTS))
+    kernel = {FwdConfig: FlashAttentionForward, DecodeConfig: FlashAttentionDecode}[type(cfg)](cfg)
+    stand_ins = typed_arguments(cfg, [0] * len(cfg.arguments))
     try:
-        return cute.compile(FlashAttentionForward(cfg), *stand_ins, options=f"--gpu-arch {ARCH} {options}")
+        return cute.compile(kernel, *stand_ins, options=f"--gpu-arch {ARCH} {options}")
     except Exception as error:
         raise CompileError(f"{cfg.name} did not compile: {_plain(error)}") from error
 
@@ -180,7 +184,7 @@ class Report:
     seconds            of the compile, which runs ptxas twice (see compile_report)
     """
     name: str
-    config: FwdConfig
+    config: Config
     registers: int
     stack_bytes: int
     spill_store_bytes: int
@@ -204,7 +208,8 @@ class Report:
              f"spills: {self.stack_bytes} bytes of stack, {self.spill_stores} stores, {self.spill_loads} loads"),
             (0 < self.smem_bytes <= budget, f"{self.smem_bytes} bytes of shared memory: the config allows {budget}"),
             (self.wgmmas > 0, "no WGMMA instruction"),
-            (self.setmaxnregs >= 2, f"{self.setmaxnregs} setmaxnreg: producer and consumers need one each"),
+            (self.setmaxnregs >= 2 or not self.config.uses_setmaxnreg,
+             f"{self.setmaxnregs} setmaxnreg: producer and consumers need one each"),
         )
         return [sentence for holds, sentence in rules if not holds] + list(self.warnings)
 
@@ -213,7 +218,7 @@ class Report:
         return asdict(self)
 
 
-def compile_report(cfg: FwdConfig) -> Report:
+def compile_report(cfg: Config) -> Report:
     """Compile a config, past every cache, and measure the result. Raises CompileError; needs no GPU.
 
     The counts come from the cubin, which the compiler hands over for free. Whether ptxas serialised WGMMA or ignored
@@ -229,7 +234,7 @@ def compile_report(cfg: FwdConfig) -> Report:
     return _report(cfg, compiled.__cubin__, text, seconds)
 
 
-def _report(cfg: FwdConfig, cubin: bytes, remarks: str, seconds: float) -> Report:
+def _report(cfg: Config, cubin: bytes, remarks: str, seconds: float) -> Report:
     kernel, = read_cubin(cubin).values()
     return Report(
         name=cfg.name, config=cfg, registers=kernel.registers, spill_stores=kernel.count("STL"),

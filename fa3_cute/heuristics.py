@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from .config import ELEMENT_BYTES, FwdConfig
+from .config import ELEMENT_BYTES, DecodeConfig, FwdConfig
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,32 @@ FORWARD = {
 }
 
 
+@dataclass(frozen=True)
+class DecodeRow:
+    """Tile choice of one (bytes per element, head_dim) for decode.
+
+    tile_us   microseconds that a CTA takes per K/V tile when it does not wait for memory
+    """
+    tile_n: int
+    num_kv_stages: int
+    ctas_per_sm: int
+    tile_us: float
+    reason: str
+
+
+# Reasons: microseconds of BF16, 16:2 heads, batch x context, with the best number of splits; H200, 2026-11-22, graph
+# replay. A name like 64x3x2 is tile_n x num_kv_stages x ctas_per_sm.
+DECODE = {
+    (2, 64): DecodeRow(128, 3, 2, 0.65, "16x8k 18.8, 64x8k 32:8 238; 64x4x3 19.0, 239; 64x6x2 19.9, 239; "
+                                        "128x2x3 spills"),
+    (2, 96): DecodeRow(64, 4, 2, 0.45, "16x8k 29.0; 64x8x1 29.9; 128x2x2 spills 32 bytes"),
+    (2, 128): DecodeRow(64, 3, 2, 0.55, "1x32k 9.5, 16x8k 34.3, 24x4k 26.2; 128x3x1 9.4, 35.1, 29.6; in an "
+                                        "earlier form 1x32k 15.3, 32x6x2 17.0"),
+    (2, 192): DecodeRow(64, 4, 1, 0.75, "what fits one CTA per SM"),
+    (2, 256): DecodeRow(64, 3, 1, 0.9, "what fits one CTA per SM"),
+}
+
+
 @cache
 def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varlen: bool) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
@@ -62,3 +88,27 @@ def all_forward_configs() -> list[FwdConfig]:
     return [forward_config(dtype, head_dim, mask, has_lse, is_varlen)
             for dtype, size in ELEMENT_BYTES.items() for bytes_, head_dim, mask in FORWARD if bytes_ == size
             for is_varlen in (False, True) for has_lse in (False, True)]
+
+
+@cache
+def decode_row(dtype: str, head_dim: int) -> DecodeRow:
+    """The row of DECODE that serves a problem."""
+    return DECODE[ELEMENT_BYTES[dtype], head_dim]
+
+
+@cache
+def decode_config(dtype: str, head_dim: int, is_local: bool) -> DecodeConfig:
+    """The config that serves a decode problem."""
+    row = decode_row(dtype, head_dim)
+    return DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm)
+
+
+def all_decode_configs() -> list[DecodeConfig]:
+    """Every decode config that some supported call can need."""
+    return [decode_config(dtype, head_dim, is_local) for dtype, size in ELEMENT_BYTES.items()
+            for bytes_, head_dim in DECODE if bytes_ == size for is_local in (False, True)]
+
+
+def all_configs() -> list[FwdConfig | DecodeConfig]:
+    """Every config that some supported call can need."""
+    return [*all_forward_configs(), *all_decode_configs()]

@@ -6,14 +6,13 @@ argument objects cost 20 to 40 us of host time per launch against 1. The buffer 
 its arguments. Where the DSL lacks a name of PRIVATE_NAMES, its objects must do (`launch_path`).
 """
 import ctypes
-import math
 import struct
 import threading
-from operator import attrgetter
 from typing import Any
 
+from .arguments import layout_of, read_params, resolve_decode, resolve_forward
 from .compiler import get_kernel, typed_arguments
-from .config import FORWARD_ARGUMENTS, UNBOUNDED_WINDOW, FwdConfig
+from .config import DecodeConfig, FwdConfig
 from .cuda_driver import (
     CudaFailure,
     NotWarmedUp,
@@ -30,37 +29,22 @@ from .cuda_driver import (
     shared_context,
 )
 from .params import address, are_constants
-from .workspace import TileCounters
+from .splits import SplitPlan
+from .workspace import Memory, Workspace, stream_key
 
 __all__ = ["CudaFailure", "NotWarmedUp", "UnsupportedDevice", "ensure_loaded", "launch", "launch_path",
-           "resolve_stream"]
+           "prepare_workspace", "resolve_stream"]
+
+Config = FwdConfig | DecodeConfig
 
 PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
 
-STRUCT_CODES = {"pointer": "Q", "int64": "q", "int32": "i", "float32": "f", "stream": "Q"}
-
-# The order of the arguments in the buffer: those that change with every call, then those that change with the shape.
-# The addresses of lengths count among these: all layers of a model share them.
-PER_CALL = ["q", "k", "v", "out", "softmax_lse", "tile_counter", "stream"]
-PER_SHAPE = [name for name, _ in FORWARD_ARGUMENTS if name not in PER_CALL]
-CODES = {name: STRUCT_CODES[kind] for name, kind in FORWARD_ARGUMENTS}
-PER_CALL_STRUCT = struct.Struct("".join(CODES[name] for name in PER_CALL))
-PER_SHAPE_STRUCT = struct.Struct("".join(CODES[name] for name in PER_SHAPE))
-PER_SHAPE_OFFSET = PER_CALL_STRUCT.size
-ERROR_OFFSET = PER_SHAPE_OFFSET + -(-PER_SHAPE_STRUCT.size // 8) * 8
-
-# What is read from params, in that order; num_sms is the device's, tile_counter the stream's, and of the last three
-# come rows and defaults.
-read_params = attrgetter(*(name for name in PER_CALL + PER_SHAPE if name not in ("num_sms", "stream", "tile_counter")),
-                         "head_dim", "total_q", "total_k")
-NO_STRIDES = (None,) * 12
-
 _lock = threading.Lock()                      # loading is not thread-safe
-_kernels: dict[FwdConfig, "Kernel"] = {}
-_counters: dict[int, TileCounters] = {}       # by context
+_kernels: dict[Config, "Kernel"] = {}
+_memory: dict[int, Memory] = {}               # by context
 
 
-def launch(params, cfg: FwdConfig, stream=None) -> "Call":
+def launch(params, cfg: Config, stream=None) -> "Call":
     """Enqueue one forward on a stream; allocates no device memory, waits for nothing.
 
     `params` has the attributes of FlashAttentionParams and is valid; `stream` is what `resolve_stream` takes. The
@@ -78,7 +62,7 @@ def launch(params, cfg: FwdConfig, stream=None) -> "Call":
     return call
 
 
-def ensure_loaded(cfg: FwdConfig, stream=None) -> None:
+def ensure_loaded(cfg: Config, stream=None) -> None:
     """Compile and load a kernel where this stream's work runs, so that no launch there has to.
 
     Raises what `launch` raises, except NotWarmedUp.
@@ -88,7 +72,18 @@ def ensure_loaded(cfg: FwdConfig, stream=None) -> None:
         _kernel(cfg).load(device)
 
 
-def launch_path(cfg: FwdConfig) -> str:
+def prepare_workspace(params, cfg: DecodeConfig, stream=None) -> None:
+    """Make the scratch memory that `launch` would need on this stream, which `ensure_loaded` knows, and a spare one."""
+    _, _, _, _, _, *shape = read_params(params)
+    _, plan = resolve_decode(cfg, *shape)
+    if plan.partial_bytes and not address(params.workspace):
+        handle = resolve_stream(stream)
+        with device_made_current(handle):
+            _memory[current_context()].workspaces.prepare(
+                stream_key(handle), handle, plan.partial_bytes, plan.num_arrivals)
+
+
+def launch_path(cfg: Config) -> str:
     """How launches of this config travel: "packed", or "objects" with the names that the DSL lacks."""
     missing = _missing_names(get_kernel(cfg))
     return f"objects: the DSL has no {', '.join(missing)}" if missing else "packed"
@@ -100,20 +95,20 @@ class Kernel:
     num_sms  {device: its number of SMs}, for the devices that the kernel is loaded on
     """
 
-    def __init__(self, cfg: FwdConfig):
+    def __init__(self, cfg: Config):
         self.cfg = cfg
         self.num_sms: dict[int, int] = {}
         self.compiled: Any = None
         self.library: ctypes.c_void_p | None = None
 
     def load(self, device: int, stream: int | None = None) -> int:
-        """Load on a device, which is current, and return its number of SMs; with it come the context's tile counters.
+        """Load on a device, which is current, and return its number of SMs; with it comes the context's memory.
 
         NotWarmedUp if that is needed while `stream` is capturing.
         """
         with _lock:
             context = current_context()
-            if device not in self.num_sms or context not in _counters:
+            if device not in self.num_sms or context not in _memory:
                 sms = num_sms(device)
                 if stream is not None and is_capturing(stream):
                     raise NotWarmedUp(f"{self.cfg.name} is not loaded on device {device} and the stream is capturing a "
@@ -121,8 +116,8 @@ class Kernel:
                 self.compiled = self.compiled or get_kernel(self.cfg)
                 if device not in self.num_sms and not _missing_names(self.compiled):
                     self._load_code(device)
-                if context not in _counters:
-                    _counters[context] = TileCounters()
+                if context not in _memory:
+                    _memory[context] = Memory()
                 self.num_sms[device] = sms
             return self.num_sms[device]
 
@@ -145,60 +140,114 @@ class Call:
     Sizes, strides and scale seldom change from one call to the next: their defaults are resolved when they do.
     """
 
-    def __init__(self, cfg: FwdConfig, kernel: Kernel):
-        self.cfg, self.kernel = cfg, kernel
+    def __init__(self, cfg: Config, kernel: Kernel):
+        self.cfg, self.kernel, self.layout = cfg, kernel, layout_of(type(cfg))
         self.shape: list | None = None
-        self.context = self.stream = self.counter = 0
+        self.context = self.stream = 0
+        self.scratch: Any = None
 
     def launch(self, params, stream: int, context: int) -> None:
         """Launch with the values of params; `context` is the current one and the stream's."""
         q, k, v, out, lse, *shape = read_params(params)
         if shape != self.shape or context != self.context:
-            self.set_shape(resolve_shape(self.kernel.load(current_device(), stream), *shape))
+            self.set_shape(self.resolve(self.kernel.load(current_device(), stream), shape))
             self.shape, self.context = shape if are_constants(shape) else None, context
-        self.stream, self.counter = stream, _counters[context].of_stream(stream)
-        self.enqueue((q, k, v, out, lse or 0, self.counter_for_launch(), stream))
+        self.stream = stream
+        self.scratch = self.new_scratch(_memory[context], address(params.workspace))
+        self.enqueue((q, k, v, out, lse or 0, *self.scratch.addresses(), stream))
 
     def repeat(self, shape: list, pointers: tuple, stream) -> bool:
-        """Launch again with other addresses (int, in the order of PER_CALL); False, and nothing done, if in between
-        the shape has changed or another context became current, or the stream is another one."""
+        """Launch again with other addresses (int, in the order of arguments.TENSORS); False, and nothing done, if in
+        between the shape has changed or another context became current, or the stream is another one."""
         handle = stream if type(stream) is int else resolve_stream(stream)
         if self.shape is not shape or handle != self.stream or not is_current(self.context):
             return False
         try:
-            self.enqueue((*pointers, self.counter_for_launch(), handle))
+            self.enqueue((*pointers, *self.scratch.addresses(), handle))
         except CudaFailure:     # the handle may by now be that of a stream elsewhere: `launch` looks, and tells
             return False
         return True
 
-    def counter_for_launch(self) -> int:
-        """The stream's tile counter; for a launch that goes into a CUDA graph one of its own."""
-        return _counters[self.context].take() if is_capturing(self.stream) else self.counter
+    def resolve(self, num_sms: int, shape: list) -> tuple:
+        """The values of per_shape."""
+        if isinstance(self.cfg, FwdConfig):
+            return resolve_forward(num_sms, *shape)
+        values, self.plan = resolve_decode(self.cfg, *shape)
+        return values
+
+    def new_scratch(self, memory: Memory, workspace: int) -> "TileCounter | SplitScratch | NoScratch":
+        """What the launches on self.stream get of the context's memory, or of the caller's workspace."""
+        if isinstance(self.cfg, FwdConfig):
+            return TileCounter(memory, self.stream)
+        return SplitScratch(memory, self.stream, self.plan, workspace) if self.plan.partial_bytes else NoScratch()
+
+
+class NoScratch:
+    """Of a launch that needs none."""
+
+    def addresses(self) -> tuple[int, int]:
+        """partials, arrivals."""
+        return 0, 0
+
+
+class TileCounter:
+    """The stream's tile counter; for a launch that goes into a CUDA graph one of its own."""
+
+    def __init__(self, memory: Memory, stream: int):
+        self.counters, self.stream = memory.counters, stream
+        self.address = memory.counters.of_stream(stream_key(stream))
+
+    def addresses(self) -> tuple[int]:
+        """tile_counter."""
+        return (self.counters.take() if is_capturing(self.stream) else self.address,)
+
+
+class SplitScratch:
+    """The stream's workspace, or the caller's; a launch that goes into a CUDA graph gets arrival counts of its own."""
+
+    def __init__(self, memory: Memory, stream: int, plan: SplitPlan, workspace: int):
+        self.memory, self.stream, self.plan, self.given = memory, stream, plan, workspace
+        self.own = None if workspace else self.own_workspace()
+
+    def addresses(self) -> tuple[int, int]:
+        """partials, arrivals."""
+        if is_capturing(self.stream):
+            arrivals = self.memory.counters.take(self.plan.num_arrivals)
+        else:
+            self.own = self.own or self.own_workspace()
+            arrivals = self.own.arrivals
+        return self.given or self.own.partials, arrivals
+
+    def own_workspace(self) -> Workspace:
+        """The library's of this stream."""
+        return self.memory.workspaces.of_stream(stream_key(self.stream), self.stream,
+                                                0 if self.given else self.plan.partial_bytes, self.plan.num_arrivals)
 
 
 class PackedCall(Call):
     """Launches through an argument buffer."""
 
-    def __init__(self, cfg: FwdConfig, kernel: Kernel):
+    def __init__(self, cfg: Config, kernel: Kernel):
         super().__init__(cfg, kernel)
         self.run = kernel.compiled.capi_func
-        self.buffer = (ctypes.c_uint64 * (ERROR_OFFSET // 8 + 1))()
-        self.error = ctypes.c_int32.from_buffer(self.buffer, ERROR_OFFSET)
-        offsets = storage_offsets()
+        offsets = self.layout.offsets
+        self.buffer = (ctypes.c_uint64 * (offsets[-1] // 8 + 1))()
+        self.error = ctypes.c_int32.from_buffer(self.buffer, offsets[-1])
+        self.pack = self.layout.per_call_struct.pack_into
         base = ctypes.addressof(self.buffer)
         self.addresses = (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
         self.argument = ctypes.addressof(self.addresses)
 
     def set_shape(self, values) -> None:
-        """Take the values of PER_SHAPE for this and the following calls."""
-        PER_SHAPE_STRUCT.pack_into(self.buffer, PER_SHAPE_OFFSET, *values)
+        """Take the values of per_shape for this and the following calls."""
+        self.layout.per_shape_struct.pack_into(self.buffer, self.layout.per_shape_offset, *values)
 
     def enqueue(self, values: tuple) -> None:
-        """Launch with the values of PER_CALL."""
+        """Launch with the values of per_call."""
         try:
-            PER_CALL_STRUCT.pack_into(self.buffer, 0, *values)
+            self.pack(self.buffer, 0, *values)
         except struct.error:                  # a pointer that has __int__ only
-            PER_CALL_STRUCT.pack_into(self.buffer, 0, *map(int, values))
+            self.pack(self.buffer, 0, *map(int, values))
         self.run(self.argument)
         if self.error.value:
             check_runtime_error(self.error.value, f"launching {self.cfg.name}")
@@ -208,13 +257,13 @@ class ObjectCall(Call):
     """Launches through the DSL's argument objects: slower, with public names only."""
 
     def set_shape(self, values) -> None:
-        """Take the values of PER_SHAPE for this and the following calls."""
-        self.values = dict(zip(PER_SHAPE, values, strict=True))
+        """Take the values of per_shape for this and the following calls."""
+        self.values = dict(zip(self.layout.per_shape, values, strict=True))
 
     def enqueue(self, values: tuple) -> None:
-        """Launch with the values of PER_CALL."""
-        named = self.values | dict(zip(PER_CALL, map(int, values), strict=True))
-        arguments = typed_arguments(self.cfg, [named[name] for name, _ in FORWARD_ARGUMENTS])
+        """Launch with the values of per_call."""
+        named = self.values | dict(zip(self.layout.per_call, map(int, values), strict=True))
+        arguments = typed_arguments(self.cfg, [named[name] for name, _ in self.cfg.arguments])
         try:
             self.kernel.compiled(*arguments)
         except Exception as error:            # the DSL's own kind
@@ -230,7 +279,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _new_call(cfg: FwdConfig, stream: int) -> Call:
+def _new_call(cfg: Config, stream: int) -> Call:
     initialise_driver()
     kernel = _kernel(cfg)
     with device_made_current(stream) as device:
@@ -239,48 +288,7 @@ def _new_call(cfg: FwdConfig, stream: int) -> Call:
     return call
 
 
-def resolve_shape(num_sms: int, *shape) -> tuple:
-    """The values of PER_SHAPE: those of params (`read_params` after the tensors), with defaults where they are None.
-
-    The stride of a dimension of size 1 never addresses memory and array libraries put anything there, but TMA wants a
-    multiple of 16 bytes: the kernel gets the contiguous one. Packed tensors have one batch, and 0 for its stride.
-    """
-    lengths, strides = tuple(map(address, shape[:4])), shape[4:16]
-    batch, rows_q, rows_k, heads, heads_k, left, right, scale, head_dim, total_q, total_k = shape[16:]
-    row_q, row_k = heads * head_dim, heads_k * head_dim
-    if lengths[0]:
-        batches, rows_q, rows_k, batch_q, batch_k = 1, total_q, total_k, 0, 0
-    else:
-        batches, batch_q, batch_k = batch, rows_q * row_q, rows_k * row_k
-    q, k = (batch_q, row_q, head_dim), (batch_k, row_k, head_dim)
-    contiguous = q + k + k + q
-    if strides == NO_STRIDES:
-        strides = contiguous
-    else:
-        sizes_q, sizes_k = (batches, rows_q, heads), (batches, rows_k, heads_k)
-        sizes = sizes_q + sizes_k + sizes_k + sizes_q
-        strides = [default if stride is None or size == 1 else stride
-                   for stride, default, size in zip(strides, contiguous, sizes, strict=True)]
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
-    return (*lengths, *strides, batch, rows_q, rows_k, heads, heads_k, _reach(left), _reach(right), num_sms, scale)
-
-
-def _reach(window_size: int) -> int:
-    return window_size if 0 <= window_size < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
-
-
-def storage_offsets() -> list[int]:
-    """Where in the buffer each argument of FORWARD_ARGUMENTS lies, and last the cudaError_t."""
-    places = {}
-    for names, start in ((PER_CALL, 0), (PER_SHAPE, PER_SHAPE_OFFSET)):
-        codes = ""
-        for name in names:
-            codes += CODES[name]
-            places[name] = start + struct.calcsize(codes) - struct.calcsize(CODES[name])
-    return [places[name] for name, _ in FORWARD_ARGUMENTS] + [ERROR_OFFSET]
-
-
-def _kernel(cfg: FwdConfig) -> Kernel:
+def _kernel(cfg: Config) -> Kernel:
     with _lock:
         return _kernels.setdefault(cfg, Kernel(cfg))
 

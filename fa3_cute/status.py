@@ -6,6 +6,7 @@ which row of the table, the detail (kept per thread, `last_error()`) which field
 import threading
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 
 class Status(IntEnum):
@@ -69,6 +70,15 @@ _MEANING = {
     Status.COMPILE_ERROR: "the kernel did not compile",
     Status.NOT_WARMED_UP: "the stream is capturing a CUDA graph and the kernel is not loaded yet: call warmup() first",
 }
+
+
+class Problem(NamedTuple):
+    """One reason why a call is refused; prints as a sentence."""
+    status: Status
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.status.name} ({int(self.status)}): {self.detail}"
 
 
 def get_error_string(status: int) -> str:

@@ -9,27 +9,16 @@ INVALID_ARGUMENT where the field has none. Integers are whatever has `__index__`
 """
 from dataclasses import fields
 from operator import attrgetter
-from typing import NamedTuple
 
 from .config import HEAD_DIMS
 from .params import (OFF, AttentionMode, DataType, FlashAttentionParams, address, integer, is_given, is_off, is_packed,
                      is_true, member, tensor_sizes)
-from .status import Status, shown
-
-
-class Problem(NamedTuple):
-    """One reason why a call is refused; prints as a sentence."""
-    status: Status
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.status.name} ({int(self.status)}): {self.detail}"
-
+from .splits import MAX_SPLITS, is_decode, plan_of
+from .status import Problem, Status, shown
 
 TENSORS = ("q", "k", "v", "out")
 DIMS = ("batch", "row", "head")
 FP8_HEAD_DIMS = (64, 96, 128)
-MAX_SPLITS = 256
 # Lengths are int32 on the device, and rounding one up to a whole tile (at most 256 rows) must not overflow.
 MAX_SIZE = 2**31 - 256
 MAX_TILES = 2**31 - 1
@@ -125,9 +114,11 @@ def _sizes(p):
         return
     # Every packed sequence may end in a partly filled tile of its own.
     tiles = rows // SMALLEST_TILE_M + batch if packed else batch * -(-rows // SMALLEST_TILE_M)
-    if heads * tiles > MAX_TILES:
-        yield (f"batch_size={batch}, num_heads={heads}, {rows_q}={rows}: must make at most {MAX_TILES} tiles of "
-               f"{SMALLEST_TILE_M} rows, not {heads * tiles}")
+    splits = max(1, integer(p.num_splits) or 1)
+    if heads * tiles * splits > MAX_TILES:
+        times = f", num_splits={splits}" if splits > 1 else ""
+        yield (f"batch_size={batch}, num_heads={heads}, {rows_q}={rows}{times}: must make at most {MAX_TILES} tiles of "
+               f"{SMALLEST_TILE_M} rows, not {heads * tiles * splits}")
 
 
 def _strides(p):
@@ -240,6 +231,15 @@ def _descales(p):
             yield _must(p, name, f"None with dtype={dtype.name}: descales belong to FP8_E4M3")
 
 
+def _workspace(p):
+    others = (row for row in CONTRACT_RULES if row[1] is not _workspace)
+    if not is_given(p.workspace) or next(_walk(p, others), None) or not is_decode(p):
+        return                  # what it must hold is known for a call that is right otherwise
+    needed = plan_of(p).partial_bytes
+    if p.workspace_bytes < needed:
+        yield _must(p, "workspace_bytes", f"at least workspace_size(params)={needed}")
+
+
 def _num_splits(p):
     splits = integer(p.num_splits)
     if splits is not None and not 0 <= splits <= MAX_SPLITS:
@@ -255,18 +255,20 @@ def _off(*names: str, instead: str = ""):
     return rule
 
 
-# Valid by the contract, no kernel yet: (field, when it asks for the feature, the feature, accepted meanwhile). Each row
-# leaves with the kernel that makes it true; until then its calls are refused after everything else was found right.
+# Valid by the contract, no kernel yet: (field, when the call asks for the feature, the feature, accepted meanwhile).
+# Each row leaves with the kernel that makes it true.
 PENDING = (
-    ("dtype", lambda value: member(DataType, value) is DataType.FP8_E4M3, "FP8", "DataType.FP16 or BF16"),
-    ("num_splits", lambda value: _at_least(value, 2), "split-KV", "0 or 1"),
-    ("pack_gqa", lambda value: is_true(value) is True, "packed GQA", "None or False"),
+    ("dtype", lambda p: member(DataType, p.dtype) is DataType.FP8_E4M3, "FP8", "DataType.FP16 or BF16"),
+    ("num_splits", lambda p: is_packed(p) and _at_least(p.num_splits, 2), "split-KV of packed sequences",
+     "0 or 1 with cu_seqlens_q and cu_seqlens_k"),
+    ("pack_gqa", lambda p: is_packed(p) and is_true(p.pack_gqa) is True, "packed heads of packed sequences",
+     "None or False with cu_seqlens_q and cu_seqlens_k"),
 )
 
 
 def _pending(p):
     for name, asks, feature, accepted in PENDING:
-        if asks(getattr(p, name)):
+        if asks(p):
             yield _must(p, name, f"{accepted}: {feature} not implemented yet")
 
 
@@ -284,6 +286,7 @@ CONTRACT_RULES = (
     (Status.INVALID_ARGUMENT, _choices),
     (Status.INVALID_ARGUMENT, _numbers),
     (Status.INVALID_ARGUMENT, _descales),
+    (Status.INVALID_ARGUMENT, _workspace),
     (Status.SOFTCAP_UNSUPPORTED, _off("softcap")),
     (Status.SPLIT_KV_UNSUPPORTED, _num_splits),
     (Status.PAGED_KV_UNSUPPORTED, _off("page_table", "page_size")),
@@ -366,13 +369,13 @@ def _is_common(p) -> bool:
         and type(batch) is type(rows_q) is type(rows_k) is type(heads) is type(heads_k) is type(head_dim) is int
         and suits and 0 < batch <= MAX_SIZE and 0 <= rows_q <= MAX_SIZE and 0 <= rows_k <= MAX_SIZE
         and head_dim in HEAD_DIMS and 0 < heads_k <= heads and not heads % heads_k
-        and heads * (batches * rows_q + batch * SMALLEST_TILE_M) <= MAX_TILES * SMALLEST_TILE_M
+        and type(splits) is int and (0 <= splits <= 1 or 1 < splits <= MAX_SPLITS and mode is not _VARLEN)
+        and heads * (batches * rows_q + batch * SMALLEST_TILE_M) * (splits or 1) <= MAX_TILES * SMALLEST_TILE_M
 
         and (dtype is _FP16 or dtype is _BF16) and (out_dtype is None or out_dtype is dtype)
         and type(left) is type(right) is int
         and (is_causal is False and left <= MAX_WINDOW >= right or is_causal is True and left < 0 > right)
         and (scale is None or type(scale) is float and SMALLEST_SCALE <= scale <= LARGEST_SCALE)
-        and type(splits) is int and 0 <= splits <= 1
 
         and (rows_q * heads | rows_k * heads_k) * head_dim < TMA_STRIDE_BYTES // 4
         and (strides == _CONTIGUOUS or _are_common(strides, batches, rows_q, heads, head_dim))

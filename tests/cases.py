@@ -112,3 +112,11 @@ MANY_TILES = [Case(dtype, head_dim, is_causal, 16, 4, seqlen_q, seqlen_k, batch=
               for (dtype, head_dim), is_causal, (seqlen_q, seqlen_k) in product(
                   (("fp16", 64), ("bf16", 128), ("fp16", 192), ("bf16", 256)), (False, True),
                   ((1300, 700), (900, 1100)))]
+
+# One case per dtype and head_dim of the decode kernel, over a partly filled last K/V tile.
+DECODE = [Case(dtype, head_dim, False, 6, 2, 1, 385, batch=2) for dtype, head_dim in product(DTYPES, HEAD_DIMS)]
+
+# num_splits: automatic; not split; one cluster of CTAs; 8 clusters of 16, mostly more than there are K/V tiles.
+SPLITS = (0, 1, 2, 3, 7, 128)
+# The other kinds: one cluster of every size, several of every size, more than a merge reads at once (16), the most.
+MORE_SPLITS = (4, 5, 6, 8, 10, 11, 15, 16, 17, 24, 27, 34, 64, 251, 255, 256)

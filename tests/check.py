@@ -2,6 +2,7 @@
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -21,8 +22,10 @@ DATA_TYPES = {"fp16": DataType.FP16, "bf16": DataType.BF16}
 MAX_FACTOR, MAX_SLACK = 2.0, 1e-5
 MEAN_FACTOR, MEAN_SLACK = 1.5, 1e-6
 LSE_TOLERANCE = 1e-4
-# A sequence of as many queries is judged by itself; fewer have too few elements for the rule's statistics.
-JUDGED_ALONE = 16
+# A sequence of as many elements of out is judged by itself; fewer are too few for the rule's statistics.
+JUDGED_ALONE = 1024
+# With at most as many queries, the reference takes its time to read K and V: once for all the heads that share them.
+FEW_QUERIES = 16
 
 # The reference takes most of the tests' time. NumPy lets go of the interpreter's lock in all that is long.
 # As many threads as there are cores for this process; pytest-xdist runs several.
@@ -161,9 +164,13 @@ class Problem:
         inputs = (self.q, self.k, self.v, *self.lengths.values())
         for image in {id(tensor.image): tensor.image for tensor in inputs}.values():
             image.upload()
+        self.poison_outputs()
+
+    def poison_outputs(self, stream=None) -> None:
+        """At once, or on `stream`."""
         for tensor in (self.out, self.lse):
             if tensor is not None:
-                tensor.poison()
+                tensor.poison(stream)
 
 
 def make_problem(case, place=contiguous, softmax_scale=None, lengths=None) -> Problem:
@@ -246,23 +253,48 @@ def check(problem: Problem, out: np.ndarray, lse: np.ndarray | None, lse_rtol: f
 
     Given lengths, each sequence is judged by itself (the short ones together), and rows of none must still be poison.
     """
+    check_all(problem, {"": (out, lse)}, lse_rtol)
+
+
+def check_all(problem: Problem, by_name: dict[str, tuple], lse_rtol: float = 0.0) -> None:
+    """`check` several results, (out, LSE) each, of the same inputs; a failure says the name of the one that fails."""
     case, (q, k, v) = problem.case, problem.inputs
-    kv_heads = [head * case.num_heads_k // case.num_heads for head in range(case.num_heads)]
-    heads = [(q[..., h:h + 1, :], k[..., h_k:h_k + 1, :], v[..., h_k:h_k + 1, :]) for h, h_k in enumerate(kv_heads)]
-    twins = [POOL.submit(low_precision_twin, *inputs, case.dtype, **problem.options) for inputs in heads]
+    group = case.num_heads // case.num_heads_k
+    step = group if case.seqlen_q <= FEW_QUERIES else 1
+    groups = [slice(head, head + step) for head in range(0, case.num_heads, step)]
+    kv_heads = [slice(heads.start // group, heads.start // group + 1) for heads in groups]
+    inputs = [(q[..., heads, :], k[..., kv_head, :], v[..., kv_head, :])
+              for heads, kv_head in zip(groups, kv_heads, strict=True)]
+    twins = [POOL.submit(low_precision_twin, *arrays, case.dtype, **problem.options) for arrays in inputs]
 
-    def judge(head: int):
-        ref, ref_lse = attention_reference(*heads[head], **problem.options)
-        return *errors(as_float(out[..., head:head + 1, :], np.float64), ref, twins[head].result()[0]), ref_lse
+    def judge(index: int):
+        ref, ref_lse = attention_reference(*inputs[index], **problem.options)
+        twin, _ = twins[index].result()
+        return [errors(as_float(out[..., groups[index], :], np.float64), ref, twin)
+                for out, _ in by_name.values()], ref_lse
 
-    error, twin_error, ref_lse = (np.concatenate(parts, axis=-2) for parts in
-                                  zip(*POOL.map(judge, range(case.num_heads)), strict=True))
-    if problem.lengths:
-        assert_poison_outside(problem, out, lse)
-    for name, rows in judged_parts(problem):
-        assert_errors(error[rows], twin_error[rows], name)
-    if lse is not None:
-        assert_lse(lse, ref_lse, lse_rtol)
+    judged, ref_lse = zip(*POOL.map(judge, range(len(groups))), strict=True)
+    ref_lse = np.concatenate(ref_lse, axis=-2)
+    for (name, (out, lse)), per_group in zip(by_name.items(), zip(*judged, strict=True), strict=True):
+        error, twin_error = (np.concatenate(parts, axis=-2) for parts in zip(*per_group, strict=True))
+        with noted(name):
+            if problem.lengths:
+                assert_poison_outside(problem, out, lse)
+            for part, rows in judged_parts(problem):
+                assert_errors(error[rows], twin_error[rows], part)
+            if lse is not None:
+                assert_lse(lse, ref_lse, lse_rtol)
+
+
+@contextmanager
+def noted(note: str):
+    """Add a note to the failure of an assertion within."""
+    try:
+        yield
+    except AssertionError as error:
+        if note:
+            error.add_note(note)
+        raise
 
 
 def judged_parts(problem: Problem):
@@ -272,7 +304,7 @@ def judged_parts(problem: Problem):
         return
     short_ones = np.zeros(problem.q.array.shape[:-2], bool)
     for b, rows in enumerate(problem.sequences("q")):
-        if rows[-1].stop - rows[-1].start < JUDGED_ALONE:
+        if (rows[-1].stop - rows[-1].start) * problem.case.num_heads * problem.case.head_dim < JUDGED_ALONE:
             short_ones[rows] = True
         else:
             yield f" of sequence {b}", rows
@@ -292,6 +324,21 @@ def assert_poison_outside(problem: Problem, out: np.ndarray, lse: np.ndarray | N
 
 def run_and_check(problem: Problem, stream, lse_rtol: float = 0.0) -> None:
     check(problem, *run(problem, stream), lse_rtol)
+
+
+def run_each_and_check(problem: Problem, stream, variants: list[dict], lse_rtol: float = 0.0) -> None:
+    """`forward` the problem with each of these overrides of its params, over poisoned outputs; judge each result."""
+    by_name = {}
+    for overrides in variants:
+        problem.poison_outputs(stream)
+        by_name[str(overrides)] = run(problem, stream, **overrides)
+    check_all(problem, by_name, lse_rtol)
+
+
+def assert_same_bits(got, expected) -> None:
+    """Of two results, or two parts of results."""
+    for a, b in zip(got, expected, strict=True):
+        assert np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
 
 
 # ---- the tolerance rule --------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ SIZES = {"batch_size": 2, "seqlen_q": 1000, "seqlen_k": 1100, "num_heads": 8, "n
 STRIDES = {f"{x}_{d}_stride": None for x in ("q", "k", "v", "out") for d in ("batch", "row", "head")}
 WINDOW = {"window_size_left": -1, "window_size_right": -1}
 LENGTHS = {"cu_seqlens_q": None, "cu_seqlens_k": None, "seqused_q": None, "seqused_k": None, "total_q": 0, "total_k": 0}
+CHOICES = {"is_causal": True, "pack_gqa": None, "num_splits": 0, "workspace": None,
+           "softmax_scale": None}
 PACKED = {"cu_seqlens_q": 0x7F0011223344, "cu_seqlens_k": 0x7F0055667788, "seqused_q": 0x7F0099AABBCC,
           "seqused_k": 0x7F00DDEEFF10, "total_q": 3210, "total_k": 2345, "batch_size": 77, "seqlen_q": None,
           "seqlen_k": "ignored"}
@@ -54,7 +56,7 @@ def numbers(name):
 
 def params(**changes):
     """A good call's attributes, some of them changed."""
-    return SimpleNamespace(**POINTERS | SIZES | STRIDES | WINDOW | LENGTHS | {"softmax_scale": None} | changes)
+    return SimpleNamespace(**POINTERS | SIZES | STRIDES | WINDOW | LENGTHS | CHOICES | changes)
 
 
 def kernel_parameters(cfg=CFG):

@@ -12,16 +12,20 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_NESTING = 400, 80, 8, 3
 # From the ground up: a module may import only from lower tiers. A package's name stands for its modules not named here.
 TIERS = (
     ("status", "config", "params", "device", "disk_cache", "cubin", "cuda_driver"),
-    ("heuristics", "reference", "validate", "workspace"),
+    ("heuristics", "reference", "workspace"),
+    ("splits",),
+    ("validate", "arguments"),
     # Words of the device code, then the maths, then the roles, then the kernels.
-    ("kernels", "kernels.arithmetic", "kernels.ptx", "kernels.layout", "kernels.barriers", "kernels.tma"),
+    ("kernels", "kernels.arithmetic", "kernels.ptx", "kernels.layout", "kernels.barriers", "kernels.cluster",
+     "kernels.tma"),
     ("kernels.sequences", "kernels.tiles", "kernels.block_range", "kernels.scheduler"),
+    ("kernels.split",),
     ("kernels.params",),
     ("kernels.wgmma", "kernels.mask", "kernels.score_mod", "kernels.softmax", "kernels.fp8"),
     ("kernels.load", "kernels.schedule"),
-    ("kernels.load_fp8", "kernels.epilogue"),
+    ("kernels.load_fp8", "kernels.epilogue", "kernels.merge"),
     ("kernels.mainloop",),
-    ("kernels.flash_fwd", "kernels.flash_decode", "kernels.flash_combine"),
+    ("kernels.flash_fwd", "kernels.flash_decode"),
     ("compiler",),
     ("launch", "interop"),
     ("api",),
@@ -42,8 +46,8 @@ FRAMEWORKS = {"torch", "cupy", "jax", "tensorflow", "triton"}
 HOST_ONLY = {"numpy", "ctypes", "os", "subprocess"}
 PIPELINE_STATE = re.compile(r"\b(PipelineState|\w*Producer|\w*Consumer)\b")
 
-# Signatures fixed from outside: the kernel's entry is config.FORWARD_ARGUMENTS, attention() has flash-attn's names.
-WIDE_SIGNATURES = {("kernels.flash_fwd", "__call__"), ("api", "attention")}
+# Signatures fixed from outside: a kernel's entry is its config's `arguments`, attention() has flash-attn's names.
+WIDE_SIGNATURES = {("kernels.flash_fwd", "__call__"), ("kernels.flash_decode", "__call__"), ("api", "attention")}
 
 
 @dataclass(frozen=True)

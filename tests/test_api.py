@@ -27,7 +27,7 @@ from fa3_cute import (
     workspace_size,
 )
 from fa3_cute.compiler import CompileError
-from fa3_cute.heuristics import forward_config
+from fa3_cute.heuristics import decode_config, forward_config
 from fa3_cute.launch import CudaFailure, NotWarmedUp, UnsupportedDevice
 
 A = 0x7F00_0000_0000
@@ -60,6 +60,7 @@ def launches(monkeypatch):
     stub = SimpleNamespace(
         call=Call(), launch=launch,
         ensure_loaded=lambda cfg, stream: calls.append(("load", cfg, stream)),
+        prepare_workspace=lambda params, cfg, stream: calls.append(("prepare", params, cfg, stream)),
         CudaFailure=CudaFailure, UnsupportedDevice=UnsupportedDevice, NotWarmedUp=NotWarmedUp)
     monkeypatch.setattr(api, "_launcher", lambda: stub)
     monkeypatch.setattr(api, "_recent", api._Recent())
@@ -102,7 +103,6 @@ def test_params_are_a_record():
     (GOOD, {}, ("fp16", 128, "full", False, False)),
     (GOOD, {"dtype": DataType.BF16, "is_causal": True, "softmax_lse": A}, ("bf16", 128, "causal", True, False)),
     (GOOD, {"dtype": 1, "head_dim": np.int64(64), "is_causal": np.True_}, ("bf16", 64, "causal", False, False)),
-    (GOOD, {"seqlen_q": 1, "mode": AttentionMode.DECODE, "softmax_lse": 0}, ("fp16", 128, "full", False, False)),
     (GOOD, {"seqused_q": A}, ("fp16", 128, "full", False, True)),
     (GOOD, {"seqused_k": A, "window_size_left": 9}, ("fp16", 128, "local", False, True)),
     (GOOD, {"seqused_q": 0, "seqused_k": CUdeviceptr(0)}, ("fp16", 128, "full", False, False)),
@@ -281,8 +281,38 @@ def test_explain_tells_everything():
     assert explain(GOOD) == []
 
 
+@pytest.mark.parametrize("changes, is_local", [
+    ({"seqlen_q": 1, "mode": AttentionMode.DECODE, "softmax_lse": 0}, False),
+    ({"seqlen_q": 1, "is_causal": True}, False),            # the last query sees every key
+    ({"seqlen_q": 1, "window_size_right": 5}, False),
+    ({"seqlen_q": 1, "window_size_left": 5}, True),
+    ({"seqlen_q": 2, "is_causal": True}, True),
+    ({"num_splits": 2}, False),
+    ({"pack_gqa": True, "window_size_right": 0}, True),
+])
+def test_forward_launches_the_decode_config_of_the_params(launches, changes, is_local):
+    assert forward(replace(GOOD, **changes), 7) is Status.OK
+    assert launches.calls[0][2] is decode_config("fp16", 128, is_local)
+
+
 def test_workspace_size():
-    assert workspace_size(GOOD) == workspace_size(BAD) == 0
+    """Of what cannot be merged within clusters; a workspace that is smaller is refused."""
+    decode = replace(GOOD, seqlen_q=1, num_splits=32, q=None)
+    rows = 2 * decode.num_heads             # 2 clusters of 16 CTAs
+    needed = 4 * decode.batch_size * rows * (decode.head_dim + 1)
+    assert workspace_size(decode) == workspace_size(replace(decode, workspace=A, workspace_bytes=1)) == needed
+    assert workspace_size(GOOD) == workspace_size(replace(decode, num_splits=16)) == 0
+    with pytest.raises(ValueError, match="head_dim=80"):
+        workspace_size(BAD)
+    small, enough = (replace(decode, q=A, workspace=A, workspace_bytes=needed - less) for less in (1, 0))
+    assert [str(problem) for problem in explain(small)] == [
+        f"INVALID_ARGUMENT (-9): workspace_bytes={needed - 1}: must be at least workspace_size(params)={needed}"]
+    assert explain(enough) == []
+
+
+def test_warmup_prepares_the_workspace(launches):
+    assert warmup(replace(GOOD, seqlen_q=1, num_splits=32), 7) is Status.OK
+    assert [call[0] for call in launches.calls] == ["load", "prepare"]
 
 
 def test_threads_have_their_own_last_error(launches):

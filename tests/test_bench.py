@@ -1,20 +1,16 @@
 """The benchmark: its order and arithmetic, what it prints and writes; other libraries are called as they expect."""
 import json
 import sys
-from math import prod
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from fake_gpu import FakeStream, fake_stopwatch, install
 
-from fa3_cute import AttentionMode
-from fa3_cute.cli import bench, main, measure, peers
-from fa3_cute.cli import case as case_module
+from fa3_cute.cli import bench, main, measure, peers, shown
 from fa3_cute.cli.case import Case
 from fa3_cute.cli.measure import CALLS_PER_GRAPH, Batch, Stopwatch, Work
 from fa3_cute.cli.suites import varlen, window
 from fa3_cute.device import hopper_device_problem
-from fa3_cute.reference import attention_reference, to_bits
 from fa3_cute.status import Status
 
 
@@ -24,54 +20,6 @@ def test_bench_without_a_gpu(capsys):
     assert main(["bench"]) == 2
     line, = capsys.readouterr().out.splitlines()
     assert line.startswith("bench needs a Hopper GPU: ")
-
-
-class FakeStream:
-    """A stream whose events read a clock that launches move: `now` in milliseconds."""
-    handle = 1
-    now = 0.0
-    is_capturing = False
-
-    def create_graph_builder(self):
-        return FakeBuilder(self)
-
-    def record(self, event):
-        event.at = self.now
-
-    def sync(self):
-        pass
-
-
-class FakeBuilder:
-    """A graph whose every replay takes a millisecond."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def begin_building(self):
-        self.stream.is_capturing = True
-        return self
-
-    def end_building(self):
-        self.stream.is_capturing = False
-
-    def complete(self):
-        return self
-
-    def launch(self, stream):
-        stream.now += 1.0
-
-
-class FakeEvent:
-    is_done = True
-
-    def __sub__(self, other):
-        return self.at - other.at
-
-
-def fake_stopwatch(stream, monkeypatch) -> Stopwatch:
-    monkeypatch.setattr(measure, "Monitor", lambda device: SimpleNamespace(problem=None, sample=lambda: (1500, 600.0)))
-    return Stopwatch(SimpleNamespace(create_event=lambda options: FakeEvent()), stream)
 
 
 def test_rounds_interleave(monkeypatch):
@@ -132,7 +80,7 @@ def test_result_is_a_median_of_ratios():
     assert result["peak"] == pytest.approx(result["tflops"] * 1e12 / (132 * 4096 * 1500e6))
     assert result["host_bound"] and not bench.Bench.result(run, case, ours, ours)["host_bound"]
     assert result["power_watts"] is None
-    assert bench.rate(result).endswith("*")
+    assert shown.rate(result).endswith("*")
 
 
 def test_row_prints_with_and_without_clocks_and_peers():
@@ -147,50 +95,7 @@ def test_row_prints_with_and_without_clocks_and_peers():
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """A device whose buffers are NumPy bytes and whose forward is the reference; a buffer's handle is its index."""
-    buffers, stream = [], FakeStream()
-
-    def allocate(nbytes, stream=None):
-        buffers.append(SimpleNamespace(handle=len(buffers), bytes=np.zeros(nbytes, np.uint8)))
-        return buffers[-1]
-
-    def upload(array, stream=None):
-        buffer = allocate(array.nbytes)
-        buffer.bytes[:] = array.view(np.uint8)
-        return buffer
-
-    def download(buffer, shape, dtype, stream=None):
-        return buffer.bytes[:prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
-
-    def forward(p, stream):
-        fake_gpu.stream.now += fake_gpu.milliseconds
-        if (buffers[p.out].bytes != 0xFF).any():      # not poisoned since the last call: computed already
-            return Status.OK
-        packing, rows = {}, ((p.batch_size, p.seqlen_q), (p.batch_size, p.seqlen_k))
-        if p.mode == AttentionMode.VARLEN_PREFILL:
-            offsets = {name: download(buffers[getattr(p, name)], (p.batch_size + 1,), np.int32)
-                       for name in ("cu_seqlens_q", "cu_seqlens_k")}
-            packing, rows = offsets, ((p.total_q,), (p.total_k,))
-        q_shape, kv_shape = (*rows[0], p.num_heads, p.head_dim), (*rows[1], p.num_heads_k, p.head_dim)
-        q, k, v = (download(buffers[index], shape, np.uint16)
-                   for index, shape in ((p.q, q_shape), (p.k, kv_shape), (p.v, kv_shape)))
-        exact, _ = attention_reference(q, k, v, causal=p.is_causal, **packing,
-                                       window_size=(p.window_size_left, p.window_size_right))
-        out = to_bits(exact, "bf16").reshape(-1)
-        buffers[p.out].bytes[:out.nbytes] = out.view(np.uint8)
-        return Status.OK
-    fake_gpu = SimpleNamespace(stream=stream, forward=forward, milliseconds=10)
-    device = SimpleNamespace(name="fake", properties=SimpleNamespace(multiprocessor_count=132), pci_bus_id="",
-                             create_stream=lambda: stream, create_event=lambda options: FakeEvent())
-    monkeypatch.setattr(bench, "hopper_device_problem", lambda: None)
-    monkeypatch.setattr(bench, "open_device", lambda: device)
-    monkeypatch.setattr(bench, "forward", lambda params, stream: fake_gpu.forward(params, stream))
-    monkeypatch.setattr(Stopwatch.host_microseconds, "__defaults__", (2, 1))
-    fakes = {"address": lambda buffer: buffer.handle, "allocate": allocate, "upload": upload, "download": download,
-             "fill": lambda buffer, byte, stream: buffer.bytes.fill(byte)}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(case_module, name, fake)
-    return fake_gpu
+    return install(monkeypatch)
 
 
 BENCH = ["bench", "--head-dim", "64", "--seqlen", "96", "--batch-size", "2", "--num-heads", "4", "--num-heads-k", "2",
@@ -236,7 +141,7 @@ def test_bench_of_packed_sequences_and_windows(fake_gpu, tmp_path, monkeypatch, 
 
 
 def test_a_short_call_that_cannot_be_captured_is_marked(fake_gpu, tmp_path, monkeypatch, capsys):
-    def refuse(launch):
+    def refuse(launch, calls):
         raise RuntimeError("no capture\nof this")
 
     def make_peer(case, pointers):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_gpu import install
 
 from fa3_cute.cli import bench, main
 from fa3_cute.cli import case as case_module
@@ -68,7 +69,8 @@ def test_window_cases_and_conclusions():
 
 
 @pytest.mark.parametrize("suite, option", [("varlen", "--seqlen=512"), ("varlen", "--batch-size=2"),
-                                           ("window", "--causal")])
+                                           ("window", "--causal"), ("decode", "--batch-size=2"),
+                                           ("decode", "--full")])
 def test_what_a_suite_decides_is_no_option(suite, option, capsys):
     assert main(["bench", "--suite", suite, option]) == 2
     assert capsys.readouterr().out.startswith(f"the {suite} suite has its own ")
@@ -93,7 +95,22 @@ def test_visible_pairs_and_tiles_against_brute_force(seqlen_q, seqlen_k, left, r
 
 
 def test_long_tensors_repeat_few_random_numbers(monkeypatch):
-    monkeypatch.setattr(case_module, "DISTINCT_NUMBERS", 7)
-    numbers = case_module.normal_bits(np.random.default_rng(0), 20, "fp16")
-    assert numbers.shape == (20,) and np.array_equal(numbers[:13], numbers[7:]) and len(set(numbers[:7])) == 7
-    assert case_module.normal_bits(np.random.default_rng(0), 5, "bf16").shape == (5,)
+    """Uploaded once, doubled on the device, known to the host at any place."""
+    gpu = install(monkeypatch)
+    monkeypatch.setattr(case_module, "DISTINCT_NUMBERS", 1001)
+    case = Case("fp16", 64, False, 5, 70, 2, 4, 2)
+    tensors = case_module.Tensors([case], gpu.stream)
+    assert {name: host.size for name, host in tensors.host.items()} == {"q": 1001, "k": 1001, "v": 1001}
+    pointers = tensors.pointers(case)
+    for name, shape in (("q", case.q_shape), ("k", case.kv_shape), ("v", case.kv_shape)):
+        there = gpu.read(pointers[name], shape, np.float16)
+        assert np.array_equal(there.reshape(-1), np.resize(tensors.host[name], there.size))
+        assert np.array_equal(tensors.numbers(name, 0, shape), there)
+        assert np.array_equal(tensors.numbers(name, 900, (50, 2)).reshape(-1), there.reshape(-1)[900:1000])
+        assert np.array_equal(tensors.numbers(name, 2002, (100,)), there.reshape(-1)[:100])
+    assert len(set(tensors.host["q"].tolist())) > 500
+
+
+def test_numbers_that_are_few_do_not_repeat(monkeypatch):
+    tensors = case_module.Tensors([Case("bf16", 64, False, 5, 7, 1, 2, 2)], install(monkeypatch).stream)
+    assert [tensors.host[name].shape for name in "qkv"] == [(640,), (896,), (896,)]

@@ -7,6 +7,7 @@ import pytest
 from fa3_cute.cli import COMMANDS, main, report
 from fa3_cute.cli import compile as compile_command
 from fa3_cute.cli.table import Table, markdown, one_or_more
+from fa3_cute.config import DecodeConfig, FwdConfig
 from fa3_cute.heuristics import all_forward_configs
 
 
@@ -57,14 +58,18 @@ def test_compile_prints_json_and_fills_the_cache(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv, count", [
-    ([], 30), (["--all"], 120), (["--causal"], 10), (["--local"], 10), (["--full", "--all"], 40), (["--varlen"], 30),
+    ([], 30), (["--all"], 140), (["--causal"], 10), (["--local"], 10), (["--full", "--all"], 50), (["--varlen"], 30),
+    (["--decode"], 20), (["--decode", "--local", "--dtype", "fp16"], 5),
     (["--varlen", "--all", "--local"], 20), (["--head-dim", "64,96", "--dtype", "bf16"], 6)])
 def test_compile_selects(argv, count, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(compile_command, "compile_row", lambda cfg: seen.append(cfg) or clean_row(cfg))
     assert main(["compile", "--jobs", "1", *argv]) == 0
     assert len(set(seen)) == len(seen) == count
-    assert {cfg.is_varlen for cfg in seen} == ({True} if "--varlen" in argv else {False, "--all" in argv})
+    assert {isinstance(cfg, DecodeConfig) for cfg in seen} == (
+        {True} if "--decode" in argv else {False, "--all" in argv and "--varlen" not in argv})
+    assert {cfg.is_varlen for cfg in seen if isinstance(cfg, FwdConfig)} == (
+        set() if "--decode" in argv else {True} if "--varlen" in argv else {False, "--all" in argv})
     assert capsys.readouterr().out.splitlines()[-1] == f"{count} kernels, all clean"
 
 

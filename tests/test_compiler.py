@@ -1,4 +1,5 @@
 """Compiling without a GPU, and the cache: in memory, on disk, between threads and processes, and damaged."""
+import importlib
 import inspect
 import json
 import logging
@@ -15,11 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 from fa3_cute import compiler, disk_cache
-from fa3_cute.config import FORWARD_ARGUMENTS
-from fa3_cute.heuristics import forward_config
+from fa3_cute.heuristics import decode_config, forward_config
 from fa3_cute.validate import ALIGNMENT
 
 CFG = forward_config("bf16", 64, "causal", True, False)
+DECODE_CFG = decode_config("bf16", 64, True)
 KEY, CODE = "0123456789abcdef" * 4, b"\x7fELF not really" * 100
 REPOSITORY = Path(compiler.__file__).parents[1]
 
@@ -197,26 +198,29 @@ def test_key_depends_on_what_compiles_it(change, monkeypatch):
     assert compiler.cache_key(CFG) != before
 
 
-def test_arguments_follow_the_table():
-    from fa3_cute.kernels.flash_fwd import FlashAttentionForward
-
-    names = list(inspect.signature(FlashAttentionForward.__call__).parameters)[1:]
-    assert names == [name for name, _ in FORWARD_ARGUMENTS]
-    arguments = compiler.typed_arguments(CFG, range(0, 16 * len(names), 16))
-    for (name, kind), argument in zip(FORWARD_ARGUMENTS, arguments, strict=True):
+@pytest.mark.parametrize("cfg, module, kernel", [
+    (CFG, "flash_fwd", "FlashAttentionForward"), (DECODE_CFG, "flash_decode", "FlashAttentionDecode")])
+def test_arguments_follow_the_table(cfg, module, kernel):
+    entry = getattr(importlib.import_module(f"fa3_cute.kernels.{module}"), kernel)
+    names = list(inspect.signature(entry.__call__).parameters)[1:]
+    assert names == [name for name, _ in cfg.arguments]
+    arguments = compiler.typed_arguments(cfg, range(0, 16 * len(names), 16))
+    for (name, kind), argument in zip(cfg.arguments, arguments, strict=True):
         assert type(argument) is compiler.SCALAR_TYPES.get(kind, type(arguments[0])), name
 
 
 def test_pointers_have_their_type_and_no_more_alignment_than_validation_asks_for(monkeypatch):
     monkeypatch.setattr(compiler.cute.runtime, "make_ptr", lambda element, value, space, assumed_align:
                         (element.__name__, assumed_align))
-    arguments = dict(zip(dict(FORWARD_ARGUMENTS), compiler.typed_arguments(CFG, [0] * len(FORWARD_ARGUMENTS)),
-                         strict=True))
+    arguments = {}
+    for cfg in (CFG, DECODE_CFG):
+        arguments |= zip(dict(cfg.arguments), compiler.typed_arguments(cfg, [0] * len(cfg.arguments)), strict=True)
     elements = {"q": "BFloat16", "k": "BFloat16", "v": "BFloat16", "out": "BFloat16", "softmax_lse": "Float32",
                 "cu_seqlens_q": "Int32", "cu_seqlens_k": "Int32", "seqused_q": "Int32", "seqused_k": "Int32",
-                "tile_counter": "Int32"}
-    alignment = ALIGNMENT | {"tile_counter": 4}       # the library's own
-    assert {name: arguments[name] for name, kind in FORWARD_ARGUMENTS if kind == "pointer"} == {
+                "tile_counter": "Int32", "arrivals": "Int32", "partials": "Float32"}
+    alignment = ALIGNMENT | {"tile_counter": 4, "arrivals": 4, "partials": ALIGNMENT["workspace"]}
+    pointers = dict.fromkeys(name for cfg in (CFG, DECODE_CFG) for name, kind in cfg.arguments if kind == "pointer")
+    assert {name: arguments[name] for name in pointers} == {
         name: (element, alignment[name]) for name, element in elements.items()}
 
 

@@ -9,9 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from fa3_cute.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
-from fa3_cute.heuristics import all_forward_configs
+from fa3_cute.heuristics import all_configs
 
-CONFIGS = all_forward_configs()
+CONFIGS = all_configs()
 PROCESSES = min(4, os.cpu_count() or 1)       # a compile takes 3 s of one core and 300 MB
 
 
@@ -40,7 +40,8 @@ def test_compiles_clean(reports, cfg):
     report = reports[cfg].result()
     assert report.problems() == []
     assert report.smem_bytes <= cfg.smem_bytes <= SMEM_BYTES_PER_CTA
-    assert report.registers == REGISTERS_PER_SM // cfg.num_threads // 8 * 8
+    most_registers = REGISTERS_PER_SM // (cfg.num_threads * cfg.ctas_per_sm) // 8 * 8
+    assert report.registers == most_registers if cfg.uses_setmaxnreg else report.registers <= most_registers
     # One step is head_dim/16 WGMMAs for QK and tile_n/16 for PV; the code holds it once per kind of iteration.
     step = cfg.head_dim // 16 + cfg.tile_n // 16
     assert step <= report.wgmmas <= 8 * step

@@ -1,18 +1,20 @@
 """params -> the numbers of the argument buffer, and where they lie in it."""
 import pytest
 
-from fa3_cute.config import FORWARD_ARGUMENTS
-from fa3_cute.launch import PER_CALL, PER_SHAPE, read_params, resolve_shape, storage_offsets
+from fa3_cute.arguments import layout_of, read_params, resolve_decode, resolve_forward
+from fa3_cute.config import DecodeConfig, FwdConfig
+from fa3_cute.heuristics import decode_config
 from fa3_cute.params import FlashAttentionParams
 
 
-def test_storage_is_aligned_and_apart():
-    offsets = storage_offsets()
-    sizes = [4 if kind in ("int32", "float32") else 8 for _, kind in FORWARD_ARGUMENTS] + [4]
-    assert all(offset % size == 0 for offset, size in zip(offsets, sizes, strict=True))
-    spans = sorted(zip(offsets, sizes, strict=True))
+@pytest.mark.parametrize("kind", [FwdConfig, DecodeConfig])
+def test_storage_is_aligned_and_apart(kind):
+    layout = layout_of(kind)
+    sizes = [4 if kind in ("int32", "float32") else 8 for _, kind in kind.arguments] + [4]
+    assert all(offset % size == 0 for offset, size in zip(layout.offsets, sizes, strict=True))
+    spans = sorted(zip(layout.offsets, sizes, strict=True))
     assert all(at + size <= following for (at, size), (following, _) in zip(spans, spans[1:], strict=False))
-    assert set(PER_CALL + PER_SHAPE) == {name for name, _ in FORWARD_ARGUMENTS}
+    assert sorted(layout.per_call + layout.per_shape) == sorted(name for name, _ in kind.arguments)
 
 
 HEADS = {"num_heads": 8, "num_heads_k": 4, "head_dim": 64}
@@ -48,5 +50,24 @@ WIDE = 2**30
 ])
 def test_shape_values(given, values):
     _, _, _, _, _, *shape = read_params(FlashAttentionParams(**HEADS | given))
-    resolved = dict(zip(PER_SHAPE, resolve_shape(132, *shape), strict=True))
+    resolved = dict(zip(layout_of(FwdConfig).per_shape, resolve_forward(132, *shape), strict=True))
     assert {name: resolved[name] for name in values} == values
+
+
+@pytest.mark.parametrize("given, values", [
+    (DENSE, {**CONTIGUOUS, "seqused_q": 0, "seqused_k": 0, "q_batch_stride": 2560, "k_batch_stride": 1792,
+             "batch_size": 2, "seqlen_q": 5, "seqlen_k": 7, "num_heads": 8, "num_heads_k": 4, "window_size_left": WIDE,
+             "window_size_right": WIDE, "packed_heads": 2, "num_splits": 1, "cluster_size": 1, "softmax_scale": 0.125}),
+    (DENSE | {"seqused_k": 4, "pack_gqa": False}, {"seqused_k": 4, "packed_heads": 1}),
+    (DENSE | {"is_causal": True}, {"window_size_left": WIDE, "window_size_right": 0}),
+    (DENSE | {"window_size_left": 3}, {"window_size_left": 3, "window_size_right": WIDE}),
+    (DENSE | {"num_splits": 24}, {"num_splits": 24, "cluster_size": 8}),
+    (DENSE | {"num_splits": 11}, {"num_splits": 11, "cluster_size": 1}),
+])
+def test_decode_shape_values(given, values):
+    cfg = decode_config("fp16", 64, is_local="window_size_left" in given or "is_causal" in given)
+    _, _, _, _, _, *shape = read_params(FlashAttentionParams(**HEADS | given))
+    resolved, plan = resolve_decode(cfg, *shape)
+    named = dict(zip(layout_of(DecodeConfig).per_shape, resolved, strict=True))
+    assert {name: named[name] for name in values} == values
+    assert plan[:4] == tuple(named[name] for name in ("packed_heads", "num_splits", "cluster_size", "smem_bytes"))

@@ -192,8 +192,8 @@ def test_fp8_head_dim(head_dim):
 @pytest.mark.parametrize("base, changes, feature", [
     (DENSE, {"dtype": FP8, "out_dtype": FP16, "q_descale_ptr": A, "q_descale_batch_stride": 16,
              "q_descale_head_stride": 1}, "FP8"),
-    (DENSE, {"seqlen_q": 1, "mode": DECODE, "num_splits": 256}, "split-KV"),
-    (PACKED, {"pack_gqa": True}, "packed GQA"),
+    (PACKED, {"num_splits": 256}, "split-KV of packed sequences"),
+    (PACKED, {"pack_gqa": True}, "packed heads of packed sequences"),
 ])
 def test_pending_features_are_named(base, changes, feature):
     params = replace(base, **changes)
@@ -207,13 +207,13 @@ def test_first_problem_follows_the_table():
     """A call that breaks every rule is refused for each in turn, as one after the other is mended."""
     params = FlashAttentionParams(
         k=A, v=A, out=A + 1, head_dim=80, num_heads=6, num_heads_k=4, is_causal=True, window_size_left=1, mode=DECODE,
-        cu_seqlens_q=A, softcap=1, num_splits=300, page_table=A, rotary_dim=8, p_dropout=0.5, dtype=FP8, pack_gqa=1)
+        cu_seqlens_q=A, softcap=1, num_splits=300, page_table=A, rotary_dim=8, p_dropout=0.5, dtype=FP8)
     mending = [
         (-1, {"q": A}), (-2, {"head_dim": 192}), (-3, {"head_dim": 128}), (-4, {"num_heads": 8}),
         (-5, {"is_causal": False}), (-6, {"cu_seqlens_q": None}), (-7, {"batch_size": 1, "seqlen_q": 2, "seqlen_k": 1}),
         (-8, {"seqlen_q": 1}), (-9, {"out": A}),
         (-11, {"softcap": 0}), (-13, {"num_splits": 0}), (-14, {"page_table": None}), (-15, {"rotary_dim": 0}),
-        (-16, {"p_dropout": 0}), (-16, {"dtype": FP16}), (-16, {"pack_gqa": None}),
+        (-16, {"p_dropout": 0}), (-16, {"dtype": FP16}),
     ]
     for status, change in mending:
         assert first_problem(params).status == status, (first_problem(params), change)

@@ -1,19 +1,24 @@
-"""One problem of the benchmark: its sizes, its nominal and its visible FLOPs, its tensors on the device."""
+"""One problem of the benchmark: its sizes, its nominal and its visible FLOPs, its bytes, its tensors on the device."""
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 
 from .. import AttentionMode, DataType, FlashAttentionParams
 from ..device import address, allocate, download, fill, upload
+from ..device import window as window_of
 from ..reference import as_float, attention_reference, to_bits
+from .measure import CALLS_PER_GRAPH
 
 ELEMENT_BYTES = 2
 CHECKED_ROWS = 64
 # Random numbers drawn per tensor; a longer one repeats them. More than the dense grid needs, and an odd period: no row
 # meets its own copy.
 DISTINCT_NUMBERS = 40_000_003
+# K/V sets that a cold case reads in turn are together larger than this: several times the L2 cache of any Hopper GPU.
+COLD_BYTES = 300_000_000
+COPIED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Case:
     window   (left, right) around the bottom-right diagonal, negative is unbounded; not together with is_causal
     lengths  of packed sequences, the same for Q as for K and V; batch_size is then their number, seqlen_* the longest
     label    what the packed sequences are called
+    l2       "cold": successive calls read different sets of K and V, so that the L2 cache never holds what comes next;
+             "warm": they all read the same one, and as many are in a graph as of the cold case; "": not looked at
     """
     dtype: str
     head_dim: int
@@ -35,10 +42,11 @@ class Case:
     window: tuple[int, int] = (-1, -1)
     lengths: tuple[int, ...] = ()
     label: str = ""
+    l2: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.dtype} d{self.head_dim} {self.mask} h{self.heads} {self.layout}"
+        return f"{self.dtype} d{self.head_dim} {self.mask} h{self.heads} {self.layout} {self.l2}".rstrip()
 
     @property
     def mask(self) -> str:
@@ -79,6 +87,35 @@ class Case:
                     for lengths, count in self.sequences().items())
         return 4 * self.num_heads * self.head_dim * pairs
 
+    @property
+    def nbytes(self) -> int:
+        """What has to be read and written: K and V once, Q and O."""
+        return self.kv_bytes + 2 * ELEMENT_BYTES * prod(self.q_shape)
+
+    @property
+    def kv_bytes(self) -> int:
+        """One set of K and V."""
+        return 2 * ELEMENT_BYTES * prod(self.kv_shape)
+
+    @property
+    def kv_sets(self) -> int:
+        """How many sets of K and V successive calls read in turn."""
+        return self._cold_sets if self.l2 == "cold" else 1
+
+    @property
+    def calls_per_graph(self) -> int:
+        """CALLS_PER_GRAPH; warm and cold, as many more as read every set of the cold case equally often."""
+        return self._cold_sets * ceil(CALLS_PER_GRAPH / self._cold_sets) if self.l2 else CALLS_PER_GRAPH
+
+    @property
+    def _cold_sets(self) -> int:
+        return COLD_BYTES // self.kv_bytes + 1
+
+    @property
+    def is_decode(self) -> bool:
+        """One query per sequence."""
+        return self.seqlen_q == 1 and not self.lengths
+
     def sequences(self) -> Counter:
         """How many sequences there are of each (seqlen_q, seqlen_k)."""
         return Counter((length, length) for length in self.lengths) or Counter(
@@ -95,12 +132,10 @@ class Case:
     def _rows(self, seqlen: int) -> tuple[int, ...]:
         return (sum(self.lengths),) if self.lengths else (self.batch_size, seqlen)
 
-    def sequence(self, tensor, index: int):
-        """[rows, heads, head_dim] of one sequence of a tensor in the case's shape."""
-        if not self.lengths:
-            return tensor[index]
-        start = sum(self.lengths[:index])
-        return tensor[start:start + self.lengths[index]]
+    def rows_of(self, index: int, seqlen: int) -> slice:
+        """Where one sequence lies in a tensor of [rows, heads, head_dim]; `seqlen` is the tensor's, if it is dense."""
+        start, length = (sum(self.lengths[:index]), self.lengths[index]) if self.lengths else (index * seqlen, seqlen)
+        return slice(start, start + length)
 
     def shortened(self, seqlen: int) -> "Case":
         """One sequence, at most so long, in the same layout."""
@@ -110,7 +145,7 @@ class Case:
     def as_dict(self) -> dict:
         """A JSON row: the fields and what the name is made of; up to 10,000 lengths are told by their label."""
         fields = {name: value for name, value in asdict(self).items() if name not in ("lengths", "label")}
-        return fields | {"mask": self.mask, "heads": self.heads, "layout": self.layout}
+        return fields | {"mask": self.mask, "heads": self.heads, "layout": self.layout, "kv_sets": self.kv_sets}
 
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
@@ -124,7 +159,8 @@ def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
 class Tensors:
     """Q, K, V (standard normal, seeded) and O on the device, large enough for every case of a run.
 
-    Uploaded once per run: each case reads the same numbers in its own shape, and so does each implementation.
+    Uploaded once per run: each case reads the same numbers in its own shape, and so does each implementation. K and V
+    hold the sets of a cold case one after the other.
     """
 
     def __init__(self, cases: list[Case], stream):
@@ -132,16 +168,50 @@ class Tensors:
         rng = np.random.default_rng(0)
         dtype = cases[0].dtype
         q_size = max(prod(case.q_shape) for case in cases)
-        kv_size = max(prod(case.kv_shape) for case in cases)
-        self.host = {name: normal_bits(rng, size, dtype) for name, size in (("q", q_size), ("k", kv_size),
-                                                                            ("v", kv_size))}
-        self.buffers = {name: upload(array, stream=stream) for name, array in self.host.items()}
+        kv_size = max(prod(case.kv_shape) * case.kv_sets for case in cases)
+        sizes = {"q": q_size, "k": kv_size, "v": kv_size}
+        # What a tensor repeats.
+        self.host = {name: to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtype)
+                     for name, size in sizes.items()}
+        self.buffers = {name: self.repeated(self.host[name], size) for name, size in sizes.items()}
         self.buffers["out"] = allocate(ELEMENT_BYTES * q_size, stream=stream)
+        self.scratch = None
         self.offsets = {}
 
-    def pointers(self, case: Case) -> dict[str, int]:
+    def repeated(self, numbers: np.ndarray, size: int):
+        """A buffer of `size` numbers that repeats these: they are uploaded once, then doubled on the device."""
+        nbytes, done = ELEMENT_BYTES * size, numbers.nbytes
+        buffer = allocate(nbytes, stream=self.stream)
+        upload(numbers, window_of(buffer, 0, done), stream=self.stream)
+        while done < nbytes:
+            more = min(done, nbytes - done)
+            self.copy(buffer, done, more)
+            done += more
+        return buffer
+
+    def copy(self, buffer, start: int, nbytes: int) -> None:
+        """Queues a copy of a buffer's first bytes to its byte `start`."""
+        window_of(buffer, start, nbytes).copy_from(window_of(buffer, 0, nbytes), stream=self.stream)
+
+    def copy_much(self) -> None:
+        """Queues a copy of COPIED_BYTES of random numbers, by the driver, from one place on the device to another."""
+        if self.scratch is None:
+            size = 2 * COPIED_BYTES // ELEMENT_BYTES
+            self.scratch = self.repeated(self.host["k"][:size], size)
+        self.copy(self.scratch, COPIED_BYTES, COPIED_BYTES)
+
+    def numbers(self, name: str, start: int, shape: tuple[int, ...]) -> np.ndarray:
+        """What the device's tensor of that name holds from one number on, as the host knows it."""
+        known = self.host[name]
+        start, size = start % known.size, prod(shape)
+        if start + size <= known.size:
+            return known[start:start + size].reshape(shape)
+        return np.take(known, np.arange(start, start + size), mode="wrap").reshape(shape)
+
+    def pointers(self, case: Case, kv_set: int = 0) -> dict[str, int]:
         """Addresses of q, k, v and out, and for a packed case of cu_seqlens: one array serves Q and K."""
-        found = {name: address(buffer) for name, buffer in self.buffers.items()}
+        found = {name: address(buffer, kv_set * case.kv_bytes // 2 if name in ("k", "v") else 0)
+                 for name, buffer in self.buffers.items()}
         if case.lengths:
             if case.lengths not in self.offsets:
                 offsets = np.cumsum((0, *case.lengths), dtype=np.int32)
@@ -153,40 +223,39 @@ class Tensors:
         """Every element of O becomes NaN: what a kernel leaves out shows in its error."""
         fill(self.buffers["out"], 0xFF, stream=self.stream)
 
-    def params(self, case: Case) -> FlashAttentionParams:
-        pointers = self.pointers(case)
+    def params(self, case: Case, kv_set: int = 0) -> FlashAttentionParams:
+        pointers = self.pointers(case, kv_set)
         if offsets := pointers.pop("cu_seqlens", None):
             rows = {"mode": AttentionMode.VARLEN_PREFILL, "cu_seqlens_q": offsets, "cu_seqlens_k": offsets,
                     "total_q": case.q_shape[0], "total_k": case.kv_shape[0]}
         else:
-            rows = {"seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+            rows = {"mode": AttentionMode.DECODE if case.is_decode else AttentionMode.PREFILL,
+                    "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
         return FlashAttentionParams(
             **pointers, **rows, batch_size=case.batch_size, num_heads=case.num_heads, num_heads_k=case.num_heads_k,
             head_dim=case.head_dim, is_causal=case.is_causal, window_size_left=case.window[0],
             window_size_right=case.window[1], dtype=DataType[case.dtype.upper()])
 
-    def error_of_last_rows(self, case: Case) -> float:
+    def error_of_last_rows(self, case: Case, kv_set: int = 0) -> float:
         """Relative error (norm) of O against the reference in the last rows of the first, the longest and the last
         sequence, for the first, a middle and the last head.
 
         The last rows alone are an attention problem of their own, with the same keys: masks are bottom-right aligned.
         """
-        q, k, v = (self.host[name][:prod(shape)].reshape(shape)
-                   for name, shape in (("q", case.q_shape), ("k", case.kv_shape), ("v", case.kv_shape)))
-        out = download(self.buffers["out"], case.q_shape, q.dtype, stream=self.stream)
+        q_width, kv_width = case.num_heads * case.head_dim, case.num_heads_k * case.head_dim
+        out = download(self.buffers["out"], (prod(case.q_shape) // q_width, case.num_heads, case.head_dim),
+                       self.host["q"].dtype, stream=self.stream)
         longest = case.lengths.index(max(case.lengths)) if case.lengths else 0
         differences, norms = 0.0, 0.0
         for index, head in ((0, 0), (longest, case.num_heads // 2), (case.batch_size - 1, case.num_heads - 1)):
             kv_head = head // (case.num_heads // case.num_heads_k)
-            q_rows, out_rows = (case.sequence(tensor, index)[-CHECKED_ROWS:, head] for tensor in (q, out))
-            k_rows, v_rows = (case.sequence(tensor, index)[None, :, kv_head, None] for tensor in (k, v))
-            exact, _ = attention_reference(q_rows[None, :, None], k_rows, v_rows, window_size=case.visible_bounds)
-            differences += np.square(as_float(out_rows) - exact[0, :, 0]).sum()
+            rows, kv_rows = case.rows_of(index, case.seqlen_q), case.rows_of(index, case.seqlen_k)
+            rows = slice(max(rows.start, rows.stop - CHECKED_ROWS), rows.stop)
+            q = self.numbers("q", rows.start * q_width, (rows.stop - rows.start, case.num_heads, case.head_dim))
+            k, v = (self.numbers(name, kv_set * prod(case.kv_shape) + kv_rows.start * kv_width,
+                                 (1, kv_rows.stop - kv_rows.start, case.num_heads_k, case.head_dim)) for name in "kv")
+            exact, _ = attention_reference(q[None, :, [head]], k[:, :, [kv_head]], v[:, :, [kv_head]],
+                                           window_size=case.visible_bounds)
+            differences += np.square(as_float(out[rows, head]) - exact[0, :, 0]).sum()
             norms += np.square(exact).sum()
         return float(np.sqrt(differences / norms))
-
-
-def normal_bits(rng, size: int, dtype: str) -> np.ndarray:
-    """`size` standard-normal numbers as a buffer of `dtype` holds them, repeating after DISTINCT_NUMBERS."""
-    distinct = to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtype)
-    return distinct if size == distinct.size else np.resize(distinct, size)

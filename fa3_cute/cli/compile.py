@@ -1,4 +1,4 @@
-"""Compiles forward kernels for sm_90a and prints what the compiler made of them: registers, spills, shared memory,
+"""Compiles kernels for sm_90a and prints what the compiler made of them: registers, spills, shared memory,
 WGMMA instructions, seconds. Needs no GPU, and leaves the kernels in the disk cache, where the first launch finds them.
 Exit status 1 if a kernel spills, draws a compiler warning or does not compile.
 """
@@ -8,8 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 
-from ..config import ELEMENT_BYTES, HEAD_DIMS, FwdConfig
-from ..heuristics import all_forward_configs
+from ..config import ELEMENT_BYTES, HEAD_DIMS, DecodeConfig, FwdConfig
+from ..heuristics import all_configs
 from .table import Table, one_or_more
 
 COLUMNS = (("kernel", 39), ("registers", 9), ("spilled bytes", 13), ("smem bytes", 10), ("WGMMA", 5), ("seconds", 7),
@@ -20,9 +20,11 @@ MASKS = {"full": "without a mask", "causal": "with the causal mask", "local": "w
 def add_arguments(parser) -> None:
     mask = parser.add_mutually_exclusive_group()
     parser.add_argument("--all", action="store_true",
-                        help="also the variants that write the log-sum-exp and, without --varlen, the varlen ones")
+                        help="also the variants that write the log-sum-exp and, without --varlen, the varlen ones and "
+                             "the decode kernels")
     parser.add_argument("--varlen", action="store_true",
                         help="the variants for packed sequences and used lengths instead of the dense ones")
+    parser.add_argument("--decode", action="store_true", help="only the decode kernels")
     parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..")
     parser.add_argument("--dtype", type=one_or_more(str, ELEMENT_BYTES), default=list(ELEMENT_BYTES), metavar="T,..",
                         help=f"of {', '.join(ELEMENT_BYTES)}")
@@ -34,10 +36,9 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    layouts = (True,) if args.varlen else (False, True) if args.all else (False,)
-    configs = [cfg for cfg in all_forward_configs()
+    configs = [cfg for cfg in all_configs()
                if cfg.head_dim in args.head_dim and cfg.dtype in args.dtype and cfg.mask in args.masks
-               and cfg.is_varlen in layouts and (args.all or not cfg.has_lse)]
+               and is_chosen(cfg, args)]
     table = None if args.json else Table(COLUMNS)
     rows = []
     for row in compile_rows(configs, args.jobs):
@@ -52,7 +53,15 @@ def run(args) -> int:
     return 1 if failed else 0
 
 
-def compile_rows(configs: list[FwdConfig], jobs: int):
+def is_chosen(cfg: FwdConfig | DecodeConfig, args) -> bool:
+    """Whether the options ask for this variant."""
+    if isinstance(cfg, DecodeConfig):
+        return args.decode or args.all and not args.varlen
+    layouts = (True,) if args.varlen else (False, True) if args.all else (False,)
+    return not args.decode and cfg.is_varlen in layouts and (args.all or not cfg.has_lse)
+
+
+def compile_rows(configs: list[FwdConfig | DecodeConfig], jobs: int):
     """Yields one row per config, in order. The DSL compiles one kernel at a time per process, hence processes."""
     if jobs <= 1 or len(configs) <= 1:
         yield from map(compile_row, configs)
@@ -61,7 +70,7 @@ def compile_rows(configs: list[FwdConfig], jobs: int):
         yield from pool.map(compile_row, configs)
 
 
-def compile_row(cfg: FwdConfig) -> dict:
+def compile_row(cfg: FwdConfig | DecodeConfig) -> dict:
     """Compiles one config, once for the disk cache, once to look inside. Its Report's fields, and "problems"."""
     from .. import compiler
     try:

@@ -1,7 +1,8 @@
 """Timing with CUDA events, in interleaved rounds, and what the card was doing meanwhile."""
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from math import ceil
 from statistics import median
 
@@ -32,6 +33,14 @@ class Batch:
     @property
     def is_host_bound(self) -> bool:
         return self.host_microseconds > HOST_BOUND * 1000 * self.milliseconds
+
+
+def in_turn(launches: Sequence[Callable]) -> Callable:
+    """One launch that is the next of these each time it is called, and after the last one the first again."""
+    if len(launches) == 1:
+        return launches[0]
+    turn = cycle(launches)
+    return lambda: next(turn)()
 
 
 class Monitor:
@@ -99,16 +108,16 @@ class Stopwatch:
         batch = self.time(work, CALLS_PER_GRAPH)
         return batch.milliseconds < SHORT_MS or batch.is_host_bound
 
-    def capture(self, launch: Callable) -> Work:
-        """CALLS_PER_GRAPH calls of a launch on this stream as one CUDA graph."""
+    def capture(self, launch: Callable, calls: int = CALLS_PER_GRAPH) -> Work:
+        """So many calls of a launch on this stream as one CUDA graph."""
         builder = self.stream.create_graph_builder().begin_building()
         try:
-            for _ in range(CALLS_PER_GRAPH):
+            for _ in range(calls):
                 launch()
         finally:        # a stream left capturing is lost for everything after
             builder.end_building()
         graph = builder.complete()
-        return Work(lambda: graph.launch(self.stream), CALLS_PER_GRAPH)
+        return Work(lambda: graph.launch(self.stream), calls)
 
     def rounds(self, works: dict[str, Work], rounds: int, batch_ms: float) -> dict[str, list[Batch]]:
         """`rounds` batches of about `batch_ms` for each work, interleaved, after one round that is not recorded.

@@ -61,6 +61,8 @@ def load_fa3() -> Peer:
         call = partial(flash_attn_func, q, k, v)
         if case.lengths:
             call = partial(flash_attn_varlen_func, q, k, v, cu_seqlens, cu_seqlens, case.seqlen_q, case.seqlen_k)
+        elif case.is_decode:
+            call = partial(call, num_splits=0)      # as many as its heuristic wants; its default is one
 
         def launch():
             out = call(causal=case.is_causal, window_size=case.window)
@@ -100,14 +102,14 @@ def use_stream(handle: int) -> None:
     torch.cuda.set_stream(torch.cuda.ExternalStream(handle))
 
 
-def capture(launch: Callable) -> Work:
-    """CALLS_PER_GRAPH calls of a peer as one CUDA graph, made by torch: what a call allocates belongs to the graph."""
+def capture(launch: Callable, calls: int = CALLS_PER_GRAPH) -> Work:
+    """So many calls of a peer as one CUDA graph, made by torch: what a call allocates belongs to the graph."""
     import torch
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(CALLS_PER_GRAPH):
+        for _ in range(calls):
             launch()
-    return Work(graph.replay, CALLS_PER_GRAPH)
+    return Work(graph.replay, calls)
 
 
 def view(pointer: int, shape: tuple[int, ...], dtype: str):

@@ -1,9 +1,13 @@
-"""Renders results of `bench --json` as markdown: one section per file, one line per problem, the masks side by side.
+"""Renders results of `bench --json` as markdown: one section per file, one line per problem, the masks side by side,
+or warm and cold.
 
 Prints it or, with --into, replaces what stands between these two lines of a document:
 
     <!-- performance: begin -->
     <!-- performance: end -->
+
+A suite may have a place of its own in it, between "<!-- performance of decode: begin -->" and its end, say: its
+sections then go there and the others stay, so that one suite can be measured anew without the others.
 
 Exit status 2 if the document has no such lines or a file holds no results of the benchmark.
 """
@@ -12,10 +16,12 @@ from pathlib import Path
 
 from ..config import HEAD_DIMS
 from . import environment
-from .bench import OURS, SUITES, rate
+from .bench import SUITES
+from .shown import OURS, Shown
 from .table import markdown, one_or_more
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+OWN = "performance of {}:"      # what "performance:" is in the lines of one suite
 PEER_NAMES = {"fa3": "FA3", "cudnn": "cuDNN"}
 
 
@@ -28,57 +34,74 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     try:
-        text = "\n\n".join(section(json.loads(Path(file).read_text()), args.head_dim) for file in args.files)
+        runs = [json.loads(Path(file).read_text()) for file in args.files]
+        sections = [(run["environment"]["suite"], section(run, args.head_dim)) for run in runs]
         if args.into:
             document = Path(args.into)
-            document.write_text(replaced(document.read_text(), text))
+            document.write_text(updated(document.read_text(), sections))
         else:
-            print(text)
+            print("\n\n".join(text for _, text in sections))
     except (OSError, KeyError, ValueError) as error:
         print(f"report: {type(error).__name__}: {error}")
         return 2
     return 0
 
 
-def replaced(document: str, text: str) -> str:
+def updated(document: str, sections: list[tuple[str, str]]) -> str:
+    """The document with the sections, (suite, text) each, between its two lines or those of their suites."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for suite, text in sections:
+        own = tuple(line.replace("performance:", OWN.format(suite)) for line in (BEGIN, END))
+        places.setdefault(own if own[0] in document else (BEGIN, END), []).append(text)
+    for (begin, end), texts in places.items():
+        document = replaced(document, "\n\n".join(texts), begin, end)
+    return document
+
+
+def replaced(document: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """The document with the text between its two lines; ValueError if it lacks one."""
-    before, begin, rest = document.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the document has no lines {BEGIN} and {END}, in this order")
-    return f"{before}{begin}{text}\n{end}{after}"
+    before, first, rest = document.partition(f"{begin}\n")
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise ValueError(f"the document has no lines {begin} and {end}, in this order")
+    return f"{before}{first}{text}\n{last}{after}"
 
 
 def section(results: dict, head_dims: list[int]) -> str:
     """Heading, table, conclusions and provenance of one file."""
     known = results["environment"]
-    masks = list(dict.fromkeys(row["case"]["mask"] for row in results["rows"]))
+    suite = SUITES[known["suite"]]
+    variants = list(dict.fromkeys(variant(row["case"]) for row in results["rows"]))
     problems: dict[tuple, dict] = {}
     for row in results["rows"]:
         case = row["case"]
         if case["head_dim"] in head_dims:
             key = case["dtype"].upper(), case["head_dim"], case["heads"], case["layout"]
-            problems.setdefault(key, {})[case["mask"]] = row["results"]
+            problems.setdefault(key, {})[variant(case)] = row["results"]
     peers = [(name, PEER_NAMES[name]) for name in known["peers"]]
-    headings = ["type", "head_dim", "heads", "sequences", "us", "TFLOP/s", "of peak"]
-    headings += [heading for _, name in peers for heading in (f"{name} TFLOP/s", f"{name} time / ours")]
-    rows = [[*key, *cells([by_mask.get(mask, {}) for mask in masks], [name for name, _ in peers])]
-            for key, by_mask in problems.items()]
+    headings = ["type", "head_dim", "heads", "sequences", *(heading for heading, _, _ in suite.SHOWN.markdown)]
+    headings += [heading for _, name in peers for heading in (f"{name} {suite.SHOWN.peer[0]}", f"{name} time / ours")]
+    rows = [[*key, *cells([by_variant.get(name, {}) for name in variants], [name for name, _ in peers], suite.SHOWN)]
+            for key, by_variant in problems.items()]
     table = markdown(headings, rows)
     conclusions = [f"- {line}" for line in results["conclusions"]]
-    return "\n".join([f"### {SUITES[known['suite']].TITLE}", "", f"In a cell: {' / '.join(masks)}.", "", table, "",
+    return "\n".join([f"### {suite.TITLE}", "", f"In a cell: {' / '.join(variants)}.", "", table, "",
                       *conclusions, *[""] * bool(conclusions),
                       f"{environment.sentence(known)}; sources {known['sources'][:12]}:", "",
                       f"    {known['command']}"])
 
 
-def cells(by_mask: list[dict], peers: list[str]) -> list[str]:
-    """Ours, then each peer's; in a cell one number per mask, "-" where it was not measured."""
-    def joined(name, number) -> str:
-        return " / ".join(number(results[name]) if name in results else "-" for results in by_mask)
+def variant(case: dict) -> str:
+    """What stands side by side in a cell: warm and cold where that was looked at, else the masks."""
+    return case.get("l2") or case["mask"]
 
-    found = [joined(OURS, lambda result: f"{1000 * result['ms']:.1f}"), joined(OURS, rate),
-             joined(OURS, lambda result: "-" if result["peak"] is None else f"{result['peak']:.0%}")]
+
+def cells(by_variant: list[dict], peers: list[str], shown: Shown) -> list[str]:
+    """Ours, then each peer's; in a cell one number per variant, "-" where it was not measured."""
+    def joined(name, number) -> str:
+        return " / ".join(number(results[name]) if name in results else "-" for results in by_variant)
+
+    found = [joined(OURS, text) for _, _, text in shown.markdown]
     for name in peers:
-        found += [joined(name, rate), joined(name, lambda result: f"{result['ratio']:.2f}")]
+        found += [joined(name, shown.peer[2]), joined(name, lambda result: f"{result['ratio']:.2f}")]
     return found

@@ -29,14 +29,22 @@ class BlockRange:
     n_block_full_max: Int32
 
 
-def block_range(cfg: FwdConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> BlockRange:
-    """K/V tiles that hold a key visible to some row of Q tile `m_block`, lengths in tokens."""
+def block_range(cfg: FwdConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32,
+                packed_heads: Int32 = 1) -> BlockRange:
+    """K/V tiles that hold a key visible to some row of Q tile `m_block`, lengths in tokens.
+
+    If cfg.packs_heads, packed_heads consecutive rows are heads of one query.
+    """
     n_block_min, n_block_full_min = 0, 0
     n_block_max, n_block_full_max = ceil_div(seqlen_k, cfg.tile_n), seqlen_k // cfg.tile_n
     if cfg.is_causal or cfg.is_local:
         # Bottom-right aligned: row i has its diagonal at key i + seqlen_k - seqlen_q.
         first_diagonal = m_block * cfg.tile_m - seqlen_q + seqlen_k
         last_diagonal = first_diagonal + cfg.tile_m - 1
+        if cfg.packs_heads:
+            first_query = m_block * cfg.tile_m // packed_heads
+            last_query = minimum((m_block * cfg.tile_m + cfg.tile_m - 1) // packed_heads, seqlen_q - 1)
+            first_diagonal, last_diagonal = (query - seqlen_q + seqlen_k for query in (first_query, last_query))
         reach = window.right + 1 if cfg.is_local else 1
         n_block_max = minimum(n_block_max, ceil_div(maximum(last_diagonal + reach, 0), cfg.tile_n))
         n_block_full_max = minimum(n_block_full_max, maximum(first_diagonal + reach, 0) // cfg.tile_n)
@@ -44,3 +52,12 @@ def block_range(cfg: FwdConfig, window: Window, m_block: Int32, seqlen_q: Int32,
             n_block_min = maximum(first_diagonal - window.left, 0) // cfg.tile_n
             n_block_full_min = ceil_div(maximum(last_diagonal - window.left, 0), cfg.tile_n)
     return BlockRange(n_block_min, n_block_max, n_block_full_min, n_block_full_max)
+
+
+def split_range(blocks: BlockRange, split: Int32, num_splits: Int32) -> BlockRange:
+    """The part of one of num_splits CTAs: contiguous, of equal length but for one tile; empty if tiles are fewer."""
+    num_blocks = maximum(blocks.n_block_max - blocks.n_block_min, 0)
+    each, rest = divmod(num_blocks, num_splits)
+    first = blocks.n_block_min + split * each + minimum(split, rest)
+    end = first + each + minimum(maximum(rest - split, 0), 1)
+    return BlockRange(first, end, blocks.n_block_full_min, blocks.n_block_full_max)

@@ -1,5 +1,6 @@
 """FlashAttention-3 forward for sm_90a: a persistent grid; load, store and schedule warps, 1-3 consumer warpgroups."""
 import math
+from functools import partial
 
 import cutlass
 import cutlass.cute as cute
@@ -8,11 +9,11 @@ from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from ..config import ELEMENT_BYTES, FwdConfig
+from ..config import FwdConfig
 from .arithmetic import ceil_div, minimum
 from .block_range import Window
 from .epilogue import store
-from .layout import element_type, row_major_smem
+from .layout import element_type, row_major_smem, tensor_view
 from .load import load
 from .mainloop import consume
 from .params import FwdLayouts, FwdMmas, FwdParams, FwdPipelines, FwdSmem
@@ -24,7 +25,6 @@ from .tma import tma_load, tma_store
 from .wgmma import make_mmas
 
 NUM_TILE_SLOTS = 1         # each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles
-STRIDE_DIVISIBILITY = 16   # bytes, of every stride but the last dimension's: TMA's rule
 
 
 class FlashAttentionForward:
@@ -57,7 +57,7 @@ class FlashAttentionForward:
         batches = batch_size
         if const_expr(cfg.is_varlen):
             batches = Int32(1) if sequences.is_packed() else batch_size
-        view = self.tensor_view
+        view = partial(tensor_view, cfg)
         mQ = view(q, (seqlen_q, num_heads, batches), (q_row_stride, q_head_stride, q_batch_stride))
         mK = view(k, (seqlen_k, num_heads_k, batches), (k_row_stride, k_head_stride, k_batch_stride))
         mV = view(v, (seqlen_k, num_heads_k, batches), (v_row_stride, v_head_stride, v_batch_stride))
@@ -84,13 +84,6 @@ class FlashAttentionForward:
         self.kernel(params, layouts, make_mmas(cfg)).launch(
             grid=(minimum(num_tiles, num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
             min_blocks_per_mp=1, stream=stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
-
-    def tensor_view(self, ptr: cute.Pointer, shape, stride) -> cute.Tensor:
-        """(seqlen, head_dim, heads, batch) over a pointer; shape and stride are (row, head, batch)."""
-        elements = STRIDE_DIVISIBILITY // ELEMENT_BYTES[self.cfg.dtype]
-        row, head, batch = (cute.assume(s, divby=elements) for s in stride)
-        layout = cute.make_layout((shape[0], self.cfg.head_dim, *shape[1:]), stride=(row, 1, head, batch))
-        return cute.make_tensor(ptr, layout)
 
     def make_layouts(self) -> FwdLayouts:
         """Shared-memory layouts of the three rings."""

@@ -14,9 +14,11 @@ from cutlass import BFloat16, Float16, Int32
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from ..config import FwdConfig
+from ..config import ELEMENT_BYTES, FwdConfig
 
 ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16}
+STRIDE_DIVISIBILITY = 16   # bytes, of every stride but the last dimension's: TMA's rule
+PIECE = 8                  # elements: 16 bytes
 CONVERT_CHUNK = 8   # elements converted by one vector operation; see `convert`
 
 
@@ -30,6 +32,13 @@ def row_major_smem(cfg: FwdConfig, rows: int, num_stages: int) -> cute.ComposedL
     kind = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, element_type(cfg), cfg.head_dim)
     atom = warpgroup.make_smem_layout_atom(kind, element_type(cfg))
     return cute.tile_to_shape(atom, (rows, cfg.head_dim, num_stages), order=(0, 1, 2))
+
+
+def tensor_view(cfg: FwdConfig, ptr: cute.Pointer, shape, stride) -> cute.Tensor:
+    """(seqlen, head_dim, heads, batch) over a pointer; shape and stride are (row, head, batch)."""
+    elements = STRIDE_DIVISIBILITY // ELEMENT_BYTES[cfg.dtype]
+    row, head, batch = (cute.assume(s, divby=elements) for s in stride)
+    return cute.make_tensor(ptr, cute.make_layout((shape[0], cfg.head_dim, *shape[1:]), stride=(row, 1, head, batch)))
 
 
 def fragment_row(tidx: Int32) -> Int32:
@@ -72,18 +81,26 @@ def transposed(t: cute.Tensor) -> cute.Tensor:
     return cute.composition(t, cute.make_ordered_layout((t.shape[1], t.shape[0], *t.shape[2:]), order=order))
 
 
+def threads_per_row(cfg: FwdConfig) -> int:
+    """Threads that share a row in `row_copy`: a divisor of its 16-byte pieces."""
+    return 4 if cfg.head_dim % 64 else 8
+
+
 def row_copy(cfg: FwdConfig, thread: Int32, num_threads: int):
     """How `num_threads` threads walk a (rows, head_dim) tensor in 16-byte pieces, some rows per step.
 
     Returns one thread's copy, whose partitions are (piece, step, column), its row of a step, and the rows of a step.
     """
-    elements = 8                                        # 16 bytes
-    threads_per_row = 4 if cfg.head_dim % 64 else 8     # a divisor of the pieces of a row
-    rows_per_step = num_threads // threads_per_row
-    threads = cute.make_ordered_layout((rows_per_step, threads_per_row), order=(1, 0))
+    rows_per_step = num_threads // threads_per_row(cfg)
+    threads = cute.make_ordered_layout((rows_per_step, threads_per_row(cfg)), order=(1, 0))
     atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element_type(cfg), num_bits_per_copy=128)
-    copy = cute.make_tiled_copy_tv(atom, threads, cute.make_layout((1, elements)))
-    return copy.get_slice(thread), thread // threads_per_row, rows_per_step
+    copy = cute.make_tiled_copy_tv(atom, threads, cute.make_layout((1, PIECE)))
+    return copy.get_slice(thread), thread // threads_per_row(cfg), rows_per_step
+
+
+def row_piece(cfg: FwdConfig, row: cute.Tensor, thread: Int32, column: int) -> cute.Tensor:
+    """The thread's piece in one column of `row_copy`, of a row (head_dim,) that lies anywhere."""
+    return cute.local_tile(row, (PIECE,), (column * threads_per_row(cfg) + thread % threads_per_row(cfg),))
 
 
 @cute.jit

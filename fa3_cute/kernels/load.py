@@ -2,9 +2,10 @@
 import cutlass
 import cutlass.cute as cute
 
-from ..config import FwdConfig
+from ..config import DecodeConfig, FwdConfig
 from .block_range import block_range
-from .params import FwdParams, FwdPipelines, FwdSmem
+from .params import DecodeParams, DecodePipelines, DecodeSmem, FwdParams, FwdPipelines, FwdSmem
+from .split import SplitWork
 from .tiles import TileReader, rows_from
 from .tma import tma_views
 
@@ -45,3 +46,32 @@ def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
             slot = v_producer.acquire_and_advance()
             cute.copy(params.v.atom, tVgV[None, blocks.n_block_min], tVsV[None, slot.index], tma_bar_ptr=slot.barrier)
         reader.advance()
+
+
+@cute.jit
+def load_split(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, pipes: DecodePipelines, work: SplitWork):
+    """K[last], then the pairs (K[n], V[n+1]) downwards, then V[first] of one split.
+
+    Runs on: the load warp. Synchronises: waits for the empty halves of the K and V rings; TMA signals the full ones.
+    """
+    k_producer, v_producer = pipes.k.make_producer(), pipes.v.make_producer()
+    tile, blocks = work.tile, work.blocks
+    gK, gV = (cute.local_tile(op.tensor[None, None, tile.kv_head, tile.batch], (cfg.tile_n, cfg.head_dim), (None, 0))
+              for op in (params.k, params.v))
+    tKsK, tKgK = tma_views(params.k, gK, smem.sK)
+    tVsV, tVgV = tma_views(params.v, gV, smem.sV)
+    n_block = blocks.n_block_max - 1
+    if n_block >= blocks.n_block_min:
+        slot = k_producer.acquire_and_advance()
+        cute.copy(params.k.atom, tKgK[None, n_block], tKsK[None, slot.index], tma_bar_ptr=slot.barrier,
+                  cache_policy=params.kv_policy)
+        for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
+            slot = k_producer.acquire_and_advance()
+            cute.copy(params.k.atom, tKgK[None, n_block - 1 - i], tKsK[None, slot.index], tma_bar_ptr=slot.barrier,
+                      cache_policy=params.kv_policy)
+            slot = v_producer.acquire_and_advance()
+            cute.copy(params.v.atom, tVgV[None, n_block - i], tVsV[None, slot.index], tma_bar_ptr=slot.barrier,
+                      cache_policy=params.kv_policy)
+        slot = v_producer.acquire_and_advance()
+        cute.copy(params.v.atom, tVgV[None, blocks.n_block_min], tVsV[None, slot.index], tma_bar_ptr=slot.barrier,
+                  cache_policy=params.kv_policy)

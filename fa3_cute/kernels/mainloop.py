@@ -7,21 +7,24 @@ softmax(S[n]) overlaps PV[n+1]:
     CUDA cores                  softmax[n]      softmax[n-1]
 """
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Constexpr, Float32, Int32, const_expr
 
-from ..config import FwdConfig
+from ..config import DecodeConfig, FwdConfig
 from .arithmetic import ceil_div, maximum
 from .barriers import open_turnstile, pass_turn, sync_warpgroup, wait_turn
-from .block_range import block_range
+from .block_range import BlockRange, block_range
 from .epilogue import write_lse, write_O
-from .layout import as_operand_a, convert, element_type, row_copy, transposed
+from .layout import as_operand_a, convert, element_type, row_copy, row_piece, transposed
 from .mask import Mask
-from .params import FwdMmas, FwdParams, FwdPipelines, FwdSmem
+from .merge import expect_partials, merge_cluster, merge_clusters, send_partial
+from .params import DecodeParams, DecodePipelines, DecodeSmem, FwdMmas, FwdParams, FwdPipelines, FwdSmem
 from .softmax import OnlineSoftmax
+from .split import SplitWork
 from .tiles import TileReader
 from .wgmma import in_flight, issue_gemm
 
@@ -110,8 +113,8 @@ class Attend:
 
 
 def make_attend(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pipes: FwdPipelines,
-                wg_idx: Int32) -> Attend:
-    """Fragments and state of consumer warpgroup `wg_idx`."""
+                wg_idx: Int32, num_used: Optional[Int32] = None) -> Attend:
+    """Fragments and state of consumer warpgroup `wg_idx`; num_used: see OnlineSoftmax.create."""
     first_threads = cute.make_layout(cfg.num_consumer_wgs, stride=128)
     wg_qk, wg_pv = mmas.qk.get_slice(first_threads(wg_idx)), mmas.pv.get_slice(first_threads(wg_idx))
     acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim)), Float32)
@@ -122,7 +125,7 @@ def make_attend(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem,
         tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(transposed(smem.sV))),
         tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),
         acc_O=acc_O,
-        softmax=OnlineSoftmax.create(params.softmax_scale_log2, acc_O.shape[0][0] * acc_O.shape[1]),
+        softmax=OnlineSoftmax.create(params.softmax_scale_log2, acc_O.shape[0][0] * acc_O.shape[1], num_used),
         k_consumer=pipes.k.make_consumer(), v_consumer=pipes.v.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0))
 
 
@@ -150,6 +153,38 @@ def clear_unused_rows(cfg: FwdConfig, sV: cute.Tensor, v_consumer: pipeline.Pipe
 
 
 @cute.jit
+def attend_to(cfg: FwdConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV: cute.Tensor, tidx: Int32) -> Attend:
+    """O and LSE of one Q tile over a range of K/V tiles, from the last one down. Returns the state that it advanced."""
+    n_block = blocks.n_block_max - 1
+    if n_block >= blocks.n_block_min:
+        attend.first_qk(mask, n_block)
+        if const_expr(cfg.is_varlen):
+            num_used = mask.seqlen_k - n_block * cfg.tile_n
+            if num_used < cfg.tile_n:
+                clear_unused_rows(cfg, sV, attend.v_consumer, num_used, tidx)
+        # Three loops, so that the middle one, where the time goes, carries no mask code:
+        # tiles cut by the right end of what the rows see, tiles that they all see, tiles cut by the left end.
+        if const_expr(cfg.is_causal or cfg.is_local):
+            num_right = maximum(n_block - maximum(blocks.n_block_full_max, blocks.n_block_min), 0)
+            for i in cutlass.range(num_right, unroll=1):
+                attend.step(mask, n_block - 1 - i, is_masked=True)
+            n_block -= num_right
+        num_full = n_block - blocks.n_block_min
+        if const_expr(cfg.is_local):
+            num_full = maximum(n_block - maximum(blocks.n_block_full_min, blocks.n_block_min), 0)
+        for i in cutlass.range(num_full, unroll=1):
+            attend.step(mask, n_block - 1 - i, is_masked=False)
+        if const_expr(cfg.is_local):
+            n_block -= num_full
+            for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
+                attend.step(mask, n_block - 1 - i, is_masked=True)
+        attend.last_pv()
+    else:
+        attend.no_visible_key()
+    return attend
+
+
+@cute.jit
 def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pipes: FwdPipelines):
     """Attend to every tile that the scheduler hands out, and hand its O to the store warp.
 
@@ -167,36 +202,55 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pip
         tile = reader.tile
         mask = Mask.create(cfg, params.window, tidx, tile)
         blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
-        n_block = blocks.n_block_max - 1
         q = q_consumer.wait_and_advance()
         attend.q_slot = q.index
-        if n_block >= blocks.n_block_min:
-            attend.first_qk(mask, n_block)
-            if const_expr(cfg.is_varlen):
-                num_used = tile.seqlen_k - n_block * cfg.tile_n
-                if num_used < cfg.tile_n:
-                    clear_unused_rows(cfg, smem.sV, attend.v_consumer, num_used, tidx)
-            # Three loops, so that the middle one, where the time goes, carries no mask code:
-            # tiles cut by the right end of what the rows see, tiles that they all see, tiles cut by the left end.
-            if const_expr(cfg.is_causal or cfg.is_local):
-                num_right = maximum(n_block - maximum(blocks.n_block_full_max, blocks.n_block_min), 0)
-                for i in cutlass.range(num_right, unroll=1):
-                    attend.step(mask, n_block - 1 - i, is_masked=True)
-                n_block -= num_right
-            num_full = n_block - blocks.n_block_min
-            if const_expr(cfg.is_local):
-                num_full = maximum(n_block - maximum(blocks.n_block_full_min, blocks.n_block_min), 0)
-            for i in cutlass.range(num_full, unroll=1):
-                attend.step(mask, n_block - 1 - i, is_masked=False)
-            if const_expr(cfg.is_local):
-                n_block -= num_full
-                for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
-                    attend.step(mask, n_block - 1 - i, is_masked=True)
-            attend.last_pv()
-        else:
-            attend.no_visible_key()
+        attend = attend_to(cfg, attend, mask, blocks, smem.sV, tidx)
         write_O(cfg, mmas, smem.sQ[None, None, attend.q_slot], attend.acc_O, tidx)
         o_producer.commit()      # no acquire: the Q ring has emptied the slot
         o_producer.advance()
         write_lse(cfg, params, tile, attend.softmax.row_sum, tidx)
         reader.advance()
+
+
+@cute.jit
+def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: FwdMmas, smem: DecodeSmem, pipes: DecodePipelines,
+                  work: SplitWork):
+    """Attend to one split, then merge it with the others of its item.
+
+    Runs on: the consumer warpgroup.
+    Synchronises: waits for the full halves of the K and V rings and empties them; merges, see merge_partials.
+    """
+    tidx = cute.arch.thread_idx()[0]
+    expect_partials(cfg, params, smem, work, tidx)
+    read_Q(cfg, params, smem, work, tidx)
+    warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16      # fragment_row's first one in this warp, then 8 by 8
+    attend = make_attend(cfg, params, mmas, smem, pipes, Int32(0), num_used=ceil_div(work.num_rows - warp_row, 8))
+    mask = Mask.create(cfg, params.window, tidx, work.tile, params.grid.packed_heads)
+    attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)
+    cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
+    send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)
+    merge_cluster(cfg, params, smem, work, tidx)
+    if params.num_clusters > 1 and work.num_own_rows > 0:
+        merge_clusters(cfg, params, smem, work, tidx)
+
+
+@cute.jit
+def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
+    """The rows of Q that exist, from global to shared memory with ordinary loads: there are few, and they are strided.
+
+    The other rows of sQ hold anything: rows do not mix, and theirs are never stored.
+    Runs on: the consumer warpgroup. Synchronises: its four warps.
+    """
+    copy, first_row, rows_per_step = row_copy(cfg, tidx, num_threads=128)
+    tQsQ = copy.partition_D(smem.sQ[None, None, 0])
+    packed_heads = params.grid.packed_heads
+    for step in cutlass.range(ceil_div(work.num_rows, rows_per_step), unroll=1):
+        row = step * rows_per_step + first_row
+        if row < work.num_rows:
+            packed_row = work.tile.m_block * cfg.tile_m + row
+            query, head = divmod(packed_row, packed_heads)
+            mQ = params.mQ[query, None, work.tile.head + head, work.tile.batch]
+            for c in cutlass.range_constexpr(cute.size(tQsQ, mode=[2])):
+                cute.autovec_copy(row_piece(cfg, mQ, tidx, c), tQsQ[None, step, c])
+    cute.arch.fence_view_async_shared()
+    sync_warpgroup(0)

@@ -23,15 +23,20 @@ class Mask:
     """
     cfg: Constexpr
     window: Window
-    first_col: Int32   # this thread's first column
-    diagonal: Int32    # key on the diagonal of this thread's first row
+    first_col: Int32       # this thread's first column
+    diagonal: Int32        # key on the diagonal of this thread's first row
+    next_diagonal: Int32   # and of its second row; used if cfg.packs_heads
     seqlen_k: Int32
 
     @staticmethod
-    def create(cfg: FwdConfig, window: Window, tidx: Int32, tile: Tile) -> "Mask":
-        """For consumer thread `tidx`."""
-        first_row = tile.m_block * cfg.tile_m + fragment_row(tidx)
-        return Mask(cfg, window, fragment_col(tidx), first_row - tile.seqlen_q + tile.seqlen_k, tile.seqlen_k)
+    def create(cfg: FwdConfig, window: Window, tidx: Int32, tile: Tile, packed_heads: Int32 = 1) -> "Mask":
+        """For consumer thread `tidx`; if cfg.packs_heads, packed_heads consecutive rows are heads of one query."""
+        row = tile.m_block * cfg.tile_m + fragment_row(tidx)
+        next_row = row + ROW_STEP
+        if const_expr(cfg.packs_heads):
+            row, next_row = row // packed_heads, next_row // packed_heads
+        to_diagonal = tile.seqlen_k - tile.seqlen_q
+        return Mask(cfg, window, fragment_col(tidx), row + to_diagonal, next_row + to_diagonal, tile.seqlen_k)
 
     @cute.jit
     def apply(self, acc_S: cute.Tensor, n_block: Int32):
@@ -40,6 +45,8 @@ class Mask:
         origin = n_block * self.cfg.tile_n + self.first_col   # key of this thread's first column
         for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
             diagonal = self.diagonal + r * ROW_STEP
+            if const_expr(self.cfg.packs_heads and r == 1):
+                diagonal = self.next_diagonal
             end = self.seqlen_k - origin            # a row sees the columns [start, end), counted from origin
             if const_expr(self.cfg.is_causal):
                 end = diagonal + 1 - origin

@@ -52,6 +52,13 @@ def rows_of(cu_seqlens: cute.Tensor, seqused: cute.Tensor, rows: Int32, sequence
     if is_present(cu_seqlens):
         offset = cu_seqlens[sequence]
         length = cu_seqlens[sequence + 1] - offset
+    return offset, used_rows(seqused, length, sequence)
+
+
+@cute.jit
+def used_rows(seqused: cute.Tensor, rows: Int32, sequence: Int32) -> Int32:
+    """How many of a sequence's rows are used: all of them unless the optional array says otherwise."""
+    used = rows
     if is_present(seqused):
-        length = seqused[sequence]
-    return offset, length
+        used = seqused[sequence]
+    return used

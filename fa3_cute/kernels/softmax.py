@@ -6,10 +6,11 @@ row_scale  what O must still be multiplied with since row_max last moved
 """
 import math
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, const_expr
+from cutlass import Constexpr, Float32, Int32, const_expr
 
 from .layout import as_rows_cols
 
@@ -23,41 +24,59 @@ class OnlineSoftmax:
     row_max: cute.Tensor
     row_sum: cute.Tensor
     row_scale: cute.Tensor
+    num_used: Optional[Int32]
 
     @staticmethod
-    def create(scale_log2: Float32, num_rows: int) -> "OnlineSoftmax":
-        """Before the first tile; `update(is_first=True)` initialises the rows."""
+    def create(scale_log2: Float32, num_rows: int, num_used: Optional[Int32] = None) -> "OnlineSoftmax":
+        """Before the first tile; `update(is_first=True)` initialises the rows.
+
+        num_used   how many of the thread's rows exist, the same in the whole warp; the others are left out, and what
+                   becomes of them is undefined. None: all of them.
+        """
         row_max, row_sum, row_scale = (cute.make_rmem_tensor(num_rows, Float32) for _ in range(3))
-        return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale)
+        return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, num_used)
 
     @cute.jit
     def update(self, acc_S: cute.Tensor, is_first: Constexpr[bool]):
         """Scores -> unnormalised probabilities, in place; moves row_max and row_sum, sets row_scale."""
-        S = as_rows_cols(acc_S)
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
-            scores = S[r, None].load()
-            old_max = self.row_max[r]
-            new_max = scores.reduce(cute.ReductionOp.MAX, -Float32.inf if const_expr(is_first) else old_max, 0)
-            new_max = cute.arch.warp_reduction_max(new_max, threads_in_group=THREADS_PER_ROW)
-            self.row_max[r] = new_max
-            # A row with no visible key so far: subtract 0 instead of -inf, since -inf - -inf is NaN.
-            offset = (Float32(0.0) if new_max == -Float32.inf else new_max) * self.scale_log2
-            probabilities = cute.math.exp2(scores * self.scale_log2 - offset, fastmath=True)
-            tile_sum = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
-            if const_expr(is_first):
-                self.row_scale[r] = Float32(1.0)
-                self.row_sum[r] = tile_sum
-            else:
-                self.row_scale[r] = cute.math.exp2(old_max * self.scale_log2 - offset, fastmath=True)
-                self.row_sum[r] = self.row_sum[r] * self.row_scale[r] + tile_sum
-            S[r, None].store(probabilities)
+            if const_expr(self.num_used is None):
+                self.update_row(as_rows_cols(acc_S), r, is_first)
+            elif r < self.num_used:
+                self.update_row(as_rows_cols(acc_S), r, is_first)
+
+    @cute.jit
+    def update_row(self, S: cute.Tensor, r: Constexpr[int], is_first: Constexpr[bool]):
+        """`update` for one row."""
+        scores = S[r, None].load()
+        old_max = self.row_max[r]
+        new_max = scores.reduce(cute.ReductionOp.MAX, -Float32.inf if const_expr(is_first) else old_max, 0)
+        new_max = cute.arch.warp_reduction_max(new_max, threads_in_group=THREADS_PER_ROW)
+        self.row_max[r] = new_max
+        # A row with no visible key so far: subtract 0 instead of -inf, since -inf - -inf is NaN.
+        subtracted = Float32(0.0) if new_max == -Float32.inf else new_max
+        offset = subtracted * self.scale_log2
+        probabilities = cute.math.exp2(scores * self.scale_log2 - offset, fastmath=True)
+        tile_sum = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+        if const_expr(is_first):
+            self.row_scale[r] = Float32(1.0)
+            self.row_sum[r] = tile_sum
+        else:
+            # The difference before the product: exactly 1 while the maximum stands. `offset` is rounded, and a factor
+            # that is off by 2^-24 in every tile moves LSE by 1e-4 in 2048 of them.
+            self.row_scale[r] = cute.math.exp2((old_max - subtracted) * self.scale_log2, fastmath=True)
+            self.row_sum[r] = self.row_sum[r] * self.row_scale[r] + tile_sum
+        S[r, None].store(probabilities)
 
     @cute.jit
     def rescale(self, acc_O: cute.Tensor):
         """Pay O the factor it is owed since the last update."""
         O = as_rows_cols(acc_O)
         for r in cutlass.range_constexpr(cute.size(self.row_scale)):
-            O[r, None].store(O[r, None].load() * self.row_scale[r])
+            if const_expr(self.num_used is None):
+                O[r, None].store(O[r, None].load() * self.row_scale[r])
+            elif r < self.num_used:
+                O[r, None].store(O[r, None].load() * self.row_scale[r])
 
     @cute.jit
     def finalize(self, acc_O: cute.Tensor):

@@ -1,9 +1,13 @@
 """Packed sequences of unequal lengths, 16 heads: few, many, skewed, tiny."""
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..case import Case
+from ..shown import ARITHMETIC
 
 TITLE = "Packed sequences (varlen)"
+SHOWN = ARITHMETIC
 FIXED = ("seqlen", "batch_size")
 HEAD_DIMS = (64, 128)
 NUM_HEADS = 16
@@ -33,7 +37,7 @@ def cases(args) -> list[Case]:
             for label, lengths in LAYOUTS.items()]
 
 
-def conclusions(times: dict[Case, float]) -> list[str]:
+def conclusions(times: dict[Case, float], rows: Sequence[dict] = ()) -> list[str]:
     """What ten thousand sequences cost beside the same tokens in a hundred."""
     found = {(case.head_dim, case.mask, case.label): case for case in times}
     lines = []

@@ -1,11 +1,14 @@
 """Sliding windows in long sequences, beside the causal mask: only tiles that the band touches may cost time."""
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ...heuristics import forward_config
 from ..case import Case
+from ..shown import ARITHMETIC
 from . import prefill
 
 TITLE = "Sliding windows, 16384 tokens"
+SHOWN = ARITHMETIC
 FIXED = ("masks",)
 HEAD_DIMS = (64, 128)
 SEQLENS = (16384,)
@@ -20,7 +23,7 @@ def cases(args) -> list[Case]:
             for is_causal, window in ((True, (-1, -1)), *((False, window) for window in WINDOWS))]
 
 
-def conclusions(times: dict[Case, float]) -> list[str]:
+def conclusions(times: dict[Case, float], rows: Sequence[dict] = ()) -> list[str]:
     """The time of each causal window over what its share of the causal mask's tiles would take."""
     lines = []
     for case, time in times.items():

@@ -1,0 +1,106 @@
+"""params -> the values of a kernel's arguments, and where they lie in its argument buffer. Pure Python.
+
+A buffer holds first what changes with every call, then what changes with the shape. The addresses of lengths count
+among the latter: all layers of a model share them.
+"""
+import math
+import struct
+from functools import cache
+from operator import attrgetter
+
+from .config import UNBOUNDED_WINDOW, DecodeConfig
+from .params import address
+from .splits import SplitPlan, plan
+
+STRUCT_CODES = {"pointer": "Q", "int64": "q", "int32": "i", "float32": "f", "stream": "Q"}
+
+TENSORS = ("q", "k", "v", "out", "softmax_lse")
+STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head"))
+# What is read from params after TENSORS, in this order, which `resolve_forward` and `resolve_decode` know.
+SHAPE = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", *STRIDES,
+         "batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "window_size_left", "window_size_right",
+         "softmax_scale", "head_dim", "total_q", "total_k", "is_causal", "pack_gqa", "num_splits")
+read_params = attrgetter(*TENSORS, *SHAPE)
+NO_STRIDES = (None,) * len(STRIDES)
+
+
+class Layout:
+    """The buffer of one kernel entry.
+
+    per_call, per_shape   names of the arguments, in the order of their values in the buffer
+    offsets               bytes from its start of each argument of the entry, in the entry's order, and last of the
+                          cudaError_t that a launch writes
+    """
+
+    def __init__(self, arguments: tuple[tuple[str, str], ...], scratch: tuple[str, ...]):
+        codes = {name: STRUCT_CODES[kind] for name, kind in arguments}
+        self.per_call = (*TENSORS, *scratch, "stream")
+        self.per_shape = tuple(name for name in codes if name not in self.per_call)
+        self.per_call_struct, self.per_shape_struct = (
+            struct.Struct("".join(codes[name] for name in names)) for names in (self.per_call, self.per_shape))
+        self.per_shape_offset = self.per_call_struct.size
+        self.error_offset = self.per_shape_offset + -(-self.per_shape_struct.size // 8) * 8
+        places = {}
+        for names, start in ((self.per_call, 0), (self.per_shape, self.per_shape_offset)):
+            before = ""
+            for name in names:
+                before += codes[name]
+                places[name] = start + struct.calcsize(before) - struct.calcsize(codes[name])
+        self.offsets = [*(places[name] for name in codes), self.error_offset]
+
+
+@cache
+def layout_of(kind: type) -> Layout:
+    """The buffer of a config's kernel, by the config's type."""
+    return Layout(kind.arguments, ("partials", "arrivals") if kind is DecodeConfig else ("tile_counter",))
+
+
+def resolve_forward(num_sms: int, *shape) -> tuple:
+    """The values of per_shape of the forward kernel, in order: those of params (SHAPE), with defaults for None.
+
+    Packed tensors have one batch, and 0 for its stride.
+    """
+    lengths = tuple(map(address, shape[:4]))
+    batch, rows_q, rows_k, heads, heads_k, left, right, scale, head_dim, total_q, total_k = shape[16:27]
+    if lengths[0]:
+        strides = resolve_strides(shape[4:16], (1, total_q, total_k), heads, heads_k, head_dim, is_packed=True)
+        rows_q, rows_k = total_q, total_k
+    else:
+        strides = resolve_strides(shape[4:16], (batch, rows_q, rows_k), heads, heads_k, head_dim)
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    return (*lengths, *strides, batch, rows_q, rows_k, heads, heads_k, _reach(left), _reach(right), num_sms, scale)
+
+
+def resolve_decode(cfg: DecodeConfig, *shape) -> tuple[tuple, SplitPlan]:
+    """The values of per_shape of the decode kernel, in order, and the plan that they follow."""
+    batch, rows_q, rows_k, heads, heads_k, left, right, scale, head_dim = shape[16:25]
+    is_causal, pack_gqa, num_splits = shape[27:30]
+    left, right = (UNBOUNDED_WINDOW, 0) if is_causal else (_reach(left), _reach(right))
+    strides = resolve_strides(shape[4:16], (batch, rows_q, rows_k), heads, heads_k, head_dim)
+    chosen = plan(cfg, batch, rows_q, rows_k, heads, heads_k, left + right + 1, (pack_gqa, num_splits))
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    return (*map(address, shape[2:4]), *strides, batch, rows_q, rows_k, heads, heads_k, left, right,
+            chosen.packed_heads, chosen.num_splits, chosen.cluster_size, chosen.smem_bytes, scale), chosen
+
+
+def resolve_strides(strides, rows: tuple[int, int, int], heads: int, heads_k: int, head_dim: int, is_packed=False):
+    """The strides with defaults where they are None; rows: (batches, rows of q, rows of k).
+
+    The stride of a dimension of size 1 never addresses memory and array libraries put anything there, but TMA wants a
+    multiple of 16 bytes: the kernel gets the contiguous one.
+    """
+    batches, rows_q, rows_k = rows
+    row_q, row_k = heads * head_dim, heads_k * head_dim
+    q = (0 if is_packed else rows_q * row_q, row_q, head_dim)
+    k = (0 if is_packed else rows_k * row_k, row_k, head_dim)
+    contiguous = q + k + k + q
+    if strides == NO_STRIDES:
+        return contiguous
+    sizes_q, sizes_k = (batches, rows_q, heads), (batches, rows_k, heads_k)
+    sizes = sizes_q + sizes_k + sizes_k + sizes_q
+    return [default if stride is None or size == 1 else stride
+            for stride, default, size in zip(strides, contiguous, sizes, strict=True)]
+
+
+def _reach(window_size: int) -> int:
+    return window_size if 0 <= window_size < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
