@@ -9,10 +9,15 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { DEVICES = 3, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+enum { DEVICES = 3, ALLOCATIONS = 64, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };     /* cudaLaunchAttributeID */
 
 int init_result = 0, capture_result = 0, capture_state = 0, load_result = 0, launch_result = 0;
 int major_of[DEVICES] = {9, 9, 8}, sms_of[DEVICES] = {132, 114, 108};
+typedef struct { uint64_t address, bytes, cleared; } allocation;
+allocation allocations[ALLOCATIONS];
+int num_allocations = 0, num_freed = 0;
+static uint64_t used_bytes[DEVICES];
 static char contexts[DEVICES];
 static __thread char *stack[8] = {0};
 static __thread int depth = 0;
@@ -30,8 +35,20 @@ int cuCtxPopCurrent_v2(void **context) { *context = stack[depth--]; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = contexts + device; return 0; }
 int cuCtxGetCurrent(void **context) { *context = stack[depth]; return 0; }
 int cuStreamGetCtx(void *stream, void **context) { *context = contexts + device_of(stream); return 0; }
-int cuMemAlloc_v2(uint64_t *address, size_t bytes) { *address = 0x500000000000 + ((uint64_t)current_device() << 32); return 0; }
-int cuMemsetD8_v2(uint64_t address, unsigned char value, size_t count) { return 0; }
+int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
+    int device = current_device();
+    if (num_allocations == ALLOCATIONS) return OUT_OF_MEMORY;
+    *address = 0x500000000000 + ((uint64_t)device << 32) + used_bytes[device];
+    used_bytes[device] += (bytes + 255) / 256 * 256;
+    allocations[num_allocations++] = (allocation){*address, bytes, 0};
+    return 0;
+}
+int cuMemFree_v2(uint64_t address) { num_freed++; return 0; }
+int cuMemsetD8_v2(uint64_t address, unsigned char value, size_t count) {
+    for (int i = 0; i < num_allocations; i++)
+        if (allocations[i].address == address && value == 0) allocations[i].cleared = count;
+    return 0;
+}
 int cuCtxSynchronize(void) { return 0; }
 int cuStreamIsCapturing(void *stream, int *state) { *state = capture_state; return capture_result; }
 int cuGetErrorName(int code, const char **text) { *text = "CUDA_ERROR_FAKE"; return 0; }
@@ -54,9 +71,26 @@ int cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t
 
 /* ---- the DSL's runtime library ---- */
 typedef struct { unsigned x, y, z; } dim3;
-typedef struct { dim3 grid, block; size_t smem; void *stream, *attributes; unsigned num_attributes; } launch_config;
+typedef struct { int id, padding; union { dim3 cluster; int number; char bytes[64]; } value; } launch_attribute;
+typedef struct {
+    dim3 grid, block;
+    size_t smem;
+    void *stream;
+    const launch_attribute *attributes;
+    unsigned num_attributes;
+} launch_config;
 
-struct { dim3 grid, block; uint64_t smem; void *stream; long count; int device; const void *kernel; } last;
+/* Of a launch without the attribute, cluster and may_start_early are 0. */
+struct {
+    dim3 grid, block;
+    uint64_t smem;
+    void *stream;
+    long count;
+    int device;
+    const void *kernel;
+    dim3 cluster;
+    int may_start_early;
+} last;
 int num_libraries = 0, loaded_on[DEVICES] = {0};
 int num_parameters = 0, offsets[64], sizes[64];          /* set by the test, from the cubin */
 unsigned char parameters[8192];
@@ -83,6 +117,13 @@ int _cudaLaunchKernelEx(const launch_config *config, const void *kernel, void **
     last.device = current_device();
     last.kernel = kernel;
     last.count++;
+    last.cluster = (dim3){0, 0, 0};
+    last.may_start_early = 0;
+    for (unsigned i = 0; i < config->num_attributes; i++) {
+        const launch_attribute *attribute = config->attributes + i;
+        if (attribute->id == CLUSTER_DIMENSION) last.cluster = attribute->value.cluster;
+        if (attribute->id == PROGRAMMATIC_STREAM_SERIALIZATION) last.may_start_early = attribute->value.number;
+    }
     for (int i = 0; i < num_parameters; i++) memcpy(parameters + offsets[i], arguments[i], sizes[i]);
     return launch_result;
 }

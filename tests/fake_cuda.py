@@ -1,4 +1,4 @@
-"""What a script of test_launch.py starts with, in a process whose CUDA is fake_cuda.c: calls, and what they recorded.
+"""What a script of the launch tests starts with, in a process whose CUDA is fake_cuda.c: calls, and what they recorded.
 
 A script takes all of these names, the modules too: `from fake_cuda import *`.
 """
@@ -8,10 +8,10 @@ import struct
 import threading  # noqa: F401 (for the scripts)
 from types import SimpleNamespace
 
-from fa3_cute import compiler, disk_cache
+from fa3_cute import AttentionMode, DataType, FlashAttentionParams, compiler, disk_cache
 from fa3_cute import launch as module
 from fa3_cute.cubin import read_cubin
-from fa3_cute.heuristics import forward_config
+from fa3_cute.heuristics import decode_config, forward_config
 from fa3_cute.launch import launch  # noqa: F401 (for the scripts)
 
 fake = ctypes.CDLL("libcuda.so.1")
@@ -29,13 +29,16 @@ CHOICES = {"is_causal": True, "pack_gqa": None, "num_splits": 0, "workspace": No
 PACKED = {"cu_seqlens_q": 0x7F0011223344, "cu_seqlens_k": 0x7F0055667788, "seqused_q": 0x7F0099AABBCC,
           "seqused_k": 0x7F00DDEEFF10, "total_q": 3210, "total_k": 2345, "batch_size": 77, "seqlen_q": None,
           "seqlen_k": "ignored"}
+DECODE_CFG = decode_config("bf16", 128, False)
+ONE_TOKEN = {"batch_size": 2, "seqlen_q": 1, "seqlen_k": 8192, "num_heads": 16, "num_heads_k": 2, "head_dim": 128,
+             "dtype": DataType.BF16, "mode": AttentionMode.DECODE}
 
 
 class Last(ctypes.Structure):
     """`last` of fake_cuda.c: the most recent launch."""
     _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("smem", ctypes.c_uint64),
                 ("stream", ctypes.c_uint64), ("count", ctypes.c_long), ("device", ctypes.c_int),
-                ("kernel", ctypes.c_uint64)]
+                ("kernel", ctypes.c_uint64), ("cluster", ctypes.c_uint * 3), ("may_start_early", ctypes.c_int)]
 
 
 last = Last.in_dll(fake, "last")
@@ -57,6 +60,11 @@ def numbers(name):
 def params(**changes):
     """A good call's attributes, some of them changed."""
     return SimpleNamespace(**POINTERS | SIZES | STRIDES | WINDOW | LENGTHS | CHOICES | changes)
+
+
+def decode_params(**changes):
+    """A good decode call, some of its fields changed."""
+    return FlashAttentionParams(**POINTERS | ONE_TOKEN | changes)
 
 
 def kernel_parameters(cfg=CFG):
@@ -88,6 +96,18 @@ def descriptors(places):
     """{address: sizes} of the TMA descriptors."""
     words = [struct.unpack("<32I", p) for p in recorded(places) if len(p) == 128]
     return {w[0] | w[1] << 32: [size + 1 for size in w[8:13]] for w in words}
+
+
+def allocations():
+    """[address, bytes, bytes that were cleared] of each piece of device memory, in the order of their making."""
+    return [list(row) for row in (ctypes.c_uint64 * 3 * 64).in_dll(fake, "allocations")][:number("num_allocations")]
+
+
+def scratch(places):
+    """The addresses among the kernel's parameters that lie in the library's own device memory, in order."""
+    given = [p[:64] if len(p) == 128 else p for p in recorded(places)]
+    words = {word for p in given for word in struct.unpack(f"<{len(p) // 8}Q", p[:len(p) // 8 * 8])}
+    return sorted(word for word in words if any(at <= word < at + size for at, size, _ in allocations()))
 
 
 def meaning(places):
