@@ -4,13 +4,12 @@ A tile is (m_block, head) of one sequence. Without a causal mask m_block runs fa
 time share K and V in L2. Causal tiles differ in length and run longest first, within sections of heads whose K and V
 fit L2 together: heads fastest, then m_block downwards.
 
-One CTA per tile instead of the persistent grid loses 28 % at 1k tokens (causal), 14 % at 4k, 4 % at 16k, 7 % at 4k
-full. A static assignment (rounds of the grid that run forwards and backwards) is as fast as the counter for one length
-from 4k tokens on, 9 % slower at 1k and 36 % at eight packed sequences of 2k. All BF16, head_dim 128, H200, 2026-11-22.
-
-The sections, BF16 causal, head_dim 128, 16k tokens in all, H200, 2026-11-22, TFLOP/s: at 1k tokens 443 with sections of
-64 heads (32 MB of K and V) and 391 with one section of all 256; at 4k 565 with 32 heads (64 MB), 525 with 8, whose long
-last tiles leave CTAs idle at the end.
+One CTA per tile takes 1.38 times as long as the persistent grid at 1k tokens (causal), 1.14 at 4k, 1.04 at 16k, and
+1.07 at 4k without a mask. A static assignment (rounds of the grid that run forwards and backwards) gives 402 TFLOP/s
+at 1k where the counter gives 455, 585 against 557 at 4k, and takes 1.6 times as long for eight packed sequences of 2k.
+Sections that hold 32 MB of K and V give 443 TFLOP/s at 1k where one section of all heads gives 391; at 4k 64 MB (32
+heads) give 565 and 16 MB 525, whose long last tiles leave CTAs idle. BF16, head_dim 128, 16k tokens in all, H200,
+2026-11-22; the whole tables are in docs/performance.md.
 """
 from dataclasses import dataclass
 
