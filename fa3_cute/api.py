@@ -8,11 +8,12 @@ from dataclasses import fields, replace
 from functools import cache
 from operator import attrgetter
 
-from .config import UNBOUNDED_WINDOW, DecodeConfig
+from .arrays import AttentionCall, attention_on_device, attention_on_host
+from .config import UNBOUNDED_WINDOW, DecodeConfig, FwdConfig
 from .heuristics import decode_config, forward_config
 from .params import AttentionMode, DataType, FlashAttentionParams, address, are_constants
 from .splits import is_decode, is_windowed, plan_of
-from .status import Problem, Status, error_for, record_error, shown
+from .status import FlashAttentionError, Problem, Status, error_for, record_error
 from .validate import contract_problems, first_problem, problems
 
 __all__ = ["AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
@@ -94,6 +95,17 @@ def workspace_size(params: FlashAttentionParams) -> int:
         if problem.status is not Status.NULL_POINTER:
             raise error_for(*problem)
     return plan_of(params).partial_bytes if is_decode(params) else 0
+
+
+def kernel_config(params: FlashAttentionParams) -> FwdConfig | DecodeConfig:
+    """The kernel that `forward(params)` would launch, as its compile-time choices. Needs no GPU.
+
+    Raises FlashAttentionError for params that `forward` would refuse.
+    """
+    problem = _problem(params)
+    if problem is not None:
+        raise error_for(*problem)
+    return _config(params)
 
 
 class _Recent(threading.local):
@@ -178,128 +190,44 @@ def _failure(error: RuntimeError) -> Status:
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
-# float32 and float64 exist on the host only; there they follow the rules of FP16.
-_HOST_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, "float8_e4m3fn": DataType.FP8_E4M3,
-                "float32": DataType.FP16, "float64": DataType.FP16}
-_ANY_ADDRESS = 16
-
-
 def attention(q, k, v, *, out=None, stream=None, causal=False, window_size=(-1, -1), softmax_scale=None,
               cu_seqlens_q=None, cu_seqlens_k=None, seqused_k=None, q_descale=None, k_descale=None, v_descale=None,
               num_splits=0, return_lse=False, dtype=None):
-    """softmax(softmax_scale * q k^T, masked) v of NumPy arrays, computed exactly on the host by the reference: slow.
+    """softmax(softmax_scale * q k^T, masked) v of arrays: on a CUDA device by `forward`, of NumPy arrays on the host.
 
     q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens
     k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens
-                  float16, float32, float64, bfloat16 or float8_e4m3fn (ml_dtypes), any strides; FP8 also as uint8
-                  with dtype="float8_e4m3fn". out, if given, is written in place.
-    stream        None; num_splits 0 or 1: the host has neither streams nor splits
+                  float16, bfloat16 or float8_e4m3fn; FP8 also as uint8 with dtype="float8_e4m3fn". Any strides but the
+                  last dimension's, which is contiguous. A given out is written in place and returned.
+    stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
-    cu_seqlens_*  [batch + 1] integers; seqused_k [batch] integers
-    *_descale     FP8 only: scalar, [heads], [batch, 1] or [batch, heads]; real value = FP8 value * descale
+    cu_seqlens_*  [batch + 1] int32; seqused_k [batch] int32
+    *_descale     FP8 only: float32 [], [heads], [batch, 1] or [batch, heads]; real value = FP8 value * descale
+    num_splits    0 automatic, 1 never, n exactly n
+
+    On a device: arrays of any library with DLPack or `__cuda_array_interface__`, all on the stream's device (of a
+    default stream: the current one). Returns at once, with the work enqueued on the stream behind what the libraries
+    have enqueued on the arrays so far. Without `out` the result is new memory, a DeviceArray (interop.py), which
+    libraries take over without a copy: `torch.from_dlpack(out)`; their streams then wait for this one. What uses a
+    given `out` on another stream has to wait for this one itself. The arrays must live until the stream has done the
+    call's work: those of a library that frees memory in the order of this very stream do. JAX's arrays cannot be out.
+    In a capture of a CUDA graph, out must be given and return_lse be False.
+
+    On the host (q is a NumPy array): exact and slow, computed by the reference; any strides, float32 and float64 too,
+    BF16 and FP8 by ml_dtypes, integers of any size, descales also as numbers; stream None, num_splits 0 or 1.
 
     Returns out of q's dtype (FP8: bfloat16), or (out, LSE) with return_lse: float32, natural log, [batch, num_heads,
-    seqlen_q] or [num_heads, total_q], -inf for a row that sees no key.
-    Raises FlashAttentionError with the status that `forward` would return, FEATURE_UNSUPPORTED for arrays on a device
-    (they come later: `forward` takes their addresses), TypeError for what is no array.
+    seqlen_q] or [num_heads, total_q], -inf for a row that sees no key. Packed rows that no sequence uses are not
+    written. Raises FlashAttentionError with the status that `forward` would return, TypeError for what is no array.
     """
-    offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
-    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-    _require_numpy(q=q, k=k, v=v)
-    _require_numpy(**{name: value for name, value in {"out": out, **offsets}.items() if value is not None})
-    _require_numpy(**{name: value for name, value in descales.items() if not isinstance(value, float | int | None)})
-    if stream is not None:
-        raise error_for(Status.INVALID_ARGUMENT, f"stream={shown(stream)}: must be None with NumPy arrays")
-
-    dtype = _host_dtype(q, k, v, dtype)
-    options = {"causal": causal, "window_size": window_size, "softmax_scale": softmax_scale, **offsets, **descales}
-    _check_host_call(q, k, dtype, num_splits, options)
-    out_dtype = _out_dtype(q, out, dtype)
-
-    from .reference import attention_reference
+    call = AttentionCall(q, k, v, out, stream, causal, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k,
+                         seqused_k, q_descale, k_descale, v_descale, num_splits, return_lse, dtype)
+    if call.is_on_host:
+        return attention_on_host(call)
     try:
-        exact, lse = attention_reference(q, k, v, **options)
-    except ValueError as error:
-        raise error_for(Status.INVALID_SHAPE, str(error)) from error
-    # Packed rows outside every sequence are not the call's to write.
-    used = slice(None) if cu_seqlens_q is None else slice(int(cu_seqlens_q[0]), int(cu_seqlens_q[-1]))
-    if out is None:
-        out = exact.astype(out_dtype)
-    else:
-        out[used] = exact[used].astype(out_dtype)
-    return (out, lse.astype("float32")) if return_lse else out
-
-
-def _require_numpy(**arrays) -> None:
-    from numpy import ndarray
-    for name, array in arrays.items():
-        if isinstance(array, ndarray):
-            continue
-        kind = type(array)
-        if hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__"):
-            raise error_for(Status.FEATURE_UNSUPPORTED,
-                            f"{name} is a {kind.__module__}.{kind.__qualname__}: must be a NumPy array; attention() of "
-                            "arrays on a device is not implemented yet, forward() takes their addresses")
-        raise TypeError(f"{name} must be a NumPy array, not {kind.__name__}")
-
-
-def _host_dtype(q, k, v, dtype) -> str:
-    """The element type by name: the arrays' common one, or what `dtype` says that their bytes are."""
-    names = {array.dtype.name for array in (q, k, v)}
-    name = names.pop()
-    if names:
-        raise error_for(Status.INVALID_ARGUMENT, f"dtypes {q.dtype}, {k.dtype}, {v.dtype} of q, k, v: must be the same")
-    if name == "uint8" and dtype == "float8_e4m3fn":
-        return dtype
-    if name not in _HOST_DTYPES or dtype not in (None, name):
-        accepted = f"None with arrays of {', '.join(_HOST_DTYPES)}, or 'float8_e4m3fn' with arrays of uint8"
-        raise error_for(Status.INVALID_ARGUMENT, f"dtype={shown(dtype)} with arrays of {name}: must be {accepted}")
-    return name
-
-
-def _check_host_call(q, k, dtype: str, num_splits: int, options: dict) -> None:
-    """Raise what `forward` would say to this call, apart from addresses and from what has no kernel yet."""
-    packed = options["cu_seqlens_q"] is not None or options["cu_seqlens_k"] is not None
-    for name, array in (("q", q), ("k", k)):
-        if array.ndim != (3 if packed else 4):
-            shape = "[rows, heads, head_dim] with cu_seqlens" if packed else "[batch, seqlen, heads, head_dim]"
-            raise error_for(Status.INVALID_SHAPE, f"{name}.shape={array.shape}: must be {shape}")
-    try:
-        left, right = options["window_size"]
-    except (TypeError, ValueError) as error:
-        sentence = f"window_size={shown(options['window_size'])}: must be a pair (left, right)"
-        raise error_for(Status.INVALID_ARGUMENT, sentence) from error
-    pointers = {name: name for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")}
-    pointers |= {name: f"{name}_ptr" for name in ("q_descale", "k_descale", "v_descale")}
-    given = {field: _ANY_ADDRESS for name, field in pointers.items() if options[name] is not None}
-    rows = ("total_q", "total_k") if packed else ("seqlen_q", "seqlen_k")
-    # An array of no rows or no sequences is meant: only in params does 0 stand for a size that was not given.
-    sizes = {name: max(1, array.shape[-3]) for name, array in zip(rows, (q, k), strict=True)}
-    found = contract_problems(FlashAttentionParams(
-        q=_ANY_ADDRESS, k=_ANY_ADDRESS, v=_ANY_ADDRESS, out=_ANY_ADDRESS, batch_size=1 if packed else max(1, len(q)),
-        num_heads=q.shape[-2], num_heads_k=k.shape[-2], head_dim=q.shape[-1], dtype=_HOST_DTYPES[dtype],
-        mode=AttentionMode.VARLEN_PREFILL if packed else AttentionMode.PREFILL, is_causal=options["causal"],
-        window_size_left=left, window_size_right=right, softmax_scale=options["softmax_scale"],
-        num_splits=num_splits, **sizes, **given))
-    if found:
-        raise error_for(*found[0])
-    if num_splits > 1:
-        raise error_for(Status.FEATURE_UNSUPPORTED, f"num_splits={num_splits}: must be 0 or 1 with NumPy arrays")
-
-
-def _out_dtype(q, out, dtype: str):
-    """NumPy dtype of the result: q's, for FP8 bfloat16 or what a given `out` has."""
-    accepted = ("bfloat16", "float16") if dtype == "float8_e4m3fn" else (dtype,)
-    if out is not None:
-        if out.shape != q.shape or out.dtype.name not in accepted:
-            raise error_for(Status.INVALID_SHAPE if out.shape != q.shape else Status.INVALID_ARGUMENT,
-                            f"out is {out.dtype.name}{list(out.shape)}: must be {' or '.join(accepted)}{list(q.shape)}")
-        return out.dtype
-    if dtype != "float8_e4m3fn":
-        return q.dtype
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as error:
-        raise error_for(Status.FEATURE_UNSUPPORTED, "out=None: must be a float16 array without the package ml_dtypes, "
-                                                    "which has NumPy's bfloat16") from error
-    return bfloat16
+        return attention_on_device(call, forward)
+    except FlashAttentionError:
+        raise
+    except RuntimeError as error:       # of a CUDA call before the launch
+        _failure(error).check()
+        raise

@@ -61,35 +61,39 @@ def resolve_forward(num_sms: int, *shape) -> tuple:
     Packed tensors have one batch, and 0 for its stride.
     """
     lengths = tuple(map(address, shape[:4]))
-    batch, rows_q, rows_k, heads, heads_k, left, right, scale, head_dim, total_q, total_k = shape[16:27]
-    if lengths[0]:
-        strides = resolve_strides(shape[4:16], (1, total_q, total_k), heads, heads_k, head_dim, is_packed=True)
-        rows_q, rows_k = total_q, total_k
-    else:
-        strides = resolve_strides(shape[4:16], (batch, rows_q, rows_k), heads, heads_k, head_dim)
+    left, right, scale = shape[21:24]
+    rows = shape[25:27] if lengths[0] else shape[17:19]
+    # NumPy's integers would overflow in their own width.
+    batch, rows_q, rows_k, heads, heads_k, head_dim = map(int, (shape[16], *rows, *shape[19:21], shape[24]))
+    batches = 1 if lengths[0] else batch
+    strides = resolve_strides(shape[4:16], (batches, rows_q, rows_k), (heads, heads_k, head_dim), bool(lengths[0]))
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     return (*lengths, *strides, batch, rows_q, rows_k, heads, heads_k, _reach(left), _reach(right), num_sms, scale)
 
 
 def resolve_decode(cfg: DecodeConfig, *shape) -> tuple[tuple, SplitPlan]:
     """The values of per_shape of the decode kernel, in order, and the plan that they follow."""
-    batch, rows_q, rows_k, heads, heads_k, left, right, scale, head_dim = shape[16:25]
-    is_causal, pack_gqa, num_splits = shape[27:30]
+    batch, rows_q, rows_k, heads, heads_k = map(int, shape[16:21])
+    left, right, scale = shape[21:24]
+    head_dim, is_causal, pack_gqa, num_splits = int(shape[24]), *shape[27:29], int(shape[29])
     left, right = (UNBOUNDED_WINDOW, 0) if is_causal else (_reach(left), _reach(right))
-    strides = resolve_strides(shape[4:16], (batch, rows_q, rows_k), heads, heads_k, head_dim)
+    strides = resolve_strides(shape[4:16], (batch, rows_q, rows_k), (heads, heads_k, head_dim))
     chosen = plan(cfg, batch, rows_q, rows_k, heads, heads_k, left + right + 1, (pack_gqa, num_splits))
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     return (*map(address, shape[2:4]), *strides, batch, rows_q, rows_k, heads, heads_k, left, right,
             chosen.packed_heads, chosen.num_splits, chosen.cluster_size, chosen.smem_bytes, scale), chosen
 
 
-def resolve_strides(strides, rows: tuple[int, int, int], heads: int, heads_k: int, head_dim: int, is_packed=False):
-    """The strides with defaults where they are None; rows: (batches, rows of q, rows of k).
+def resolve_strides(strides, rows: tuple[int, int, int], heads: tuple[int, int, int], is_packed=False):
+    """The strides with defaults where they are None.
+
+    rows    (batches, rows of q, rows of k)
+    heads   (num_heads, num_heads_k, head_dim)
 
     The stride of a dimension of size 1 never addresses memory and array libraries put anything there, but TMA wants a
     multiple of 16 bytes: the kernel gets the contiguous one.
     """
-    batches, rows_q, rows_k = rows
+    (batches, rows_q, rows_k), (heads, heads_k, head_dim) = rows, heads
     row_q, row_k = heads * head_dim, heads_k * head_dim
     q = (0 if is_packed else rows_q * row_q, row_q, head_dim)
     k = (0 if is_packed else rows_k * row_k, row_k, head_dim)
@@ -103,4 +107,4 @@ def resolve_strides(strides, rows: tuple[int, int, int], heads: int, heads_k: in
 
 
 def _reach(window_size: int) -> int:
-    return window_size if 0 <= window_size < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
+    return int(window_size) if 0 <= window_size < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW

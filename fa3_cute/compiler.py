@@ -29,10 +29,11 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, cute
 
 from . import disk_cache
 from .config import SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
-from .cubin import read_cubin
+from .cubin import CubinKernel, read_cubin
 from .disk_cache import cache_dir
 
-__all__ = ["CompileError", "Report", "cache_dir", "compile_report", "get_kernel", "source_hash", "typed_arguments"]
+__all__ = ["CompileError", "Report", "cache_dir", "compile_and_read", "compile_report", "get_kernel", "source_hash",
+           "typed_arguments"]
 
 ARCH = "sm_90a"
 ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16}
@@ -225,17 +226,22 @@ def compile_report(cfg: Config) -> Report:
     setmaxnreg, the spilled bytes and the shared memory stand only in the DSL's remark file, for which it runs ptxas a
     second time: 2.9 s instead of 2.2 s for head_dim 128 on a 2-core machine, still the cheapest source of these facts.
     """
+    return compile_and_read(cfg)[0]
+
+
+def compile_and_read(cfg: Config) -> tuple[Report, CubinKernel]:
+    """`compile_report`, and with it what the report was read from: the kernel's cubin, every opcode counted."""
     with _lock, tempfile.TemporaryDirectory(prefix="fa3_cute_") as folder:
         remarks = Path(folder, "remarks.yaml")
         start = time.perf_counter()
         compiled = _compile(cfg, f"--keep-cubin --dump-dir {folder} --remark-output {remarks} --remark-filter .*")
         seconds = time.perf_counter() - start
         text = remarks.read_text() if remarks.exists() else ""
-    return _report(cfg, compiled.__cubin__, text, seconds)
+    kernel, = read_cubin(compiled.__cubin__).values()
+    return _report(cfg, kernel, text, seconds), kernel
 
 
-def _report(cfg: Config, cubin: bytes, remarks: str, seconds: float) -> Report:
-    kernel, = read_cubin(cubin).values()
+def _report(cfg: Config, kernel: CubinKernel, remarks: str, seconds: float) -> Report:
     return Report(
         name=cfg.name, config=cfg, registers=kernel.registers, spill_stores=kernel.count("STL"),
         spill_loads=kernel.count("LDL"), wgmmas=kernel.count("HGMMA") + kernel.count("QGMMA"),

@@ -31,7 +31,7 @@ FORWARD_ARGUMENTS = (
 )
 
 # The decode kernel's entry. packed_heads query heads of one KV head share an M tile; partials and arrivals are the
-# scratch of split-KV (kernels/merge.py), unused if num_splits is 1.
+# scratch of split-KV (kernels/merge.py), unused if one cluster does all of an item.
 DECODE_ARGUMENTS = (
     *((name, "pointer") for name in ("q", "k", "v", "out", "softmax_lse", "seqused_q", "seqused_k",
                                      "partials", "arrivals")),
@@ -143,8 +143,8 @@ class FwdConfig:
 class DecodeConfig:
     """Compile-time choices of one decode kernel: few query rows per KV head, as fast as K and V can be read.
 
-    The query heads of a KV head are packed into the rows of one 64-row tile, K and V are split over several CTAs, and
-    the last of them merges. Lengths, the mask's bounds, the splits and whether there is an LSE are run-time values.
+    The query heads of a KV head are packed into the rows of one 64-row tile, K and V are split over several CTAs, which
+    merge what they have. Lengths, the mask's bounds, the splits and whether there is an LSE are run-time values.
 
     is_local        a window (a causal mask is one); without it every row sees every key
     num_kv_stages   depth of the K ring and of the V ring

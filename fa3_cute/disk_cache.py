@@ -11,13 +11,20 @@ compiled again, or kept in memory only.
 import hashlib
 import logging
 import os
+import re
 import stat
 import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 MAGIC = b"fa3cute1"
 TRAILER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+KEY_DIGITS = 32                  # of the key, in a file's name
+ENTRY_NAME = re.compile(rf"(\w+)-[0-9a-f]{{{KEY_DIGITS}}}\.o")
+LEFTOVER_NAME = re.compile(r"\.\w+\.tmp")
+LEFTOVER_SECONDS = 3600          # a temporary file so old was left behind by a process that died
 
 log = logging.getLogger("fa3_cute")
 
@@ -67,8 +74,67 @@ def store(name: str, key: str, code: bytes) -> Path | None:
         return None
 
 
+class Entry(NamedTuple):
+    """A file of the cache: `name` is its kernel's, None for a temporary file that a dead process left behind."""
+    path: Path
+    name: str | None
+    nbytes: int
+    seconds_old: float
+
+
+def entries() -> list[Entry]:
+    """The files of the cache, the newest first, trusted or not; [] where there is no folder. Raises OSError where the
+    folder cannot be read. Other files in it are not the cache's and are left out."""
+    folder = cache_dir()
+    if folder is None or not folder.exists():
+        return []
+    with os.scandir(folder) as files:
+        found = [entry for file in files if (entry := _entry(file))]
+    return sorted(found, key=lambda entry: (entry.seconds_old, entry.path.name))
+
+
+def clear() -> list[Entry]:
+    """Remove the files of the cache and return those that were removed; a kernel that is loaded stays loaded."""
+    removed = []
+    for entry in entries():
+        try:
+            entry.path.unlink()
+            removed.append(entry)
+        except OSError as error:
+            log.warning("%s was not removed: %s", entry.path, error)
+    return removed
+
+
+def folder_problem() -> str | None:
+    """Why kernels cannot be kept in the cache folder, in a sentence; None if they can. Makes no folder."""
+    folder = cache_dir()
+    if folder is None:
+        return "this user has no home folder: set FA3_CUTE_CACHE_DIR"
+    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} is not writable"
+    if existing == folder and _trusted_folder() is None:
+        return f"{folder} belongs to another user or others may write to it: nothing is kept in it or read from it"
+    return None
+
+
+def _entry(file: os.DirEntry) -> Entry | None:
+    try:
+        facts = file.stat(follow_symlinks=False)
+    except OSError:                                   # removed in between
+        return None
+    age = max(0.0, time.time() - facts.st_mtime)
+    match = ENTRY_NAME.fullmatch(file.name)
+    is_leftover = LEFTOVER_NAME.fullmatch(file.name) and age > LEFTOVER_SECONDS
+    if not stat.S_ISREG(facts.st_mode) or not (match or is_leftover):
+        return None
+    return Entry(Path(file.path), match and match[1], facts.st_size, age)
+
+
 def _path(folder: Path, name: str, key: str) -> Path:
-    return folder / f"{name}-{key[:32]}.o"
+    return folder / f"{name}-{key[:KEY_DIGITS]}.o"
 
 
 def _trailer(key: str, code: bytes) -> bytes:

@@ -37,6 +37,7 @@ __all__ = ["CudaFailure", "NotWarmedUp", "UnsupportedDevice", "ensure_loaded", "
 
 Config = FwdConfig | DecodeConfig
 
+NO_STREAM = -1
 PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
 
 _lock = threading.Lock()                      # loading is not thread-safe
@@ -143,7 +144,7 @@ class Call:
     def __init__(self, cfg: Config, kernel: Kernel):
         self.cfg, self.kernel, self.layout = cfg, kernel, layout_of(type(cfg))
         self.shape: list | None = None
-        self.context = self.stream = 0
+        self.context, self.stream = 0, NO_STREAM
         self.scratch: Any = None
 
     def launch(self, params, stream: int, context: int) -> None:
@@ -152,9 +153,10 @@ class Call:
         if shape != self.shape or context != self.context:
             self.set_shape(self.resolve(self.kernel.load(current_device(), stream), shape))
             self.shape, self.context = shape if are_constants(shape) else None, context
-        self.stream = stream
-        self.scratch = self.new_scratch(_memory[context], address(params.workspace))
+        self.stream = NO_STREAM       # until this launch has gone well, there is nothing to repeat
+        self.scratch = self.new_scratch(_memory[context], stream, address(params.workspace))
         self.enqueue((q, k, v, out, lse or 0, *self.scratch.addresses(), stream))
+        self.stream = stream
 
     def repeat(self, shape: list, pointers: tuple, stream) -> bool:
         """Launch again with other addresses (int, in the order of arguments.TENSORS); False, and nothing done, if in
@@ -175,11 +177,11 @@ class Call:
         values, self.plan = resolve_decode(self.cfg, *shape)
         return values
 
-    def new_scratch(self, memory: Memory, workspace: int) -> "TileCounter | SplitScratch | NoScratch":
-        """What the launches on self.stream get of the context's memory, or of the caller's workspace."""
+    def new_scratch(self, memory: Memory, stream: int, workspace: int) -> "TileCounter | SplitScratch | NoScratch":
+        """What the launches on a stream get of the context's memory, or of the caller's workspace."""
         if isinstance(self.cfg, FwdConfig):
-            return TileCounter(memory, self.stream)
-        return SplitScratch(memory, self.stream, self.plan, workspace) if self.plan.partial_bytes else NoScratch()
+            return TileCounter(memory, stream)
+        return SplitScratch(memory, stream, self.plan, workspace) if self.plan.partial_bytes else NoScratch()
 
 
 class NoScratch:

@@ -64,7 +64,9 @@ def is_decode(p) -> bool:
     """Whether the decode kernel serves these (valid) params: few query rows per KV head, or K and V in splits."""
     if address(p.cu_seqlens_q):
         return False
-    rows = p.seqlen_q if p.pack_gqa is not None and not p.pack_gqa else p.seqlen_q * (p.num_heads // p.num_heads_k)
+    rows = int(p.seqlen_q)
+    if p.pack_gqa is None or p.pack_gqa:
+        rows *= int(p.num_heads) // int(p.num_heads_k)
     return rows <= MAX_DECODE_ROWS or p.mode == AttentionMode.DECODE or p.num_splits > 1 or bool(p.pack_gqa)
 
 
@@ -78,10 +80,10 @@ def is_windowed(p) -> bool:
 def plan_of(p) -> "SplitPlan":
     """The plan of params that are valid and that the decode kernel serves."""
     cfg = decode_config("fp16", int(p.head_dim), is_windowed(p))      # BF16 has the same plans
-    reach = sum(bound if 0 <= bound < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
+    reach = sum(int(bound) if 0 <= bound < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
                 for bound in (p.window_size_left, 0 if p.is_causal else p.window_size_right))
-    return plan(cfg, p.batch_size, p.seqlen_q, p.seqlen_k, p.num_heads, p.num_heads_k, reach + 1,
-                (p.pack_gqa, p.num_splits))
+    sizes = map(int, (p.batch_size, p.seqlen_q, p.seqlen_k, p.num_heads, p.num_heads_k))
+    return plan(cfg, *sizes, reach + 1, (p.pack_gqa, int(p.num_splits)))
 
 
 @lru_cache(maxsize=4096)
@@ -99,7 +101,7 @@ def plan(cfg: DecodeConfig, batch_size: int, seqlen_q: int, seqlen_k: int, num_h
     n_blocks = -(-seqlen_k // cfg.tile_n)
     if cfg.is_local:
         n_blocks = min(n_blocks, (reach + min(seqlen_q, cfg.tile_m)) // cfg.tile_n + 2)
-    kv_bytes = batch_size * num_heads_k * seqlen_k * cfg.kv_bytes_per_token
+    kv_bytes = batch_size * num_heads_k * min(seqlen_k, n_blocks * cfg.tile_n) * cfg.kv_bytes_per_token
     if num_splits:
         cluster_size = max(size for size in CLUSTER_SLOTS if num_splits % size == 0)
     else:

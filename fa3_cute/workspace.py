@@ -45,10 +45,10 @@ class Counters:
     def take(self, num_ints: int = 1) -> int:
         """Address of so many int32 that nobody else has or will get."""
         with self.lock:
-            number = self.num_taken
-            self.num_taken += -(-num_ints // INTS_PER_COUNTER)
-            if self.num_taken > NUM_COUNTERS:
+            number, needed = self.num_taken, -(-num_ints // INTS_PER_COUNTER)
+            if number + needed > NUM_COUNTERS:
                 raise NotWarmedUp(f"all {NUM_COUNTERS} counters of this device are with streams and captured launches")
+            self.num_taken = number + needed
         return self.base + number * SPACING
 
 

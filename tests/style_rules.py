@@ -28,6 +28,7 @@ TIERS = (
     ("kernels.flash_fwd", "kernels.flash_decode"),
     ("compiler",),
     ("launch", "interop"),
+    ("arrays",),
     ("api",),
     ("",),              # fa3_cute/__init__.py
     ("cli",),

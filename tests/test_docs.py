@@ -1,25 +1,35 @@
-"""The documents say what the code does: tables of codes and fields, mask pictures, code blocks, links, numbers."""
+"""The documents say what the code does: tables of codes, fields, features and sizes, mask pictures, code blocks, links,
+numbers.
+"""
 import ast
 import inspect
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fa3_cute
-from fa3_cute import FlashAttentionParams
+from fa3_cute import AttentionMode, DataType, FlashAttentionParams
+from fa3_cute.cli import report
+from fa3_cute.config import UNBOUNDED_WINDOW
+from fa3_cute.heuristics import all_decode_configs, all_forward_configs, decode_config
 from fa3_cute.reference import attention_reference
+from fa3_cute.splits import is_decode, plan
 from fa3_cute.status import Status, shown
+from fa3_cute.validate import PENDING
 
 ROOT = Path(__file__).resolve().parent.parent
-API, API_ZH, PERFORMANCE = (ROOT / "docs" / name for name in ("api.md", "api.zh-CN.md", "performance.md"))
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+README, PACKAGE = ROOT / "README.md", ROOT / "fa3_cute"
+CONTRACT = PACKAGE / "kernels" / "README.md"
+API, API_ZH, KERNEL, PERFORMANCE = (ROOT / "docs" / name
+                                    for name in ("api.md", "api.zh-CN.md", "kernel.md", "performance.md"))
+DOCUMENTS = sorted([README, CONTRACT, *(ROOT / "docs").glob("*.md")])
 FIELDS = [(field.name, shown(field.default)) for field in fields(FlashAttentionParams)]
 
 both_languages = pytest.mark.parametrize("page", [API, API_ZH], ids=lambda path: path.name)
-every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -71,6 +81,155 @@ def test_attention_signature_matches_its_table():
     table = API.read_text().partition("| argument | default | meaning |\n")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| ([\w, ]+?) \| ([^|]*?) ?\|", table, re.MULTILINE)
     assert {name: default for names, default in rows for name in names.split(", ")} == true
+
+
+# ---- what is supported, and by which kernel ------------------------------------------------------------------------
+
+POINTERS = {f"{name}_ptr": 1 << 20 for name in ("q", "k", "v", "out", "cu", "lse", "lengths", "scratch", "table")}
+NAMES = POINTERS | {name: getattr(fa3_cute, name) for name in fa3_cute.__all__}
+DENSE = FlashAttentionParams(q=1 << 20, k=1 << 20, v=1 << 20, out=1 << 20, dtype=DataType.FP16, batch_size=2,
+                             seqlen_q=1, seqlen_k=4096, num_heads=16, num_heads_k=2, head_dim=128)
+PACKED = replace(DENSE, mode=AttentionMode.VARLEN_PREFILL, cu_seqlens_q=1 << 20, cu_seqlens_k=1 << 20, total_q=2,
+                 total_k=8192)
+YES = ("yes", "支持")
+
+
+def changed(params: FlashAttentionParams, text: str) -> FlashAttentionParams:
+    """With "field=value, ..." as a document writes it."""
+    return replace(params, **eval(f"dict({text})", dict(NAMES)))
+
+
+def support_in(text: str) -> list[tuple[str, str, str]]:
+    """(change, dense, packed) of the support matrix; a status that is not an error is "yes" in the page's language."""
+    return re.findall(rf"^\| `(\w+=[^`]*)` \| ({'|'.join(YES)}|-\d+) \| ({'|'.join(YES)}|-\d+) \|$", text, re.MULTILINE)
+
+
+def answer(params: FlashAttentionParams) -> int:
+    """The status that `forward` would return for what is wrong with the params, 0 if nothing is."""
+    return next((int(problem.status) for problem in fa3_cute.explain(params)), 0)
+
+
+def wrong_support(text: str) -> list[tuple[str, str, str]]:
+    return [row for row in support_in(text)
+            if any((0 if said in YES else int(said)) != answer(changed(params, row[0]))
+                   for said, params in zip(row[1:], (DENSE, PACKED), strict=True))]
+
+
+@both_languages
+def test_support_matrix_is_what_calls_get(page):
+    rows = support_in(page.read_text())
+    assert {"num_splits=1", "num_splits=2", "pack_gqa=True", "mode=AttentionMode.DECODE",
+            "dtype=DataType.FP8_E4M3"} <= {change for change, _, _ in rows}
+    assert {field for field, *_ in PENDING} == {change.partition("=")[0] for change, *said in rows if "-16" in said}
+    assert not wrong_support(page.read_text())
+
+
+@pytest.mark.parametrize("old, new", [("| `pack_gqa=True` | {} | -16 |", "| `pack_gqa=True` | {} | {} |"),
+                                      ("| `num_splits=256` | {} | -16 |", "| `num_splits=256` | -16 | -16 |"),
+                                      ("| `num_splits=257` | -13 |", "| `num_splits=257` | {} |")])
+@both_languages
+def test_a_wrong_support_matrix_is_found(page, old, new):
+    text, yes = page.read_text(), YES[page == API_ZH]
+    assert old.format(yes) in text and len(wrong_support(text.replace(old.format(yes), new.format(yes, yes)))) == 1
+
+
+@pytest.mark.parametrize("kernel, count", [("decode", 6), ("prefill", 3)])
+def test_calls_get_the_kernel_that_the_table_names(kernel, count):
+    calls = re.findall(rf"^\| `([^`]*)` \| {kernel} \|$", API.read_text(), re.MULTILINE)
+    assert len(calls) == count
+    assert not [call for call in calls if is_decode(changed(DENSE, call)) != (kernel == "decode")]
+    assert not [call for call in calls if fa3_cute.explain(changed(DENSE, call))]
+
+
+def test_plans_in_the_table_are_the_planner_s():
+    rows = re.findall(r"^\| (\d+)x(\d+), (\d+):(\d+) \| (\d+) \| (\d+) \| (\d+) \|$", KERNEL.read_text(), re.MULTILINE)
+    assert len(rows) >= 5
+    cfg = decode_config("bf16", 128, False)
+    for batch, keys, heads, heads_k, *said in (map(int, row) for row in rows):
+        chosen = plan(cfg, batch, 1, keys, heads, heads_k, 2 * UNBOUNDED_WINDOW + 1, (None, 0))
+        assert said == [chosen.num_splits, chosen.cluster_size, batch * heads_k * chosen.num_splits]
+
+
+# ---- the contract's tables -----------------------------------------------------------------------------------------
+
+def forward_memory() -> set[tuple[str, ...]]:
+    """(head_dim, mask, tile, Q/O ring, K ring, V ring, all) of every config."""
+    return {(str(cfg.head_dim), cfg.mask, f"{cfg.tile_m}x{cfg.tile_n}",
+             f"{cfg.num_q_stages} x {row_bytes(cfg) * cfg.tile_m}", *kv_rings(cfg), str(cfg.smem_bytes))
+            for cfg in all_forward_configs()}
+
+
+def decode_memory() -> set[tuple[str, ...]]:
+    """(head_dim, tile, Q, K ring, V ring, all, sPartial, CTAs per SM) of every config."""
+    return {(str(cfg.head_dim), f"{cfg.tile_m}x{cfg.tile_n}", str(row_bytes(cfg) * cfg.tile_m), *kv_rings(cfg),
+             str(cfg.smem_bytes), str(cfg.partial_bytes), str(cfg.ctas_per_sm)) for cfg in all_decode_configs()}
+
+
+def row_bytes(cfg) -> int:
+    return cfg.kv_bytes_per_token // 2
+
+
+def kv_rings(cfg) -> tuple[str, str]:
+    return (f"{cfg.num_kv_stages} x {row_bytes(cfg) * cfg.tile_n}",) * 2
+
+
+def memory_in(text: str) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
+    """The rows of the contract's two tables, as forward_memory and decode_memory have them."""
+    forward = re.findall(r"^\| (\d+) ([a-z, ]+)" + r" \| ([\dx ]+)" * 5 + r" \|$", text, re.MULTILINE)
+    decode = re.findall(r"^\| (\d+)" + r" \| ([\dx ]+)" * 7 + r" \|$", text, re.MULTILINE)
+    return {(head_dim, mask, *rest) for head_dim, masks, *rest in forward for mask in masks.split(", ")}, set(decode)
+
+
+def test_shared_memory_tables_are_the_configs():
+    assert memory_in(CONTRACT.read_text()) == (forward_memory(), decode_memory())
+
+
+@pytest.mark.parametrize("old, new", [("| 115712 | 40960 | 2 |", "| 115712 | 40960 | 1 |"),
+                                      ("4 x 12288", "3 x 12288"), ("| 222208 | 614", "| 222207 | 614"),
+                                      ("| 128 causal, local |", "| 128 causal |")])
+def test_a_wrong_shared_memory_table_is_found(old, new):
+    text = CONTRACT.read_text()
+    assert old in text and memory_in(text.replace(old, new)) != (forward_memory(), decode_memory())
+
+
+def test_layer_table_has_every_kernel_file():
+    table = CONTRACT.read_text().partition("## Layers")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| \d [^|]*\| ([^|]*) \|", table, re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"\w+\.py", row)]
+    assert sorted(listed) == sorted(path.name for path in CONTRACT.parent.glob("*.py") if path.name != "__init__.py")
+
+
+def test_readme_layout_has_every_file_that_a_document_links():
+    layout = README.read_text().partition("```\nfa3_cute/")[2].partition("```")[0]
+    texts = (document.read_text() for document in DOCUMENTS)
+    linked = {name for text in texts for name in re.findall(r"\]\(\.\./fa3_cute/(\w+\.py)", text)}
+    assert linked >= {"arguments.py", "splits.py", "workspace.py"} and linked <= set(re.findall(r"\w+\.py\b", layout))
+
+
+def test_readme_links_every_example():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(
+        re.findall(r"\]\(examples/([^)]*)\)", README.read_text()))
+
+
+@every_document
+def test_names_with_a_module_exist(document):
+    """What a document calls `module.name` or `module.py`, of the package's own modules, is there."""
+    modules = {path.stem: path for folder in (PACKAGE, CONTRACT.parent) for path in folder.glob("[a-z]*.py")
+               if path.stem != "params"}      # two modules and the documents' name for what a call is given
+    words = re.findall(r"`(\w+)\.(\w+)[\w.]*`", re.sub(r"^```.*?^```$", "", document.read_text(),
+                                                     flags=re.DOTALL | re.MULTILINE))
+    missing = [f"{module}.{name}" for module, name in words if module in modules and name not in ("py", "md")
+               and not re.search(rf"\b{name}\b", modules[module].read_text())]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", [README, PERFORMANCE], ids=lambda path: path.name)
+def test_decode_tables_have_a_place_of_their_own(document):
+    text = document.read_text()
+    filled = report.updated(text, [("decode", "### Decode tables")])
+    assert "<!-- performance of decode: begin -->\n### Decode tables\n<!-- performance of decode: end -->" in filled
+    assert filled.partition(report.BEGIN)[2].partition(report.END)[0] == \
+        text.partition(report.BEGIN)[2].partition(report.END)[0]
 
 
 # ---- pictures of masks ---------------------------------------------------------------------------------------------
@@ -145,7 +304,7 @@ def faults(code: str) -> list[str]:
             module = __import__(node.module, fromlist=["name"])
             found += [alias.name for alias in node.names if not hasattr(module, alias.name)]
         elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "FlashAttentionParams":
-            found += [keyword.arg for keyword in node.keywords if keyword.arg not in known]
+            found += [keyword.arg for keyword in node.keywords if keyword.arg not in {None, *known}]   # None: **fields
     return found
 
 
@@ -165,15 +324,13 @@ def test_a_wrong_block_is_found(code):
     assert faults(code)
 
 
-@pytest.mark.parametrize("page, count", [(API, 2), (API_ZH, 4)], ids=["api.md", "api.zh-CN.md"])
+@pytest.mark.parametrize("page, count", [(API, 3), (API_ZH, 4)], ids=["api.md", "api.zh-CN.md"])
 def test_params_in_the_examples_are_valid_calls(page, count):
     """Those without strides of tensors: their pointers are names that any address can stand for."""
-    pointers = {f"{tensor}_ptr": 1 << 20 for tensor in ("q", "k", "v", "out", "cu")}
-    names = pointers | {name: getattr(fa3_cute, name) for name in fa3_cute.__all__}
     calls = [node for code in blocks(page.read_text(), "python") for node in ast.walk(ast.parse(code))
              if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "FlashAttentionParams"]
-    params = [eval(compile(ast.Expression(call), "example", "eval"), names) for call in calls
-              if getattr(call.keywords[0].value, "id", "") in pointers]
+    params = [eval(compile(ast.Expression(call), "example", "eval"), dict(NAMES)) for call in calls
+              if getattr(call.keywords[0].value, "id", "") in POINTERS]
     assert len(params) == count
     assert [fa3_cute.explain(example) for example in params] == [[]] * count
 

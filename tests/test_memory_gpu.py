@@ -1,4 +1,5 @@
 """What forward reads and writes: strides of every kind, guard bands, 64-bit offsets, and nothing on a refused call."""
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -180,8 +181,11 @@ HUGE_CASES = [Case("fp16", 64, False, 4, 2, 130, 150, batch=3, has_lse=False),
               Case("bf16", 256, True, 4, 2, 130, 150, batch=3, has_lse=False)]
 
 
+HUGE_DECODE = [replace(case, seqlen_q=2) for case in HUGE_CASES]
+
+
 @pytest.mark.parametrize("huge_dim", [0, 1, 2], ids=["batch", "row", "head"])
-@pytest.mark.parametrize("case", HUGE_CASES, ids=str)
+@pytest.mark.parametrize("case", HUGE_CASES + HUGE_DECODE, ids=str)
 def test_offsets_beyond_31_bits(case, huge_dim, stream):
     """Strides that put the last batch, row or head more than 2^31 elements from the first, in all four tensors."""
     q_shape = (case.batch, case.seqlen_q, case.num_heads, case.head_dim)

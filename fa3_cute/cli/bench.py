@@ -22,7 +22,7 @@ from statistics import median
 from .. import forward
 from ..config import ELEMENT_BYTES, HEAD_DIMS
 from ..device import hopper_device_problem, open_device
-from . import environment, peers
+from . import environment, peers, plot
 from .case import COPIED_BYTES, Case, Tensors
 from .measure import Batch, Stopwatch, Work, in_turn
 from .shown import ARITHMETIC, OURS, Shown
@@ -52,10 +52,14 @@ def add_arguments(parser) -> None:
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--batch-ms", type=float, default=40, metavar="MS", help="length of one timed batch")
     parser.add_argument("--json", metavar="FILE", help="also write environment, rows and conclusions to FILE")
+    parser.add_argument("--plot", metavar="PNG", help="also draw bars and the roofline into PNG; needs matplotlib")
 
 
 def run(args) -> int:
     suite = SUITES[args.suite]
+    if args.plot and (missing := plot.problem()):
+        print(missing)
+        return 2
     problem = hopper_device_problem()
     fixed = [name for name in suite.FIXED if getattr(args, name) is not None]
     if fixed or problem:
@@ -77,6 +81,8 @@ def run(args) -> int:
         write(results, args.json)       # a run that is cut short leaves what it has
     results["conclusions"] = suite.conclusions(times, results["rows"])
     write(results, args.json)
+    if args.plot:
+        plot.write_plot([results], SUITES, args.plot)
     rows = results["rows"]
     wrong = [f"{row['name']}: {name} is off by {error:.1e}"
              for row in rows for name, error in row["errors"].items() if not error < WRONG]

@@ -1,7 +1,7 @@
 """Renders results of `bench --json` as markdown: one section per file, one line per problem, the masks side by side,
 or warm and cold.
 
-Prints it or, with --into, replaces what stands between these two lines of a document:
+Prints it; with --plot, draws it instead; with --into, replaces what stands between these two lines of a document:
 
     <!-- performance: begin -->
     <!-- performance: end -->
@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from ..config import HEAD_DIMS
-from . import environment
+from . import environment, plot
 from .bench import SUITES
 from .shown import OURS, Shown
 from .table import markdown, one_or_more
@@ -29,12 +29,20 @@ def add_arguments(parser) -> None:
     parser.add_argument("files", nargs="+", metavar="JSON", help="what bench --json wrote")
     parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..",
                         help="only problems of these head dims")
-    parser.add_argument("--into", metavar="FILE", help="write into this document instead of printing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--into", metavar="FILE", help="write into this document instead of printing")
+    instead.add_argument("--plot", metavar="PNG", help="draw bars into this file instead; needs matplotlib")
 
 
 def run(args) -> int:
+    if args.plot and (missing := plot.problem()):
+        print(missing)
+        return 2
     try:
         runs = [json.loads(Path(file).read_text()) for file in args.files]
+        if args.plot:
+            plot.write_plot([chosen(run, args.head_dim) for run in runs], SUITES, args.plot)
+            return 0
         sections = [(run["environment"]["suite"], section(run, args.head_dim)) for run in runs]
         if args.into:
             document = Path(args.into)
@@ -45,6 +53,11 @@ def run(args) -> int:
         print(f"report: {type(error).__name__}: {error}")
         return 2
     return 0
+
+
+def chosen(results: dict, head_dims: list[int]) -> dict:
+    """One file's results, of these head dims only."""
+    return results | {"rows": [row for row in results["rows"] if row["case"]["head_dim"] in head_dims]}
 
 
 def updated(document: str, sections: list[tuple[str, str]]) -> str:

@@ -91,7 +91,8 @@ class FlashAttentionDecode:
             stride=(aligned(per_item * head_dim), aligned(rows * head_dim), head_dim, 1)))
         LSE = cute.make_tensor(partials + num_items * per_item * head_dim, cute.make_layout(
             (num_items, clusters, rows), stride=(per_item, rows, 1)))
-        return SplitScratch(O, LSE, cute.make_tensor(arrivals, cute.make_layout(num_items)))
+        num_counts = num_items * grid.cluster_size.divisor
+        return SplitScratch(O, LSE, cute.make_tensor(arrivals, cute.make_layout(num_counts)))
 
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel

@@ -218,7 +218,7 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: FwdMmas, smem: 
     """Attend to one split, then merge it with the others of its item.
 
     Runs on: the consumer warpgroup.
-    Synchronises: waits for the full halves of the K and V rings and empties them; merges, see merge_partials.
+    Synchronises: waits for the full halves of the K and V rings and empties them; merges, see merge.py.
     """
     tidx = cute.arch.thread_idx()[0]
     expect_partials(cfg, params, smem, work, tidx)
@@ -238,7 +238,7 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: FwdMmas, smem: 
 def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
     """The rows of Q that exist, from global to shared memory with ordinary loads: there are few, and they are strided.
 
-    The other rows of sQ hold anything: rows do not mix, and theirs are never stored.
+    The other rows of sQ hold anything: rows do not mix, and these are never stored.
     Runs on: the consumer warpgroup. Synchronises: its four warps.
     """
     copy, first_row, rows_per_step = row_copy(cfg, tidx, num_threads=128)

@@ -1,0 +1,127 @@
+"""Says what `forward` would do with a problem of these sizes: every reason to refuse it, in the order in which it finds
+them, else the kernel that serves it, its tile and the measurement behind that choice, and for decode how K and V are
+split. Needs no GPU and compiles nothing; exit status 1 if the problem would be refused.
+
+Tensors are taken to be contiguous. In a tile's reason, a pair like "1.02 / 1.00" is the speed relative to
+FlashAttention-3's C++ at 4k / 16k tokens; windows and decode have microseconds; other tiles follow with theirs
+(heuristics.py says on which machine). Workspace bytes are scratch memory for the partial results of splits; within one
+cluster of CTAs they stay in shared memory.
+"""
+import argparse
+import json
+
+from ..api import AttentionMode, DataType, FlashAttentionParams, explain, kernel_config
+from ..config import ELEMENT_BYTES, DecodeConfig, FwdConfig
+from ..heuristics import FORWARD, decode_row
+from ..splits import SplitPlan, plan_of
+
+ADDRESS = 1 << 20       # stands for any tensor
+MODES = {"prefill": AttentionMode.PREFILL, "decode": AttentionMode.DECODE, "varlen": AttentionMode.VARLEN_PREFILL}
+PACK_GQA = {"auto": None, "yes": True, "no": False}
+UNBOUNDED = (-1, -1)
+
+
+def add_arguments(parser) -> None:
+    number = {"type": int, "metavar": "N"}
+    parser.add_argument("--batch-size", **number, default=1, help="default 1; packed: the number of sequences")
+    parser.add_argument("--seqlen-q", **number, help="default 4096, 1 with --mode decode")
+    parser.add_argument("--seqlen-k", **number, help="default: as --seqlen-q, 4096 with --mode decode")
+    parser.add_argument("--num-heads", **number, default=16, help="default 16")
+    parser.add_argument("--num-heads-k", **number, help="default: as many as query heads")
+    parser.add_argument("--head-dim", **number, default=128, help="default 128")
+    parser.add_argument("--dtype", choices=[dtype.name.lower() for dtype in DataType], default="bf16",
+                        help="default bf16")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--window", type=window, default=UNBOUNDED, metavar="L,R",
+                        help="sliding window, negative is unbounded: --window=-1,0")
+    parser.add_argument("--mode", choices=MODES, default="prefill",
+                        help="default prefill; varlen: packed sequences of --seqlen-q and --seqlen-k tokens on average")
+    parser.add_argument("--seqused", action="store_true", help="the used lengths of K and V are on the device")
+    parser.add_argument("--lse", action="store_true", help="the log-sum-exp is wanted")
+    parser.add_argument("--softmax-scale", type=float, metavar="X", help="default 1/sqrt(head_dim)")
+    parser.add_argument("--num-splits", **number, default=0, help="default 0, automatic; 1 is never")
+    parser.add_argument("--pack-gqa", choices=PACK_GQA, default="auto", help="default auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def window(text: str) -> tuple[int, int]:
+    """An argparse type: "L,R"."""
+    try:
+        left, right = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be two ints, L,R") from None
+    return left, right
+
+
+def run(args) -> int:
+    params = params_of(args)
+    problems = explain(params)
+    facts = {"problems": [{"status": status.name, "code": int(status), "detail": detail}
+                          for status, detail in problems]}
+    if not problems:
+        facts |= served(params)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    elif problems:
+        print("forward would refuse this:", *problems, sep="\n  ")
+    else:
+        print("\n".join(f"{name:10}{text}" for name, text in lines(facts)))
+    return 1 if problems else 0
+
+
+def params_of(args) -> FlashAttentionParams:
+    """The call, with addresses that stand for tensors."""
+    is_decode = args.mode == "decode"
+    seqlen_q = args.seqlen_q if args.seqlen_q is not None else 1 if is_decode else 4096
+    seqlen_k = args.seqlen_k if args.seqlen_k is not None else 4096 if is_decode else seqlen_q
+    rows = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    if args.mode == "varlen":
+        rows = {"cu_seqlens_q": ADDRESS, "cu_seqlens_k": ADDRESS,
+                "total_q": args.batch_size * seqlen_q, "total_k": args.batch_size * seqlen_k}
+    return FlashAttentionParams(
+        q=ADDRESS, k=ADDRESS, v=ADDRESS, out=ADDRESS, softmax_lse=ADDRESS if args.lse else None,
+        seqused_k=ADDRESS if args.seqused else None, **rows, batch_size=args.batch_size, num_heads=args.num_heads,
+        num_heads_k=args.num_heads if args.num_heads_k is None else args.num_heads_k, head_dim=args.head_dim,
+        dtype=DataType[args.dtype.upper()], is_causal=args.causal, window_size_left=args.window[0],
+        window_size_right=args.window[1], mode=MODES[args.mode], softmax_scale=args.softmax_scale,
+        num_splits=args.num_splits, pack_gqa=PACK_GQA[args.pack_gqa])
+
+
+def served(params: FlashAttentionParams) -> dict:
+    """Which kernel serves valid params, why, and how a decode call is laid out."""
+    cfg = kernel_config(params)
+    facts = {"kernel": cfg.name, "config": cfg.as_dict() | {"tile_m": cfg.tile_m}, "reason": reason(cfg)}
+    if not isinstance(cfg, DecodeConfig):
+        return facts | {"plan": None, "workspace_bytes": 0}
+    plan = plan_of(params)
+    return facts | {"plan": plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)},
+                    "workspace_bytes": plan.partial_bytes}
+
+
+def reason(cfg: FwdConfig | DecodeConfig) -> str:
+    """The measurement behind the config's row of the heuristics."""
+    if isinstance(cfg, DecodeConfig):
+        return decode_row(cfg.dtype, cfg.head_dim).reason
+    return FORWARD[ELEMENT_BYTES[cfg.dtype], cfg.head_dim, cfg.mask].reason
+
+
+def ctas_per_sm(cfg: DecodeConfig, plan: SplitPlan) -> int:
+    """How many CTAs an SM may hold: one where the plan asks for so much shared memory that no second one fits."""
+    return 1 if plan.smem_bytes > cfg.smem_bytes else cfg.ctas_per_sm
+
+
+def lines(facts: dict):
+    """Yields (name, text) of what is printed."""
+    cfg, plan = facts["config"], facts["plan"]
+    yield "kernel", facts["kernel"]
+    rings = f"{cfg['num_q_stages']} slots for Q and O, " if "num_q_stages" in cfg else ""
+    yield "tile", (f"{cfg['tile_m']} rows of Q, {cfg['tile_n']} of K and V; {rings}{cfg['num_kv_stages']} for K, as "
+                   "many for V" + "; ping-pong" * cfg.get("use_pingpong", False))
+    yield "measured", facts["reason"]
+    if plan:
+        clusters = plan["num_splits"] // plan["cluster_size"]
+        yield "heads", f"{plan['packed_heads']} query heads share a tile"
+        yield "splits", (f"{plan['num_splits']} of K and V, {clusters} cluster{'' if clusters == 1 else 's'} of "
+                         f"{plan['cluster_size']} CTAs")
+        yield "CTAs", f"{'one' if plan['ctas_per_sm'] == 1 else 'up to two'} per SM, {plan['smem_bytes']} bytes each"
+        yield "workspace", f"{facts['workspace_bytes']} bytes"

@@ -1,0 +1,168 @@
+"""Sweeps the tiles and stages of one problem and prints the row of heuristics.py that the numbers speak for.
+
+Candidates are all that FwdConfig allows: tile_m, tile_n, num_q_stages, use_pingpong and rescale_before_pv, the nearest
+to the row in force first. What does not compile, spills or makes the compiler serialise WGMMA is left out. The others
+are checked against the reference, every row of a small problem, and timed in interleaved rounds; a number is the median
+over them. The best has the highest geometric mean of the rates over the lengths. A row is worth changing if it is ahead
+by more than the numbers scatter: try the best few again with --limit or --tile-n and more --rounds.
+
+Without a Hopper GPU: the survivors with registers and shared memory, no times.
+
+Exit status 1 if nothing survives or a survivor is wrong.
+"""
+import os
+import textwrap
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from itertools import product
+from math import prod
+from multiprocessing import get_context
+
+from ..compiler import CompileError, get_kernel
+from ..config import ELEMENT_BYTES, FwdConfig
+from ..device import hopper_device_problem
+from ..heuristics import Row
+from .dev import add_problem
+from .table import Table, one_or_more
+from .trial import WRONG, Question, Rig, compiled, label, times
+
+TILE_MS, TILE_NS, Q_STAGES = (64, 128, 192), tuple(range(32, 257, 16)), (1, 2)
+SEQLENS = (4096, 16384)
+RUNNERS_UP = 3      # named in the row's reason
+
+
+def add_arguments(parser) -> None:
+    add_problem(parser)
+    parser.add_argument("--tile-m", type=one_or_more(int, TILE_MS), default=TILE_MS, metavar="M,..")
+    parser.add_argument("--tile-n", type=one_or_more(int), default=TILE_NS, metavar="N,..",
+                        help="default: every multiple of 16 from 32 to 256")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the N candidates nearest to the row in force")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--batch-ms", type=float, default=20, metavar="MS", help="length of one timed batch")
+
+
+def run(args) -> int:
+    question = Question(args.dtype, args.head_dim, args.mask, seqlens=tuple(args.seqlen) or SEQLENS)
+    row = question.config()
+    configs = candidates(row, args.tile_m, args.tile_n)
+    chosen = configs[:args.limit]
+    problem = hopper_device_problem()
+    print(f"{len(configs)} legal configs" + f", of which {len(chosen)}" * (len(chosen) < len(configs))
+          + f" are compiled, {args.jobs} at a time", flush=True)
+    survivors = print_survivors(chosen, args.jobs)
+    if not survivors:
+        return 1
+    if problem:
+        print(f"no times: {problem}")
+        return 0
+    list(spread(stored, survivors, args.jobs))      # the launches find them on disk
+    rig = Rig(question)
+    right = [cfg for cfg in survivors if is_right(rig, cfg)]
+    if right:
+        print_best(rig, row, measured(rig, right, args))
+    return 0 if len(right) == len(survivors) else 1
+
+
+def candidates(base: FwdConfig, tile_ms, tile_ns) -> list[FwdConfig]:
+    """Every legal variant of a config, itself included, the nearest first: fewest other choices, then nearest tile.
+
+    A single warpgroup has no other to take turns with: without ping-pong only.
+    """
+    found = {base}
+    for tile_m, tile_n, stages, pingpong, rescale in product(tile_ms, tile_ns, Q_STAGES, (False, True), (False, True)):
+        if pingpong and tile_m == 64:
+            continue
+        try:
+            found.add(replace(base, tile_m=tile_m, tile_n=tile_n, num_q_stages=stages, use_pingpong=pingpong,
+                              rescale_before_pv=rescale))
+        except ValueError:      # illegal
+            continue
+
+    def distance(cfg: FwdConfig) -> tuple:
+        differ = [getattr(cfg, field.name) != getattr(base, field.name)
+                  for field in fields(base) if field.name != "tile_n"]
+        return sum(differ), abs(cfg.tile_m * cfg.tile_n - base.tile_m * base.tile_n), *cfg.as_dict().values()
+    return sorted(found, key=distance)
+
+
+def print_survivors(configs: list[FwdConfig], jobs: int) -> list[FwdConfig]:
+    """Compiles configs and prints, as they come, those that may ship; returns them."""
+    table, survivors = Table((("config", 48), ("registers", 9), ("smem bytes", 10))), []
+    for cfg, found in zip(configs, spread(compiled, configs, jobs), strict=True):
+        if not found.get("problems", [found.get("error")]):
+            survivors.append(cfg)
+            table.print_row([label(cfg), found["registers"], found["smem_bytes"]])
+    print(f"{len(survivors)} of {len(configs)} survive; the others spill, serialise WGMMA or do not compile",
+          flush=True)
+    return survivors
+
+
+def spread(function, configs: list[FwdConfig], jobs: int):
+    """Yields a function's result for each config, in order. The DSL compiles one kernel at a time per process."""
+    if jobs <= 1 or len(configs) <= 1:
+        yield from map(function, configs)
+        return
+    with ProcessPoolExecutor(min(jobs, len(configs)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(function, configs)
+
+
+def stored(cfg: FwdConfig) -> None:
+    """Leaves a kernel in the disk cache."""
+    try:
+        get_kernel(cfg)
+    except CompileError as error:       # the launch will meet it again
+        print(error)
+
+
+def is_right(rig: Rig, cfg: FwdConfig) -> bool:
+    """Whether a config's result is right; says so if not."""
+    error = rig.error(cfg)
+    if not error < WRONG:
+        print(f"{label(cfg)} is WRONG: relative error {error:.1e} in the worst row of {rig.small.name}")
+    return error < WRONG
+
+
+def measured(rig: Rig, configs: list[FwdConfig], args) -> dict[FwdConfig, list[float]]:
+    """TFLOP/s of each config for each case, all of them interleaved."""
+    rates = {cfg: [] for cfg in configs}
+    for case in rig.cases:
+        works = {cfg: rig.work(cfg, case) for cfg in configs}
+        for cfg, batches in rig.stopwatch.rounds(works, args.rounds, args.batch_ms).items():
+            rates[cfg].append(times(case, batches)["tflops"])
+    return rates
+
+
+def print_best(rig: Rig, row: FwdConfig, rates: dict[FwdConfig, list[float]]) -> None:
+    """The table of rates, best first, each beside the row in force, and the row to paste."""
+    ranked = sorted(rates, key=lambda cfg: -prod(rates[cfg]))
+    base = row if row in rates else ranked[0]
+    table = Table((("config", 48), *((f"{case.seqlen_q} TFLOP/s", 13) for case in rig.cases), ("relative", 8)))
+    for cfg in ranked:
+        ratio = (prod(rates[cfg]) / prod(rates[base])) ** (1 / len(rig.cases))
+        table.print_row([label(cfg), *(f"{rate:.1f}" for rate in rates[cfg]), f"{ratio:.3f}"])
+    print(f"\n1.000 is {label(base)}, {'the row in force' if base is row else 'the best: the row in force failed'}. "
+          "The best as a row of heuristics.py:\n\n"
+          + heuristics_row(ranked, rates, f"TFLOP/s at {tokens(rig.cases)} tokens, {rig.gpu}, {datetime.now(UTC):%F}"))
+
+
+def heuristics_row(ranked: list[FwdConfig], rates: dict[FwdConfig, list[float]], what: str) -> str:
+    """The line of FORWARD for the first of these configs, its reason the rates of it and of the next ones."""
+    best, *others = ranked
+    numbers = [" / ".join(f"{rate:.0f}" for rate in rates[cfg]) for cfg in ranked]
+    named = [f"{label(cfg)} {text}" for cfg, text in zip(others[:RUNNERS_UP], numbers[1:], strict=False)]
+    reason = "; ".join([f"{numbers[0]} {what}", *named])
+    unusual = [f"{field.name}={getattr(best, field.name)}" for field in fields(Row)
+               if field.name in ("use_pingpong", "rescale_before_pv") and getattr(best, field.name) != field.default]
+    key = (ELEMENT_BYTES[best.dtype], best.head_dim, best.mask)
+    start = f'    {key}: Row('.replace("'", '"') + f"{best.tile_m}, {best.tile_n}, {best.num_q_stages}, "
+    lines = textwrap.wrap(reason, 112 - len(start), drop_whitespace=False)
+    quoted = f"\n{' ' * len(start)}".join(f'"{line}"' for line in lines)
+    return start + ", ".join([quoted, *unusual]) + "),"
+
+
+def tokens(cases) -> str:
+    """Lengths in short: 4k / 16k."""
+    lengths = [case.seqlen_q for case in cases]
+    return " / ".join(f"{length}" if length % 1024 else f"{length // 1024}k" for length in lengths)
