@@ -157,12 +157,10 @@ def after_rounds(log, count: int, process) -> str:
 
 def test_an_error_says_which_lines_led_to_it(monkeypatch):
     """What the compiler says of an error in traced code may lack the place: the chain of causes has it."""
-    from fa3_cute import compiler
     from fa3_cute.kernels import flash_fwd
     monkeypatch.delattr(flash_fwd, "FwdParams")
     said = trial.compiled(ROW)["error"]
-    assert isinstance(compiler.CompileError(), Exception) and "CompileError: fwd_bf16_d128_causal" in said
-    assert "\n  at flash_fwd.py:" in said
+    assert "CompileError: fwd_bf16_d128_causal" in said and "\n  at flash_fwd.py:" in said
 
 
 def test_once_fails_on_a_spill(tmp_path):
