@@ -5,8 +5,7 @@ import pytest
 
 from fa3_cute.config import UNBOUNDED_WINDOW
 from fa3_cute.heuristics import all_forward_configs
-
-module = pytest.importorskip("fa3_cute.kernels.block_range")
+from fa3_cute.kernels import block_range as module
 
 LENGTHS = (1, 2, 63, 64, 65, 112, 127, 128, 129, 191, 192, 193, 300, 513)
 WINDOWS = [module.Window(*sides) for sides in itertools.product((0, 1, 100, 129, 300, UNBOUNDED_WINDOW), repeat=2)]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-scheduler = pytest.importorskip("fa3_cute.kernels.scheduler")
+from fa3_cute.kernels import scheduler
 
 NUM_SMS = 132
 SHAPES = [(1, 1, 1), (1, 3, 50), (7, 1, 1), (7, 16, 3), (32, 16, 4), (128, 16, 1), (5, 33, 2)]
