@@ -1,7 +1,7 @@
 """FlashAttention-3 forward for Hopper GPUs, written in the CuTe DSL: raw device pointers in, a status out.
 
 `from fa3_cute import FlashAttentionParams, forward`. Importing the package imports neither CUDA, the DSL nor NumPy: the
-public names below are fetched from their modules on first use, and those import the heavy parts when first called.
+public names below are fetched from their modules on first use, and those import CUDA and the DSL when first called.
 """
 from importlib import import_module
 
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOME = {
     "api": ("AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
             "workspace_size"),
+    "quantize": ("dequantize_fp8", "quantize_fp8"),
     "status": ("CudaError", "FlashAttentionError", "InvalidCallError", "KernelCompileError", "NotWarmedUpError",
                "Status", "UnsupportedDeviceError", "UnsupportedFeatureError", "get_error_string", "last_error"),
 }

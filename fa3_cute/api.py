@@ -9,21 +9,25 @@ from functools import cache
 from operator import attrgetter
 
 from .arrays import AttentionCall, attention_on_device, attention_on_host
-from .config import UNBOUNDED_WINDOW, DecodeConfig, FwdConfig
-from .heuristics import decode_config, forward_config
-from .params import AttentionMode, DataType, FlashAttentionParams, address, are_constants
-from .splits import is_decode, is_windowed, plan_of
+from .config import FP8, UNBOUNDED_WINDOW, DecodeConfig, FwdConfig
+from .heuristics import forward_config
+from .params import (DTYPE_NAMES, AttentionMode, DataType, FlashAttentionParams, address, are_constants,
+                     fp8_out_dtype)
+from .splits import config_of, is_decode, plan_of
 from .status import FlashAttentionError, Problem, Status, error_for, record_error
 from .validate import contract_problems, first_problem, problems
 
 __all__ = ["AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
            "workspace_size"]
 
-_OK, _VARLEN = Status.OK, AttentionMode.VARLEN_PREFILL
-_CONFIG_DTYPES = ("fp16", "bf16")       # by DataType
+_OK, _VARLEN, _FP8 = Status.OK, AttentionMode.VARLEN_PREFILL, DataType.FP8_E4M3
 _POINTERS = ("q", "k", "v", "out", "softmax_lse")
-_read_pointers = attrgetter(*_POINTERS)
-_read_values = attrgetter(*(field.name for field in fields(FlashAttentionParams) if field.name not in _POINTERS))
+_DESCALES = ("q_descale_ptr", "k_descale_ptr", "v_descale_ptr")
+_VALUES = [field.name for field in fields(FlashAttentionParams) if field.name not in _POINTERS]
+_read_pointers, _read_descales = attrgetter(*_POINTERS), attrgetter(*_DESCALES)
+_read_values = attrgetter(*_VALUES)
+_read_fp8_values = attrgetter(*(name for name in _VALUES if name not in _DESCALES))
+_ADDRESSES = frozenset((int, type(None)))      # types of plain addresses
 
 
 def forward(params: FlashAttentionParams, stream=None) -> Status:
@@ -39,7 +43,8 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
     Source: FlashAttention-3 (Shah et al. 2024), algorithms 1 and 2.
     """
     try:
-        if type(params) is FlashAttentionParams and _recent.repeat(params, stream):
+        last_call = _thread.last_call
+        if last_call is not None and type(params) is FlashAttentionParams and last_call.repeat(params, stream):
             return _OK
         problem = _problem(params)
         if problem is not None:
@@ -49,7 +54,7 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
         call = _launcher().launch(params, _config(params), stream)
     except RuntimeError as error:
         return _failure(error)
-    _recent.remember(params, call)
+    _thread.last_call = _LastCall(params, call)
     return _OK
 
 
@@ -86,8 +91,8 @@ def explain(params: FlashAttentionParams) -> list[Problem]:
 def workspace_size(params: FlashAttentionParams) -> int:
     """Bytes of `workspace` that `forward(params)` needs for the partial results of split-KV; 0 if it needs none.
 
-    It depends on sizes, mask, num_splits and pack_gqa alone and needs no GPU. Without a `workspace` the library keeps
-    one per device and stream. Contents before the call do not matter. Raises FlashAttentionError for params that
+    It depends on dtype, sizes, mask, num_splits and pack_gqa alone and needs no GPU. Without a `workspace` the library
+    keeps one per device and stream. Contents before the call do not matter. Raises FlashAttentionError for params that
     `forward` would refuse, but for missing tensors and the workspace itself.
     """
     _require_params(params)
@@ -108,16 +113,23 @@ def kernel_config(params: FlashAttentionParams) -> FwdConfig | DecodeConfig:
     return _config(params)
 
 
-class _Recent(threading.local):
-    """A thread's last good call. The next one is mostly the same but for its addresses: then only these are checked.
+class _LastCall:
+    """A good call that was launched. The next one is mostly the same but for addresses: then only these are checked.
 
-    Equal values are as good as those that were checked: 4096.0 passes after 4096.
+    Equal values are as good as those that were checked: 4096.0 passes after 4096. Of an FP8 call the addresses of the
+    descales are as free as the tensors': each layer of a model has its own.
     """
-    values = call = shape = None
-    has_lse = False
+    __slots__ = "call", "shape", "has_lse", "is_fp8", "read", "values"
+
+    def __init__(self, params, call):
+        self.call, self.shape, self.has_lse = call, call.shape, address(params.softmax_lse) != 0
+        self.is_fp8 = params.dtype == _FP8
+        self.read = _read_fp8_values if self.is_fp8 else _read_values
+        values = self.read(params)
+        self.values = values if are_constants(values) else None
 
     def repeat(self, params, stream) -> bool:
-        """Launch these params the way of the last ones; False, and nothing done, if they differ in more than that."""
+        """Launch these params the way of this call; False, and nothing done, if they differ in more than that."""
         q, k, v, out, lse = _read_pointers(params)
         if not (type(q) is type(k) is type(v) is type(out) is int and (lse is None or type(lse) is int)):
             return False
@@ -126,19 +138,35 @@ class _Recent(threading.local):
         if not (q and k and v and out) or bits & 15 or bits >> 64 or (lse != 0) != self.has_lse:
             return False
         try:
-            is_same = _read_values(params) == self.values
+            if self.read(params) != self.values:
+                return False
         except Exception:       # a value that cannot be compared: the rules put it into words
             return False
-        return is_same and self.call.repeat(self.shape, (q, k, v, out, lse), stream)
+        pointers = q, k, v, out, lse
+        if self.is_fp8:
+            descales = _descales_of(params)
+            if descales is None:
+                return False
+            pointers += descales
+        return self.call.repeat(self.shape, pointers, stream)
 
-    def remember(self, params, call) -> None:
-        """Take a call that `launch` has just made."""
-        values = _read_values(params)
-        self.values = values if are_constants(values) else None
-        self.has_lse, self.call, self.shape = address(params.softmax_lse) != 0, call, call.shape
+
+class _Thread(threading.local):
+    last_call: _LastCall | None = None
 
 
-_recent = _Recent()
+_thread = _Thread()
+
+
+def _descales_of(params) -> tuple[int, int, int] | None:
+    """The addresses of the descales, 0 for None; None if one is misaligned or no plain int."""
+    descales = _read_descales(params)
+    if not _ADDRESSES.issuperset(map(type, descales)):
+        return None
+    q, k, v = descales
+    q, k, v = q or 0, k or 0, v or 0
+    bits = q | k | v
+    return None if bits & 3 or bits >> 64 else (q, k, v)
 
 
 def _problem(params) -> Problem | None:
@@ -154,9 +182,12 @@ def _require_params(params) -> None:
 
 def _config(p):
     if is_decode(p):
-        return decode_config(_CONFIG_DTYPES[p.dtype], int(p.head_dim), is_windowed(p))
+        return config_of(p)
     is_varlen = any(map(address, (p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_q, p.seqused_k)))
-    return forward_config(_CONFIG_DTYPES[p.dtype], int(p.head_dim), _mask(p), address(p.softmax_lse) != 0, is_varlen)
+    choices = DTYPE_NAMES[p.dtype], int(p.head_dim), _mask(p), address(p.softmax_lse) != 0, is_varlen
+    if choices[0] == FP8:
+        choices += (fp8_out_dtype(p),)
+    return forward_config(*choices)
 
 
 def _mask(p) -> str:
@@ -198,11 +229,13 @@ def attention(q, k, v, *, out=None, stream=None, causal=False, window_size=(-1, 
     q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens
     k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens
                   float16, bfloat16 or float8_e4m3fn; FP8 also as uint8 with dtype="float8_e4m3fn". Any strides but the
-                  last dimension's, which is contiguous. A given out is written in place and returned.
+                  last dimension's, which is contiguous; those of FP8 q, k and v multiples of 16, of the rest of 8. A
+                  given out is written in place and returned; with FP8 it is bfloat16 or float16.
     stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
     cu_seqlens_*  [batch + 1] int32; seqused_k [batch] int32
-    *_descale     FP8 only: float32 [], [heads], [batch, 1] or [batch, heads]; real value = FP8 value * descale
+    *_descale     FP8 only: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q, num_heads_k
+                  for k and v, batch the number of sequences; any strides; real value = FP8 value * descale
     num_splits    0 automatic, 1 never, n exactly n
 
     On a device: arrays of any library with DLPack or `__cuda_array_interface__`, all on the stream's device (of a
@@ -216,9 +249,9 @@ def attention(q, k, v, *, out=None, stream=None, causal=False, window_size=(-1, 
     On the host (q is a NumPy array): exact and slow, computed by the reference; any strides, float32 and float64 too,
     BF16 and FP8 by ml_dtypes, integers of any size, descales also as numbers; stream None, num_splits 0 or 1.
 
-    Returns out of q's dtype (FP8: bfloat16), or (out, LSE) with return_lse: float32, natural log, [batch, num_heads,
-    seqlen_q] or [num_heads, total_q], -inf for a row that sees no key. Packed rows that no sequence uses are not
-    written. Raises FlashAttentionError with the status that `forward` would return, TypeError for what is no array.
+    Returns out, a new one of q's dtype (FP8: bfloat16), or (out, LSE) with return_lse: float32, natural log, [batch,
+    num_heads, seqlen_q] or [num_heads, total_q], -inf for a row that sees no key. Packed rows that no sequence uses are
+    not written. Raises FlashAttentionError with the status that `forward` would return, TypeError for what is no array.
     """
     call = AttentionCall(q, k, v, out, stream, causal, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k,
                          seqused_k, q_descale, k_descale, v_descale, num_splits, return_lse, dtype)

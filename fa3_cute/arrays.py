@@ -4,6 +4,7 @@ The element type comes from the arrays, the sizes from their shapes; what remain
 of validate.py, on the host too.
 """
 from dataclasses import dataclass
+from numbers import Real
 
 from .params import AttentionMode, DataType, FlashAttentionParams
 from .status import Status, error_for, shown
@@ -172,7 +173,7 @@ def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionP
         out_dtype=None if element != FP8 or out is None else DEVICE_DTYPES[out.dtype])
     for name, tensor in tensors.items():
         if name in DESCALES:
-            _set_descale(params, name, tensor)
+            _set_descale(params, name, tensor, _batch(call, tensors))
             continue
         setattr(params, name, (q.address or _ANY_ADDRESS) if tensor.is_empty else tensor.address)
         if name not in LENGTHS:
@@ -187,9 +188,9 @@ def _set_strides(params, name: str, tensor) -> None:
             setattr(params, f"{name}_{dim}_stride", stride)
 
 
-def _set_descale(params, name: str, tensor) -> None:
+def _set_descale(params, name: str, tensor, batch: int) -> None:
     """[], [heads], [batch, heads], or a size of 1 instead of one of them."""
-    full = (params.batch_size, params.num_heads if name == "q_descale" else params.num_heads_k)
+    full = (batch, params.num_heads if name == "q_descale" else params.num_heads_k)
     shape, strides = ((1, 1) + x for x in (tensor.shape, tensor.strides))
     if len(tensor.shape) > 2 or any(size not in (1, most) for size, most in zip(shape[-2:], full, strict=True)):
         raise error_for(Status.INVALID_SHAPE,
@@ -228,7 +229,7 @@ def attention_on_host(call: AttentionCall):
 def _require_numpy(call: AttentionCall) -> None:
     from numpy import ndarray
     arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS)}
-    arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, float | int)}
+    arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
     for name, array in arrays.items():
         kind = type(array)
         if isinstance(array, ndarray):

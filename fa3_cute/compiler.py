@@ -25,10 +25,10 @@ from typing import Any
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, cute
 
 from . import disk_cache
-from .config import SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
+from .config import DESCALES, FP8, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
 from .cubin import CubinKernel, read_cubin
 from .disk_cache import cache_dir
 
@@ -36,10 +36,10 @@ __all__ = ["CompileError", "Report", "cache_dir", "compile_and_read", "compile_r
            "typed_arguments"]
 
 ARCH = "sm_90a"
-ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16}
+ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16, FP8: Float8E4M3FN}
 SCALAR_TYPES = {"int64": Int64, "int32": Int32, "float32": Float32, "stream": CUstream}
-# (element type, alignment in bytes) of a pointer; every other one is to the config's own 16-bit type, aligned for TMA.
-POINTER_TYPES = {"softmax_lse": (Float32, 4), "partials": (Float32, 16),
+# (element type, alignment in bytes) of a pointer; every other one is to the config's own types, aligned for TMA.
+POINTER_TYPES = {"softmax_lse": (Float32, 4), "partials": (Float32, 16), **dict.fromkeys(DESCALES, (Float32, 4)),
                  **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "tile_counter", "arrivals"),
                                  (Int32, 4))}
 
@@ -86,7 +86,8 @@ def typed_arguments(cfg: Config, values) -> list:
 def _typed(cfg: Config, name: str, kind: str, value) -> Any:
     if kind != "pointer":
         return SCALAR_TYPES[kind](value)
-    element, alignment = POINTER_TYPES.get(name) or (ELEMENT_TYPES[cfg.dtype], 16)
+    own_type = ELEMENT_TYPES[cfg.element_out if name == "out" else cfg.dtype]
+    element, alignment = POINTER_TYPES.get(name) or (own_type, 16)
     return cute.runtime.make_ptr(element, value, cute.AddressSpace.gmem, assumed_align=alignment)
 
 

@@ -5,8 +5,12 @@ depends on a length, a pointer or a stride; those are run-time arguments (`FORWA
 """
 from dataclasses import asdict, dataclass
 
-ELEMENT_BYTES = {"fp16": 2, "bf16": 2}
+ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp8_e4m3": 1}      # of Q, K and V
+FP8 = "fp8_e4m3"
+FP8_OUT_DTYPES = ("bf16", "fp16")    # of O, where Q, K and V are FP8; the first is the default
+OUT_BYTES = 2                        # of an element of O, always
 HEAD_DIMS = (64, 96, 128, 192, 256)
+FP8_HEAD_DIMS = (64, 96, 128)
 
 REGISTERS_PER_SM = 65536
 SMEM_BYTES_PER_CTA = 232448          # 227 KiB: the most one CTA may ask for on compute capability 9.0
@@ -19,11 +23,14 @@ UNBOUNDED_WINDOW = 1 << 30           # beyond every length, yet adding it to one
 # The forward kernel's entry: (name, kind) in call order. compiler.py makes its stand-ins from this table, launch.py its
 # argument buffer, and a test holds kernels/flash_fwd.py's signature to it. Strides are in elements; absent pointers
 # are 0; seqlen_q and seqlen_k are the tensors' rows (packed: total_q, total_k); windows are in [0, UNBOUNDED_WINDOW].
+DESCALES = ("q_descale", "k_descale", "v_descale")
+STRIDES = (*(f"{tensor}_{dim}_stride" for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
+           *(f"{descale}_{dim}_stride" for descale in DESCALES for dim in ("batch", "head")))
 FORWARD_ARGUMENTS = (
     *((name, "pointer") for name in ("q", "k", "v", "out", "softmax_lse",
-                                     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+                                     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", *DESCALES,
                                      "tile_counter")),
-    *((f"{tensor}_{dim}_stride", "int64") for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
+    *((name, "int64") for name in STRIDES),
     *((name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k",
                                    "window_size_left", "window_size_right", "num_sms")),
     ("softmax_scale", "float32"),
@@ -33,9 +40,9 @@ FORWARD_ARGUMENTS = (
 # The decode kernel's entry. packed_heads query heads of one KV head share an M tile; partials and arrivals are the
 # scratch of split-KV (kernels/merge.py), unused if one cluster does all of an item.
 DECODE_ARGUMENTS = (
-    *((name, "pointer") for name in ("q", "k", "v", "out", "softmax_lse", "seqused_q", "seqused_k",
+    *((name, "pointer") for name in ("q", "k", "v", "out", "softmax_lse", "seqused_q", "seqused_k", *DESCALES,
                                      "partials", "arrivals")),
-    *((f"{tensor}_{dim}_stride", "int64") for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
+    *((name, "int64") for name in STRIDES),
     *((name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k",
                                    "window_size_left", "window_size_right",
                                    "packed_heads", "num_splits", "cluster_size", "smem_bytes")),
@@ -44,20 +51,98 @@ DECODE_ARGUMENTS = (
 )
 
 
+class KernelConfig:
+    """What the configs of both kernels have in common: dataclasses with dtype, out_dtype, head_dim and tile_n."""
+
+    def __post_init__(self):
+        problem = self.first_problem()
+        if problem:
+            raise ValueError(f"{self.name}: {problem}")
+
+    def first_problem(self) -> str | None:
+        """The first rule that this config breaks, in words; None if it is legal."""
+        return next((sentence for holds, sentence in (*self.common_rules(), *self.rules()) if not holds), None)
+
+    def common_rules(self) -> tuple[tuple[bool, str], ...]:
+        """(whether it holds, what to say if it does not): what both kernels ask."""
+        head_dims, k_of_pv = (FP8_HEAD_DIMS, 32) if self.is_fp8 else (HEAD_DIMS, 16)
+        out_dtypes = FP8_OUT_DTYPES if self.is_fp8 else (None,)
+        return (
+            (self.dtype in ELEMENT_BYTES, f"dtype={self.dtype!r}: must be one of {', '.join(ELEMENT_BYTES)}"),
+            (self.out_dtype in out_dtypes,
+             f"out_dtype={self.out_dtype!r}: must be one of {out_dtypes} with dtype={self.dtype!r}"),
+            (self.head_dim in head_dims, f"head_dim={self.head_dim}: must be one of {head_dims}"),
+            (self.tile_n % k_of_pv == 0 and k_of_pv <= self.tile_n <= 256,
+             f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA"),
+        )
+
+    def transposes_in_blocks(self, num_warps: int) -> bool:
+        """Whether so many warps can share a tile of V in whole blocks of 32 keys x 16 columns (kernels/load_fp8.py)."""
+        return self.head_dim % (16 * num_warps) == 0 or self.tile_n % (32 * num_warps) == 0
+
+    @property
+    def is_fp8(self) -> bool:
+        """Q, K and V are FP8 E4M3; P too, in the PV GEMM."""
+        return self.dtype == FP8
+
+    @property
+    def element_out(self) -> str:
+        """The element type of O."""
+        return self.out_dtype or self.dtype
+
+    @property
+    def element_bytes(self) -> int:
+        """Of an element of Q, K or V."""
+        return ELEMENT_BYTES.get(self.dtype, 2)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one token and KV head."""
+        return 2 * self.head_dim * self.element_bytes
+
+    @property
+    def kv_slot_bytes(self) -> int:
+        """A slot of the K ring, or of the V ring."""
+        return self.tile_n * self.head_dim * self.element_bytes
+
+    @property
+    def q_slot_bytes(self) -> int:
+        """A slot of the Q ring; the forward kernel's takes O after Q, whose elements are no smaller."""
+        return self.tile_m * self.head_dim * OUT_BYTES
+
+    @property
+    def mask(self) -> str:
+        """full, causal or local: the key of heuristics' table."""
+        return "causal" if self.is_causal else "local" if self.is_local else "full"
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtypes in a name: that of Q, K and V, and O's where it is another."""
+        return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
 @dataclass(frozen=True)
-class FwdConfig:
+class FwdConfig(KernelConfig):
     """Compile-time choices of one forward kernel.
 
-    dtype              "fp16" or "bf16": of Q, K, V and O; accumulation is always FP32
-    is_causal          bottom-right aligned causal mask
-    has_lse            the kernel writes the log-sum-exp
-    tile_m, tile_n     rows of Q, rows of K and V per tile; one consumer warpgroup per 64 rows of Q
-    num_q_stages       depth of the Q ring; a slot carries Q in and O out, so 2 hides the O store and the next Q load
-    num_kv_stages      depth of the K ring and of the V ring
-    use_pingpong       order the warpgroups' GEMMs with named barriers (FA3 paper section 3.1)
-    rescale_before_pv  rescale O while QK runs instead of after PV: fewer registers live at once when head_dim is large
-    is_local           sliding window around the bottom-right diagonal; excludes is_causal
-    is_varlen          offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
+    dtype                of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
+    is_causal            bottom-right aligned causal mask
+    has_lse              the kernel writes the log-sum-exp
+    tile_m, tile_n       rows of Q, rows of K and V per tile; one consumer warpgroup per 64 rows of Q
+    num_q_stages         depth of the Q ring; a slot carries Q in and O out, so 2 hides the O store and the next Q load
+    num_kv_stages        depth of the K ring and of the V ring; FP8: of the ring of transposed V too
+    use_pingpong         order the warpgroups' GEMMs with named barriers (FA3 paper section 3.1)
+    rescale_before_pv    rescale O while QK runs instead of after PV: fewer registers live at once if head_dim is large
+    is_local             sliding window around the bottom-right diagonal; excludes is_causal
+    is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
+    out_dtype            of O where Q, K and V are FP8: "bf16" or "fp16"; None: dtype
+    num_transpose_warps  FP8: warps that transpose V; one is the producer warpgroup's own, four are a warpgroup more
+    is_serial            PV and QK one after the other instead of together: FP8's T, which PV fills, and S may then
+                         share registers, and three warpgroups overlap one another
     """
     dtype: str
     head_dim: int
@@ -71,84 +156,84 @@ class FwdConfig:
     rescale_before_pv: bool = False
     is_local: bool = False
     is_varlen: bool = False
+    out_dtype: str | None = None
+    num_transpose_warps: int = 0
+    is_serial: bool = False
 
     ctas_per_sm = 1
     packs_heads = False
     uses_setmaxnreg = True
     arguments = FORWARD_ARGUMENTS
 
-    def __post_init__(self):
-        problem = self.first_problem()
-        if problem:
-            raise ValueError(f"{self.name}: {problem}")
-
-    def first_problem(self) -> str | None:
-        """The first rule that this config breaks, in words; None if it is legal."""
+    def rules(self) -> tuple[tuple[bool, str], ...]:
+        """As common_rules: what this kernel asks besides."""
         producer, consumer = self.registers
-        used = 128 * (producer + consumer * self.num_consumer_wgs)
-        rules = (
-            (self.dtype in ELEMENT_BYTES, f"dtype={self.dtype!r}: must be one of {', '.join(ELEMENT_BYTES)}"),
-            (self.head_dim in HEAD_DIMS, f"head_dim={self.head_dim}: must be one of {HEAD_DIMS}"),
+        used = 128 * (producer * self.num_producer_wgs + consumer * self.num_consumer_wgs)
+        # What a launch allots, in units of 8 registers per thread; setmaxnreg only moves them, and waits for ever if
+        # they are too few.
+        allotted = self.num_threads * (REGISTERS_PER_SM // self.num_threads // 8 * 8)
+        transpose_warps = (1, 4) if self.is_fp8 else (0,)
+        return (
             (self.tile_m in (64, 128, 192), f"tile_m={self.tile_m}: must be 64, 128 or 192"),
-            (self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256,
-             f"tile_n={self.tile_n}: must be a multiple of 16 (K of the PV WGMMA) up to 256 (N of the QK WGMMA)"),
+            (self.num_transpose_warps in transpose_warps,
+             f"num_transpose_warps={self.num_transpose_warps}: must be one of {transpose_warps}"),
+            (not self.is_fp8 or self.transposes_in_blocks(self.num_transpose_warps),
+             f"tile_n={self.tile_n}: not divisible among {self.num_transpose_warps} warps that transpose V"),
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
-            (used <= REGISTERS_PER_SM, f"{used} registers: an SM has {REGISTERS_PER_SM}"),
+            (used <= allotted, f"{used} registers: a launch of {self.num_threads} threads gets {allotted}"),
             (self.smem_bytes <= SMEM_BYTES_PER_CTA,
              f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}"),
         )
-        return next((sentence for holds, sentence in rules if not holds), None)
 
     @property
     def name(self) -> str:
         """Short and unique among the rows of heuristics.py: names cache entries, kernels and table rows."""
         flags = "_varlen" * self.is_varlen + "_lse" * self.has_lse
-        return f"fwd_{self.dtype}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
-
-    @property
-    def mask(self) -> str:
-        """full, causal or local: the key of heuristics' table."""
-        return "causal" if self.is_causal else "local" if self.is_local else "full"
+        return f"fwd_{self.dtype_name}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
 
     @property
     def num_consumer_wgs(self) -> int:
         return max(1, self.tile_m // ROWS_PER_WARPGROUP)
 
     @property
+    def num_producer_wgs(self) -> int:
+        """The producer warpgroup, and the one that transposes V if there is one."""
+        return 2 if self.num_transpose_warps == 4 else 1
+
+    @property
+    def first_transpose_warp(self) -> int:
+        return 4 if self.num_transpose_warps == 4 else 3
+
+    @property
     def num_threads(self) -> int:
-        return 128 * (1 + self.num_consumer_wgs)
+        return 128 * (self.num_producer_wgs + self.num_consumer_wgs)
 
     @property
     def registers(self) -> tuple[int, int]:
-        """(producer, consumer) registers per thread after setmaxnreg; multiples of 8, both roles within one SM."""
-        return {1: (56, 256), 2: (40, 232), 3: (32, 160)}[min(self.num_consumer_wgs, 3)]
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """K and V of one token and KV head."""
-        return 2 * self.head_dim * ELEMENT_BYTES[self.dtype]
+        """(producer, consumer) registers per thread after setmaxnreg; multiples of 8, all roles within one SM."""
+        table = {(1, 1): (56, 256), (1, 2): (40, 232), (1, 3): (32, 160),
+                 (2, 1): (56, 256), (2, 2): (32, 224), (2, 3): (24, 144)}
+        return table[self.num_producer_wgs, min(self.num_consumer_wgs, 3)]
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of one CTA: the mbarriers (padded to 1024), the Q/O ring, the K ring, the V ring."""
-        row = self.head_dim * ELEMENT_BYTES.get(self.dtype, 2)
-        return 1024 + row * (self.num_q_stages * self.tile_m + 2 * self.num_kv_stages * self.tile_n)
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
+        """Dynamic shared memory of one CTA: the mbarriers (padded to 1024), the Q/O ring, the K ring, the V ring; FP8:
+        the ring of transposed V."""
+        num_rings = 3 if self.is_fp8 else 2
+        return 1024 + self.num_q_stages * self.q_slot_bytes + num_rings * self.num_kv_stages * self.kv_slot_bytes
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(KernelConfig):
     """Compile-time choices of one decode kernel: few query rows per KV head, as fast as K and V can be read.
 
     The query heads of a KV head are packed into the rows of one 64-row tile, K and V are split over several CTAs, which
     merge what they have. Lengths, the mask's bounds, the splits and whether there is an LSE are run-time values.
 
-    is_local        a window (a causal mask is one); without it every row sees every key
-    num_kv_stages   depth of the K ring and of the V ring
-    ctas_per_sm     how many CTAs can share an SM
+    dtype, out_dtype  as FwdConfig
+    is_local          a window (a causal mask is one); without it every row sees every key
+    num_kv_stages     depth of the K ring and of the V ring
+    ctas_per_sm       how many CTAs can share an SM
     """
     dtype: str
     head_dim: int
@@ -156,11 +241,13 @@ class DecodeConfig:
     tile_n: int
     num_kv_stages: int
     ctas_per_sm: int
+    out_dtype: str | None = None
 
     tile_m = ROWS_PER_WARPGROUP
     num_consumer_wgs = 1
     num_q_stages = 1
     num_threads = 160               # one consumer warpgroup, one load warp
+    num_transpose_warps = 0         # FP8: the consumers transpose V, within its slot
     packs_heads = True
     is_causal = False
     is_varlen = True
@@ -169,45 +256,32 @@ class DecodeConfig:
     uses_setmaxnreg = False
     arguments = DECODE_ARGUMENTS
 
-    def __post_init__(self):
-        problem = self.first_problem()
-        if problem:
-            raise ValueError(f"{self.name}: {problem}")
-
-    def first_problem(self) -> str | None:
-        """The first rule that this config breaks, in words; None if it is legal."""
+    def rules(self) -> tuple[tuple[bool, str], ...]:
+        """As common_rules: what this kernel asks besides."""
         budget = (SMEM_BYTES_PER_SM // max(1, self.ctas_per_sm)) - SMEM_BYTES_RESERVED
-        rules = (
-            (self.dtype in ELEMENT_BYTES, f"dtype={self.dtype!r}: must be one of {', '.join(ELEMENT_BYTES)}"),
-            (self.head_dim in HEAD_DIMS, f"head_dim={self.head_dim}: must be one of {HEAD_DIMS}"),
-            (self.tile_n % 16 == 0 and 16 <= self.tile_n <= 256,
-             f"tile_n={self.tile_n}: must be a multiple of 16 (K of the PV WGMMA) up to 256 (N of the QK WGMMA)"),
+        return (
             (self.smem_bytes <= budget,
              f"{self.smem_bytes} bytes of shared memory: {self.ctas_per_sm} CTAs per SM have {budget} each"),
+            (not self.is_fp8 or self.transposes_in_blocks(4),
+             f"tile_n={self.tile_n}: not divisible among 4 warps that transpose V"),
             (2 * self.kv_ring_bytes >= self.partial_bytes,
              f"K and V rings of {2 * self.kv_ring_bytes} bytes cannot hold partial results of {self.partial_bytes}"),
         )
-        return next((sentence for holds, sentence in rules if not holds), None)
 
     @property
     def name(self) -> str:
         """Short and unique among the rows of heuristics.py: names cache entries, kernels and table rows."""
-        return f"decode_{self.dtype}_d{self.head_dim}_{self.mask}_{self.tile_m}x{self.tile_n}"
+        return f"decode_{self.dtype_name}_d{self.head_dim}_{self.mask}_{self.tile_m}x{self.tile_n}"
 
     @property
-    def mask(self) -> str:
-        """full or local: the key of heuristics' table."""
-        return "local" if self.is_local else "full"
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """K and V of one token and KV head."""
-        return 2 * self.head_dim * ELEMENT_BYTES[self.dtype]
+    def is_serial(self) -> bool:
+        """No overlap of softmax and PV: CTAs overlap one another, and FP8 has fewer registers to spare."""
+        return self.is_fp8
 
     @property
     def kv_ring_bytes(self) -> int:
         """The K ring, and the V ring."""
-        return self.num_kv_stages * self.tile_n * self.head_dim * ELEMENT_BYTES.get(self.dtype, 2)
+        return self.num_kv_stages * self.kv_slot_bytes
 
     @property
     def partial_lines(self) -> int:
@@ -222,8 +296,4 @@ class DecodeConfig:
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of one CTA: mbarriers and LSE (padded to 1024), Q, the K ring, the V ring."""
-        return 1024 + self.tile_m * self.head_dim * ELEMENT_BYTES.get(self.dtype, 2) + 2 * self.kv_ring_bytes
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
+        return 1024 + self.tile_m * self.head_dim * self.element_bytes + 2 * self.kv_ring_bytes

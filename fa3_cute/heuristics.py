@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from .config import ELEMENT_BYTES, DecodeConfig, FwdConfig
+from .config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, DecodeConfig, FwdConfig
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,9 @@ class Row:
     reason: str
     use_pingpong: bool = True
     rescale_before_pv: bool = False
+    num_kv_stages: int = 2
+    num_transpose_warps: int = 0
+    is_serial: bool = False
 
 
 # Reasons: speed relative to FA3 C++ (fa3-fwd 0.0.3) at 4k / 16k tokens; BF16, randn, 16k tokens in all, hidden size
@@ -45,6 +48,22 @@ FORWARD = {
     (2, 192, "local"): Row(128, 96, 1, "290 / 303; 128x80 q2 308 / 293, 128x64 q2 318 / 289, 128x112 324 / 315"),
     (2, 256, "local"): Row(128, 64, 1, "272 / 243; 128x80 281 / 249, 128x48 308 / 283",
                            use_pingpong=False, rescale_before_pv=True),
+    # FP8 relative to FA3's FP8, else the same. "w4": 4 transpose warps, "w1": one; "serial": is_serial. A kernel that
+    # did not transpose V would be 2 to 10 % faster.
+    (1, 64, "full"): Row(192, 128, 2, "0.94 / 0.92; w1 128x192 0.82 / 0.77, w4 128x128 0.79 / 0.72; 192x160 spills",
+                         num_transpose_warps=1),
+    (1, 64, "causal"): Row(192, 128, 2, "0.97 / 0.95; w4 128x128 0.87 / 0.78", num_transpose_warps=1),
+    (1, 96, "full"): Row(192, 128, 2, "0.85 / 0.85; w4 128x128 overlapped 0.82 / 0.83, w1 128x192 0.75 / 0.80; 192x128 "
+                                      "overlapped does not fit", num_transpose_warps=1, is_serial=True),
+    (1, 96, "causal"): Row(128, 128, 2, "0.90 / 0.82; w1 192x128 serial 4 % slower at 4k, 2 % faster at 16k",
+                           num_transpose_warps=4),
+    (1, 128, "full"): Row(128, 128, 2, "0.86 / 0.84; w1 192x128 serial 0 to 2 % slower, w1 128x128 0.70 / 0.67; "
+                                       "128x160 spills", num_transpose_warps=4),
+    (1, 128, "causal"): Row(128, 128, 2, "0.90 / 0.83; w1 192x128 serial 9 % slower at 4k, 3 % at 16k",
+                            num_transpose_warps=4),
+    (1, 64, "local"): Row(128, 128, 2, "what fits; not compared", num_transpose_warps=1),
+    (1, 96, "local"): Row(128, 128, 2, "what fits: w4 spills with is_varlen; not compared", num_transpose_warps=1),
+    (1, 128, "local"): Row(128, 128, 2, "what fits: w4 spills 4 bytes; not compared", num_transpose_warps=1),
 }
 
 
@@ -71,22 +90,31 @@ DECODE = {
                                         "earlier form 1x32k 15.3, 32x6x2 17.0"),
     (2, 192): DecodeRow(64, 4, 1, 0.75, "what fits one CTA per SM"),
     (2, 256): DecodeRow(64, 3, 1, 0.9, "what fits one CTA per SM"),
+    # FP8, the same.
+    (1, 64): DecodeRow(128, 5, 2, 0.8, "4x2k 4.3, 1x32k 8.0, 16x8k 18.0, 64x8k 32:8 169; 64x6x3 4.8, 9.1, 15.3, 216"),
+    (1, 96): DecodeRow(128, 6, 1, 1.0, "what fits; 128x4x2, which spills 8 bytes with a window: 5.1, 9.5, 25.5, 242"),
+    (1, 128): DecodeRow(128, 6, 1, 1.1, "4x2k 5.2, 1x32k 12.6, 16x8k 34.2, 64x8k 32:8 276; 64x10x1 5.5, 15.3, "
+                                        "41.8, 371"),
 }
+
+# (dtype, out_dtype) of every config.
+DTYPES = (("fp16", None), ("bf16", None), *((FP8, out) for out in FP8_OUT_DTYPES))
 
 
 @cache
-def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varlen: bool) -> FwdConfig:
+def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varlen: bool,
+                   out_dtype: str | None = None) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
     row = FORWARD[ELEMENT_BYTES[dtype], head_dim, mask]
     return FwdConfig(dtype, head_dim, mask == "causal", has_lse, row.tile_m, row.tile_n, row.num_q_stages,
-                     use_pingpong=row.use_pingpong, rescale_before_pv=row.rescale_before_pv,
-                     is_local=mask == "local", is_varlen=is_varlen)
+                     row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype,
+                     row.num_transpose_warps, row.is_serial)
 
 
 def all_forward_configs() -> list[FwdConfig]:
     """Every config that some supported call can need."""
-    return [forward_config(dtype, head_dim, mask, has_lse, is_varlen)
-            for dtype, size in ELEMENT_BYTES.items() for bytes_, head_dim, mask in FORWARD if bytes_ == size
+    return [forward_config(dtype, head_dim, mask, has_lse, is_varlen, out_dtype)
+            for dtype, out_dtype in DTYPES for size, head_dim, mask in FORWARD if size == ELEMENT_BYTES[dtype]
             for is_varlen in (False, True) for has_lse in (False, True)]
 
 
@@ -97,16 +125,16 @@ def decode_row(dtype: str, head_dim: int) -> DecodeRow:
 
 
 @cache
-def decode_config(dtype: str, head_dim: int, is_local: bool) -> DecodeConfig:
+def decode_config(dtype: str, head_dim: int, is_local: bool, out_dtype: str | None = None) -> DecodeConfig:
     """The config that serves a decode problem."""
     row = decode_row(dtype, head_dim)
-    return DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm)
+    return DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm, out_dtype)
 
 
 def all_decode_configs() -> list[DecodeConfig]:
     """Every decode config that some supported call can need."""
-    return [decode_config(dtype, head_dim, is_local) for dtype, size in ELEMENT_BYTES.items()
-            for bytes_, head_dim in DECODE if bytes_ == size for is_local in (False, True)]
+    return [decode_config(dtype, head_dim, is_local, out_dtype) for dtype, out_dtype in DTYPES
+            for size, head_dim in DECODE if size == ELEMENT_BYTES[dtype] for is_local in (False, True)]
 
 
 def all_configs() -> list[FwdConfig | DecodeConfig]:

@@ -22,10 +22,11 @@ from .status import Status, error_for
 LEGACY_STREAM, PER_THREAD_STREAM = 1, 2         # as both protocols count; 0 means the legacy one too, and is forbidden
 DL_HOST, DL_CUDA, DL_PINNED, DL_MANAGED = 1, 2, 3, 13
 DL_BFLOAT = 4
-DL_KINDS = {0: "int", 1: "uint", 2: "float", DL_BFLOAT: "bfloat", 5: "complex", 6: "bool", 10: "float8_e4m3fn"}
+DL_KINDS = {0: "int", 1: "uint", 2: "float", DL_BFLOAT: "bfloat", 5: "complex", 6: "bool", 10: "float8_e4m3fn",
+            11: "float8_e4m3fnuz", 12: "float8_e5m2", 13: "float8_e5m2fnuz"}
 CAI_KINDS = {"i": "int", "u": "uint", "f": "float", "c": "complex", "b": "bool", "V": "void"}
 READ_ONLY = 1
-NEWEST_DLPACK = (1, 0)
+NEWEST_DLPACK = (1, 1)                          # the first with names for FP8
 IMMUTABLE = ("jax", "jaxlib")                   # their arrays must not change, and DLPack does not say so everywhere
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -72,8 +73,11 @@ def view(name: str, array, stream: int) -> Tensor:
     try:
         return _from_capsule(array, _capsule_of(array, _public(stream)))
     except Exception as error:      # each library has its own; PyTorch's for a tensor that requires grad is BufferError
+        # Not every library that has FP8 hands it over.
+        hint = ("; view it as uint8 and say dtype='float8_e4m3fn'"
+                if "float8" in str(getattr(array, "dtype", "")) else "")
         raise error_for(Status.INVALID_ARGUMENT,
-                        f"{name} is a {kind_of(array)} that cannot be had through DLPack: {error}") from error
+                        f"{name} is a {kind_of(array)} that cannot be had through DLPack: {error}{hint}") from error
 
 
 def kind_of(array) -> str:

@@ -10,7 +10,14 @@ import struct
 import threading
 from typing import Any
 
-from .arguments import layout_of, read_params, resolve_decode, resolve_forward
+from .arguments import (
+    layout_of,
+    read_descale_strides,
+    read_descales,
+    read_params,
+    resolve_decode,
+    resolve_forward,
+)
 from .compiler import get_kernel, typed_arguments
 from .config import DecodeConfig, FwdConfig
 from .cuda_driver import (
@@ -142,7 +149,8 @@ class Call:
     """
 
     def __init__(self, cfg: Config, kernel: Kernel):
-        self.cfg, self.kernel, self.layout = cfg, kernel, layout_of(type(cfg))
+        self.cfg, self.kernel, self.is_fp8 = cfg, kernel, cfg.is_fp8
+        self.layout = layout_of(type(cfg), cfg.is_fp8)
         self.shape: list | None = None
         self.context, self.stream = 0, NO_STREAM
         self.scratch: Any = None
@@ -150,17 +158,22 @@ class Call:
     def launch(self, params, stream: int, context: int) -> None:
         """Launch with the values of params; `context` is the current one and the stream's."""
         q, k, v, out, lse, *shape = read_params(params)
+        descales = ()
+        if self.is_fp8:
+            descales = map(address, read_descales(params))
+            shape += read_descale_strides(params)
         if shape != self.shape or context != self.context:
             self.set_shape(self.resolve(self.kernel.load(current_device(), stream), shape))
             self.shape, self.context = shape if are_constants(shape) else None, context
         self.stream = NO_STREAM       # until this launch has gone well, there is nothing to repeat
         self.scratch = self.new_scratch(_memory[context], stream, address(params.workspace))
-        self.enqueue((q, k, v, out, lse or 0, *self.scratch.addresses(), stream))
+        self.enqueue((q, k, v, out, lse or 0, *descales, *self.scratch.addresses(), stream))
         self.stream = stream
 
     def repeat(self, shape: list, pointers: tuple, stream) -> bool:
-        """Launch again with other addresses (int, in the order of arguments.TENSORS); False, and nothing done, if in
-        between the shape has changed or another context became current, or the stream is another one."""
+        """Launch again with other addresses (int, in the order of arguments.TENSORS; FP8: and DESCALE_POINTERS); False,
+        and nothing done, if in between the shape has changed or another context became current, or the stream is
+        another one."""
         handle = stream if type(stream) is int else resolve_stream(stream)
         if self.shape is not shape or handle != self.stream or not is_current(self.context):
             return False
@@ -260,7 +273,7 @@ class ObjectCall(Call):
 
     def set_shape(self, values) -> None:
         """Take the values of per_shape for this and the following calls."""
-        self.values = dict(zip(self.layout.per_shape, values, strict=True))
+        self.values = dict.fromkeys(self.layout.absent, 0) | dict(zip(self.layout.per_shape, values, strict=True))
 
     def enqueue(self, values: tuple) -> None:
         """Launch with the values of per_call."""

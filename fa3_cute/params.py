@@ -74,8 +74,8 @@ class FlashAttentionParams:
     seqused_q: int | None = None            # int32 [batch]
     seqused_k: int | None = None
 
-    # FP32; real value = FP8 value * descale; None is 1.0. Strides 0 and 0: one scale for all; else per head, q by query
-    # head [batch, num_heads], k and v by KV head [batch, num_heads_k].
+    # FP8 only. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by sequence,
+    # packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
     q_descale_ptr: int | None = None
     k_descale_ptr: int | None = None
     v_descale_ptr: int | None = None
@@ -107,6 +107,7 @@ class FlashAttentionParams:
     seqlen_knew: int = 0
 
 
+DTYPE_NAMES = ("fp16", "bf16", "fp8_e4m3")      # by DataType, as configs call them
 OFF = frozenset((None, 0))      # what switches a field off
 CONSTANTS = frozenset((int, float, bool, type(None), DataType, AttentionMode))      # types without inner state
 
@@ -176,6 +177,11 @@ def is_true(value) -> bool | None:
         return bool(value) if value in (0, 1) else None
     except Exception:       # an array of several elements has no truth
         return None
+
+
+def fp8_out_dtype(p) -> str:
+    """The element type of out of valid FP8 params, as configs call it."""
+    return DTYPE_NAMES[DataType.BF16 if p.out_dtype is None else p.out_dtype]
 
 
 def is_packed(p) -> bool:

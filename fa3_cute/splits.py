@@ -19,9 +19,9 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from .config import SMEM_BYTES_PER_CTA, UNBOUNDED_WINDOW, DecodeConfig
+from .config import FP8, SMEM_BYTES_PER_CTA, UNBOUNDED_WINDOW, DecodeConfig
 from .heuristics import decode_config, decode_row
-from .params import AttentionMode, address
+from .params import DTYPE_NAMES, AttentionMode, address, fp8_out_dtype
 
 MAX_SPLITS = 256
 NUM_SMS = 132
@@ -77,13 +77,20 @@ def is_windowed(p) -> bool:
     return left or right and p.seqlen_q != 1        # the only query is the last one: it sees all that lies behind it
 
 
+def config_of(p) -> DecodeConfig:
+    """The decode kernel of params that are valid and that it serves."""
+    choices = DTYPE_NAMES[p.dtype], int(p.head_dim), is_windowed(p)
+    if choices[0] == FP8:
+        choices += (fp8_out_dtype(p),)
+    return decode_config(*choices)
+
+
 def plan_of(p) -> "SplitPlan":
     """The plan of params that are valid and that the decode kernel serves."""
-    cfg = decode_config("fp16", int(p.head_dim), is_windowed(p))      # BF16 has the same plans
     reach = sum(int(bound) if 0 <= bound < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
                 for bound in (p.window_size_left, 0 if p.is_causal else p.window_size_right))
     sizes = map(int, (p.batch_size, p.seqlen_q, p.seqlen_k, p.num_heads, p.num_heads_k))
-    return plan(cfg, *sizes, reach + 1, (p.pack_gqa, int(p.num_splits)))
+    return plan(config_of(p), *sizes, reach + 1, (p.pack_gqa, int(p.num_splits)))
 
 
 @lru_cache(maxsize=4096)

@@ -2,33 +2,20 @@
 
 `RULES` is the contract: a row per rule, in the order in which `forward` reports. A rule takes the params and yields a
 sentence for each thing it objects to: field, value, what is accepted. `problems` walks them all; `first_problem`, which
-every launch pays for, first asks `_is_common` whether there is anything to walk for.
+every launch pays for, first asks quick_check.py whether there is anything to walk for.
 
 A value of the wrong type is a problem like any other, not an exception: it gets the status of its field, and
 INVALID_ARGUMENT where the field has none. Integers are whatever has `__index__`, except bool.
 """
-from dataclasses import fields
-from operator import attrgetter
-
-from .config import HEAD_DIMS
-from .params import (OFF, AttentionMode, DataType, FlashAttentionParams, address, integer, is_given, is_off, is_packed,
-                     is_true, member, tensor_sizes)
+from .config import FP8_HEAD_DIMS, HEAD_DIMS
+from .limits import (DIMS, LARGEST_SCALE, MAX_SIZE, MAX_TILES, MAX_WINDOW, SMALLEST_SCALE, SMALLEST_TILE_M, TENSORS,
+                     TMA_ALIGNMENT, TMA_STRIDE_BYTES)
+from .params import (AttentionMode, DataType, address, integer, is_given, is_off, is_packed, is_true, member,
+                     tensor_sizes)
+from .quick_check import is_common
 from .splits import MAX_SPLITS, is_decode, plan_of
 from .status import Problem, Status, shown
 
-TENSORS = ("q", "k", "v", "out")
-DIMS = ("batch", "row", "head")
-FP8_HEAD_DIMS = (64, 96, 128)
-# Lengths are int32 on the device, and rounding one up to a whole tile (at most 256 rows) must not overflow.
-MAX_SIZE = 2**31 - 256
-MAX_TILES = 2**31 - 1
-MAX_WINDOW = 2**31 - 1
-SMALLEST_TILE_M = 64
-# What TMA takes (CUtensorMap): addresses and strides that are multiples of 16 bytes, strides below 2^40 bytes.
-TMA_ALIGNMENT = 16
-TMA_STRIDE_BYTES = 2**40
-# Beyond these a float32 softmax_scale is zero, denormal or infinite.
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 # Alignment in bytes of every pointer field that is read or written.
 ALIGNMENT = {
     **dict.fromkeys((*TENSORS, "workspace"), 16),
@@ -124,10 +111,12 @@ def _sizes(p):
 def _strides(p):
     for tensor in TENSORS:
         yield from _strides_of(p, tensor)
-    for name in (f"{tensor}_descale_{dim}_stride" for tensor in "qkv" for dim in ("batch", "head")):
-        stride = getattr(p, name)
-        if not is_off(stride) and not 0 <= (integer(stride) or -1) <= MAX_SIZE:
-            yield _must(p, name, f"an int from 0 to {MAX_SIZE}, in elements")
+    for tensor, heads in zip("qkv", (p.num_heads, p.num_heads_k, p.num_heads_k), strict=True):
+        for name, size in ((f"{tensor}_descale_batch_stride", p.batch_size), (f"{tensor}_descale_head_stride", heads)):
+            stride = 0 if is_off(getattr(p, name)) else integer(getattr(p, name))
+            # As with the tensors' strides, that of a dimension of size 1 means nothing.
+            if stride is None or integer(size) != 1 and not 0 <= stride <= MAX_SIZE:
+                yield _must(p, name, f"an int from 0 to {MAX_SIZE}, in elements; 0: one descale for all along it")
 
 
 def _strides_of(p, tensor: str):
@@ -258,7 +247,6 @@ def _off(*names: str, instead: str = ""):
 # Valid by the contract, no kernel yet: (field, when the call asks for the feature, the feature, accepted meanwhile).
 # Each row leaves with the kernel that makes it true.
 PENDING = (
-    ("dtype", lambda p: member(DataType, p.dtype) is DataType.FP8_E4M3, "FP8", "DataType.FP16 or BF16"),
     ("num_splits", lambda p: is_packed(p) and _at_least(p.num_splits, 2), "split-KV of packed sequences",
      "0 or 1 with cu_seqlens_q and cu_seqlens_k"),
     ("pack_gqa", lambda p: is_packed(p) and is_true(p.pack_gqa) is True, "packed heads of packed sequences",
@@ -314,7 +302,7 @@ def contract_problems(params) -> list[Problem]:
 def first_problem(params) -> Problem | None:
     """`problems(params)[0]`, None if the call is good; about 2 us for the common good call."""
     try:
-        if _is_common(params):
+        if is_common(params):
             return None
     except Exception:       # a value that cannot be computed with: the rules put it into words
         pass
@@ -323,78 +311,3 @@ def first_problem(params) -> Problem | None:
 
 def _walk(params, rules):
     return (Problem(status, detail) for status, rule in rules for detail in rule(params))
-
-
-_FP16, _BF16 = DataType.FP16, DataType.BF16
-_PREFILL, _DECODE, _VARLEN = AttentionMode
-_STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
-_CONTIGUOUS = (None,) * len(_STRIDES)
-_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "total_q", "total_k")
-_READ_BY_IS_COMMON = (
-    "q", "k", "v", "out", "softmax_lse", "batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "head_dim",
-    "dtype", "out_dtype", "mode", "num_splits", "softmax_scale", "is_causal", "window_size_left", "window_size_right",
-    *_STRIDES, *_LENGTHS)
-_strides_in, _lengths_in = attrgetter(*_STRIDES), attrgetter(*_LENGTHS)
-_rest_of = attrgetter(*(field.name for field in fields(FlashAttentionParams) if field.name not in _READ_BY_IS_COMMON))
-
-
-def _is_common(p) -> bool:
-    """True only if `problems(p)` is empty; False says nothing. It knows FP16 and BF16 calls given in plain ints.
-
-    Every launch pays for this, hence one expression over locals. Its groups: pointers, sizes, choices, strides; and
-    every field that it does not read, a future one too, must be off.
-    """
-    q, k, v, out, lse = p.q, p.k, p.v, p.out, p.softmax_lse
-    if not type(q) is type(k) is type(v) is type(out) is int:
-        q, k, v, out = address(q), address(k), address(v), address(out)
-    bits = q | k | v | out
-    if lse is not None:
-        bits |= address(lse) << 2       # aligned to 4 bytes where the others are to 16
-    batch, rows_q, rows_k, mode = p.batch_size, p.seqlen_q, p.seqlen_k, p.mode
-    batches, suits = batch, rows_q and rows_k and (mode is _PREFILL or mode is _DECODE and rows_q == 1)
-    if not OFF.issuperset(lengths := _lengths_in(p)):
-        *pointers, total_q, total_k = lengths
-        cu_q, cu_k, used_q, used_k = map(address, pointers)
-        bits |= (cu_q | cu_k | used_q | used_k) << 2
-        if cu_q and cu_k:               # packed: one batch of total rows
-            batches, rows_q, rows_k, suits = 1, total_q, total_k, mode is _VARLEN and (total_q or total_k)
-        elif cu_q or cu_k or not OFF.issuperset((total_q, total_k)):
-            return False
-    heads, heads_k, head_dim = p.num_heads, p.num_heads_k, p.head_dim
-    dtype, out_dtype, splits, scale = p.dtype, p.out_dtype, p.num_splits, p.softmax_scale
-    left, right, is_causal, strides = p.window_size_left, p.window_size_right, p.is_causal, _strides_in(p)
-    return (
-        q and k and v and out and not bits & 15 and not bits >> 64
-
-        and type(batch) is type(rows_q) is type(rows_k) is type(heads) is type(heads_k) is type(head_dim) is int
-        and suits and 0 < batch <= MAX_SIZE and 0 <= rows_q <= MAX_SIZE and 0 <= rows_k <= MAX_SIZE
-        and head_dim in HEAD_DIMS and 0 < heads_k <= heads and not heads % heads_k
-        and type(splits) is int and (0 <= splits <= 1 or 1 < splits <= MAX_SPLITS and mode is not _VARLEN)
-        and heads * (batches * rows_q + batch * SMALLEST_TILE_M) * (splits or 1) <= MAX_TILES * SMALLEST_TILE_M
-
-        and (dtype is _FP16 or dtype is _BF16) and (out_dtype is None or out_dtype is dtype)
-        and type(left) is type(right) is int
-        and (is_causal is False and left <= MAX_WINDOW >= right or is_causal is True and left < 0 > right)
-        and (scale is None or type(scale) is float and SMALLEST_SCALE <= scale <= LARGEST_SCALE)
-
-        and (rows_q * heads | rows_k * heads_k) * head_dim < TMA_STRIDE_BYTES // 4
-        and (strides == _CONTIGUOUS or _are_common(strides, batches, rows_q, heads, head_dim))
-
-        and OFF.issuperset(_rest_of(p))
-    )
-
-
-def _are_common(strides, batch: int, rows_q: int, heads: int, head_dim: int) -> bool:
-    """These strides (as _STRIDES names them) suit TMA, and each of out's steps over all that lies within it."""
-    for stride in strides:
-        if stride is not None and (type(stride) is not int or stride & 7 or not 0 <= stride < TMA_STRIDE_BYTES // 2):
-            return False
-    contiguous = (rows_q * heads * head_dim, heads * head_dim, head_dim)
-    moving = sorted((default if stride is None else stride, size) for stride, default, size
-                    in zip(strides[-3:], contiguous, (batch, rows_q, heads), strict=True) if size > 1)
-    reach = head_dim
-    for stride, size in moving:
-        if stride < reach:
-            return False
-        reach = stride * size
-    return True

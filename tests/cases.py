@@ -4,6 +4,9 @@ from itertools import accumulate, product
 
 DTYPES = ("fp16", "bf16")
 HEAD_DIMS = (64, 96, 128, 192, 256)
+FP8 = "fp8_e4m3"
+FP8_HEAD_DIMS = (64, 96, 128)
+FP8_OUT_DTYPES = ("bf16", "fp16")
 
 # Query heads, KV heads. Two KV heads where they fit, so that a wrong KV head shows; MQA has an odd group.
 HEADS = {"mha": (2, 2), "gqa3": (6, 2), "gqa8": (16, 2), "mqa": (5, 1)}
@@ -35,6 +38,7 @@ class Case:
     """One forward problem. `str(case)` is its test id and seeds its random inputs.
 
     Packed sequences: seqlen_q and seqlen_k are the rows of the tensors, batch is the number of sequences.
+    out_dtype is for FP8 only.
     """
     dtype: str
     head_dim: int
@@ -46,6 +50,12 @@ class Case:
     batch: int = 1
     has_lse: bool = True
     window: tuple[int, int] = (-1, -1)
+    out_dtype: str | None = None
+
+    @property
+    def element_out(self) -> str:
+        """The dtype that O really has."""
+        return self.out_dtype or self.dtype
 
     @property
     def mask(self) -> str:
@@ -54,7 +64,7 @@ class Case:
         return "causal" if self.is_causal else "full"
 
     def __str__(self) -> str:
-        return (f"{self.dtype}-d{self.head_dim}-{self.mask}"
+        return (f"{self.dtype}{f'-{self.out_dtype}' if self.out_dtype else ''}-d{self.head_dim}-{self.mask}"
                 f"-{self.num_heads}over{self.num_heads_k}heads-{self.seqlen_q}x{self.seqlen_k}"
                 f"{f'-batch{self.batch}' if self.batch > 1 else ''}{'-lse' if self.has_lse else ''}")
 
@@ -120,3 +130,42 @@ DECODE = [Case(dtype, head_dim, False, 6, 2, 1, 385, batch=2) for dtype, head_di
 SPLITS = (0, 1, 2, 3, 7, 128)
 # The other kinds: one cluster of every size, several of every size, more than a merge reads at once (16), the most.
 MORE_SPLITS = (4, 5, 6, 8, 10, 11, 15, 16, 17, 24, 27, 34, 64, 251, 255, 256)
+
+
+# ---- FP8 -----------------------------------------------------------------------------------------------------------
+
+def _fp8_grid() -> list[Case]:
+    """Every head_dim, mask and length. Each head_dim and mask meets every combination of head ratio, out_dtype and LSE
+    in some length, each length some of them: to cross all four would make 16 times as many cases."""
+    choices = list(product(HEADS.values(), FP8_OUT_DTYPES, (False, True)))
+    cases = []
+    for i, (head_dim, is_causal) in enumerate(product(FP8_HEAD_DIMS, (False, True))):
+        for j, (seqlen_q, seqlen_k) in enumerate(LENGTHS + LONG_LENGTHS):
+            (heads, heads_k), out_dtype, has_lse = choices[(j + 5 * i) % len(choices)]
+            cases.append(Case(FP8, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k, out_dtype=out_dtype,
+                              batch=1 if (seqlen_q, seqlen_k) in LONG_LENGTHS else 2, has_lse=has_lse))
+        cases += [Case(FP8, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k, out_dtype=FP8_OUT_DTYPES[i % 2])
+                  for k, (seqlen_q, seqlen_k, heads, heads_k) in enumerate(LONGEST) if (i + k) % 2]
+    return cases
+
+
+FP8_GRID = _fp8_grid()
+
+# As FAMILIES.
+FP8_FAMILIES = [Case(FP8, head_dim, is_causal, 6, 2, 300, 420, batch=2, out_dtype=out_dtype)
+                for head_dim, is_causal, out_dtype in product(FP8_HEAD_DIMS, (False, True), FP8_OUT_DTYPES)]
+# One per head_dim and mask, with each out_dtype in turn: where O's element type does not matter.
+FP8_SOME = [FP8_FAMILIES[index] for index in (0, 3, 5, 6, 8, 11)]
+# One per head_dim, of both masks and out_dtypes: where the mask does not matter either.
+FP8_FEW = [FP8_FAMILIES[index] for index in (0, 6, 11)]
+
+FP8_MANY_TILES = [Case(FP8, head_dim, is_causal, 16, 4, seqlen_q, seqlen_k, batch=6, out_dtype=out_dtype)
+                  for (head_dim, is_causal), (out_dtype, (seqlen_q, seqlen_k)) in zip(
+                      product(FP8_HEAD_DIMS, (False, True)),
+                      3 * (("bf16", (1300, 700)), ("fp16", (900, 1100))), strict=True)]
+
+# As DECODE; then one per head_dim.
+FP8_DECODE = [Case(FP8, head_dim, False, 6, 2, 1, 385, batch=2, out_dtype=out_dtype)
+              for head_dim, out_dtype in product(FP8_HEAD_DIMS, FP8_OUT_DTYPES)]
+FP8_DECODE_SOME = FP8_DECODE[1::3] + FP8_DECODE[2:3]
+FP8_SPLITS = (0, 1, 2, 3, 7)

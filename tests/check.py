@@ -7,20 +7,24 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
+from cases import FP8
+from tolerance import Rule, assert_errors, assert_lse, errors, score_errors
 
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward
 from fa3_cute import device as cuda
 from fa3_cute.reference import as_float, attention_reference, low_precision_twin, to_bits, used_rows
 
-# All ones: a NaN in FP16, BF16 and FP32, and no value that a kernel computes (its NaN is 0x7FFF, 0x7FFFFFFF).
+# All ones: a NaN in every format, and no value that a kernel computes (its NaN is 0x7FFF, 0x7FFFFFFF).
 POISON = 0xFF
 GUARD_BYTES = 64 << 10
-STORAGE = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), "fp32": np.dtype(np.float32),
-           "int32": np.dtype(np.int32)}
-DATA_TYPES = {"fp16": DataType.FP16, "bf16": DataType.BF16}
+STORAGE = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), FP8: np.dtype(np.uint8),
+           "fp32": np.dtype(np.float32), "int32": np.dtype(np.int32)}
+DATA_TYPES = {"fp16": DataType.FP16, "bf16": DataType.BF16, FP8: DataType.FP8_E4M3}
 
-MAX_FACTOR, MAX_SLACK = 2.0, 1e-5
-MEAN_FACTOR, MEAN_SLACK = 1.5, 1e-6
+RULE_16_BIT = Rule(max_factor=2.0, mean_factor=1.5)
+# The twin rounds P relative to the row's maximum, a kernel relative to the maximum so far or of its split: elsewhere.
+# And the sums of products, of which WGMMA keeps about 14 bits if these are FP8, the twin keeps in FP32.
+RULE_FP8 = Rule(max_factor=4.0, mean_factor=3.0)
 LSE_TOLERANCE = 1e-4
 # A sequence of as many elements of out is judged by itself; fewer are too few for the rule's statistics.
 JUDGED_ALONE = 1024
@@ -104,8 +108,8 @@ def contiguous(name: str, shape, dtype: str) -> Tensor:
 
 
 def padded(name: str, shape, dtype: str) -> Tensor:
-    """Gaps (poisoned) after every batch, row, head and vector; the base aligned to 16 bytes and no more."""
-    gaps = (1, 3, 2, 8)[-len(shape):]
+    """Gaps (poisoned) after every batch, row, head and vector; the base and rows aligned to 16 bytes and no more."""
+    gaps = (1, 3, 2, 16 // STORAGE[dtype].itemsize)[-len(shape):]
     image = Image([n + gap for n, gap in zip(shape, gaps, strict=True)], dtype, guard=GUARD_BYTES + 16)
     return image.tensor(image.whole[tuple(slice(n) for n in shape)])
 
@@ -126,6 +130,8 @@ class Problem:
     q, k, v, out   [batch, rows, heads, head_dim], packed [rows, heads, head_dim]
     lse            [batch, heads, rows], packed [heads, rows]; None if the case wants none
     lengths        those of cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k that the call is given, by name
+    descales       those of q_descale, k_descale, v_descale, by name: FP32 [batch, heads] of any strides
+    exact_scores   FP8's scores need so few bits that the LSE is judged as that of 16-bit inputs
     """
     case: object
     q: Tensor
@@ -135,6 +141,8 @@ class Problem:
     lse: Tensor | None
     softmax_scale: float | None = None
     lengths: dict[str, Tensor] = field(default_factory=dict)
+    descales: dict[str, Tensor] = field(default_factory=dict)
+    exact_scores: bool = False
 
     @property
     def inputs(self) -> tuple[np.ndarray, ...]:
@@ -144,7 +152,12 @@ class Problem:
     def options(self) -> dict:
         """The reference's options."""
         return {"causal": self.case.is_causal, "window_size": self.case.window, "softmax_scale": self.softmax_scale,
-                **{name: tensor.array for name, tensor in self.lengths.items()}}
+                **{name: tensor.array for name, tensor in (self.lengths | self.descales).items()}}
+
+    def options_of(self, heads: slice, kv_heads: slice) -> dict:
+        """The reference's options for some of the heads."""
+        columns = {name: heads if name[0] == "q" else kv_heads for name in self.descales}
+        return self.options | {name: self.descales[name].array[:, part] for name, part in columns.items()}
 
     def sequences(self, side: str) -> list[tuple]:
         """Per sequence, the index of its used rows in the tensors of a side, "q" or "k"."""
@@ -160,8 +173,8 @@ class Problem:
         return mask
 
     def upload(self) -> None:
-        """Bring the inputs and the lengths to the device and poison the outputs."""
-        inputs = (self.q, self.k, self.v, *self.lengths.values())
+        """Bring the inputs, lengths and descales to the device and poison the outputs."""
+        inputs = (self.q, self.k, self.v, *self.lengths.values(), *self.descales.values())
         for image in {id(tensor.image): tensor.image for tensor in inputs}.values():
             image.upload()
         self.poison_outputs()
@@ -173,23 +186,28 @@ class Problem:
                 tensor.poison(stream)
 
 
-def make_problem(case, place=contiguous, softmax_scale=None, lengths=None) -> Problem:
+def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, descale=None) -> Problem:
     """A problem of randn inputs, seeded by the case's name, uploaded. `place(name, shape, dtype)` lays a tensor out.
 
     lengths   the problem's `lengths` as integers; with cu_seqlens, case.seqlen_q and seqlen_k are the packed rows and
               case.batch the sequences. Rows that no sequence uses are poisoned.
+    descale   `descale(name, shape)` gives the tensor of q_descale, k_descale or v_descale, or None for ones
     """
     lengths = lengths or {}
     outer = () if "cu_seqlens_q" in lengths else (case.batch,)
     q_shape = (*outer, case.seqlen_q, case.num_heads, case.head_dim)
     k_shape = (*outer, case.seqlen_k, case.num_heads_k, case.head_dim)
-    q, k, v, out = (place(name, shape, case.dtype) for name, shape in
-                    (("q", q_shape), ("k", k_shape), ("v", k_shape), ("out", q_shape)))
+    q, k, v, out = (place(name, shape, dtype) for name, shape, dtype in (
+        ("q", q_shape, case.dtype), ("k", k_shape, case.dtype), ("v", k_shape, case.dtype),
+        ("out", q_shape, case.element_out)))
     lse = contiguous("lse", (*outer, case.num_heads, case.seqlen_q), "fp32") if case.has_lse else None
     on_device = {name: contiguous(name, (len(values),), "int32") for name, values in lengths.items()}
     for name, tensor in on_device.items():
         tensor.array[...] = lengths[name]
-    problem = Problem(case, q, k, v, out, lse, softmax_scale, on_device)
+    descales = {f"{name}_descale": descale(name, (case.batch, heads)) for name, heads in
+                (("q", case.num_heads), ("k", case.num_heads_k), ("v", case.num_heads_k)) if descale}
+    problem = Problem(case, q, k, v, out, lse, softmax_scale, on_device,
+                      {name: tensor for name, tensor in descales.items() if tensor})
     rngs = np.random.default_rng(zlib.crc32(str(case).encode())).spawn(3)
     list(POOL.map(lambda array, rng, side: fill(array, case.dtype, rng, problem.is_used(side)),
                   problem.inputs, rngs, "qkk"))
@@ -209,10 +227,10 @@ def poison_of(dtype: np.dtype):
     return np.frombuffer(bytes([POISON]) * dtype.itemsize, dtype)[0]
 
 
-def packed_problem(family, layout, place=contiguous, used=None, **changes) -> Problem:
+def packed_problem(family, layout, place=contiguous, used=None, descale=None, **changes) -> Problem:
     """The sequences of a Layout as a problem of a family of cases; `used`: seqused_q, seqused_k as integers."""
     case = replace(family, batch=len(layout.q), seqlen_q=layout.total_q, seqlen_k=layout.total_k, **changes)
-    return make_problem(case, place, lengths={**layout.cu_seqlens, **(used or {})})
+    return make_problem(case, place, lengths={**layout.cu_seqlens, **(used or {})}, descale=descale)
 
 
 def params_of(problem: Problem, **overrides) -> FlashAttentionParams:
@@ -223,14 +241,18 @@ def params_of(problem: Problem, **overrides) -> FlashAttentionParams:
     dims = ("row", "head") if is_packed else ("batch", "row", "head")
     strides = {f"{name}_{dim}_stride": stride for name, tensor in tensors.items() if not tensor.array.flags.c_contiguous
                for dim, stride in zip(dims, tensor.strides, strict=False)}
+    for name, tensor in problem.descales.items():
+        strides |= dict(zip((f"{name}_batch_stride", f"{name}_head_stride"), tensor.strides, strict=True))
     sizes = ({"mode": AttentionMode.VARLEN_PREFILL, "total_q": case.seqlen_q, "total_k": case.seqlen_k} if is_packed
              else {"seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k})
     fields = {
         **{name: tensor.address for name, tensor in (tensors | problem.lengths).items()},
+        **{f"{name}_ptr": tensor.address for name, tensor in problem.descales.items()},
         "softmax_lse": problem.lse and problem.lse.address,
         "batch_size": case.batch, **sizes,
         "num_heads": case.num_heads, "num_heads_k": case.num_heads_k, "head_dim": case.head_dim,
-        "dtype": DATA_TYPES[case.dtype], "is_causal": case.is_causal, "softmax_scale": problem.softmax_scale,
+        "dtype": DATA_TYPES[case.dtype], "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype],
+        "is_causal": case.is_causal, "softmax_scale": problem.softmax_scale,
         **dict(zip(("window_size_left", "window_size_right"), case.window, strict=True)),
         **strides,
     }
@@ -252,6 +274,7 @@ def check(problem: Problem, out: np.ndarray, lse: np.ndarray | None, lse_rtol: f
     """Judge a result by the tolerance rule against the reference and the twin of the problem's inputs.
 
     Given lengths, each sequence is judged by itself (the short ones together), and rows of none must still be poison.
+    Of FP8 each head of each sequence, in units of its v_descale.
     """
     check_all(problem, {"": (out, lse)}, lse_rtol)
 
@@ -265,25 +288,32 @@ def check_all(problem: Problem, by_name: dict[str, tuple], lse_rtol: float = 0.0
     kv_heads = [slice(heads.start // group, heads.start // group + 1) for heads in groups]
     inputs = [(q[..., heads, :], k[..., kv_head, :], v[..., kv_head, :])
               for heads, kv_head in zip(groups, kv_heads, strict=True)]
-    twins = [POOL.submit(low_precision_twin, *arrays, case.dtype, **problem.options) for arrays in inputs]
+    options = [problem.options_of(*pair) for pair in zip(groups, kv_heads, strict=True)]
+    rounding = {"out_dtype": case.out_dtype} if case.out_dtype else {}
+    twins = [POOL.submit(low_precision_twin, *arrays, case.dtype, **own, **rounding)
+             for arrays, own in zip(inputs, options, strict=True)]
+    unit = unit_of_out(problem)
 
     def judge(index: int):
-        ref, ref_lse = attention_reference(*inputs[index], **problem.options)
+        ref, ref_lse = attention_reference(*inputs[index], **options[index])
         twin, _ = twins[index].result()
-        return [errors(as_float(out[..., groups[index], :], np.float64), ref, twin)
+        return [errors(as_float(out[..., groups[index], :], np.float64), ref, twin, unit[..., groups[index], :])
                 for out, _ in by_name.values()], ref_lse
 
     judged, ref_lse = zip(*POOL.map(judge, range(len(groups))), strict=True)
     ref_lse = np.concatenate(ref_lse, axis=-2)
+    rule, lse_tolerance = RULE_16_BIT, LSE_TOLERANCE
+    if case.dtype == FP8:
+        rule, lse_tolerance = RULE_FP8, LSE_TOLERANCE + (0.0 if problem.exact_scores else score_errors(problem))
     for (name, (out, lse)), per_group in zip(by_name.items(), zip(*judged, strict=True), strict=True):
         error, twin_error = (np.concatenate(parts, axis=-2) for parts in zip(*per_group, strict=True))
         with noted(name):
             if problem.lengths:
                 assert_poison_outside(problem, out, lse)
             for part, rows in judged_parts(problem):
-                assert_errors(error[rows], twin_error[rows], part)
+                assert_errors(rule, error[rows], twin_error[rows], part)
             if lse is not None:
-                assert_lse(lse, ref_lse, lse_rtol)
+                assert_lse(lse, ref_lse, lse_tolerance, lse_rtol)
 
 
 @contextmanager
@@ -298,17 +328,32 @@ def noted(note: str):
 
 
 def judged_parts(problem: Problem):
-    """(name, index of its query rows) of what is judged by itself: all of a dense problem, or long sequences."""
-    if not problem.lengths:
+    """(name, index of it in out) of what is judged by itself: all of a dense problem, or long sequences; of FP8 their
+    heads, since a descale may make one much smaller than another."""
+    case, is_fp8 = problem.case, problem.case.dtype == FP8
+    if not problem.lengths and not is_fp8:
         yield "", ...
         return
+    heads = range(case.num_heads) if is_fp8 else [slice(None)]
     short_ones = np.zeros(problem.q.array.shape[:-2], bool)
     for b, rows in enumerate(problem.sequences("q")):
-        if (rows[-1].stop - rows[-1].start) * problem.case.num_heads * problem.case.head_dim < JUDGED_ALONE:
+        if (rows[-1].stop - rows[-1].start) * (case.num_heads // len(heads)) * case.head_dim < JUDGED_ALONE:
             short_ones[rows] = True
         else:
-            yield f" of sequence {b}", rows
+            yield from ((f" of sequence {b}" + f", head {head}" * is_fp8, (*rows, head)) for head in heads)
     yield " of the short sequences", short_ones
+
+
+def unit_of_out(problem: Problem) -> np.ndarray:
+    """[batch, rows, heads, 1], packed [rows, heads, 1]: in what errors of out are measured, v_descale if given."""
+    unit = np.ones((*problem.q.array.shape[:-1], 1), np.float32)
+    if "v_descale" in problem.descales:
+        per_kv_head = problem.descales["v_descale"].array
+        per_kv_head = np.where(per_kv_head == 0, 1, np.abs(per_kv_head))
+        per_head = np.repeat(per_kv_head, problem.case.num_heads // problem.case.num_heads_k, axis=1)
+        for rows, units in zip(problem.sequences("q"), per_head, strict=True):
+            unit[rows] = units[:, None]
+    return unit
 
 
 def assert_poison_outside(problem: Problem, out: np.ndarray, lse: np.ndarray | None) -> None:
@@ -341,59 +386,6 @@ def assert_same_bits(got, expected) -> None:
         assert np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
 
 
-# ---- the tolerance rule --------------------------------------------------------------------------------------------
-
-def errors(out: np.ndarray, ref: np.ndarray, twin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """|out - ref| and |twin - ref| as float32.
-
-    NaN where ref is, as it should be; +inf where only out is NaN (or is infinite), -inf where only ref is.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):
-        error, twin_error = (np.abs(x - ref).astype(np.float32) for x in (out, twin))
-    is_nan, should_be = np.isnan(out), np.isnan(ref)
-    error[is_nan & ~should_be] = np.inf
-    error[should_be & ~is_nan] = -np.inf
-    return error, twin_error
-
-
-def assert_out(out: np.ndarray, ref: np.ndarray, twin: np.ndarray) -> None:
-    """max|out-ref| <= 2 max|twin-ref| + 1e-5, mean|out-ref| <= 1.5 mean|twin-ref| + 1e-6; NaN exactly where ref is."""
-    assert_errors(*errors(out, ref, twin))
-
-
-def assert_errors(error: np.ndarray, twin_error: np.ndarray, part: str = "") -> None:
-    """`assert_out` for what `errors` returned; `part` names a part of the output in the message."""
-    known = ~np.isnan(error)
-    if not known.any():
-        return
-    wrong_kind = np.argwhere(np.isinf(error))
-    assert not len(wrong_kind), (
-        f"out{part}: {np.count_nonzero(error == np.inf)} elements are NaN or infinite and should not be, "
-        f"{np.count_nonzero(error == -np.inf)} should be NaN and are not, first {wrong_kind[:4].tolist()}")
-    twin_max, twin_mean = twin_error[known].max(), twin_error[known].mean(dtype=np.float64)
-    limit, mean_limit = MAX_FACTOR * twin_max + MAX_SLACK, MEAN_FACTOR * twin_mean + MEAN_SLACK
-    worst = np.unravel_index(np.nanargmax(error), error.shape)
-    mean = error[known].mean(dtype=np.float64)
-    assert error[worst] <= limit and mean <= mean_limit, (
-        f"out{part}: max error {error[worst]:.3e} (limit {limit:.3e}, twin {twin_max:.3e}), mean error {mean:.3e} "
-        f"(limit {mean_limit:.3e}, twin {twin_mean:.3e}); worst at {tuple(int(i) for i in worst)}; "
-        f"rows [.., row, head] beyond the limit: {np.unique(np.argwhere(error > limit)[:, :-1], axis=0)[:4].tolist()}")
-
-
-def assert_lse(lse: np.ndarray, ref: np.ndarray, rtol: float = 0.0) -> None:
-    """|lse-ref| <= 1e-4 + rtol |ref|; NaN exactly where ref is NaN, -inf exactly where ref is -inf."""
-    _assert_same_places("LSE NaN", np.isnan(lse), np.isnan(ref))
-    _assert_same_places("LSE -inf", lse == -np.inf, ref == -np.inf)
-    with np.errstate(invalid="ignore"):
-        excess = np.where(np.isfinite(ref), np.abs(lse - ref) - rtol * np.abs(ref), 0)
-    worst = np.unravel_index(np.argmax(excess), excess.shape)
-    assert excess[worst] <= LSE_TOLERANCE, (
-        f"LSE at {tuple(int(i) for i in worst)} [batch, head, row]: {lse[worst]:.7g}, expected {ref[worst]:.7g}; "
-        f"{np.count_nonzero(excess > LSE_TOLERANCE)} of {excess.size} beyond {LSE_TOLERANCE}")
-
-
-def _assert_same_places(what: str, got: np.ndarray, expected: np.ndarray) -> None:
-    differ = np.argwhere(got != expected)
-    assert not len(differ), (
-        f"{what}: {np.count_nonzero(got)} places, expected {np.count_nonzero(expected)}; "
-        f"{len(differ)} differ, first {differ[:4].tolist()}")
+def assert_out(out: np.ndarray, ref: np.ndarray, twin: np.ndarray, rule: Rule = RULE_16_BIT) -> None:
+    """The tolerance rule for an output that has no Problem."""
+    assert_errors(rule, *errors(out, ref, twin))

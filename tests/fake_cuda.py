@@ -30,6 +30,13 @@ PACKED = {"cu_seqlens_q": 0x7F0011223344, "cu_seqlens_k": 0x7F0055667788, "sequs
           "seqused_k": 0x7F00DDEEFF10, "total_q": 3210, "total_k": 2345, "batch_size": 77, "seqlen_q": None,
           "seqlen_k": "ignored"}
 DECODE_CFG = decode_config("bf16", 128, False)
+FP8_CFG = forward_config("fp8_e4m3", 128, "causal", True, False, "bf16")
+FP8_DECODE_CFG = decode_config("fp8_e4m3", 128, False, "bf16")
+FP8 = {"dtype": DataType.FP8_E4M3}
+DESCALES = {"q_descale_ptr": 0x7F2200000010, "k_descale_ptr": 0x7F3300000014, "v_descale_ptr": 0x7F4400000018}
+DESCALE_STRIDES = {"q_descale_batch_stride": 0x11111, "q_descale_head_stride": 0x22222,
+                   "k_descale_batch_stride": 0x33333, "k_descale_head_stride": 0x44444,
+                   "v_descale_batch_stride": 0x55555, "v_descale_head_stride": 0x66666}
 ONE_TOKEN = {"batch_size": 2, "seqlen_q": 1, "seqlen_k": 8192, "num_heads": 16, "num_heads_k": 2, "head_dim": 128,
              "dtype": DataType.BF16, "mode": AttentionMode.DECODE}
 
@@ -60,6 +67,11 @@ def numbers(name):
 def params(**changes):
     """A good call's attributes, some of them changed."""
     return SimpleNamespace(**POINTERS | SIZES | STRIDES | WINDOW | LENGTHS | CHOICES | changes)
+
+
+def prefill_params(**changes):
+    """A good causal call's fields, some of them changed."""
+    return FlashAttentionParams(**POINTERS | SIZES | {"is_causal": True, "dtype": DataType.BF16} | changes)
 
 
 def decode_params(**changes):

@@ -11,17 +11,18 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_NESTING = 400, 80, 8, 3
 
 # From the ground up: a module may import only from lower tiers. A package's name stands for its modules not named here.
 TIERS = (
-    ("status", "config", "params", "device", "disk_cache", "cubin", "cuda_driver"),
+    ("status", "config", "params", "limits", "device", "disk_cache", "cubin", "cuda_driver"),
     ("heuristics", "reference", "workspace"),
-    ("splits",),
+    ("splits", "quantize"),
+    ("quick_check",),
     ("validate", "arguments"),
     # Words of the device code, then the maths, then the roles, then the kernels.
     ("kernels", "kernels.arithmetic", "kernels.ptx", "kernels.layout", "kernels.barriers", "kernels.cluster",
      "kernels.tma"),
-    ("kernels.sequences", "kernels.tiles", "kernels.block_range", "kernels.scheduler"),
-    ("kernels.split",),
+    ("kernels.sequences", "kernels.tiles", "kernels.block_range", "kernels.scheduler", "kernels.transpose"),
+    ("kernels.split", "kernels.fp8"),
     ("kernels.params",),
-    ("kernels.wgmma", "kernels.mask", "kernels.score_mod", "kernels.softmax", "kernels.fp8"),
+    ("kernels.wgmma", "kernels.mask", "kernels.score_mod", "kernels.softmax"),
     ("kernels.load", "kernels.schedule"),
     ("kernels.load_fp8", "kernels.epilogue", "kernels.merge"),
     ("kernels.mainloop",),

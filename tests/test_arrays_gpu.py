@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from check import RULE_16_BIT, RULE_FP8
+from descales import spread
+from tolerance import FP8_SCORE_ERROR
 
 from fa3_cute import FlashAttentionError, attention
 from fa3_cute import device as cuda
@@ -34,6 +37,8 @@ def torch_library():
     def put(array):
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
+        if array.dtype == ml_dtypes.float8_e4m3fn:
+            return torch.from_numpy(array.view(np.uint8)).cuda().view(torch.float8_e4m3fn)
         return torch.from_numpy(array).cuda()
 
     return SimpleNamespace(put=put, take=torch.from_dlpack, get=lambda tensor: tensor.float().cpu().numpy())
@@ -56,17 +61,22 @@ def inputs(rows_q, rows_k, dtype=np.float16, seed=0):
     return [rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes]
 
 
+DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8_e4m3"}
+
+
 def check(qkv, out, lse=None, options=None):
-    """Against float64, within twice the error that the element type explains."""
+    """Against float64, within what the tolerance rule allows the largest error."""
     options = options or {}
-    dtype = "bf16" if qkv[0].dtype == ml_dtypes.bfloat16 else "fp16"
+    dtype = DTYPES[qkv[0].dtype.name]
+    is_fp8 = dtype == "fp8_e4m3"
     exact, exact_lse = attention_reference(*qkv, **options)
     rounded, _ = low_precision_twin(*qkv, dtype, **options)
-    allowed = 2 * np.abs(rounded - exact).max() + 1e-5
+    rule = RULE_FP8 if is_fp8 else RULE_16_BIT
+    allowed = rule.max_factor * np.abs(rounded - exact).max() + rule.max_slack
     error = np.abs(np.asarray(out, np.float64) - exact).max()
     assert error <= allowed, f"largest error {error:.2e}, allowed {allowed:.2e}"
-    if lse is not None:
-        np.testing.assert_allclose(lse, exact_lse, rtol=0, atol=1e-4)
+    if lse is not None:     # of FP8, |q| |k| is at most 20 in these scores
+        np.testing.assert_allclose(lse, exact_lse, rtol=0, atol=1e-4 + is_fp8 * 20 * FP8_SCORE_ERROR)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -182,6 +192,85 @@ def test_array_interface_in_and_out(device):
     q, k, v = (SimpleNamespace(__cuda_array_interface__=x.__cuda_array_interface__) for x in arrays)
     out = attention(q, k, v, causal=True)
     check(qkv, cupy.asnumpy(cupy.asarray(out)), options={"causal": True})
+
+
+# ---- FP8 -----------------------------------------------------------------------------------------------------------
+
+def fp8_inputs(rows_q, rows_k):
+    """Real values are 1/32, 1/16 and twice what is stored: by head and sequence they may differ, by descales."""
+    return [(x * factor).astype(ml_dtypes.float8_e4m3fn)
+            for x, factor in zip(inputs(rows_q, rows_k, np.float32), (32, 16, 0.5), strict=True)]
+
+
+def fp8_descales(shapes=((), (), ())) -> dict:
+    """FP32 arrays for `fp8_inputs` of these shapes for q, k and v; their values lie within a factor of 4."""
+    return {f"{name}_descale": np.asarray(one * spread("q", shape), np.float32)
+            for name, one, shape in zip("qkv", (1 / 32, 1 / 16, 2), shapes, strict=True)}
+
+
+def bytes_of(library, qkv):
+    return [library.put(x.view(np.uint8)) for x in qkv]
+
+
+def attention_of_bytes(name, library, qkv, options):
+    """(out, LSE) of FP8 inputs given as bytes, options as arrays of the library. CuPy has no BF16: FP16 there."""
+    arrays = {key: library.put(value) if isinstance(value, np.ndarray) else value for key, value in options.items()}
+    out = {"out": library.put(np.full(qkv[0].shape, np.nan, np.float16))} if name == "cupy" else {}
+    result, lse = attention(*bytes_of(library, qkv), dtype="float8_e4m3fn", return_lse=True, **arrays, **out)
+    return library.get(result if out else library.take(result)), library.get(library.take(lse))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_fp8_as_bytes(name, case, device):
+    library = LIBRARIES[name]()
+    rows_q, rows_k, options = CASES[case]
+    qkv, options = fp8_inputs(rows_q, rows_k), options | fp8_descales()
+    check(qkv, *attention_of_bytes(name, library, qkv, options), options)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_fp8_as_itself(name, device):
+    """Where the library exports it: DLPack has names for FP8 since 1.1. Elsewhere the refusal says what to do."""
+    library = LIBRARIES[name]()
+    qkv, descales = fp8_inputs((2, 200), (2, 300)), fp8_descales()
+    arrays = {key: library.put(value) for key, value in descales.items()}
+    try:
+        out = library.take(attention(*map(library.put, qkv), causal=True, **arrays))
+    except FlashAttentionError as error:
+        if "cannot be had through DLPack" not in str(error):
+            raise
+        assert "view it as uint8 and say dtype='float8_e4m3fn'" in str(error)
+        pytest.skip(f"this {name} does not export FP8")
+    assert "bfloat16" in str(out.dtype)
+    check(qkv, library.get(out), options={"causal": True, **descales})
+
+
+# Of q, k and v.
+DESCALE_SHAPES = {"one": ((), (), ()), "per head": ((HEADS,), (HEADS_K,), (HEADS_K,)),
+                  "per batch": ((2, 1),) * 3, "per batch and head": ((2, HEADS), (2, HEADS_K), (2, HEADS_K)),
+                  "each its own": ((2, HEADS), (2, 1), (HEADS_K,))}
+
+
+@pytest.mark.parametrize("shapes", DESCALE_SHAPES.values(), ids=DESCALE_SHAPES.keys())
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_fp8_descales(name, shapes, device):
+    library = LIBRARIES[name]()
+    qkv, options = fp8_inputs((2, 200), (2, 300)), fp8_descales(shapes) | {"causal": True}
+    check(qkv, *attention_of_bytes(name, library, qkv, options), options)
+
+
+@pytest.mark.parametrize("name", ["cupy", "torch"])
+def test_fp8_descales_of_packed_sequences_by_view(name, device):
+    """Per sequence and head, as a transposed view; out of FP16, in place."""
+    library = LIBRARIES[name]()
+    rows_q, rows_k, options = CASES["packed"]
+    qkv, descales = fp8_inputs(rows_q, rows_k), fp8_descales(((3, HEADS), (3, HEADS_K), (3, HEADS_K)))
+    views = {key: library.put(np.ascontiguousarray(value.T)).T for key, value in descales.items()}
+    arrays = {key: library.put(value) if isinstance(value, np.ndarray) else value for key, value in options.items()}
+    out = library.put(np.full(qkv[0].shape, np.nan, np.float16))
+    attention(*bytes_of(library, qkv), dtype="float8_e4m3fn", out=out, **arrays, **views)
+    check(qkv, library.get(out), options=options | descales)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)

@@ -167,7 +167,7 @@ def test_host_time_is_that_of_the_case_itself(fake_gpu, monkeypatch):
     monkeypatch.setattr(fake_gpu, "forward", lambda params, stream: seen.append(params.seqlen_k))
     case = Case("bf16", 64, False, 1, 1000, 1, 4, 2, l2="warm")
     run = bench.Bench.__new__(bench.Bench)
-    run.handle, run.tensors = 1, case_module.Tensors([case], fake_gpu.stream)
+    run.handle, run.tensors = 1, {shown.OURS: case_module.Tensors([case], fake_gpu.stream)}
     run.stopwatch = SimpleNamespace(host_microseconds=lambda launch: launch())
     run.host_microseconds(case)
     run.host_microseconds(replace(case, l2="", seqlen_q=1000))
@@ -285,6 +285,6 @@ def test_bench_runs_on_a_gpu(tmp_path, monkeypatch, capsys):
     assert (warm["case"]["kv_sets"], cold["case"]["kv_sets"]) == (1, 5)
     for row in (warm, cold):
         ours = row["results"][bench.OURS]
-        assert row["errors"][bench.OURS] < bench.WRONG and row["host_us"] > 0 and ours["replayed"]
+        assert row["errors"][bench.OURS] < bench.limit("bf16", bench.OURS) and row["host_us"] > 0 and ours["replayed"]
         assert ours["gbs"] > 0 and ours["of_copy"] > 0 and 100 < ours["copy_gbs"] < 5000
     assert "of the bandwidth of a copy" in capsys.readouterr().out

@@ -22,7 +22,8 @@ def test_help_names_every_command(capsys):
 
 
 @pytest.mark.parametrize("argv", [[], ["no-such-command"], ["compile", "--head-dim", "80"], ["bench", "--peers", "fa9"],
-                                  ["bench", "--causal", "--full"], ["compile", "--local", "--full"], ["report"]])
+                                  ["bench", "--causal", "--full"], ["compile", "--local", "--full"], ["report"],
+                                  ["compile", "--out-dtype", "fp8_e4m3"], ["inspect", "--dtype", "fp8"]])
 def test_bad_command_line(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
@@ -58,9 +59,11 @@ def test_compile_prints_json_and_fills_the_cache(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv, count", [
-    ([], 30), (["--all"], 140), (["--causal"], 10), (["--local"], 10), (["--full", "--all"], 50), (["--varlen"], 30),
-    (["--decode"], 20), (["--decode", "--local", "--dtype", "fp16"], 5),
-    (["--varlen", "--all", "--local"], 20), (["--head-dim", "64,96", "--dtype", "bf16"], 6)])
+    ([], 48), (["--all"], 224), (["--causal"], 16), (["--local"], 16), (["--full", "--all"], 80), (["--varlen"], 48),
+    (["--decode"], 32), (["--decode", "--local", "--dtype", "fp16"], 5),
+    (["--varlen", "--all", "--local"], 32), (["--head-dim", "64,96", "--dtype", "bf16"], 6),
+    (["--dtype", "fp8_e4m3"], 18), (["--dtype", "fp8_e4m3", "--out-dtype", "fp16"], 9), (["--out-dtype", "bf16"], 39),
+    (["--decode", "--dtype", "fp8_e4m3", "--head-dim", "128,256"], 4)])
 def test_compile_selects(argv, count, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(compile_command, "compile_row", lambda cfg: seen.append(cfg) or clean_row(cfg))

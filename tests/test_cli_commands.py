@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,6 +231,8 @@ def test_explain_names_every_problem(capsys):
     (["--seqused"], forward_config("bf16", 128, "full", False, True)),
     (["--mode", "decode", "--head-dim", "256"], decode_config("bf16", 256, False)),
     (["--num-splits", "4", "--seqlen-q", "100", "--seqlen-k", "9000", "--causal"], decode_config("bf16", 128, True)),
+    (["--dtype", "fp8_e4m3", "--head-dim", "96"], forward_config("fp8_e4m3", 96, "full", False, False, "bf16")),
+    (["--dtype", "fp8_e4m3", "--out-dtype", "fp16", "--mode", "decode"], decode_config("fp8_e4m3", 128, False, "fp16")),
 ])
 def test_explain_names_the_kernel(argv, cfg, capsys):
     status, said = answer(capsys, "explain", *argv)
@@ -239,6 +242,14 @@ def test_explain_names_the_kernel(argv, cfg, capsys):
     assert main(["explain", *argv]) == 0
     printed = capsys.readouterr().out
     assert f"kernel    {cfg.name}\n" in printed and said["reason"] in printed
+    assert ("for V transposed" in printed) == (cfg.is_fp8 and not cfg.packs_heads)
+
+
+@pytest.mark.parametrize("argv, status", [(["--dtype", "fp8_e4m3", "--head-dim", "256"], "FP8_HEAD_DIM"),
+                                          (["--dtype", "bf16", "--out-dtype", "fp16"], "INVALID_ARGUMENT")])
+def test_explain_refuses_types_that_do_not_go_together(argv, status, capsys):
+    code, said = answer(capsys, "explain", *argv)
+    assert code == 1 and [problem["status"] for problem in said["problems"]] == [status]
 
 
 def test_every_config_has_a_reason():
@@ -293,6 +304,30 @@ def test_inspect(argv, cfg, tensor_clocks, capsys):
     assert f"critical: {said['critical']}, " in printed and all(f"\n{unit} " in printed for unit in mix)
 
 
+@pytest.mark.parametrize("argv, cfg", [
+    (["--out-dtype", "fp16", "--varlen"], forward_config("fp8_e4m3", 128, "full", False, True, "fp16")),
+    (["--decode"], decode_config("fp8_e4m3", 128, False, "bf16"))])
+def test_inspect_of_fp8(argv, cfg, capsys):
+    status, said = answer(capsys, "inspect", "--dtype", "fp8_e4m3", *argv)
+    assert (status, said["name"], said["problems"]) == (0, cfg.name, [])
+    rings = ["Q", "K", "V"] if cfg.packs_heads else ["Q and O", "K", "V", "V transposed"]
+    assert [part["name"] for part in said["smem_map"]] == ["barriers", *rings]
+    assert said["instruction_mix"]["tensor"] == said["wgmmas"] and units.OTHER not in said["instruction_mix"]
+
+
+@pytest.mark.parametrize("cfg", all_configs(), ids=lambda cfg: cfg.name)
+def test_map_of_shared_memory(cfg):
+    """Its parts are all of it, and what the barriers and the decode kernel's LSE are padded to is left for them."""
+    parts = inspect_command.smem_map(cfg)
+    assert sum(part["bytes"] for part in parts) == cfg.smem_bytes and parts[0]["bytes"] == 1024
+
+
+@pytest.mark.parametrize("argv, said", [(["--dtype", "fp8_e4m3", "--head-dim", "192"], "fp8_e4m3 has 64, 96, 128"),
+                                        (["--out-dtype", "fp16"], "O is bf16, as Q, K and V are")])
+def test_inspect_of_what_does_not_exist(argv, said, capsys):
+    assert main(["inspect", *argv]) == 2 and said in capsys.readouterr().out
+
+
 def test_inspect_fails_on_a_problem(monkeypatch, capsys):
     from fa3_cute import compiler
 
@@ -327,6 +362,16 @@ def test_clocks_are_those_of_the_inner_loop():
     assert clocks["issue"] == (82 + 80 + 80 + 64 + 80 + 40) * warps / 4
 
 
+def test_clocks_of_fp8():
+    """Half the clocks of the GEMMs and half the bytes, plus V through shared memory twice more, to transpose it."""
+    cfg = forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
+    eight, sixteen = (units.clocks_per_tile(each) for each in (
+        cfg, replace(cfg, dtype="bf16", out_dtype=None, num_transpose_warps=0)))
+    assert eight["tensor"] == sixteen["tensor"] / 2
+    assert eight["shared memory"] == sixteen["shared memory"] / 2 + 2 * cfg.tile_n * 128 / 128
+    assert {unit for unit in eight if eight[unit] != sixteen[unit]} == {"tensor", "shared memory"}
+
+
 @pytest.mark.parametrize("cfg", all_configs(), ids=lambda cfg: cfg.name)
 def test_masked_tiles_cost_more(cfg):
     clocks, masked = (units.clocks_per_tile(cfg, is_masked) for is_masked in (False, True))
@@ -335,7 +380,9 @@ def test_masked_tiles_cost_more(cfg):
 
 
 @pytest.mark.skipif(nvdisasm() is None, reason="needs the nvidia-cuda-nvdisasm wheel")
-@pytest.mark.parametrize("cfg", [forward_config("fp16", 64, "local", True, True), decode_config("bf16", 64, True)],
+@pytest.mark.parametrize("cfg", [
+    forward_config("fp16", 64, "local", True, True), decode_config("bf16", 64, True),
+    forward_config("fp8_e4m3", 64, "causal", True, True, "fp16"), decode_config("fp8_e4m3", 64, True, "bf16")],
                          ids=lambda cfg: cfg.name)
 def test_units_agree_with_nvdisasm(cfg, tmp_path):
     from fa3_cute import compiler

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from fake_gpu import fake_stopwatch, install
@@ -26,6 +27,16 @@ def test_no_change_is_the_row():
     assert isinstance(Question("bf16", 128, is_decode=True).config(), DecodeConfig)
 
 
+def test_fp8():
+    row = heuristics.forward_config("fp8_e4m3", 128, "causal", False, False, "bf16")
+    assert Question("fp8_e4m3", 128, "causal").config() == row
+    assert label(row).endswith(f" t{row.num_transpose_warps}")
+    assert Question("fp8_e4m3", 64, is_decode=True, out_dtype="fp16").config().element_out == "fp16"
+    for question in (Question("fp8_e4m3", 128, out_dtype="fp16"), Question("fp8_e4m3", 64, is_decode=True)):
+        assert {case.element_out for case in [question.small_case(), *question.cases()]} == {
+            question.config().element_out}
+
+
 def test_changes_have_the_types_of_their_fields():
     changes = (("tile_n", "112"), ("num_q_stages", "1"), ("use_pingpong", "0"), ("rescale_before_pv", "True"))
     cfg = Question("bf16", 128, "causal", changes=changes).config()
@@ -43,6 +54,10 @@ def test_changes_have_the_types_of_their_fields():
     (["--set", "use_pingpong=2"], "use_pingpong='2': must be 0 or 1"),
     (["--decode", "--set", "num_kv_stages=9"], "bytes of shared memory: "),
     (["--decode", "--local"], "--decode times a query that sees every key"),
+    (["--dtype", "fp8_e4m3", "--set", "tile_n=112"], "tile_n=112: must be a multiple of 32"),
+    (["--dtype", "fp8_e4m3", "--head-dim", "192"], "head_dim=192: fp8_e4m3 has 64, 96, 128"),
+    (["--out-dtype", "fp16"], "out_dtype=fp16: O is bf16, as Q, K and V are"),
+    (["--dtype", "fp8_e4m3", "--set", "out_dtype=fp16"], "out_dtype: not one of tile_m, tile_n, "),
 ])
 def test_dev_refuses(options, said, capsys):
     assert main(["dev", "--once", *options]) == 2
@@ -78,7 +93,7 @@ def gpu(monkeypatch):
 def test_a_right_config_is_timed(question, gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FA3_CUTE_CACHE_DIR", str(tmp_path / "cache"))
     found = dev.measure_task(question)()
-    assert 0 < found["worst_row"] < trial.WRONG
+    assert 0 < found["worst_row"] < found["wrong"] == 1e-2
     assert [row["name"] for row in found["rows"]] == [case.name for case in question.cases()]
     assert dev.print_measured(found)
     assert "against" not in capsys.readouterr().out
@@ -95,9 +110,9 @@ def test_a_wrong_config_is_told(gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "launch", lambda params, cfg, stream: None)
     rig = trial.Rig(Question("bf16", 64, seqlens=(512,)))
     error = rig.error(ROW)
-    assert not error < trial.WRONG
-    assert not dev.print_measured({"worst_row": error, "checked": "it", "gpu": "g", "label": "l", "rows": [
-        {"name": "case", "rate": "fast", "ms": 1.0}]})
+    assert not error < rig.wrong
+    assert not dev.print_measured({"worst_row": error, "wrong": rig.wrong, "checked": "it", "gpu": "g", "label": "l",
+                                   "rows": [{"name": "case", "rate": "fast", "ms": 1.0}]})
     assert capsys.readouterr().out.startswith("WRONG: ")
     assert not dev.last_runs()
 
@@ -180,6 +195,29 @@ def test_candidates_are_legal_and_the_row_comes_first():
                for cfg in found)
     assert not any(cfg.use_pingpong for cfg in found if cfg.tile_m == 64)
     assert tune.candidates(ROW, (64,), (64,))[0] == ROW
+
+
+def test_candidates_of_fp8():
+    row = heuristics.forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
+    found = tune.candidates(row, tune.TILE_MS, tune.TILE_NS)
+    assert found[0] == row and {cfg.out_dtype for cfg in found} == {"bf16"}
+    assert {cfg.tile_n % 32 for cfg in found} == {0} and {cfg.num_transpose_warps for cfg in found} == {1, 4}
+    assert {cfg.num_kv_stages for cfg in found} == {2, 3}
+
+
+def test_row_of_fp8():
+    """The line to paste makes the config that won."""
+    row = heuristics.forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
+    best = replace(row, num_transpose_warps=4, num_kv_stages=3, tile_n=96)
+    line = tune.heuristics_row([best, row], {best: [900.0], row: [800.0]}, "TFLOP/s")
+    (key, made), = eval(f"{{{line}}}", {"Row": heuristics.Row}).items()
+    assert key == (1, 128, "full") and (made.tile_n, made.num_kv_stages, made.num_transpose_warps) == (96, 3, 4)
+
+
+@pytest.mark.parametrize("argv", [["--dtype", "fp8_e4m3", "--head-dim", "256"], ["--out-dtype", "fp16"]])
+def test_tune_refuses(argv, capsys):
+    assert main(["tune", *argv]) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 TUNE = ["tune", "--head-dim", "64", "--causal", "--limit", "4", "--jobs", "1", "--seqlen", "256,512", "--rounds", "2"]

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from fa3_cute import compiler, disk_cache
+from fa3_cute.config import DESCALES
 from fa3_cute.heuristics import decode_config, forward_config
 from fa3_cute.validate import ALIGNMENT
 
@@ -176,12 +177,15 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
     changed = {"dtype": "fp16", "head_dim": 96, "is_causal": True, "is_local": True, "is_varlen": True,
                "has_lse": False, "tile_m": 128, "tile_n": 112, "num_q_stages": CFG.num_q_stages + 1,
                "num_kv_stages": CFG.num_kv_stages - 1,
-               "use_pingpong": not CFG.use_pingpong, "rescale_before_pv": not CFG.rescale_before_pv}
+               "use_pingpong": not CFG.use_pingpong, "rescale_before_pv": not CFG.rescale_before_pv, "is_serial": True}
+    changed_fp8 = {"out_dtype": "fp16", "num_transpose_warps": 4}      # what only FP8 can change
     small = replace(CFG, tile_n=64, is_causal=False)      # leaves room to change one field at a time
-    names = [field.name for field in fields(CFG)]
-    keys = {compiler.cache_key(replace(small, **{name: changed[name]})) for name in names}
-    assert len(keys | {compiler.cache_key(small)}) == len(names) + 1
-    assert {type(value) for value in CFG.as_dict().values()} <= {int, bool, str}
+    small_fp8 = replace(small, dtype="fp8_e4m3", out_dtype="bf16", num_transpose_warps=1)
+    assert changed.keys() | changed_fp8.keys() == {field.name for field in fields(CFG)}
+    cfgs = [small, small_fp8, *(replace(small, **{name: value}) for name, value in changed.items()),
+            *(replace(small_fp8, **{name: value}) for name, value in changed_fp8.items())]
+    assert len({compiler.cache_key(cfg) for cfg in cfgs}) == len(cfgs)
+    assert {type(value) for cfg in (CFG, small_fp8) for value in cfg.as_dict().values()} <= {int, bool, str, type(None)}
 
 
 @pytest.mark.parametrize("change", [
@@ -217,8 +221,10 @@ def test_pointers_have_their_type_and_no_more_alignment_than_validation_asks_for
         arguments |= zip(dict(cfg.arguments), compiler.typed_arguments(cfg, [0] * len(cfg.arguments)), strict=True)
     elements = {"q": "BFloat16", "k": "BFloat16", "v": "BFloat16", "out": "BFloat16", "softmax_lse": "Float32",
                 "cu_seqlens_q": "Int32", "cu_seqlens_k": "Int32", "seqused_q": "Int32", "seqused_k": "Int32",
-                "tile_counter": "Int32", "arrivals": "Int32", "partials": "Float32"}
-    alignment = ALIGNMENT | {"tile_counter": 4, "arrivals": 4, "partials": ALIGNMENT["workspace"]}
+                "tile_counter": "Int32", "arrivals": "Int32", "partials": "Float32",
+                **dict.fromkeys(DESCALES, "Float32")}
+    alignment = ALIGNMENT | {name: ALIGNMENT[f"{name}_ptr"] for name in DESCALES} | {
+        "tile_counter": 4, "arrivals": 4, "partials": ALIGNMENT["workspace"]}
     pointers = dict.fromkeys(name for cfg in (CFG, DECODE_CFG) for name, kind in cfg.arguments if kind == "pointer")
     assert {name: arguments[name] for name in pointers} == {
         name: (element, alignment[name]) for name, element in elements.items()}

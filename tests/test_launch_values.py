@@ -1,20 +1,30 @@
 """params -> the numbers of the argument buffer, and where they lie in it."""
+import numpy as np
 import pytest
 
-from fa3_cute.arguments import layout_of, read_params, resolve_decode, resolve_forward
-from fa3_cute.config import DecodeConfig, FwdConfig
+from fa3_cute.arguments import layout_of, read_descale_strides, read_params, resolve_decode, resolve_forward
+from fa3_cute.config import DESCALES, DecodeConfig, FwdConfig
 from fa3_cute.heuristics import decode_config
 from fa3_cute.params import FlashAttentionParams
 
 
+@pytest.mark.parametrize("has_descales", [False, True])
 @pytest.mark.parametrize("kind", [FwdConfig, DecodeConfig])
-def test_storage_is_aligned_and_apart(kind):
-    layout = layout_of(kind)
-    sizes = [4 if kind in ("int32", "float32") else 8 for _, kind in kind.arguments] + [4]
-    assert all(offset % size == 0 for offset, size in zip(layout.offsets, sizes, strict=True))
-    spans = sorted(zip(layout.offsets, sizes, strict=True))
+def test_storage_is_aligned_and_apart(kind, has_descales):
+    """But for the arguments that are always 0: these share 8 bytes, which nothing is packed into."""
+    layout, names = layout_of(kind, has_descales), [name for name, _ in kind.arguments]
+    sizes = [4 if kind in ("int32", "float32") else 8 for _, kind in kind.arguments]
+    places = dict(zip(names, zip(layout.offsets, sizes, strict=False), strict=True))
+    places["error"] = layout.offsets[-1], 4
+    assert all(offset % size == 0 for offset, size in places.values())
+    absent = {places.pop(name) for name in layout.absent}
+    spans = sorted([*places.values(), *absent])
     assert all(at + size <= following for (at, size), (following, _) in zip(spans, spans[1:], strict=False))
-    assert sorted(layout.per_call + layout.per_shape) == sorted(name for name, _ in kind.arguments)
+    assert sorted(layout.per_call + layout.per_shape + layout.absent) == sorted(names)
+    assert len(absent) == (not has_descales)
+    descales = [name for name in names if "descale" in name]
+    assert sorted(layout.absent) == ([] if has_descales else sorted(descales))
+    assert not has_descales or {*DESCALES} < {*layout.per_call}, "each layer of a model has its own"
 
 
 HEADS = {"num_heads": 8, "num_heads_k": 4, "head_dim": 64}
@@ -50,7 +60,7 @@ WIDE = 2**30
 ])
 def test_shape_values(given, values):
     _, _, _, _, _, *shape = read_params(FlashAttentionParams(**HEADS | given))
-    resolved = dict(zip(layout_of(FwdConfig).per_shape, resolve_forward(132, *shape), strict=True))
+    resolved = dict(zip(layout_of(FwdConfig, False).per_shape, resolve_forward(132, *shape), strict=True))
     assert {name: resolved[name] for name in values} == values
 
 
@@ -68,6 +78,38 @@ def test_decode_shape_values(given, values):
     cfg = decode_config("fp16", 64, is_local="window_size_left" in given or "is_causal" in given)
     _, _, _, _, _, *shape = read_params(FlashAttentionParams(**HEADS | given))
     resolved, plan = resolve_decode(cfg, *shape)
-    named = dict(zip(layout_of(DecodeConfig).per_shape, resolved, strict=True))
+    named = dict(zip(layout_of(DecodeConfig, False).per_shape, resolved, strict=True))
     assert {name: named[name] for name in values} == values
     assert plan[:4] == tuple(named[name] for name in ("packed_heads", "num_splits", "cluster_size", "smem_bytes"))
+
+
+PER_HEAD = {"q_descale_batch_stride": 8, "q_descale_head_stride": 1, "k_descale_batch_stride": 2**31 - 256,
+            "k_descale_head_stride": 3, "v_descale_batch_stride": 5, "v_descale_head_stride": 0}
+
+
+@pytest.mark.parametrize("given, values", [
+    ({}, dict.fromkeys(PER_HEAD, 0)),
+    (PER_HEAD, PER_HEAD),
+    (dict.fromkeys(PER_HEAD, None), dict.fromkeys(PER_HEAD, 0)),
+    (dict.fromkeys(PER_HEAD, np.int32(7)), dict.fromkeys(PER_HEAD, 7)),
+    # along a dimension of size 1 a stride means nothing
+    (PER_HEAD | {"batch_size": 1}, PER_HEAD | {name: 0 for name in PER_HEAD if "batch" in name}),
+    (PER_HEAD | {"num_heads_k": 1}, PER_HEAD | {"k_descale_head_stride": 0, "v_descale_head_stride": 0}),
+    (PER_HEAD | {"num_heads": 1, "num_heads_k": 1}, PER_HEAD | {name: 0 for name in PER_HEAD if "head" in name}),
+])
+@pytest.mark.parametrize("base", [DENSE, PACKED, DENSE | {"seqlen_q": 1}], ids=["dense", "packed", "decode"])
+def test_descale_strides(base, given, values):
+    """They come behind the tensors' strides and change none of the other values."""
+    params = FlashAttentionParams(**HEADS | base | given)
+    _, _, _, _, _, *shape = read_params(params)
+    kind = DecodeConfig if base not in (DENSE, PACKED) else FwdConfig
+    cfg = decode_config("fp8_e4m3", 64, False, "bf16")
+
+    def named(has_descales):
+        whole = [*shape, *read_descale_strides(params)] if has_descales else shape
+        resolved = resolve_forward(132, *whole) if kind is FwdConfig else resolve_decode(cfg, *whole)[0]
+        return dict(zip(layout_of(kind, has_descales).per_shape, resolved, strict=True))
+
+    with_descales = named(has_descales=True)
+    assert {name: with_descales.pop(name) for name in PER_HEAD} == values
+    assert with_descales == named(has_descales=False)

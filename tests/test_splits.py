@@ -15,7 +15,7 @@ from fa3_cute import splits
 from fa3_cute.config import SMEM_BYTES_PER_CTA, UNBOUNDED_WINDOW
 from fa3_cute.heuristics import all_decode_configs, decode_config
 from fa3_cute.params import AttentionMode, DataType, FlashAttentionParams
-from fa3_cute.splits import CLUSTER_SLOTS, MAX_SPLITS, NUM_SMS, is_decode, is_windowed, plan, plan_of
+from fa3_cute.splits import CLUSTER_SLOTS, MAX_SPLITS, NUM_SMS, config_of, is_decode, is_windowed, plan, plan_of
 
 A = 0x7F00_0000_0000
 PREFILL, DECODE, VARLEN = AttentionMode
@@ -171,6 +171,35 @@ def test_plans_of_params():
     assert plan_of(replace(ONE_TOKEN, num_splits=7, pack_gqa=False)) == told(False, UNBOUNDED, False, 7)
     window = replace(ONE_TOKEN, mode=PREFILL, seqlen_q=3, window_size_left=300, window_size_right=2)
     assert plan_of(window) == told(True, 303, None, 0, seqlen_q=3) != plan_of(replace(window, window_size_left=-1))
+
+
+FP8 = DataType.FP8_E4M3
+
+
+@pytest.mark.parametrize("changes, config", [
+    ({}, ("fp16", 128, False)),
+    ({"dtype": DataType.BF16, "out_dtype": DataType.BF16, "window_size_left": 7}, ("bf16", 128, True)),
+    ({"dtype": FP8}, ("fp8_e4m3", 128, False, "bf16")),
+    ({"dtype": 2, "out_dtype": 1, "head_dim": np.int64(64)}, ("fp8_e4m3", 64, False, "bf16")),
+    ({"dtype": FP8, "out_dtype": DataType.FP16, "is_causal": True, "seqlen_q": 2, "mode": PREFILL, "head_dim": 96},
+     ("fp8_e4m3", 96, True, "fp16")),
+])
+def test_config_of_params(changes, config):
+    assert config_of(replace(ONE_TOKEN, **changes)) is decode_config(*config)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_fp8_has_plans_of_its_own(head_dim):
+    """By its own rows of the heuristics and its own bytes; O's element type has no part in it."""
+    def plans(dtype, out_dtype=None):
+        calls = product((1, 3, 16, 64), (1, 200, 2000, 8192, 2**15, 2**17))
+        return [plan_of(replace(ONE_TOKEN, dtype=dtype, out_dtype=out_dtype, head_dim=head_dim, batch_size=batch_size,
+                                seqlen_k=seqlen_k)) for batch_size, seqlen_k in calls]
+
+    cfg = decode_config("fp8_e4m3", head_dim, False, "bf16")
+    told = [plan(cfg, batch_size, 1, seqlen_k, 16, 2, UNBOUNDED, (None, 0))
+            for batch_size, seqlen_k in product((1, 3, 16, 64), (1, 200, 2000, 8192, 2**15, 2**17))]
+    assert plans(FP8) == plans(FP8, DataType.FP16) == told != plans(DataType.BF16)
 
 
 # ---- do they make sense ----------------------------------------------------------------------------------------------

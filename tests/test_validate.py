@@ -7,10 +7,11 @@ from cuda.bindings.driver import CUdeviceptr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fa3_cute import validate
+from fa3_cute import quick_check, validate
+from fa3_cute.limits import MAX_SIZE
 from fa3_cute.params import AttentionMode, DataType, FlashAttentionParams
 from fa3_cute.status import Status
-from fa3_cute.validate import MAX_SIZE, first_problem, problems
+from fa3_cute.validate import first_problem, problems
 
 A = 0x7F00_0000_0000
 FP16, BF16, FP8 = DataType
@@ -20,6 +21,7 @@ HEADS = {"num_heads": 16, "num_heads_k": 4, "head_dim": 128}
 DENSE = FlashAttentionParams(**POINTERS, **HEADS, batch_size=2, seqlen_q=512, seqlen_k=640)
 PACKED = FlashAttentionParams(**POINTERS, **HEADS, batch_size=3, mode=VARLEN, cu_seqlens_q=A, cu_seqlens_k=A,
                               total_q=896, total_k=700)
+DENSE_FP8, PACKED_FP8 = (replace(call, dtype=FP8) for call in (DENSE, PACKED))
 ONE_ROW = replace(DENSE, batch_size=1, seqlen_q=1, seqlen_k=1, num_heads=1, num_heads_k=1)
 
 
@@ -38,6 +40,11 @@ class Array:
 
 def every(names: str, value) -> dict:
     return dict.fromkeys(names.split(), value)
+
+
+DESCALES = every("q_descale_ptr k_descale_ptr v_descale_ptr", A + 4)
+PER_HEAD = {"q_descale_batch_stride": 16, "q_descale_head_stride": 1, "k_descale_batch_stride": 4,
+            "k_descale_head_stride": 1, "v_descale_batch_stride": MAX_SIZE}
 
 
 # (the good call that is changed, the changes): no problem at all. What a launch meets every time is settled by the
@@ -71,6 +78,15 @@ QUICK = [
     (DENSE, every("q_row_stride k_row_stride v_row_stride", 6144) | every("q_batch_stride k_batch_stride", 6144 * 640)),
     (DENSE, {"out_row_stride": 16 * 128 + 8, "out_batch_stride": 512 * (16 * 128 + 8)}),
     (DENSE, every("k_batch_stride k_row_stride k_head_stride", 0)),
+    *((call, {"head_dim": head_dim, "out_dtype": out_dtype} | descales)
+      for call in (DENSE_FP8, PACKED_FP8) for head_dim in (64, 96, 128)
+      for out_dtype, descales in ((None, {}), (FP16, DESCALES), (BF16, DESCALES | PER_HEAD))),
+    (DENSE_FP8, {"seqlen_q": 1, "mode": DECODE, "seqused_k": A + 4, "num_splits": 8} | DESCALES),
+    (DENSE_FP8, {"is_causal": True, "softmax_lse": A + 4, "q_descale_ptr": A, "k_descale_ptr": 0}),
+    (DENSE_FP8, every("q_descale_ptr k_descale_ptr v_descale_ptr", Handle())),
+    (DENSE_FP8, PER_HEAD),
+    (DENSE_FP8, {"q_row_stride": 6144, "k_head_stride": 144, "v_row_stride": 0, "out_row_stride": 16 * 128 + 8,
+                 "out_batch_stride": 512 * (16 * 128 + 8)}),
 ]
 ACCEPTED = [
     (DENSE, {"dtype": 1, "mode": 0, "softmax_scale": np.float32(1), "is_causal": np.True_, "batch_size": np.int64(2)}),
@@ -87,6 +103,13 @@ ACCEPTED = [
     (DENSE, {"num_heads": 1, "num_heads_k": 1, "seqlen_q": 2, "out_row_stride": 136, "out_batch_stride": 264}),
     (ONE_ROW, {f"{tensor}_{dim}_stride": 3 for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")}),
     (ONE_ROW, {"out_batch_stride": -1, "q_row_stride": 2**60}),
+    (DENSE, {"dtype": 2, "out_dtype": 0, "q_descale_ptr": CUdeviceptr(A), "k_descale_head_stride": np.int64(1)}),
+    (DENSE_FP8, every("q_batch_stride k_batch_stride", 2**40 - 16)),
+    (DENSE_FP8, {"q_descale_batch_stride": None}),
+    # strides of size 1
+    (DENSE_FP8, {"num_heads_k": 1, "k_descale_head_stride": -3, "v_descale_head_stride": 2**40}),
+    (replace(ONE_ROW, dtype=FP8), DESCALES | {f"{tensor}_descale_{dim}_stride": -3 for tensor in "qkv"
+                                              for dim in ("batch", "head")}),
 ]
 
 
@@ -100,6 +123,14 @@ def test_accepted(base, changes):
 def test_common_calls_are_quick(base, changes, monkeypatch):
     monkeypatch.setattr(validate, "_walk", None)
     assert first_problem(replace(base, **changes)) is None
+
+
+@pytest.mark.parametrize("strides", [{}, PER_HEAD], ids=["one for all", "per head"])
+@pytest.mark.parametrize("name", DESCALES)
+def test_each_descale_alone(name, strides):
+    """The others are 1.0 then."""
+    assert quick_check.is_common(replace(DENSE_FP8, **{name: A + 4}, **strides))
+    assert problems(replace(DENSE_FP8, **{name: A + 4}, **strides)) == []
 
 
 # status, the good call, what is changed, the words that its one sentence must have.
@@ -130,8 +161,19 @@ REFUSED = [
         ("q_row_stride", 2052, "multiple of 8 elements"), ("k_head_stride", -128, "at least 0"),
         ("v_batch_stride", 2**39, f"below {2**39}"), ("k_row_stride", 512.0, "None (contiguous) or an int"),
         ("q_head_stride", True, "None (contiguous) or an int"), ("out_batch_stride", 0, "at least 128 (head_dim"),
-        ("out_row_stride", 64, "at least 128 (head_dim"), ("q_descale_head_stride", -1, "from 0"))),
-    (-7, DENSE, {"dtype": FP8, "k_row_stride": 520}, ("k_row_stride=520", "multiple of 16 elements")),
+        ("out_row_stride", 64, "at least 128 (head_dim"))),
+    *((-7, call, {f"{tensor}_descale_{dim}_stride": value},
+       (f"{tensor}_descale_{dim}_stride={value!r}", f"an int from 0 to {MAX_SIZE}, in elements"))
+      for call, value in ((DENSE, -1), (DENSE_FP8, -1), (DENSE_FP8, MAX_SIZE + 1), (DENSE_FP8, 1.5), (DENSE_FP8, "1"),
+                          (PACKED_FP8, -16), (DENSE_FP8, True))
+      for tensor in "qkv" for dim in ("batch", "head")),
+    (-7, replace(DENSE_FP8, num_heads_k=1), {"q_descale_head_stride": -3}, ("q_descale_head_stride=-3", "from 0")),
+    (-7, replace(ONE_ROW, dtype=FP8), {"k_descale_batch_stride": 0.5}, ("k_descale_batch_stride=0.5", "an int from 0")),
+    *((-7, call, {f"{tensor}_{dim}_stride": value}, (f"{tensor}_{dim}_stride={value}", "multiple of 16 elements"))
+      for call in (DENSE_FP8, PACKED_FP8) for tensor in "qkv" for dim, value in (("row", 2056), ("head", 136))),
+    (-7, DENSE_FP8, {"q_batch_stride": 2**40}, (f"q_batch_stride={2**40}", f"below {2**40}")),
+    (-7, replace(DENSE_FP8, batch_size=1), {"out_row_stride": 2052}, ("out_row_stride=2052", "multiple of 8 elements")),
+    (-7, DENSE_FP8, {"out_batch_stride": 2**39}, (f"out_batch_stride={2**39}", f"below {2**39}")),
     (-7, DENSE, {"num_heads_k": 2, "seqlen_k": MAX_SIZE, "head_dim": 256, "v_batch_stride": 0},
      ("k_batch_stride=None (contiguous: 1099511496704)", f"below {2**39}")),
     *((-7, DENSE, {name: value}, (f"{name}={value}", "rows of out apart")) for name, value in (
@@ -153,10 +195,17 @@ REFUSED = [
         ("window_size_left", -1.0, "negative is unbounded"), ("num_splits", 1.0, "0 (automatic)"),
         ("num_splits", None, "0 (automatic)"), ("workspace_bytes", -1, "at least 0"))),
     (-9, DENSE, {"out_dtype": BF16}, ("out_dtype=DataType.BF16", "None or FP16 with dtype=FP16")),
-    (-9, DENSE, {"dtype": FP8, "out_dtype": FP8}, ("out_dtype=DataType.FP8_E4M3", "None or FP16 or BF16")),
+    *((-9, call, {"out_dtype": value}, (f"out_dtype={text}", "None or FP16 or BF16 with dtype=FP8_E4M3"))
+      for call in (DENSE_FP8, PACKED_FP8)
+      for value, text in ((FP8, "DataType.FP8_E4M3"), (3, "3"), ("bf16", "'bf16'"))),
+    *((-9, call, {name: value}, (f"{name}={value:#x}", "4 bytes"))
+      for call in (DENSE_FP8, PACKED_FP8) for name in DESCALES for value in (A + 2, A + 5)),
+    *((-9, DENSE_FP8, {name: value}, (f"{name}=", "__int__")) for name in DESCALES for value in (1.5, Array(), "x")),
+    (-9, DENSE_FP8, {"k_descale_ptr": -4}, ("k_descale_ptr=-0x4", "device address")),
     *((-9, DENSE, {"softmax_scale": value}, (f"softmax_scale={value!r}", "None (1/sqrt(head_dim))"))
       for value in (0, -1.0, float("nan"), float("inf"), 1e39, 1e-39, 10**60, "1", True)),
-    *((-9, DENSE, {name: A}, (f"{name}={A}", "FP8_E4M3")) for name in validate.DESCALES),
+    *((-9, call, {name: A}, (f"{name}={A}", f"None with dtype={call.dtype.name}", "belong to FP8_E4M3"))
+      for call in (DENSE, PACKED, replace(DENSE, dtype=BF16)) for name in DESCALES),
     (-9, DENSE, {"workspace": A}, (f"workspace={A}", "workspace_bytes=0", "together")),
     (-9, DENSE, {"workspace_bytes": 8}, ("workspace=None", "workspace_bytes=8", "together")),
     *((-11, DENSE, {"softcap": value}, (f"softcap={value!r}", "None or 0")) for value in (30.0, -1, float("nan"))),
@@ -183,17 +232,19 @@ def test_refused(status, base, changes, words):
 
 
 @pytest.mark.parametrize("head_dim", [192, 256])
-def test_fp8_head_dim(head_dim):
-    found = problems(replace(DENSE, dtype=FP8, head_dim=head_dim))
-    assert found[0] == (Status.FP8_HEAD_DIM, f"head_dim={head_dim}: must be 64, 96 or 128 with dtype=FP8_E4M3")
+@pytest.mark.parametrize("base", [DENSE_FP8, PACKED_FP8, replace(DENSE_FP8, seqlen_q=1, mode=DECODE)])
+def test_fp8_head_dim(base, head_dim):
+    found = problems(replace(base, head_dim=head_dim))
+    assert found == [(Status.FP8_HEAD_DIM, f"head_dim={head_dim}: must be 64, 96 or 128 with dtype=FP8_E4M3")]
+    assert first_problem(replace(base, head_dim=head_dim)) == found[0]
 
 
 # Right by the contract, so the kernel that is missing is the only problem; a landed kernel moves its row to ACCEPTED.
 @pytest.mark.parametrize("base, changes, feature", [
-    (DENSE, {"dtype": FP8, "out_dtype": FP16, "q_descale_ptr": A, "q_descale_batch_stride": 16,
-             "q_descale_head_stride": 1}, "FP8"),
     (PACKED, {"num_splits": 256}, "split-KV of packed sequences"),
     (PACKED, {"pack_gqa": True}, "packed heads of packed sequences"),
+    (PACKED_FP8, {"num_splits": 2}, "split-KV of packed sequences"),
+    (PACKED_FP8, {"pack_gqa": True}, "packed heads of packed sequences"),
 ])
 def test_pending_features_are_named(base, changes, feature):
     params = replace(base, **changes)
@@ -213,7 +264,7 @@ def test_first_problem_follows_the_table():
         (-5, {"is_causal": False}), (-6, {"cu_seqlens_q": None}), (-7, {"batch_size": 1, "seqlen_q": 2, "seqlen_k": 1}),
         (-8, {"seqlen_q": 1}), (-9, {"out": A}),
         (-11, {"softcap": 0}), (-13, {"num_splits": 0}), (-14, {"page_table": None}), (-15, {"rotary_dim": 0}),
-        (-16, {"p_dropout": 0}), (-16, {"dtype": FP16}),
+        (-16, {"p_dropout": 0}),
     ]
     for status, change in mending:
         assert first_problem(params).status == status, (first_problem(params), change)
@@ -249,7 +300,8 @@ CHANGES = st.dictionaries(st.sampled_from([field.name for field in fields(FlashA
 
 
 @settings(max_examples=800, deadline=None)
-@given(st.sampled_from([DENSE, PACKED, ONE_ROW, replace(DENSE, seqused_k=A, window_size_left=8)]), CHANGES)
+@given(st.sampled_from([DENSE, PACKED, ONE_ROW, replace(DENSE, seqused_k=A, window_size_left=8),
+                        replace(DENSE_FP8, **DESCALES, **PER_HEAD), PACKED_FP8, replace(ONE_ROW, dtype=FP8)]), CHANGES)
 def test_quick_check_agrees_with_the_rules(base, changes):
     params = replace(base, **{name: VALUES[number] for name, number in changes.items()})
     found = problems(params)
@@ -281,5 +333,5 @@ def test_strides_of_out_against_brute_force(base, sizes, strides):
         assert problems(params) == []
     if not fit:
         assert problems(params)
-    if validate._is_common(params):
+    if quick_check.is_common(params):
         assert apart

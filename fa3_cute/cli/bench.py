@@ -5,42 +5,51 @@ each batch of launches lasts long enough for the clock to settle; numbers are me
 median of each round's ratio (above 1: the peer is slower). Where a call is so short that launching it one by one would
 show, every implementation is replayed from a CUDA graph. TFLOP/s counts nominal FLOPs, half of them under a causal
 mask, and with a window those of the keys that a query sees. "peak" is the share of the WGMMA peak, 4096 FLOP per clock
-and SM, at the SM clock that NVML reports during the batches. "host us" is the host's time for one forward() call on an
-int stream handle. A number marked with * is the host's, not the GPU's: launching took as long as running, or short
-calls could not be captured.
+and SM (FP8: 8192), at the SM clock that NVML reports during the batches. "host us" is the host's time for one forward()
+call on an int stream handle. A number marked with * is the host's, not the GPU's: launching took as long as running, or
+short calls could not be captured.
+
+FP8, the suite fp8 or --dtype fp8_e4m3, has Q, K and V in E4M3 without descales, O in BF16. "ours bf16" is then our own
+BF16 kernel on a problem of the same sizes, in the same rounds.
 
 Decode is always replayed, twice per problem. warm: every call reads the same K and V, which the L2 cache may hold.
 cold: calls take turns on sets of K and V that are together larger than 300 MB; a larger problem is its own set, and its
 two rows are the same work. GB/s counts K and V once, Q and O. "copy" is that rate over the one, bytes read plus bytes
 written, at which the driver copies 1 GiB on the device, in the same rounds.
 
-Exit status 1 if a result is wrong, 2 without a Hopper GPU or where the suite decides an option itself.
+Exit status 1 if a result is wrong, 2 without a Hopper GPU, where the suite decides an option itself, or if there are no
+kernels for what is asked.
 """
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 from .. import forward
-from ..config import ELEMENT_BYTES, HEAD_DIMS
+from ..config import ELEMENT_BYTES, FP8, HEAD_DIMS
 from ..device import hopper_device_problem, open_device
 from . import environment, peers, plot
 from .case import COPIED_BYTES, Case, Tensors
+from .dtypes import head_dims
 from .measure import Batch, Stopwatch, Work, in_turn
-from .shown import ARITHMETIC, OURS, Shown
-from .suites import decode, prefill, varlen, window
+from .shown import ARITHMETIC, OURS, OURS_16, Shown
+from .suites import decode, fp8, prefill, varlen, window
 from .table import Table, one_or_more
 
-SUITES = {"prefill": prefill, "varlen": varlen, "window": window, "decode": decode}
+SUITES = {"prefill": prefill, "varlen": varlen, "window": window, "decode": decode, "fp8": fp8}
 COPY = "copy"
-FLOPS_PER_CLOCK_AND_SM = 4096       # dense WGMMA with 16-bit operands
-# Relative error (norm) of a right answer: BF16 rounding of P and of O leaves about 2e-3 on normal inputs.
-WRONG = 1e-2
+CASE_WIDTH = 38         # at least
+FLOPS_PER_CLOCK_AND_SM = {1: 8192, 2: 4096}     # dense WGMMA, by the bytes of an operand's element
+# Relative error (norm) of a right answer on normal inputs, by the same. BF16 rounding of P and of O leaves about 2e-3.
+# E4M3 has 4 significant bits: rounding P to it leaves 2.6e-2, in a peer's O too, which may itself be E4M3.
+WRONG = {1: 6e-2, 2: 1e-2}
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("--suite", choices=SUITES, default="prefill")
     parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), metavar="D,..", help="default: the suite's")
     parser.add_argument("--seqlen", type=one_or_more(int), metavar="S,..", help="default: the suite's")
-    parser.add_argument("--dtype", choices=ELEMENT_BYTES, default="bf16", help="default bf16, which every peer has")
+    parser.add_argument("--dtype", choices=ELEMENT_BYTES, help="default bf16, which every peer has; fp8 has its own")
     mask = parser.add_mutually_exclusive_group()
     mask.add_argument("--causal", action="store_const", const=[True], dest="masks", help="only causal cases")
     mask.add_argument("--full", action="store_const", const=[False], dest="masks", help="only cases without a mask")
@@ -60,23 +69,26 @@ def run(args) -> int:
     if args.plot and (missing := plot.problem()):
         print(missing)
         return 2
-    problem = hopper_device_problem()
-    fixed = [name for name in suite.FIXED if getattr(args, name) is not None]
-    if fixed or problem:
-        print(f"the {args.suite} suite has its own {', '.join(fixed)}" if fixed
-              else f"bench needs a Hopper GPU: {problem}")
+    if fixed := [name for name in suite.FIXED if getattr(args, name) is not None]:
+        print(f"the {args.suite} suite has its own {', '.join(fixed)}")
         return 2
-    device = open_device()
     cases = suite.cases(args)
-    bench = Bench(args, device, cases)
+    if unserved := [case.name for case in cases if case.head_dim not in head_dims(case.dtype)]:
+        print(f"there are no kernels for {unserved[0]}")
+        return 2
+    if problem := hopper_device_problem():
+        print(f"bench needs a Hopper GPU: {problem}")
+        return 2
+    bench = Bench(args, open_device(), cases)
+    compared = bench.environment["peers"]
     print(environment.sentence(bench.environment))
-    table = Table(columns(bench.peers, suite.SHOWN))
+    table = Table(columns(compared, suite.SHOWN, max(len(case.name) for case in cases)))
     results = {"environment": bench.environment, "rows": [], "conclusions": []}
     times = {}
     for case in cases:
         row = bench.row(case)
         times[case] = row["results"][OURS]["ms"]
-        table.print_row(cells(row, bench.peers, suite.SHOWN))
+        table.print_row(cells(row, compared, suite.SHOWN))
         results["rows"].append(row)
         write(results, args.json)       # a run that is cut short leaves what it has
     results["conclusions"] = suite.conclusions(times, results["rows"])
@@ -85,7 +97,7 @@ def run(args) -> int:
         plot.write_plot([results], SUITES, args.plot)
     rows = results["rows"]
     wrong = [f"{row['name']}: {name} is off by {error:.1e}"
-             for row in rows for name, error in row["errors"].items() if not error < WRONG]
+             for row in rows for name, error in row["errors"].items() if not error < limit(row["case"]["dtype"], name)]
     notes = dict.fromkeys(note for row in rows for note in row["notes"])
     print("\n".join(["", *results["conclusions"], *notes, *wrong]).rstrip())
     return 1 if wrong else 0
@@ -98,8 +110,19 @@ def write(results: dict, path: str | None) -> None:
             json.dump(results, file, indent=1)
 
 
+def limit(dtype: str, name: str) -> float:
+    """The error of one implementation's result from which on it is wrong."""
+    return WRONG[ELEMENT_BYTES["bf16" if name == OURS_16 else dtype]]
+
+
+def own(case: Case) -> dict[str, Case]:
+    """What our own implementations do of a case: OURS the case, and OURS_16 the same sizes in BF16 beside FP8."""
+    return {OURS: case} | ({OURS_16: replace(case, dtype="bf16")} if case.dtype == FP8 else {})
+
+
 class Bench:
-    """One run: a device, a stream, the tensors, the peers that are here."""
+    """One run: a device, a stream, the tensors of our own implementations (the peers read those of OURS), the peers
+    that are here."""
 
     def __init__(self, args, device, cases: list[Case]):
         self.args = args
@@ -107,9 +130,11 @@ class Bench:
         self.stream = device.create_stream()
         self.handle = int(self.stream.handle)
         self.stopwatch = Stopwatch(device, self.stream)
-        self.tensors = Tensors(cases, self.stream)
+        self.tensors = {name: Tensors([own(case)[name] for case in cases], self.stream) for name in own(cases[0])}
         self.peers = self.find_peers(args.peers)
         self.environment = environment.describe(device, self.stopwatch.monitor, self.peers, args)
+        if OURS_16 in self.tensors:
+            self.environment["peers"] = {OURS_16: "", **self.environment["peers"]}
 
     def find_peers(self, names: list[str]) -> dict[str, peers.Peer]:
         """Loads the peers asked for; says in one line each which are not here."""
@@ -126,43 +151,50 @@ class Bench:
     def row(self, case: Case) -> dict:
         """Checks and times one case."""
         launches, errors, notes = self.checked(case)
+        cases = dict.fromkeys(launches, case) | own(case)
         works = {name: Work(launch) for name, launch in launches.items()}
         is_short = bool(case.l2) or any(self.stopwatch.is_short(work) for work in works.values())
         if is_short:
-            works = {name: self.captured(name, work, case.calls_per_graph, notes) for name, work in works.items()}
-        copy = {COPY: Work(self.tensors.copy_much)} if case.l2 else {}
+            works = {name: self.captured(name, work, cases[name].calls_per_graph, notes)
+                     for name, work in works.items()}
+        copy = {COPY: Work(self.tensors[OURS].copy_much)} if case.l2 else {}
         batches = self.stopwatch.rounds(works | copy, self.args.rounds, self.args.batch_ms)
-        results = {name: self.result(case, batches[name], batches[OURS]) for name in works}
+        results = {name: self.result(cases[name], batches[name], batches[OURS]) for name in works}
         for name, work in works.items():
             results[name]["replayed"] = work.calls > 1
             results[name]["host_bound"] |= is_short and work.calls == 1
-            results[name] |= bandwidths(case, batches[name], batches[COPY]) if copy else {}
+            results[name] |= bandwidths(cases[name], batches[name], batches[COPY]) if copy else {}
         return {"name": case.name, "case": case.as_dict(), "errors": errors, "notes": notes,
                 "host_us": self.host_microseconds(case), "results": results}
 
     def checked(self, case: Case) -> tuple[dict, dict, list[str]]:
         """By implementation a launch, whose calls take turns on the case's sets of K and V, and its relative error on
         the last set; with them the notes on what cannot do the case."""
-        last = case.kv_sets - 1
-        every_params = [self.tensors.params(case, kv_set) for kv_set in range(case.kv_sets)]
-        every_pointers = [self.tensors.pointers(case, kv_set) for kv_set in range(case.kv_sets)]
-        self.tensors.poison_out()
-        forward(every_params[last], self.handle).check()
-        launches = {OURS: in_turn([lambda p=params: forward(p, self.handle).check() for params in every_params])}
-        errors, notes = {OURS: self.tensors.error_of_last_rows(case, last)}, []
+        launches, errors, notes = {}, {}, []
+        for name, our_case in own(case).items():
+            launches[name], errors[name] = self.ours(self.tensors[name], our_case)
+        every_pointers = [self.tensors[OURS].pointers(case, kv_set) for kv_set in range(case.kv_sets)]
         for name, peer in self.peers.items():
             try:
                 theirs = [peer.launch(case, pointers) for pointers in every_pointers]
-                errors[name] = peer.error(case, every_pointers[last], theirs[last])
+                errors[name] = peer.error(case, every_pointers[-1], theirs[-1])
                 launches[name] = in_turn(theirs)
             except peers.PeerMissing as missing:
                 notes.append(str(missing))
         return launches, errors, notes
 
+    def ours(self, tensors: Tensors, case: Case) -> tuple[Callable, float]:
+        """The same of ours."""
+        every_params = [tensors.params(case, kv_set) for kv_set in range(case.kv_sets)]
+        tensors.poison_out()
+        forward(every_params[-1], self.handle).check()
+        launch = in_turn([lambda p=params: forward(p, self.handle).check() for params in every_params])
+        return launch, tensors.error_of_last_rows(case, case.kv_sets - 1)
+
     def captured(self, name: str, work: Work, calls: int, notes: list[str]) -> Work:
         """So many calls of the work as a CUDA graph; the work as it is, with a note, if it cannot be captured."""
         try:
-            return (self.stopwatch.capture if name == OURS else peers.capture)(work.launch, calls)
+            return (self.stopwatch.capture if name in self.tensors else peers.capture)(work.launch, calls)
         except Exception as error:      # torch, the driver and each library have their own kinds
             notes.append(f"{name} cannot be captured into a CUDA graph: {peers.first_line(error)}")
             return work
@@ -170,7 +202,7 @@ class Bench:
     def host_microseconds(self, case: Case) -> float:
         """Host time of one forward() call. A long problem is shortened until the GPU keeps up; decode is not, since
         how its keys are split is part of the call."""
-        params = self.tensors.params(case if case.is_decode else case.shortened(128))
+        params = self.tensors[OURS].params(case if case.is_decode else case.shortened(128))
         return self.stopwatch.host_microseconds(lambda: forward(params, self.handle))
 
     def result(self, case: Case, batches: list[Batch], ours: list[Batch]) -> dict:
@@ -180,7 +212,7 @@ class Bench:
         clock, power = (middle(getattr(batch, name) for batch in batches) for name in ("clock_mhz", "power_watts"))
         ratios = [theirs.milliseconds / our.milliseconds for theirs, our in zip(batches, ours, strict=True)]
         return {"ms": milliseconds, "tflops": tflops,
-                "peak": clock and tflops * 1e6 / (self.num_sms * FLOPS_PER_CLOCK_AND_SM * clock),
+                "peak": clock and tflops * 1e6 / (self.num_sms * FLOPS_PER_CLOCK_AND_SM[case.element_bytes] * clock),
                 "clock_mhz": clock, "power_watts": power, "ratio": median(ratios),
                 "host_bound": sum(batch.is_host_bound for batch in batches) > len(batches) / 2,
                 "rounds_ms": [batch.milliseconds for batch in batches]}
@@ -202,8 +234,10 @@ def middle(values) -> float | None:
     return median(known) if known else None
 
 
-def columns(names, shown: Shown = ARITHMETIC) -> list[tuple[str, int]]:
-    return [("case", 38), *((heading, width) for heading, width, _ in shown.printed), ("host us", 7), ("error", 7),
+def columns(names, shown: Shown = ARITHMETIC, longest: int = 0) -> list[tuple[str, int]]:
+    """Those of the printed table; `longest` is how long the names of its cases get."""
+    return [("case", max(CASE_WIDTH, longest)), *((heading, width) for heading, width, _ in shown.printed),
+            ("host us", 7), ("error", 7),
             *(column for name in names for column in ((name, shown.peer[1]), (f"vs {name}", 6)))]
 
 

@@ -6,12 +6,12 @@ from math import ceil, prod
 import numpy as np
 
 from .. import AttentionMode, DataType, FlashAttentionParams
+from ..config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, OUT_BYTES
 from ..device import address, allocate, download, fill, upload
 from ..device import window as window_of
 from ..reference import as_float, attention_reference, to_bits
 from .measure import CALLS_PER_GRAPH
 
-ELEMENT_BYTES = 2
 CHECKED_ROWS = 64
 # Random numbers drawn per tensor; a longer one repeats them. More than the dense grid needs, and an odd period: no row
 # meets its own copy.
@@ -25,11 +25,13 @@ COPIED_BYTES = 1 << 30
 class Case:
     """An attention problem; lengths in tokens.
 
-    window   (left, right) around the bottom-right diagonal, negative is unbounded; not together with is_causal
-    lengths  of packed sequences, the same for Q as for K and V; batch_size is then their number, seqlen_* the longest
-    label    what the packed sequences are called
-    l2       "cold": successive calls read different sets of K and V, so that the L2 cache never holds what comes next;
-             "warm": they all read the same one, and as many are in a graph as of the cold case; "": not looked at
+    dtype      of Q, K and V; out_dtype of O where they are FP8, None: BF16
+    window     (left, right) around the bottom-right diagonal, negative is unbounded; not together with is_causal
+    lengths    of packed sequences, the same for Q as for K and V; batch_size is then their number, seqlen_* the longest
+    label      what the packed sequences are called
+    l2         "cold": successive calls read different sets of K and V, so that the L2 cache never holds what comes
+               next; "warm": they all read the same one, and as many are in a graph as of the cold case; "": not looked
+               at
     """
     dtype: str
     head_dim: int
@@ -43,10 +45,22 @@ class Case:
     lengths: tuple[int, ...] = ()
     label: str = ""
     l2: str = ""
+    out_dtype: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.dtype} d{self.head_dim} {self.mask} h{self.heads} {self.layout} {self.l2}".rstrip()
+        out = "" if self.element_out in (self.dtype, FP8_OUT_DTYPES[0]) else f"->{self.out_dtype}"
+        return f"{self.dtype}{out} d{self.head_dim} {self.mask} h{self.heads} {self.layout} {self.l2}".rstrip()
+
+    @property
+    def element_out(self) -> str:
+        """The element type of O."""
+        return (self.out_dtype or FP8_OUT_DTYPES[0]) if self.dtype == FP8 else self.dtype
+
+    @property
+    def element_bytes(self) -> int:
+        """Of an element of Q, K or V."""
+        return ELEMENT_BYTES[self.dtype]
 
     @property
     def mask(self) -> str:
@@ -90,12 +104,12 @@ class Case:
     @property
     def nbytes(self) -> int:
         """What has to be read and written: K and V once, Q and O."""
-        return self.kv_bytes + 2 * ELEMENT_BYTES * prod(self.q_shape)
+        return self.kv_bytes + (self.element_bytes + OUT_BYTES) * prod(self.q_shape)
 
     @property
     def kv_bytes(self) -> int:
         """One set of K and V."""
-        return 2 * ELEMENT_BYTES * prod(self.kv_shape)
+        return 2 * self.element_bytes * prod(self.kv_shape)
 
     @property
     def kv_sets(self) -> int:
@@ -157,7 +171,7 @@ def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
 
 
 class Tensors:
-    """Q, K, V (standard normal, seeded) and O on the device, large enough for every case of a run.
+    """Q, K, V (standard normal, seeded) and O on the device, large enough for every case of a run; all have one dtype.
 
     Uploaded once per run: each case reads the same numbers in its own shape, and so does each implementation. K and V
     hold the sets of a cold case one after the other.
@@ -167,6 +181,8 @@ class Tensors:
         self.stream = stream
         rng = np.random.default_rng(0)
         dtype = cases[0].dtype
+        self.element_bytes = ELEMENT_BYTES[dtype]
+        self.out_type = to_bits(np.zeros(1, np.float32), cases[0].element_out).dtype
         q_size = max(prod(case.q_shape) for case in cases)
         kv_size = max(prod(case.kv_shape) * case.kv_sets for case in cases)
         sizes = {"q": q_size, "k": kv_size, "v": kv_size}
@@ -174,13 +190,13 @@ class Tensors:
         self.host = {name: to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtype)
                      for name, size in sizes.items()}
         self.buffers = {name: self.repeated(self.host[name], size) for name, size in sizes.items()}
-        self.buffers["out"] = allocate(ELEMENT_BYTES * q_size, stream=stream)
+        self.buffers["out"] = allocate(OUT_BYTES * q_size, stream=stream)
         self.scratch = None
         self.offsets = {}
 
     def repeated(self, numbers: np.ndarray, size: int):
         """A buffer of `size` numbers that repeats these: they are uploaded once, then doubled on the device."""
-        nbytes, done = ELEMENT_BYTES * size, numbers.nbytes
+        nbytes, done = self.element_bytes * size, numbers.nbytes
         buffer = allocate(nbytes, stream=self.stream)
         upload(numbers, window_of(buffer, 0, done), stream=self.stream)
         while done < nbytes:
@@ -196,7 +212,7 @@ class Tensors:
     def copy_much(self) -> None:
         """Queues a copy of COPIED_BYTES of random numbers, by the driver, from one place on the device to another."""
         if self.scratch is None:
-            size = 2 * COPIED_BYTES // ELEMENT_BYTES
+            size = 2 * COPIED_BYTES // self.element_bytes
             self.scratch = self.repeated(self.host["k"][:size], size)
         self.copy(self.scratch, COPIED_BYTES, COPIED_BYTES)
 
@@ -234,7 +250,8 @@ class Tensors:
         return FlashAttentionParams(
             **pointers, **rows, batch_size=case.batch_size, num_heads=case.num_heads, num_heads_k=case.num_heads_k,
             head_dim=case.head_dim, is_causal=case.is_causal, window_size_left=case.window[0],
-            window_size_right=case.window[1], dtype=DataType[case.dtype.upper()])
+            window_size_right=case.window[1], dtype=DataType[case.dtype.upper()],
+            out_dtype=DataType[case.element_out.upper()])
 
     def error_of_last_rows(self, case: Case, kv_set: int = 0) -> float:
         """Relative error (norm) of O against the reference in the last rows of the first, the longest and the last
@@ -244,7 +261,7 @@ class Tensors:
         """
         q_width, kv_width = case.num_heads * case.head_dim, case.num_heads_k * case.head_dim
         out = download(self.buffers["out"], (prod(case.q_shape) // q_width, case.num_heads, case.head_dim),
-                       self.host["q"].dtype, stream=self.stream)
+                       self.out_type, stream=self.stream)
         longest = case.lengths.index(max(case.lengths)) if case.lengths else 0
         differences, norms = 0.0, 0.0
         for index, head in ((0, 0), (longest, case.num_heads // 2), (case.batch_size - 1, case.num_heads - 1)):

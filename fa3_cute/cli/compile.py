@@ -8,12 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 
-from ..config import ELEMENT_BYTES, HEAD_DIMS, DecodeConfig, FwdConfig
+from ..config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS, DecodeConfig, FwdConfig
 from ..heuristics import all_configs
 from .table import Table, one_or_more
 
-COLUMNS = (("kernel", 39), ("registers", 9), ("spilled bytes", 13), ("smem bytes", 10), ("WGMMA", 5), ("seconds", 7),
-           ("", 0))
+NAME_WIDTH = 39         # at least
+COLUMNS = (("registers", 9), ("spilled bytes", 13), ("smem bytes", 10), ("WGMMA", 5), ("seconds", 7), ("", 0))
 MASKS = {"full": "without a mask", "causal": "with the causal mask", "local": "with a sliding window"}
 
 
@@ -28,6 +28,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..")
     parser.add_argument("--dtype", type=one_or_more(str, ELEMENT_BYTES), default=list(ELEMENT_BYTES), metavar="T,..",
                         help=f"of {', '.join(ELEMENT_BYTES)}")
+    parser.add_argument("--out-dtype", type=one_or_more(str, FP8_OUT_DTYPES), default=list(FP8_OUT_DTYPES),
+                        metavar="T,..", help=f"of O, where it need not be that of Q, K and V ({FP8})")
     for name, kind in MASKS.items():
         mask.add_argument(f"--{name}", action="store_const", const=[name], dest="masks", help=f"only kernels {kind}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
@@ -38,8 +40,9 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     configs = [cfg for cfg in all_configs()
                if cfg.head_dim in args.head_dim and cfg.dtype in args.dtype and cfg.mask in args.masks
-               and is_chosen(cfg, args)]
-    table = None if args.json else Table(COLUMNS)
+               and cfg.out_dtype in (None, *args.out_dtype) and is_chosen(cfg, args)]
+    width = max((len(cfg.name) for cfg in configs), default=0)
+    table = None if args.json else Table((("kernel", max(NAME_WIDTH, width)), *COLUMNS))
     rows = []
     for row in compile_rows(configs, args.jobs):
         rows.append(row)

@@ -18,11 +18,12 @@ import sys
 import time
 from pathlib import Path
 
-from ..config import ELEMENT_BYTES, HEAD_DIMS
+from ..config import HEAD_DIMS
 from ..device import hopper_device_problem
 from ..disk_cache import cache_dir
+from .dtypes import add_dtypes
 from .table import one_or_more
-from .trial import PACKAGE, WRONG, Question, Rig, compiled, label, rate, said, times
+from .trial import PACKAGE, Question, Rig, compiled, label, rate, said, times
 
 WATCHED = ("kernels/*.py", "config.py", "heuristics.py")
 POLL_SECONDS = 0.1
@@ -42,7 +43,7 @@ def add_arguments(parser) -> None:
 def add_problem(parser) -> None:
     """The options that say which problem, which `tune` has too."""
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128)
-    parser.add_argument("--dtype", choices=ELEMENT_BYTES, default="bf16", help="default bf16")
+    add_dtypes(parser)
     mask = parser.add_mutually_exclusive_group()
     for name in ("full", "causal", "local"):
         mask.add_argument(f"--{name}", action="store_const", const=name, dest="mask")
@@ -52,7 +53,7 @@ def add_problem(parser) -> None:
 
 def run(args) -> int:
     changes = tuple((name, value) for name, _, value in (text.partition("=") for text in args.changes))
-    question = Question(args.dtype, args.head_dim, args.mask, args.decode, changes, tuple(args.seqlen))
+    question = Question(args.dtype, args.head_dim, args.mask, args.decode, changes, tuple(args.seqlen), args.out_dtype)
     try:
         if args.decode and args.mask == "local":
             raise ValueError("--decode times a query that sees every key, without --local")
@@ -160,9 +161,9 @@ def print_measured(found: dict) -> bool:
     if "error" in found:
         print(found["error"])
         return False
-    is_right = found["worst_row"] < WRONG
+    is_right = found["worst_row"] < found["wrong"]
     print(f"{'right' if is_right else 'WRONG'}: relative error {found['worst_row']:.1e} in the worst row of "
-          f"{found['checked']}, at most {WRONG:.0e}")
+          f"{found['checked']}, at most {found['wrong']:.0e}")
     last = last_runs()
     for row in found["rows"]:
         before = last.get(key := f"{found['gpu']}: {row['name']}")
@@ -269,8 +270,8 @@ def measure_task(question: Question):
 
     def work() -> dict:
         cfg = question.config()
-        found = {"gpu": rig.gpu, "label": label(cfg), "worst_row": rig.error(cfg), "checked": rig.small.name,
-                 "rows": []}
+        found = {"gpu": rig.gpu, "label": label(cfg), "worst_row": rig.error(cfg), "wrong": rig.wrong,
+                 "checked": rig.small.name, "rows": []}
         for case in rig.cases:
             batches = rig.stopwatch.rounds({"ours": rig.work(cfg, case)}, ROUNDS, BATCH_MS)["ours"]
             row = times(case, batches)

@@ -19,7 +19,7 @@ def describe(device, monitor, peers: dict, args) -> dict:
 
 
 def sentence(known: dict) -> str:
-    """The same on one line, for the head of a table; without the command."""
+    """The same on one line, for the head of a table; without the command, and what has no version of its own."""
     parts = [known["gpu"], f"{known['sms']} SMs"]
     if known["clock_problem"]:
         parts.append(f"no clocks ({known['clock_problem']})")
@@ -27,4 +27,4 @@ def sentence(known: dict) -> str:
         parts.append(f"at most {known['max_clock_mhz']} MHz and {known['power_limit_watts']:.0f} W")
         parts.append(f"driver {known['driver']}")
     parts.append(f"CuTe DSL {known['dsl']} for CUDA {known['dsl_cuda']}")
-    return "; ".join([*parts, *known["peers"].values(), known["date"]])
+    return "; ".join([*parts, *filter(None, known["peers"].values()), known["date"]])

@@ -11,7 +11,7 @@ import argparse
 import json
 
 from ..api import AttentionMode, DataType, FlashAttentionParams, explain, kernel_config
-from ..config import ELEMENT_BYTES, DecodeConfig, FwdConfig
+from ..config import ELEMENT_BYTES, FP8_OUT_DTYPES, DecodeConfig, FwdConfig
 from ..heuristics import FORWARD, decode_row
 from ..splits import SplitPlan, plan_of
 
@@ -30,7 +30,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--num-heads-k", **number, help="default: as many as query heads")
     parser.add_argument("--head-dim", **number, default=128, help="default 128")
     parser.add_argument("--dtype", choices=[dtype.name.lower() for dtype in DataType], default="bf16",
-                        help="default bf16")
+                        help="of Q, K and V; default bf16")
+    parser.add_argument("--out-dtype", choices=FP8_OUT_DTYPES, help="of O; default --dtype, bf16 with fp8_e4m3")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--window", type=window, default=UNBOUNDED, metavar="L,R",
                         help="sliding window, negative is unbounded: --window=-1,0")
@@ -82,8 +83,9 @@ def params_of(args) -> FlashAttentionParams:
         q=ADDRESS, k=ADDRESS, v=ADDRESS, out=ADDRESS, softmax_lse=ADDRESS if args.lse else None,
         seqused_k=ADDRESS if args.seqused else None, **rows, batch_size=args.batch_size, num_heads=args.num_heads,
         num_heads_k=args.num_heads if args.num_heads_k is None else args.num_heads_k, head_dim=args.head_dim,
-        dtype=DataType[args.dtype.upper()], is_causal=args.causal, window_size_left=args.window[0],
-        window_size_right=args.window[1], mode=MODES[args.mode], softmax_scale=args.softmax_scale,
+        dtype=DataType[args.dtype.upper()], out_dtype=args.out_dtype and DataType[args.out_dtype.upper()],
+        is_causal=args.causal, window_size_left=args.window[0], window_size_right=args.window[1],
+        mode=MODES[args.mode], softmax_scale=args.softmax_scale,
         num_splits=args.num_splits, pack_gqa=PACK_GQA[args.pack_gqa])
 
 
@@ -115,8 +117,9 @@ def lines(facts: dict):
     cfg, plan = facts["config"], facts["plan"]
     yield "kernel", facts["kernel"]
     rings = f"{cfg['num_q_stages']} slots for Q and O, " if "num_q_stages" in cfg else ""
+    transposed = " and for V transposed" if cfg.get("num_transpose_warps") else ""
     yield "tile", (f"{cfg['tile_m']} rows of Q, {cfg['tile_n']} of K and V; {rings}{cfg['num_kv_stages']} for K, as "
-                   "many for V" + "; ping-pong" * cfg.get("use_pingpong", False))
+                   f"many for V{transposed}" + "; ping-pong" * cfg.get("use_pingpong", False))
     yield "measured", facts["reason"]
     if plan:
         clusters = plan["num_splits"] // plan["cluster_size"]

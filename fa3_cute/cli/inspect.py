@@ -1,21 +1,22 @@
 """Shows what one kernel is made of: registers, spills, the map of its shared memory, its instructions by unit, and an
 estimate of the critical unit. Compiles it, past every cache; needs no GPU. Exit status 1 if the kernel spills, draws a
-compiler warning or does not compile.
+compiler warning or does not compile, 2 if there is no such kernel.
 
 The instructions are those of the whole kernel, every branch of it, counted in its machine code. "integer" includes
 moves and selections, "uniform" is the datapath of a warp's common values, "shared memory" includes mbarriers and
-shuffles, "conversion" is to and from 16 bits and integers.
+shuffles, "conversion" is to and from 16 and 8 bits and integers.
 
 The critical unit is the one that is busy longest with a K/V tile of one CTA, if every unit ran at its peak and beside
 the others. The clocks are counted from the algorithm, for M x N scores and head_dim D, not measured:
 
-  tensor          4 M N D FLOPs at 4096 per clock and SM (16-bit operands)
+  tensor          4 M N D FLOPs at 4096 per clock and SM (FP8 operands: 8192)
   MUFU            an exp2 per score and 4 per row, at 16 per clock
   FP32            a multiply-add and an add per score, a multiply per element of O, on 128 lanes
   ALU             a maximum per score and a conversion per two; in a masked tile 2 comparisons or selections per score,
                   3 with a window; on 64 lanes
   issue           all of MUFU, FP32 and ALU at 4 warp instructions per clock
-  shared memory   K and V written once and read by each warpgroup's WGMMAs, Q read once, at 128 bytes per clock
+  shared memory   K and V written once and read by each warpgroup's WGMMAs, Q read once, at 128 bytes per clock; FP8: V
+                  read and written once more, to transpose it
   memory          decode only: K and V read from device memory, 4.6 TB/s over 132 SMs at 1830 MHz
 
 A masked tile is one that the mask or the end of K and V cuts. Units wait for one another in a real kernel: a second
@@ -24,8 +25,9 @@ and so are reads of K and V from the L2 cache by the forward kernel: the bytes a
 """
 import json
 
-from ..config import ELEMENT_BYTES, HEAD_DIMS, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
+from ..config import HEAD_DIMS, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
 from ..heuristics import decode_config, forward_config
+from .dtypes import add_dtypes, out_dtype_of
 from .table import Table
 from .units import clocks_per_tile, instruction_mix
 
@@ -34,7 +36,7 @@ MASKS = ("full", "causal", "local")
 
 def add_arguments(parser) -> None:
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128, help="default 128")
-    parser.add_argument("--dtype", choices=ELEMENT_BYTES, default="bf16", help="default bf16")
+    add_dtypes(parser)
     parser.add_argument("--mask", choices=MASKS, default="full", help="default full")
     parser.add_argument("--varlen", action="store_true", help="for packed sequences and used lengths")
     parser.add_argument("--lse", action="store_true", help="with the log-sum-exp")
@@ -46,7 +48,11 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     from .. import compiler     # the DSL takes half a second to import
-    cfg = config(args)
+    try:
+        cfg = config(args)
+    except ValueError as error:
+        print(error)
+        return 2
     try:
         report, code = compiler.compile_and_read(cfg)
     except compiler.CompileError as error:
@@ -65,9 +71,11 @@ def run(args) -> int:
 
 
 def config(args) -> FwdConfig | DecodeConfig:
+    """The config asked for; ValueError if there is none."""
+    out_dtype = out_dtype_of(args.dtype, args.head_dim, args.out_dtype)
     if args.decode:
-        return decode_config(args.dtype, args.head_dim, is_local=args.mask != "full")
-    return forward_config(args.dtype, args.head_dim, args.mask, args.lse, args.varlen)
+        return decode_config(args.dtype, args.head_dim, args.mask != "full", out_dtype)
+    return forward_config(args.dtype, args.head_dim, args.mask, args.lse, args.varlen, out_dtype)
 
 
 def roles(cfg: FwdConfig | DecodeConfig) -> dict[str, int] | None:
@@ -77,10 +85,11 @@ def roles(cfg: FwdConfig | DecodeConfig) -> dict[str, int] | None:
 
 def smem_map(cfg: FwdConfig | DecodeConfig) -> list[dict]:
     """The parts of a CTA's shared memory in their order: name, slots, bytes."""
-    row = cfg.kv_bytes_per_token // 2
-    rings = (("Q" if isinstance(cfg, DecodeConfig) else "Q and O", cfg.num_q_stages, cfg.tile_m),
-             ("K", cfg.num_kv_stages, cfg.tile_n), ("V", cfg.num_kv_stages, cfg.tile_n))
-    parts = [{"name": name, "slots": slots, "bytes": slots * rows * row} for name, slots, rows in rings]
+    queries = (("Q", 1, cfg.tile_m * cfg.head_dim * cfg.element_bytes) if isinstance(cfg, DecodeConfig)
+               else ("Q and O", cfg.num_q_stages, cfg.q_slot_bytes))
+    rings = ("K", "V", *["V transposed"] * bool(cfg.num_transpose_warps))
+    parts = [{"name": name, "slots": slots, "bytes": slots * nbytes}
+             for name, slots, nbytes in (queries, *((ring, cfg.num_kv_stages, cfg.kv_slot_bytes) for ring in rings))]
     rest = cfg.smem_bytes - sum(part["bytes"] for part in parts)
     return [{"name": "barriers", "slots": 1, "bytes": rest}, *parts]
 

@@ -4,12 +4,20 @@ A peer reads the benchmark's own tensors, in place, as torch views.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from importlib import metadata
-from functools import partial
 from math import prod
 
+from ..config import FP8
 from .case import Case
 from .measure import CALLS_PER_GRAPH, Work
+
+# cuDNN's FP8 attention rounds P, at most 1, to E4M3 as P * P_SCALE, and its O, which is E4M3 on Hopper, as O * O_SCALE:
+# small numbers then keep their bits, and no O of normal inputs, at most about 6, passes E4M3's largest number, 448.
+P_SCALE, O_SCALE = 256.0, 64.0
+# (typestr of the array interface, name of torch's dtype)
+VIEWS = {"fp16": ("<i2", "float16"), "bf16": ("<i2", "bfloat16"), FP8: ("|u1", "float8_e4m3fn"),
+         "int32": ("<i4", "int32")}
 
 
 class PeerMissing(Exception):
@@ -19,7 +27,7 @@ class PeerMissing(Exception):
 @dataclass(frozen=True)
 class Peer:
     """`make_launch(case, q, k, v, cu_seqlens)` gets torch views in the case's shapes, cu_seqlens None if it is dense; a
-    launch returns O alike. It raises PeerMissing for a case that the peer cannot do."""
+    launch returns O alike, in FP8 as O * O_SCALE. What it raises says why the peer cannot do the case."""
     name: str
     version: str
     dtypes: tuple[str, ...]
@@ -32,17 +40,20 @@ class Peer:
         q, k, v = (view(pointers[name], shape, case.dtype)
                    for name, shape in (("q", case.q_shape), ("k", case.kv_shape), ("v", case.kv_shape)))
         cu_seqlens = view(pointers["cu_seqlens"], (case.batch_size + 1,), "int32") if case.lengths else None
-        launch = self.make_launch(case, q, k, v, cu_seqlens)
         try:
+            launch = self.make_launch(case, q, k, v, cu_seqlens)
             launch()
+        except PeerMissing:
+            raise
         except Exception as error:      # each library refuses in its own way; what it says is the answer
             raise PeerMissing(f"{self.name} refuses {case.name}: {first_line(error)}") from error
         return launch
 
     def error(self, case: Case, pointers: dict[str, int], launch: Callable) -> float:
         """Relative difference (norm) between the O of `launch` and ours, which is in place."""
-        theirs = launch().float()
-        return float((view(pointers["out"], case.q_shape, case.dtype).float() - theirs).norm() / theirs.norm())
+        theirs = launch()
+        theirs = theirs.float() / (O_SCALE if theirs.element_size() == 1 else 1)
+        return float((view(pointers["out"], case.q_shape, case.element_out).float() - theirs).norm() / theirs.norm())
 
 
 def load(name: str) -> Peer:
@@ -68,21 +79,35 @@ def load_fa3() -> Peer:
             out = call(causal=case.is_causal, window_size=case.window)
             return out[0] if isinstance(out, tuple) else out
         return launch
-    return Peer("fa3", f"fa3-fwd {metadata.version('fa3-fwd')}", ("bf16",), make_launch)
+    return Peer("fa3", f"fa3-fwd {metadata.version('fa3-fwd')}", ("bf16", FP8), make_launch)
 
 
 def load_cudnn() -> Peer:
-    """cuDNN's fused attention through torch; its causal mask is top-left aligned, the same for square problems."""
+    """cuDNN's fused attention through torch, FP8 through cuDNN's own Python frontend; its causal mask is top-left
+    aligned, the same for square problems."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
+    @cache
+    def handle():
+        import cudnn
+        made = cudnn.create_handle()
+        cudnn.set_stream(made, torch.cuda.current_stream().cuda_stream)
+        return made
+
+    @lru_cache(maxsize=1)       # the sets of K and V of a case share one
+    def graph_of(case):
+        return CudnnGraph(case, handle())
+
     def make_launch(case, q, k, v, cu_seqlens):
         if case.lengths or max(case.window) >= 0:
-            raise PeerMissing("cudnn through torch has neither packed sequences nor windows")
+            raise PeerMissing("cudnn is timed without packed sequences and windows")
         if case.is_causal and case.seqlen_q != case.seqlen_k:
-            raise PeerMissing("cudnn through torch has no bottom-right aligned causal mask")
+            raise PeerMissing("cudnn has no bottom-right aligned causal mask here")
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        if case.dtype == FP8:
+            return graph_of(case).launch(q, k, v)
         options = {"is_causal": case.is_causal, "enable_gqa": case.num_heads != case.num_heads_k}
 
         def launch():
@@ -90,7 +115,62 @@ def load_cudnn() -> Peer:
                 return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
         return launch
     version = f"cuDNN {torch.backends.cudnn.version()}, torch {torch.__version__}"
-    return Peer("cudnn", version, ("fp16", "bf16"), make_launch)
+    return Peer("cudnn", version, ("fp16", "bf16", FP8), make_launch)
+
+
+class CudnnGraph:
+    """cuDNN's FP8 attention of one case, built and with all its memory but Q, K and V: calls only execute it.
+
+    Scales are per tensor: 1 for Q, K and V, P_SCALE and O_SCALE. O is E4M3: frontend and library have 16-bit O on
+    Blackwell only.
+    """
+
+    def __init__(self, case: Case, handle):
+        import cudnn
+        import torch
+
+        def scalar(value: float):
+            return torch.full((1, 1, 1, 1), value, dtype=torch.float32, device="cuda")
+
+        types = cudnn.data_type
+        self.handle = handle
+        self.graph = cudnn.pygraph(io_data_type=types.FP8_E4M3, intermediate_data_type=types.FLOAT,
+                                   compute_data_type=types.FLOAT, handle=handle)
+        self.out = torch.empty(case.q_shape, dtype=torch.float8_e4m3fn, device="cuda")
+        layouts = {"q": case.q_shape, "k": case.kv_shape, "v": case.kv_shape}
+        self.inputs = {name: self.graph.tensor(name=name, data_type=types.FP8_E4M3, **strided(shape))
+                       for name, shape in layouts.items()}
+        scales = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "descale_s": 1 / P_SCALE, "scale_s": P_SCALE,
+                  "scale_o": O_SCALE}
+        named = {name: self.graph.tensor(name=name, dim=[1] * 4, stride=[1] * 4, data_type=types.FLOAT)
+                 for name in scales}
+        out, _, amax_p, amax_out = self.graph.sdpa_fp8(
+            **self.inputs, **named, attn_scale=case.head_dim ** -0.5, use_causal_mask=case.is_causal,
+            generate_stats=False)
+        layout = strided(case.q_shape)
+        out.set_output(True).set_dim(layout["dim"]).set_stride(layout["stride"]).set_data_type(types.FP8_E4M3)
+        for amax in (amax_p, amax_out):
+            amax.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(types.FLOAT)
+        self.graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        self.workspace = torch.empty(max(1, self.graph.get_workspace_size()), dtype=torch.uint8, device="cuda")
+        self.memory = {named[name]: scalar(value) for name, value in scales.items()}
+        self.memory |= {out: self.out.transpose(1, 2), amax_p: scalar(0), amax_out: scalar(0)}
+
+    def launch(self, q, k, v) -> Callable:
+        """A call that reads these tensors [batch, heads, rows, head_dim]."""
+        memory = self.memory | dict(zip(self.inputs.values(), (q, k, v), strict=True))
+
+        def launch():
+            self.graph.execute(memory, self.workspace, handle=self.handle)
+            return self.out
+        return launch
+
+
+def strided(shape: tuple[int, ...]) -> dict[str, list[int]]:
+    """cuDNN's description of contiguous [batch, rows, heads, head_dim] as [batch, heads, rows, head_dim]."""
+    batch, rows, heads, head_dim = shape
+    width = heads * head_dim
+    return {"dim": [batch, heads, rows, head_dim], "stride": [rows * width, head_dim, width, 1]}
 
 
 PEERS = {"fa3": load_fa3, "cudnn": load_cudnn}
@@ -113,16 +193,16 @@ def capture(launch: Callable, calls: int = CALLS_PER_GRAPH) -> Work:
 
 
 def view(pointer: int, shape: tuple[int, ...], dtype: str):
-    """Device memory as a torch tensor, in place. The interface knows no BF16: 16-bit integers carry the bits over."""
+    """Device memory as a torch tensor, in place. The interface knows no BF16 and no FP8: integers carry the bits over.
+    """
     import torch
+    typestr, name = VIEWS[dtype]
 
     class Memory:
         """prod(shape) words."""
-        __cuda_array_interface__ = {"shape": (prod(shape),), "typestr": "<i4" if dtype == "int32" else "<i2",
-                                    "data": (pointer, False), "version": 3}
+        __cuda_array_interface__ = {"shape": (prod(shape),), "typestr": typestr, "data": (pointer, False), "version": 3}
 
-    words = torch.as_tensor(Memory(), device="cuda")
-    return words.view({"fp16": torch.float16, "bf16": torch.bfloat16, "int32": torch.int32}[dtype]).view(shape)
+    return torch.as_tensor(Memory(), device="cuda").view(getattr(torch, name)).view(shape)
 
 
 def first_line(error: Exception) -> str:

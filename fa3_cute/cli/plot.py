@@ -6,11 +6,11 @@ the rate of a copy on the device. Needs matplotlib, which is imported on use: pi
 from collections.abc import Sequence
 
 from .environment import sentence
-from .shown import MEMORY, OURS
+from .shown import MEMORY, OURS, OURS_16
 
-NAMES = {OURS: "fa3_cute", "fa3": "FA3", "cudnn": "cuDNN"}
+NAMES = {OURS: "fa3_cute", OURS_16: "fa3_cute in BF16", "fa3": "FA3", "cudnn": "cuDNN"}
 # Okabe and Ito's, which colour-blind readers can tell apart; hatches for prints without colour.
-STYLES = {OURS: ("#0072B2", ""), "fa3": ("#E69F00", "//"), "cudnn": ("#009E73", "..")}
+STYLES = {OURS: ("#0072B2", ""), OURS_16: ("#56B4E9", "\\\\"), "fa3": ("#E69F00", "//"), "cudnn": ("#009E73", "..")}
 OTHER_STYLE = ("#999999", "xx")
 BAR, GAP = 0.21, 0.30           # inches: a bar, the space between two cases
 PANEL_HEIGHT, MARGIN = 4.2, 1.4

@@ -7,22 +7,24 @@ Prints it; with --plot, draws it instead; with --into, replaces what stands betw
     <!-- performance: end -->
 
 A suite may have a place of its own in it, between "<!-- performance of decode: begin -->" and its end, say: its
-sections then go there and the others stay, so that one suite can be measured anew without the others.
+sections then go there and the others stay, so that one suite can be measured anew without the others. Whatever was
+measured in FP8 goes to the place of "fp8".
 
 Exit status 2 if the document has no such lines or a file holds no results of the benchmark.
 """
 import json
 from pathlib import Path
 
-from ..config import HEAD_DIMS
+from ..config import FP8, HEAD_DIMS
 from . import environment, plot
 from .bench import SUITES
-from .shown import OURS, Shown
+from .shown import OURS, OURS_16, Shown
 from .table import markdown, one_or_more
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 OWN = "performance of {}:"      # what "performance:" is in the lines of one suite
-PEER_NAMES = {"fa3": "FA3", "cudnn": "cuDNN"}
+FP8_PLACE = "fp8"
+PEER_NAMES = {OURS_16: "BF16", "fa3": "FA3", "cudnn": "cuDNN"}
 
 
 def add_arguments(parser) -> None:
@@ -43,7 +45,7 @@ def run(args) -> int:
         if args.plot:
             plot.write_plot([chosen(run, args.head_dim) for run in runs], SUITES, args.plot)
             return 0
-        sections = [(run["environment"]["suite"], section(run, args.head_dim)) for run in runs]
+        sections = [(place(run), section(run, args.head_dim)) for run in runs]
         if args.into:
             document = Path(args.into)
             document.write_text(updated(document.read_text(), sections))
@@ -60,11 +62,18 @@ def chosen(results: dict, head_dims: list[int]) -> dict:
     return results | {"rows": [row for row in results["rows"] if row["case"]["head_dim"] in head_dims]}
 
 
+def place(results: dict) -> str:
+    """What the place of one file's section is called: as its suite, or all FP8 alike."""
+    is_fp8 = any(row["case"]["dtype"] == FP8 for row in results["rows"])
+    return FP8_PLACE if is_fp8 else results["environment"]["suite"]
+
+
 def updated(document: str, sections: list[tuple[str, str]]) -> str:
-    """The document with the sections, (suite, text) each, between its two lines or those of their suites."""
+    """The document with the sections, (name of its place, text) each, between its two lines or those of their places.
+    """
     places: dict[tuple[str, str], list[str]] = {}
-    for suite, text in sections:
-        own = tuple(line.replace("performance:", OWN.format(suite)) for line in (BEGIN, END))
+    for name, text in sections:
+        own = tuple(line.replace("performance:", OWN.format(name)) for line in (BEGIN, END))
         places.setdefault(own if own[0] in document else (BEGIN, END), []).append(text)
     for (begin, end), texts in places.items():
         document = replaced(document, "\n\n".join(texts), begin, end)

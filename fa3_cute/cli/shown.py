@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 OURS = "fa3_cute"
+OURS_16 = "ours bf16"           # our own 16-bit kernel, which is timed beside FP8
 Column = tuple[str, int, Callable[[dict], str]]
 
 

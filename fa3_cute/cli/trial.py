@@ -12,17 +12,20 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from ..config import ELEMENT_BYTES
 from ..device import download, open_device
 from ..reference import as_float, attention_reference
 from .case import Case, Tensors
+from .dtypes import out_dtype_of
 from .measure import Batch, Stopwatch, Work, in_turn
 from .suites import prefill, window
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# Relative error (norm) of a right row: BF16 rounding of P and of O leaves at most 4e-3 on normal inputs.
-WRONG = 1e-2
+# Relative error (norm) of a right row on normal inputs, by the bytes of an element of Q: BF16 rounding of P and of O
+# leaves at most 4e-3, E4M3 rounding of P at most 4.4e-2 in the rows of the small problem.
+WRONG = {1: 8e-2, 2: 1e-2}
 # What the problem decides; every other field of a config is ours to set.
-GIVEN_FIELDS = ("dtype", "head_dim", "is_causal", "is_local", "has_lse", "is_varlen")
+GIVEN_FIELDS = ("dtype", "out_dtype", "head_dim", "is_causal", "is_local", "has_lse", "is_varlen")
 SWITCHES = {"0": False, "1": True, "false": False, "true": True}
 PREFILL_SEQLENS, DECODE_SEQLENS = (4096,), (8192,)
 
@@ -31,9 +34,10 @@ PREFILL_SEQLENS, DECODE_SEQLENS = (4096,), (8192,)
 class Question:
     """What is tried, in plain values.
 
-    mask     full, causal or local; decode has one query per sequence, which sees every key either way
-    changes  (field, text) pairs that replace fields of the config in heuristics' row
-    seqlens  of the problems to time; () are the default ones
+    mask       full, causal or local; decode has one query per sequence, which sees every key either way
+    changes    (field, text) pairs that replace fields of the config in heuristics' row
+    seqlens    of the problems to time; () are the default ones
+    out_dtype  of O where it need not be that of Q, K and V; None is the default
     """
     dtype: str
     head_dim: int
@@ -41,31 +45,41 @@ class Question:
     is_decode: bool = False
     changes: tuple[tuple[str, str], ...] = ()
     seqlens: tuple[int, ...] = ()
+    out_dtype: str | None = None
 
     def config(self):
         """The config of heuristics' row with the changes made. ValueError, in FwdConfig's words if it is illegal."""
         from ..heuristics import decode_config, forward_config
+        out_dtype = out_dtype_of(self.dtype, self.head_dim, self.out_dtype)
         if self.is_decode:
-            cfg = decode_config(self.dtype, self.head_dim, is_local=False)
+            cfg = decode_config(self.dtype, self.head_dim, is_local=False, out_dtype=out_dtype)
         else:
-            cfg = forward_config(self.dtype, self.head_dim, self.mask, has_lse=False, is_varlen=False)
+            cfg = forward_config(self.dtype, self.head_dim, self.mask, has_lse=False, is_varlen=False,
+                                 out_dtype=out_dtype)
         kinds = {field.name: field.type for field in fields(cfg) if field.name not in GIVEN_FIELDS}
         return replace(cfg, **{name: value_of(name, text, kinds) for name, text in self.changes})
 
     def cases(self) -> list[Case]:
         """The problems to time: prefill as in the benchmark's suite, decode with nothing in the L2 cache."""
         if self.is_decode:
-            return [Case(self.dtype, self.head_dim, False, 1, seqlen, 16, 16, 2, l2="cold")
+            return [Case(self.dtype, self.head_dim, False, 1, seqlen, 16, 16, 2, l2="cold", out_dtype=self.out_dtype)
                     for seqlen in self.seqlens or DECODE_SEQLENS]
         sizes = SimpleNamespace(dtype=self.dtype, num_heads=None, num_heads_k=None, batch_size=None)
-        return [prefill.case(sizes, self.head_dim, seqlen, self.mask == "causal", self.window(window.WINDOWS[0]))
+        return [replace(prefill.case(sizes, self.head_dim, seqlen, self.mask == "causal",
+                                     self.window(window.WINDOWS[0])), out_dtype=self.out_dtype)
                 for seqlen in self.seqlens or PREFILL_SEQLENS]
 
     def small_case(self) -> Case:
         """The problem to check: several sequences, heads that share K and V, lengths that no tile divides."""
         if self.is_decode:
-            return Case(self.dtype, self.head_dim, False, 1, 1999, 3, 16, 2)
-        return Case(self.dtype, self.head_dim, self.mask == "causal", 333, 717, 2, 4, 2, self.window((200, 0)))
+            return Case(self.dtype, self.head_dim, False, 1, 1999, 3, 16, 2, out_dtype=self.out_dtype)
+        return Case(self.dtype, self.head_dim, self.mask == "causal", 333, 717, 2, 4, 2, self.window((200, 0)),
+                    out_dtype=self.out_dtype)
+
+    @property
+    def wrong(self) -> float:
+        """The relative error of a row from which on it is wrong."""
+        return WRONG[ELEMENT_BYTES[self.dtype]]
 
     def window(self, bounds: tuple[int, int]) -> tuple[int, int]:
         """The window of a case: these bounds if the mask is one."""
@@ -83,12 +97,14 @@ def value_of(name: str, text: str, kinds: dict[str, type]):
 
 
 def label(cfg) -> str:
-    """The choices of a config in short, as heuristics.py writes them: tiles, stages, and what is not the default."""
+    """The choices of a config in short, as heuristics.py writes them: tiles, stages, what is not the default, and of
+    FP8 the warps that transpose V."""
     name = f"{cfg.tile_m}x{cfg.tile_n} q{cfg.num_q_stages} kv{cfg.num_kv_stages}"
     if cfg.packs_heads:
         return f"{name}, {cfg.ctas_per_sm} CTAs per SM"
     return (name + " without ping-pong" * (not cfg.use_pingpong and cfg.num_consumer_wgs > 1)
-            + " rescaling before PV" * cfg.rescale_before_pv)
+            + " rescaling before PV" * cfg.rescale_before_pv
+            + f" t{cfg.num_transpose_warps}" * bool(cfg.num_transpose_warps))
 
 
 def compiled(cfg) -> dict:
@@ -124,7 +140,7 @@ class Rig:
     def __init__(self, question: Question):
         device = open_device()
         self.gpu, self.cases, self.small = device.name, question.cases(), question.small_case()
-        self.stream = device.create_stream()
+        self.wrong, self.stream = question.wrong, device.create_stream()
         self.stopwatch = Stopwatch(device, self.stream)
         self.tensors = Tensors([self.small, *self.cases], self.stream)
         shapes = {"q": self.small.q_shape, "k": self.small.kv_shape, "v": self.small.kv_shape}
@@ -138,10 +154,10 @@ class Rig:
         return lambda: launch(params, cfg, handle)
 
     def error(self, cfg) -> float:
-        """Relative error (norm) of the worst row of the small problem; not below WRONG, perhaps NaN, if it is wrong."""
+        """Relative error (norm) of the worst row of the small problem; not below `wrong`, perhaps NaN, if wrong."""
         self.tensors.poison_out()
         self.launch(cfg, self.small)()
-        out = download(self.tensors.buffers["out"], (prod(self.small.q_shape),), self.tensors.host["q"].dtype,
+        out = download(self.tensors.buffers["out"], (prod(self.small.q_shape),), self.tensors.out_type,
                        stream=self.stream)
         difference = as_float(out.reshape(self.small.q_shape)) - self.exact
         return float(np.max(np.linalg.norm(difference, axis=-1) / np.linalg.norm(self.exact, axis=-1)))

@@ -1,19 +1,20 @@
 """Sweeps the tiles and stages of one problem and prints the row of heuristics.py that the numbers speak for.
 
-Candidates are all that FwdConfig allows: tile_m, tile_n, num_q_stages, use_pingpong and rescale_before_pv, the nearest
-to the row in force first. What does not compile, spills or makes the compiler serialise WGMMA is left out. The others
-are checked against the reference, every row of a small problem, and timed in interleaved rounds; a number is the median
-over them. The best has the highest geometric mean of the rates over the lengths. A row is worth changing if it is ahead
-by more than the numbers scatter: try the best few again with --limit or --tile-n and more --rounds.
+Candidates are all that FwdConfig allows: tile_m, tile_n, num_q_stages, use_pingpong and rescale_before_pv, of FP8 also
+num_kv_stages (2 or 3) and num_transpose_warps, the nearest to the row in force first. What does not compile, spills or
+makes the compiler serialise WGMMA is left out. The others are checked against the reference, every row of a small
+problem, and timed in interleaved rounds; a number is the median over them. The best has the highest geometric mean of
+the rates over the lengths. A row is worth changing if it is ahead by more than the numbers scatter: try the best few
+again with --limit or --tile-n and more --rounds.
 
 Without a Hopper GPU: the survivors with registers and shared memory, no times.
 
-Exit status 1 if nothing survives or a survivor is wrong.
+Exit status 1 if nothing survives or a survivor is wrong, 2 if there are no such kernels.
 """
 import os
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from datetime import UTC, datetime
 from itertools import product
 from math import prod
@@ -25,8 +26,9 @@ from ..device import hopper_device_problem
 from ..heuristics import Row
 from .dev import add_problem
 from .table import Table, one_or_more
-from .trial import WRONG, Question, Rig, compiled, label, times
+from .trial import Question, Rig, compiled, label, times
 
+KV_STAGES_OF_FP8, TRANSPOSE_WARPS_OF_FP8 = (2, 3), (1, 4)
 TILE_MS, TILE_NS, Q_STAGES = (64, 128, 192), tuple(range(32, 257, 16)), (1, 2)
 SEQLENS = (4096, 16384)
 RUNNERS_UP = 3      # named in the row's reason
@@ -36,7 +38,7 @@ def add_arguments(parser) -> None:
     add_problem(parser)
     parser.add_argument("--tile-m", type=one_or_more(int, TILE_MS), default=TILE_MS, metavar="M,..")
     parser.add_argument("--tile-n", type=one_or_more(int), default=TILE_NS, metavar="N,..",
-                        help="default: every multiple of 16 from 32 to 256")
+                        help="default: every multiple of 16, FP8 32, from 32 to 256")
     parser.add_argument("--limit", type=int, metavar="N", help="only the N candidates nearest to the row in force")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
@@ -44,8 +46,13 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    question = Question(args.dtype, args.head_dim, args.mask, seqlens=tuple(args.seqlen) or SEQLENS)
-    row = question.config()
+    question = Question(args.dtype, args.head_dim, args.mask, seqlens=tuple(args.seqlen) or SEQLENS,
+                        out_dtype=args.out_dtype)
+    try:
+        row = question.config()
+    except ValueError as error:
+        print(error)
+        return 2
     configs = candidates(row, args.tile_m, args.tile_n)
     chosen = configs[:args.limit]
     problem = hopper_device_problem()
@@ -71,19 +78,24 @@ def candidates(base: FwdConfig, tile_ms, tile_ns) -> list[FwdConfig]:
     A single warpgroup has no other to take turns with: without ping-pong only.
     """
     found = {base}
-    for tile_m, tile_n, stages, pingpong, rescale in product(tile_ms, tile_ns, Q_STAGES, (False, True), (False, True)):
-        if pingpong and tile_m == 64:
+    choices = {"tile_m": tile_ms, "tile_n": tile_ns, "num_q_stages": Q_STAGES, "use_pingpong": (False, True),
+               "rescale_before_pv": (False, True)}
+    if base.is_fp8:
+        choices |= {"num_kv_stages": KV_STAGES_OF_FP8, "num_transpose_warps": TRANSPOSE_WARPS_OF_FP8}
+    for values in product(*choices.values()):
+        variant = dict(zip(choices, values, strict=True))
+        if variant["use_pingpong"] and variant["tile_m"] == 64:
             continue
         try:
-            found.add(replace(base, tile_m=tile_m, tile_n=tile_n, num_q_stages=stages, use_pingpong=pingpong,
-                              rescale_before_pv=rescale))
+            found.add(replace(base, **variant))
         except ValueError:      # illegal
             continue
 
     def distance(cfg: FwdConfig) -> tuple:
         differ = [getattr(cfg, field.name) != getattr(base, field.name)
                   for field in fields(base) if field.name != "tile_n"]
-        return sum(differ), abs(cfg.tile_m * cfg.tile_n - base.tile_m * base.tile_n), *cfg.as_dict().values()
+        chosen = [getattr(cfg, name) for name in choices]
+        return sum(differ), abs(cfg.tile_m * cfg.tile_n - base.tile_m * base.tile_n), *chosen
     return sorted(found, key=distance)
 
 
@@ -119,9 +131,9 @@ def stored(cfg: FwdConfig) -> None:
 def is_right(rig: Rig, cfg: FwdConfig) -> bool:
     """Whether a config's result is right; says so if not."""
     error = rig.error(cfg)
-    if not error < WRONG:
+    if not error < rig.wrong:
         print(f"{label(cfg)} is WRONG: relative error {error:.1e} in the worst row of {rig.small.name}")
-    return error < WRONG
+    return error < rig.wrong
 
 
 def measured(rig: Rig, configs: list[FwdConfig], args) -> dict[FwdConfig, list[float]]:
@@ -154,7 +166,7 @@ def heuristics_row(ranked: list[FwdConfig], rates: dict[FwdConfig, list[float]],
     named = [f"{label(cfg)} {text}" for cfg, text in zip(others[:RUNNERS_UP], numbers[1:], strict=False)]
     reason = "; ".join([f"{numbers[0]} {what}", *named])
     unusual = [f"{field.name}={getattr(best, field.name)}" for field in fields(Row)
-               if field.name in ("use_pingpong", "rescale_before_pv") and getattr(best, field.name) != field.default]
+               if field.default is not MISSING and getattr(best, field.name) != field.default]
     key = (ELEMENT_BYTES[best.dtype], best.head_dim, best.mask)
     start = f'    {key}: Row('.replace("'", '"') + f"{best.tile_m}, {best.tile_n}, {best.num_q_stages}, "
     lines = textwrap.wrap(reason, 112 - len(start), drop_whitespace=False)

@@ -6,7 +6,7 @@ holds them to it.
 """
 from collections import Counter
 
-from ..config import ELEMENT_BYTES, DecodeConfig, FwdConfig
+from ..config import DecodeConfig, FwdConfig
 from ..splits import NUM_SMS, RATES
 
 OPERATION_MASK = 0x1FF
@@ -24,8 +24,8 @@ OPERATIONS = {
         "POPC": (0x109,), "VIADD": (0x36,), "VIMNMX": (0x48,), "VIADDMNMX": (0x46,), "P2R": (0x03,), "CS2R": (0x05,)},
     "uniform": {
         "UIADD3": (0x90, 0x97), "UIMAD": (0xA4, 0xA5), "UISETP": (0x8C,), "ULEA": (0x91,), "ULOP3": (0x92,),
-        "USHF": (0x99,), "USEL": (0x87,), "UMOV": (0x82,), "VOTEU": (0x86,), "ULDC": (0xB9,), "R2UR": (0xCA,),
-        "S2UR": (0x1C3,)},
+        "USHF": (0x99,), "USEL": (0x87,), "UMOV": (0x82,), "VOTEU": (0x86,), "ULDC": (0xB9,), "UPOPC": (0xBF,),
+        "R2UR": (0xCA,), "S2UR": (0x1C3,)},
     "shared memory": {
         "LDS": (0x184,), "STS": (0x188,), "STSM": (0x44,), "LDSM": (0x3B,), "STAS": (0x1BD,), "SYNCS": (0x1A7, 0x1B2),
         "SHFL": (0x189,)},
@@ -42,11 +42,11 @@ OPERATIONS = {
 UNIT_OF = {operation: unit for unit, mnemonics in OPERATIONS.items()
            for operations in mnemonics.values() for operation in operations}
 
-# Per clock and SM. FLOPs of 16-bit operands, twice as many of 8-bit ones; results; lanes; bytes; warp instructions.
+# Per clock and SM. FLOPs of 16-bit operands, twice as many of FP8 ones; results; lanes; bytes; warp instructions.
 TENSOR_FLOPS = 4096
 MUFU_RESULTS = 16
 FP32_LANES = 128
-ALU_LANES = 64          # minimum, maximum, comparison, selection, conversion to 16 bits (two values at a time)
+ALU_LANES = 64          # minimum, maximum, comparison, selection, conversion to 16 or 8 bits (two values at a time)
 SHARED_BYTES = 128
 ISSUED = 4
 WARP = 32
@@ -69,19 +69,19 @@ def clocks_per_tile(cfg: FwdConfig | DecodeConfig, is_masked: bool = False) -> d
 
     is_masked   for a tile that the mask or the end of K and V cuts
     """
-    element_bytes = ELEMENT_BYTES[cfg.dtype]
     scores, outputs = cfg.tile_m * cfg.tile_n, cfg.tile_m * cfg.head_dim
     exponentials = scores + THREADS_PER_ROW * cfg.tile_m
     on_lanes = 2 * scores + outputs
     on_alu = scores + scores / 2 + scores * MASK_STEPS[cfg.mask] * is_masked
     kv_bytes = cfg.tile_n * cfg.kv_bytes_per_token
-    q_bytes = outputs * element_bytes
+    q_bytes = outputs * cfg.element_bytes
+    transposed_bytes = 2 * cfg.kv_slot_bytes * cfg.is_fp8       # V, read and written
     clocks = {
-        "tensor": 4 * scores * cfg.head_dim / (TENSOR_FLOPS * 2 / element_bytes),
+        "tensor": 4 * scores * cfg.head_dim / (TENSOR_FLOPS * 2 / cfg.element_bytes),
         "MUFU": exponentials / MUFU_RESULTS,
         "FP32": on_lanes / FP32_LANES,
         "ALU": on_alu / ALU_LANES,
         "issue": (exponentials + on_lanes + on_alu) / (WARP * ISSUED),
-        "shared memory": ((1 + cfg.num_consumer_wgs) * kv_bytes + q_bytes) / SHARED_BYTES,
+        "shared memory": ((1 + cfg.num_consumer_wgs) * kv_bytes + transposed_bytes + q_bytes) / SHARED_BYTES,
     }
     return clocks | ({"memory": kv_bytes / MEMORY_BYTES} if isinstance(cfg, DecodeConfig) else {})

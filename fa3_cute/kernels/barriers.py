@@ -6,6 +6,7 @@ id    name        threads  who                                       protects
 """
 import enum
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
@@ -29,14 +30,23 @@ def open_turnstile(cfg: FwdConfig, wg_idx: Int32):
 @cute.jit
 def wait_turn(cfg: FwdConfig, wg_idx: Int32):
     """Block until the previous warpgroup has issued its GEMMs."""
-    if const_expr(cfg.use_pingpong):
+    if const_expr(cfg.use_pingpong and cfg.is_fp8):
+        for i in cutlass.range_constexpr(cfg.num_consumer_wgs):
+            if wg_idx == i:
+                cute.arch.barrier(barrier_id=BarrierId.TURN + i, number_of_threads=256)
+    elif const_expr(cfg.use_pingpong):
         cute.arch.barrier(barrier_id=BarrierId.TURN + wg_idx, number_of_threads=256)
 
 
 @cute.jit
 def pass_turn(cfg: FwdConfig, wg_idx: Int32):
     """Let the next warpgroup issue its GEMMs."""
-    if const_expr(cfg.use_pingpong):
+    if const_expr(cfg.use_pingpong and cfg.is_fp8):
+        for i in cutlass.range_constexpr(cfg.num_consumer_wgs):
+            if wg_idx == i:
+                next_turn = BarrierId.TURN + (i + 1) % cfg.num_consumer_wgs
+                cute.arch.barrier_arrive(barrier_id=next_turn, number_of_threads=256)
+    elif const_expr(cfg.use_pingpong):
         next_wg = wg_idx + 1 if wg_idx < cfg.num_consumer_wgs - 1 else 0
         cute.arch.barrier_arrive(barrier_id=BarrierId.TURN + next_wg, number_of_threads=256)
 

@@ -1,12 +1,12 @@
 """From acc_O to global memory: the consumers write O into their tile's Q slot, the store warp sends it out with TMA."""
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
 from ..config import FwdConfig
 from .arithmetic import ceil_div
 from .barriers import sync_warpgroup
-from .layout import convert, element_type, fragment_col, fragment_row, row_copy
+from .layout import SwizzledRow, as_quads, convert, fragment_col, fragment_row, out_type, row_copy
 from .params import FwdMmas, FwdParams, FwdPipelines, FwdSmem
 from .tiles import Tile, TileReader, rows_from
 from .tma import tma_views
@@ -14,18 +14,36 @@ from .tma import tma_views
 
 @cute.jit
 def write_O(cfg: FwdConfig, mmas: FwdMmas, sO: cute.Tensor, acc_O: cute.Tensor, tidx: Int32):
-    """acc_O (f32, normalised) -> sO (tile_m, head_dim) in the element type, visible to TMA.
+    """acc_O (f32, normalised) -> sO (tile_m, head_dim) in O's type, visible to TMA.
 
     Runs on: a consumer warpgroup, each its 64 rows.
     Synchronises: its four warps, since sO lies over the Q that they read.
     """
-    rO = cute.make_rmem_tensor_like(acc_O, element_type(cfg))
-    convert(acc_O, rO)
-    sync_warpgroup(tidx // 128)
-    stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
-    thread_copy = cute.make_tiled_copy_C(stmatrix, mmas.pv).get_slice(tidx)
-    cute.copy(thread_copy, thread_copy.retile(rO), thread_copy.partition_D(sO))
+    if const_expr(cfg.is_fp8):
+        sync_warpgroup(tidx // 128)
+        write_quads(cfg, sO, as_quads(acc_O), tidx)
+    else:
+        rO = cute.make_rmem_tensor_like(acc_O, out_type(cfg))
+        convert(acc_O, rO)
+        sync_warpgroup(tidx // 128)
+        stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), out_type(cfg))
+        thread_copy = cute.make_tiled_copy_C(stmatrix, mmas.pv).get_slice(tidx)
+        cute.copy(thread_copy, thread_copy.retile(rO), thread_copy.partition_D(sO))
     cute.arch.fence_view_async_shared()   # generic-proxy writes before the async proxy's read
+
+
+@cute.jit
+def write_quads(cfg: FwdConfig, sO: cute.Tensor, quads: cute.Tensor, tidx: Int32):
+    """write_O's stores for an accumulator in quads (layout.as_quads): 8 bytes each."""
+    row = SwizzledRow.create(sO, fragment_row(tidx), tidx % 4 * 8)
+    for g in cutlass.range_constexpr(cfg.head_dim // 16):
+        for r in cutlass.range_constexpr(2):
+            rO, quad = cute.make_rmem_tensor(4, out_type(cfg)), cute.make_rmem_tensor(4, Float32)
+            for i in cutlass.range_constexpr(4):
+                quad[i] = quads[i, r, g]
+            rO.store(quad.load().to(out_type(cfg)))
+            place = row.pointer(out_type(cfg), 32 * g, 8 * r, alignment=8)
+            cute.autovec_copy(rO, cute.make_tensor(place, cute.make_layout(4)))
 
 
 @cute.jit
@@ -49,7 +67,7 @@ def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, n
     """
     mO = rows_from(cfg, tile.offset_q, params.mO[None, None, tile.head, tile.batch])
     gO = cute.local_tile(mO, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
-    copy, first_row, rows_per_step = row_copy(cfg, cute.arch.lane_idx(), num_threads=32)
+    copy, first_row, rows_per_step = row_copy(cfg, out_type(cfg), cute.arch.lane_idx(), num_threads=32)
     tOsO, tOgO = copy.partition_S(sO), copy.partition_D(gO)
     for step in cutlass.range(ceil_div(num_rows, rows_per_step), unroll=1):
         if step * rows_per_step + first_row < num_rows:
@@ -71,7 +89,7 @@ def store(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines)
         tile = reader.tile
         mO = rows_from(cfg, tile.offset_q, params.o.tensor[None, None, tile.head, tile.batch])
         gO = cute.local_tile(mO, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
-        tOsO, tOgO = tma_views(params.o, gO, smem.sQ)
+        tOsO, tOgO = tma_views(params.o, gO, smem.sO)
         slot = q_consumer.wait_and_advance()   # full long ago; this walks the ring whose slot we release
         o_consumer.wait_and_advance()
         num_rows = tile.seqlen_q - tile.m_block * cfg.tile_m
@@ -79,7 +97,7 @@ def store(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines)
         if const_expr(cfg.is_varlen):
             use_tma = num_rows >= cfg.tile_m
             if num_rows < cfg.tile_m:
-                store_rows(cfg, params, tile, smem.sQ[None, None, slot.index], num_rows)
+                store_rows(cfg, params, tile, smem.sO[None, None, slot.index], num_rows)
         if use_tma:
             cute.copy(params.o.atom, tOsO[None, slot.index], tOgO)
             cute.arch.cp_async_bulk_commit_group()

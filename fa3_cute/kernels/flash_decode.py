@@ -9,14 +9,15 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cuda.bindings.driver import CUstream
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ..config import DecodeConfig
 from .arithmetic import maximum, minimum
 from .block_range import Window, block_range, split_range
 from .cluster import sync_cluster
-from .layout import element_type, row_major_smem, tensor_view
+from .fp8 import Descales
+from .layout import element_type, smem_ring, tensor_view, transposed, view_as
 from .load import load_split
 from .mainloop import consume_split
 from .params import DecodeLayouts, DecodeParams, DecodePipelines, DecodeSmem, FwdMmas
@@ -39,11 +40,15 @@ class FlashAttentionDecode:
     @cute.jit
     def __call__(self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer,
                  softmax_lse: cute.Pointer, seqused_q: cute.Pointer, seqused_k: cute.Pointer,
+                 q_descale: cute.Pointer, k_descale: cute.Pointer, v_descale: cute.Pointer,
                  partials: cute.Pointer, arrivals: cute.Pointer,
                  q_batch_stride: Int64, q_row_stride: Int64, q_head_stride: Int64,
                  k_batch_stride: Int64, k_row_stride: Int64, k_head_stride: Int64,
                  v_batch_stride: Int64, v_row_stride: Int64, v_head_stride: Int64,
                  out_batch_stride: Int64, out_row_stride: Int64, out_head_stride: Int64,
+                 q_descale_batch_stride: Int64, q_descale_head_stride: Int64,
+                 k_descale_batch_stride: Int64, k_descale_head_stride: Int64,
+                 v_descale_batch_stride: Int64, v_descale_head_stride: Int64,
                  batch_size: Int32, seqlen_q: Int32, seqlen_k: Int32,
                  num_heads: Int32, num_heads_k: Int32,
                  window_size_left: Int32, window_size_right: Int32,
@@ -56,8 +61,10 @@ class FlashAttentionDecode:
         arrivals: see split.SplitScratch.
         """
         cfg = self.cfg
-        layouts = DecodeLayouts(sQ=row_major_smem(cfg, cfg.tile_m, 1),
-                                sKV=row_major_smem(cfg, cfg.tile_n, cfg.num_kv_stages))
+        ring = partial(smem_ring, element_type(cfg))
+        layouts = DecodeLayouts(sQ=ring(cfg.tile_m, cfg.head_dim, 1),
+                                sKV=ring(cfg.tile_n, cfg.head_dim, cfg.num_kv_stages),
+                                sVt=ring(cfg.head_dim, cfg.tile_n, cfg.num_kv_stages) if cfg.is_fp8 else None)
         grid = SplitGrid.create(cfg.tile_m, batch_size, seqlen_q, num_heads, num_heads // num_heads_k, packed_heads,
                                 num_splits, cluster_size)
         view = partial(tensor_view, cfg)
@@ -68,10 +75,16 @@ class FlashAttentionDecode:
         mLSE = cute.make_tensor(softmax_lse, cute.make_layout(
             (seqlen_q, num_heads, batch_size), stride=(1, Int64(seqlen_q), Int64(seqlen_q) * num_heads)))
         used_q, used_k = (cute.make_tensor(array, cute.make_layout(batch_size)) for array in (seqused_q, seqused_k))
+        descales = None
+        if const_expr(cfg.is_fp8):
+            descales = Descales.create(num_heads, num_heads_k, batch_size, (q_descale, k_descale, v_descale), (
+                (q_descale_batch_stride, q_descale_head_stride), (k_descale_batch_stride, k_descale_head_stride),
+                (v_descale_batch_stride, v_descale_head_stride)))
         num_clusters = num_splits // cluster_size
         params = DecodeParams(
             k=tma_load(mK, layouts.sKV, cfg.tile_n), v=tma_load(mV, layouts.sKV, cfg.tile_n), mQ=mQ, mO=mO, mLSE=mLSE,
-            seqused_q=used_q, seqused_k=used_k, scratch=self.scratch(grid, num_clusters, partials, arrivals),
+            seqused_q=used_q, seqused_k=used_k, descales=descales,
+            scratch=self.scratch(grid, num_clusters, partials, arrivals),
             softmax_scale_log2=softmax_scale * math.log2(math.e), window=Window(window_size_left, window_size_right),
             grid=grid, num_clusters=num_clusters,
             kv_policy=kv_policy(Int64(batch_size) * seqlen_k * num_heads_k * cfg.kv_bytes_per_token))
@@ -122,7 +135,7 @@ class FlashAttentionDecode:
         cute.arch.griddepcontrol_wait()
         seqlen_q = used_rows(params.seqused_q, params.mQ.shape[0], batch)
         seqlen_k = used_rows(params.seqused_k, params.k.tensor.shape[0], batch)
-        tile = Tile(m_block, group * packed_heads, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k)
+        tile = Tile(m_block, group * packed_heads, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch)
         blocks = block_range(cfg, params.window, m_block, seqlen_q, seqlen_k, grid.packed_heads)
         num_rows = minimum(maximum(seqlen_q * packed_heads - m_block * cfg.tile_m, 0), cfg.tile_m)
         num_own_rows = (num_rows + grid.cluster_size.divisor - 1 - rank) // grid.cluster_size
@@ -140,15 +153,17 @@ class FlashAttentionDecode:
         tensor = lambda layout: allocator.allocate_tensor(
             element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
         sQ, sK, sV = tensor(layouts.sQ), tensor(layouts.sKV), tensor(layouts.sKV)
+        sVt = view_as(sV, layouts.sVt, element_type(cfg)) if const_expr(cfg.is_fp8) else transposed(sV)
         sPartial = cute.make_tensor(cute.recast_ptr(sK.iterator, dtype=Float32), cute.make_layout(
             (cfg.partial_lines, cfg.head_dim), stride=(cfg.head_dim, 1)))
-        smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, sPartial)
+        smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, sVt, sPartial)
 
         group = lambda threads: pipeline.CooperativeGroup(pipeline.Agent.Thread, threads)
         ring = lambda bars: pipeline.PipelineTmaAsync.create(
             num_stages=cfg.num_kv_stages, producer_group=group(1), consumer_group=group(4), barrier_storage=bars,
             tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layouts.sKV, mode=[0, 1])), defer_sync=True)
-        pipes = DecodePipelines(k=ring(k_bars), v=ring(v_bars))
+        v = ring(v_bars)
+        pipes = DecodePipelines(k=ring(k_bars), v=v, vt=v)
         if cute.arch.thread_idx()[0] == 0:
             cute.arch.mbarrier_init(partials_arrived, 1)
         cute.arch.mbarrier_init_fence()

@@ -13,8 +13,10 @@ from ..config import FwdConfig
 from .arithmetic import ceil_div, minimum
 from .block_range import Window
 from .epilogue import store
-from .layout import element_type, row_major_smem, tensor_view
+from .fp8 import Descales
+from .layout import element_type, out_type, smem_ring, tensor_view, transposed, view_as
 from .load import load
+from .load_fp8 import transpose
 from .mainloop import consume
 from .params import FwdLayouts, FwdMmas, FwdParams, FwdPipelines, FwdSmem
 from .schedule import schedule
@@ -37,11 +39,15 @@ class FlashAttentionForward:
     @cute.jit
     def __call__(self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer,
                  softmax_lse: cute.Pointer, cu_seqlens_q: cute.Pointer, cu_seqlens_k: cute.Pointer,
-                 seqused_q: cute.Pointer, seqused_k: cute.Pointer, tile_counter: cute.Pointer,
+                 seqused_q: cute.Pointer, seqused_k: cute.Pointer,
+                 q_descale: cute.Pointer, k_descale: cute.Pointer, v_descale: cute.Pointer, tile_counter: cute.Pointer,
                  q_batch_stride: Int64, q_row_stride: Int64, q_head_stride: Int64,
                  k_batch_stride: Int64, k_row_stride: Int64, k_head_stride: Int64,
                  v_batch_stride: Int64, v_row_stride: Int64, v_head_stride: Int64,
                  out_batch_stride: Int64, out_row_stride: Int64, out_head_stride: Int64,
+                 q_descale_batch_stride: Int64, q_descale_head_stride: Int64,
+                 k_descale_batch_stride: Int64, k_descale_head_stride: Int64,
+                 v_descale_batch_stride: Int64, v_descale_head_stride: Int64,
                  batch_size: Int32, seqlen_q: Int32, seqlen_k: Int32,
                  num_heads: Int32, num_heads_k: Int32,
                  window_size_left: Int32, window_size_right: Int32, num_sms: Int32,
@@ -66,6 +72,11 @@ class FlashAttentionForward:
         if const_expr(cfg.has_lse):
             mLSE = cute.make_tensor(softmax_lse, cute.make_layout(
                 (seqlen_q, num_heads, batches), stride=(1, Int64(seqlen_q), Int64(seqlen_q) * num_heads)))
+        descales = None
+        if const_expr(cfg.is_fp8):
+            descales = Descales.create(num_heads, num_heads_k, batch_size, (q_descale, k_descale, v_descale), (
+                (q_descale_batch_stride, q_descale_head_stride), (k_descale_batch_stride, k_descale_head_stride),
+                (v_descale_batch_stride, v_descale_head_stride)))
         grid = TileGrid(
             num_m_blocks=ceil_div(seqlen_q, cfg.tile_m), num_heads=num_heads, batch_size=batch_size,
             section=heads_per_section(num_heads * batch_size, num_heads // num_heads_k, seqlen_k,
@@ -76,8 +87,9 @@ class FlashAttentionForward:
             num_tiles = (seqlen_q // cfg.tile_m + batch_size) * num_heads if sequences.is_packed() else num_tiles
         params = FwdParams(
             q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=tma_load(mK, layouts.sKV, cfg.tile_n),
-            v=tma_load(mV, layouts.sKV, cfg.tile_n), o=tma_store(mO, layouts.sQ, cfg.tile_m), mO=mO, mLSE=mLSE,
-            softmax_scale_log2=softmax_scale * math.log2(math.e), window=Window(window_size_left, window_size_right),
+            v=tma_load(mV, layouts.sKV, cfg.tile_n), o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO, mLSE=mLSE,
+            descales=descales, softmax_scale_log2=softmax_scale * math.log2(math.e),
+            window=Window(window_size_left, window_size_right),
             grid=grid, sequences=sequences, tile_counter=cute.make_tensor(tile_counter, cute.make_layout(1)),
             num_heads=num_heads, num_heads_k=num_heads_k)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
@@ -86,15 +98,18 @@ class FlashAttentionForward:
             min_blocks_per_mp=1, stream=stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
 
     def make_layouts(self) -> FwdLayouts:
-        """Shared-memory layouts of the three rings."""
-        cfg = self.cfg
-        return FwdLayouts(sQ=row_major_smem(cfg, cfg.tile_m, cfg.num_q_stages),
-                          sKV=row_major_smem(cfg, cfg.tile_n, cfg.num_kv_stages))
+        """Shared-memory layouts of the rings."""
+        cfg, element = self.cfg, element_type(self.cfg)
+        sVt = smem_ring(element, cfg.head_dim, cfg.tile_n, cfg.num_kv_stages) if cfg.is_fp8 else None
+        return FwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_q_stages, cfg.q_slot_bytes),
+                          sO=smem_ring(out_type(cfg), cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
+                          sKV=smem_ring(element, cfg.tile_n, cfg.head_dim, cfg.num_kv_stages), sVt=sVt)
 
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
     def kernel(self, params: FwdParams, layouts: FwdLayouts, mmas: FwdMmas):
-        """Warp 0 loads, warp 1 stores, warp 2 schedules, warp 3 retires; warpgroups 1.. consume."""
+        """Warp 0 loads, warp 1 stores, warp 2 schedules, warp 3 retires; FP8: the transpose warps transpose. The other
+        warpgroups consume."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
@@ -102,7 +117,7 @@ class FlashAttentionForward:
                 cpasync.prefetch_descriptor(operand.atom)
         smem, pipes = self.allocate(layouts)
         producer_registers, consumer_registers = cfg.registers
-        if warp_idx < 4:
+        if warp_idx < 4 * cfg.num_producer_wgs:
             cute.arch.setmaxregister_decrease(producer_registers)
             if warp_idx == 0:
                 load(cfg, params, smem, pipes)
@@ -110,6 +125,9 @@ class FlashAttentionForward:
                 store(cfg, params, smem, pipes)
             if warp_idx == 2:
                 schedule(cfg, params, smem, pipes)
+            if const_expr(cfg.is_fp8):
+                if warp_idx >= cfg.first_transpose_warp:
+                    transpose(cfg, params, smem, pipes)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consume(cfg, params, mmas, smem, pipes)
@@ -122,26 +140,37 @@ class FlashAttentionForward:
         barriers = lambda stages: allocator.allocate_array(Int64, 2 * stages)   # full and empty halves
         q_bars, k_bars = barriers(cfg.num_q_stages), barriers(cfg.num_kv_stages)
         v_bars, o_bars = barriers(cfg.num_kv_stages), barriers(cfg.num_q_stages)
+        vt_bars = barriers(cfg.num_kv_stages) if const_expr(cfg.is_fp8) else v_bars
         tile_bars = barriers(NUM_TILE_SLOTS)
         sTiles = allocator.allocate_tensor(Int32, cute.make_layout((ENTRY_INTS, NUM_TILE_SLOTS)), byte_alignment=16)
-        tensor = lambda layout: allocator.allocate_tensor(
-            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        smem = FwdSmem(sQ=tensor(layouts.sQ), sK=tensor(layouts.sKV), sV=tensor(layouts.sKV), sTiles=sTiles)
+        tensor = lambda layout, element=element_type(cfg): allocator.allocate_tensor(
+            element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        sO, sK, sV = tensor(layouts.sO, out_type(cfg)), tensor(layouts.sKV), tensor(layouts.sKV)
+        sQ = view_as(sO, layouts.sQ, element_type(cfg))
+        sVt = tensor(layouts.sVt) if const_expr(cfg.is_fp8) else transposed(sV)
+        smem = FwdSmem(sQ=sQ, sO=sO, sK=sK, sV=sV, sVt=sVt, sTiles=sTiles)
 
         group = lambda threads: pipeline.CooperativeGroup(pipeline.Agent.Thread, threads)
         tma_ring = lambda bars, stages, layout, arrivals: pipeline.PipelineTmaAsync.create(
             num_stages=stages, producer_group=group(1), consumer_group=group(arrivals), barrier_storage=bars,
             tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])), defer_sync=True)
         consumer_warps = 4 * cfg.num_consumer_wgs
+        v = tma_ring(v_bars, cfg.num_kv_stages, layouts.sKV, arrivals=cfg.num_transpose_warps or consumer_warps)
+        vt = v
+        if const_expr(cfg.is_fp8):      # one lane per warp arrives on either half
+            vt = pipeline.PipelineAsync.create(
+                num_stages=cfg.num_kv_stages, producer_group=group(cfg.num_transpose_warps),
+                consumer_group=group(consumer_warps), barrier_storage=vt_bars, defer_sync=True)
         pipes = FwdPipelines(
             q=tma_ring(q_bars, cfg.num_q_stages, layouts.sQ, arrivals=1),   # the store warp
             k=tma_ring(k_bars, cfg.num_kv_stages, layouts.sKV, arrivals=consumer_warps),
-            v=tma_ring(v_bars, cfg.num_kv_stages, layouts.sKV, arrivals=consumer_warps),
+            v=v, vt=vt,
             o=pipeline.PipelineAsync.create(
                 num_stages=cfg.num_q_stages, producer_group=group(32 * consumer_warps), consumer_group=group(1),
                 barrier_storage=o_bars, defer_sync=True),
-            tiles=pipeline.PipelineAsync.create(   # read by every thread of the load and store warps and the consumers
-                num_stages=NUM_TILE_SLOTS, producer_group=group(32), consumer_group=group(32 * (2 + consumer_warps)),
+            tiles=pipeline.PipelineAsync.create(   # read by every thread of the other roles
+                num_stages=NUM_TILE_SLOTS, producer_group=group(32),
+                consumer_group=group(32 * (2 + cfg.num_transpose_warps + consumer_warps)),
                 barrier_storage=tile_bars, defer_sync=True))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()

@@ -19,13 +19,14 @@ from .arithmetic import ceil_div, maximum
 from .barriers import open_turnstile, pass_turn, sync_warpgroup, wait_turn
 from .block_range import BlockRange, block_range
 from .epilogue import write_lse, write_O
-from .layout import as_operand_a, convert, element_type, row_copy, row_piece, transposed
+from .layout import as_operand_a, clear_rows, convert, element_type, fragment_row, row_copy, row_piece, unhoisted
+from .load_fp8 import transpose_in_place
 from .mask import Mask
 from .merge import expect_partials, merge_cluster, merge_clusters, send_partial
 from .params import DecodeParams, DecodePipelines, DecodeSmem, FwdMmas, FwdParams, FwdPipelines, FwdSmem
 from .softmax import OnlineSoftmax
 from .split import SplitWork
-from .tiles import TileReader
+from .tiles import Tile, TileReader
 from .wgmma import in_flight, issue_gemm
 
 
@@ -44,6 +45,22 @@ class Attend:
     v_consumer: pipeline.PipelineConsumer
     wg_idx: Int32
     q_slot: Int32
+    sV: cute.Tensor
+    sVt: cute.Tensor
+    value_factor: Optional[Float32]
+
+    @cute.jit
+    def start_tile(self, params: FwdParams, tile: Tile):
+        """FP8: read what the tile's scores and values are to be multiplied with."""
+        if const_expr(self.cfg.is_fp8):
+            descales, scale = params.descales, params.softmax_scale_log2
+            self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
+            for r in cutlass.range_constexpr(cute.size(self.softmax.scale_log2)):
+                head = tile.head
+                if const_expr(self.cfg.packs_heads):
+                    row = tile.m_block * self.cfg.tile_m + fragment_row(cute.arch.thread_idx()[0]) + 8 * r
+                    head = head + row % params.grid.packed_heads
+                self.softmax.scale_log2[r] = descales.score_factor(scale, head, tile.kv_head, tile.sequence)
 
     @cute.jit
     def first_qk(self, mask: Mask, n_block: Int32):
@@ -57,36 +74,69 @@ class Attend:
         k.release()
         mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, is_first=True)
-        convert(as_operand_a(acc_S), self.tOrP)
+        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
         self.acc_O.fill(0.0)
 
     @cute.jit
     def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool]):
         """S[n] and O += P[n+1] V[n+1] in flight together; then P[n] = exp(S[n])."""
+        if const_expr(self.cfg.is_serial):
+            self.step_serial(mask, n_block, is_masked)
+        else:
+            self.step_overlapped(mask, n_block, is_masked)
+
+    @cute.jit
+    def step_serial(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool]):
+        """`step` one after the other: S and T may share registers."""
+        self.add_pv()
         acc_S = self.new_acc_S()
         k = self.k_consumer.wait_and_advance()
         wait_turn(self.cfg, self.wg_idx)
         self.start_qk(acc_S, k.index)
-        v = self.start_pv()
+        pass_turn(self.cfg, self.wg_idx)
+        in_flight(0)
+        k.release()
+        if const_expr(is_masked):
+            mask.apply(acc_S, n_block)
+        self.softmax.update(acc_S, is_first=False)
+        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
+
+    @cute.jit
+    def step_overlapped(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool]):
+        """`step` as it says."""
+        acc_S = self.new_acc_S()
+        k = self.k_consumer.wait_and_advance()
+        wait_turn(self.cfg, self.wg_idx)
+        self.start_qk(acc_S, k.index)
+        v, acc_PV = self.start_pv()
         pass_turn(self.cfg, self.wg_idx)
         in_flight(1)                     # S[n] is complete, PV[n+1] may still run
         k.release()
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, is_first=False)
-        in_flight(0)                     # PV[n+1] is complete: acc_O and tOrP are ours again
-        v.release()
-        convert(as_operand_a(acc_S), self.tOrP)
-        if const_expr(not self.cfg.rescale_before_pv):
+        in_flight(0)                     # PV[n+1] is complete: acc_PV and tOrP are ours again
+        self.release_v(v)
+        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
+        if const_expr(self.cfg.is_fp8):
+            self.softmax.fold(self.acc_O, acc_PV, self.softmax.prev_scale)
+        elif const_expr(not self.cfg.rescale_before_pv):
             self.softmax.rescale(self.acc_O)
 
     @cute.jit
     def last_pv(self):
         """O += P[first] V[first], then normalise."""
-        v = self.start_pv()
+        self.add_pv()
+        self.softmax.finalize(self.acc_O, self.value_factor)
+
+    @cute.jit
+    def add_pv(self):
+        """O += P V of the next V slot, alone; O has been rescaled for P, but not FP8's."""
+        v, acc_PV = self.start_pv()
         in_flight(0)
-        v.release()
-        self.softmax.finalize(self.acc_O)
+        self.release_v(v)
+        if const_expr(self.cfg.is_fp8):
+            self.softmax.fold(self.acc_O, acc_PV, self.softmax.row_scale)
 
     @cute.jit
     def no_visible_key(self):
@@ -100,12 +150,29 @@ class Attend:
         issue_gemm(self.mmas.qk, acc_S, tSrQ, tSrK, zero_init=True)
 
     def start_pv(self):
-        """O += P V of the next V slot, left in flight; returns the slot."""
+        """O += P V of the next V slot, left in flight; FP8: T = P V. Returns the slot and the accumulator, O or T.
+
+        T is a new tensor every time: WGMMA's operands would otherwise carry the last one's registers along.
+        """
         if self.cfg.rescale_before_pv:
             self.softmax.rescale(self.acc_O)
         v = self.v_consumer.wait_and_advance()
-        issue_gemm(self.mmas.pv, self.acc_O, self.tOrP, self.tOrV[None, None, None, v.index], zero_init=False)
-        return v
+        if self.cfg.is_fp8 and self.cfg.num_transpose_warps == 0:
+            tidx = cute.arch.thread_idx()[0]
+            transpose_in_place(self.cfg, self.sV[None, None, v.index], self.sVt[None, None, v.index], tidx)
+        acc_PV = cute.make_rmem_tensor_like(self.acc_O) if self.cfg.is_fp8 else self.acc_O
+        tOrV = self.tOrV[None, None, None, v.index]
+        issue_gemm(self.mmas.pv, acc_PV, self.tOrP, tOrV, zero_init=self.cfg.is_fp8)
+        return v, acc_PV
+
+    @cute.jit
+    def release_v(self, v: pipeline.PipelineConsumer.ImmutableResourceHandle):
+        """One arrival per warp: the V ring sees to that itself, the V^T ring does not."""
+        if const_expr(self.cfg.num_transpose_warps > 0):
+            with cute.arch.elect_one():
+                v.release()
+        else:
+            v.release()
 
     def new_acc_S(self) -> cute.Tensor:
         """A fresh S accumulator."""
@@ -122,11 +189,13 @@ def make_attend(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem,
         cfg, mmas,
         tSrQ=mmas.qk.make_fragment_A(wg_qk.partition_A(smem.sQ)),
         tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.sK)),
-        tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(transposed(smem.sV))),
+        tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(smem.sVt)),
         tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),
         acc_O=acc_O,
-        softmax=OnlineSoftmax.create(params.softmax_scale_log2, acc_O.shape[0][0] * acc_O.shape[1], num_used),
-        k_consumer=pipes.k.make_consumer(), v_consumer=pipes.v.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0))
+        softmax=OnlineSoftmax.create(cfg, params.softmax_scale_log2, acc_O.shape[0][0] * acc_O.shape[1], num_used),
+        k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
+        sV=smem.sV, sVt=smem.sVt,
+        value_factor=Float32(1.0) if cfg.is_fp8 else None)
 
 
 @cute.jit
@@ -139,15 +208,7 @@ def clear_unused_rows(cfg: FwdConfig, sV: cute.Tensor, v_consumer: pipeline.Pipe
     same zeros. K needs no such care: masking selects, it does not multiply.
     """
     v = v_consumer.wait()
-    copy, first_row, rows_per_step = row_copy(cfg, tidx % 128, num_threads=128)
-    tVsV = copy.partition_D(sV[None, None, v.index])
-    zeros = cute.make_rmem_tensor_like(tVsV[None, 0, 0], element_type(cfg))
-    zeros.fill(0.0)
-    for step in cutlass.range(num_used // rows_per_step, ceil_div(cfg.tile_n, rows_per_step), unroll=1):
-        row = step * rows_per_step + first_row
-        if row >= num_used and row < cfg.tile_n:
-            for c in cutlass.range_constexpr(cute.size(tVsV, mode=[2])):
-                cute.autovec_copy(zeros, tVsV[None, step, c])
+    clear_rows(cfg, sV[None, None, v.index], num_used, tidx % 128, num_threads=128)
     cute.arch.fence_view_async_shared()
     sync_warpgroup(tidx // 128)
 
@@ -158,7 +219,7 @@ def attend_to(cfg: FwdConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV
     n_block = blocks.n_block_max - 1
     if n_block >= blocks.n_block_min:
         attend.first_qk(mask, n_block)
-        if const_expr(cfg.is_varlen):
+        if const_expr(cfg.is_varlen and cfg.num_transpose_warps == 0):
             num_used = mask.seqlen_k - n_block * cfg.tile_n
             if num_used < cfg.tile_n:
                 clear_unused_rows(cfg, sV, attend.v_consumer, num_used, tidx)
@@ -191,7 +252,7 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pip
     Runs on: consumer warpgroups.
     Synchronises: reads the tile ring; waits for the full halves of the Q, K, V rings; empties K and V; fills O.
     """
-    tidx = cute.arch.thread_idx()[0] - 128
+    tidx = cute.arch.thread_idx()[0] - 128 * cfg.num_producer_wgs
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
     attend = make_attend(cfg, params, mmas, smem, pipes, wg_idx)
     q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()
@@ -200,12 +261,17 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pip
     reader = TileReader.create(smem.sTiles, pipes.tiles)
     while reader.has_tile():
         tile = reader.tile
+        if const_expr(cfg.is_fp8):
+            tidx = unhoisted(tidx)
         mask = Mask.create(cfg, params.window, tidx, tile)
         blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
         q = q_consumer.wait_and_advance()
         attend.q_slot = q.index
+        attend.start_tile(params, tile)
         attend = attend_to(cfg, attend, mask, blocks, smem.sV, tidx)
-        write_O(cfg, mmas, smem.sQ[None, None, attend.q_slot], attend.acc_O, tidx)
+        if const_expr(cfg.is_fp8):
+            tidx = unhoisted(tidx)
+        write_O(cfg, mmas, smem.sO[None, None, attend.q_slot], attend.acc_O, tidx)
         o_producer.commit()      # no acquire: the Q ring has emptied the slot
         o_producer.advance()
         write_lse(cfg, params, tile, attend.softmax.row_sum, tidx)
@@ -226,6 +292,7 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: FwdMmas, smem: 
     warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16      # fragment_row's first one in this warp, then 8 by 8
     attend = make_attend(cfg, params, mmas, smem, pipes, Int32(0), num_used=ceil_div(work.num_rows - warp_row, 8))
     mask = Mask.create(cfg, params.window, tidx, work.tile, params.grid.packed_heads)
+    attend.start_tile(params, work.tile)
     attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)
     cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
     send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)
@@ -241,7 +308,7 @@ def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: Spli
     The other rows of sQ hold anything: rows do not mix, and these are never stored.
     Runs on: the consumer warpgroup. Synchronises: its four warps.
     """
-    copy, first_row, rows_per_step = row_copy(cfg, tidx, num_threads=128)
+    copy, first_row, rows_per_step = row_copy(cfg, element_type(cfg), tidx, num_threads=128)
     tQsQ = copy.partition_D(smem.sQ[None, None, 0])
     packed_heads = params.grid.packed_heads
     for step in cutlass.range(ceil_div(work.num_rows, rows_per_step), unroll=1):

@@ -18,7 +18,7 @@ from cutlass import Float32, Int32
 from ..config import DecodeConfig
 from .barriers import sync_warpgroup
 from .cluster import send, sync_cluster
-from .layout import as_rows_cols, element_type, fragment_col, fragment_row
+from .layout import as_quads, as_rows_cols, fragment_col, fragment_row, out_type
 from .params import DecodeParams, DecodeSmem
 from .sequences import is_present
 from .split import SplitWork
@@ -46,17 +46,29 @@ def send_partial(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work
     """
     sync_warpgroup(0)
     sync_cluster()
-    O = as_rows_cols(acc_O)
     for r in cutlass.range_constexpr(cute.size(lse)):
         row = fragment_row(tidx) + 8 * r
         if row < work.num_rows:
             slot, owner = divmod(row, params.grid.cluster_size)
             line = slot * params.grid.cluster_size.divisor + work.rank
-            for chunk in cutlass.range_constexpr(cfg.head_dim // 8):
-                place = cute.local_tile(smem.sPartial[line, None], (2,), (4 * chunk + fragment_col(tidx) // 2,))
-                send((O[r, 2 * chunk], O[r, 2 * chunk + 1]), place, smem.partials_arrived, owner)
+            pieces, size = pieces_of_row(cfg, acc_O, r)
+            for i in cutlass.range_constexpr(len(pieces)):
+                place = cute.local_tile(smem.sPartial[line, None], (size,), (4 * i + tidx % 4,))
+                send(pieces[i], place, smem.partials_arrived, owner)
             if fragment_col(tidx) == 0:
                 send((lse[r],), cute.local_tile(smem.sPartialLSE, (1,), (line,)), smem.partials_arrived, owner)
+
+
+def pieces_of_row(cfg: DecodeConfig, acc_O: cute.Tensor, r: int) -> tuple[list[tuple], int]:
+    """What a thread holds of its r-th row, in pieces of neighbouring columns, and their size.
+
+    Of the row's pieces thread t has those of index t % 4, 4 + t % 4, ...
+    """
+    if cfg.is_fp8:
+        quads = as_quads(acc_O)
+        return [tuple(quads[i, r, g] for i in range(4)) for g in range(cfg.head_dim // 16)], 4
+    O = as_rows_cols(acc_O)
+    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cfg.head_dim // 8)], 2
 
 
 @dataclass
@@ -133,8 +145,8 @@ def write_out(cfg: DecodeConfig, params: DecodeParams, work: SplitWork, row: Int
     """COLUMNS merged columns of one row of the tile -> out, and with the first of them LSE."""
     query, head = divmod(work.tile.m_block * cfg.tile_m + row, params.grid.packed_heads)
     head = work.tile.head + head
-    rO = cute.make_rmem_tensor(COLUMNS, element_type(cfg))
-    rO.store(O.load().to(element_type(cfg)))
+    rO = cute.make_rmem_tensor(COLUMNS, out_type(cfg))
+    rO.store(O.load().to(out_type(cfg)))
     cute.autovec_copy(rO, cute.local_tile(params.mO[query, None, head, work.tile.batch], (COLUMNS,), (chunk,)))
     if is_present(params.mLSE) and chunk == 0:
         params.mLSE[query, head, work.tile.batch] = lse

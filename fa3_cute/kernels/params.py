@@ -11,6 +11,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32, Int64
 
 from .block_range import Window
+from .fp8 import Descales
 from .scheduler import TileGrid
 from .sequences import Sequences
 from .split import SplitGrid, SplitScratch
@@ -26,6 +27,7 @@ class FwdParams:
     o: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
     mO: cute.Tensor                # the same tensor as o, for tiles that end within the next sequence's rows
     mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
+    descales: Optional[Descales]   # None unless cfg.is_fp8
     softmax_scale_log2: Float32
     window: Window                 # used if cfg.is_local
     grid: TileGrid                 # used unless cfg.is_varlen
@@ -38,8 +40,10 @@ class FwdParams:
 @dataclass(frozen=True)
 class FwdLayouts:
     """Staged, swizzled shared-memory layouts."""
-    sQ: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): Q in, O out
+    sQ: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): Q in
+    sO: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): O out; the same slots, in O's type
     sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
+    sVt: Optional[cute.ComposedLayout]     # (head_dim, tile_n, num_kv_stages): V^T; None unless cfg.is_fp8
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,10 @@ class FwdMmas:
 class FwdSmem:
     """Shared-memory tensors, in layout order."""
     sQ: cute.Tensor                # a slot holds Q until its tile's last QK, then O until the store has read it
+    sO: cute.Tensor                # aliases sQ; a warpgroup writes its rows once it has read all of its Q (write_O)
     sK: cute.Tensor
     sV: cute.Tensor
+    sVt: cute.Tensor               # (head_dim, tile_n, num_kv_stages): a view of sV, or a ring of its own if cfg.is_fp8
     sTiles: cute.Tensor            # (ENTRY_INTS, tile slots) int32
 
 
@@ -63,9 +69,10 @@ class FwdPipelines:
     """Barrier arrays only; each role makes its own producer or consumer, whose state stays a local variable."""
     q: pipeline.PipelineTmaAsync   # load warp -> consumers; emptied by the store warp
     k: pipeline.PipelineTmaAsync   # load warp -> consumers
-    v: pipeline.PipelineTmaAsync   # load warp -> consumers
+    v: pipeline.PipelineTmaAsync   # load warp -> consumers, or the transpose warps if cfg.is_fp8
+    vt: pipeline.PipelineAsync     # v, or transpose warps -> consumers if cfg.is_fp8
     o: pipeline.PipelineAsync      # consumers -> store warp; slot i is Q's slot i, so only its full half is used
-    tiles: pipeline.PipelineAsync  # schedule warp -> load warp, store warp, consumers
+    tiles: pipeline.PipelineAsync  # schedule warp -> load, store and transpose warps, consumers
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class DecodeParams:
     mLSE: cute.Tensor              # (seqlen_q, num_heads, batch) f32; may be null
     seqused_q: cute.Tensor         # (batch,) int32; may be null, as may seqused_k
     seqused_k: cute.Tensor
+    descales: Optional[Descales]   # None unless cfg.is_fp8
     scratch: SplitScratch
     softmax_scale_log2: Float32
     window: Window                 # used if cfg.is_local
@@ -91,6 +99,7 @@ class DecodeLayouts:
     """Staged, swizzled shared-memory layouts."""
     sQ: cute.ComposedLayout        # (tile_m, head_dim, 1)
     sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
+    sVt: Optional[cute.ComposedLayout]     # (head_dim, tile_n, num_kv_stages): V^T; None unless cfg.is_fp8
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ class DecodeSmem:
     sQ: cute.Tensor
     sK: cute.Tensor
     sV: cute.Tensor
+    sVt: cute.Tensor               # (head_dim, tile_n, num_kv_stages): sV itself; FP8 is transposed within its slot
     # (partial_lines, head_dim) f32: line row / cluster_size * cluster_size + r holds row `row` of the CTA of rank r.
     # Aliases sK and, if need be, sV, once all CTAs of the cluster have read all of theirs (send_partial).
     sPartial: cute.Tensor
@@ -112,3 +122,4 @@ class DecodePipelines:
     """Barrier arrays only, as FwdPipelines."""
     k: pipeline.PipelineTmaAsync   # load warp -> consumers
     v: pipeline.PipelineTmaAsync   # load warp -> consumers
+    vt: pipeline.PipelineTmaAsync  # v

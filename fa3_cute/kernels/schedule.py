@@ -15,7 +15,7 @@ from ..config import FwdConfig
 from .arithmetic import ceil_div
 from .params import FwdParams, FwdPipelines, FwdSmem, Sequences
 from .scheduler import dense_tile, heads_per_section, tile_of_heads
-from .tiles import END, Tile, TileWriter
+from .tiles import END, TILE_INTS, Tile, TileWriter
 
 LANES = 32
 
@@ -49,11 +49,11 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
         while index < num_tiles:
             m_block, head, batch = dense_tile(cfg.is_causal, params.grid, index)
             kv_head = head // qhead_per_kvhead
-            writer.publish(Tile(m_block, head, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k))
+            writer.publish(Tile(m_block, head, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch))
             writer.wait_for_room()       # take the next tile as late as the ring allows
             fetched = fetch(params.tile_counter)
             index = num_ctas + fetched
-    writer.publish(Tile(Int32(END), *[Int32(0)] * 7))
+    writer.publish(Tile(Int32(END), *[Int32(0)] * (TILE_INTS - 1)))
     if fetched == num_tiles - 1 and cute.arch.lane_idx() == 0:
         params.tile_counter[0] = Int32(0)
 
@@ -123,8 +123,9 @@ class SequenceSearch:
         if const_expr(self.cfg.is_causal):
             section = heads_per_section(self.num_heads, qhead_per_kvhead, seqlen_k, self.cfg.kv_bytes_per_token)
         m_block, head = tile_of_heads(self.cfg.is_causal, within, num_m_blocks, self.num_heads, section)
-        batch = self.sequences.batch_coordinate(self.first + lane)
-        return Tile(m_block, head, head // qhead_per_kvhead, batch, offset_q, seqlen_q, offset_k, seqlen_k)
+        sequence = self.first + lane
+        batch = self.sequences.batch_coordinate(sequence)
+        return Tile(m_block, head, head // qhead_per_kvhead, batch, offset_q, seqlen_q, offset_k, seqlen_k, sequence)
 
     def num_m_blocks(self, seqlen_q: Int32) -> Int32:
         """Q tiles of a sequence."""

@@ -3,6 +3,9 @@
 row_max    running maximum of the raw scores
 row_sum    running sum of exp2(scale_log2 * (score - row_max)), per thread until finalize
 row_scale  what O must still be multiplied with since row_max last moved
+
+FP8 holds P and row_sum 2^p_scale_log2 times as large (fp8.py), and folds each tile's P V into O one tile late, so that
+it also needs the row_scale before the last: prev_scale.
 """
 import math
 from dataclasses import dataclass
@@ -12,6 +15,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
+from ..config import FwdConfig
+from .fp8 import P_SCALE_LOG2
 from .layout import as_rows_cols
 
 THREADS_PER_ROW = 4   # of a WGMMA accumulator
@@ -20,21 +25,35 @@ THREADS_PER_ROW = 4   # of a WGMMA accumulator
 @dataclass
 class OnlineSoftmax:
     """State of the rows that one thread holds (two per WGMMA)."""
-    scale_log2: Float32
+    scale_log2: Float32 | cute.Tensor
     row_max: cute.Tensor
     row_sum: cute.Tensor
     row_scale: cute.Tensor
+    prev_scale: Optional[cute.Tensor]
     num_used: Optional[Int32]
+    p_scale_log2: Constexpr
 
     @staticmethod
-    def create(scale_log2: Float32, num_rows: int, num_used: Optional[Int32] = None) -> "OnlineSoftmax":
+    def create(cfg: FwdConfig, scale_log2: Float32, num_rows: int, num_used: Optional[Int32] = None) -> "OnlineSoftmax":
         """Before the first tile; `update(is_first=True)` initialises the rows.
 
+        scale_log2 of the raw scores; FP8's are set for each tile of O: one, or one per row if the rows of a tile belong
+        to several heads
         num_used   how many of the thread's rows exist, the same in the whole warp; the others are left out, and what
                    becomes of them is undefined. None: all of them.
         """
-        row_max, row_sum, row_scale = (cute.make_rmem_tensor(num_rows, Float32) for _ in range(3))
-        return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, num_used)
+        row_max, row_sum, row_scale, prev_scale = (cute.make_rmem_tensor(num_rows, Float32) for _ in range(4))
+        if not cfg.is_fp8:
+            return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, None, num_used, 0)
+        scales = cute.make_rmem_tensor(num_rows if cfg.packs_heads else 1, Float32)
+        scales.fill(scale_log2)
+        return OnlineSoftmax(scales, row_max, row_sum, row_scale, prev_scale, num_used, P_SCALE_LOG2)
+
+    def scale_of(self, r: int) -> Float32:
+        """scale_log2 of one row."""
+        if not isinstance(self.scale_log2, cute.Tensor):
+            return self.scale_log2
+        return self.scale_log2[r % cute.size(self.scale_log2)]
 
     @cute.jit
     def update(self, acc_S: cute.Tensor, is_first: Constexpr[bool]):
@@ -49,26 +68,30 @@ class OnlineSoftmax:
     def update_row(self, S: cute.Tensor, r: Constexpr[int], is_first: Constexpr[bool]):
         """`update` for one row."""
         scores = S[r, None].load()
-        old_max = self.row_max[r]
+        old_max, scale = self.row_max[r], self.scale_of(r)
         new_max = scores.reduce(cute.ReductionOp.MAX, -Float32.inf if const_expr(is_first) else old_max, 0)
         new_max = cute.arch.warp_reduction_max(new_max, threads_in_group=THREADS_PER_ROW)
         self.row_max[r] = new_max
         # A row with no visible key so far: subtract 0 instead of -inf, since -inf - -inf is NaN.
         subtracted = Float32(0.0) if new_max == -Float32.inf else new_max
-        offset = subtracted * self.scale_log2
-        probabilities = cute.math.exp2(scores * self.scale_log2 - offset, fastmath=True)
+        top = subtracted * scale
+        offset = top - self.p_scale_log2 if const_expr(self.p_scale_log2 != 0) else top
+        probabilities = cute.math.exp2(scores * scale - offset, fastmath=True)
         tile_sum = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
         if const_expr(is_first):
             self.row_scale[r] = Float32(1.0)
             self.row_sum[r] = tile_sum
         else:
-            # Exactly 1 while the maximum stands, if the difference comes before the product. `offset` is rounded: with
+            # Exactly 1 while the maximum stands, if the difference comes before the product. `top` is rounded: with
             # the product first the factor is off by up to 2^-21 in every tile, which moves LSE by 1e-4 over 2048 tiles
             # (O hardly: its weights share the factor). The exact form costs the forward kernel, whose rows see fewer
             # tiles, 4.5 % at head_dim 64 and 1.5 % at 128 (full, 16k tokens, H200, 2026-11-22).
-            exponent = old_max * self.scale_log2 - offset
             if const_expr(self.num_used is not None):
-                exponent = (old_max - subtracted) * self.scale_log2
+                exponent = (old_max - subtracted) * scale
+            else:
+                exponent = old_max * scale - top
+            if const_expr(self.prev_scale is not None):
+                self.prev_scale[r] = self.row_scale[r]
             self.row_scale[r] = cute.math.exp2(exponent, fastmath=True)
             self.row_sum[r] = self.row_sum[r] * self.row_scale[r] + tile_sum
         S[r, None].store(probabilities)
@@ -84,8 +107,18 @@ class OnlineSoftmax:
                 O[r, None].store(O[r, None].load() * self.row_scale[r])
 
     @cute.jit
-    def finalize(self, acc_O: cute.Tensor):
-        """O /= row_sum, and row_sum becomes LSE = ln(sum exp(softmax_scale * score)).
+    def fold(self, acc_O: cute.Tensor, acc_T: cute.Tensor, factor: cute.Tensor):
+        """O = factor * O + T."""
+        O, T = as_rows_cols(acc_O), as_rows_cols(acc_T)
+        for r in cutlass.range_constexpr(cute.size(self.row_scale)):
+            if const_expr(self.num_used is None):
+                O[r, None].store(O[r, None].load() * factor[r] + T[r, None].load())
+            elif r < self.num_used:
+                O[r, None].store(O[r, None].load() * factor[r] + T[r, None].load())
+
+    @cute.jit
+    def finalize(self, acc_O: cute.Tensor, value_factor: Optional[Float32] = None):
+        """O *= value_factor / row_sum, and row_sum becomes LSE = ln(sum exp(softmax_scale * score)).
 
         A row that saw no key has the sum 0: its O is 0 and its LSE -inf. A NaN sum stays NaN in both.
         """
@@ -93,8 +126,14 @@ class OnlineSoftmax:
         for r in cutlass.range_constexpr(cute.size(self.row_sum)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=THREADS_PER_ROW)
             is_empty = total == 0.0
-            O[r, None].store(O[r, None].load() * (Float32(0.0) if is_empty else cute.arch.rcp_approx(total)))
-            lse = (self.row_max[r] * self.scale_log2 + cute.math.log2(total, fastmath=True)) * math.log(2.0)
+            inverse = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
+            if const_expr(value_factor is not None):
+                inverse = inverse * value_factor
+            O[r, None].store(O[r, None].load() * inverse)
+            log2_sum = cute.math.log2(total, fastmath=True)
+            if const_expr(self.p_scale_log2 != 0):
+                log2_sum = log2_sum - self.p_scale_log2
+            lse = (self.row_max[r] * self.scale_of(r) + log2_sum) * math.log(2.0)
             self.row_sum[r] = -Float32.inf if is_empty else lse
 
     @cute.jit

@@ -17,7 +17,7 @@ END = -1   # m_block of the entry after the last tile
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of O and where its sequence lies, in tokens. As a ring entry: these eight int32, in this order."""
+    """One tile of O and where its sequence lies, in tokens. As a ring entry: these int32, in this order."""
     m_block: Int32
     head: Int32
     kv_head: Int32
@@ -26,13 +26,15 @@ class Tile:
     seqlen_q: Int32
     offset_k: Int32
     seqlen_k: Int32
+    sequence: Int32    # index of the sequence in the batch
 
     def entry(self) -> tuple[Int32, ...]:
         """The values in the order of a ring entry."""
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
 
-ENTRY_INTS = len(Tile.__dataclass_fields__)
+TILE_INTS = len(Tile.__dataclass_fields__)
+ENTRY_INTS = -(-TILE_INTS // 4) * 4     # whole 16-byte words
 
 
 @dataclass
@@ -51,7 +53,7 @@ class TileWriter:
         slot = self.producer.acquire_and_advance()
         if cute.arch.lane_idx() == 0:
             entry = tile.entry()
-            for i in cutlass.range_constexpr(ENTRY_INTS):
+            for i in cutlass.range_constexpr(TILE_INTS):
                 self.sTiles[i, slot.index] = entry[i]
         cute.arch.sync_warp()
         slot.commit()
@@ -67,7 +69,7 @@ class TileReader:
     @staticmethod
     def create(sTiles: cute.Tensor, ring: pipeline.PipelineAsync) -> "TileReader":
         """At the CTA's first tile. Every thread of the role calls this, and `advance`."""
-        reader = TileReader(sTiles, ring.make_consumer(), Tile(*[Int32(0)] * ENTRY_INTS))
+        reader = TileReader(sTiles, ring.make_consumer(), Tile(*[Int32(0)] * TILE_INTS))
         reader.advance()
         return reader
 
@@ -80,7 +82,7 @@ class TileReader:
         slot = self.consumer.wait_and_advance()
         entry = cute.make_rmem_tensor(ENTRY_INTS, Int32)
         cute.autovec_copy(self.sTiles[None, slot.index], entry)
-        self.tile = Tile(*(entry[i] for i in range(ENTRY_INTS)))
+        self.tile = Tile(*(entry[i] for i in range(TILE_INTS)))
         slot.release()
 
 

@@ -3,6 +3,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..case import Case
+from ..compared import versus_16_bit, versus_peers
+from ..dtypes import DEFAULT, head_dims
 from ..shown import MEMORY, OURS
 
 TITLE = "Decode, one query per sequence"
@@ -23,28 +25,18 @@ PROBLEMS = {
 
 def cases(args) -> list[Case]:
     """Every case that the command line leaves in: by head_dim, then problem, then warm and cold."""
-    return [Case(dtype=args.dtype, head_dim=head_dim, is_causal=False, seqlen_q=1, seqlen_k=seqlen,
+    return [Case(dtype=args.dtype or DEFAULT, head_dim=head_dim, is_causal=False, seqlen_q=1, seqlen_k=seqlen,
                  batch_size=batch_size, num_heads=num_heads, num_heads_k=num_heads_k, l2=l2)
-            for head_dim in args.head_dim or PROBLEMS
+            for head_dim in args.head_dim or filter(head_dims(args.dtype).__contains__, PROBLEMS)
             for batch_size, seqlen, num_heads, num_heads_k in PROBLEMS[head_dim] for l2 in ("warm", "cold")]
 
 
 def conclusions(times: dict[Case, float], rows: Sequence[dict]) -> list[str]:
     """In which rows a peer is faster, and how near to a copy the large problems come."""
-    lines, shares = [], {}
-    compared, slower = 0, []
+    shares = {}
     for case, row in zip(times, rows, strict=True):
-        results = row["results"]
         if case.kv_bytes > LARGE_BYTES:
-            shares.setdefault(replace(case, l2=""), []).append(f"{results[OURS]['of_copy']:.1%} {case.l2}")
-        # A time that is the host's compares with nothing.
-        timed = {name: result for name, result in results.items() if name != OURS and not result["host_bound"]}
-        if timed:
-            best = min(timed, key=lambda name: timed[name]["ratio"])
-            compared += 1
-            slower += [f"{row['name']} ({best} {timed[best]['ratio']:.3f})"] * (timed[best]["ratio"] < 1)
-    if compared:
-        lines.append(f"slower than the better peer in {len(slower) or 'none'} of {compared} rows"
-                     + (f" (its time over ours): {', '.join(slower)}" if slower else ""))
+            shares.setdefault(replace(case, l2=""), []).append(f"{row['results'][OURS]['of_copy']:.1%} {case.l2}")
+    lines = versus_peers(rows) + versus_16_bit(rows)
     return lines + [f"{case.name}: {case.kv_bytes / 1e9:.2f} GB of K and V, at {' and '.join(found)} of the bandwidth "
                     "of a copy on the device" for case, found in shares.items()]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..case import Case
+from ..dtypes import DEFAULT
 from ..shown import ARITHMETIC
 
 TITLE = "Packed sequences (varlen)"
@@ -30,7 +31,7 @@ LAYOUTS = {
 def cases(args) -> list[Case]:
     """Every case that the command line leaves in: by head_dim, then mask, then layout."""
     num_heads = args.num_heads or NUM_HEADS
-    return [Case(dtype=args.dtype, head_dim=head_dim, is_causal=is_causal, seqlen_q=max(lengths),
+    return [Case(dtype=args.dtype or DEFAULT, head_dim=head_dim, is_causal=is_causal, seqlen_q=max(lengths),
                  seqlen_k=max(lengths), batch_size=len(lengths), num_heads=num_heads,
                  num_heads_k=args.num_heads_k or num_heads, lengths=lengths, label=label)
             for head_dim in args.head_dim or HEAD_DIMS for is_causal in args.masks or (False, True)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ...heuristics import forward_config
 from ..case import Case
+from ..dtypes import out_dtype_of
 from ..shown import ARITHMETIC
 from . import prefill
 
@@ -38,7 +39,8 @@ def conclusions(times: dict[Case, float], rows: Sequence[dict] = ()) -> list[str
 
 def visible_tiles(case: Case) -> int:
     """Tiles of one head that hold a visible score, in the causal kernel's tiling, whichever mask it is."""
-    cfg = forward_config(case.dtype, case.head_dim, "causal", has_lse=False, is_varlen=False)
+    cfg = forward_config(case.dtype, case.head_dim, "causal", has_lse=False, is_varlen=False,
+                         out_dtype=out_dtype_of(case.dtype, case.head_dim))
     left, right = case.visible_bounds
     tiles = 0
     for first_row in range(0, case.seqlen_q, cfg.tile_m):
