@@ -42,7 +42,7 @@ def test_compiles_clean(reports, cfg):
     assert report.smem_bytes <= cfg.smem_bytes <= SMEM_BYTES_PER_CTA
     most_registers = REGISTERS_PER_SM // (cfg.num_threads * cfg.ctas_per_sm) // 8 * 8
     assert report.registers == most_registers if cfg.uses_setmaxnreg else report.registers <= most_registers
-    # One step is head_dim/16 WGMMAs for QK and tile_n/16 for PV, in FP8 half as many; the code holds it once per kind of
-    # iteration.
+    # One step is head_dim/16 WGMMAs for QK and tile_n/16 for PV, in FP8 half of that; the code holds it once per kind
+    # of iteration.
     step = (cfg.head_dim + cfg.tile_n) // (32 if cfg.is_fp8 else 16)
     assert step <= report.wgmmas <= 8 * step
