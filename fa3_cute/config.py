@@ -107,8 +107,13 @@ class KernelConfig:
 
     @property
     def q_slot_bytes(self) -> int:
-        """A slot of the Q ring; the forward kernel's takes O after Q, whose elements are no smaller."""
-        return self.tile_m * self.head_dim * OUT_BYTES
+        """A slot of the Q ring; in 16 bit the forward kernel's takes O after Q."""
+        return self.tile_m * self.head_dim * self.element_bytes
+
+    @property
+    def o_slot_bytes(self) -> int:
+        """What a slot of the Q ring has besides for O: FP8's lies beside its Q."""
+        return self.tile_m * self.head_dim * OUT_BYTES if self.is_fp8 else 0
 
     @property
     def mask(self) -> str:
@@ -217,10 +222,11 @@ class FwdConfig(KernelConfig):
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of one CTA: the mbarriers (padded to 1024), the Q/O ring, the K ring, the V ring; FP8:
-        the ring of transposed V."""
+        """Dynamic shared memory of one CTA: the mbarriers (padded to 1024), the Q ring, FP8's O ring, the K ring, the V
+        ring, FP8's ring of transposed V."""
         num_rings = 3 if self.is_fp8 else 2
-        return 1024 + self.num_q_stages * self.q_slot_bytes + num_rings * self.num_kv_stages * self.kv_slot_bytes
+        q_and_o = self.num_q_stages * (self.q_slot_bytes + self.o_slot_bytes)
+        return 1024 + q_and_o + num_rings * self.num_kv_stages * self.kv_slot_bytes
 
 
 @dataclass(frozen=True)
@@ -296,4 +302,4 @@ class DecodeConfig(KernelConfig):
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of one CTA: mbarriers and LSE (padded to 1024), Q, the K ring, the V ring."""
-        return 1024 + self.tile_m * self.head_dim * self.element_bytes + 2 * self.kv_ring_bytes
+        return 1024 + self.q_slot_bytes + 2 * self.kv_ring_bytes

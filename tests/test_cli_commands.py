@@ -310,7 +310,7 @@ def test_inspect(argv, cfg, tensor_clocks, capsys):
 def test_inspect_of_fp8(argv, cfg, capsys):
     status, said = answer(capsys, "inspect", "--dtype", "fp8_e4m3", *argv)
     assert (status, said["name"], said["problems"]) == (0, cfg.name, [])
-    rings = ["Q", "K", "V"] if cfg.packs_heads else ["Q and O", "K", "V", "V transposed"]
+    rings = ["Q", "K", "V"] if cfg.packs_heads else ["O", "Q", "K", "V", "V transposed"]
     assert [part["name"] for part in said["smem_map"]] == ["barriers", *rings]
     assert said["instruction_mix"]["tensor"] == said["wgmmas"] and units.OTHER not in said["instruction_mix"]
 

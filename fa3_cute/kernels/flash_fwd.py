@@ -101,7 +101,7 @@ class FlashAttentionForward:
         """Shared-memory layouts of the rings."""
         cfg, element = self.cfg, element_type(self.cfg)
         sVt = smem_ring(element, cfg.head_dim, cfg.tile_n, cfg.num_kv_stages) if cfg.is_fp8 else None
-        return FwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_q_stages, cfg.q_slot_bytes),
+        return FwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
                           sO=smem_ring(out_type(cfg), cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
                           sKV=smem_ring(element, cfg.tile_n, cfg.head_dim, cfg.num_kv_stages), sVt=sVt)
 
@@ -145,8 +145,10 @@ class FlashAttentionForward:
         sTiles = allocator.allocate_tensor(Int32, cute.make_layout((ENTRY_INTS, NUM_TILE_SLOTS)), byte_alignment=16)
         tensor = lambda layout, element=element_type(cfg): allocator.allocate_tensor(
             element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        sO, sK, sV = tensor(layouts.sO, out_type(cfg)), tensor(layouts.sKV), tensor(layouts.sKV)
-        sQ = view_as(sO, layouts.sQ, element_type(cfg))
+        sO = tensor(layouts.sO, out_type(cfg))
+        # FP8's O is wider than its Q: over it, a warpgroup's rows of O would cover rows of Q that another still reads.
+        sQ = tensor(layouts.sQ) if const_expr(cfg.is_fp8) else view_as(sO, layouts.sQ, element_type(cfg))
+        sK, sV = tensor(layouts.sKV), tensor(layouts.sKV)
         sVt = tensor(layouts.sVt) if const_expr(cfg.is_fp8) else transposed(sV)
         smem = FwdSmem(sQ=sQ, sO=sO, sK=sK, sV=sV, sVt=sVt, sTiles=sTiles)
 

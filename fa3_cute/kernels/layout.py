@@ -35,18 +35,16 @@ def out_type(cfg: FwdConfig):
     return ELEMENT_TYPES[cfg.element_out]
 
 
-def smem_ring(element, rows: int, columns: int, num_stages: int, slot_bytes: int = 0) -> cute.ComposedLayout:
-    """(rows, columns, num_stages), rows contiguous, in the widest swizzle that a row's bytes are a multiple of (128, 64
-    or 32): row r's 16-byte chunks of such a stretch are permuted by an exclusive or with bits of r, so that 8 rows of
-    one chunk lie in 8 different groups of banks. Stretches follow one another. slot_bytes: between slots, if larger.
+def smem_ring(element, rows: int, columns: int, num_stages: int) -> cute.ComposedLayout:
+    """(rows, columns, num_stages), rows contiguous, in the widest swizzle that a row's bytes are a multiple of: 128, 64
+    or 32.
+
+    Row r's 16-byte chunks of such a stretch are permuted by an exclusive or with bits of r, so that 8 rows of one chunk
+    lie in 8 different groups of banks. Stretches follow one another.
     """
     kind = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, element, columns)
     atom = warpgroup.make_smem_layout_atom(kind, element)
-    ring = cute.tile_to_shape(atom, (rows, columns, num_stages), order=(0, 1, 2))
-    slot = max(slot_bytes * 8 // element.width, rows * columns)
-    (row, column, stage), stride = ring.outer.shape, ring.outer.stride
-    outer = cute.make_layout((row, column, stage), stride=(*stride[:2], (0, slot)))
-    return cute.make_composed_layout(ring.inner, ring.offset, outer)
+    return cute.tile_to_shape(atom, (rows, columns, num_stages), order=(0, 1, 2))
 
 
 def tensor_view(cfg: FwdConfig, ptr: cute.Pointer, shape, stride) -> cute.Tensor:

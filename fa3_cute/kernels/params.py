@@ -41,7 +41,7 @@ class FwdParams:
 class FwdLayouts:
     """Staged, swizzled shared-memory layouts."""
     sQ: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): Q in
-    sO: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): O out; the same slots, in O's type
+    sO: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): O out
     sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
     sVt: Optional[cute.ComposedLayout]     # (head_dim, tile_n, num_kv_stages): V^T; None unless cfg.is_fp8
 
@@ -56,8 +56,8 @@ class FwdMmas:
 @dataclass(frozen=True)
 class FwdSmem:
     """Shared-memory tensors, in layout order."""
-    sQ: cute.Tensor                # a slot holds Q until its tile's last QK, then O until the store has read it
-    sO: cute.Tensor                # aliases sQ; a warpgroup writes its rows once it has read all of its Q (write_O)
+    sO: cute.Tensor                # a slot of the Q ring, for O until the store has read it
+    sQ: cute.Tensor                # aliases sO: a warpgroup overwrites rows that it has read; FP8: memory of its own
     sK: cute.Tensor
     sV: cute.Tensor
     sVt: cute.Tensor               # (head_dim, tile_n, num_kv_stages): a view of sV, or a ring of its own if cfg.is_fp8
