@@ -65,13 +65,7 @@ class Attend:
     @cute.jit
     def first_qk(self, mask: Mask, n_block: Int32):
         """S[last] alone, there is no P to overlap with yet. P = exp(S), O = 0."""
-        acc_S = self.new_acc_S()
-        k = self.k_consumer.wait_and_advance()
-        wait_turn(self.cfg, self.wg_idx)
-        self.start_qk(acc_S, k.index)
-        pass_turn(self.cfg, self.wg_idx)
-        in_flight(0)
-        k.release()
+        acc_S = self.qk_alone()
         mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, is_first=True)
         convert(as_operand_a(self.cfg, acc_S), self.tOrP)
@@ -89,13 +83,7 @@ class Attend:
     def step_serial(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool]):
         """`step` one after the other: S and T may share registers."""
         self.add_pv()
-        acc_S = self.new_acc_S()
-        k = self.k_consumer.wait_and_advance()
-        wait_turn(self.cfg, self.wg_idx)
-        self.start_qk(acc_S, k.index)
-        pass_turn(self.cfg, self.wg_idx)
-        in_flight(0)
-        k.release()
+        acc_S = self.qk_alone()
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, is_first=False)
@@ -143,6 +131,18 @@ class Attend:
         """O = 0 and LSE = -inf: no row of the tile sees a key. Takes no turn and no K or V slot."""
         self.acc_O.fill(0.0)
         self.softmax.no_key()
+
+    @cute.jit
+    def qk_alone(self) -> cute.Tensor:
+        """S of the next K slot, complete."""
+        acc_S = self.new_acc_S()
+        k = self.k_consumer.wait_and_advance()
+        wait_turn(self.cfg, self.wg_idx)
+        self.start_qk(acc_S, k.index)
+        pass_turn(self.cfg, self.wg_idx)
+        in_flight(0)
+        k.release()
+        return acc_S
 
     def start_qk(self, acc_S: cute.Tensor, k_slot: Int32):
         """S = Q K^T of one K slot, left in flight."""
