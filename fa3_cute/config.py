@@ -17,6 +17,7 @@ SMEM_BYTES_PER_CTA = 232448          # 227 KiB: the most one CTA may ask for on 
 SMEM_BYTES_PER_SM = 233472           # shared by its CTAs, each of which costs SMEM_BYTES_RESERVED more than it asks for
 SMEM_BYTES_RESERVED = 1024
 ROWS_PER_WARPGROUP = 64              # M of one WGMMA
+FIRST_TRANSPOSE_WARP, NUM_TRANSPOSE_WARPS = 2, 2    # of the producer warpgroup, where there are any
 MAX_CLUSTER_SIZE = 16                # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
 UNBOUNDED_WINDOW = 1 << 30           # beyond every length, yet adding it to one stays within int32
 
@@ -112,8 +113,14 @@ class KernelConfig:
 
     @property
     def o_slot_bytes(self) -> int:
-        """What a slot of the Q ring has besides for O: FP8's lies beside its Q."""
-        return self.tile_m * self.head_dim * OUT_BYTES if self.is_fp8 else 0
+        """A slot of O where it has its own."""
+        return self.tile_m * self.head_dim * OUT_BYTES
+
+    @property
+    def is_serial(self) -> bool:
+        """PV and QK one after the other instead of together: T, which FP8's PV fills, and S may then share registers,
+        and warpgroups or CTAs overlap one another."""
+        return self.is_fp8
 
     @property
     def mask(self) -> str:
@@ -138,16 +145,14 @@ class FwdConfig(KernelConfig):
     is_causal            bottom-right aligned causal mask
     has_lse              the kernel writes the log-sum-exp
     tile_m, tile_n       rows of Q, rows of K and V per tile; one consumer warpgroup per 64 rows of Q
-    num_q_stages         depth of the Q ring; a slot carries Q in and O out, so 2 hides the O store and the next Q load
+    num_q_stages         depth of the Q ring; in 16 bit a slot carries Q in and O out, so 2 hides the O store and the
+                         next Q load
     num_kv_stages        depth of the K ring and of the V ring; FP8: of the ring of transposed V too
     use_pingpong         order the warpgroups' GEMMs with named barriers (FA3 paper section 3.1)
     rescale_before_pv    rescale O while QK runs instead of after PV: fewer registers live at once if head_dim is large
     is_local             sliding window around the bottom-right diagonal; excludes is_causal
     is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
     out_dtype            of O where Q, K and V are FP8: "bf16" or "fp16"; None: dtype
-    num_transpose_warps  FP8: warps that transpose V; one is the producer warpgroup's own, four are a warpgroup more
-    is_serial            PV and QK one after the other instead of together: FP8's T, which PV fills, and S may then
-                         share registers, and three warpgroups overlap one another
     """
     dtype: str
     head_dim: int
@@ -162,8 +167,6 @@ class FwdConfig(KernelConfig):
     is_local: bool = False
     is_varlen: bool = False
     out_dtype: str | None = None
-    num_transpose_warps: int = 0
-    is_serial: bool = False
 
     ctas_per_sm = 1
     packs_heads = False
@@ -172,20 +175,11 @@ class FwdConfig(KernelConfig):
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """As common_rules: what this kernel asks besides."""
-        producer, consumer = self.registers
-        used = 128 * (producer * self.num_producer_wgs + consumer * self.num_consumer_wgs)
-        # What a launch allots, in units of 8 registers per thread; setmaxnreg only moves them, and waits for ever if
-        # they are too few.
-        allotted = self.num_threads * (REGISTERS_PER_SM // self.num_threads // 8 * 8)
-        transpose_warps = (1, 4) if self.is_fp8 else (0,)
         return (
             (self.tile_m in (64, 128, 192), f"tile_m={self.tile_m}: must be 64, 128 or 192"),
-            (self.num_transpose_warps in transpose_warps,
-             f"num_transpose_warps={self.num_transpose_warps}: must be one of {transpose_warps}"),
-            (not self.is_fp8 or self.transposes_in_blocks(self.num_transpose_warps),
-             f"tile_n={self.tile_n}: not divisible among {self.num_transpose_warps} warps that transpose V"),
+            (not self.is_fp8 or self.transposes_in_blocks(NUM_TRANSPOSE_WARPS),
+             f"tile_n={self.tile_n}: not divisible among {NUM_TRANSPOSE_WARPS} warps that transpose V"),
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
-            (used <= allotted, f"{used} registers: a launch of {self.num_threads} threads gets {allotted}"),
             (self.smem_bytes <= SMEM_BYTES_PER_CTA,
              f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}"),
         )
@@ -201,32 +195,42 @@ class FwdConfig(KernelConfig):
         return max(1, self.tile_m // ROWS_PER_WARPGROUP)
 
     @property
-    def num_producer_wgs(self) -> int:
-        """The producer warpgroup, and the one that transposes V if there is one."""
-        return 2 if self.num_transpose_warps == 4 else 1
-
-    @property
-    def first_transpose_warp(self) -> int:
-        return 4 if self.num_transpose_warps == 4 else 3
-
-    @property
     def num_threads(self) -> int:
-        return 128 * (self.num_producer_wgs + self.num_consumer_wgs)
+        return 128 * (1 + self.num_consumer_wgs)
 
     @property
     def registers(self) -> tuple[int, int]:
         """(producer, consumer) registers per thread after setmaxnreg; multiples of 8, all roles within one SM."""
-        table = {(1, 1): (56, 256), (1, 2): (40, 232), (1, 3): (32, 160),
-                 (2, 1): (56, 256), (2, 2): (32, 224), (2, 3): (24, 144)}
-        return table[self.num_producer_wgs, min(self.num_consumer_wgs, 3)]
+        return {1: (56, 256), 2: (40, 232), 3: (32, 160)}[min(self.num_consumer_wgs, 3)]
+
+    @property
+    def has_transpose_warps(self) -> bool:
+        """Two warps transpose V, and warp 1 schedules as well as stores."""
+        return self.is_fp8
+
+    @property
+    def takes_max_of_bits(self) -> bool:
+        """The main loop takes maxima of scores as integers once all rows have one of 0 or more (kernels/softmax.py)."""
+        return True
+
+    @property
+    def has_o_ring(self) -> bool:
+        """O has a slot of its own. In 16 bit it takes its tile's Q slot, but FP8's O is wider than its Q: one
+        warpgroup's rows of O would cover rows of Q that another still reads."""
+        return self.is_fp8
+
+    @property
+    def num_o_slots(self) -> int:
+        return 1 if self.has_o_ring else self.num_q_stages
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of one CTA: the mbarriers (padded to 1024), the Q ring, FP8's O ring, the K ring, the V
-        ring, FP8's ring of transposed V."""
-        num_rings = 3 if self.is_fp8 else 2
-        q_and_o = self.num_q_stages * (self.q_slot_bytes + self.o_slot_bytes)
-        return 1024 + q_and_o + num_rings * self.num_kv_stages * self.kv_slot_bytes
+        """Dynamic shared memory of one CTA: the mbarriers (padded to 1024), the Q ring, FP8's slot of O, the K ring,
+        the V ring, FP8's ring of transposed V."""
+        num_rings = 3 if self.has_transpose_warps else 2
+        o_bytes = self.o_slot_bytes if self.has_o_ring else 0
+        return (1024 + self.num_q_stages * self.q_slot_bytes + o_bytes
+                + num_rings * self.num_kv_stages * self.kv_slot_bytes)
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,8 @@ class DecodeConfig(KernelConfig):
     num_consumer_wgs = 1
     num_q_stages = 1
     num_threads = 160               # one consumer warpgroup, one load warp
-    num_transpose_warps = 0         # FP8: the consumers transpose V, within its slot
+    has_transpose_warps = False     # FP8: the consumers transpose V, within its slot
+    takes_max_of_bits = False
     packs_heads = True
     is_causal = False
     is_varlen = True
@@ -278,11 +283,6 @@ class DecodeConfig(KernelConfig):
     def name(self) -> str:
         """Short and unique among the rows of heuristics.py: names cache entries, kernels and table rows."""
         return f"decode_{self.dtype_name}_d{self.head_dim}_{self.mask}_{self.tile_m}x{self.tile_n}"
-
-    @property
-    def is_serial(self) -> bool:
-        """No overlap of softmax and PV: CTAs overlap one another, and FP8 has fewer registers to spare."""
-        return self.is_fp8
 
     @property
     def kv_ring_bytes(self) -> int:

@@ -15,8 +15,6 @@ class Row:
     use_pingpong: bool = True
     rescale_before_pv: bool = False
     num_kv_stages: int = 2
-    num_transpose_warps: int = 0
-    is_serial: bool = False
 
 
 # Reasons: speed relative to FA3 C++ (fa3-fwd 0.0.3) at 4k / 16k tokens; BF16, randn, 16k tokens in all, hidden size
@@ -48,22 +46,20 @@ FORWARD = {
     (2, 192, "local"): Row(128, 96, 1, "290 / 303; 128x80 q2 308 / 293, 128x64 q2 318 / 289, 128x112 324 / 315"),
     (2, 256, "local"): Row(128, 64, 1, "272 / 243; 128x80 281 / 249, 128x48 308 / 283",
                            use_pingpong=False, rescale_before_pv=True),
-    # FP8 relative to FA3's FP8, else the same. "w4": 4 transpose warps, "w1": one; "serial": is_serial. A kernel that
-    # did not transpose V would be 2 to 10 % faster.
-    (1, 64, "full"): Row(192, 128, 2, "0.94 / 0.92; w1 128x192 0.82 / 0.77, w4 128x128 0.79 / 0.72; 192x160 spills",
-                         num_transpose_warps=1),
-    (1, 64, "causal"): Row(192, 128, 2, "0.97 / 0.95; w4 128x128 0.87 / 0.78", num_transpose_warps=1),
-    (1, 96, "full"): Row(192, 128, 2, "0.85 / 0.85; w4 128x128 overlapped 0.82 / 0.83, w1 128x192 0.75 / 0.80; 192x128 "
-                                      "overlapped does not fit", num_transpose_warps=1, is_serial=True),
-    (1, 96, "causal"): Row(128, 128, 2, "0.90 / 0.82; w1 192x128 serial 4 % slower at 4k, 2 % faster at 16k",
-                           num_transpose_warps=4),
-    (1, 128, "full"): Row(128, 128, 2, "0.86 / 0.84; w1 192x128 serial 0 to 2 % slower, w1 128x128 0.70 / 0.67; "
-                                       "128x160 spills", num_transpose_warps=4),
-    (1, 128, "causal"): Row(128, 128, 2, "0.90 / 0.83; w1 192x128 serial 9 % slower at 4k, 3 % at 16k",
-                            num_transpose_warps=4),
-    (1, 64, "local"): Row(128, 128, 2, "what fits; not compared", num_transpose_warps=1),
-    (1, 96, "local"): Row(128, 128, 2, "what fits: w4 spills with is_varlen; not compared", num_transpose_warps=1),
-    (1, 128, "local"): Row(128, 128, 2, "what fits: w4 spills 4 bytes; not compared", num_transpose_warps=1),
+    # FP8 relative to FA3's FP8, else the same; none with ping-pong, which costs three warpgroups 8 %.
+    (1, 64, "full"): Row(192, 192, 2, "1.05 / 1.05; 192x160 1.06 / 1.04", use_pingpong=False),
+    (1, 64, "causal"): Row(192, 192, 2, "1.13 / 1.10; 192x160 1.10 / 1.08, 192x128 1.05 / 1.02", use_pingpong=False),
+    (1, 96, "full"): Row(192, 160, 2, "1.08 / 1.10; 192x128 1.01 / 1.04", use_pingpong=False),
+    (1, 96, "causal"): Row(192, 160, 2, "1.08 / 1.10; 192x128 1.03 / 1.03, 192x96 0.99 / 0.95", use_pingpong=False),
+    (1, 128, "full"): Row(192, 128, 2, "1.03 / 1.02; in an earlier form 128x224 0.81 / 0.83, 128x192 0.82 / 0.84, "
+                                       "128x128 0.84 / 0.82", use_pingpong=False),
+    (1, 128, "causal"): Row(192, 128, 2, "1.01 / 1.02; 128x128 0.91 / 0.83", use_pingpong=False),
+    (1, 64, "local"): Row(192, 128, 2, "336 / 321; 192x192 332 / 344, 128x128 348 / 332, 128x192 385 / 368",
+                          use_pingpong=False),
+    (1, 96, "local"): Row(192, 128, 2, "257 / 249; 192x160 261 / 254, 128x128 261 / 255, 128x96 302 / 294",
+                          use_pingpong=False),
+    (1, 128, "local"): Row(128, 128, 2, "219 / 211; 192x128 218 / 210, 192x96 231 / 242, 128x192 247 / 239: of equals "
+                                        "the smaller tile_m wastes less", use_pingpong=False),
 }
 
 
@@ -91,10 +87,10 @@ DECODE = {
     (2, 192): DecodeRow(64, 4, 1, 0.75, "what fits one CTA per SM"),
     (2, 256): DecodeRow(64, 3, 1, 0.9, "what fits one CTA per SM"),
     # FP8, the same.
-    (1, 64): DecodeRow(128, 5, 2, 1.1, "4x2k 4.3, 1x32k 8.0, 16x8k 18.0, 64x8k 32:8 169; 64x6x3 4.8, 9.1, 15.3, 216"),
-    (1, 96): DecodeRow(128, 6, 1, 1.6, "what fits; 128x4x2, which spills 8 bytes with a window: 5.1, 9.5, 25.5, 242"),
-    (1, 128): DecodeRow(128, 6, 1, 2.0, "4x2k 5.2, 1x32k 12.6, 16x8k 34.2, 64x8k 32:8 276; 64x10x1 5.5, 15.3, "
-                                        "41.8, 371"),
+    (1, 64): DecodeRow(128, 5, 2, 0.9, "4x2k 5.1, 1x32k 7.9, 16x8k 12.9, 64x8k 32:8 168"),
+    (1, 96): DecodeRow(128, 4, 2, 1.3, "4x2k 5.5, 1x32k 9.5, 16x8k 22.0, 64x8k 32:8 246"),
+    (1, 128): DecodeRow(128, 6, 1, 1.1, "4x2k 5.6, 1x32k 10.0, 16x8k 23.8, 64x8k 32:8 281; 64x12x1 6.1, 11.1, 28.1, "
+                                        "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256"),
 }
 
 # (dtype, out_dtype) of every config.
@@ -107,8 +103,7 @@ def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varle
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
     row = FORWARD[ELEMENT_BYTES[dtype], head_dim, mask]
     return FwdConfig(dtype, head_dim, mask == "causal", has_lse, row.tile_m, row.tile_n, row.num_q_stages,
-                     row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype,
-                     row.num_transpose_warps, row.is_serial)
+                     row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype)
 
 
 def all_forward_configs() -> list[FwdConfig]:

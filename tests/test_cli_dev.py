@@ -30,7 +30,7 @@ def test_no_change_is_the_row():
 def test_fp8():
     row = heuristics.forward_config("fp8_e4m3", 128, "causal", False, False, "bf16")
     assert Question("fp8_e4m3", 128, "causal").config() == row
-    assert label(row).endswith(f" t{row.num_transpose_warps}")
+    assert label(row).startswith(f"{row.tile_m}x{row.tile_n} ")
     assert Question("fp8_e4m3", 64, is_decode=True, out_dtype="fp16").config().element_out == "fp16"
     for question in (Question("fp8_e4m3", 128, out_dtype="fp16"), Question("fp8_e4m3", 64, is_decode=True)):
         assert {case.element_out for case in [question.small_case(), *question.cases()]} == {
@@ -201,17 +201,17 @@ def test_candidates_of_fp8():
     row = heuristics.forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
     found = tune.candidates(row, tune.TILE_MS, tune.TILE_NS)
     assert found[0] == row and {cfg.out_dtype for cfg in found} == {"bf16"}
-    assert {cfg.tile_n % 32 for cfg in found} == {0} and {cfg.num_transpose_warps for cfg in found} == {1, 4}
+    assert {cfg.tile_n % 32 for cfg in found} == {0}
     assert {cfg.num_kv_stages for cfg in found} == {2, 3}
 
 
 def test_row_of_fp8():
     """The line to paste makes the config that won."""
     row = heuristics.forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
-    best = replace(row, num_transpose_warps=4, num_kv_stages=3, tile_n=96)
+    best = replace(row, num_kv_stages=3, tile_n=96)
     line = tune.heuristics_row([best, row], {best: [900.0], row: [800.0]}, "TFLOP/s")
     (key, made), = eval(f"{{{line}}}", {"Row": heuristics.Row}).items()
-    assert key == (1, 128, "full") and (made.tile_n, made.num_kv_stages, made.num_transpose_warps) == (96, 3, 4)
+    assert key == (1, 128, "full") and (made.tile_n, made.num_kv_stages, made.use_pingpong) == (96, 3, False)
 
 
 @pytest.mark.parametrize("argv", [["--dtype", "fp8_e4m3", "--head-dim", "256"], ["--out-dtype", "fp16"]])

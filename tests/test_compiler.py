@@ -177,10 +177,10 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
     changed = {"dtype": "fp16", "head_dim": 96, "is_causal": True, "is_local": True, "is_varlen": True,
                "has_lse": False, "tile_m": 128, "tile_n": 112, "num_q_stages": CFG.num_q_stages + 1,
                "num_kv_stages": CFG.num_kv_stages - 1,
-               "use_pingpong": not CFG.use_pingpong, "rescale_before_pv": not CFG.rescale_before_pv, "is_serial": True}
-    changed_fp8 = {"out_dtype": "fp16", "num_transpose_warps": 4}      # what only FP8 can change
+               "use_pingpong": not CFG.use_pingpong, "rescale_before_pv": not CFG.rescale_before_pv}
+    changed_fp8 = {"out_dtype": "fp16"}      # what only FP8 can change
     small = replace(CFG, tile_n=64, is_causal=False)      # leaves room to change one field at a time
-    small_fp8 = replace(small, dtype="fp8_e4m3", out_dtype="bf16", num_transpose_warps=1)
+    small_fp8 = replace(small, dtype="fp8_e4m3", out_dtype="bf16")
     assert changed.keys() | changed_fp8.keys() == {field.name for field in fields(CFG)}
     cfgs = [small, small_fp8, *(replace(small, **{name: value}) for name, value in changed.items()),
             *(replace(small_fp8, **{name: value}) for name, value in changed_fp8.items())]

@@ -72,6 +72,14 @@ def test_scores_that_rise_and_fall_along_the_keys(case, slope, stream):
     run_and_check(problem, stream, lse_rtol=1e-6)
 
 
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_rows_whose_maximum_turns_positive_late(case, stream):
+    """Those of every second warp, half way through the keys: until then its warpgroup takes maxima as floats."""
+    rows = along_first_dimension(np.where(np.arange(case.seqlen_q) // 16 % 2, 0.125, -0.125), case.head_dim)
+    keys = along_first_dimension(np.arange(case.seqlen_k) - case.seqlen_k // 2, case.head_dim)
+    run_and_check(set_values(make_problem(case, softmax_scale=1.0), q=rows, k=keys), stream, lse_rtol=1e-6)
+
+
 # ---- NaN and infinity ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -166,6 +166,14 @@ def test_scores_that_rise_and_fall_along_the_keys(case, slope, stream):
     run_and_check(problem, stream, lse_rtol=1e-6)
 
 
+@pytest.mark.parametrize("case", FP8_FEW, ids=str)
+def test_rows_whose_maximum_turns_positive_late(case, stream):
+    """Those of every second warp, half way through the keys: until then its warpgroup takes maxima as floats."""
+    rows = np.where(np.arange(case.seqlen_q) // 16 % 2, 0.125, -0.125)
+    problem = score_problem(case, rows, np.arange(case.seqlen_k) - case.seqlen_k // 2)
+    run_and_check(problem, stream, lse_rtol=1e-6)
+
+
 @pytest.mark.parametrize("case", FP8_SOME, ids=str)
 def test_small_weights_count(case, stream):
     """One key stands 8 above all others. Their weights, 3e-4, are less than E4M3 has, and together a tenth of O."""

@@ -11,7 +11,7 @@ import argparse
 import json
 
 from ..api import AttentionMode, DataType, FlashAttentionParams, explain, kernel_config
-from ..config import ELEMENT_BYTES, FP8_OUT_DTYPES, DecodeConfig, FwdConfig
+from ..config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, DecodeConfig, FwdConfig
 from ..heuristics import FORWARD, decode_row
 from ..splits import SplitPlan, plan_of
 
@@ -116,8 +116,10 @@ def lines(facts: dict):
     """Yields (name, text) of what is printed."""
     cfg, plan = facts["config"], facts["plan"]
     yield "kernel", facts["kernel"]
-    rings = f"{cfg['num_q_stages']} slots for Q and O, " if "num_q_stages" in cfg else ""
-    transposed = " and for V transposed" if cfg.get("num_transpose_warps") else ""
+    rings = transposed = ""
+    if "num_q_stages" in cfg:
+        rings = f"{cfg['num_q_stages']} slots for Q{', one for O' if cfg['dtype'] == FP8 else ' and O'}, "
+        transposed = " and for V transposed" if cfg["dtype"] == FP8 else ""
     yield "tile", (f"{cfg['tile_m']} rows of Q, {cfg['tile_n']} of K and V; {rings}{cfg['num_kv_stages']} for K, as "
                    f"many for V{transposed}" + "; ping-pong" * cfg.get("use_pingpong", False))
     yield "measured", facts["reason"]

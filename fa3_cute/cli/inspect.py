@@ -85,14 +85,12 @@ def roles(cfg: FwdConfig | DecodeConfig) -> dict[str, int] | None:
 
 def smem_map(cfg: FwdConfig | DecodeConfig) -> list[dict]:
     """The parts of a CTA's shared memory in their order: name, slots, bytes."""
-    queries = {"Q and O": cfg.q_slot_bytes}
-    if isinstance(cfg, DecodeConfig):
-        queries = {"Q": cfg.q_slot_bytes}
-    elif cfg.is_fp8:
-        queries = {"O": cfg.o_slot_bytes, "Q": cfg.q_slot_bytes}
-    rings = ("K", "V", *["V transposed"] * bool(cfg.num_transpose_warps))
+    is_decode = isinstance(cfg, DecodeConfig)
+    has_o = not is_decode and cfg.has_o_ring
+    rings = ("K", "V", *["V transposed"] * cfg.has_transpose_warps)
     parts = [{"name": name, "slots": slots, "bytes": slots * nbytes} for name, slots, nbytes in (
-        *((name, cfg.num_q_stages, nbytes) for name, nbytes in queries.items()),
+        *([("O", cfg.num_o_slots, cfg.o_slot_bytes)] if has_o else []),
+        ("Q" if is_decode or has_o else "Q and O", cfg.num_q_stages, cfg.q_slot_bytes),
         *((ring, cfg.num_kv_stages, cfg.kv_slot_bytes) for ring in rings))]
     rest = cfg.smem_bytes - sum(part["bytes"] for part in parts)
     return [{"name": "barriers", "slots": 1, "bytes": rest}, *parts]

@@ -97,14 +97,12 @@ def value_of(name: str, text: str, kinds: dict[str, type]):
 
 
 def label(cfg) -> str:
-    """The choices of a config in short, as heuristics.py writes them: tiles, stages, what is not the default, and of
-    FP8 the warps that transpose V."""
+    """The choices of a config in short, as heuristics.py writes them: tiles, stages and what is not the default."""
     name = f"{cfg.tile_m}x{cfg.tile_n} q{cfg.num_q_stages} kv{cfg.num_kv_stages}"
     if cfg.packs_heads:
         return f"{name}, {cfg.ctas_per_sm} CTAs per SM"
     return (name + " without ping-pong" * (not cfg.use_pingpong and cfg.num_consumer_wgs > 1)
-            + " rescaling before PV" * cfg.rescale_before_pv
-            + f" t{cfg.num_transpose_warps}" * bool(cfg.num_transpose_warps))
+            + " rescaling before PV" * cfg.rescale_before_pv)
 
 
 def compiled(cfg) -> dict:

@@ -1,7 +1,7 @@
 """Sweeps the tiles and stages of one problem and prints the row of heuristics.py that the numbers speak for.
 
 Candidates are all that FwdConfig allows: tile_m, tile_n, num_q_stages, use_pingpong and rescale_before_pv, of FP8 also
-num_kv_stages (2 or 3) and num_transpose_warps, the nearest to the row in force first. What does not compile, spills or
+num_kv_stages (2 or 3), the nearest to the row in force first. What does not compile, spills or
 makes the compiler serialise WGMMA is left out. The others are checked against the reference, every row of a small
 problem, and timed in interleaved rounds; a number is the median over them. The best has the highest geometric mean of
 the rates over the lengths. A row is worth changing if it is ahead by more than the numbers scatter: try the best few
@@ -28,7 +28,7 @@ from .dev import add_problem
 from .table import Table, one_or_more
 from .trial import Question, Rig, compiled, label, times
 
-KV_STAGES_OF_FP8, TRANSPOSE_WARPS_OF_FP8 = (2, 3), (1, 4)
+KV_STAGES_OF_FP8 = (2, 3)
 TILE_MS, TILE_NS, Q_STAGES = (64, 128, 192), tuple(range(32, 257, 16)), (1, 2)
 SEQLENS = (4096, 16384)
 RUNNERS_UP = 3      # named in the row's reason
@@ -81,7 +81,7 @@ def candidates(base: FwdConfig, tile_ms, tile_ns) -> list[FwdConfig]:
     choices = {"tile_m": tile_ms, "tile_n": tile_ns, "num_q_stages": Q_STAGES, "use_pingpong": (False, True),
                "rescale_before_pv": (False, True)}
     if base.is_fp8:
-        choices |= {"num_kv_stages": KV_STAGES_OF_FP8, "num_transpose_warps": TRANSPOSE_WARPS_OF_FP8}
+        choices |= {"num_kv_stages": KV_STAGES_OF_FP8}
     for values in product(*choices.values()):
         variant = dict(zip(choices, values, strict=True))
         if variant["use_pingpong"] and variant["tile_m"] == 64:

@@ -21,7 +21,8 @@ OPERATIONS = {
     "integer": {
         "IADD3": (0x10,), "IMAD": (0x24, 0x25, 0x27), "ISETP": (0x0C,), "LEA": (0x11,), "LOP3": (0x12,),
         "PLOP3": (0x1C,), "SHF": (0x19,), "SEL": (0x07,), "MOV": (0x02,), "PRMT": (0x16,), "IABS": (0x13,),
-        "POPC": (0x109,), "VIADD": (0x36,), "VIMNMX": (0x48,), "VIADDMNMX": (0x46,), "P2R": (0x03,), "CS2R": (0x05,)},
+        "POPC": (0x109,), "VIADD": (0x36,), "VIMNMX": (0x48,), "VIMNMX3": (0x0F,), "VIADDMNMX": (0x46,),
+        "P2R": (0x03,), "CS2R": (0x05,)},
     "uniform": {
         "UIADD3": (0x90, 0x97), "UIMAD": (0xA4, 0xA5), "UISETP": (0x8C,), "ULEA": (0x91,), "ULOP3": (0x92,),
         "USHF": (0x99,), "USEL": (0x87,), "UMOV": (0x82,), "VOTEU": (0x86,), "ULDC": (0xB9,), "UPOPC": (0xBF,),
@@ -35,8 +36,8 @@ OPERATIONS = {
         "CCTL": (0x18F,)},
     "control": {
         "BRA": (0x147,), "BSSY": (0x145,), "BSYNC": (0x141,), "EXIT": (0x14D,), "NOP": (0x118,), "NANOSLEEP": (0x15D,),
-        "BAR": (0x11D,), "DEPBAR": (0x11A,), "WARPGROUP": (0x1C5,), "USETMAXREG": (0x1C8,), "ELECT": (0x2F,),
-        "VOTE": (0x06,), "S2R": (0x119,), "FENCE": (0x1C6,), "MEMBAR": (0x192,), "ERRBAR": (0x1AB,),
+        "BAR": (0x11D,), "B2R": (0x11C,), "DEPBAR": (0x11A,), "WARPGROUP": (0x1C5,), "USETMAXREG": (0x1C8,),
+        "ELECT": (0x2F,), "VOTE": (0x06,), "S2R": (0x119,), "FENCE": (0x1C6,), "MEMBAR": (0x192,), "ERRBAR": (0x1AB,),
         "UCGABAR": (0x1C7,), "PREEXIT": (0x2D,), "ACQBULK": (0x2E,)},
 }
 UNIT_OF = {operation: unit for unit, mnemonics in OPERATIONS.items()
@@ -72,7 +73,8 @@ def clocks_per_tile(cfg: FwdConfig | DecodeConfig, is_masked: bool = False) -> d
     scores, outputs = cfg.tile_m * cfg.tile_n, cfg.tile_m * cfg.head_dim
     exponentials = scores + THREADS_PER_ROW * cfg.tile_m
     on_lanes = 2 * scores + outputs
-    on_alu = scores + scores / 2 + scores * MASK_STEPS[cfg.mask] * is_masked
+    maxima = scores / 2 if cfg.takes_max_of_bits and not is_masked else scores
+    on_alu = maxima + scores / 2 + scores * MASK_STEPS[cfg.mask] * is_masked
     kv_bytes = cfg.tile_n * cfg.kv_bytes_per_token
     q_bytes = outputs * cfg.element_bytes
     transposed_bytes = 2 * cfg.kv_slot_bytes * cfg.is_fp8       # V, read and written

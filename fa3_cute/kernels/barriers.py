@@ -3,12 +3,13 @@
 id    name        threads  who                                       protects
 1..3  EPILOGUE+i  128      warpgroup i syncs                         its rows of Q, until its four warps have read them
 4..6  TURN+i      256      warpgroup i syncs, warpgroup i-1 arrives  the tensor core: one warpgroup issues at a time
+7..9  VOTE+i      128      warpgroup i votes                         nothing: its four warps branch the same way
 """
 import enum
 
-import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Boolean, Int32, const_expr
+from cutlass.experimental import primitives
 
 from ..config import FwdConfig
 
@@ -17,6 +18,7 @@ class BarrierId(enum.IntEnum):
     """First id of each family; add the consumer warpgroup's index."""
     EPILOGUE = 1
     TURN = 4
+    VOTE = 7
 
 
 @cute.jit
@@ -30,23 +32,14 @@ def open_turnstile(cfg: FwdConfig, wg_idx: Int32):
 @cute.jit
 def wait_turn(cfg: FwdConfig, wg_idx: Int32):
     """Block until the previous warpgroup has issued its GEMMs."""
-    if const_expr(cfg.use_pingpong and cfg.is_fp8):
-        for i in cutlass.range_constexpr(cfg.num_consumer_wgs):
-            if wg_idx == i:
-                cute.arch.barrier(barrier_id=BarrierId.TURN + i, number_of_threads=256)
-    elif const_expr(cfg.use_pingpong):
+    if const_expr(cfg.use_pingpong):
         cute.arch.barrier(barrier_id=BarrierId.TURN + wg_idx, number_of_threads=256)
 
 
 @cute.jit
 def pass_turn(cfg: FwdConfig, wg_idx: Int32):
     """Let the next warpgroup issue its GEMMs."""
-    if const_expr(cfg.use_pingpong and cfg.is_fp8):
-        for i in cutlass.range_constexpr(cfg.num_consumer_wgs):
-            if wg_idx == i:
-                next_turn = BarrierId.TURN + (i + 1) % cfg.num_consumer_wgs
-                cute.arch.barrier_arrive(barrier_id=next_turn, number_of_threads=256)
-    elif const_expr(cfg.use_pingpong):
+    if const_expr(cfg.use_pingpong):
         next_wg = wg_idx + 1 if wg_idx < cfg.num_consumer_wgs - 1 else 0
         cute.arch.barrier_arrive(barrier_id=BarrierId.TURN + next_wg, number_of_threads=256)
 
@@ -55,3 +48,9 @@ def pass_turn(cfg: FwdConfig, wg_idx: Int32):
 def sync_warpgroup(wg_idx: Int32):
     """Wait for the other three warps of this consumer warpgroup."""
     cute.arch.barrier(barrier_id=BarrierId.EPILOGUE + wg_idx, number_of_threads=128)
+
+
+def all_agree(wg_idx: Int32, agrees: Boolean) -> Boolean:
+    """Whether all threads of this consumer warpgroup agree: WGMMA wants its four warps at the same instruction."""
+    votes = primitives.barrier_cta_red_aligned(agrees, BarrierId.VOTE + wg_idx, "popc", thread_count=128)
+    return cute.arch.make_warp_uniform(votes) == 128      # the same in all lanes, which the compiler may know

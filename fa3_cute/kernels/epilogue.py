@@ -1,7 +1,11 @@
-"""From acc_O to global memory: the consumers write O into their tile's Q slot, the store warp sends it out with TMA."""
+"""From acc_O to global memory: the consumers write O into a slot, their tile's of Q or O's own, and one warp sends it
+out with TMA."""
+from dataclasses import dataclass
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+import cutlass.pipeline as pipeline
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
 from ..config import FwdConfig
 from .arithmetic import ceil_div
@@ -17,10 +21,9 @@ def write_O(cfg: FwdConfig, mmas: FwdMmas, sO: cute.Tensor, acc_O: cute.Tensor, 
     """acc_O (f32, normalised) -> sO (tile_m, head_dim) in O's type, visible to TMA.
 
     Runs on: a consumer warpgroup, each its 64 rows.
-    Synchronises: its four warps, since sO lies over the Q that they read.
+    Synchronises: its four warps, where sO lies over the Q that they read.
     """
     if const_expr(cfg.is_fp8):
-        sync_warpgroup(tidx // 128)
         write_quads(cfg, sO, as_quads(acc_O), tidx)
     else:
         rO = cute.make_rmem_tensor_like(acc_O, out_type(cfg))
@@ -77,31 +80,55 @@ def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, n
                 cute.autovec_copy(rO, tOgO[None, step, c])
 
 
-@cute.jit
-def store(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
-    """Per tile: O from its slot to global memory; TMA drops the rows past seqlen_q. Then the slot may take the next Q.
+@dataclass
+class OutStore:
+    """A warp's place in the rings of the tiles that it stores."""
+    q_consumer: pipeline.PipelineConsumer
+    o_consumer: pipeline.PipelineConsumer
 
-    Runs on: warp 1. Synchronises: reads the tile ring; waits for the full half of the O ring; empties the Q ring.
-    """
-    q_consumer, o_consumer = pipes.q.make_consumer(), pipes.o.make_consumer()
-    reader = TileReader.create(smem.sTiles, pipes.tiles)
-    while reader.has_tile():
-        tile = reader.tile
+    @staticmethod
+    def create(pipes: FwdPipelines) -> "OutStore":
+        """At the CTA's first tile."""
+        return OutStore(pipes.q.make_consumer(), pipes.o.make_consumer())
+
+    @cute.jit
+    def store(self, cfg: Constexpr[FwdConfig], params: FwdParams, smem: FwdSmem, tile: Tile):
+        """O of the next tile from its slot to global memory; TMA drops the rows past seqlen_q. Then Q's slot may take
+        the next Q.
+
+        Runs on: one warp. Synchronises: waits for the full half of the O ring; empties the Q ring and FP8's O ring.
+        """
         mO = rows_from(cfg, tile.offset_q, params.o.tensor[None, None, tile.head, tile.batch])
         gO = cute.local_tile(mO, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
         tOsO, tOgO = tma_views(params.o, gO, smem.sO)
-        slot = q_consumer.wait_and_advance()   # full long ago; this walks the ring whose slot we release
-        o_consumer.wait_and_advance()
+        q = self.q_consumer.wait_and_advance()   # full long ago; this walks the ring whose slot we release
+        o = self.o_consumer.wait_and_advance()
+        slot = o.index if const_expr(cfg.has_o_ring) else q.index
         num_rows = tile.seqlen_q - tile.m_block * cfg.tile_m
         use_tma = Boolean(True)
         if const_expr(cfg.is_varlen):
             use_tma = num_rows >= cfg.tile_m
             if num_rows < cfg.tile_m:
-                store_rows(cfg, params, tile, smem.sO[None, None, slot.index], num_rows)
+                store_rows(cfg, params, tile, smem.sO[None, None, slot], num_rows)
         if use_tma:
-            cute.copy(params.o.atom, tOsO[None, slot.index], tOgO)
+            cute.copy(params.o.atom, tOsO[None, slot], tOgO)
             cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.sync_warp()   # every lane has read, the one that issued the store has waited: now lane 0 may release
-        slot.release()
+        q.release()
+        if const_expr(cfg.has_o_ring):
+            with cute.arch.elect_one():
+                o.release()
+
+
+@cute.jit
+def store(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
+    """Every tile's O.
+
+    Runs on: warp 1 in 16 bit. Synchronises: reads the tile ring; see OutStore.store.
+    """
+    out = OutStore.create(pipes)
+    reader = TileReader.create(smem.sTiles, pipes.tiles)
+    while reader.has_tile():
+        out.store(cfg, params, smem, reader.tile)
         reader.advance()

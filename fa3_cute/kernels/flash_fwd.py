@@ -9,7 +9,7 @@ from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from ..config import FwdConfig
+from ..config import FIRST_TRANSPOSE_WARP, NUM_TRANSPOSE_WARPS, FwdConfig
 from .arithmetic import ceil_div, minimum
 from .block_range import Window
 from .epilogue import store
@@ -102,14 +102,14 @@ class FlashAttentionForward:
         cfg, element = self.cfg, element_type(self.cfg)
         sVt = smem_ring(element, cfg.head_dim, cfg.tile_n, cfg.num_kv_stages) if cfg.is_fp8 else None
         return FwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
-                          sO=smem_ring(out_type(cfg), cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
+                          sO=smem_ring(out_type(cfg), cfg.tile_m, cfg.head_dim, cfg.num_o_slots),
                           sKV=smem_ring(element, cfg.tile_n, cfg.head_dim, cfg.num_kv_stages), sVt=sVt)
 
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
     def kernel(self, params: FwdParams, layouts: FwdLayouts, mmas: FwdMmas):
-        """Warp 0 loads, warp 1 stores, warp 2 schedules, warp 3 retires; FP8: the transpose warps transpose. The other
-        warpgroups consume."""
+        """Warp 0 loads, warp 1 stores, warp 2 schedules, warp 3 retires; FP8: warp 1 stores and schedules, 2 and 3
+        transpose. The other warpgroups consume."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
@@ -117,16 +117,16 @@ class FlashAttentionForward:
                 cpasync.prefetch_descriptor(operand.atom)
         smem, pipes = self.allocate(layouts)
         producer_registers, consumer_registers = cfg.registers
-        if warp_idx < 4 * cfg.num_producer_wgs:
+        if warp_idx < 4:
             cute.arch.setmaxregister_decrease(producer_registers)
             if warp_idx == 0:
                 load(cfg, params, smem, pipes)
             if warp_idx == 1:
-                store(cfg, params, smem, pipes)
-            if warp_idx == 2:
+                (schedule if cfg.has_transpose_warps else store)(cfg, params, smem, pipes)
+            if warp_idx == 2 and not cfg.has_transpose_warps:
                 schedule(cfg, params, smem, pipes)
-            if const_expr(cfg.is_fp8):
-                if warp_idx >= cfg.first_transpose_warp:
+            if const_expr(cfg.has_transpose_warps):
+                if warp_idx >= FIRST_TRANSPOSE_WARP:
                     transpose(cfg, params, smem, pipes)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
@@ -139,7 +139,7 @@ class FlashAttentionForward:
         allocator = cutlass.memory.SmemAllocator()
         barriers = lambda stages: allocator.allocate_array(Int64, 2 * stages)   # full and empty halves
         q_bars, k_bars = barriers(cfg.num_q_stages), barriers(cfg.num_kv_stages)
-        v_bars, o_bars = barriers(cfg.num_kv_stages), barriers(cfg.num_q_stages)
+        v_bars, o_bars = barriers(cfg.num_kv_stages), barriers(cfg.num_o_slots)
         vt_bars = barriers(cfg.num_kv_stages) if const_expr(cfg.is_fp8) else v_bars
         tile_bars = barriers(NUM_TILE_SLOTS)
         sTiles = allocator.allocate_tensor(Int32, cute.make_layout((ENTRY_INTS, NUM_TILE_SLOTS)), byte_alignment=16)
@@ -157,23 +157,24 @@ class FlashAttentionForward:
             num_stages=stages, producer_group=group(1), consumer_group=group(arrivals), barrier_storage=bars,
             tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])), defer_sync=True)
         consumer_warps = 4 * cfg.num_consumer_wgs
-        v = tma_ring(v_bars, cfg.num_kv_stages, layouts.sKV, arrivals=cfg.num_transpose_warps or consumer_warps)
-        vt = v
-        if const_expr(cfg.is_fp8):      # one lane per warp arrives on either half
+        v_readers = NUM_TRANSPOSE_WARPS if cfg.has_transpose_warps else consumer_warps
+        v = vt = tma_ring(v_bars, cfg.num_kv_stages, layouts.sKV, arrivals=v_readers)
+        tile_readers = 2 + consumer_warps
+        if const_expr(cfg.has_transpose_warps):      # one lane per warp arrives on either half
             vt = pipeline.PipelineAsync.create(
-                num_stages=cfg.num_kv_stages, producer_group=group(cfg.num_transpose_warps),
+                num_stages=cfg.num_kv_stages, producer_group=group(NUM_TRANSPOSE_WARPS),
                 consumer_group=group(consumer_warps), barrier_storage=vt_bars, defer_sync=True)
+            tile_readers = 1 + NUM_TRANSPOSE_WARPS + consumer_warps
         pipes = FwdPipelines(
             q=tma_ring(q_bars, cfg.num_q_stages, layouts.sQ, arrivals=1),   # the store warp
             k=tma_ring(k_bars, cfg.num_kv_stages, layouts.sKV, arrivals=consumer_warps),
             v=v, vt=vt,
             o=pipeline.PipelineAsync.create(
-                num_stages=cfg.num_q_stages, producer_group=group(32 * consumer_warps), consumer_group=group(1),
+                num_stages=cfg.num_o_slots, producer_group=group(32 * consumer_warps), consumer_group=group(1),
                 barrier_storage=o_bars, defer_sync=True),
             tiles=pipeline.PipelineAsync.create(   # read by every thread of the other roles
                 num_stages=NUM_TILE_SLOTS, producer_group=group(32),
-                consumer_group=group(32 * (2 + cfg.num_transpose_warps + consumer_warps)),
-                barrier_storage=tile_bars, defer_sync=True))
+                consumer_group=group(32 * tile_readers), barrier_storage=tile_bars, defer_sync=True))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return smem, pipes

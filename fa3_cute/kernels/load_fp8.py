@@ -9,16 +9,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from ..config import DecodeConfig, FwdConfig
+from ..config import FIRST_TRANSPOSE_WARP, NUM_TRANSPOSE_WARPS, DecodeConfig, FwdConfig
 from .barriers import sync_warpgroup
 from .block_range import block_range
 from .layout import unhoisted
 from .params import FwdParams, FwdPipelines, FwdSmem
 from .tiles import TileReader
 from .transpose import BLOCK_COLUMNS, BLOCK_KEYS, read_block, rows_of_lane, write_block
-
-# Blocks whose bytes the registers hold at once, so that their latencies overlap: as many as leave no spills.
-BLOCKS_AT_ONCE = {(64, 1): 1, (96, 1): 2, (128, 1): 1, (96, 4): 3, (128, 4): 3}     # head_dim, num_transpose_warps
 
 
 @cute.jit
@@ -28,9 +25,7 @@ def transpose(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipeli
     Runs on: the transpose warps. Synchronises: reads the tile ring; waits for the full half of the V ring and the empty
     half of the V^T ring; empties the first, fills the second.
     """
-    thread = cute.arch.lane_idx()
-    if const_expr(cfg.num_transpose_warps > 1):
-        thread = cute.arch.thread_idx()[0] - 32 * cfg.first_transpose_warp
+    thread = cute.arch.thread_idx()[0] - 32 * FIRST_TRANSPOSE_WARP
     v_consumer, vt_producer = pipes.v.make_consumer(), pipes.vt.make_producer()
     reader = TileReader.create(smem.sTiles, pipes.tiles)
     while reader.has_tile():
@@ -56,14 +51,10 @@ def transpose(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipeli
 @cute.jit
 def transpose_tile(cfg: FwdConfig, slot_V: cute.Tensor, slot_Vt: cute.Tensor, thread: Int32):
     """One warp's share of a tile."""
-    share = Share.of(cfg, thread, cfg.num_transpose_warps)
+    share = Share.of(cfg, thread, NUM_TRANSPOSE_WARPS)
     V, Vt = rows_of_lane(slot_V, slot_Vt, thread % 32, share.first_key, share.first_column)
-    at_once = BLOCKS_AT_ONCE[cfg.head_dim, cfg.num_transpose_warps]
-    for first in cutlass.range_constexpr(0, len(share.places), at_once):
-        some = share.places[first:first + at_once]
-        blocks = [read_block(V, key, column) for key, column in some]
-        for i in cutlass.range_constexpr(len(some)):
-            write_block(Vt, *some[i], blocks[i])
+    for key, column in share.places:
+        write_block(Vt, key, column, read_block(V, key, column))
 
 
 @cute.jit
@@ -88,7 +79,7 @@ def clear_share(cfg: FwdConfig, slot_V: cute.Tensor, num_used: Int32, thread: In
 
     Each lane zeroes what it addresses for ldmatrix: no warp waits for another.
     """
-    share = Share.of(cfg, thread, cfg.num_transpose_warps)
+    share = Share.of(cfg, thread, NUM_TRANSPOSE_WARPS)
     V, _ = rows_of_lane(slot_V, slot_V, thread % 32, share.first_key, share.first_column)
     zeros = cute.make_rmem_tensor(4, Int32)
     zeros.fill(0)
@@ -101,7 +92,7 @@ def clear_share(cfg: FwdConfig, slot_V: cute.Tensor, num_used: Int32, thread: In
 
 @dataclass(frozen=True)
 class Share:
-    """What a warp transposes of a tile: an equal part of the columns if whole blocks allow it, else of the keys.
+    """What a warp transposes of a tile: columns of blocks, taken in turn, if they can be shared out, else some keys.
 
     places   (key, column) of its blocks, counted from first_key and first_column
     """
@@ -112,12 +103,12 @@ class Share:
     @staticmethod
     def of(cfg: FwdConfig | DecodeConfig, thread: Int32, num_warps: int) -> "Share":
         """Of the warp of thread `thread` among so many."""
-        keys, columns, first_key, first_column = cfg.tile_n, cfg.head_dim, 0, 0
-        if columns % (num_warps * BLOCK_COLUMNS) == 0:
-            columns //= num_warps
-            first_column = thread // 32 * columns
+        keys, first_key, first_column, column_step = cfg.tile_n, 0, 0, BLOCK_COLUMNS
+        if cfg.head_dim % (num_warps * BLOCK_COLUMNS) == 0:
+            column_step = num_warps * BLOCK_COLUMNS      # no bit of which is in first_column, as SwizzledRow wants
+            first_column = thread // 32 * BLOCK_COLUMNS
         else:
             keys //= num_warps
             first_key = thread // 32 * keys
         return Share(first_key, first_column, [(key, column) for key in range(0, keys, BLOCK_KEYS)
-                                               for column in range(0, columns, BLOCK_COLUMNS)])
+                                               for column in range(0, cfg.head_dim, column_step)])

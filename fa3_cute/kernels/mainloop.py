@@ -12,11 +12,11 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
 from ..config import DecodeConfig, FwdConfig
 from .arithmetic import ceil_div, maximum
-from .barriers import open_turnstile, pass_turn, sync_warpgroup, wait_turn
+from .barriers import all_agree, open_turnstile, pass_turn, sync_warpgroup, wait_turn
 from .block_range import BlockRange, block_range
 from .epilogue import write_lse, write_O
 from .layout import as_operand_a, clear_rows, convert, element_type, fragment_row, row_copy, row_piece, unhoisted
@@ -24,7 +24,7 @@ from .load_fp8 import transpose_in_place
 from .mask import Mask
 from .merge import expect_partials, merge_cluster, merge_clusters, send_partial
 from .params import DecodeParams, DecodePipelines, DecodeSmem, FwdMmas, FwdParams, FwdPipelines, FwdSmem
-from .softmax import OnlineSoftmax
+from .softmax import OnlineSoftmax, Scores
 from .split import SplitWork
 from .tiles import Tile, TileReader
 from .wgmma import in_flight, issue_gemm
@@ -67,30 +67,30 @@ class Attend:
         """S[last] alone, there is no P to overlap with yet. P = exp(S), O = 0."""
         acc_S = self.qk_alone()
         mask.apply(acc_S, n_block)
-        self.softmax.update(acc_S, is_first=True)
+        self.softmax.update(acc_S, Scores.FIRST)
         convert(as_operand_a(self.cfg, acc_S), self.tOrP)
         self.acc_O.fill(0.0)
 
     @cute.jit
-    def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool]):
-        """S[n] and O += P[n+1] V[n+1] in flight together; then P[n] = exp(S[n])."""
+    def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores] = Scores.ANY):
+        """S[n] and O += P[n+1] V[n+1] in flight together, in FP8 one after the other; then P[n] = exp(S[n])."""
         if const_expr(self.cfg.is_serial):
-            self.step_serial(mask, n_block, is_masked)
+            self.step_serial(mask, n_block, is_masked, scores)
         else:
-            self.step_overlapped(mask, n_block, is_masked)
+            self.step_overlapped(mask, n_block, is_masked, scores)
 
     @cute.jit
-    def step_serial(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool]):
+    def step_serial(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores]):
         """`step` one after the other: S and T may share registers."""
         self.add_pv()
         acc_S = self.qk_alone()
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
-        self.softmax.update(acc_S, is_first=False)
+        self.softmax.update(acc_S, scores)
         convert(as_operand_a(self.cfg, acc_S), self.tOrP)
 
     @cute.jit
-    def step_overlapped(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool]):
+    def step_overlapped(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores]):
         """`step` as it says."""
         acc_S = self.new_acc_S()
         k = self.k_consumer.wait_and_advance()
@@ -102,13 +102,11 @@ class Attend:
         k.release()
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
-        self.softmax.update(acc_S, is_first=False)
+        self.softmax.update(acc_S, scores)
         in_flight(0)                     # PV[n+1] is complete: acc_PV and tOrP are ours again
         self.release_v(v)
         convert(as_operand_a(self.cfg, acc_S), self.tOrP)
-        if const_expr(self.cfg.is_fp8):
-            self.softmax.fold(self.acc_O, acc_PV, self.softmax.prev_scale)
-        elif const_expr(not self.cfg.rescale_before_pv):
+        if const_expr(not self.cfg.rescale_before_pv):
             self.softmax.rescale(self.acc_O)
 
     @cute.jit
@@ -124,13 +122,18 @@ class Attend:
         in_flight(0)
         self.release_v(v)
         if const_expr(self.cfg.is_fp8):
-            self.softmax.fold(self.acc_O, acc_PV, self.softmax.row_scale)
+            self.softmax.fold(self.acc_O, acc_PV)
 
     @cute.jit
     def no_visible_key(self):
         """O = 0 and LSE = -inf: no row of the tile sees a key. Takes no turn and no K or V slot."""
         self.acc_O.fill(0.0)
         self.softmax.no_key()
+
+    @cute.jit
+    def has_negative_row(self) -> Boolean:
+        """Whether some row of the warpgroup has a negative maximum, or none yet."""
+        return not all_agree(self.wg_idx, self.softmax.is_nonnegative())
 
     @cute.jit
     def qk_alone(self) -> cute.Tensor:
@@ -157,7 +160,7 @@ class Attend:
         if self.cfg.rescale_before_pv:
             self.softmax.rescale(self.acc_O)
         v = self.v_consumer.wait_and_advance()
-        if self.cfg.is_fp8 and self.cfg.num_transpose_warps == 0:
+        if self.cfg.is_fp8 and not self.cfg.has_transpose_warps:
             tidx = cute.arch.thread_idx()[0]
             transpose_in_place(self.cfg, self.sV[None, None, v.index], self.sVt[None, None, v.index], tidx)
         acc_PV = cute.make_rmem_tensor_like(self.acc_O) if self.cfg.is_fp8 else self.acc_O
@@ -168,7 +171,7 @@ class Attend:
     @cute.jit
     def release_v(self, v: pipeline.PipelineConsumer.ImmutableResourceHandle):
         """One arrival per warp: the V ring sees to that itself, the V^T ring does not."""
-        if const_expr(self.cfg.num_transpose_warps > 0):
+        if const_expr(self.cfg.has_transpose_warps):
             with cute.arch.elect_one():
                 v.release()
         else:
@@ -219,12 +222,13 @@ def attend_to(cfg: FwdConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV
     n_block = blocks.n_block_max - 1
     if n_block >= blocks.n_block_min:
         attend.first_qk(mask, n_block)
-        if const_expr(cfg.is_varlen and cfg.num_transpose_warps == 0):
+        if const_expr(cfg.is_varlen and not cfg.has_transpose_warps):
             num_used = mask.seqlen_k - n_block * cfg.tile_n
             if num_used < cfg.tile_n:
                 clear_unused_rows(cfg, sV, attend.v_consumer, num_used, tidx)
-        # Three loops, so that the middle one, where the time goes, carries no mask code:
-        # tiles cut by the right end of what the rows see, tiles that they all see, tiles cut by the left end.
+        # Three ranges, so that the middle one, where the time goes, carries no mask code: tiles cut by the right end of
+        # what the rows see, tiles that they all see, tiles cut by the left end. And nearly all of the middle one has
+        # rows whose maxima are not negative any more, which max_of_bits can go on with.
         if const_expr(cfg.is_causal or cfg.is_local):
             num_right = maximum(n_block - maximum(blocks.n_block_full_max, blocks.n_block_min), 0)
             for i in cutlass.range(num_right, unroll=1):
@@ -233,8 +237,14 @@ def attend_to(cfg: FwdConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV
         num_full = n_block - blocks.n_block_min
         if const_expr(cfg.is_local):
             num_full = maximum(n_block - maximum(blocks.n_block_full_min, blocks.n_block_min), 0)
+        if const_expr(cfg.takes_max_of_bits):
+            while (num_full > 0) & attend.has_negative_row():
+                attend.step(mask, n_block - 1, is_masked=False)
+                n_block -= 1
+                num_full -= 1
+        scores = Scores.NONNEGATIVE if const_expr(cfg.takes_max_of_bits) else Scores.ANY
         for i in cutlass.range(num_full, unroll=1):
-            attend.step(mask, n_block - 1 - i, is_masked=False)
+            attend.step(mask, n_block - 1 - i, is_masked=False, scores=scores)
         if const_expr(cfg.is_local):
             n_block -= num_full
             for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
@@ -252,7 +262,7 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pip
     Runs on: consumer warpgroups.
     Synchronises: reads the tile ring; waits for the full halves of the Q, K, V rings; empties K and V; fills O.
     """
-    tidx = cute.arch.thread_idx()[0] - 128 * cfg.num_producer_wgs
+    tidx = cute.arch.thread_idx()[0] - 128
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
     attend = make_attend(cfg, params, mmas, smem, pipes, wg_idx)
     q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()
@@ -271,8 +281,11 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pip
         attend = attend_to(cfg, attend, mask, blocks, smem.sV, tidx)
         if const_expr(cfg.is_fp8):
             tidx = unhoisted(tidx)
-        write_O(cfg, mmas, smem.sO[None, None, attend.q_slot], attend.acc_O, tidx)
-        o_producer.commit()      # no acquire: the Q ring has emptied the slot
+        o_slot = attend.q_slot
+        if const_expr(cfg.has_o_ring):
+            o_slot = o_producer.acquire().index
+        write_O(cfg, mmas, smem.sO[None, None, o_slot], attend.acc_O, tidx)
+        o_producer.commit()      # of O's own slot, or of Q's, which the Q ring has emptied
         o_producer.advance()
         write_lse(cfg, params, tile, attend.softmax.row_sum, tidx)
         reader.advance()

@@ -41,7 +41,7 @@ class FwdParams:
 class FwdLayouts:
     """Staged, swizzled shared-memory layouts."""
     sQ: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): Q in
-    sO: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): O out
+    sO: cute.ComposedLayout        # (tile_m, head_dim, num_o_slots): O out
     sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
     sVt: Optional[cute.ComposedLayout]     # (head_dim, tile_n, num_kv_stages): V^T; None unless cfg.is_fp8
 
@@ -56,7 +56,7 @@ class FwdMmas:
 @dataclass(frozen=True)
 class FwdSmem:
     """Shared-memory tensors, in layout order."""
-    sO: cute.Tensor                # a slot of the Q ring, for O until the store has read it
+    sO: cute.Tensor                # O until the store has read it: the Q ring's slots, or FP8's own
     sQ: cute.Tensor                # aliases sO: a warpgroup overwrites rows that it has read; FP8: memory of its own
     sK: cute.Tensor
     sV: cute.Tensor
@@ -71,7 +71,7 @@ class FwdPipelines:
     k: pipeline.PipelineTmaAsync   # load warp -> consumers
     v: pipeline.PipelineTmaAsync   # load warp -> consumers, or the transpose warps if cfg.is_fp8
     vt: pipeline.PipelineAsync     # v, or transpose warps -> consumers if cfg.is_fp8
-    o: pipeline.PipelineAsync      # consumers -> store warp; slot i is Q's slot i, so only its full half is used
+    o: pipeline.PipelineAsync      # consumers -> store warp; only its full half if slot i is Q's, unless cfg.has_o_ring
     tiles: pipeline.PipelineAsync  # schedule warp -> load, store and transpose warps, consumers
 
 

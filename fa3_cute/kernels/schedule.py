@@ -13,19 +13,22 @@ from cutlass import Boolean, Constexpr, Int32, const_expr
 
 from ..config import FwdConfig
 from .arithmetic import ceil_div
+from .epilogue import OutStore
 from .params import FwdParams, FwdPipelines, FwdSmem, Sequences
 from .scheduler import dense_tile, heads_per_section, tile_of_heads
-from .tiles import END, TILE_INTS, Tile, TileWriter
+from .tiles import END, Tile, TileWriter
 
 LANES = 32
 
 
 @cute.jit
 def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
-    """The CTA's tiles, then END.
+    """The CTA's tiles, then END. In FP8 this warp stores O too, of each tile after the next one is published.
 
-    Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring; fills it.
+    Runs on: warp 2; FP8: warp 1, so that two are left to transpose V.
+    Synchronises: waits for the empty halves of the tile ring; fills it; FP8: as OutStore.store.
     """
+    out, unstored = OutStore.create(pipes), Tile.end()
     writer = TileWriter(smem.sTiles, pipes.tiles.make_producer())
     index, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
     qhead_per_kvhead = params.num_heads // params.num_heads_k
@@ -38,7 +41,10 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
                 search.advance()
             is_found = index < search.tiles_so_far
             if is_found:
-                writer.publish(search.tile(index, qhead_per_kvhead))
+                tile = search.tile(index, qhead_per_kvhead)
+                writer.publish(tile)
+                if const_expr(cfg.has_transpose_warps):
+                    out, unstored = store_previous(cfg, params, smem, out, unstored), tile
                 writer.wait_for_room()
                 fetched = fetch(params.tile_counter)
                 index = num_ctas + fetched
@@ -49,13 +55,26 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
         while index < num_tiles:
             m_block, head, batch = dense_tile(cfg.is_causal, params.grid, index)
             kv_head = head // qhead_per_kvhead
-            writer.publish(Tile(m_block, head, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch))
+            tile = Tile(m_block, head, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch)
+            writer.publish(tile)
+            if const_expr(cfg.has_transpose_warps):
+                out, unstored = store_previous(cfg, params, smem, out, unstored), tile
             writer.wait_for_room()       # take the next tile as late as the ring allows
             fetched = fetch(params.tile_counter)
             index = num_ctas + fetched
-    writer.publish(Tile(Int32(END), *[Int32(0)] * (TILE_INTS - 1)))
+    writer.publish(Tile.end())
+    if const_expr(cfg.has_transpose_warps):
+        store_previous(cfg, params, smem, out, unstored)
     if fetched == num_tiles - 1 and cute.arch.lane_idx() == 0:
         params.tile_counter[0] = Int32(0)
+
+
+@cute.jit
+def store_previous(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, out: OutStore, tile: Tile) -> OutStore:
+    """O of the tile before the one just published, if there was one. Returns the store that it advanced."""
+    if tile.m_block != END:
+        out.store(cfg, params, smem, tile)
+    return out
 
 
 @cute.jit

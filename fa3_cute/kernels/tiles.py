@@ -28,6 +28,11 @@ class Tile:
     seqlen_k: Int32
     sequence: Int32    # index of the sequence in the batch
 
+    @staticmethod
+    def end() -> "Tile":
+        """No tile: the entry after the last one."""
+        return Tile(Int32(END), *[Int32(0)] * (len(Tile.__dataclass_fields__) - 1))
+
     def entry(self) -> tuple[Int32, ...]:
         """The values in the order of a ring entry."""
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)
