@@ -214,6 +214,12 @@ class FwdConfig(KernelConfig):
         return True
 
     @property
+    def skips_per_warpgroup(self) -> bool:
+        """A warpgroup leaves out the K/V tiles that only other warpgroups' rows see. With ping-pong all take the same
+        number of turns."""
+        return self.is_fp8 and not self.use_pingpong
+
+    @property
     def has_o_ring(self) -> bool:
         """O has a slot of its own. In 16 bit it takes its tile's Q slot, but FP8's O is wider than its Q: one
         warpgroup's rows of O would cover rows of Q that another still reads."""

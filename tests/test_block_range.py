@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 
-from fa3_cute.config import UNBOUNDED_WINDOW
+from fa3_cute.config import ROWS_PER_WARPGROUP, UNBOUNDED_WINDOW
 from fa3_cute.heuristics import all_forward_configs
 from fa3_cute.kernels import block_range as module
 
@@ -25,11 +25,26 @@ def keys_seen(cfg, window, row, seqlen_q, seqlen_k):
 
 
 def check(cfg, window, seqlen_q, seqlen_k, m_block):
-    """Tiles with a visible key are visited, no other between them; the full range holds fully visible tiles only."""
+    """The ranges of a Q tile and of its warpgroups. Returns the number of tiles that the whole Q tile sees."""
     blocks = module.block_range(cfg, window, m_block, seqlen_q, seqlen_k)
-    where = (window, seqlen_q, seqlen_k, m_block)
-    # The last Q tile's padding rows see keys like real ones; the kernel never stores them.
     rows = range(m_block * cfg.tile_m, (m_block + 1) * cfg.tile_m)
+    for wg_idx in range(cfg.num_consumer_wgs):
+        own = module.warpgroup_range(cfg, window, blocks, m_block, wg_idx, seqlen_q, seqlen_k)
+        if blocks.n_block_min < blocks.n_block_max:
+            assert blocks.n_block_min <= own.n_block_min <= own.n_block_max <= blocks.n_block_max
+        own_rows = rows[ROWS_PER_WARPGROUP * wg_idx:ROWS_PER_WARPGROUP * (wg_idx + 1)]
+        assert own_rows[0] < seqlen_q or own.n_block_min == own.n_block_max
+        check_rows(cfg, window, seqlen_q, seqlen_k, own_rows, own)
+    return check_rows(cfg, window, seqlen_q, seqlen_k, rows, blocks)
+
+
+def check_rows(cfg, window, seqlen_q, seqlen_k, rows, blocks):
+    """Tiles with a visible key are visited, no other between them; what is both visited and full is fully visible.
+
+    Returns the number of these.
+    """
+    where = (window, seqlen_q, seqlen_k, rows)
+    # The last Q tile's padding rows see keys like real ones; the kernel never stores them.
     seen = [keys_seen(cfg, window, row, seqlen_q, seqlen_k) for row in rows]
     real = [keys for row, keys in zip(rows, seen, strict=True) if row < seqlen_q and keys]
     anyone = [keys for keys in seen if keys]
@@ -38,7 +53,7 @@ def check(cfg, window, seqlen_q, seqlen_k, m_block):
     allowed = {key // cfg.tile_n for keys in anyone for key in (keys[0], keys[-1])}
     assert not needed or (visited[0] <= min(needed) and max(needed) <= visited[-1]), where
     assert not visited or (allowed and min(allowed) <= visited[0] and visited[-1] <= max(allowed)), where
-    full = range(max(blocks.n_block_full_min, blocks.n_block_min), blocks.n_block_full_max)
+    full = range(max(blocks.n_block_full_min, blocks.n_block_min), min(blocks.n_block_full_max, blocks.n_block_max))
     for n_block in full:
         first, last = n_block * cfg.tile_n, (n_block + 1) * cfg.tile_n - 1
         assert n_block in visited and all(first in keys and last in keys for keys in seen), (*where, n_block)

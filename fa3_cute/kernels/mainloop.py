@@ -17,7 +17,7 @@ from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 from ..config import DecodeConfig, FwdConfig
 from .arithmetic import ceil_div, maximum
 from .barriers import all_agree, open_turnstile, pass_turn, sync_warpgroup, wait_turn
-from .block_range import BlockRange, block_range
+from .block_range import BlockRange, block_range, warpgroup_range
 from .epilogue import write_lse, write_O
 from .layout import as_operand_a, clear_rows, convert, element_type, fragment_row, row_copy, row_piece, unhoisted
 from .load_fp8 import transpose_in_place
@@ -256,6 +256,15 @@ def attend_to(cfg: FwdConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV
 
 
 @cute.jit
+def skip_tiles(attend: Attend, count: Int32) -> Attend:
+    """Give the next K and V slots back unread: other warpgroups' rows see them. Returns the state that it advanced."""
+    for _ in cutlass.range(count, unroll=1):
+        attend.k_consumer.wait_and_advance().release()
+        attend.release_v(attend.v_consumer.wait_and_advance())
+    return attend
+
+
+@cute.jit
 def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pipes: FwdPipelines):
     """Attend to every tile that the scheduler hands out, and hand its O to the store warp.
 
@@ -278,7 +287,13 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pip
         q = q_consumer.wait_and_advance()
         attend.q_slot = q.index
         attend.start_tile(params, tile)
-        attend = attend_to(cfg, attend, mask, blocks, smem.sV, tidx)
+        own = blocks
+        if const_expr(cfg.skips_per_warpgroup):
+            own = warpgroup_range(cfg, params.window, blocks, tile.m_block, wg_idx, tile.seqlen_q, tile.seqlen_k)
+            attend = skip_tiles(attend, blocks.n_block_max - own.n_block_max)
+        attend = attend_to(cfg, attend, mask, own, smem.sV, tidx)
+        if const_expr(cfg.skips_per_warpgroup and cfg.is_local):
+            attend = skip_tiles(attend, own.n_block_min - blocks.n_block_min)
         if const_expr(cfg.is_fp8):
             tidx = unhoisted(tidx)
         o_slot = attend.q_slot
