@@ -8,12 +8,13 @@ JOBS    := $(shell nproc 2>/dev/null || echo 1)
 PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench clean
+.PHONY: help demo test test-gpu fingerprints lint bench clean
 
 help:
 	@echo "make demo      run the first example (without a Hopper GPU: compile it and compute it in NumPy)"
 	@echo "make test      run every test that this machine can run"
 	@echo "make test-gpu  compile every kernel, run the GPU tests, fail without a Hopper GPU, write tests/gpu_record.json"
+	@echo "make fingerprints  compile every kernel and record its code in tests/fingerprints.json"
 	@echo "make lint      ruff"
 	@echo "make bench     time the prefill suite; ARGS=\"--suite varlen --peers fa3\" chooses, narrows or extends"
 	@echo "make clean     remove .venv and what builds and tests leave behind"
@@ -45,6 +46,9 @@ test-gpu: export OPENBLAS_NUM_THREADS = 1
 test-gpu: $(STAMP)
 	-$(PYTHON) -m fa3_cute compile --all --jobs $(JOBS)
 	FA3_CUTE_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu --gpu-record tests/gpu_record.json
+
+fingerprints: $(STAMP)
+	$(PYTHON) tests/fingerprints.py
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

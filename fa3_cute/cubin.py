@@ -43,6 +43,7 @@ class CubinKernel:
     block        threads (x, y, z) that the kernel requires, or None
     parameters   (offset, bytes) of every kernel parameter, in order
     opcodes      how often each 12-bit opcode occurs in the code
+    code         the instructions, 16 bytes each
     """
     name: str
     registers: int
@@ -50,6 +51,7 @@ class CubinKernel:
     block: tuple[int, int, int] | None
     parameters: tuple[tuple[int, int], ...]
     opcodes: Counter
+    code: bytes
 
     def count(self, mnemonic: str) -> int:
         """Instructions of one kind of OPCODES; KeyError for a kind that is not in the table."""
@@ -84,7 +86,7 @@ def _kernel(name: str, facts: dict, code: bytes) -> CubinKernel:
         stack_bytes=facts.get(ATTRIBUTE_FRAME_SIZE, 0),
         block=facts.get(ATTRIBUTE_REQUIRED_THREADS),
         parameters=tuple(place for _, place in sorted(facts.get(ATTRIBUTE_PARAMETER, {}).items())),
-        opcodes=Counter(word & OPCODE_MASK for word, in words))
+        opcodes=Counter(word & OPCODE_MASK for word, in words), code=code)
 
 
 def _shared_attributes(sections: dict[str, bytes]) -> dict[str, dict]:
