@@ -14,7 +14,7 @@ help:
 	@echo "make demo      run the first example (without a Hopper GPU: compile it and compute it in NumPy)"
 	@echo "make test      run every test that this machine can run"
 	@echo "make test-gpu  compile every kernel, run the GPU tests, fail without a Hopper GPU, write tests/gpu_record.json"
-	@echo "make fingerprints  compile every kernel and record its code in tests/fingerprints.json"
+	@echo "make fingerprints  compile every kernel and record its code in tests/support/fingerprints.json"
 	@echo "make lint      ruff"
 	@echo "make bench     time the prefill suite; ARGS=\"--suite varlen --peers fa3\" chooses, narrows or extends"
 	@echo "make clean     remove .venv and what builds and tests leave behind"
@@ -48,7 +48,7 @@ test-gpu: $(STAMP)
 	FA3_CUTE_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu --gpu-record tests/gpu_record.json
 
 fingerprints: $(STAMP)
-	$(PYTHON) tests/fingerprints.py
+	$(PYTHON) tests/support/fingerprints.py
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

@@ -5,9 +5,9 @@ Without a Hopper GPU: compiles the same kernel for sm_90a, shows what came out, 
 import numpy as np
 
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward, warmup, workspace_size
-from fa3_cute.device import download, fill, hopper_device_problem, open_device, upload
-from fa3_cute.reference import attention_reference, low_precision_twin
-from fa3_cute.splits import plan_of
+from fa3_cute.arrays.memory import download, fill, hopper_device_problem, open_device, upload
+from fa3_cute.contract.reference import attention_reference, low_precision_twin
+from fa3_cute.planning.splits import plan_of
 
 BATCH, CONTEXT, HEADS, HEADS_K, HEAD_DIM = 4, 2048, 16, 2, 128
 NUM_SPLITS = (0, 1, 32)     # parts of the context, computed side by side: as many as pay, one (batch-invariant), 32
@@ -50,8 +50,8 @@ def on_gpu(q, k, v):
 
 def compile_only():
     """What ptxas made of the kernel that `on_gpu` would run."""
-    from fa3_cute.compiler import compile_report
-    from fa3_cute.heuristics import decode_config
+    from fa3_cute.runtime.compiler import compile_report
+    from fa3_cute.planning.tables import decode_config
     report = compile_report(decode_config("fp16", HEAD_DIM, is_local=False))
     print(f"{report.name} for sm_90a: {report.registers} registers, {report.smem_bytes} bytes of shared memory, "
           f"{report.stack_bytes} bytes spilled, compiled in {report.seconds:.1f} s")

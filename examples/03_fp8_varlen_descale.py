@@ -6,8 +6,8 @@ ml_dtypes (`pip install 'fa3_cute[dtypes]'`). Without a Hopper GPU: compiles the
 import numpy as np
 
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward, quantize_fp8
-from fa3_cute.device import download, hopper_device_problem, open_device, upload
-from fa3_cute.reference import as_float, attention_reference, low_precision_twin
+from fa3_cute.arrays.memory import download, hopper_device_problem, open_device, upload
+from fa3_cute.contract.reference import as_float, attention_reference, low_precision_twin
 
 LENGTHS, HEADS, HEAD_DIM = (256, 512, 128), 16, 128
 OFFSETS, TOTAL = np.cumsum((0, *LENGTHS), dtype=np.int32), sum(LENGTHS)
@@ -57,8 +57,8 @@ def quantised(rng, heads_k, how):
 def main() -> int:
     problem, is_right = hopper_device_problem(), True
     if problem:
-        from fa3_cute.compiler import compile_report
-        from fa3_cute.heuristics import forward_config
+        from fa3_cute.runtime.compiler import compile_report
+        from fa3_cute.planning.tables import forward_config
         print(f"No Hopper GPU here ({problem}): compiling the kernel, computing the example in NumPy.")
         report = compile_report(forward_config("fp8_e4m3", HEAD_DIM, "full", False, is_varlen=True, out_dtype="bf16"))
         print(f"{report.name} for sm_90a: {report.registers} registers, {report.stack_bytes} bytes spilled")

@@ -5,8 +5,8 @@ Without a Hopper GPU: compiles the same kernel for sm_90a, shows what came out, 
 import numpy as np
 
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward
-from fa3_cute.device import download, hopper_device_problem, open_device, upload
-from fa3_cute.reference import attention_reference, low_precision_twin
+from fa3_cute.arrays.memory import download, hopper_device_problem, open_device, upload
+from fa3_cute.contract.reference import attention_reference, low_precision_twin
 
 LENGTHS, HEADS, HEAD_DIM = (256, 512, 128), 16, 128
 TOTAL = sum(LENGTHS)
@@ -41,8 +41,8 @@ def on_gpu(q, k, v):
 
 def compile_only():
     """What ptxas made of the kernel that `on_gpu` would run."""
-    from fa3_cute.compiler import compile_report
-    from fa3_cute.heuristics import forward_config
+    from fa3_cute.runtime.compiler import compile_report
+    from fa3_cute.planning.tables import forward_config
     report = compile_report(forward_config("fp16", HEAD_DIM, "causal", has_lse=False, is_varlen=True))
     print(f"{report.name} for sm_90a: {report.registers} registers, {report.smem_bytes} bytes of shared memory, "
           f"{report.stack_bytes} bytes spilled, compiled in {report.seconds:.1f} s")

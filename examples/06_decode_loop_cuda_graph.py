@@ -5,8 +5,8 @@ Without a Hopper GPU: compiles the same kernel for sm_90a, shows what came out, 
 import numpy as np
 
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward, warmup
-from fa3_cute.device import download, hopper_device_problem, open_device, upload, window
-from fa3_cute.reference import attention_reference, low_precision_twin
+from fa3_cute.arrays.memory import download, hopper_device_problem, open_device, upload, window
+from fa3_cute.contract.reference import attention_reference, low_precision_twin
 
 STEPS, MAX_LEN, BATCH, HEADS, HEADS_K, HEAD_DIM = 64, 2048, 4, 16, 2, 128
 LENGTHS = np.array((0, 100, 1000, MAX_LEN - STEPS), np.int32)                   # in the cache before the first step
@@ -64,8 +64,8 @@ def main() -> int:
     rounded = np.stack([low_precision_twin(q[i], k, v, "fp16", seqused_k=USED[i])[0] for i in range(STEPS)])
     problem = hopper_device_problem()
     if problem:
-        from fa3_cute.compiler import compile_report
-        from fa3_cute.heuristics import decode_config
+        from fa3_cute.runtime.compiler import compile_report
+        from fa3_cute.planning.tables import decode_config
         print(f"No Hopper GPU here ({problem}): compiling the kernel, computing the example in NumPy.")
         report = compile_report(decode_config("fp16", HEAD_DIM, is_local=False))
         print(f"{report.name} for sm_90a: {report.registers} registers, {report.stack_bytes} bytes spilled")

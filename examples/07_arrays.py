@@ -8,8 +8,8 @@ import os
 import numpy as np
 
 from fa3_cute import attention
-from fa3_cute.device import hopper_device_problem, open_device
-from fa3_cute.reference import attention_reference, low_precision_twin
+from fa3_cute.arrays.memory import hopper_device_problem, open_device
+from fa3_cute.contract.reference import attention_reference, low_precision_twin
 
 BATCH, SEQLEN, HEADS, HEADS_K, HEAD_DIM = 2, 512, 16, 4, 128
 
@@ -52,8 +52,8 @@ def on_gpu(q, k, v):
 
 def on_host(q, k, v):
     """Shows what ptxas made of the kernel that `on_gpu` would run, and yields what NumPy computes."""
-    from fa3_cute.compiler import compile_report
-    from fa3_cute.heuristics import forward_config
+    from fa3_cute.runtime.compiler import compile_report
+    from fa3_cute.planning.tables import forward_config
     report = compile_report(forward_config("fp16", HEAD_DIM, "causal", has_lse=False, is_varlen=False))
     print(f"{report.name} for sm_90a: {report.registers} registers, {report.stack_bytes} bytes spilled")
     yield "numpy", attention(q, k, v, causal=True)

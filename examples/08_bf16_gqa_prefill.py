@@ -6,8 +6,8 @@ Hopper GPU: compiles the same kernel for sm_90a, shows what came out, computes t
 import numpy as np
 
 from fa3_cute import DataType, FlashAttentionParams, forward
-from fa3_cute.device import download, hopper_device_problem, upload
-from fa3_cute.reference import as_float, attention_reference, low_precision_twin, to_bits
+from fa3_cute.arrays.memory import download, hopper_device_problem, upload
+from fa3_cute.contract.reference import as_float, attention_reference, low_precision_twin, to_bits
 
 SEQLEN, HEADS, HEADS_K, HEAD_DIM = 700, 32, 8, 128
 FLOPS = 4 * HEADS * SEQLEN * SEQLEN * HEAD_DIM / 2      # two GEMMs; the causal mask leaves half
@@ -44,8 +44,8 @@ def on_gpu(q, k, v):
 
 def compile_only():
     """What ptxas made of the kernel that `on_gpu` would run."""
-    from fa3_cute.compiler import compile_report
-    from fa3_cute.heuristics import forward_config
+    from fa3_cute.runtime.compiler import compile_report
+    from fa3_cute.planning.tables import forward_config
     report = compile_report(forward_config("bf16", HEAD_DIM, "causal", has_lse=True, is_varlen=False))
     print(f"{report.name} for sm_90a: {report.registers} registers, {report.smem_bytes} bytes of shared memory, "
           f"{report.stack_bytes} bytes spilled, compiled in {report.seconds:.1f} s")

@@ -10,9 +10,10 @@ __version__ = "0.1.0"
 _HOME = {
     "api": ("AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
             "workspace_size"),
-    "quantize": ("dequantize_fp8", "quantize_fp8"),
-    "status": ("CudaError", "FlashAttentionError", "InvalidCallError", "KernelCompileError", "NotWarmedUpError",
-               "Status", "UnsupportedDeviceError", "UnsupportedFeatureError", "get_error_string", "last_error"),
+    "contract.quantize": ("dequantize_fp8", "quantize_fp8"),
+    "contract.status": ("CudaError", "FlashAttentionError", "InvalidCallError", "KernelCompileError",
+                        "NotWarmedUpError", "Status", "UnsupportedDeviceError", "UnsupportedFeatureError",
+                        "get_error_string", "last_error"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -8,14 +8,14 @@ from dataclasses import fields, replace
 from functools import cache
 from operator import attrgetter
 
-from .arrays import AttentionCall, attention_on_device, attention_on_host
-from .config import FP8, UNBOUNDED_WINDOW, DecodeConfig, FwdConfig
-from .heuristics import forward_config
-from .params import (DTYPE_NAMES, AttentionMode, DataType, FlashAttentionParams, address, are_constants,
+from .arrays.call import AttentionCall, attention_on_device, attention_on_host
+from .planning.config import FP8, UNBOUNDED_WINDOW, DecodeConfig, FwdConfig
+from .planning.tables import forward_config
+from .contract.params import (DTYPE_NAMES, AttentionMode, DataType, FlashAttentionParams, address, are_constants,
                      fp8_out_dtype)
-from .splits import config_of, is_decode, plan_of
-from .status import FlashAttentionError, Problem, Status, error_for, record_error
-from .validate import contract_problems, first_problem, problems
+from .planning.splits import config_of, is_decode, plan_of
+from .contract.status import FlashAttentionError, Problem, Status, error_for, record_error
+from .contract.rules import contract_problems, first_problem, problems
 
 __all__ = ["AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
            "workspace_size"]
@@ -203,13 +203,13 @@ def _mask(p) -> str:
 
 @cache
 def _launcher():
-    from . import launch        # imports CUDA and the DSL: half a second that `import fa3_cute` must not take
+    from .runtime import launch  # imports CUDA and the DSL: half a second that `import fa3_cute` must not take
     return launch
 
 
 def _failure(error: RuntimeError) -> Status:
     """Record what a launch raised under its status; what is no row of the table is a bug and goes on up."""
-    from .compiler import CompileError
+    from .runtime.compiler import CompileError
     launch = _launcher()
     rows = {launch.CudaFailure: Status.CUDA_ERROR, launch.UnsupportedDevice: Status.UNSUPPORTED_DEVICE,
             CompileError: Status.COMPILE_ERROR, launch.NotWarmedUp: Status.NOT_WARMED_UP}

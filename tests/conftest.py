@@ -33,7 +33,7 @@ class GpuTier:
     """Skips or fails GPU tests where there is no GPU, counts their outcomes, reports and records them."""
 
     def __init__(self, record_file: str | None):
-        from fa3_cute.device import hopper_device_problem
+        from fa3_cute.arrays.memory import hopper_device_problem
         self.record_file = record_file
         self.problem = hopper_device_problem()
         self.is_required = os.environ.get("FA3_CUTE_REQUIRE_GPU", "0") not in ("", "0")
@@ -128,7 +128,7 @@ def _machine() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def device():
     """The GPU under test, current in the main thread."""
-    from fa3_cute.device import open_device
+    from fa3_cute.arrays.memory import open_device
     return open_device()
 
 

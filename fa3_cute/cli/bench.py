@@ -26,14 +26,20 @@ from dataclasses import replace
 from statistics import median
 
 from .. import forward
-from ..config import ELEMENT_BYTES, FP8, HEAD_DIMS
-from ..device import hopper_device_problem, open_device
-from . import environment, peers, plot
+from ..planning.config import ELEMENT_BYTES, FP8, HEAD_DIMS
+from ..arrays.memory import hopper_device_problem, open_device
+from . import environment
+from . import peers
+from . import plot
 from .case import COPIED_BYTES, Case, Tensors
 from .dtypes import head_dims
 from .measure import Batch, Stopwatch, Work, in_turn
 from .shown import ARITHMETIC, OURS, OURS_16, Shown
-from .suites import decode, fp8, prefill, varlen, window
+from .suites import decode
+from .suites import fp8
+from .suites import prefill
+from .suites import varlen
+from .suites import window
 from .table import Table, one_or_more
 
 SUITES = {"prefill": prefill, "varlen": varlen, "window": window, "decode": decode, "fp8": fp8}

@@ -9,7 +9,7 @@ FA3_CUTE_CACHE_DIR moves it.
 import json
 import sys
 
-from .. import disk_cache
+from ..runtime import disk_cache
 from .table import Table
 
 COLUMNS = (("kernel", 39), ("KB", 7), ("age", 6))

@@ -8,8 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 
-from ..config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS, DecodeConfig, FwdConfig
-from ..heuristics import all_configs
+from ..planning.config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS, DecodeConfig, FwdConfig
+from ..planning.tables import all_configs
 from .table import Table, one_or_more
 
 NAME_WIDTH = 39         # at least
@@ -75,7 +75,7 @@ def compile_rows(configs: list[FwdConfig | DecodeConfig], jobs: int):
 
 def compile_row(cfg: FwdConfig | DecodeConfig) -> dict:
     """Compiles one config, once for the disk cache, once to look inside. Its Report's fields, and "problems"."""
-    from .. import compiler
+    from ..runtime import compiler
     try:
         compiler.get_kernel(cfg)
         report = compiler.compile_report(cfg)

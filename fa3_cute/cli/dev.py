@@ -3,7 +3,7 @@
 The config is heuristics' row for the problem, with the fields of --set replaced. It is compiled and checked against the
 reference on a small problem, every row; then problems of fixed size are timed: 16384 tokens of prefill, or 16 sequences
 of decode whose keys are in no cache. The change is against the last run of the same problem on the same GPU, in this
-session or an earlier one. Watched are the package's kernels/*.py, config.py and heuristics.py; after a change to
+session or an earlier one. Watched are the package's kernels/ and planning/; after a change to
 anything else, start anew. Each round has fresh processes, which have imported the DSL and uploaded the inputs before
 they are needed, and import the package when they are. What fails is printed and the loop goes on; Ctrl-C ends it.
 
@@ -18,14 +18,14 @@ import sys
 import time
 from pathlib import Path
 
-from ..config import HEAD_DIMS
-from ..device import hopper_device_problem
-from ..disk_cache import cache_dir
+from ..planning.config import HEAD_DIMS
+from ..arrays.memory import hopper_device_problem
+from ..runtime.disk_cache import cache_dir
 from .dtypes import add_dtypes
 from .table import one_or_more
 from .trial import PACKAGE, Question, Rig, compiled, label, rate, said, times
 
-WATCHED = ("kernels/*.py", "config.py", "heuristics.py")
+WATCHED = ("kernels/*/*.py", "planning/*.py")
 POLL_SECONDS = 0.1
 HUNG_SECONDS = 90       # a kernel that deadlocks never returns
 ROUNDS, BATCH_MS = 5, 30

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
 
-from .. import disk_cache
-from ..heuristics import forward_config
+from ..runtime import disk_cache
+from ..planning.tables import forward_config
 
 # The self-test: one tile of Q, one of K and V, no mask; FP16, so that it needs no package for BF16.
 TOKENS, HEAD_DIM = 128, 128
@@ -221,7 +221,7 @@ def tested_config():
 
 
 def check_launch():
-    path = import_module("..launch", __package__).launch_path(tested_config())
+    path = import_module("..runtime.launch", __package__).launch_path(tested_config())
     text = ("through a packed argument buffer" if path == "packed"
             else f"{path}; launches take 20 to 40 us more of the host's time")
     return text, {"path": path}
@@ -236,7 +236,7 @@ def self_test():
 
 
 def compile_once():
-    report = import_module("..compiler", __package__).compile_report(tested_config())
+    report = import_module("..runtime.compiler", __package__).compile_report(tested_config())
     facts = {"kernel": report.name, "seconds": report.seconds}
     if problems := report.problems():
         raise Wrong(f"{report.name}: {'; '.join(problems)}", **facts)
@@ -247,8 +247,8 @@ def forward_once(ordinal: int):
     import numpy as np
 
     from .. import DataType, FlashAttentionParams, forward
-    from ..device import address, allocate, download, fill, open_device, upload
-    from ..reference import attention_reference
+    from ..arrays.memory import address, allocate, download, fill, open_device, upload
+    from ..contract.reference import attention_reference
     device = open_device(ordinal)
     stream = device.create_stream()
     arrays = np.random.default_rng(0).standard_normal((3, 1, TOKENS, 1, HEAD_DIM), np.float32).astype(np.float16)

@@ -7,7 +7,7 @@ def describe(device, monitor, peers: dict, args) -> dict:
     """A JSON object; `args` are bench's, with `argv`, the command line that they came from."""
     import cutlass
 
-    from ..compiler import source_hash      # the DSL takes half a second to import
+    from ..runtime.compiler import source_hash      # the DSL takes half a second to import
     flavour = cutlass.CUDA_VERSION
     return {"suite": args.suite, "command": shlex.join(["python", "-m", "fa3_cute", *args.argv]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

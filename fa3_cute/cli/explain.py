@@ -11,9 +11,9 @@ import argparse
 import json
 
 from ..api import AttentionMode, DataType, FlashAttentionParams, explain, kernel_config
-from ..config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, DecodeConfig, FwdConfig
-from ..heuristics import FORWARD, decode_row
-from ..splits import SplitPlan, plan_of
+from ..planning.config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, DecodeConfig, FwdConfig
+from ..planning.tables import FORWARD, decode_row
+from ..planning.splits import SplitPlan, plan_of
 
 ADDRESS = 1 << 20       # stands for any tensor
 MODES = {"prefill": AttentionMode.PREFILL, "decode": AttentionMode.DECODE, "varlen": AttentionMode.VARLEN_PREFILL}

@@ -25,8 +25,8 @@ and so are reads of K and V from the L2 cache by the forward kernel: the bytes a
 """
 import json
 
-from ..config import HEAD_DIMS, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
-from ..heuristics import decode_config, forward_config
+from ..planning.config import HEAD_DIMS, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
+from ..planning.tables import decode_config, forward_config
 from .dtypes import add_dtypes, out_dtype_of
 from .table import Table
 from .units import clocks_per_tile, instruction_mix
@@ -47,7 +47,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from .. import compiler     # the DSL takes half a second to import
+    from ..runtime import compiler  # the DSL takes half a second to import
     try:
         cfg = config(args)
     except ValueError as error:

@@ -15,8 +15,9 @@ Exit status 2 if the document has no such lines or a file holds no results of th
 import json
 from pathlib import Path
 
-from ..config import FP8, HEAD_DIMS
-from . import environment, plot
+from ..planning.config import FP8, HEAD_DIMS
+from . import environment
+from . import plot
 from .bench import SUITES
 from .shown import OURS, OURS_16, Shown
 from .table import markdown, one_or_more

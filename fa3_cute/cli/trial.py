@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ..config import ELEMENT_BYTES
-from ..device import download, open_device
-from ..reference import as_float, attention_reference
+from ..planning.config import ELEMENT_BYTES
+from ..arrays.memory import download, open_device
+from ..contract.reference import as_float, attention_reference
 from .case import Case, Tensors
 from .dtypes import out_dtype_of
 from .measure import Batch, Stopwatch, Work, in_turn
-from .suites import prefill, window
+from .suites import prefill
+from .suites import window
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # Relative error (norm) of a right row on normal inputs, by the bytes of an element of Q: BF16 rounding of P and of O
@@ -49,7 +50,7 @@ class Question:
 
     def config(self):
         """The config of heuristics' row with the changes made. ValueError, in FwdConfig's words if it is illegal."""
-        from ..heuristics import decode_config, forward_config
+        from ..planning.tables import decode_config, forward_config
         out_dtype = out_dtype_of(self.dtype, self.head_dim, self.out_dtype)
         if self.is_decode:
             cfg = decode_config(self.dtype, self.head_dim, is_local=False, out_dtype=out_dtype)
@@ -110,7 +111,7 @@ def compiled(cfg) -> dict:
 
     "error" instead, if it does not compile.
     """
-    from .. import compiler
+    from ..runtime import compiler
     try:
         report = compiler.compile_report(cfg)
     except compiler.CompileError as error:
@@ -147,7 +148,7 @@ class Rig:
 
     def launch(self, cfg, case: Case, kv_set: int = 0):
         """A function that queues the forward of a case through this config."""
-        from ..launch import launch
+        from ..runtime.launch import launch
         params, handle = self.tensors.params(case, kv_set), int(self.stream.handle)
         return lambda: launch(params, cfg, handle)
 

@@ -20,10 +20,10 @@ from itertools import product
 from math import prod
 from multiprocessing import get_context
 
-from ..compiler import CompileError, get_kernel
-from ..config import ELEMENT_BYTES, FwdConfig
-from ..device import hopper_device_problem
-from ..heuristics import Row
+from ..runtime.compiler import CompileError, get_kernel
+from ..planning.config import ELEMENT_BYTES, FwdConfig
+from ..arrays.memory import hopper_device_problem
+from ..planning.tables import Row
 from .dev import add_problem
 from .table import Table, one_or_more
 from .trial import Question, Rig, compiled, label, times

@@ -6,8 +6,8 @@ holds them to it.
 """
 from collections import Counter
 
-from ..config import DecodeConfig, FwdConfig
-from ..splits import NUM_SMS, RATES
+from ..planning.config import DecodeConfig, FwdConfig
+from ..planning.splits import NUM_SMS, RATES
 
 OPERATION_MASK = 0x1FF
 OTHER = "other"

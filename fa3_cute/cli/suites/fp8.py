@@ -7,11 +7,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...config import FP8, FP8_HEAD_DIMS
+from ...planning.config import FP8, FP8_HEAD_DIMS
 from ..case import Case
 from ..compared import versus_16_bit, versus_peers
 from ..shown import ARITHMETIC
-from . import prefill, varlen
+from . import prefill
+from . import varlen
 
 TITLE = "FP8 E4M3, dense and packed"
 SHOWN = ARITHMETIC

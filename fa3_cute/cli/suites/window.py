@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...heuristics import forward_config
+from ...planning.tables import forward_config
 from ..case import Case
 from ..dtypes import out_dtype_of
 from ..shown import ARITHMETIC

@@ -1,0 +1,279 @@
+"""attention() over arrays: what it accepts, in NumPy on the host and as a call of `forward` on a device. No framework.
+
+The element type comes from the arrays, the sizes from their shapes; what remains to be checked is checked by the rules
+of validate.py, on the host too.
+"""
+from dataclasses import dataclass
+from numbers import Real
+
+from ..contract.params import AttentionMode, DataType, FlashAttentionParams
+from ..contract.status import Status, error_for, shown
+from ..contract.rules import contract_problems, first_problem
+
+FP8 = "float8_e4m3fn"
+DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
+# float32 and float64 exist on the host only; there they follow the rules of FP16.
+HOST_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP16, "float64": DataType.FP16}
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+DESCALES = ("q_descale", "k_descale", "v_descale")
+DIMS = ("batch", "row", "head")
+_ANY_ADDRESS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """The arguments of attention(), as given."""
+    q: object
+    k: object
+    v: object
+    out: object
+    stream: object
+    causal: object
+    window_size: object
+    softmax_scale: object
+    cu_seqlens_q: object
+    cu_seqlens_k: object
+    seqused_k: object
+    q_descale: object
+    k_descale: object
+    v_descale: object
+    num_splits: object
+    return_lse: object
+    dtype: object
+
+    def given(self, *names: str) -> dict:
+        """Those of the arguments that are not None."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None or self.cu_seqlens_k is not None
+
+    @property
+    def is_on_host(self) -> bool:
+        from numpy import ndarray
+        return isinstance(self.q, ndarray)
+
+    def choices(self) -> dict:
+        """The fields of FlashAttentionParams that are no tensors, sizes or strides."""
+        try:
+            left, right = self.window_size
+        except (TypeError, ValueError) as error:
+            sentence = f"window_size={shown(self.window_size)}: must be a pair (left, right)"
+            raise error_for(Status.INVALID_ARGUMENT, sentence) from error
+        return {"is_causal": self.causal, "window_size_left": left, "window_size_right": right,
+                "softmax_scale": self.softmax_scale, "num_splits": self.num_splits,
+                "mode": AttentionMode.VARLEN_PREFILL if self.is_packed else AttentionMode.PREFILL}
+
+    def element_type(self, q: str, k: str, v: str, known: dict) -> str:
+        """The element type by name: that of the arrays, or what `dtype` says that their bytes are."""
+        if not q == k == v:
+            raise error_for(Status.INVALID_ARGUMENT, f"dtypes {q}, {k}, {v} of q, k, v: must be the same")
+        if q == "uint8" and self.dtype == FP8:
+            return FP8
+        if q not in known or self.dtype not in (None, q):
+            raise error_for(Status.INVALID_ARGUMENT,
+                            f"dtype={shown(self.dtype)} with arrays of {q}: must be None with arrays of "
+                            f"{', '.join(known)}, or '{FP8}' with arrays of uint8")
+        return q
+
+    def require_dims(self, **shapes) -> None:
+        """Raise unless q and k have as many dimensions as they must."""
+        dims = "[rows, heads, head_dim] with cu_seqlens" if self.is_packed else "[batch, seqlen, heads, head_dim]"
+        for name, shape in shapes.items():
+            if len(shape) != (3 if self.is_packed else 4):
+                raise error_for(Status.INVALID_SHAPE, f"{name}.shape={shape}: must be {dims}")
+
+    def sizes(self, q_shape, k_shape) -> dict:
+        """The fields of FlashAttentionParams that are sizes, but for the number of packed sequences.
+
+        An array of no rows or no sequences is meant: only in params does 0 stand for a size that was not given.
+        """
+        rows = ("total_q", "total_k") if self.is_packed else ("seqlen_q", "seqlen_k")
+        least = 0 if self.is_packed and (q_shape[0] or k_shape[0]) else 1
+        return {rows[0]: max(least, q_shape[-3]), rows[1]: max(least, k_shape[-3]),
+                "batch_size": 1 if self.is_packed else max(1, q_shape[0]),
+                "num_heads": q_shape[-2], "num_heads_k": k_shape[-2], "head_dim": q_shape[-1]}
+
+
+# ---- on a device -----------------------------------------------------------------------------------------------------
+
+def attention_on_device(call: AttentionCall, forward):
+    """attention() of arrays on a CUDA device: one `forward(params, stream)`."""
+    from . import dlpack as interop
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS, *DESCALES)}
+    for name, array in arrays.items():
+        interop.require_on_device(name, array)
+    with interop.on_device_of(call.stream) as (handle, device):
+        tensors = {name: interop.view(name, array, handle) for name, array in arrays.items()}
+        q, k, v = (tensors[name] for name in "qkv")
+        element = call.element_type(q.dtype, k.dtype, v.dtype, DEVICE_DTYPES)
+        _check_tensors(call, tensors, element, device)
+        params = _params(call, tensors, element)
+        if problem := first_problem(params):
+            raise error_for(*problem)
+        out, lse = call.out, None
+        if out is None:
+            out = interop.new_array("out", q.shape, _out_dtypes(element)[0], call.stream, device)
+            params.out = out.address
+        if call.return_lse:
+            *batch, rows, heads, _ = q.shape
+            lse = interop.new_array("the LSE", (*batch, heads, rows), "float32", call.stream, device)
+            params.softmax_lse = lse.address
+        if not q.is_empty:
+            forward(params, handle).check()
+        return out if lse is None else (out, lse)
+
+
+def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int) -> None:
+    """Raise for what `forward` cannot see: it knows addresses only."""
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise error_for(Status.INVALID_ARGUMENT,
+                            f"{name} is on device {tensor.device}: must be on device {device}, which is the stream's")
+    q, k = tensors["q"], tensors["k"]
+    call.require_dims(q=q.shape, k=k.shape)
+    batch = _batch(call, tensors)
+    shapes = {"k": (*q.shape[:-3], *k.shape[-3:-1], q.shape[-1]), "v": k.shape, "out": q.shape,
+              "cu_seqlens_q": (batch + 1,), "cu_seqlens_k": (batch + 1,), "seqused_k": (batch,)}
+    dtypes = {"out": _out_dtypes(element)} | dict.fromkeys(LENGTHS, ("int32",))
+    dtypes |= dict.fromkeys(DESCALES, ("float32",))
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes.get(name, tensor.shape):
+            raise error_for(Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must be {shapes[name]}")
+        if tensor.dtype not in dtypes.get(name, (tensor.dtype,)):
+            raise error_for(Status.INVALID_ARGUMENT, f"{name} is {tensor.dtype}: must be {' or '.join(dtypes[name])}")
+        if name not in DESCALES and tensor.shape[-1] > 1 and tensor.strides[-1] != 1:
+            raise error_for(Status.INVALID_SHAPE, f"{name} has the strides {tensor.strides} (elements): the last "
+                                                  "dimension must be contiguous, of stride 1")
+    if k.is_empty and not (call.is_packed or q.is_empty):
+        raise error_for(Status.INVALID_SHAPE, f"k.shape={k.shape}: must not be empty")
+    if "out" in tensors and tensors["out"].is_readonly:
+        raise error_for(Status.INVALID_ARGUMENT, f"out is a {type(call.out).__qualname__}, which is read-only: must be "
+                                                 "writable, or None")
+
+
+def _batch(call: AttentionCall, tensors: dict) -> int:
+    """Number of sequences."""
+    if not call.is_packed:
+        return tensors["q"].shape[0]
+    offsets = tensors["cu_seqlens_q" if "cu_seqlens_q" in tensors else "cu_seqlens_k"]
+    return max(0, offsets.shape[0] - 1) if len(offsets.shape) == 1 else 0
+
+
+def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionParams:
+    """The call as params: what has no elements, and an out that is not given, has an address that nothing uses."""
+    q, k = tensors["q"], tensors["k"]
+    sizes = call.sizes(q.shape, k.shape)
+    if call.is_packed:
+        sizes["batch_size"] = _batch(call, tensors)
+    out = tensors.get("out")
+    params = FlashAttentionParams(
+        **sizes, **call.choices(), dtype=DEVICE_DTYPES[element], out=_ANY_ADDRESS,
+        out_dtype=None if element != FP8 or out is None else DEVICE_DTYPES[out.dtype])
+    for name, tensor in tensors.items():
+        if name in DESCALES:
+            _set_descale(params, name, tensor, _batch(call, tensors))
+            continue
+        setattr(params, name, (q.address or _ANY_ADDRESS) if tensor.is_empty else tensor.address)
+        if name not in LENGTHS:
+            _set_strides(params, name, tensor)
+    return params
+
+
+def _set_strides(params, name: str, tensor) -> None:
+    """A stride along a dimension of size 1 means nothing, and libraries leave any number there: None."""
+    for dim, size, stride in zip(DIMS[-len(tensor.shape) + 1:], tensor.shape, tensor.strides, strict=False):
+        if size > 1:
+            setattr(params, f"{name}_{dim}_stride", stride)
+
+
+def _set_descale(params, name: str, tensor, batch: int) -> None:
+    """[], [heads], [batch, heads], or a size of 1 instead of one of them."""
+    full = (batch, params.num_heads if name == "q_descale" else params.num_heads_k)
+    shape, strides = ((1, 1) + x for x in (tensor.shape, tensor.strides))
+    if len(tensor.shape) > 2 or any(size not in (1, most) for size, most in zip(shape[-2:], full, strict=True)):
+        raise error_for(Status.INVALID_SHAPE,
+                        f"{name}.shape={tensor.shape}: must be (), ({full[1]},), ({full[0]}, 1) or {full}")
+    setattr(params, f"{name}_ptr", tensor.address)
+    for dim, size, stride in zip(("batch", "head"), shape[-2:], strides[-2:], strict=True):
+        setattr(params, f"{name}_{dim}_stride", stride if size > 1 else 0)
+
+
+# ---- on the host -----------------------------------------------------------------------------------------------------
+
+def attention_on_host(call: AttentionCall):
+    """attention() of NumPy arrays: the reference, rounded."""
+    from ..contract.reference import attention_reference
+    q, k, v, out = call.q, call.k, call.v, call.out
+    _require_numpy(call)
+    if call.stream is not None:
+        raise error_for(Status.INVALID_ARGUMENT, f"stream={shown(call.stream)}: must be None with NumPy arrays")
+    element = call.element_type(q.dtype.name, k.dtype.name, v.dtype.name, HOST_DTYPES)
+    _check_host_call(call, element)
+    out_dtype = _host_out_dtype(call, element)
+    options = {name: getattr(call, name) for name in ("causal", "window_size", "softmax_scale", *LENGTHS, *DESCALES)}
+    try:
+        exact, lse = attention_reference(q, k, v, **options)
+    except ValueError as error:
+        raise error_for(Status.INVALID_SHAPE, str(error)) from error
+    # Packed rows outside every sequence are not the call's to write.
+    used = slice(int(call.cu_seqlens_q[0]), int(call.cu_seqlens_q[-1])) if call.is_packed else slice(None)
+    if out is None:
+        out = exact.astype(out_dtype)
+    else:
+        out[used] = exact[used].astype(out_dtype)
+    return (out, lse.astype("float32")) if call.return_lse else out
+
+
+def _require_numpy(call: AttentionCall) -> None:
+    from numpy import ndarray
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS)}
+    arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
+    for name, array in arrays.items():
+        kind = type(array)
+        if isinstance(array, ndarray):
+            continue
+        if hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__"):
+            raise error_for(Status.INVALID_ARGUMENT, f"{name} is a {kind.__module__}.{kind.__qualname__}: must be a "
+                                                     "NumPy array, as q is; or all arrays on one CUDA device")
+        raise TypeError(f"{name} must be a NumPy array, as q is, not {kind.__name__}")
+
+
+def _check_host_call(call: AttentionCall, element: str) -> None:
+    """Raise what `forward` would say to this call, apart from addresses and from what has no kernel yet."""
+    call.require_dims(q=call.q.shape, k=call.k.shape)
+    pointers = dict.fromkeys(call.given(*LENGTHS), _ANY_ADDRESS)
+    pointers |= {f"{name}_ptr": _ANY_ADDRESS for name in call.given(*DESCALES)}
+    found = contract_problems(FlashAttentionParams(
+        q=_ANY_ADDRESS, k=_ANY_ADDRESS, v=_ANY_ADDRESS, out=_ANY_ADDRESS, dtype=HOST_DTYPES[element],
+        **call.sizes(call.q.shape, call.k.shape), **call.choices(), **pointers))
+    if found:
+        raise error_for(*found[0])
+    if call.num_splits > 1:
+        raise error_for(Status.FEATURE_UNSUPPORTED, f"num_splits={call.num_splits}: must be 0 or 1 with NumPy arrays")
+
+
+def _host_out_dtype(call: AttentionCall, element: str):
+    """NumPy dtype of the result: q's, for FP8 bfloat16 or what a given `out` has."""
+    q, out, accepted = call.q, call.out, _out_dtypes(element)
+    if out is not None:
+        if out.shape != q.shape or out.dtype.name not in accepted:
+            raise error_for(Status.INVALID_SHAPE if out.shape != q.shape else Status.INVALID_ARGUMENT,
+                            f"out is {out.dtype.name}{list(out.shape)}: must be {' or '.join(accepted)}{list(q.shape)}")
+        if not out.flags.writeable:
+            raise error_for(Status.INVALID_ARGUMENT, "out is a read-only array: must be writable, or None")
+        return out.dtype
+    if element != FP8:
+        return q.dtype
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise error_for(Status.FEATURE_UNSUPPORTED, "out=None: must be a float16 array without the package ml_dtypes, "
+                                                    "which has NumPy's bfloat16") from error
+    return bfloat16
+
+
+def _out_dtypes(element: str) -> tuple[str, ...]:
+    """Element types that out may have, the one that it gets first."""
+    return ("bfloat16", "float16") if element == FP8 else (element,)

@@ -1,0 +1,351 @@
+"""Consumer role: S = Q K^T -> online softmax -> O += P V  (FA3 paper, algorithm 2, two-stage intra-warpgroup overlap).
+
+While the tensor core computes S[n], the registers still hold P[n+1]; its PV GEMM is issued right behind, so that
+softmax(S[n]) overlaps PV[n+1]:
+
+    tensor core   QK[n] PV[n+1] | QK[n-1] PV[n] | ...
+    CUDA cores                  softmax[n]      softmax[n-1]
+"""
+from dataclasses import dataclass
+from typing import Optional
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
+
+from ...planning.config import DecodeConfig, FwdConfig
+from .arithmetic import ceil_div, maximum
+from .barriers import all_agree, open_turnstile, pass_turn, sync_warpgroup, wait_turn
+from .block_range import BlockRange, block_range, warpgroup_range
+from ..forward.store import write_lse, write_O
+from .layout import as_operand_a, clear_rows, convert, element_type, fragment_row, row_copy, row_piece, unhoisted
+from ..forward.transpose_role import transpose_in_place
+from .visibility import Mask
+from ..decode.merge import expect_partials, merge_cluster, merge_clusters, send_partial
+from ..forward.bundles import DecodeParams, DecodePipelines, DecodeSmem, FwdMmas, FwdParams, FwdPipelines, FwdSmem
+from .softmax import OnlineSoftmax, Scores
+from ..decode.split import SplitWork
+from .tiles import Tile, TileReader
+from .wgmma import in_flight, issue_gemm
+
+
+@dataclass
+class Attend:
+    """State of one consumer warpgroup. Methods are loop-free verbs; the loops are in `consume`."""
+    cfg: Constexpr
+    mmas: FwdMmas
+    tSrQ: cute.Tensor
+    tSrK: cute.Tensor
+    tOrV: cute.Tensor
+    tOrP: cute.Tensor
+    acc_O: cute.Tensor
+    softmax: OnlineSoftmax
+    k_consumer: pipeline.PipelineConsumer
+    v_consumer: pipeline.PipelineConsumer
+    wg_idx: Int32
+    q_slot: Int32
+    sV: cute.Tensor
+    sVt: cute.Tensor
+    value_factor: Optional[Float32]
+
+    @cute.jit
+    def start_tile(self, params: FwdParams, tile: Tile):
+        """FP8: read what the tile's scores and values are to be multiplied with."""
+        if const_expr(self.cfg.is_fp8):
+            descales, scale = params.descales, params.softmax_scale_log2
+            self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
+            for r in cutlass.range_constexpr(cute.size(self.softmax.scale_log2)):
+                head = tile.head
+                if const_expr(self.cfg.packs_heads):
+                    row = tile.m_block * self.cfg.tile_m + fragment_row(cute.arch.thread_idx()[0]) + 8 * r
+                    head = head + row % params.grid.packed_heads
+                self.softmax.scale_log2[r] = descales.score_factor(scale, head, tile.kv_head, tile.sequence)
+
+    @cute.jit
+    def first_qk(self, mask: Mask, n_block: Int32):
+        """S[last] alone, there is no P to overlap with yet. P = exp(S), O = 0."""
+        acc_S = self.qk_alone()
+        mask.apply(acc_S, n_block)
+        self.softmax.update(acc_S, Scores.FIRST)
+        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
+        self.acc_O.fill(0.0)
+
+    @cute.jit
+    def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores] = Scores.ANY):
+        """S[n] and O += P[n+1] V[n+1] in flight together, in FP8 one after the other; then P[n] = exp(S[n])."""
+        if const_expr(self.cfg.is_serial):
+            self.step_serial(mask, n_block, is_masked, scores)
+        else:
+            self.step_overlapped(mask, n_block, is_masked, scores)
+
+    @cute.jit
+    def step_serial(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores]):
+        """`step` one after the other: S and T may share registers."""
+        self.add_pv()
+        acc_S = self.qk_alone()
+        if const_expr(is_masked):
+            mask.apply(acc_S, n_block)
+        self.softmax.update(acc_S, scores)
+        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
+
+    @cute.jit
+    def step_overlapped(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores]):
+        """`step` as it says."""
+        acc_S = self.new_acc_S()
+        k = self.k_consumer.wait_and_advance()
+        wait_turn(self.cfg, self.wg_idx)
+        self.start_qk(acc_S, k.index)
+        v, acc_PV = self.start_pv()
+        pass_turn(self.cfg, self.wg_idx)
+        in_flight(1)                     # S[n] is complete, PV[n+1] may still run
+        k.release()
+        if const_expr(is_masked):
+            mask.apply(acc_S, n_block)
+        self.softmax.update(acc_S, scores)
+        in_flight(0)                     # PV[n+1] is complete: acc_PV and tOrP are ours again
+        self.release_v(v)
+        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
+        if const_expr(not self.cfg.rescale_before_pv):
+            self.softmax.rescale(self.acc_O)
+
+    @cute.jit
+    def last_pv(self):
+        """O += P[first] V[first], then normalise."""
+        self.add_pv()
+        self.softmax.finalize(self.acc_O, self.value_factor)
+
+    @cute.jit
+    def add_pv(self):
+        """O += P V of the next V slot, alone; O has been rescaled for P, but not FP8's."""
+        v, acc_PV = self.start_pv()
+        in_flight(0)
+        self.release_v(v)
+        if const_expr(self.cfg.is_fp8):
+            self.softmax.fold(self.acc_O, acc_PV)
+
+    @cute.jit
+    def no_visible_key(self):
+        """O = 0 and LSE = -inf: no row of the tile sees a key. Takes no turn and no K or V slot."""
+        self.acc_O.fill(0.0)
+        self.softmax.no_key()
+
+    @cute.jit
+    def has_negative_row(self) -> Boolean:
+        """Whether some row of the warpgroup has a negative maximum, or none yet."""
+        return not all_agree(self.wg_idx, self.softmax.is_nonnegative())
+
+    @cute.jit
+    def qk_alone(self) -> cute.Tensor:
+        """S of the next K slot, complete."""
+        acc_S = self.new_acc_S()
+        k = self.k_consumer.wait_and_advance()
+        wait_turn(self.cfg, self.wg_idx)
+        self.start_qk(acc_S, k.index)
+        pass_turn(self.cfg, self.wg_idx)
+        in_flight(0)
+        k.release()
+        return acc_S
+
+    def start_qk(self, acc_S: cute.Tensor, k_slot: Int32):
+        """S = Q K^T of one K slot, left in flight."""
+        tSrQ, tSrK = self.tSrQ[None, None, None, self.q_slot], self.tSrK[None, None, None, k_slot]
+        issue_gemm(self.mmas.qk, acc_S, tSrQ, tSrK, zero_init=True)
+
+    def start_pv(self):
+        """O += P V of the next V slot, left in flight; FP8: T = P V. Returns the slot and the accumulator, O or T.
+
+        T is a new tensor every time: WGMMA's operands would otherwise carry the last one's registers along.
+        """
+        if self.cfg.rescale_before_pv:
+            self.softmax.rescale(self.acc_O)
+        v = self.v_consumer.wait_and_advance()
+        if self.cfg.is_fp8 and not self.cfg.has_transpose_warps:
+            tidx = cute.arch.thread_idx()[0]
+            transpose_in_place(self.cfg, self.sV[None, None, v.index], self.sVt[None, None, v.index], tidx)
+        acc_PV = cute.make_rmem_tensor_like(self.acc_O) if self.cfg.is_fp8 else self.acc_O
+        tOrV = self.tOrV[None, None, None, v.index]
+        issue_gemm(self.mmas.pv, acc_PV, self.tOrP, tOrV, zero_init=self.cfg.is_fp8)
+        return v, acc_PV
+
+    @cute.jit
+    def release_v(self, v: pipeline.PipelineConsumer.ImmutableResourceHandle):
+        """One arrival per warp: the V ring sees to that itself, the V^T ring does not."""
+        if const_expr(self.cfg.has_transpose_warps):
+            with cute.arch.elect_one():
+                v.release()
+        else:
+            v.release()
+
+    def new_acc_S(self) -> cute.Tensor:
+        """A fresh S accumulator."""
+        return cute.make_rmem_tensor(self.mmas.qk.partition_shape_C((self.cfg.tile_m, self.cfg.tile_n)), Float32)
+
+
+def make_attend(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pipes: FwdPipelines,
+                wg_idx: Int32, num_used: Optional[Int32] = None) -> Attend:
+    """Fragments and state of consumer warpgroup `wg_idx`; num_used: see OnlineSoftmax.create."""
+    first_threads = cute.make_layout(cfg.num_consumer_wgs, stride=128)
+    wg_qk, wg_pv = mmas.qk.get_slice(first_threads(wg_idx)), mmas.pv.get_slice(first_threads(wg_idx))
+    acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim)), Float32)
+    return Attend(
+        cfg, mmas,
+        tSrQ=mmas.qk.make_fragment_A(wg_qk.partition_A(smem.sQ)),
+        tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.sK)),
+        tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(smem.sVt)),
+        tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),
+        acc_O=acc_O,
+        softmax=OnlineSoftmax.create(cfg, params.softmax_scale_log2, acc_O.shape[0][0] * acc_O.shape[1], num_used),
+        k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
+        sV=smem.sV, sVt=smem.sVt,
+        value_factor=Float32(1.0) if cfg.is_fp8 else None)
+
+
+@cute.jit
+def clear_unused_rows(cfg: FwdConfig, sV: cute.Tensor, v_consumer: pipeline.PipelineConsumer, num_used: Int32,
+                      tidx: Int32):
+    """Zero the rows of the V slot that is consumed next, from num_used on.
+
+    They belong to another sequence or to none, and may hold NaN, which P = 0 would not silence. TMA fills with zeros
+    past the end of the tensor only. Each warpgroup does it for itself, so that none waits for another: they write the
+    same zeros. K needs no such care: masking selects, it does not multiply.
+    """
+    v = v_consumer.wait()
+    clear_rows(cfg, sV[None, None, v.index], num_used, tidx % 128, num_threads=128)
+    cute.arch.fence_view_async_shared()
+    sync_warpgroup(tidx // 128)
+
+
+@cute.jit
+def attend_to(cfg: FwdConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV: cute.Tensor, tidx: Int32) -> Attend:
+    """O and LSE of one Q tile over a range of K/V tiles, from the last one down. Returns the state that it advanced."""
+    n_block = blocks.n_block_max - 1
+    if n_block >= blocks.n_block_min:
+        attend.first_qk(mask, n_block)
+        if const_expr(cfg.is_varlen and not cfg.has_transpose_warps):
+            num_used = mask.seqlen_k - n_block * cfg.tile_n
+            if num_used < cfg.tile_n:
+                clear_unused_rows(cfg, sV, attend.v_consumer, num_used, tidx)
+        # Three ranges, so that the middle one, where the time goes, carries no mask code: tiles cut by the right end of
+        # what the rows see, tiles that they all see, tiles cut by the left end. And nearly all of the middle one has
+        # rows whose maxima are not negative any more, which max_of_bits can go on with.
+        if const_expr(cfg.is_causal or cfg.is_local):
+            num_right = maximum(n_block - maximum(blocks.n_block_full_max, blocks.n_block_min), 0)
+            for i in cutlass.range(num_right, unroll=1):
+                attend.step(mask, n_block - 1 - i, is_masked=True)
+            n_block -= num_right
+        num_full = n_block - blocks.n_block_min
+        if const_expr(cfg.is_local):
+            num_full = maximum(n_block - maximum(blocks.n_block_full_min, blocks.n_block_min), 0)
+        if const_expr(cfg.takes_max_of_bits):
+            while (num_full > 0) & attend.has_negative_row():
+                attend.step(mask, n_block - 1, is_masked=False)
+                n_block -= 1
+                num_full -= 1
+        scores = Scores.NONNEGATIVE if const_expr(cfg.takes_max_of_bits) else Scores.ANY
+        for i in cutlass.range(num_full, unroll=1):
+            attend.step(mask, n_block - 1 - i, is_masked=False, scores=scores)
+        if const_expr(cfg.is_local):
+            n_block -= num_full
+            for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
+                attend.step(mask, n_block - 1 - i, is_masked=True)
+        attend.last_pv()
+    else:
+        attend.no_visible_key()
+    return attend
+
+
+@cute.jit
+def skip_tiles(attend: Attend, count: Int32) -> Attend:
+    """Give the next K and V slots back unread: other warpgroups' rows see them. Returns the state that it advanced."""
+    for _ in cutlass.range(count, unroll=1):
+        attend.k_consumer.wait_and_advance().release()
+        attend.release_v(attend.v_consumer.wait_and_advance())
+    return attend
+
+
+@cute.jit
+def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pipes: FwdPipelines):
+    """Attend to every tile that the scheduler hands out, and hand its O to the store warp.
+
+    Runs on: consumer warpgroups.
+    Synchronises: reads the tile ring; waits for the full halves of the Q, K, V rings; empties K and V; fills O.
+    """
+    tidx = cute.arch.thread_idx()[0] - 128
+    wg_idx = cute.arch.make_warp_uniform(tidx // 128)
+    attend = make_attend(cfg, params, mmas, smem, pipes, wg_idx)
+    q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()
+    open_turnstile(cfg, wg_idx)
+
+    reader = TileReader.create(smem.sTiles, pipes.tiles)
+    while reader.has_tile():
+        tile = reader.tile
+        if const_expr(cfg.is_fp8):
+            tidx = unhoisted(tidx)
+        mask = Mask.create(cfg, params.window, tidx, tile)
+        blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
+        q = q_consumer.wait_and_advance()
+        attend.q_slot = q.index
+        attend.start_tile(params, tile)
+        own = blocks
+        if const_expr(cfg.skips_per_warpgroup):
+            own = warpgroup_range(cfg, params.window, blocks, tile.m_block, wg_idx, tile.seqlen_q, tile.seqlen_k)
+            attend = skip_tiles(attend, blocks.n_block_max - own.n_block_max)
+        attend = attend_to(cfg, attend, mask, own, smem.sV, tidx)
+        if const_expr(cfg.skips_per_warpgroup and cfg.is_local):
+            attend = skip_tiles(attend, own.n_block_min - blocks.n_block_min)
+        if const_expr(cfg.is_fp8):
+            tidx = unhoisted(tidx)
+        o_slot = attend.q_slot
+        if const_expr(cfg.has_o_ring):
+            o_slot = o_producer.acquire().index
+        write_O(cfg, mmas, smem.sO[None, None, o_slot], attend.acc_O, tidx)
+        o_producer.commit()      # of O's own slot, or of Q's, which the Q ring has emptied
+        o_producer.advance()
+        write_lse(cfg, params, tile, attend.softmax.row_sum, tidx)
+        reader.advance()
+
+
+@cute.jit
+def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: FwdMmas, smem: DecodeSmem, pipes: DecodePipelines,
+                  work: SplitWork):
+    """Attend to one split, then merge it with the others of its item.
+
+    Runs on: the consumer warpgroup.
+    Synchronises: waits for the full halves of the K and V rings and empties them; merges, see merge.py.
+    """
+    tidx = cute.arch.thread_idx()[0]
+    expect_partials(cfg, params, smem, work, tidx)
+    read_Q(cfg, params, smem, work, tidx)
+    warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16      # fragment_row's first one in this warp, then 8 by 8
+    attend = make_attend(cfg, params, mmas, smem, pipes, Int32(0), num_used=ceil_div(work.num_rows - warp_row, 8))
+    mask = Mask.create(cfg, params.window, tidx, work.tile, params.grid.packed_heads)
+    attend.start_tile(params, work.tile)
+    attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)
+    cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
+    send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)
+    merge_cluster(cfg, params, smem, work, tidx)
+    if params.num_clusters > 1 and work.num_own_rows > 0:
+        merge_clusters(cfg, params, smem, work, tidx)
+
+
+@cute.jit
+def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
+    """The rows of Q that exist, from global to shared memory with ordinary loads: there are few, and they are strided.
+
+    The other rows of sQ hold anything: rows do not mix, and these are never stored.
+    Runs on: the consumer warpgroup. Synchronises: its four warps.
+    """
+    copy, first_row, rows_per_step = row_copy(cfg, element_type(cfg), tidx, num_threads=128)
+    tQsQ = copy.partition_D(smem.sQ[None, None, 0])
+    packed_heads = params.grid.packed_heads
+    for step in cutlass.range(ceil_div(work.num_rows, rows_per_step), unroll=1):
+        row = step * rows_per_step + first_row
+        if row < work.num_rows:
+            packed_row = work.tile.m_block * cfg.tile_m + row
+            query, head = divmod(packed_row, packed_heads)
+            mQ = params.mQ[query, None, work.tile.head + head, work.tile.batch]
+            for c in cutlass.range_constexpr(cute.size(tQsQ, mode=[2])):
+                cute.autovec_copy(row_piece(cfg, mQ, tidx, c), tQsQ[None, step, c])
+    cute.arch.fence_view_async_shared()
+    sync_warpgroup(0)

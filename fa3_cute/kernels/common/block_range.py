@@ -1,0 +1,79 @@
+"""Which K/V tiles a Q tile visits, from n_block_max - 1 down to n_block_min, and which of them need the mask.
+
+Plain arithmetic: the same code runs on Python ints in the tests, against brute force.
+"""
+from dataclasses import dataclass
+
+from cutlass import Int32
+
+from ...planning.config import ROWS_PER_WARPGROUP, FwdConfig
+from .arithmetic import ceil_div, maximum, minimum
+
+
+@dataclass(frozen=True)
+class Window:
+    """How far a row sees from its diagonal, in tokens; at most config.UNBOUNDED_WINDOW."""
+    left: Int32
+    right: Int32
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """K/V tiles [n_block_min, n_block_max), empty if no row of the Q tile sees a key.
+
+    Those in [n_block_full_min, n_block_full_max) are visible to every row of the Q tile.
+    """
+    n_block_min: Int32
+    n_block_max: Int32
+    n_block_full_min: Int32
+    n_block_full_max: Int32
+
+
+def block_range(cfg: FwdConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32,
+                packed_heads: Int32 = 1, tile_m: int | None = None) -> BlockRange:
+    """K/V tiles that hold a key visible to some row of Q tile `m_block`, lengths in tokens.
+
+    If cfg.packs_heads, packed_heads consecutive rows are heads of one query. tile_m: of the Q tile, if not cfg's.
+    """
+    tile_m = tile_m or cfg.tile_m
+    n_block_min, n_block_full_min = 0, 0
+    n_block_max, n_block_full_max = ceil_div(seqlen_k, cfg.tile_n), seqlen_k // cfg.tile_n
+    if cfg.is_causal or cfg.is_local:
+        # Bottom-right aligned: row i has its diagonal at key i + seqlen_k - seqlen_q.
+        first_diagonal = m_block * tile_m - seqlen_q + seqlen_k
+        last_diagonal = first_diagonal + tile_m - 1
+        if cfg.packs_heads:
+            first_query = m_block * tile_m // packed_heads
+            last_query = minimum((m_block * tile_m + tile_m - 1) // packed_heads, seqlen_q - 1)
+            first_diagonal, last_diagonal = (query - seqlen_q + seqlen_k for query in (first_query, last_query))
+        reach = window.right + 1 if cfg.is_local else 1
+        n_block_max = minimum(n_block_max, ceil_div(maximum(last_diagonal + reach, 0), cfg.tile_n))
+        n_block_full_max = minimum(n_block_full_max, maximum(first_diagonal + reach, 0) // cfg.tile_n)
+        if cfg.is_local:
+            n_block_min = maximum(first_diagonal - window.left, 0) // cfg.tile_n
+            n_block_full_min = ceil_div(maximum(last_diagonal - window.left, 0), cfg.tile_n)
+    return BlockRange(n_block_min, n_block_max, n_block_full_min, n_block_full_max)
+
+
+def warpgroup_range(cfg: FwdConfig, window: Window, blocks: BlockRange, m_block: Int32, wg_idx: Int32,
+                    seqlen_q: Int32, seqlen_k: Int32) -> BlockRange:
+    """The part of a Q tile's range `blocks` that rows of its warpgroup `wg_idx` see; empty if none is below seqlen_q.
+
+    n_block_max <= blocks.n_block_max unless `blocks` is empty, and blocks.n_block_min <= n_block_min <= n_block_max.
+    """
+    part = m_block * cfg.num_consumer_wgs + wg_idx
+    own = block_range(cfg, window, part, seqlen_q, seqlen_k, tile_m=ROWS_PER_WARPGROUP)
+    has_rows = maximum(minimum(seqlen_q - part * ROWS_PER_WARPGROUP, 1), 0)
+    most = maximum(minimum(own.n_block_max, blocks.n_block_max) - blocks.n_block_min, 0)
+    n_block_max = blocks.n_block_min + most * has_rows
+    n_block_min = minimum(maximum(own.n_block_min, blocks.n_block_min), n_block_max)
+    return BlockRange(n_block_min, n_block_max, own.n_block_full_min, own.n_block_full_max)
+
+
+def split_range(blocks: BlockRange, split: Int32, num_splits: Int32) -> BlockRange:
+    """The part of one of num_splits CTAs: contiguous, of equal length but for one tile; empty if tiles are fewer."""
+    num_blocks = maximum(blocks.n_block_max - blocks.n_block_min, 0)
+    each, rest = divmod(num_blocks, num_splits)
+    first = blocks.n_block_min + split * each + minimum(split, rest)
+    end = first + each + minimum(maximum(rest - split, 0), 1)
+    return BlockRange(first, end, blocks.n_block_full_min, blocks.n_block_full_max)

@@ -1,0 +1,39 @@
+"""One asynchronous WGMMA GEMM: fence, issue over k, commit. The caller waits (PTX ISA, "wgmma.mma_async")."""
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Boolean, Float32
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+from ...planning.config import FwdConfig, ROWS_PER_WARPGROUP
+from .layout import element_type
+from ..forward.bundles import FwdMmas
+
+
+def make_mmas(cfg: FwdConfig) -> FwdMmas:
+    """S = Q K^T with both operands in shared memory; O += P V with P in registers and V read transposed: by WGMMA
+    itself in 16 bit; FP8's V^T has been transposed already."""
+    element, warpgroups = element_type(cfg), (cfg.num_consumer_wgs, 1, 1)
+    v_major = OperandMajorMode.K if cfg.is_fp8 else OperandMajorMode.MN
+    return FwdMmas(
+        qk=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, OperandMajorMode.K, Float32, warpgroups,
+                                       (ROWS_PER_WARPGROUP, cfg.tile_n)),
+        pv=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, v_major, Float32, warpgroups,
+                                       (ROWS_PER_WARPGROUP, cfg.head_dim), warpgroup.OperandSource.RMEM))
+
+
+@cute.jit
+def issue_gemm(tiled_mma: cute.TiledMma, acc: cute.Tensor, tCrA: cute.Tensor, tCrB: cute.Tensor, zero_init: Boolean):
+    """acc (+)= A @ B, left in flight as one commit group."""
+    warpgroup.fence()
+    mma = cute.make_mma_atom(tiled_mma.op)
+    mma.set(warpgroup.Field.ACCUMULATE, not zero_init)
+    for k in cutlass.range_constexpr(cute.size(tCrA.shape[2])):
+        cute.gemm(mma, acc, tCrA[None, None, k], tCrB[None, None, k], acc)
+        mma.set(warpgroup.Field.ACCUMULATE, True)
+    warpgroup.commit_group()
+
+
+def in_flight(n: int):
+    """Block until at most n committed GEMMs of this warpgroup are still running."""
+    warpgroup.wait_group(n)

@@ -1,0 +1,171 @@
+"""Decode for sm_90a: few query rows over a long K and V, read by many CTAs whose partial results merge in the launch.
+
+The same softmax, masks and main loop as flash_fwd.py; a CTA's work is one split of one M tile (split.py).
+"""
+import math
+from functools import partial
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cuda.bindings.driver import CUstream
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from ...planning.config import DecodeConfig
+from ..common.arithmetic import maximum, minimum
+from ..common.block_range import Window, block_range, split_range
+from ..common.cluster import sync_cluster
+from ..common.fp8 import Descales
+from ..common.layout import element_type, smem_ring, tensor_view, transposed, view_as
+from ..common.keys_values import load_split
+from ..common.attend import consume_split
+from ..forward.bundles import DecodeLayouts, DecodeParams, DecodePipelines, DecodeSmem, FwdMmas
+from ..common.sequences import used_rows
+from .split import SplitGrid, SplitScratch, SplitWork, place_of
+from ..common.tiles import Tile
+from ..common.tma import kv_policy, tma_load
+from ..common.wgmma import make_mmas
+
+LOAD_WARP = 4      # behind the consumer warpgroup, whose first warp's number must be a multiple of 4
+
+
+class FlashAttentionDecode:
+    """The decode kernel of one config. Compile `__call__`: its parameters are config.DECODE_ARGUMENTS, in order."""
+
+    def __init__(self, cfg: DecodeConfig):
+        self.cfg = cfg
+
+    # ---- host side: traced once per config, runs at every launch ------------------------------
+    @cute.jit
+    def __call__(self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer,
+                 softmax_lse: cute.Pointer, seqused_q: cute.Pointer, seqused_k: cute.Pointer,
+                 q_descale: cute.Pointer, k_descale: cute.Pointer, v_descale: cute.Pointer,
+                 partials: cute.Pointer, arrivals: cute.Pointer,
+                 q_batch_stride: Int64, q_row_stride: Int64, q_head_stride: Int64,
+                 k_batch_stride: Int64, k_row_stride: Int64, k_head_stride: Int64,
+                 v_batch_stride: Int64, v_row_stride: Int64, v_head_stride: Int64,
+                 out_batch_stride: Int64, out_row_stride: Int64, out_head_stride: Int64,
+                 q_descale_batch_stride: Int64, q_descale_head_stride: Int64,
+                 k_descale_batch_stride: Int64, k_descale_head_stride: Int64,
+                 v_descale_batch_stride: Int64, v_descale_head_stride: Int64,
+                 batch_size: Int32, seqlen_q: Int32, seqlen_k: Int32,
+                 num_heads: Int32, num_heads_k: Int32,
+                 window_size_left: Int32, window_size_right: Int32,
+                 packed_heads: Int32, num_splits: Int32, cluster_size: Int32, smem_bytes: Int32,
+                 softmax_scale: Float32, stream: CUstream):
+        """lse[b, h, i] = ln sum_j exp(softmax_scale q_i.k_j); out[b, i, h] = sum_j exp(softmax_scale q_i.k_j - lse) v_j
+
+        Pointers and strides (in elements) as in fa3_cute.FlashAttentionParams. packed_heads divides the query heads per
+        KV head, cluster_size (at most 16) divides num_splits; smem_bytes is at least cfg.smem_bytes. partials and
+        arrivals: see split.SplitScratch.
+        """
+        cfg = self.cfg
+        ring = partial(smem_ring, element_type(cfg))
+        layouts = DecodeLayouts(sQ=ring(cfg.tile_m, cfg.head_dim, 1),
+                                sKV=ring(cfg.tile_n, cfg.head_dim, cfg.num_kv_stages),
+                                sVt=ring(cfg.head_dim, cfg.tile_n, cfg.num_kv_stages) if cfg.is_fp8 else None)
+        grid = SplitGrid.create(cfg.tile_m, batch_size, seqlen_q, num_heads, num_heads // num_heads_k, packed_heads,
+                                num_splits, cluster_size)
+        view = partial(tensor_view, cfg)
+        mQ = view(q, (seqlen_q, num_heads, batch_size), (q_row_stride, q_head_stride, q_batch_stride))
+        mK = view(k, (seqlen_k, num_heads_k, batch_size), (k_row_stride, k_head_stride, k_batch_stride))
+        mV = view(v, (seqlen_k, num_heads_k, batch_size), (v_row_stride, v_head_stride, v_batch_stride))
+        mO = view(out, (seqlen_q, num_heads, batch_size), (out_row_stride, out_head_stride, out_batch_stride))
+        mLSE = cute.make_tensor(softmax_lse, cute.make_layout(
+            (seqlen_q, num_heads, batch_size), stride=(1, Int64(seqlen_q), Int64(seqlen_q) * num_heads)))
+        used_q, used_k = (cute.make_tensor(array, cute.make_layout(batch_size)) for array in (seqused_q, seqused_k))
+        descales = None
+        if const_expr(cfg.is_fp8):
+            descales = Descales.create(num_heads, num_heads_k, batch_size, (q_descale, k_descale, v_descale), (
+                (q_descale_batch_stride, q_descale_head_stride), (k_descale_batch_stride, k_descale_head_stride),
+                (v_descale_batch_stride, v_descale_head_stride)))
+        num_clusters = num_splits // cluster_size
+        params = DecodeParams(
+            k=tma_load(mK, layouts.sKV, cfg.tile_n), v=tma_load(mV, layouts.sKV, cfg.tile_n), mQ=mQ, mO=mO, mLSE=mLSE,
+            seqused_q=used_q, seqused_k=used_k, descales=descales,
+            scratch=self.scratch(grid, num_clusters, partials, arrivals),
+            softmax_scale_log2=softmax_scale * math.log2(math.e), window=Window(window_size_left, window_size_right),
+            grid=grid, num_clusters=num_clusters,
+            kv_policy=kv_policy(Int64(batch_size) * seqlen_k * num_heads_k * cfg.kv_bytes_per_token))
+        self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
+        self.kernel(params, layouts, make_mmas(cfg)).launch(
+            grid=(grid.num_items * num_splits, 1, 1), block=(cfg.num_threads, 1, 1), cluster=(cluster_size, 1, 1),
+            smem=smem_bytes, min_blocks_per_mp=cfg.ctas_per_sm, preferred_smem_carveout=100, use_pdl=True,
+            stream=stream)
+
+    def scratch(self, grid: SplitGrid, clusters: Int32, partials: cute.Pointer, arrivals: cute.Pointer) -> SplitScratch:
+        """The scratch memory as tensors: O, and behind it LSE; `clusters` work on one item."""
+        num_items, head_dim, rows = grid.num_items, self.cfg.head_dim, minimum(grid.num_rows, self.cfg.tile_m)
+        per_item = Int64(clusters) * rows
+        aligned = partial(cute.assume, divby=head_dim)       # for 16-byte accesses
+        O = cute.make_tensor(partials, cute.make_layout(
+            (num_items, clusters, rows, head_dim),
+            stride=(aligned(per_item * head_dim), aligned(rows * head_dim), head_dim, 1)))
+        LSE = cute.make_tensor(partials + num_items * per_item * head_dim, cute.make_layout(
+            (num_items, clusters, rows), stride=(per_item, rows, 1)))
+        num_counts = num_items * grid.cluster_size.divisor
+        return SplitScratch(O, LSE, cute.make_tensor(arrivals, cute.make_layout(num_counts)))
+
+    # ---- device side --------------------------------------------------------------------------
+    @cute.kernel
+    def kernel(self, params: DecodeParams, layouts: DecodeLayouts, mmas: FwdMmas):
+        """Warps 0-3 consume, warp 4 loads."""
+        cfg = self.cfg
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx == LOAD_WARP:
+            cpasync.prefetch_descriptor(params.k.atom)
+            cpasync.prefetch_descriptor(params.v.atom)
+        smem, pipes = self.allocate(layouts)
+        work = self.work_of(params, cute.arch.block_idx()[0])
+        if warp_idx == LOAD_WARP:
+            load_split(cfg, params, smem, pipes, work)
+            sync_cluster()      # as the consumers do, once
+        else:
+            consume_split(cfg, params, mmas, smem, pipes, work)
+
+    @cute.jit
+    def work_of(self, params: DecodeParams, index: Int32) -> SplitWork:
+        """What CTA `index` works on. Waits for the kernel before this one on the stream: below, memory is read."""
+        cfg, grid = self.cfg, params.grid
+        packed_heads = grid.packed_heads.divisor
+        item, split, m_block, group, batch = place_of(grid, index)
+        cluster, rank = divmod(split, grid.cluster_size)
+        kv_head = group // grid.groups_per_kv_head
+        cute.arch.griddepcontrol_wait()
+        seqlen_q = used_rows(params.seqused_q, params.mQ.shape[0], batch)
+        seqlen_k = used_rows(params.seqused_k, params.k.tensor.shape[0], batch)
+        tile = Tile(m_block, group * packed_heads, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch)
+        blocks = block_range(cfg, params.window, m_block, seqlen_q, seqlen_k, grid.packed_heads)
+        num_rows = minimum(maximum(seqlen_q * packed_heads - m_block * cfg.tile_m, 0), cfg.tile_m)
+        num_own_rows = (num_rows + grid.cluster_size.divisor - 1 - rank) // grid.cluster_size
+        return SplitWork(tile, split_range(blocks, split, grid.num_splits), item, cluster, rank, num_rows, num_own_rows)
+
+    @cute.jit
+    def allocate(self, layouts: DecodeLayouts):
+        """Carve shared memory; initialise and publish the mbarriers. Arrive counts are derived here, nowhere else."""
+        cfg = self.cfg
+        allocator = cutlass.memory.SmemAllocator()
+        k_bars, v_bars = (allocator.allocate_array(Int64, 2 * cfg.num_kv_stages) for _ in range(2))
+        partials_arrived = allocator.allocate_array(Int64, 1)
+        sArrived = allocator.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
+        sPartialLSE = allocator.allocate_tensor(Float32, cute.make_layout(cfg.partial_lines), byte_alignment=16)
+        tensor = lambda layout: allocator.allocate_tensor(
+            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        sQ, sK, sV = tensor(layouts.sQ), tensor(layouts.sKV), tensor(layouts.sKV)
+        sVt = view_as(sV, layouts.sVt, element_type(cfg)) if const_expr(cfg.is_fp8) else transposed(sV)
+        sPartial = cute.make_tensor(cute.recast_ptr(sK.iterator, dtype=Float32), cute.make_layout(
+            (cfg.partial_lines, cfg.head_dim), stride=(cfg.head_dim, 1)))
+        smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, sVt, sPartial)
+
+        group = lambda threads: pipeline.CooperativeGroup(pipeline.Agent.Thread, threads)
+        ring = lambda bars: pipeline.PipelineTmaAsync.create(
+            num_stages=cfg.num_kv_stages, producer_group=group(1), consumer_group=group(4), barrier_storage=bars,
+            tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layouts.sKV, mode=[0, 1])), defer_sync=True)
+        v = ring(v_bars)
+        pipes = DecodePipelines(k=ring(k_bars), v=v, vt=v)
+        if cute.arch.thread_idx()[0] == 0:
+            cute.arch.mbarrier_init(partials_arrived, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return smem, pipes

@@ -1,0 +1,200 @@
+"""Merging partial results of split-KV: within a cluster through shared memory, between clusters through global memory.
+
+    LSE = ln sum_s exp(LSE_s),   O = sum_s exp(LSE_s - LSE) O_s
+
+Row r of an item's tile belongs to CTA r % cluster_size of each cluster: the others send it their normalised O and LSE
+of that row. If the cluster is all that works on the item, the merged row goes to out; else to the scratch, and the last
+to arrive of the CTAs that own the row merges the clusters' rows and sets their arrival count back to 0.
+
+The order of the sums is fixed, whoever comes last: the same call gives the same bits.
+"""
+import math
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from ...planning.config import DecodeConfig
+from ..common.barriers import sync_warpgroup
+from ..common.cluster import send, sync_cluster
+from ..common.layout import as_quads, as_rows_cols, fragment_col, fragment_row, out_type
+from ..forward.bundles import DecodeParams, DecodeSmem
+from ..common.sequences import is_present
+from .split import SplitWork
+
+LOG2_E = math.log2(math.e)
+COLUMNS = 4          # merged by one thread at a time
+IN_FLIGHT = 16       # partial results that a thread reads at once: their latencies overlap
+
+
+@cute.jit
+def expect_partials(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
+    """Arm the mbarrier for the rows that the cluster's CTAs will send to this one."""
+    if tidx == 0:
+        num_bytes = work.num_own_rows * params.grid.cluster_size.divisor * (4 * cfg.head_dim + 4)
+        cute.arch.mbarrier_arrive_and_expect_tx(smem.partials_arrived, num_bytes)
+
+
+@cute.jit
+def send_partial(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, acc_O: cute.Tensor,
+                 lse: cute.Tensor, tidx: Int32):
+    """acc_O and lse (f32, normalised) -> the CTAs of the cluster that own the rows.
+
+    Runs on: the consumer warpgroup. Synchronises: the cluster, before, since the partial results lie over the K that
+    its consumers read; the mbarrier of each owner counts the bytes.
+    """
+    sync_warpgroup(0)
+    sync_cluster()
+    for r in cutlass.range_constexpr(cute.size(lse)):
+        row = fragment_row(tidx) + 8 * r
+        if row < work.num_rows:
+            slot, owner = divmod(row, params.grid.cluster_size)
+            line = slot * params.grid.cluster_size.divisor + work.rank
+            pieces, size = pieces_of_row(cfg, acc_O, r)
+            for i in cutlass.range_constexpr(len(pieces)):
+                place = cute.local_tile(smem.sPartial[line, None], (size,), (4 * i + tidx % 4,))
+                send(pieces[i], place, smem.partials_arrived, owner)
+            if fragment_col(tidx) == 0:
+                send((lse[r],), cute.local_tile(smem.sPartialLSE, (1,), (line,)), smem.partials_arrived, owner)
+
+
+def pieces_of_row(cfg: DecodeConfig, acc_O: cute.Tensor, r: int) -> tuple[list[tuple], int]:
+    """What a thread holds of its r-th row, in pieces of neighbouring columns, and their size.
+
+    Of the row's pieces thread t has those of index t % 4, 4 + t % 4, ...
+    """
+    if cfg.is_fp8:
+        quads = as_quads(acc_O)
+        return [tuple(quads[i, r, g] for i in range(4)) for g in range(cfg.head_dim // 16)], 4
+    O = as_rows_cols(acc_O)
+    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cfg.head_dim // 8)], 2
+
+
+@dataclass
+class Merge:
+    """The running merge of one row's COLUMNS columns."""
+    maximum: Float32
+    total: Float32
+    acc: cute.Tensor
+
+    @staticmethod
+    def create() -> "Merge":
+        """Of nothing yet."""
+        acc = cute.make_rmem_tensor(COLUMNS, Float32)
+        acc.fill(0.0)
+        return Merge(-Float32.inf, Float32(0.0), acc)
+
+    @cute.jit
+    def add(self, O: cute.Tensor, LSE: cute.Tensor):
+        """IN_FLIGHT partial results: O (COLUMNS, IN_FLIGHT), LSE (IN_FLIGHT,), natural logarithms."""
+        old = self.maximum
+        new = LSE.load().reduce(cute.ReductionOp.MAX, old, 0)
+        offset = Float32(0.0) if new == -Float32.inf else new
+        rescale = cute.math.exp2((old - offset) * LOG2_E, fastmath=True)
+        weights = cute.math.exp2((LSE.load() - offset) * LOG2_E, fastmath=True)
+        self.maximum = new
+        self.total = self.total * rescale
+        for c in cutlass.range_constexpr(COLUMNS):
+            self.acc[c] = self.acc[c] * rescale
+        for i in cutlass.range_constexpr(IN_FLIGHT):
+            self.total = self.total + weights[i]
+            for c in cutlass.range_constexpr(COLUMNS):
+                self.acc[c] = self.acc[c] + weights[i] * O[c, i]
+
+    @cute.jit
+    def finish(self) -> Float32:
+        """acc becomes O; returns LSE. No key at all: O = 0, LSE = -inf."""
+        is_empty = self.total == 0.0
+        inverse = Float32(0.0) if is_empty else cute.arch.rcp_approx(self.total)
+        for c in cutlass.range_constexpr(COLUMNS):
+            self.acc[c] = self.acc[c] * inverse
+        lse = self.maximum + cute.math.log2(self.total, fastmath=True) * math.log(2.0)
+        return -Float32.inf if is_empty else lse
+
+
+@cute.jit
+def read_partials(source_O: cute.Tensor, source_LSE: cute.Tensor, count: Int32, first: Int32, chunk: Int32):
+    """COLUMNS columns and the LSE of the partial results first .. first + IN_FLIGHT - 1.
+
+    Those past the last one count for nothing: O is 0 and LSE -inf.
+    """
+    O, LSE = cute.make_rmem_tensor((COLUMNS, IN_FLIGHT), Float32), cute.make_rmem_tensor(IN_FLIGHT, Float32)
+    O.fill(0.0)
+    LSE.fill(-Float32.inf)
+    for i in cutlass.range_constexpr(IN_FLIGHT):
+        if first + i < count:
+            cute.autovec_copy(cute.local_tile(source_O[first + i, None], (COLUMNS,), (chunk,)), O[None, i])
+            LSE[i] = source_LSE[first + i]
+    return O, LSE
+
+
+@cute.jit
+def merge_columns(source_O: cute.Tensor, source_LSE: cute.Tensor, count: Int32, chunk: Int32):
+    """(O, LSE) of COLUMNS columns of one row: source_O (count, head_dim), source_LSE (count,)."""
+    merge = Merge.create()
+    for first in cutlass.range(0, count, IN_FLIGHT, unroll=1):
+        O, LSE = read_partials(source_O, source_LSE, count, first, chunk)
+        merge.add(O, LSE)
+    return merge.acc, merge.finish()
+
+
+@cute.jit
+def write_out(cfg: DecodeConfig, params: DecodeParams, work: SplitWork, row: Int32, chunk: Int32, O: cute.Tensor,
+              lse: Float32):
+    """COLUMNS merged columns of one row of the tile -> out, and with the first of them LSE."""
+    query, head = divmod(work.tile.m_block * cfg.tile_m + row, params.grid.packed_heads)
+    head = work.tile.head + head
+    rO = cute.make_rmem_tensor(COLUMNS, out_type(cfg))
+    rO.store(O.load().to(out_type(cfg)))
+    cute.autovec_copy(rO, cute.local_tile(params.mO[query, None, head, work.tile.batch], (COLUMNS,), (chunk,)))
+    if is_present(params.mLSE) and chunk == 0:
+        params.mLSE[query, head, work.tile.batch] = lse
+
+
+@cute.jit
+def merge_cluster(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
+    """The rows that this CTA owns, from shared memory to out, or to the scratch if other clusters have a part.
+
+    Runs on: the consumer warpgroup. Synchronises: waits for the rows that the cluster sends (`send_partial`).
+    """
+    grid, chunks = params.grid, cfg.head_dim // COLUMNS
+    cute.arch.mbarrier_wait(smem.partials_arrived, 0)
+    for unit in cutlass.range(tidx, work.num_own_rows * chunks, 128, unroll=1):
+        slot, chunk = unit // chunks, unit % chunks
+        count = grid.cluster_size.divisor
+        O, lse = merge_columns(cute.domain_offset((slot * count, 0), smem.sPartial),
+                               cute.domain_offset(slot * count, smem.sPartialLSE), count, chunk)
+        row = slot * count + work.rank
+        if params.num_clusters == 1:
+            write_out(cfg, params, work, row, chunk, O, lse)
+        else:
+            scratch = params.scratch
+            cute.autovec_copy(O, cute.local_tile(scratch.O[work.item, work.cluster, row, None], (COLUMNS,), (chunk,)))
+            if chunk == 0:
+                scratch.LSE[work.item, work.cluster, row] = lse
+
+
+@cute.jit
+def merge_clusters(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
+    """If this CTA is the last to arrive of those that own the same rows in their clusters: these rows to out.
+
+    Runs on: the consumer warpgroup, after merge_cluster. Synchronises: these CTAs through their arrival count, which
+    releases what they wrote and lets the last one acquire it.
+    """
+    scratch, grid, chunks = params.scratch, params.grid, cfg.head_dim // COLUMNS
+    arrivals = work.item * grid.cluster_size.divisor + work.rank
+    sync_warpgroup(0)
+    if tidx == 0:
+        count = scratch.arrivals.iterator + arrivals
+        smem.sArrived[0] = cute.arch.atomic_add(count, Int32(1), sem="acq_rel", scope="gpu")
+    sync_warpgroup(0)
+    if smem.sArrived[0] == params.num_clusters - 1:
+        for unit in cutlass.range(tidx, work.num_own_rows * chunks, 128, unroll=1):
+            slot, chunk = unit // chunks, unit % chunks
+            row = slot * grid.cluster_size.divisor + work.rank
+            O, lse = merge_columns(scratch.O[work.item, None, row, None], scratch.LSE[work.item, None, row],
+                                   params.num_clusters, chunk)
+            write_out(cfg, params, work, row, chunk, O, lse)
+        if tidx == 0:
+            scratch.arrivals[arrivals] = Int32(0)

@@ -1,0 +1,125 @@
+"""Bundles that cross host jit -> device kernel -> role. All frozen: nothing in here ever advances.
+
+Units: scores are raw q.k; softmax_scale_log2 = softmax_scale * log2(e), so that exp(softmax_scale * s) is
+exp2(softmax_scale_log2 * s); LSE is a natural logarithm, -inf for a row that sees no key; lengths are in tokens.
+"""
+from dataclasses import dataclass
+from typing import Optional
+
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Float32, Int32, Int64
+
+from ..common.block_range import Window
+from ..common.fp8 import Descales
+from .order import TileGrid
+from ..common.sequences import Sequences
+from ..decode.split import SplitGrid, SplitScratch
+from ..common.tma import TmaOperand
+
+
+@dataclass(frozen=True)
+class FwdParams:
+    """Run-time arguments of the forward kernel (device side)."""
+    q: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
+    k: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
+    v: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
+    o: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
+    mO: cute.Tensor                # the same tensor as o, for tiles that end within the next sequence's rows
+    mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
+    descales: Optional[Descales]   # None unless cfg.is_fp8
+    softmax_scale_log2: Float32
+    window: Window                 # used if cfg.is_local
+    grid: TileGrid                 # used unless cfg.is_varlen
+    sequences: Sequences           # used if cfg.is_varlen
+    tile_counter: cute.Tensor      # (1,) int32; see schedule.py
+    num_heads: Int32
+    num_heads_k: Int32
+
+
+@dataclass(frozen=True)
+class FwdLayouts:
+    """Staged, swizzled shared-memory layouts."""
+    sQ: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): Q in
+    sO: cute.ComposedLayout        # (tile_m, head_dim, num_o_slots): O out
+    sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
+    sVt: Optional[cute.ComposedLayout]     # (head_dim, tile_n, num_kv_stages): V^T; None unless cfg.is_fp8
+
+
+@dataclass(frozen=True)
+class FwdMmas:
+    """The two GEMMs, over all consumer warpgroups."""
+    qk: cute.TiledMma              # S = Q K^T
+    pv: cute.TiledMma              # O += P V
+
+
+@dataclass(frozen=True)
+class FwdSmem:
+    """Shared-memory tensors, in layout order."""
+    sO: cute.Tensor                # O until the store has read it: the Q ring's slots, or FP8's own
+    sQ: cute.Tensor                # aliases sO: a warpgroup overwrites rows that it has read; FP8: memory of its own
+    sK: cute.Tensor
+    sV: cute.Tensor
+    sVt: cute.Tensor               # (head_dim, tile_n, num_kv_stages): a view of sV, or a ring of its own if cfg.is_fp8
+    sTiles: cute.Tensor            # (ENTRY_INTS, tile slots) int32
+
+
+@dataclass(frozen=True)
+class FwdPipelines:
+    """Barrier arrays only; each role makes its own producer or consumer, whose state stays a local variable."""
+    q: pipeline.PipelineTmaAsync   # load warp -> consumers; emptied by the store warp
+    k: pipeline.PipelineTmaAsync   # load warp -> consumers
+    v: pipeline.PipelineTmaAsync   # load warp -> consumers, or the transpose warps if cfg.is_fp8
+    vt: pipeline.PipelineAsync     # v, or transpose warps -> consumers if cfg.is_fp8
+    o: pipeline.PipelineAsync      # consumers -> store warp; only its full half if slot i is Q's, unless cfg.has_o_ring
+    tiles: pipeline.PipelineAsync  # schedule warp -> load, store and transpose warps, consumers
+
+
+@dataclass(frozen=True)
+class DecodeParams:
+    """Run-time arguments of the decode kernel (device side)."""
+    k: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
+    v: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
+    mQ: cute.Tensor                # (seqlen_q, head_dim, num_heads, batch)
+    mO: cute.Tensor                # (seqlen_q, head_dim, num_heads, batch)
+    mLSE: cute.Tensor              # (seqlen_q, num_heads, batch) f32; may be null
+    seqused_q: cute.Tensor         # (batch,) int32; may be null, as may seqused_k
+    seqused_k: cute.Tensor
+    descales: Optional[Descales]   # None unless cfg.is_fp8
+    scratch: SplitScratch
+    softmax_scale_log2: Float32
+    window: Window                 # used if cfg.is_local
+    grid: SplitGrid
+    num_clusters: Int32            # num_splits / cluster_size
+    kv_policy: Int64               # L2 policy of the K and V loads
+
+
+@dataclass(frozen=True)
+class DecodeLayouts:
+    """Staged, swizzled shared-memory layouts."""
+    sQ: cute.ComposedLayout        # (tile_m, head_dim, 1)
+    sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
+    sVt: Optional[cute.ComposedLayout]     # (head_dim, tile_n, num_kv_stages): V^T; None unless cfg.is_fp8
+
+
+@dataclass(frozen=True)
+class DecodeSmem:
+    """Shared-memory tensors, in layout order."""
+    partials_arrived: cute.Pointer # mbarrier: all rows that this CTA owns are here
+    sArrived: cute.Tensor          # (1,) int32: how many CTAs had arrived at the item before this one
+    sPartialLSE: cute.Tensor       # (partial_lines,) f32, as sPartial
+    sQ: cute.Tensor
+    sK: cute.Tensor
+    sV: cute.Tensor
+    sVt: cute.Tensor               # (head_dim, tile_n, num_kv_stages): sV itself; FP8 is transposed within its slot
+    # (partial_lines, head_dim) f32: line row / cluster_size * cluster_size + r holds row `row` of the CTA of rank r.
+    # Aliases sK and, if need be, sV, once all CTAs of the cluster have read all of theirs (send_partial).
+    sPartial: cute.Tensor
+
+
+@dataclass(frozen=True)
+class DecodePipelines:
+    """Barrier arrays only, as FwdPipelines."""
+    k: pipeline.PipelineTmaAsync   # load warp -> consumers
+    v: pipeline.PipelineTmaAsync   # load warp -> consumers
+    vt: pipeline.PipelineTmaAsync  # v

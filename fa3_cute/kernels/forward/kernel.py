@@ -1,0 +1,180 @@
+"""FlashAttention-3 forward for sm_90a: a persistent grid; load, store and schedule warps, 1-3 consumer warpgroups."""
+import math
+from functools import partial
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cuda.bindings.driver import CUstream
+from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from ...planning.config import FIRST_TRANSPOSE_WARP, NUM_TRANSPOSE_WARPS, FwdConfig
+from ..common.arithmetic import ceil_div, minimum
+from ..common.block_range import Window
+from .store import store
+from ..common.fp8 import Descales
+from ..common.layout import element_type, out_type, smem_ring, tensor_view, transposed, view_as
+from ..common.keys_values import load
+from .transpose_role import transpose
+from ..common.attend import consume
+from .bundles import FwdLayouts, FwdMmas, FwdParams, FwdPipelines, FwdSmem
+from .schedule import schedule
+from .order import TileGrid, heads_per_section
+from ..common.sequences import Sequences
+from ..common.tiles import ENTRY_INTS
+from ..common.tma import tma_load, tma_store
+from ..common.wgmma import make_mmas
+
+NUM_TILE_SLOTS = 1         # each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles
+
+
+class FlashAttentionForward:
+    """The forward kernel of one config. Compile `__call__`: its parameters are config.FORWARD_ARGUMENTS, in order."""
+
+    def __init__(self, cfg: FwdConfig):
+        self.cfg = cfg
+
+    # ---- host side: traced once per config, runs at every launch ------------------------------
+    @cute.jit
+    def __call__(self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer,
+                 softmax_lse: cute.Pointer, cu_seqlens_q: cute.Pointer, cu_seqlens_k: cute.Pointer,
+                 seqused_q: cute.Pointer, seqused_k: cute.Pointer,
+                 q_descale: cute.Pointer, k_descale: cute.Pointer, v_descale: cute.Pointer, tile_counter: cute.Pointer,
+                 q_batch_stride: Int64, q_row_stride: Int64, q_head_stride: Int64,
+                 k_batch_stride: Int64, k_row_stride: Int64, k_head_stride: Int64,
+                 v_batch_stride: Int64, v_row_stride: Int64, v_head_stride: Int64,
+                 out_batch_stride: Int64, out_row_stride: Int64, out_head_stride: Int64,
+                 q_descale_batch_stride: Int64, q_descale_head_stride: Int64,
+                 k_descale_batch_stride: Int64, k_descale_head_stride: Int64,
+                 v_descale_batch_stride: Int64, v_descale_head_stride: Int64,
+                 batch_size: Int32, seqlen_q: Int32, seqlen_k: Int32,
+                 num_heads: Int32, num_heads_k: Int32,
+                 window_size_left: Int32, window_size_right: Int32, num_sms: Int32,
+                 softmax_scale: Float32, stream: CUstream):
+        """lse[b, h, i] = ln sum_j exp(softmax_scale q_i.k_j); out[b, i, h] = sum_j exp(softmax_scale q_i.k_j - lse) v_j
+
+        Pointers and strides (in elements) as in fa3_cute.FlashAttentionParams; num_sms CTAs at most are launched.
+        """
+        cfg = self.cfg
+        layouts = self.make_layouts()
+        sequences = Sequences(*(cute.make_tensor(array, cute.make_layout(batch_size + 1)) for array in (
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)), batch_size, seqlen_q, seqlen_k)
+        batches = batch_size
+        if const_expr(cfg.is_varlen):
+            batches = Int32(1) if sequences.is_packed() else batch_size
+        view = partial(tensor_view, cfg)
+        mQ = view(q, (seqlen_q, num_heads, batches), (q_row_stride, q_head_stride, q_batch_stride))
+        mK = view(k, (seqlen_k, num_heads_k, batches), (k_row_stride, k_head_stride, k_batch_stride))
+        mV = view(v, (seqlen_k, num_heads_k, batches), (v_row_stride, v_head_stride, v_batch_stride))
+        mO = view(out, (seqlen_q, num_heads, batches), (out_row_stride, out_head_stride, out_batch_stride))
+        mLSE = None
+        if const_expr(cfg.has_lse):
+            mLSE = cute.make_tensor(softmax_lse, cute.make_layout(
+                (seqlen_q, num_heads, batches), stride=(1, Int64(seqlen_q), Int64(seqlen_q) * num_heads)))
+        descales = None
+        if const_expr(cfg.is_fp8):
+            descales = Descales.create(num_heads, num_heads_k, batch_size, (q_descale, k_descale, v_descale), (
+                (q_descale_batch_stride, q_descale_head_stride), (k_descale_batch_stride, k_descale_head_stride),
+                (v_descale_batch_stride, v_descale_head_stride)))
+        grid = TileGrid(
+            num_m_blocks=ceil_div(seqlen_q, cfg.tile_m), num_heads=num_heads, batch_size=batch_size,
+            section=heads_per_section(num_heads * batch_size, num_heads // num_heads_k, seqlen_k,
+                                      cfg.kv_bytes_per_token))
+        num_tiles = grid.num_tiles()
+        if const_expr(cfg.is_varlen):
+            # The most that any lengths can make: packed sequences each end in a partial tile of their own.
+            num_tiles = (seqlen_q // cfg.tile_m + batch_size) * num_heads if sequences.is_packed() else num_tiles
+        params = FwdParams(
+            q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=tma_load(mK, layouts.sKV, cfg.tile_n),
+            v=tma_load(mV, layouts.sKV, cfg.tile_n), o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO, mLSE=mLSE,
+            descales=descales, softmax_scale_log2=softmax_scale * math.log2(math.e),
+            window=Window(window_size_left, window_size_right),
+            grid=grid, sequences=sequences, tile_counter=cute.make_tensor(tile_counter, cute.make_layout(1)),
+            num_heads=num_heads, num_heads_k=num_heads_k)
+        self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
+        self.kernel(params, layouts, make_mmas(cfg)).launch(
+            grid=(minimum(num_tiles, num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
+            min_blocks_per_mp=1, stream=stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
+
+    def make_layouts(self) -> FwdLayouts:
+        """Shared-memory layouts of the rings."""
+        cfg, element = self.cfg, element_type(self.cfg)
+        sVt = smem_ring(element, cfg.head_dim, cfg.tile_n, cfg.num_kv_stages) if cfg.is_fp8 else None
+        return FwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
+                          sO=smem_ring(out_type(cfg), cfg.tile_m, cfg.head_dim, cfg.num_o_slots),
+                          sKV=smem_ring(element, cfg.tile_n, cfg.head_dim, cfg.num_kv_stages), sVt=sVt)
+
+    # ---- device side --------------------------------------------------------------------------
+    @cute.kernel
+    def kernel(self, params: FwdParams, layouts: FwdLayouts, mmas: FwdMmas):
+        """Warp 0 loads, warp 1 stores, warp 2 schedules, warp 3 retires; FP8: warp 1 stores and schedules, 2 and 3
+        transpose. The other warpgroups consume."""
+        cfg = self.cfg
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx == 0:
+            for operand in (params.q, params.k, params.v, params.o):
+                cpasync.prefetch_descriptor(operand.atom)
+        smem, pipes = self.allocate(layouts)
+        producer_registers, consumer_registers = cfg.registers
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(producer_registers)
+            if warp_idx == 0:
+                load(cfg, params, smem, pipes)
+            if warp_idx == 1:
+                (schedule if cfg.has_transpose_warps else store)(cfg, params, smem, pipes)
+            if warp_idx == 2 and not cfg.has_transpose_warps:
+                schedule(cfg, params, smem, pipes)
+            if const_expr(cfg.has_transpose_warps):
+                if warp_idx >= FIRST_TRANSPOSE_WARP:
+                    transpose(cfg, params, smem, pipes)
+        else:
+            cute.arch.setmaxregister_increase(consumer_registers)
+            consume(cfg, params, mmas, smem, pipes)
+
+    @cute.jit
+    def allocate(self, layouts: FwdLayouts):
+        """Carve shared memory; initialise and publish the mbarriers. Arrive counts are derived here, nowhere else."""
+        cfg = self.cfg
+        allocator = cutlass.memory.SmemAllocator()
+        barriers = lambda stages: allocator.allocate_array(Int64, 2 * stages)   # full and empty halves
+        q_bars, k_bars = barriers(cfg.num_q_stages), barriers(cfg.num_kv_stages)
+        v_bars, o_bars = barriers(cfg.num_kv_stages), barriers(cfg.num_o_slots)
+        vt_bars = barriers(cfg.num_kv_stages) if const_expr(cfg.is_fp8) else v_bars
+        tile_bars = barriers(NUM_TILE_SLOTS)
+        sTiles = allocator.allocate_tensor(Int32, cute.make_layout((ENTRY_INTS, NUM_TILE_SLOTS)), byte_alignment=16)
+        tensor = lambda layout, element=element_type(cfg): allocator.allocate_tensor(
+            element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        sO = tensor(layouts.sO, out_type(cfg))
+        # FP8's O is wider than its Q: over it, a warpgroup's rows of O would cover rows of Q that another still reads.
+        sQ = tensor(layouts.sQ) if const_expr(cfg.is_fp8) else view_as(sO, layouts.sQ, element_type(cfg))
+        sK, sV = tensor(layouts.sKV), tensor(layouts.sKV)
+        sVt = tensor(layouts.sVt) if const_expr(cfg.is_fp8) else transposed(sV)
+        smem = FwdSmem(sQ=sQ, sO=sO, sK=sK, sV=sV, sVt=sVt, sTiles=sTiles)
+
+        group = lambda threads: pipeline.CooperativeGroup(pipeline.Agent.Thread, threads)
+        tma_ring = lambda bars, stages, layout, arrivals: pipeline.PipelineTmaAsync.create(
+            num_stages=stages, producer_group=group(1), consumer_group=group(arrivals), barrier_storage=bars,
+            tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])), defer_sync=True)
+        consumer_warps = 4 * cfg.num_consumer_wgs
+        v_readers = NUM_TRANSPOSE_WARPS if cfg.has_transpose_warps else consumer_warps
+        v = vt = tma_ring(v_bars, cfg.num_kv_stages, layouts.sKV, arrivals=v_readers)
+        tile_readers = 2 + consumer_warps
+        if const_expr(cfg.has_transpose_warps):      # one lane per warp arrives on either half
+            vt = pipeline.PipelineAsync.create(
+                num_stages=cfg.num_kv_stages, producer_group=group(NUM_TRANSPOSE_WARPS),
+                consumer_group=group(consumer_warps), barrier_storage=vt_bars, defer_sync=True)
+            tile_readers = 1 + NUM_TRANSPOSE_WARPS + consumer_warps
+        pipes = FwdPipelines(
+            q=tma_ring(q_bars, cfg.num_q_stages, layouts.sQ, arrivals=1),   # the store warp
+            k=tma_ring(k_bars, cfg.num_kv_stages, layouts.sKV, arrivals=consumer_warps),
+            v=v, vt=vt,
+            o=pipeline.PipelineAsync.create(
+                num_stages=cfg.num_o_slots, producer_group=group(32 * consumer_warps), consumer_group=group(1),
+                barrier_storage=o_bars, defer_sync=True),
+            tiles=pipeline.PipelineAsync.create(   # read by every thread of the other roles
+                num_stages=NUM_TILE_SLOTS, producer_group=group(32),
+                consumer_group=group(32 * tile_readers), barrier_storage=tile_bars, defer_sync=True))
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return smem, pipes

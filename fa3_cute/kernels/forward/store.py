@@ -1,0 +1,134 @@
+"""From acc_O to global memory: the consumers write O into a slot, their tile's of Q or O's own, and one warp sends it
+out with TMA."""
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
+
+from ...planning.config import FwdConfig
+from ..common.arithmetic import ceil_div
+from ..common.barriers import sync_warpgroup
+from ..common.layout import SwizzledRow, as_quads, convert, fragment_col, fragment_row, out_type, row_copy
+from .bundles import FwdMmas, FwdParams, FwdPipelines, FwdSmem
+from ..common.tiles import Tile, TileReader, rows_from
+from ..common.tma import tma_views
+
+
+@cute.jit
+def write_O(cfg: FwdConfig, mmas: FwdMmas, sO: cute.Tensor, acc_O: cute.Tensor, tidx: Int32):
+    """acc_O (f32, normalised) -> sO (tile_m, head_dim) in O's type, visible to TMA.
+
+    Runs on: a consumer warpgroup, each its 64 rows.
+    Synchronises: its four warps, where sO lies over the Q that they read.
+    """
+    if const_expr(cfg.is_fp8):
+        write_quads(cfg, sO, as_quads(acc_O), tidx)
+    else:
+        rO = cute.make_rmem_tensor_like(acc_O, out_type(cfg))
+        convert(acc_O, rO)
+        sync_warpgroup(tidx // 128)
+        stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), out_type(cfg))
+        thread_copy = cute.make_tiled_copy_C(stmatrix, mmas.pv).get_slice(tidx)
+        cute.copy(thread_copy, thread_copy.retile(rO), thread_copy.partition_D(sO))
+    cute.arch.fence_view_async_shared()   # generic-proxy writes before the async proxy's read
+
+
+@cute.jit
+def write_quads(cfg: FwdConfig, sO: cute.Tensor, quads: cute.Tensor, tidx: Int32):
+    """write_O's stores for an accumulator in quads (layout.as_quads): 8 bytes each."""
+    row = SwizzledRow.create(sO, fragment_row(tidx), tidx % 4 * 8)
+    for g in cutlass.range_constexpr(cfg.head_dim // 16):
+        for r in cutlass.range_constexpr(2):
+            rO, quad = cute.make_rmem_tensor(4, out_type(cfg)), cute.make_rmem_tensor(4, Float32)
+            for i in cutlass.range_constexpr(4):
+                quad[i] = quads[i, r, g]
+            rO.store(quad.load().to(out_type(cfg)))
+            place = row.pointer(out_type(cfg), 32 * g, 8 * r, alignment=8)
+            cute.autovec_copy(rO, cute.make_tensor(place, cute.make_layout(4)))
+
+
+@cute.jit
+def write_lse(cfg: FwdConfig, params: FwdParams, tile: Tile, lse: cute.Tensor, tidx: Int32):
+    """lse (f32, one per row that the thread holds) -> mLSE.
+
+    Runs on: consumer warpgroups; of a row's four threads the first writes.
+    """
+    if const_expr(cfg.has_lse):
+        if fragment_col(tidx) == 0:
+            for r in cutlass.range_constexpr(cute.size(lse)):
+                row = tile.m_block * cfg.tile_m + fragment_row(tidx) + 8 * r
+                if row < tile.seqlen_q:
+                    params.mLSE[tile.offset_q + row, tile.head, tile.batch] = lse[r]
+
+
+@cute.jit
+def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, num_rows: Int32):
+    """The first num_rows rows of sO to global memory with ordinary stores: what TMA cannot bound, since behind them
+    lie the rows of another sequence, or rows past seqused_q. Runs on: the store warp.
+    """
+    mO = rows_from(cfg, tile.offset_q, params.mO[None, None, tile.head, tile.batch])
+    gO = cute.local_tile(mO, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
+    copy, first_row, rows_per_step = row_copy(cfg, out_type(cfg), cute.arch.lane_idx(), num_threads=32)
+    tOsO, tOgO = copy.partition_S(sO), copy.partition_D(gO)
+    for step in cutlass.range(ceil_div(num_rows, rows_per_step), unroll=1):
+        if step * rows_per_step + first_row < num_rows:
+            for c in cutlass.range_constexpr(cute.size(tOsO, mode=[2])):
+                rO = cute.make_rmem_tensor_like(tOsO[None, 0, 0])
+                cute.autovec_copy(tOsO[None, step, c], rO)
+                cute.autovec_copy(rO, tOgO[None, step, c])
+
+
+@dataclass
+class OutStore:
+    """A warp's place in the rings of the tiles that it stores."""
+    q_consumer: pipeline.PipelineConsumer
+    o_consumer: pipeline.PipelineConsumer
+
+    @staticmethod
+    def create(pipes: FwdPipelines) -> "OutStore":
+        """At the CTA's first tile."""
+        return OutStore(pipes.q.make_consumer(), pipes.o.make_consumer())
+
+    @cute.jit
+    def store(self, cfg: Constexpr[FwdConfig], params: FwdParams, smem: FwdSmem, tile: Tile):
+        """O of the next tile from its slot to global memory; TMA drops the rows past seqlen_q. Then Q's slot may take
+        the next Q.
+
+        Runs on: one warp. Synchronises: waits for the full half of the O ring; empties the Q ring and FP8's O ring.
+        """
+        mO = rows_from(cfg, tile.offset_q, params.o.tensor[None, None, tile.head, tile.batch])
+        gO = cute.local_tile(mO, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
+        tOsO, tOgO = tma_views(params.o, gO, smem.sO)
+        q = self.q_consumer.wait_and_advance()   # full long ago; this walks the ring whose slot we release
+        o = self.o_consumer.wait_and_advance()
+        slot = o.index if const_expr(cfg.has_o_ring) else q.index
+        num_rows = tile.seqlen_q - tile.m_block * cfg.tile_m
+        use_tma = Boolean(True)
+        if const_expr(cfg.is_varlen):
+            use_tma = num_rows >= cfg.tile_m
+            if num_rows < cfg.tile_m:
+                store_rows(cfg, params, tile, smem.sO[None, None, slot], num_rows)
+        if use_tma:
+            cute.copy(params.o.atom, tOsO[None, slot], tOgO)
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.sync_warp()   # every lane has read, the one that issued the store has waited: now lane 0 may release
+        q.release()
+        if const_expr(cfg.has_o_ring):
+            with cute.arch.elect_one():
+                o.release()
+
+
+@cute.jit
+def store(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
+    """Every tile's O.
+
+    Runs on: warp 1 in 16 bit. Synchronises: reads the tile ring; see OutStore.store.
+    """
+    out = OutStore.create(pipes)
+    reader = TileReader.create(smem.sTiles, pipes.tiles)
+    while reader.has_tile():
+        out.store(cfg, params, smem, reader.tile)
+        reader.advance()

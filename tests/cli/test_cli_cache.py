@@ -1,0 +1,108 @@
+"""The command cache, and the listing and clearing of the disk cache behind it."""
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from fa3_cute.runtime import disk_cache
+from fa3_cute.cli import main
+from fa3_cute.cli.cache import age
+
+KEY = "0123456789abcdef" * 4
+
+
+def answer(capsys, *argv: str) -> tuple[int, dict]:
+    """Exit status and JSON of a command."""
+    status = main([*argv, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A cache folder that does not exist yet."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FA3_CUTE_CACHE_DIR", str(folder))
+    return folder
+
+
+def fill(folder: Path) -> None:
+    """Two kernels, one of them three hours old; an old and a new temporary file; what is not the cache's."""
+    for name in ("fwd_new", "fwd_old"):
+        disk_cache.store(name, KEY, b"code")
+    for name in (".left_behind.tmp", ".being_written.tmp", "notes.txt", "fwd-short.o"):
+        (folder / name).write_bytes(b"12345")
+    (folder / f"folder-{KEY[:32]}.o").mkdir()
+    (folder / f"link-{KEY[:32]}.o").symlink_to(folder / "notes.txt")
+    for name in (f"fwd_old-{KEY[:32]}.o", ".left_behind.tmp"):
+        os.utime(folder / name, (time.time() - 3 * 3600,) * 2)
+
+
+def test_entries(folder):
+    assert disk_cache.entries() == []
+    fill(folder)
+    first, *others = disk_cache.entries()
+    assert (first.name, first.path.parent, first.nbytes) == ("fwd_new", folder, 4 + disk_cache.TRAILER_BYTES)
+    assert {entry.name for entry in others} == {"fwd_old", None}
+    assert all(3 * 3600 <= entry.seconds_old < 4 * 3600 for entry in others)
+
+
+def test_cache_list(folder, capsys):
+    assert answer(capsys, "cache", "list") == (0, {"path": str(folder), "files": 0, "bytes": 0, "entries": []})
+    fill(folder)
+    status, said = answer(capsys, "cache", "list")
+    assert (status, said["files"], said["bytes"]) == (0, 3, 2 * (4 + disk_cache.TRAILER_BYTES) + 5)
+    assert main(["cache", "list"]) == 0
+    head, new, *old, total = capsys.readouterr().out.splitlines()
+    assert head.split() == ["kernel", "KB", "age"] and new.split() == ["fwd_new", "0.0", "0", "s"]
+    assert {line.split()[0] for line in old} == {"fwd_old", "(left"} and all(line.endswith(" 3 h") for line in old)
+    assert total == f"3 files, {said['bytes']} bytes in {folder}"
+
+
+def test_cache_clear(folder, capsys):
+    fill(folder)
+    assert main(["cache", "clear"]) == 0
+    nbytes = 2 * (4 + disk_cache.TRAILER_BYTES) + 5
+    assert capsys.readouterr().out == f"removed 3 files, {nbytes} bytes from {folder}\n"
+    assert {path.name for path in folder.iterdir()} == {
+        ".being_written.tmp", "notes.txt", "fwd-short.o", f"folder-{KEY[:32]}.o", f"link-{KEY[:32]}.o"}
+    assert answer(capsys, "cache", "clear") == (0, {"path": str(folder), "files": 0, "bytes": 0, "left": 0})
+
+
+def test_cache_clear_says_what_is_left(folder, monkeypatch, capsys):
+    def refuses(path):
+        raise PermissionError("no")
+    disk_cache.store("fwd", KEY, b"code")
+    monkeypatch.setattr(disk_cache.Path, "unlink", refuses)
+    assert main(["cache", "clear"]) == 1
+    assert capsys.readouterr().out.splitlines()[1] == "1 could not be removed"
+
+
+def test_cache_path(folder, capsys):
+    assert main(["cache", "path"]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert answer(capsys, "cache", "path") == (0, {"path": str(folder), "exists": False})
+
+
+def test_no_cache(folder, monkeypatch, capsys):
+    folder.write_text("a file")
+    assert main(["cache", "list"]) == 2 and "cannot be read" in capsys.readouterr().err
+    assert "is not a folder" in disk_cache.folder_problem()
+    monkeypatch.setattr(disk_cache, "cache_dir", lambda: None)
+    assert main(["cache", "list"]) == 2 and "no home folder" in capsys.readouterr().err
+    assert disk_cache.entries() == []
+
+
+def test_folder_problem(folder):
+    assert disk_cache.folder_problem() is None and not folder.exists()
+    folder.mkdir(mode=0o700)
+    assert disk_cache.folder_problem() is None
+    folder.chmod(0o777)
+    assert "others may write" in disk_cache.folder_problem()
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0 s"), (119, "119 s"), (121, "2 min"), (2 * 3600, "2 h"),
+                                           (47 * 3600, "47 h"), (72 * 3600, "3 d"), (800 * 86400, "800 d")])
+def test_age(seconds, text):
+    assert age(seconds) == text

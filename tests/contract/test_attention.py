@@ -1,0 +1,114 @@
+"""attention over NumPy arrays: the reference, rounded; and what it refuses. No GPU."""
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fa3_cute import FlashAttentionError, attention
+from fa3_cute.contract.reference import attention_reference
+
+
+def arrays(*shapes, dtype=np.float16):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+Q, K, V = arrays((2, 5, 4, 64), (2, 9, 2, 64), (2, 9, 2, 64))
+PACKED_Q, PACKED_K, PACKED_V = arrays((7, 4, 64), (9, 2, 64), (9, 2, 64))
+OFFSETS = {"cu_seqlens_q": np.array([0, 3, 5], np.int32), "cu_seqlens_k": np.array([0, 0, 9], np.int32)}
+E4M3 = ml_dtypes.float8_e4m3fn
+
+
+@pytest.mark.parametrize("qkv, options, result", [
+    ((Q, K, V), {}, np.float16),
+    ((Q, K, V), {"causal": True, "softmax_scale": 0.3, "num_splits": 1}, np.float16),
+    ((Q, K, V), {"window_size": (2, 1), "seqused_k": np.array([4, 0], np.int32)}, np.float16),
+    ((Q[:, :0], K, V), {}, np.float16),
+    ((Q.astype(np.float32), K.astype(np.float32), V.astype(np.float32)), {}, np.float32),
+    ([x.astype(ml_dtypes.bfloat16) for x in (Q, K, V)], {}, ml_dtypes.bfloat16),
+    ([x.astype(E4M3) for x in (Q, K, V)], {"q_descale": np.float32([[2], [3]]), "v_descale": 0.5}, ml_dtypes.bfloat16),
+    ([x.astype(E4M3).view(np.uint8) for x in (Q, K, V)], {"dtype": "float8_e4m3fn"}, ml_dtypes.bfloat16),
+    ([x.astype(E4M3) for x in (Q, K, V)], {"dtype": "float8_e4m3fn", "k_descale": np.float32([3, 5]), "q_descale":
+     np.full((2, 4), 0.25, np.float32)[::-1], "v_descale": np.float32(2)}, ml_dtypes.bfloat16),
+    ([x.astype(E4M3) for x in (PACKED_Q, PACKED_K, PACKED_V)], {**OFFSETS, "v_descale": np.float32([[2, 4], [1, 3]])},
+     ml_dtypes.bfloat16),
+    ((PACKED_Q, PACKED_K, PACKED_V), {**OFFSETS, "causal": True}, np.float16),
+])
+def test_attention_is_the_reference_rounded(qkv, options, result):
+    out, lse = attention(*qkv, return_lse=True, **options)
+    exact, exact_lse = attention_reference(
+        *qkv, **{name: value for name, value in options.items() if name not in ("dtype", "num_splits")})
+    assert out.dtype == result and lse.dtype == np.float32
+    # As float64: where no sequence uses a row it is NaN, which NumPy does not know in other libraries' types.
+    np.testing.assert_array_equal(out.astype(np.float64), exact.astype(result).astype(np.float64))
+    np.testing.assert_array_equal(lse, exact_lse.astype(np.float32))
+    np.testing.assert_array_equal(attention(*qkv, **options).astype(np.float64), out.astype(np.float64))
+
+
+def test_attention_writes_out_in_place_and_no_row_beyond_the_sequences():
+    out = np.full_like(PACKED_Q, 7)
+    assert attention(PACKED_Q, PACKED_K, PACKED_V, out=out, **OFFSETS) is out
+    np.testing.assert_array_equal(out[:5], attention(PACKED_Q, PACKED_K, PACKED_V, **OFFSETS)[:5])
+    assert (out[:3] == 0).all() and (out[5:] == 7).all()
+
+
+FP8 = [x.astype(E4M3) for x in (Q, K, V)]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("qkv, options", [(FP8, {}), ([x.view(np.uint8) for x in FP8], {"dtype": "float8_e4m3fn"})])
+def test_a_given_out_says_what_fp8_gives(dtype, qkv, options):
+    """FP8 values, whatever the arrays are called, and O in one of the two 16-bit types."""
+    out = np.zeros(Q.shape, dtype)
+    assert attention(*qkv, out=out, **options, v_descale=3.0) is out
+    exact, _ = attention_reference(*(x.astype(np.float64) for x in FP8))
+    np.testing.assert_array_equal(out, (3.0 * exact).astype(dtype))
+
+
+class DeviceArray:
+    __cuda_array_interface__ = {}
+
+
+REFUSED = [
+    (-9, (Q, DeviceArray(), V), {}, "k is a .*DeviceArray: must be a NumPy array, as q is"),
+    (-9, (Q, K, V), {"out": DeviceArray()}, "out is a .*DeviceArray"),
+    (-9, (Q, K, V), {"out": np.broadcast_to(Q, Q.shape)}, "out is a read-only array"),
+    (-16, (Q, K, V), {"num_splits": 4}, "num_splits=4: must be 0 or 1"),
+    (-13, (Q, K, V), {"num_splits": 257}, "num_splits=257"),
+    (-9, (Q, K, V), {"stream": 7}, "stream=7: must be None"),
+    (-9, (Q, K, V), {"softmax_scale": -1.0}, "softmax_scale=-1.0"),
+    (-9, (Q, K, V), {"window_size": 3}, "window_size=3: must be a pair"),
+    (-9, (Q, K.astype(np.float32), V), {}, "float16, float32, float16 of q, k, v"),
+    (-9, (Q, K, V), {"dtype": "bfloat16"}, "dtype='bfloat16' with arrays of float16"),
+    (-9, [x.astype(np.int32) for x in (Q, K, V)], {}, "arrays of int32"),
+    (-9, (Q, K, V), {"q_descale": 2.0}, "q_descale_ptr=.*FP8_E4M3"),
+    (-9, [x.view(np.uint8) for x in FP8], {}, "dtype=None with arrays of uint8"),
+    (-9, [FP8[0], *(x.view(np.uint8) for x in FP8[1:])], {"dtype": "float8_e4m3fn"},
+     "float8_e4m3fn, uint8, uint8 of q, k, v"),
+    (-9, [x.astype(ml_dtypes.float8_e5m2) for x in FP8], {}, "arrays of float8_e5m2"),
+    (-9, FP8, {"out": np.empty(Q.shape, E4M3)}, "out is float8_e4m3fn.*must be bfloat16 or float16"),
+    (-7, FP8, {"k_descale": np.ones((2, 4), np.float32)}, r"descale \(2, 4\): must broadcast to .* = \[2, 2\]"),
+    (-3, [np.zeros((1, 3, 1, 192), E4M3)] * 3, {}, "head_dim=192: must be 64, 96 or 128"),
+    (-9, (Q, K, V), {"out": np.empty(Q.shape, np.float32)}, "out is float32.*must be float16"),
+    (-7, (Q, K, V), {"out": np.empty((2, 64), np.float16)}, r"out is float16\[2, 64\]: must be float16\[2, 5, 4, 64\]"),
+    (-7, (Q[0], K, V), {}, r"q.shape=\(5, 4, 64\)"),
+    (-7, (Q, K, V[:, :3]), {}, "k and v alike"),
+    (-7, (Q, K, V), {"seqused_k": np.array([4, 10])}, "seqused"),
+    (-6, (PACKED_Q, PACKED_K, PACKED_V), {"cu_seqlens_q": OFFSETS["cu_seqlens_q"]}, "cu_seqlens_k=None"),
+    (-5, (Q, K, V), {"causal": True, "window_size": (4, -1)}, "window_size_left=4"),
+    (-4, (Q[:, :, :3], K, V), {}, "num_heads=3: must be a multiple of num_heads_k=2"),
+    (-2, (Q[..., :40], K[..., :40], V[..., :40]), {}, "head_dim=40"),
+]
+
+
+@pytest.mark.parametrize("code, qkv, options, words", REFUSED)
+def test_attention_refuses(code, qkv, options, words):
+    with pytest.raises(FlashAttentionError, match=words) as caught:
+        attention(*qkv, **options)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("qkv, options", [
+    ((Q.tolist(), K, V), {}), ((Q, K, None), {}), ((Q, K, V), {"q_descale": "1"}), ((Q, K, V), {"seqused_k": [1, 2]})])
+def test_attention_of_no_array(qkv, options):
+    with pytest.raises(TypeError, match="must be an? (NumPy )?array"):
+        attention(*qkv, **options)

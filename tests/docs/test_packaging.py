@@ -1,0 +1,116 @@
+"""What a user meets first: the top level, the metadata, make's targets, the README's promises."""
+import re
+import shutil
+import subprocess
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from fa3_cute.cli import report
+from fa3_cute.contract.status import Status
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TOP_LEVEL = {".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "docs", "examples", "fa3_cute", "pyproject.toml",
+             "tests"}
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+
+
+def test_top_level():
+    assert {path.name for path in ROOT.iterdir()} >= TOP_LEVEL
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            capture_output=True, text=True) if shutil.which("git") else None
+    if listed is None or listed.returncode:
+        pytest.skip("not a git checkout: what else lies here is nobody's claim")
+    assert {line.split("/")[0] for line in listed.stdout.splitlines()} == TOP_LEVEL
+
+
+def test_dependencies():
+    assert PROJECT["project"]["requires-python"] == ">=3.11"
+    names = {name_of(requirement) for requirement in PROJECT["project"]["dependencies"]}
+    assert names == {"nvidia-cutlass-dsl", "cuda-python", "cuda-core", "numpy"}
+    assert "nvidia-cutlass-dsl==4.8.1" in PROJECT["project"]["dependencies"]
+    assert {"test", "dtypes", "plot"} <= PROJECT["project"]["optional-dependencies"].keys()
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0]
+
+
+def test_installed_metadata_is_this_project():
+    try:
+        installed = metadata.distribution("fa3_cute")
+    except metadata.PackageNotFoundError:
+        pytest.skip("run from the sources, not installed")
+    import fa3_cute
+    assert installed.version == PROJECT["project"]["version"] == fa3_cute.__version__
+    command, = (entry for entry in installed.entry_points if entry.name == "fa3-cute")
+    assert command.load() is __import__("fa3_cute.cli", fromlist=["main"]).main
+
+
+def test_make_targets():
+    """Each of them first makes the environment; what else it would run parses."""
+    if not shutil.which("make"):
+        pytest.skip("no make here")
+    for target in ("demo", "test", "test-gpu", "lint", "bench", "clean"):
+        subprocess.run(["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_ci_script():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111, "not executable"
+    subprocess.run(["bash", "-n", script], check=True)
+    assert re.findall(r"^make .*$", script.read_text(), re.MULTILINE) == ["make test", "make lint"]
+
+
+def test_license():
+    text = (ROOT / "LICENSE").read_text()
+    assert PROJECT["project"]["license"] == "BSD-3-Clause"
+    assert text.startswith("BSD 3-Clause License") and "The fa3_cute authors" in text
+
+
+def test_readme_table_has_every_status_in_order():
+    rows = re.findall(r"^\| (0|-\d+) \| (\w+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [(int(code), name) for code, name in rows] == [(int(status), status.name) for status in Status]
+
+
+def test_readme_first_screen():
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:40]
+    assert {"make demo", "make test"} <= {line.split("  ")[0] for line in first_screen}
+    assert "forward(params, stream)" in "\n".join(first_screen)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_exist(document):
+    targets = re.findall(r"\]\(([^)#:]+)\)", document.read_text())
+    assert not [target for target in targets if not (document.parent / target).exists()]
+
+
+def test_readme_modules_exist():
+    text = (ROOT / "README.md").read_text()
+    layout = text.partition("```\nfa3_cute/")[2].partition("\nexamples/")[0]
+    missing = [name for name in re.findall(r"\b\w+\.py\b|\bkernels/README\.md\b|^  \w+/", layout, re.MULTILINE)
+               if not (ROOT / "fa3_cute" / name.strip()).exists()]
+    assert not missing
+
+
+def test_readme_example_is_a_valid_call(monkeypatch):
+    import fa3_cute
+    calls = []
+    monkeypatch.setattr(fa3_cute, "forward", lambda params, stream: calls.append(params) or Status.OK)
+    example, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(example, {f"{tensor}_ptr": 1 << 20 + number for number, tensor in enumerate(("q", "k", "v", "out"))}
+         | {"stream": 0})
+    assert len(calls) == 2 and fa3_cute.explain(calls[0]) == []
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "docs" / "performance.md"], ids=lambda path: path.name)
+def test_performance_tables_can_be_replaced(document):
+    """`report --into` finds its place in both documents, and each table there says what it was measured on, and how."""
+    tables = document.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    sections = tables.split("### ")[1:]
+    assert sections
+    for section in sections:
+        assert re.search(r"H[12]00.*\d{4}-\d\d-\d\dT", section) and "    python -m fa3_cute bench " in section

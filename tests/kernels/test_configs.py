@@ -1,0 +1,97 @@
+"""Configs compile clean: no spill, no serialised WGMMA, within their budgets, and to the code that is on record.
+
+Each row of the tables once, its options in turn: `selection` sees every option of a kernel beside every other. All
+configs: `make fingerprints`, or `python tests/support/fingerprints.py --check`.
+"""
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from itertools import cycle, product
+
+import fingerprints
+import pytest
+
+from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
+from fa3_cute.planning.tables import DTYPES, all_configs, all_decode_configs, all_forward_configs
+
+PROCESSES = min(4, os.cpu_count() or 1)       # a compile takes 3 s of one core and 300 MB
+
+
+def selection() -> list:
+    """One config per row of FORWARD and two per row of DECODE (with a window and without), the element types and the
+    other options in turn."""
+    chosen = {}
+    options = cycle(product((False, True), (False, True), (0, 1)))
+    for cfg in all_forward_configs():
+        chosen.setdefault((cfg.element_bytes, cfg.head_dim, cfg.mask), []).append(cfg)
+    for row, variants in chosen.items():
+        is_varlen, has_lse, number = next(options)
+        types = list(dict.fromkeys((cfg.dtype, cfg.out_dtype) for cfg in variants))
+        chosen[row] = next(cfg for cfg in variants if (cfg.is_varlen, cfg.has_lse) == (is_varlen, has_lse)
+                           and (cfg.dtype, cfg.out_dtype) == types[number])
+    decode = {}
+    for number, cfg in enumerate(all_decode_configs()):
+        decode.setdefault((cfg.element_bytes, cfg.head_dim, cfg.is_local), []).append((number, cfg))
+    return [*chosen.values(), *(variants[index % len(variants)][1] for index, variants in enumerate(decode.values()))]
+
+
+CONFIGS = selection()
+
+
+@pytest.fixture(scope="module")
+def made():
+    """{config: future of its (Report, fingerprint)}: all compiles run while the tests look at the first results."""
+    pool = ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield {cfg: pool.submit(fingerprints.fingerprint, cfg) for cfg in CONFIGS}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def known():
+    """{name: fingerprint} on record."""
+    return fingerprints.known()
+
+
+def test_names_are_unique():
+    configs = all_configs()
+    assert len({cfg.name for cfg in configs}) == len(set(configs)) == len(configs)
+
+
+def test_selection_covers_rows_and_options():
+    rows = {(type(cfg), cfg.element_bytes, cfg.head_dim, cfg.mask) for cfg in all_configs()}
+    assert {(type(cfg), cfg.element_bytes, cfg.head_dim, cfg.mask) for cfg in CONFIGS} == rows
+    assert {(cfg.dtype, cfg.out_dtype) for cfg in CONFIGS} == set(DTYPES)
+    forward = [cfg for cfg in CONFIGS if not cfg.packs_heads]
+    assert len({(cfg.is_fp8, cfg.is_varlen, cfg.has_lse) for cfg in forward}) == 8
+
+
+def test_every_config_is_on_record(known):
+    if not known:
+        pytest.skip(f"no fingerprints for {fingerprints.environment()}: make fingerprints")
+    assert sorted(known) == sorted(cfg.name for cfg in all_configs())
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.name)
+def test_compiles_clean(made, known, cfg):
+    report, fingerprint = made[cfg].result()
+    assert report.problems() == []
+    assert report.smem_bytes <= cfg.smem_bytes <= SMEM_BYTES_PER_CTA
+    most_registers = REGISTERS_PER_SM // (cfg.num_threads * cfg.ctas_per_sm) // 8 * 8
+    assert report.registers == most_registers if cfg.uses_setmaxnreg else report.registers <= most_registers
+    # One step is head_dim/16 WGMMAs for QK and tile_n/16 for PV, in FP8 half of that; the code holds it once per kind
+    # of iteration.
+    step = (cfg.head_dim + cfg.tile_n) // (32 if cfg.is_fp8 else 16)
+    assert step <= report.wgmmas <= 8 * step
+    assert fingerprint == known.get(cfg.name, fingerprint), "the kernel changed: on purpose? make fingerprints, say why"
+
+
+def test_a_changed_instruction_changes_the_hash():
+    """But where a kernel parameter lies in constant memory does not (0xA24 is IMAD with such an operand)."""
+    code = bytes(range(16)) * 2
+    constant = (0xA24).to_bytes(2, "little") + bytes(14)
+    moved = (0xA24 | 0x210 << 38).to_bytes(8, "little") + bytes(8)
+    assert fingerprints.code_hash(code) != fingerprints.code_hash(code[:16] + bytes(16))
+    assert fingerprints.code_hash(constant) == fingerprints.code_hash(moved)
+    assert fingerprints.code_hash(constant) != fingerprints.code_hash(moved[:9] + b"\1" + bytes(6))

@@ -1,0 +1,304 @@
+"""Which calls the decode kernel serves and how it is laid over the GPU: splits.py, and kernels/split.py on Python ints.
+
+`plan` is a model that is fitted anew now and then: these tests hold it to what the kernel relies on, to the sense of
+its choices, and to a few calls whose best plan was measured.
+"""
+import math
+import random
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fa3_cute.planning import splits
+from fa3_cute.planning.config import SMEM_BYTES_PER_CTA, UNBOUNDED_WINDOW
+from fa3_cute.planning.tables import all_decode_configs, decode_config
+from fa3_cute.contract.params import AttentionMode, DataType, FlashAttentionParams
+from fa3_cute.planning.splits import (CLUSTER_SLOTS, MAX_SPLITS, NUM_SMS, config_of, is_decode, is_windowed, plan,
+                                      plan_of)
+
+A = 0x7F00_0000_0000
+PREFILL, DECODE, VARLEN = AttentionMode
+ONE_TOKEN = FlashAttentionParams(q=A, k=A, v=A, out=A, batch_size=4, seqlen_q=1, seqlen_k=8192, num_heads=16,
+                                 num_heads_k=2, head_dim=128, mode=DECODE)
+PROMPT = replace(ONE_TOKEN, seqlen_q=1000, mode=PREFILL)
+UNBOUNDED = 2 * UNBOUNDED_WINDOW + 1        # the reach of a query that sees every key
+CFG = decode_config("bf16", 128, False)
+LOCAL = decode_config("bf16", 128, True)
+TWO_PER_SM = [cfg for cfg in all_decode_configs() if cfg.ctas_per_sm == 2]
+
+
+# ---- which calls -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("base, changes, expected", [
+    (ONE_TOKEN, {}, True),
+    (ONE_TOKEN, {"mode": PREFILL}, True),
+    (ONE_TOKEN, {"num_splits": 1}, True),
+    (ONE_TOKEN, {"num_splits": 256, "pack_gqa": False}, True),
+    (ONE_TOKEN, {"is_causal": True, "seqused_k": A}, True),
+    # 64 rows per KV head: 8 query heads of 8 queries, or, each by itself, 64 queries
+    (PROMPT, {"seqlen_q": 8}, True),
+    (PROMPT, {"seqlen_q": 9}, False),
+    (PROMPT, {"seqlen_q": 9, "num_heads": 14}, True),
+    (PROMPT, {"seqlen_q": 64, "num_heads_k": 16}, True),
+    (PROMPT, {"seqlen_q": 65, "num_heads_k": 16}, False),
+    (PROMPT, {"seqlen_q": 64, "pack_gqa": False}, True),
+    (PROMPT, {"seqlen_q": 65, "pack_gqa": False}, False),
+    (PROMPT, {"seqlen_q": 64, "pack_gqa": 0}, True),
+    (PROMPT, {"seqlen_q": 1, "num_heads": 130}, False),
+    (PROMPT, {"seqlen_q": 1, "num_heads": 130, "mode": DECODE}, True),
+    # any number of rows
+    (PROMPT, {}, False),
+    (PROMPT, {"num_splits": 1}, False),
+    (PROMPT, {"num_splits": 2}, True),
+    (PROMPT, {"num_splits": 2, "pack_gqa": False}, True),
+    (PROMPT, {"pack_gqa": True}, True),
+    (PROMPT, {"pack_gqa": np.True_}, True),
+    (PROMPT, {"pack_gqa": np.False_}, False),
+    (PROMPT, {"seqused_q": A, "seqused_k": A}, False),
+    # packed sequences have the other kernel, however short they are
+    *((PROMPT, {"seqlen_q": 1, "cu_seqlens_q": A, "cu_seqlens_k": A, "mode": VARLEN, "num_splits": n, "pack_gqa": pack},
+       False) for n, pack in ((0, None), (1, False))),
+    (ONE_TOKEN, {"cu_seqlens_q": 0}, True),
+])
+def test_is_decode(base, changes, expected):
+    assert is_decode(replace(base, **changes)) is expected
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, False),
+    ({"window_size_left": 4096}, True),
+    ({"window_size_left": 0}, True),
+    ({"window_size_left": UNBOUNDED_WINDOW}, False),
+    ({"window_size_left": UNBOUNDED_WINDOW - 1}, True),
+    # nothing lies to the right of the last query, and a single one is the last
+    ({"window_size_right": 0}, False),
+    ({"is_causal": True}, False),
+    ({"is_causal": True, "seqlen_q": 2}, True),
+    ({"window_size_right": 0, "seqlen_q": 2}, True),
+    ({"window_size_right": UNBOUNDED_WINDOW, "seqlen_q": 2}, False),
+    ({"window_size_left": 7, "window_size_right": 7}, True),
+])
+def test_is_windowed(changes, expected):
+    assert is_windowed(replace(ONE_TOKEN, mode=PREFILL, **changes)) is expected
+
+
+# ---- the number of splits that was asked for -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seqlen_k", [1, 100, 8192, 2**20])
+def test_exactly_as_many_splits_as_asked_for(seqlen_k):
+    for num_splits in range(1, MAX_SPLITS + 1):
+        found = plan(CFG, 4, 1, seqlen_k, 16, 2, UNBOUNDED, (None, num_splits))
+        assert found.num_splits == num_splits
+        assert found.cluster_size in CLUSTER_SLOTS and num_splits % found.cluster_size == 0
+        check_memory(CFG, found, 4, 1, 16)
+
+
+def check_memory(cfg, found, batch_size, seqlen_q, num_heads):
+    """Shared memory by the CTAs that run at once; scratch as kernels/split.SplitScratch lays it out."""
+    rows = seqlen_q * found.packed_heads
+    items = -(-rows // 64) * (num_heads // found.packed_heads) * batch_size
+    num_ctas, clusters = items * found.num_splits, found.num_splits // found.cluster_size
+    fits_one_per_sm = num_ctas <= CLUSTER_SLOTS[found.cluster_size][0]
+    assert found.smem_bytes == (SMEM_BYTES_PER_CTA if fits_one_per_sm else cfg.smem_bytes)
+    assert found.num_splits % found.cluster_size == 0 and num_ctas < 2**31
+    outputs, lse = items * clusters * min(rows, 64) * cfg.head_dim, items * clusters * min(rows, 64)
+    is_shared = clusters > 1
+    assert found.partial_bytes == is_shared * 4 * (outputs + lse)
+    assert found.num_arrivals == is_shared * items * found.cluster_size
+    return items
+
+
+# ---- automatic plans -------------------------------------------------------------------------------------------------
+
+def random_call(rng):
+    """(batch_size, seqlen_q, seqlen_k, num_heads, num_heads_k, reach, pack_gqa)"""
+    heads_k = rng.choice((1, 2, 3, 4, 8, 16, 32))
+    seqlen_k = rng.choice((rng.randint(1, 300), rng.randint(1, 2**14), rng.randint(1, 2**21)))
+    reach = rng.choice((1, rng.randint(1, 5000), UNBOUNDED_WINDOW + 1, UNBOUNDED))
+    return (rng.choice((1, 2, 3, 7, 16, 64, 133, 512, 5000)), rng.choice((1, 1, 1, 2, 8, 70, 3000)), seqlen_k,
+            heads_k * rng.choice((1, 2, 4, 5, 7, 8, 16, 80)), heads_k, reach, rng.choice((None, None, True, False)))
+
+
+@pytest.mark.parametrize("cfg", all_decode_configs(), ids=lambda cfg: cfg.name)
+def test_automatic_plans(cfg):
+    rng = random.Random(cfg.name)
+    for _ in range(400):
+        batch_size, seqlen_q, seqlen_k, num_heads, num_heads_k, reach, pack = random_call(rng)
+        call = cfg, batch_size, seqlen_q, seqlen_k, num_heads, num_heads_k, reach, (pack, 0)
+        found = plan(*call)
+        assert found.packed_heads == (1 if pack is False else num_heads // num_heads_k), call
+        assert 1 <= found.num_splits <= min(MAX_SPLITS, -(-seqlen_k // cfg.tile_n)), call
+        assert found.cluster_size in CLUSTER_SLOTS, call
+        check_memory(cfg, found, batch_size, seqlen_q, num_heads)
+
+
+def test_the_plan_depends_on_the_call_alone():
+    """Not on the calls before it, nor on FP16 or BF16; and the config in a plan is the one that is launched."""
+    rng = random.Random(1)
+    calls = [random_call(rng) for _ in range(300)]
+
+    def plans(calls, dtype):
+        splits.plan.cache_clear(), splits.fastest.cache_clear()
+        return [plan(decode_config(dtype, 96, True), *shape, (pack, 0)) for *shape, pack in calls]
+
+    assert plans(calls, "fp16") == plans(calls[::-1], "fp16")[::-1] == plans(calls, "bf16")
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_splits": 0}, {"num_splits": 256, "batch_size": 4096, "seqlen_q": 8, "seqlen_k": 65536}], ids=["one", "many"])
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16], ids=lambda kind: kind.__name__)
+def test_sizes_of_numpy_are_numbers(kind, changes):
+    """They count as ints, also where a product leaves their range."""
+    params = replace(ONE_TOKEN, mode=PREFILL, **changes)
+    fields = ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")
+    narrow = {name: kind(value) for name in fields if (value := getattr(params, name)) <= np.iinfo(kind).max}
+    expected = plan_of(params)
+    splits.plan.cache_clear()                   # equal sizes are equal keys
+    try:
+        assert plan_of(replace(params, **narrow)) == expected
+    finally:
+        splits.plan.cache_clear()
+
+
+def test_plans_of_params():
+    """plan_of reads what plan is told: the mask's reach, the heads that share a tile, the splits."""
+    def told(is_local, reach, *choices, seqlen_q=1):
+        return plan(decode_config("fp16", 128, is_local), 4, seqlen_q, 8192, 16, 2, reach, choices)
+
+    assert plan_of(ONE_TOKEN) == told(False, UNBOUNDED, None, 0) == plan_of(replace(ONE_TOKEN, dtype=DataType.BF16))
+    assert plan_of(replace(ONE_TOKEN, is_causal=True)) == told(False, UNBOUNDED_WINDOW + 1, None, 0)
+    assert plan_of(replace(ONE_TOKEN, num_splits=7, pack_gqa=False)) == told(False, UNBOUNDED, False, 7)
+    window = replace(ONE_TOKEN, mode=PREFILL, seqlen_q=3, window_size_left=300, window_size_right=2)
+    assert plan_of(window) == told(True, 303, None, 0, seqlen_q=3) != plan_of(replace(window, window_size_left=-1))
+
+
+FP8 = DataType.FP8_E4M3
+
+
+@pytest.mark.parametrize("changes, config", [
+    ({}, ("fp16", 128, False)),
+    ({"dtype": DataType.BF16, "out_dtype": DataType.BF16, "window_size_left": 7}, ("bf16", 128, True)),
+    ({"dtype": FP8}, ("fp8_e4m3", 128, False, "bf16")),
+    ({"dtype": 2, "out_dtype": 1, "head_dim": np.int64(64)}, ("fp8_e4m3", 64, False, "bf16")),
+    ({"dtype": FP8, "out_dtype": DataType.FP16, "is_causal": True, "seqlen_q": 2, "mode": PREFILL, "head_dim": 96},
+     ("fp8_e4m3", 96, True, "fp16")),
+])
+def test_config_of_params(changes, config):
+    assert config_of(replace(ONE_TOKEN, **changes)) is decode_config(*config)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_fp8_has_plans_of_its_own(head_dim):
+    """By its own rows of the heuristics and its own bytes; O's element type has no part in it."""
+    def plans(dtype, out_dtype=None):
+        calls = product((1, 3, 16, 64), (1, 200, 2000, 8192, 2**15, 2**17))
+        return [plan_of(replace(ONE_TOKEN, dtype=dtype, out_dtype=out_dtype, head_dim=head_dim, batch_size=batch_size,
+                                seqlen_k=seqlen_k)) for batch_size, seqlen_k in calls]
+
+    cfg = decode_config("fp8_e4m3", head_dim, False, "bf16")
+    told = [plan(cfg, batch_size, 1, seqlen_k, 16, 2, UNBOUNDED, (None, 0))
+            for batch_size, seqlen_k in product((1, 3, 16, 64), (1, 200, 2000, 8192, 2**15, 2**17))]
+    assert plans(FP8) == plans(FP8, DataType.FP16) == told != plans(DataType.BF16)
+
+
+# ---- do they make sense ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_a_single_long_context_takes_the_whole_gpu(head_dim):
+    cfg = decode_config("bf16", head_dim, False)
+    for seqlen_k, fewest in ((32768, 96), (100000, 101), (2**17, 101), (2**20, 101)):
+        assert fewest <= plan(cfg, 1, 1, seqlen_k, 8, 1, UNBOUNDED, (None, 0)).num_splits <= NUM_SMS
+
+
+@pytest.mark.parametrize("cfg", TWO_PER_SM, ids=lambda cfg: cfg.name)
+def test_plenty_of_items_are_not_split(cfg):
+    """Where one CTA has an SM for itself the last round may still be worth a split."""
+    for batch_size, seqlen_k in product((8 * NUM_SMS + 1, 1500, 4000, 10**6, 2**31 - 1), (1, 1000, 8192, 2**20)):
+        assert plan(cfg, batch_size, 1, seqlen_k, 8, 1, UNBOUNDED, (None, 0))[1:3] == (1, 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16, 64])
+@pytest.mark.parametrize("seqlen_q, window", [(1, 500), (4, 1024), (1, 4096)])
+def test_a_window_is_planned_for_what_it_shows(seqlen_q, window, batch_size):
+    """However long the context behind it is; and without splits that have nothing to read."""
+    plans = {plan(LOCAL, batch_size, seqlen_q, seqlen_k, 16, 2, window + 1, (None, 0))
+             for seqlen_k in (8192, 2**15, 2**17, 2**20)}
+    assert max(found.num_splits for found in plans) <= (window + seqlen_q) // LOCAL.tile_n + 2
+    assert len(plans) == 1, plans
+
+
+def test_short_contexts_are_not_split_further_than_their_tiles():
+    for seqlen_k in (1, 63, 64, 65, 128, 129, 640):
+        for num_items in (1, 2, 132):
+            found = plan(CFG, num_items, 1, seqlen_k, 8, 1, UNBOUNDED, (None, 0))
+            assert found.num_splits <= -(-seqlen_k // CFG.tile_n)
+
+
+# Measured: the fastest, or within the noise of it.
+@pytest.mark.parametrize("batch_size, seqlen_k, heads, splits_and_cluster", [
+    (1, 2048, (16, 2), (16, 16)), (4, 2048, (16, 2), (8, 8)), (64, 8192, (32, 8), (1, 1)),
+])
+def test_pinned_plans(batch_size, seqlen_k, heads, splits_and_cluster):
+    found = plan(CFG, batch_size, 1, seqlen_k, *heads, UNBOUNDED, (None, 0))
+    assert (found.num_splits, found.cluster_size) == splits_and_cluster
+
+
+@pytest.mark.parametrize("cfg", all_decode_configs(), ids=lambda cfg: cfg.name)
+def test_the_model_is_a_time(cfg):
+    """Positive and finite; of the candidates, which fit the GPU and are never empty, the chosen one is the fastest."""
+    for num_items, n_blocks in product((1, 5, 66, 132, 133, 2000), (0, 1, 2, 17, 500, 16384)):
+        candidates = list(splits.candidates(cfg, num_items, n_blocks))
+        assert (1, 1) in candidates
+        for _, *rates in splits.RATES:
+            times = {choice: splits.time_of(cfg, num_items, n_blocks, *choice, rates) for choice in candidates}
+            assert all(time > 0 and math.isfinite(time) for time in times.values())
+            chosen = splits.fastest(cfg, num_items, n_blocks, tuple(rates))
+            assert times[chosen] <= min(times.values()) + 0.1        # it rounds to tenths
+        for num_splits, cluster_size in candidates:
+            assert num_splits % cluster_size == 0 and num_splits <= min(MAX_SPLITS, max(n_blocks, 1))
+            assert num_splits == cluster_size or num_items * num_splits <= max(CLUSTER_SLOTS[cluster_size])
+
+
+def test_more_work_never_takes_less_time():
+    """Of one plan, in tiles; the time of two K/V lengths tells how many splits they are worth."""
+    for choice, num_items in product(((1, 1), (4, 4), (48, 8)), (1, 2, 40)):
+        times = [splits.time_of(CFG, num_items, n_blocks, *choice, splits.RATES[-1][1:]) for n_blocks in range(300)]
+        assert times == sorted(times)
+
+
+# ---- kernels/split.py ------------------------------------------------------------------------------------------------
+
+class Number(int):
+    """kernels/split.Divisor without the DSL."""
+    @property
+    def divisor(self):
+        return int(self)
+
+
+@pytest.mark.parametrize("batch_size, seqlen_q, num_heads, num_heads_k, packed_heads", [
+    (1, 1, 1, 1, 1), (3, 1, 16, 2, 8), (2, 9, 16, 2, 8), (2, 130, 6, 3, 2), (2, 130, 6, 3, 1), (3, 5, 80, 1, 80)])
+@pytest.mark.parametrize("num_splits, cluster_size", [(1, 1), (6, 6), (11, 1), (24, 8)])
+def test_every_split_of_every_tile_has_one_cta(monkeypatch, batch_size, seqlen_q, num_heads, num_heads_k, packed_heads,
+                                               num_splits, cluster_size):
+    """Also the grid's size is plan's idea of it, and a cluster works on one item."""
+    from fa3_cute.kernels.decode import split as module
+    monkeypatch.setattr(module, "Divisor", Number)
+    grid = module.SplitGrid.create(64, batch_size, seqlen_q, num_heads, num_heads // num_heads_k, packed_heads,
+                                   num_splits, cluster_size)
+    pack = packed_heads > 1 or num_heads == num_heads_k
+    found = plan(CFG, batch_size, seqlen_q, 4096, num_heads, num_heads_k, UNBOUNDED, (pack, num_splits))
+    assert grid.num_items == check_memory(CFG, found, batch_size, seqlen_q, num_heads)
+    assert grid.num_rows == seqlen_q * packed_heads and found.packed_heads == packed_heads
+
+    places = [module.place_of(grid, index) for index in range(grid.num_items * num_splits)]
+    m_blocks, groups = -(-grid.num_rows // 64), num_heads // packed_heads
+    work = [(batch, group, m_block, split) for _, split, m_block, group, batch in places]
+    assert sorted(work) == list(product(*map(range, (batch_size, groups, m_blocks, num_splits))))
+    for start in range(0, len(places), cluster_size):
+        cluster = places[start:start + cluster_size]
+        assert len({item for item, *_ in cluster}) == 1
+        assert [split % cluster_size for _, split, *_ in cluster] == list(range(cluster_size))
+    kv_heads = [group // grid.groups_per_kv_head for group in range(groups)]
+    assert kv_heads == sorted([*range(num_heads_k)] * (groups // num_heads_k))

@@ -1,0 +1,78 @@
+"""What the compiler made of every config, kept in fingerprints.json: a change of structure must not change a kernel.
+
+    python tests/support/fingerprints.py            make it anew, all configs (224 took 6 minutes on 2 cores)
+    python tests/fingerprints.py --check    compare instead; exit status 1 and the differences if there are any
+
+A fingerprint is registers, bytes of stack, of spill stores and loads, of shared memory, instructions, and a hash of the
+instructions in order, without the places of kernel parameters in constant memory. Keyed by DSL version and flavour.
+"""
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+FILE = Path(__file__).with_name("fingerprints.json")
+FIELDS = ("registers", "stack_bytes", "spill_store_bytes", "spill_load_bytes", "smem_bytes", "instructions")
+# Forms of an instruction that read constant memory, by bits 8 to 11 of its first word; where it reads, bits 38 to 53.
+CONSTANT_FORMS = (0x6, 0x7, 0xA, 0xB)
+CONSTANT_OFFSET = 0xFFFF << 38
+
+
+def fingerprint(cfg) -> tuple:
+    """(Report, fingerprint) of one config, compiled past every cache."""
+    from fa3_cute.runtime.compiler import compile_and_read
+    report, kernel = compile_and_read(cfg)
+    return report, [*(getattr(report, field) for field in FIELDS), code_hash(kernel.code)]
+
+
+def code_hash(code: bytes) -> str:
+    """16 digits of SHA-256 over the instructions, whatever lies where in constant memory."""
+    digest = hashlib.sha256()
+    for start in range(0, len(code), 16):
+        low, high = code[start:start + 8], code[start + 8:start + 16]
+        word = int.from_bytes(low, "little")
+        if word >> 8 & 0xF in CONSTANT_FORMS:
+            low = (word & ~CONSTANT_OFFSET).to_bytes(8, "little")
+        digest.update(low + high)
+    return digest.hexdigest()[:16]
+
+
+def environment() -> str:
+    """The key of this machine's compiler."""
+    import cutlass
+    return f"DSL {cutlass.__version__}, CUDA {cutlass.CUDA_VERSION.major}.{cutlass.CUDA_VERSION.minor}"
+
+
+def known() -> dict[str, list]:
+    """{config name: fingerprint} of this compiler; {} where none were made with it."""
+    return json.loads(FILE.read_text()).get(environment(), {}) if FILE.exists() else {}
+
+
+def main(check: bool) -> int:
+    from fa3_cute.planning.tables import all_configs
+    configs = all_configs()
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = {cfg.name: made for cfg, (_, made) in zip(configs, pool.map(fingerprint, configs), strict=True)}
+    if check:
+        before = known()
+        changed = {name: (before.get(name), made) for name, made in found.items() if before.get(name) != made}
+        changed |= {name: (made, None) for name, made in before.items() if name not in found}
+        for name, (old, new) in changed.items():
+            print(f"{name}: {old} -> {new}")
+        print(f"{len(found)} kernels, {len(changed)} changed")
+        return 1 if changed else 0
+    everything = json.loads(FILE.read_text()) if FILE.exists() else {}
+    everything[environment()] = found
+    lines = (f"{json.dumps(key)}: {{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(made)}"
+                                                     for name, made in kernels.items()) + "\n}"
+             for key, kernels in everything.items())
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{len(found)} kernels written to {FILE.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
