@@ -9,7 +9,8 @@ from functools import cache
 from operator import attrgetter
 
 from .arrays.call import AttentionCall, attention_on_device, attention_on_host
-from .planning.config import FP8, UNBOUNDED_WINDOW, DecodeConfig, FwdConfig
+from .contract.formats import FP8, UNBOUNDED_WINDOW
+from .planning.config import DecodeConfig, FwdConfig
 from .planning.tables import forward_config
 from .contract.params import (DTYPE_NAMES, AttentionMode, DataType, FlashAttentionParams, address, are_constants,
                      fp8_out_dtype)

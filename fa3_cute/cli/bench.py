@@ -26,7 +26,7 @@ from dataclasses import replace
 from statistics import median
 
 from .. import forward
-from ..planning.config import ELEMENT_BYTES, FP8, HEAD_DIMS
+from ..contract.formats import ELEMENT_BYTES, FP8, HEAD_DIMS
 from ..arrays.memory import hopper_device_problem, open_device
 from . import environment
 from . import peers

@@ -6,7 +6,7 @@ from math import ceil, prod
 import numpy as np
 
 from .. import AttentionMode, DataType, FlashAttentionParams
-from ..planning.config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, OUT_BYTES
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, OUT_BYTES
 from ..arrays.memory import address, allocate, download, fill, upload
 from ..arrays.memory import window as window_of
 from ..contract.reference import as_float, attention_reference, to_bits

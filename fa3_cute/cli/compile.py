@@ -8,7 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 
-from ..planning.config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS, DecodeConfig, FwdConfig
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS
+from ..planning.config import DecodeConfig, FwdConfig
 from ..planning.tables import all_configs
 from .table import Table, one_or_more
 

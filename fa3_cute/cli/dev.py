@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..planning.config import HEAD_DIMS
+from ..contract.formats import HEAD_DIMS
 from ..arrays.memory import hopper_device_problem
 from ..runtime.disk_cache import cache_dir
 from .dtypes import add_dtypes

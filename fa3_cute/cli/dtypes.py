@@ -1,5 +1,5 @@
 """Element types as options: which head dims a type has, and what the type of O may be."""
-from ..planning.config import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS
 
 DEFAULT = "bf16"
 

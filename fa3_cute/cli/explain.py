@@ -11,7 +11,8 @@ import argparse
 import json
 
 from ..api import AttentionMode, DataType, FlashAttentionParams, explain, kernel_config
-from ..planning.config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, DecodeConfig, FwdConfig
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
+from ..planning.config import DecodeConfig, FwdConfig
 from ..planning.tables import FORWARD, decode_row
 from ..planning.splits import SplitPlan, plan_of
 

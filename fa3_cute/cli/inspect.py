@@ -25,7 +25,8 @@ and so are reads of K and V from the L2 cache by the forward kernel: the bytes a
 """
 import json
 
-from ..planning.config import HEAD_DIMS, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
+from ..contract.formats import HEAD_DIMS
+from ..planning.config import SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
 from ..planning.tables import decode_config, forward_config
 from .dtypes import add_dtypes, out_dtype_of
 from .table import Table

@@ -8,7 +8,7 @@ from functools import cache, lru_cache, partial
 from importlib import metadata
 from math import prod
 
-from ..planning.config import FP8
+from ..contract.formats import FP8
 from .case import Case
 from .measure import CALLS_PER_GRAPH, Work
 

@@ -15,7 +15,7 @@ Exit status 2 if the document has no such lines or a file holds no results of th
 import json
 from pathlib import Path
 
-from ..planning.config import FP8, HEAD_DIMS
+from ..contract.formats import FP8, HEAD_DIMS
 from . import environment
 from . import plot
 from .bench import SUITES

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ..planning.config import ELEMENT_BYTES
+from ..contract.formats import ELEMENT_BYTES
 from ..arrays.memory import download, open_device
 from ..contract.reference import as_float, attention_reference
 from .case import Case, Tensors

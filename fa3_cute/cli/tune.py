@@ -21,7 +21,8 @@ from math import prod
 from multiprocessing import get_context
 
 from ..runtime.compiler import CompileError, get_kernel
-from ..planning.config import ELEMENT_BYTES, FwdConfig
+from ..contract.formats import ELEMENT_BYTES
+from ..planning.config import FwdConfig
 from ..arrays.memory import hopper_device_problem
 from ..planning.tables import Row
 from .dev import add_problem

@@ -1,8 +1,10 @@
 """FlashAttentionParams: one forward call as data, and how the value of a field is read. Pure Python."""
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from functools import cache
+
+from .status import Status
 
 
 class DataType(IntEnum):
@@ -19,6 +21,66 @@ class AttentionMode(IntEnum):
     VARLEN_PREFILL = 2
 
 
+# ---- what a field holds ----------------------------------------------------------------------------------------------
+
+FORWARD, DECODE = "forward", "decode"       # the kernels
+BOTH = (FORWARD, DECODE)
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """The description of a field, which rules, kernel entries, argument buffers and repeat checks are made of.
+
+    kind        "pointer", "size", "stride", "count", "number", "flag" or "choice"
+    element     what a pointer points at: "input" (dtype), "output" (out_dtype), "float32", "int32" or "bytes"
+    alignment   of a pointer, in bytes
+    takers      the kernels whose entry takes it
+    entry       its name there; "" where it is the field's
+    is_fp8      only FP8 has it: 16-bit kernels take it and never read it
+    changes     an address that is another one in every call; all else changes with the shape at most
+    refused     the status of a call that sets it: part of the interface but of nothing that this library does
+    instead     what to do then
+    """
+    kind: str
+    element: str = ""
+    alignment: int = 1
+    takers: tuple[str, ...] = ()
+    entry: str = ""
+    is_fp8: bool = False
+    changes: bool = False
+    refused: Status | None = None
+    instead: str = ""
+
+
+def _field(default, kind: str, **facts):
+    return field(default=default, metadata={"argument": Argument(kind, **facts)})
+
+
+def _tensor(element: str = "input", alignment: int = 16):
+    return _field(None, "pointer", element=element, alignment=alignment, takers=BOTH, changes=True)
+
+
+def _lengths(*takers: str):
+    return _field(None, "pointer", element="int32", alignment=4, takers=takers)
+
+
+def _descale(entry: str):
+    return _field(None, "pointer", element="float32", alignment=4, takers=BOTH, entry=entry, is_fp8=True, changes=True)
+
+
+def _stride(default: int | None = None):
+    """None: contiguous. Those of descales, which FP8 alone has, are 0 by default: one for all."""
+    return _field(default, "stride", takers=BOTH, is_fp8=default == 0)
+
+
+def _size():
+    return _field(0, "size", takers=BOTH)
+
+
+def _refused(status: Status, default=None, kind: str = "pointer", instead: str = ""):
+    return _field(default, kind, refused=status, instead=instead)
+
+
 @dataclass(slots=True, kw_only=True)
 class FlashAttentionParams:
     """Arguments of `forward`: pointers, sizes, strides, choices. Mutable; a misspelt field is an error.
@@ -29,83 +91,99 @@ class FlashAttentionParams:
     """
     # [batch, seqlen_q, num_heads, head_dim] q and out, [batch, seqlen_k, num_heads_k, head_dim] k and v; packed
     # [total_q, num_heads, head_dim] and [total_k, num_heads_k, head_dim]. 16-byte aligned, last dimension contiguous.
-    q: int | None = None
-    k: int | None = None
-    v: int | None = None
-    out: int | None = None
+    q: int | None = _tensor()
+    k: int | None = _tensor()
+    v: int | None = _tensor()
+    out: int | None = _tensor("output")
     # FP32 output, natural logarithm, contiguous: [batch, num_heads, seqlen_q], packed [num_heads, total_q].
-    softmax_lse: int | None = None
+    softmax_lse: int | None = _tensor("float32", 4)
 
-    batch_size: int = 0
-    seqlen_q: int = 0           # ignored, like seqlen_k, when cu_seqlens_q and cu_seqlens_k are given
-    seqlen_k: int = 0
-    num_heads: int = 0
-    num_heads_k: int = 0        # divides num_heads: MHA if equal, MQA if 1, else GQA
-    head_dim: int = 0
+    batch_size: int = _size()
+    seqlen_q: int = _size()     # ignored, like seqlen_k, when cu_seqlens_q and cu_seqlens_k are given
+    seqlen_k: int = _size()
+    num_heads: int = _size()
+    num_heads_k: int = _size()  # divides num_heads: MHA if equal, MQA if 1, else GQA
+    head_dim: int = _field(0, "size")
 
-    q_batch_stride: int | None = None
-    q_row_stride: int | None = None
-    q_head_stride: int | None = None
-    k_batch_stride: int | None = None
-    k_row_stride: int | None = None
-    k_head_stride: int | None = None
-    v_batch_stride: int | None = None
-    v_row_stride: int | None = None
-    v_head_stride: int | None = None
-    out_batch_stride: int | None = None
-    out_row_stride: int | None = None
-    out_head_stride: int | None = None
+    q_batch_stride: int | None = _stride()
+    q_row_stride: int | None = _stride()
+    q_head_stride: int | None = _stride()
+    k_batch_stride: int | None = _stride()
+    k_row_stride: int | None = _stride()
+    k_head_stride: int | None = _stride()
+    v_batch_stride: int | None = _stride()
+    v_row_stride: int | None = _stride()
+    v_head_stride: int | None = _stride()
+    out_batch_stride: int | None = _stride()
+    out_row_stride: int | None = _stride()
+    out_head_stride: int | None = _stride()
 
-    dtype: DataType = DataType.FP16
-    out_dtype: DataType | None = None       # None: dtype, BF16 for FP8_E4M3
-    softmax_scale: float | None = None      # None: 1/sqrt(head_dim)
+    dtype: DataType = _field(DataType.FP16, "choice")
+    out_dtype: DataType | None = _field(None, "choice")         # None: dtype, BF16 for FP8_E4M3
+    softmax_scale: float | None = _field(None, "number", takers=BOTH)       # None: 1/sqrt(head_dim)
 
     # Bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q.
-    is_causal: bool = False
+    is_causal: bool = _field(False, "flag")
     # Query i sees i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right; negative is unbounded.
-    window_size_left: int = -1
-    window_size_right: int = -1
-    mode: AttentionMode = AttentionMode.PREFILL
+    window_size_left: int = _field(-1, "count", takers=BOTH)
+    window_size_right: int = _field(-1, "count", takers=BOTH)
+    mode: AttentionMode = _field(AttentionMode.PREFILL, "choice")
 
-    cu_seqlens_q: int | None = None         # int32 [batch + 1], with cu_seqlens_k, total_q and total_k
-    cu_seqlens_k: int | None = None
-    total_q: int = 0
-    total_k: int = 0
-    seqused_q: int | None = None            # int32 [batch]
-    seqused_k: int | None = None
+    cu_seqlens_q: int | None = _lengths(FORWARD)        # int32 [batch + 1], with cu_seqlens_k, total_q and total_k
+    cu_seqlens_k: int | None = _lengths(FORWARD)
+    total_q: int = _field(0, "size")
+    total_k: int = _field(0, "size")
+    seqused_q: int | None = _lengths(*BOTH)             # int32 [batch]
+    seqused_k: int | None = _lengths(*BOTH)
 
     # FP8 only. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by sequence,
     # packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
-    q_descale_ptr: int | None = None
-    k_descale_ptr: int | None = None
-    v_descale_ptr: int | None = None
-    q_descale_batch_stride: int = 0
-    q_descale_head_stride: int = 0
-    k_descale_batch_stride: int = 0
-    k_descale_head_stride: int = 0
-    v_descale_batch_stride: int = 0
-    v_descale_head_stride: int = 0
+    q_descale_ptr: int | None = _descale("q_descale")
+    k_descale_ptr: int | None = _descale("k_descale")
+    v_descale_ptr: int | None = _descale("v_descale")
+    q_descale_batch_stride: int = _stride(0)
+    q_descale_head_stride: int = _stride(0)
+    k_descale_batch_stride: int = _stride(0)
+    k_descale_head_stride: int = _stride(0)
+    v_descale_batch_stride: int = _stride(0)
+    v_descale_head_stride: int = _stride(0)
 
-    num_splits: int = 0                     # 0 automatic, 1 never (batch-invariant), n exactly n
-    pack_gqa: bool | None = None            # None: automatic
-    workspace: int | None = None            # scratch for split-KV; None: the library keeps its own
-    workspace_bytes: int = 0
+    num_splits: int = _field(0, "count")                # 0 automatic, 1 never (batch-invariant), n exactly n
+    pack_gqa: bool | None = _field(None, "flag")        # None: automatic
+    workspace: int | None = _field(None, "pointer", element="bytes", alignment=16)  # scratch for split-KV; None: ours
+    workspace_bytes: int = _field(0, "count")
 
     # Known by name, refused while set.
-    softcap: float = 0.0
-    page_table: int | None = None
-    page_size: int = 0
-    rotary_cos: int | None = None
-    rotary_sin: int | None = None
-    rotary_dim: int = 0
-    p_dropout: float = 0.0
-    rng_state: int | None = None
-    attn_mask: int | None = None
-    leftpad_k: int | None = None
-    k_new: int | None = None
-    v_new: int | None = None
-    seqlen_knew: int = 0
+    softcap: float = _refused(Status.SOFTCAP_UNSUPPORTED, 0.0, "number")
+    page_table: int | None = _refused(Status.PAGED_KV_UNSUPPORTED)
+    page_size: int = _refused(Status.PAGED_KV_UNSUPPORTED, 0, "count")
+    rotary_cos: int | None = _refused(Status.ROTARY_UNSUPPORTED, instead="rotate q and k before the call")
+    rotary_sin: int | None = _refused(Status.ROTARY_UNSUPPORTED, instead="rotate q and k before the call")
+    rotary_dim: int = _refused(Status.ROTARY_UNSUPPORTED, 0, "count", "rotate q and k before the call")
+    p_dropout: float = _refused(Status.FEATURE_UNSUPPORTED, 0.0, "number")
+    rng_state: int | None = _refused(Status.FEATURE_UNSUPPORTED)
+    attn_mask: int | None = _refused(Status.FEATURE_UNSUPPORTED)
+    leftpad_k: int | None = _refused(Status.FEATURE_UNSUPPORTED,
+                                     instead="seqused_k gives the used length of each sequence")
+    k_new: int | None = _refused(Status.FEATURE_UNSUPPORTED, instead="append to k and v before the call")
+    v_new: int | None = _refused(Status.FEATURE_UNSUPPORTED, instead="append to k and v before the call")
+    seqlen_knew: int = _refused(Status.FEATURE_UNSUPPORTED, 0, "count", "append to k and v before the call")
 
+
+ARGUMENTS: dict[str, Argument] = {item.name: item.metadata["argument"] for item in fields(FlashAttentionParams)}
+
+
+def names(**facts) -> tuple[str, ...]:
+    """The fields whose description has all of these facts, in order."""
+    return tuple(name for name, argument in ARGUMENTS.items()
+                 if all(getattr(argument, fact) == value for fact, value in facts.items()))
+
+
+TENSORS = names(element="input") + names(element="output")      # q, k, v, out
+DESCALES = names(kind="pointer", is_fp8=True)
+# What changes with every call, and what changes with the shape at most.
+POINTERS = tuple(name for name in names(changes=True) if name not in DESCALES)
+SHAPE = names(changes=False)
 
 DTYPE_NAMES = ("fp16", "bf16", "fp8_e4m3")      # by DataType, as configs call them
 OFF = frozenset((None, 0))      # what switches a field off

@@ -5,7 +5,7 @@ It answers in about 3 us, the rules in more than 40. A test holds it to them.
 from dataclasses import fields
 from operator import attrgetter
 
-from ..planning.config import FP8_HEAD_DIMS, HEAD_DIMS
+from ..contract.formats import FP8_HEAD_DIMS, HEAD_DIMS
 from .limits import (DIMS, LARGEST_SCALE, MAX_SIZE, MAX_TILES, MAX_WINDOW, SMALLEST_SCALE, SMALLEST_TILE_M, TENSORS,
                      TMA_STRIDE_BYTES)
 from .params import OFF, AttentionMode, DataType, FlashAttentionParams, address

@@ -7,7 +7,7 @@ every launch pays for, first asks quick_check.py whether there is anything to wa
 A value of the wrong type is a problem like any other, not an exception: it gets the status of its field, and
 INVALID_ARGUMENT where the field has none. Integers are whatever has `__index__`, except bool.
 """
-from ..planning.config import FP8_HEAD_DIMS, HEAD_DIMS
+from ..contract.formats import FP8_HEAD_DIMS, HEAD_DIMS
 from .limits import (DIMS, LARGEST_SCALE, MAX_SIZE, MAX_TILES, MAX_WINDOW, SMALLEST_SCALE, SMALLEST_TILE_M, TENSORS,
                      TMA_ALIGNMENT, TMA_STRIDE_BYTES)
 from .params import (AttentionMode, DataType, address, integer, is_given, is_off, is_packed, is_true, member,

@@ -5,12 +5,8 @@ depends on a length, a pointer or a stride; those are run-time arguments (`FORWA
 """
 from dataclasses import asdict, dataclass
 
-ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp8_e4m3": 1}      # of Q, K and V
-FP8 = "fp8_e4m3"
-FP8_OUT_DTYPES = ("bf16", "fp16")    # of O, where Q, K and V are FP8; the first is the default
-OUT_BYTES = 2                        # of an element of O, always
-HEAD_DIMS = (64, 96, 128, 192, 256)
-FP8_HEAD_DIMS = (64, 96, 128)
+from ..contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES
 
 REGISTERS_PER_SM = 65536
 SMEM_BYTES_PER_CTA = 232448          # 227 KiB: the most one CTA may ask for on compute capability 9.0
@@ -19,37 +15,8 @@ SMEM_BYTES_RESERVED = 1024
 ROWS_PER_WARPGROUP = 64              # M of one WGMMA
 FIRST_TRANSPOSE_WARP, NUM_TRANSPOSE_WARPS = 2, 2    # of the producer warpgroup, where there are any
 MAX_CLUSTER_SIZE = 16                # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
-UNBOUNDED_WINDOW = 1 << 30           # beyond every length, yet adding it to one stays within int32
 
-# The forward kernel's entry: (name, kind) in call order. compiler.py makes its stand-ins from this table, launch.py its
-# argument buffer, and a test holds kernels/flash_fwd.py's signature to it. Strides are in elements; absent pointers
-# are 0; seqlen_q and seqlen_k are the tensors' rows (packed: total_q, total_k); windows are in [0, UNBOUNDED_WINDOW].
-DESCALES = ("q_descale", "k_descale", "v_descale")
-STRIDES = (*(f"{tensor}_{dim}_stride" for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
-           *(f"{descale}_{dim}_stride" for descale in DESCALES for dim in ("batch", "head")))
-FORWARD_ARGUMENTS = (
-    *((name, "pointer") for name in ("q", "k", "v", "out", "softmax_lse",
-                                     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", *DESCALES,
-                                     "tile_counter")),
-    *((name, "int64") for name in STRIDES),
-    *((name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k",
-                                   "window_size_left", "window_size_right", "num_sms")),
-    ("softmax_scale", "float32"),
-    ("stream", "stream"),
-)
-
-# The decode kernel's entry. packed_heads query heads of one KV head share an M tile; partials and arrivals are the
-# scratch of split-KV (kernels/merge.py), unused if one cluster does all of an item.
-DECODE_ARGUMENTS = (
-    *((name, "pointer") for name in ("q", "k", "v", "out", "softmax_lse", "seqused_q", "seqused_k", *DESCALES,
-                                     "partials", "arrivals")),
-    *((name, "int64") for name in STRIDES),
-    *((name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k",
-                                   "window_size_left", "window_size_right",
-                                   "packed_heads", "num_splits", "cluster_size", "smem_bytes")),
-    ("softmax_scale", "float32"),
-    ("stream", "stream"),
-)
+FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
 
 
 class KernelConfig:

@@ -19,7 +19,8 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from .config import FP8, SMEM_BYTES_PER_CTA, UNBOUNDED_WINDOW, DecodeConfig
+from ..contract.formats import FP8, UNBOUNDED_WINDOW
+from .config import SMEM_BYTES_PER_CTA, DecodeConfig
 from .tables import decode_config, decode_row
 from ..contract.params import DTYPE_NAMES, AttentionMode, address, fp8_out_dtype
 

@@ -2,7 +2,8 @@
 from dataclasses import dataclass
 from functools import cache
 
-from .config import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, DecodeConfig, FwdConfig
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
+from .config import DecodeConfig, FwdConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import struct
 from functools import cache
 from operator import attrgetter
 
-from ..planning.config import DESCALES, UNBOUNDED_WINDOW, DecodeConfig
+from ..contract.formats import UNBOUNDED_WINDOW
+from ..planning.config import DESCALES, DecodeConfig
 from ..contract.params import address
 from ..planning.splits import SplitPlan, plan
 

@@ -28,7 +28,8 @@ from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, cute
 
 from . import disk_cache
-from ..planning.config import DESCALES, FP8, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
+from ..contract.formats import FP8
+from ..planning.config import DESCALES, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
 from .cubin import CubinKernel, read_cubin
 from .disk_cache import cache_dir
 

@@ -19,7 +19,7 @@ from fa3_cute.cli.measure import Batch
 from fa3_cute.cli.shown import OURS, OURS_16
 from fa3_cute.cli.suites import decode, fp8, prefill, varlen, window
 from fa3_cute.cli.trial import Question
-from fa3_cute.planning.config import FP8
+from fa3_cute.contract.formats import FP8
 from fa3_cute.contract.reference import as_float, round_to
 
 

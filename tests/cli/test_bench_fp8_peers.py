@@ -10,7 +10,7 @@ from fake_fp8 import FakeCudnnGraph, FakeTensor, install_fp8
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli import peers
 from fa3_cute.cli.case import Case
-from fa3_cute.planning.config import FP8
+from fa3_cute.contract.formats import FP8
 
 
 @pytest.fixture

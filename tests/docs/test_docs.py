@@ -13,7 +13,7 @@ import pytest
 import fa3_cute
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams
 from fa3_cute.cli import report
-from fa3_cute.planning.config import UNBOUNDED_WINDOW
+from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.planning.tables import all_decode_configs, all_forward_configs, decode_config
 from fa3_cute.contract.reference import attention_reference
 from fa3_cute.planning.splits import is_decode, plan

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from fa3_cute.planning.config import ROWS_PER_WARPGROUP, UNBOUNDED_WINDOW
+from fa3_cute.contract.formats import UNBOUNDED_WINDOW
+from fa3_cute.planning.config import ROWS_PER_WARPGROUP
 from fa3_cute.planning.tables import all_forward_configs
 from fa3_cute.kernels.common import block_range as module
 

@@ -4,7 +4,8 @@ from itertools import product
 
 import pytest
 
-from fa3_cute.planning.config import UNBOUNDED_WINDOW, DecodeConfig
+from fa3_cute.contract.formats import UNBOUNDED_WINDOW
+from fa3_cute.planning.config import DecodeConfig
 from fa3_cute.kernels.common import block_range as module
 
 MAX_SPLITS = 256

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fa3_cute.planning import splits
-from fa3_cute.planning.config import SMEM_BYTES_PER_CTA, UNBOUNDED_WINDOW
+from fa3_cute.contract.formats import UNBOUNDED_WINDOW
+from fa3_cute.planning.config import SMEM_BYTES_PER_CTA
 from fa3_cute.planning.tables import all_decode_configs, decode_config
 from fa3_cute.contract.params import AttentionMode, DataType, FlashAttentionParams
 from fa3_cute.planning.splits import (CLUSTER_SLOTS, MAX_SPLITS, NUM_SMS, config_of, is_decode, is_windowed, plan,

@@ -2,7 +2,8 @@
 import pytest
 from test_launch import fake_cuda, run  # noqa: F401  (fixtures)
 
-from fa3_cute.planning.config import SMEM_BYTES_PER_CTA, UNBOUNDED_WINDOW
+from fa3_cute.contract.formats import UNBOUNDED_WINDOW
+from fa3_cute.planning.config import SMEM_BYTES_PER_CTA
 from fa3_cute.planning.tables import decode_config
 
 CFG = decode_config("bf16", 128, False)

@@ -6,7 +6,7 @@ import numpy as np
 from fake_gpu import FakeGpu, install
 
 from fa3_cute import DataType
-from fa3_cute.planning.config import FP8
+from fa3_cute.contract.formats import FP8
 from fa3_cute.contract.reference import as_float, attention_reference, to_bits
 
 

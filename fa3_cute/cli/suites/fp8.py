@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...planning.config import FP8, FP8_HEAD_DIMS
+from ...contract.formats import FP8, FP8_HEAD_DIMS
 from ..case import Case
 from ..compared import versus_16_bit, versus_peers
 from ..shown import ARITHMETIC

@@ -17,7 +17,8 @@ from cutlass import BFloat16, Constexpr, Float8E4M3FN, Float16, Int32
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from ...planning.config import FP8, FwdConfig
+from ...contract.formats import FP8
+from ...planning.config import FwdConfig
 
 ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16, FP8: Float8E4M3FN}
 STRIDE_DIVISIBILITY = 16   # bytes, of every stride but the last dimension's: TMA's rule

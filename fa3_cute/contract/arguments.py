@@ -1,0 +1,51 @@
+"""What the entry of a kernel takes, derived from the fields of FlashAttentionParams. Pure Python.
+
+An entry takes the pointers of the call and of its scratch memory, the strides, sizes and bounds, what the launch adds
+of its own (the number of SMs, splits), the scale and the stream. Strides are in elements; absent pointers are 0;
+seqlen_q and seqlen_k are the tensors' rows (packed: total_q, total_k); windows are in [0, UNBOUNDED_WINDOW].
+"""
+from dataclasses import dataclass
+
+from .params import ARGUMENTS, DECODE, FORWARD
+
+KINDS = {"pointer": "pointer", "stride": "int64", "size": "int32", "count": "int32", "number": "float32"}
+SCRATCH_ELEMENTS = {"tile_counter": ("int32", 4), "partials": ("float32", 16), "arrivals": ("int32", 4)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The arguments of one kernel.
+
+    arguments   (name, kind) in order; kind is "pointer", "int64", "int32", "float32" or "stream"
+    per_call    those that are other ones in every call, in the order of the fields, then scratch and stream
+    fp8_only    those that 16-bit kernels never read
+    """
+    arguments: tuple[tuple[str, str], ...]
+    per_call: tuple[str, ...]
+    fp8_only: frozenset[str]
+
+
+def entry_of(kernel: str, scratch: tuple[str, ...], counts: tuple[str, ...]) -> Entry:
+    """The entry of "forward" or "decode"; scratch memory and counts are what the launch adds."""
+    taken = {argument.entry or name: argument for name, argument in ARGUMENTS.items() if kernel in argument.takers}
+    by_kind = {kind: [(name, KINDS[kind]) for name, argument in taken.items() if argument.kind == kind]
+               for kind in KINDS}
+    added = {"pointer": [(name, "pointer") for name in scratch], "count": [(name, "int32") for name in counts]}
+    return Entry(
+        arguments=(*(row for kind in KINDS for row in (*by_kind[kind], *added.get(kind, ()))), ("stream", "stream")),
+        per_call=(*(name for name, argument in taken.items() if argument.changes), *scratch, "stream"),
+        fp8_only=frozenset(name for name, argument in taken.items() if argument.is_fp8))
+
+
+def pointer_facts(name: str) -> tuple[str, int]:
+    """(element, alignment in bytes) of a pointer of an entry; elements as Argument names them."""
+    if name in SCRATCH_ELEMENTS:
+        return SCRATCH_ELEMENTS[name]
+    argument = next(row for field, row in ARGUMENTS.items() if name in (field, row.entry))
+    return argument.element, argument.alignment
+
+
+FORWARD_ENTRY = entry_of(FORWARD, ("tile_counter",), ("num_sms",))
+# packed_heads query heads of one KV head share an M tile; partials and arrivals are the scratch of split-KV
+# (kernels/decode/merge.py), unused if one cluster does all of an item.
+DECODE_ENTRY = entry_of(DECODE, ("partials", "arrivals"), ("packed_heads", "num_splits", "cluster_size", "smem_bytes"))
