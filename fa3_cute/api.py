@@ -1,34 +1,26 @@
 """What a user calls: `forward` over device pointers, `attention` over arrays, and the calls around them.
 
-`forward` goes validate -> heuristics -> launch, no step back. Nothing here imports CUDA, the DSL or NumPy before a call
+`forward` goes contract -> planning -> runtime, no step back. Nothing here imports CUDA, the DSL or NumPy before a call
 needs it: validation, `explain` and refusals work on any machine.
 """
 import threading
-from dataclasses import fields, replace
 from functools import cache
 from operator import attrgetter
 
 from .arrays.call import AttentionCall, attention_on_device, attention_on_host
-from .contract.formats import FP8, UNBOUNDED_WINDOW
-from .planning.config import DecodeConfig, FwdConfig
-from .planning.tables import forward_config
-from .contract.params import (DTYPE_NAMES, AttentionMode, DataType, FlashAttentionParams, address, are_constants,
-                     fp8_out_dtype)
-from .planning.splits import config_of, is_decode, plan_of
+from .contract.params import DESCALES, POINTERS, SHAPE, AttentionMode, DataType, FlashAttentionParams
+from .contract.plain import plain
 from .contract.status import FlashAttentionError, Problem, Status, error_for, record_error
-from .contract.rules import contract_problems, first_problem, problems
+from .planning import operations
+from .planning.operations import Config, operation_of
 
 __all__ = ["AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
            "workspace_size"]
 
-_OK, _VARLEN, _FP8 = Status.OK, AttentionMode.VARLEN_PREFILL, DataType.FP8_E4M3
-_POINTERS = ("q", "k", "v", "out", "softmax_lse")
-_DESCALES = ("q_descale_ptr", "k_descale_ptr", "v_descale_ptr")
-_VALUES = [field.name for field in fields(FlashAttentionParams) if field.name not in _POINTERS]
-_read_pointers, _read_descales = attrgetter(*_POINTERS), attrgetter(*_DESCALES)
-_read_values = attrgetter(*_VALUES)
-_read_fp8_values = attrgetter(*(name for name in _VALUES if name not in _DESCALES))
+_OK, _FP8 = Status.OK, DataType.FP8_E4M3
+_read_pointers, _read_descales, _read_shape = attrgetter(*POINTERS), attrgetter(*DESCALES), attrgetter(*SHAPE)
 _ADDRESSES = frozenset((int, type(None)))      # types of plain addresses
+MAX_SHAPES = 512        # that a thread remembers; the next one starts anew
 
 
 def forward(params: FlashAttentionParams, stream=None) -> Status:
@@ -44,18 +36,29 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
     Source: FlashAttention-3 (Shah et al. 2024), algorithms 1 and 2.
     """
     try:
-        last_call = _thread.last_call
-        if last_call is not None and type(params) is FlashAttentionParams and last_call.repeat(params, stream):
+        values = _read_shape(params) if type(params) is FlashAttentionParams else None
+        known = _thread.known_for(values)
+        if known is not None and known.repeat(params, stream):
             return _OK
-        problem = _problem(params)
-        if problem is not None:
-            return record_error(*problem)
-        if params.mode == _VARLEN and params.total_q == 0:
-            return _OK          # no row to write
-        call = _launcher().launch(params, _config(params), stream)
+        return _first_call(params, values, stream)
     except RuntimeError as error:
         return _failure(error)
-    _thread.last_call = _LastCall(params, call)
+
+
+def _first_call(params, values: tuple | None, stream) -> Status:
+    """`forward` of a shape that this thread has not launched yet, or in another way."""
+    p = _plain(params)
+    problem, shape = operations.checked(p)
+    if problem is not None:
+        return record_error(*problem)
+    if shape.seqlen_q == 0:
+        return _OK          # packed: no row to write
+    launcher = _launcher()
+    addresses = launcher.addresses_of(p)
+    for step in operation_of(shape).launches:
+        call = launcher.launch(step, shape, addresses, stream)
+    if p is params and values is not None:      # of plain values, which cannot change and still be the same objects
+        _thread.remember(values, _Repeatable(values, call, shape))
     return _OK
 
 
@@ -66,15 +69,14 @@ def warmup(params: FlashAttentionParams, stream=None) -> Status:
     stream's own and a spare one, which the first capture on a stream without one takes. Arguments, returns and raises
     as `forward`; the params are checked in full, but of the pointers only presence and alignment matter.
     """
-    problem = _problem(params)
+    problem, shape = operations.checked(_plain(params))
     if problem is not None:
         return record_error(*problem)
-    launch = _launcher()
-    cfg = _config(params)
+    launcher = _launcher()
     try:
-        launch.ensure_loaded(cfg, stream)
-        if isinstance(cfg, DecodeConfig):
-            launch.prepare_workspace(params, cfg, stream)
+        for step in operation_of(shape).launches:
+            launcher.ensure_loaded(step.config, stream)
+            launcher.prepare_workspace(step, shape, stream)
     except RuntimeError as error:
         return _failure(error)
     return _OK
@@ -86,7 +88,7 @@ def explain(params: FlashAttentionParams) -> list[Problem]:
     A Problem has `status` and `detail` (the field, its value, what is accepted) and prints as a sentence.
     """
     _require_params(params)
-    return problems(params)
+    return operations.problems(params)
 
 
 def workspace_size(params: FlashAttentionParams) -> int:
@@ -97,40 +99,37 @@ def workspace_size(params: FlashAttentionParams) -> int:
     `forward` would refuse, but for missing tensors and the workspace itself.
     """
     _require_params(params)
-    for problem in contract_problems(replace(params, workspace=None, workspace_bytes=0)):
-        if problem.status is not Status.NULL_POINTER:
-            raise error_for(*problem)
-    return plan_of(params).partial_bytes if is_decode(params) else 0
+    found = operations.workspace_bytes(params)
+    if isinstance(found, Problem):
+        raise error_for(*found)
+    return found
 
 
-def kernel_config(params: FlashAttentionParams) -> FwdConfig | DecodeConfig:
+def kernel_config(params: FlashAttentionParams) -> Config:
     """The kernel that `forward(params)` would launch, as its compile-time choices. Needs no GPU.
 
     Raises FlashAttentionError for params that `forward` would refuse.
     """
-    problem = _problem(params)
+    problem, shape = operations.checked(_plain(params))
     if problem is not None:
         raise error_for(*problem)
-    return _config(params)
+    return operation_of(shape).launches[-1].config
 
 
-class _LastCall:
+class _Repeatable:
     """A good call that was launched. The next one is mostly the same but for addresses: then only these are checked.
 
     Equal values are as good as those that were checked: 4096.0 passes after 4096. Of an FP8 call the addresses of the
     descales are as free as the tensors': each layer of a model has its own.
     """
-    __slots__ = "call", "shape", "has_lse", "is_fp8", "read", "values"
+    __slots__ = "values", "call", "has_lse", "is_fp8"
 
-    def __init__(self, params, call):
-        self.call, self.shape, self.has_lse = call, call.shape, address(params.softmax_lse) != 0
-        self.is_fp8 = params.dtype == _FP8
-        self.read = _read_fp8_values if self.is_fp8 else _read_values
-        values = self.read(params)
-        self.values = values if are_constants(values) else None
+    def __init__(self, values: tuple, call, shape):
+        self.values, self.call, self.has_lse = values, call, shape.has_lse
+        self.is_fp8 = shape.out_dtype is not None
 
     def repeat(self, params, stream) -> bool:
-        """Launch these params the way of this call; False, and nothing done, if they differ in more than that."""
+        """Launch these params, whose shape is this call's, its way; False, and nothing done, if that cannot be."""
         q, k, v, out, lse = _read_pointers(params)
         if not (type(q) is type(k) is type(v) is type(out) is int and (lse is None or type(lse) is int)):
             return False
@@ -138,30 +137,60 @@ class _LastCall:
         bits = q | k | v | out | lse << 2     # the LSE is aligned to 4 bytes, the others to 16
         if not (q and k and v and out) or bits & 15 or bits >> 64 or (lse != 0) != self.has_lse:
             return False
-        try:
-            if self.read(params) != self.values:
-                return False
-        except Exception:       # a value that cannot be compared: the rules put it into words
-            return False
-        pointers = q, k, v, out, lse
+        addresses = q, k, v, out, lse
+        descales = _read_descales(params)
         if self.is_fp8:
-            descales = _descales_of(params)
+            descales = _aligned(descales)
             if descales is None:
                 return False
-            pointers += descales
-        return self.call.repeat(self.shape, pointers, stream)
+            addresses += descales
+        elif descales != _NO_DESCALES and _aligned(descales) != (0, 0, 0):
+            return False
+        handle = stream if type(stream) is int else _launcher().resolve_stream(stream)
+        if not self.call.repeat(addresses, handle):
+            self.call.launch(addresses, handle)
+        return True
+
+
+_NO_DESCALES = (None, None, None)
+
+
+class _Nothing:
+    """Before a thread's first call: equal to no values."""
+    values = ()
 
 
 class _Thread(threading.local):
-    last_call: _LastCall | None = None
+    """What a thread has launched, by the values of SHAPE."""
+
+    def __init__(self):
+        self.last = _Nothing
+        self.known: dict[tuple, _Repeatable] = {}
+
+    def known_for(self, values: tuple | None) -> _Repeatable | None:
+        """What can repeat a call of these values; mostly it is the last one."""
+        try:
+            if values == self.last.values:
+                return self.last
+            known = self.known.get(values)
+            if known is not None:
+                self.last = known
+            return known
+        except Exception:       # a value that cannot be hashed or compared: the rules put it into words
+            return None
+
+    def remember(self, values: tuple, call: _Repeatable) -> None:
+        """Keep the call for its values, which are constants."""
+        if len(self.known) >= MAX_SHAPES:
+            self.known.clear()
+        self.known[values] = self.last = call
 
 
 _thread = _Thread()
 
 
-def _descales_of(params) -> tuple[int, int, int] | None:
+def _aligned(descales: tuple) -> tuple[int, int, int] | None:
     """The addresses of the descales, 0 for None; None if one is misaligned or no plain int."""
-    descales = _read_descales(params)
     if not _ADDRESSES.issuperset(map(type, descales)):
         return None
     q, k, v = descales
@@ -170,36 +199,15 @@ def _descales_of(params) -> tuple[int, int, int] | None:
     return None if bits & 3 or bits >> 64 else (q, k, v)
 
 
-def _problem(params) -> Problem | None:
+def _plain(params) -> FlashAttentionParams:
     if type(params) is not FlashAttentionParams:
         _require_params(params)
-    return first_problem(params)
+    return plain(params)
 
 
 def _require_params(params) -> None:
     if not isinstance(params, FlashAttentionParams):
         raise TypeError(f"params must be a FlashAttentionParams, not {type(params).__name__}")
-
-
-def _config(p):
-    if is_decode(p):
-        return config_of(p)
-    is_varlen = any(map(address, (p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_q, p.seqused_k)))
-    choices = DTYPE_NAMES[p.dtype], int(p.head_dim), _mask(p), address(p.softmax_lse) != 0, is_varlen
-    if choices[0] == FP8:
-        choices += (fp8_out_dtype(p),)
-    return forward_config(*choices)
-
-
-def _mask(p) -> str:
-    if p.is_causal:
-        return "causal"
-    left, right = p.window_size_left, p.window_size_right
-    if 0 <= left < UNBOUNDED_WINDOW:
-        return "local"
-    if 0 <= right < UNBOUNDED_WINDOW:
-        return "local" if right else "causal"
-    return "full"
 
 
 @cache

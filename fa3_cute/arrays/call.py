@@ -8,7 +8,9 @@ from numbers import Real
 
 from ..contract.params import AttentionMode, DataType, FlashAttentionParams
 from ..contract.status import Status, error_for, shown
-from ..contract.rules import contract_problems, first_problem
+from ..planning.operations import checked
+from ..contract.plain import plain
+from ..contract.rules import contract_problems
 
 FP8 = "float8_e4m3fn"
 DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
@@ -110,7 +112,8 @@ def attention_on_device(call: AttentionCall, forward):
         element = call.element_type(q.dtype, k.dtype, v.dtype, DEVICE_DTYPES)
         _check_tensors(call, tensors, element, device)
         params = _params(call, tensors, element)
-        if problem := first_problem(params):
+        problem, _ = checked(plain(params))
+        if problem:
             raise error_for(*problem)
         out, lse = call.out, None
         if out is None:

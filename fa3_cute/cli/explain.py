@@ -10,11 +10,12 @@ cluster of CTAs they stay in shared memory.
 import argparse
 import json
 
-from ..api import AttentionMode, DataType, FlashAttentionParams, explain, kernel_config
-from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
-from ..planning.config import DecodeConfig, FwdConfig
-from ..planning.tables import FORWARD, decode_row
-from ..planning.splits import SplitPlan, plan_of
+from ..api import AttentionMode, DataType, FlashAttentionParams, explain
+from ..contract.formats import FP8, FP8_OUT_DTYPES
+from ..contract.plain import plain
+from ..planning.config import DecodeConfig
+from ..planning.operations import checked, operation_of
+from ..planning.splits import SplitPlan
 
 ADDRESS = 1 << 20       # stands for any tensor
 MODES = {"prefill": AttentionMode.PREFILL, "decode": AttentionMode.DECODE, "varlen": AttentionMode.VARLEN_PREFILL}
@@ -92,20 +93,13 @@ def params_of(args) -> FlashAttentionParams:
 
 def served(params: FlashAttentionParams) -> dict:
     """Which kernel serves valid params, why, and how a decode call is laid out."""
-    cfg = kernel_config(params)
-    facts = {"kernel": cfg.name, "config": cfg.as_dict() | {"tile_m": cfg.tile_m}, "reason": reason(cfg)}
-    if not isinstance(cfg, DecodeConfig):
-        return facts | {"plan": None, "workspace_bytes": 0}
-    plan = plan_of(params)
-    return facts | {"plan": plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)},
-                    "workspace_bytes": plan.partial_bytes}
-
-
-def reason(cfg: FwdConfig | DecodeConfig) -> str:
-    """The measurement behind the config's row of the heuristics."""
-    if isinstance(cfg, DecodeConfig):
-        return decode_row(cfg.dtype, cfg.head_dim).reason
-    return FORWARD[ELEMENT_BYTES[cfg.dtype], cfg.head_dim, cfg.mask].reason
+    _, shape = checked(plain(params))
+    operation = operation_of(shape)
+    launch = operation.launches[-1]
+    cfg, plan = launch.config, launch.plan
+    facts = {"kernel": cfg.name, "config": cfg.as_dict() | {"tile_m": cfg.tile_m}, "reason": launch.reason,
+             "workspace_bytes": operation.workspace_bytes}
+    return facts | {"plan": plan and plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)}}
 
 
 def ctas_per_sm(cfg: DecodeConfig, plan: SplitPlan) -> int:

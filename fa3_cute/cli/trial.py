@@ -148,9 +148,9 @@ class Rig:
 
     def launch(self, cfg, case: Case, kv_set: int = 0):
         """A function that queues the forward of a case through this config."""
-        from ..runtime.launch import launch
+        from ..runtime.launch import launch_through
         params, handle = self.tensors.params(case, kv_set), int(self.stream.handle)
-        return lambda: launch(params, cfg, handle)
+        return lambda: launch_through(params, cfg, handle)
 
     def error(self, cfg) -> float:
         """Relative error (norm) of the worst row of the small problem; not below `wrong`, perhaps NaN, if wrong."""

@@ -257,21 +257,15 @@ def is_true(value) -> bool | None:
         return None
 
 
-def fp8_out_dtype(p) -> str:
-    """The element type of out of valid FP8 params, as configs call it."""
-    return DTYPE_NAMES[DataType.BF16 if p.out_dtype is None else p.out_dtype]
-
-
 def is_packed(p) -> bool:
-    """The sequences are packed, or meant to be."""
-    return (is_given(p.cu_seqlens_q) or is_given(p.cu_seqlens_k)
-            or member(AttentionMode, p.mode) is AttentionMode.VARLEN_PREFILL)
+    """The sequences of plain params are packed, or meant to be."""
+    return bool(p.cu_seqlens_q or p.cu_seqlens_k) or p.mode is AttentionMode.VARLEN_PREFILL
 
 
-def tensor_sizes(p, tensor: str) -> tuple[int | None, int | None, int | None]:
-    """(batch, rows, heads) of one tensor; a packed tensor has one batch. None where the field is no integer."""
-    side = "q" if tensor in ("q", "out") else "k"
-    heads = integer(p.num_heads if side == "q" else p.num_heads_k)
-    if is_packed(p):
-        return 1, integer(getattr(p, f"total_{side}")), heads
-    return integer(p.batch_size), integer(getattr(p, f"seqlen_{side}")), heads
+def tensor_sizes(p, tensor: str) -> tuple:
+    """(batch, rows, heads) of one tensor of plain params; a packed tensor has one batch."""
+    if tensor in ("q", "out"):
+        rows, total, heads = p.seqlen_q, p.total_q, p.num_heads
+    else:
+        rows, total, heads = p.seqlen_k, p.total_k, p.num_heads_k
+    return (1, total, heads) if is_packed(p) else (p.batch_size, rows, heads)

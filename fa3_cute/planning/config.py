@@ -138,7 +138,9 @@ class FwdConfig(KernelConfig):
     ctas_per_sm = 1
     packs_heads = False
     uses_setmaxnreg = True
+    entry = FORWARD_ENTRY
     arguments = FORWARD_ARGUMENTS
+    kernel = "fa3_cute.kernels.forward.kernel.FlashAttentionForward"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """As common_rules: what this kernel asks besides."""
@@ -238,7 +240,9 @@ class DecodeConfig(KernelConfig):
     use_pingpong = False
     rescale_before_pv = False
     uses_setmaxnreg = False
+    entry = DECODE_ENTRY
     arguments = DECODE_ARGUMENTS
+    kernel = "fa3_cute.kernels.decode.kernel.FlashAttentionDecode"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """As common_rules: what this kernel asks besides."""

@@ -19,12 +19,11 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..contract.formats import FP8, UNBOUNDED_WINDOW
+from ..contract.formats import MAX_SPLITS, UNBOUNDED_WINDOW
 from .config import SMEM_BYTES_PER_CTA, DecodeConfig
-from .tables import decode_config, decode_row
-from ..contract.params import DTYPE_NAMES, AttentionMode, address, fp8_out_dtype
+from .problem import ProblemShape
+from .tables import decode_row
 
-MAX_SPLITS = 256
 NUM_SMS = 132
 MAX_DECODE_ROWS = 64     # of a KV head: one M tile
 # {cluster size: CTAs that run at once with one CTA per SM, with two} (cuOccupancyMaxActiveClusters, H200)
@@ -61,37 +60,26 @@ class SplitPlan(NamedTuple):
     num_arrivals: int
 
 
-def is_decode(p) -> bool:
-    """Whether the decode kernel serves these (valid) params: few query rows per KV head, or K and V in splits."""
-    if address(p.cu_seqlens_q):
+def is_decode(shape: ProblemShape) -> bool:
+    """Whether the decode kernel serves a problem: few query rows per KV head, or K and V in splits."""
+    if shape.is_packed:
         return False
-    rows = int(p.seqlen_q)
-    if p.pack_gqa is None or p.pack_gqa:
-        rows *= int(p.num_heads) // int(p.num_heads_k)
-    return rows <= MAX_DECODE_ROWS or p.mode == AttentionMode.DECODE or p.num_splits > 1 or bool(p.pack_gqa)
+    rows = shape.seqlen_q
+    if shape.pack_gqa is not False:
+        rows *= shape.num_heads // shape.num_heads_k
+    return rows <= MAX_DECODE_ROWS or shape.is_decode_mode or shape.num_splits > 1 or bool(shape.pack_gqa)
 
 
-def is_windowed(p) -> bool:
-    """Whether some query of these params, which the decode kernel serves, does not see every key."""
-    bounds = (p.window_size_left, 0 if p.is_causal else p.window_size_right)
-    left, right = (0 <= bound < UNBOUNDED_WINDOW for bound in bounds)
-    return left or right and p.seqlen_q != 1        # the only query is the last one: it sees all that lies behind it
+def is_windowed(shape: ProblemShape) -> bool:
+    """Whether some query of a problem that the decode kernel serves does not see every key: of a single one, which is
+    the last, the right bound cuts nothing."""
+    return shape.window_left < UNBOUNDED_WINDOW or shape.window_right < UNBOUNDED_WINDOW and shape.seqlen_q != 1
 
 
-def config_of(p) -> DecodeConfig:
-    """The decode kernel of params that are valid and that it serves."""
-    choices = DTYPE_NAMES[p.dtype], int(p.head_dim), is_windowed(p)
-    if choices[0] == FP8:
-        choices += (fp8_out_dtype(p),)
-    return decode_config(*choices)
-
-
-def plan_of(p) -> "SplitPlan":
-    """The plan of params that are valid and that the decode kernel serves."""
-    reach = sum(int(bound) if 0 <= bound < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
-                for bound in (p.window_size_left, 0 if p.is_causal else p.window_size_right))
-    sizes = map(int, (p.batch_size, p.seqlen_q, p.seqlen_k, p.num_heads, p.num_heads_k))
-    return plan(config_of(p), *sizes, reach + 1, (p.pack_gqa, int(p.num_splits)))
+def plan_of(cfg: DecodeConfig, shape: ProblemShape) -> "SplitPlan":
+    """The plan of a problem that the decode kernel serves."""
+    return plan(cfg, shape.batch_size, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.num_heads_k,
+                shape.window_left + shape.window_right + 1, (shape.pack_gqa, shape.num_splits))
 
 
 @lru_cache(maxsize=4096)

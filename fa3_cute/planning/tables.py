@@ -100,11 +100,16 @@ DECODE = {
 DTYPES = (("fp16", None), ("bf16", None), *((FP8, out) for out in FP8_OUT_DTYPES))
 
 
+def forward_row(dtype: str, head_dim: int, mask: str) -> Row:
+    """The row of FORWARD that serves a problem."""
+    return FORWARD[ELEMENT_BYTES[dtype], head_dim, mask]
+
+
 @cache
 def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varlen: bool,
                    out_dtype: str | None = None) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
-    row = FORWARD[ELEMENT_BYTES[dtype], head_dim, mask]
+    row = forward_row(dtype, head_dim, mask)
     return FwdConfig(dtype, head_dim, mask == "causal", has_lse, row.tile_m, row.tile_n, row.num_q_stages,
                      row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype)
 

@@ -20,16 +20,19 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import cutlass
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Int64, cute
+from cutlass import Float32, Int32, Int64, cute
 
+from ..contract.arguments import pointer_facts
+from ..kernels.common.layout import ELEMENT_TYPES
+from ..planning.config import SMEM_BYTES_PER_CTA
+from ..planning.operations import Config
 from . import disk_cache
-from ..contract.formats import FP8
-from ..planning.config import DESCALES, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
 from .cubin import CubinKernel, read_cubin
 from .disk_cache import cache_dir
 
@@ -37,12 +40,8 @@ __all__ = ["CompileError", "Report", "cache_dir", "compile_and_read", "compile_r
            "typed_arguments"]
 
 ARCH = "sm_90a"
-ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16, FP8: Float8E4M3FN}
 SCALAR_TYPES = {"int64": Int64, "int32": Int32, "float32": Float32, "stream": CUstream}
-# (element type, alignment in bytes) of a pointer; every other one is to the config's own types, aligned for TMA.
-POINTER_TYPES = {"softmax_lse": (Float32, 4), "partials": (Float32, 16), **dict.fromkeys(DESCALES, (Float32, 4)),
-                 **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "tile_counter", "arrivals"),
-                                 (Int32, 4))}
+POINTED_TYPES = {"float32": Float32, "int32": Int32}       # others are the config's own
 
 # Settings of the DSL that change the code it generates; they are part of the cache key.
 CODE_SETTINGS = ("CUTE_DSL_LINEINFO", "CUTE_DSL_DEBUG", "CUTE_DSL_COMPILER_OPT", "CUTE_DSL_ENABLE_ASSERTIONS")
@@ -56,8 +55,6 @@ UNACCEPTABLE_REMARKS = {
 }
 
 log = logging.getLogger("fa3_cute")
-
-Config = FwdConfig | DecodeConfig
 
 _lock = threading.Lock()                      # concurrent compiles crash the DSL
 _kernels: dict[Config, Any] = {}
@@ -87,9 +84,15 @@ def typed_arguments(cfg: Config, values) -> list:
 def _typed(cfg: Config, name: str, kind: str, value) -> Any:
     if kind != "pointer":
         return SCALAR_TYPES[kind](value)
-    own_type = ELEMENT_TYPES[cfg.element_out if name == "out" else cfg.dtype]
-    element, alignment = POINTER_TYPES.get(name) or (own_type, 16)
-    return cute.runtime.make_ptr(element, value, cute.AddressSpace.gmem, assumed_align=alignment)
+    element, alignment = pointer_facts(name)
+    own_type = ELEMENT_TYPES[cfg.element_out if element == "output" else cfg.dtype]
+    return cute.runtime.make_ptr(POINTED_TYPES.get(element, own_type), value, cute.AddressSpace.gmem,
+                                 assumed_align=alignment)
+
+
+def dsl_version() -> str:
+    """Of the CuTe DSL in use."""
+    return cutlass.__version__
 
 
 def cache_key(cfg: Config) -> str:
@@ -145,10 +148,8 @@ def _compile_and_store(cfg: Config) -> Any:
 
 def _compile(cfg: Config, options: str = "") -> Any:
     """One run of the DSL's compiler; the caller holds the lock."""
-    from ..kernels.decode.kernel import FlashAttentionDecode   # traced code: import it only where it will be compiled
-    from ..kernels.forward.kernel import FlashAttentionForward
-
-    kernel = {FwdConfig: FlashAttentionForward, DecodeConfig: FlashAttentionDecode}[type(cfg)](cfg)
+    module, _, name = cfg.kernel.rpartition(".")
+    kernel = getattr(import_module(module), name)(cfg)      # traced code: imported only where it will be compiled
     stand_ins = typed_arguments(cfg, [0] * len(cfg.arguments))
     try:
         return cute.compile(kernel, *stand_ins, options=f"--gpu-arch {ARCH} {options}")

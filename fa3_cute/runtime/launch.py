@@ -1,25 +1,22 @@
-"""params -> packed argument buffer -> launch. The only file that uses private names of the DSL.
+"""Shape and addresses -> packed argument buffer -> launch. The only file that uses private names of the DSL.
 
 The compiled host code takes one array of addresses: of each argument's storage, and of an int32 for its cudaError_t.
 Each thread keeps one such buffer per kernel and rewrites it in place, what changed and no more, because the DSL's own
 argument objects cost 20 to 40 us of host time per launch against 1. The buffer may be reused at once: a launch copies
-its arguments. Where the DSL lacks a name of PRIVATE_NAMES, its objects must do (`launch_path`).
+its arguments. Where the DSL lacks one of its private names, the kernel does not load (CompileError).
 """
 import ctypes
-import struct
 import threading
+from operator import attrgetter
 from typing import Any
 
-from .arguments import (
-    layout_of,
-    read_descale_strides,
-    read_descales,
-    read_params,
-    resolve_decode,
-    resolve_forward,
-)
-from .compiler import get_kernel, typed_arguments
-from ..planning.config import DecodeConfig, FwdConfig
+from ..contract.params import DESCALES, POINTERS, FlashAttentionParams
+from ..contract.plain import plain
+from ..planning.operations import Config, Launch, launch_of
+from ..planning.problem import ProblemShape
+from ..planning.splits import SplitPlan
+from .arguments import layout_of
+from .compiler import CompileError, dsl_version, get_kernel
 from .cuda_driver import (
     CudaFailure,
     NotWarmedUp,
@@ -35,14 +32,10 @@ from .cuda_driver import (
     resolve_stream,
     shared_context,
 )
-from ..contract.params import address, are_constants
-from ..planning.splits import SplitPlan
 from .scratch import Memory, Workspace, stream_key
 
-__all__ = ["CudaFailure", "NotWarmedUp", "UnsupportedDevice", "ensure_loaded", "launch", "launch_path",
-           "prepare_workspace", "resolve_stream"]
-
-Config = FwdConfig | DecodeConfig
+__all__ = ["Call", "CudaFailure", "NotWarmedUp", "UnsupportedDevice", "addresses_of", "ensure_loaded", "launch",
+           "launch_through", "prepare_workspace", "resolve_stream"]
 
 NO_STREAM = -1
 PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
@@ -50,24 +43,35 @@ PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
 _lock = threading.Lock()                      # loading is not thread-safe
 _kernels: dict[Config, "Kernel"] = {}
 _memory: dict[int, Memory] = {}               # by context
+_read_pointers, _read_descales = attrgetter(*POINTERS), attrgetter(*DESCALES)
 
 
-def launch(params, cfg: Config, stream=None) -> "Call":
-    """Enqueue one forward on a stream; allocates no device memory, waits for nothing.
+def launch(step: Launch, shape: ProblemShape, addresses: tuple[int, ...], stream=None) -> "Call":
+    """Enqueue one launch on a stream; allocates no device memory, waits for nothing.
 
-    `params` has the attributes of FlashAttentionParams and is valid; `stream` is what `resolve_stream` takes. The
-    stream's device is made current for the launch if it is not. The first use of a config on a device compiles and
+    addresses   as `addresses_of` has them; stream is what `resolve_stream` takes
+    The stream's device is made current for the launch if it is not. The first use of a config on a device compiles and
     loads its kernel. Returns what can repeat the launch. Raises CudaFailure, UnsupportedDevice, NotWarmedUp,
     compiler.CompileError.
     """
     handle = stream if type(stream) is int else resolve_stream(stream)
-    call = _thread.calls.get(id(cfg)) or _new_call(cfg, handle)
-    if context := shared_context(handle):
-        call.launch(params, handle, context)
-    else:
-        with device_made_current(handle):
-            call.launch(params, handle, shared_context(handle))
+    call = Call(_thread.buffers.get(step.config) or _new_buffer(step.config, handle), step, shape)
+    call.launch(addresses, handle)
     return call
+
+
+def launch_through(params: FlashAttentionParams, cfg: Config, stream=None) -> "Call":
+    """`launch` of valid params through a config of one's choice."""
+    p = plain(params)
+    shape = ProblemShape.of(p)
+    return launch(launch_of(cfg, shape), shape, addresses_of(p), stream)
+
+
+def addresses_of(p: FlashAttentionParams) -> tuple[int, ...]:
+    """What changes with every call, of plain params: q, k, v, out, softmax_lse, of FP8 also the descales."""
+    found = _read_pointers(p)
+    found = found if p.softmax_lse else (*found[:-1], 0)
+    return (*found, *[address or 0 for address in _read_descales(p)]) if p.dtype == 2 else found
 
 
 def ensure_loaded(cfg: Config, stream=None) -> None:
@@ -80,21 +84,13 @@ def ensure_loaded(cfg: Config, stream=None) -> None:
         _kernel(cfg).load(device)
 
 
-def prepare_workspace(params, cfg: DecodeConfig, stream=None) -> None:
+def prepare_workspace(step: Launch, shape: ProblemShape, stream=None) -> None:
     """Make the scratch memory that `launch` would need on this stream, which `ensure_loaded` knows, and a spare one."""
-    _, _, _, _, _, *shape = read_params(params)
-    _, plan = resolve_decode(cfg, *shape)
-    if plan.partial_bytes and not address(params.workspace):
+    if step.scratch == "splits" and not shape.workspace:
         handle = resolve_stream(stream)
         with device_made_current(handle):
             _memory[current_context()].workspaces.prepare(
-                stream_key(handle), handle, plan.partial_bytes, plan.num_arrivals)
-
-
-def launch_path(cfg: Config) -> str:
-    """How launches of this config travel: "packed", or "objects" with the names that the DSL lacks."""
-    missing = _missing_names(get_kernel(cfg))
-    return f"objects: the DSL has no {', '.join(missing)}" if missing else "packed"
+                stream_key(handle), handle, step.plan.partial_bytes, step.plan.num_arrivals)
 
 
 class Kernel:
@@ -122,12 +118,20 @@ class Kernel:
                     raise NotWarmedUp(f"{self.cfg.name} is not loaded on device {device} and the stream is capturing a "
                                       "CUDA graph: call warmup() before the capture")
                 self.compiled = self.compiled or get_kernel(self.cfg)
-                if device not in self.num_sms and not _missing_names(self.compiled):
+                self.require_private_names()
+                if device not in self.num_sms:
                     self._load_code(device)
                 if context not in _memory:
                     _memory[context] = Memory()
                 self.num_sms[device] = sms
             return self.num_sms[device]
+
+    def require_private_names(self) -> None:
+        """CompileError if the DSL's compiled function lacks one."""
+        missing = [name for name in PRIVATE_NAMES if not hasattr(self.compiled, name)]
+        if missing:
+            raise CompileError(f"{self.cfg.name} cannot be launched: what nvidia-cutlass-dsl {dsl_version()} compiles "
+                               f"has no {', '.join(missing)}")
 
     def _load_code(self, device: int) -> None:
         # The DSL's own `to()` loads on every device of the machine, and fails if one of them is not a Hopper GPU.
@@ -142,63 +146,83 @@ class Kernel:
         check_runtime_error(error.value, f"loading {self.cfg.name} on device {device}")
 
 
-class Call:
-    """One thread's way to launch one kernel. It keeps `cfg` itself alive, whose id() finds it in the thread's table.
-
-    Sizes, strides and scale seldom change from one call to the next: their defaults are resolved when they do.
-    """
+class Buffer:
+    """One thread's argument buffer of one kernel; `filled_by` is the call whose shape lies in it."""
 
     def __init__(self, cfg: Config, kernel: Kernel):
-        self.cfg, self.kernel, self.is_fp8 = cfg, kernel, cfg.is_fp8
-        self.layout = layout_of(type(cfg), cfg.is_fp8)
-        self.shape: list | None = None
+        self.cfg, self.kernel = cfg, kernel
+        self.layout = layout_of(cfg.entry, cfg.is_fp8)
+        self.run = kernel.compiled.capi_func
+        self.filled_by: Call | None = None
+        offsets = self.layout.offsets
+        self.memory = (ctypes.c_uint64 * (offsets[-1] // 8 + 1))()
+        self.error = ctypes.c_int32.from_buffer(self.memory, offsets[-1])
+        self.pack = self.layout.per_call_struct.pack_into
+        start = self.layout.per_shape_offset
+        self.per_shape = memoryview(self.memory).cast("B")[start:start + self.layout.per_shape_struct.size]
+        base = ctypes.addressof(self.memory)
+        self.addresses = (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
+        self.argument = ctypes.addressof(self.addresses)
+
+
+class Call:
+    """One thread's way to launch one kernel with one shape, again and again."""
+    __slots__ = "buffer", "step", "shape", "packed", "context", "stream", "scratch"
+
+    def __init__(self, buffer: Buffer, step: Launch, shape: ProblemShape):
+        self.buffer, self.step, self.shape = buffer, step, shape
+        self.packed = b""
         self.context, self.stream = 0, NO_STREAM
         self.scratch: Any = None
 
-    def launch(self, params, stream: int, context: int) -> None:
-        """Launch with the values of params; `context` is the current one and the stream's."""
-        q, k, v, out, lse, *shape = read_params(params)
-        descales = ()
-        if self.is_fp8:
-            descales = map(address, read_descales(params))
-            shape += read_descale_strides(params)
-        if shape != self.shape or context != self.context:
-            self.set_shape(self.resolve(self.kernel.load(current_device(), stream), shape))
-            self.shape, self.context = shape if are_constants(shape) else None, context
-        self.stream = NO_STREAM       # until this launch has gone well, there is nothing to repeat
-        self.scratch = self.new_scratch(_memory[context], stream, address(params.workspace))
-        self.enqueue((q, k, v, out, lse or 0, *descales, *self.scratch.addresses(), stream))
-        self.stream = stream
+    def launch(self, addresses: tuple[int, ...], handle: int) -> None:
+        """Launch on a stream, wherever it is."""
+        if context := shared_context(handle):
+            self._launch(addresses, handle, context)
+        else:
+            with device_made_current(handle):
+                self._launch(addresses, handle, shared_context(handle))
 
-    def repeat(self, shape: list, pointers: tuple, stream) -> bool:
-        """Launch again with other addresses (int, in the order of arguments.TENSORS; FP8: and DESCALE_POINTERS); False,
-        and nothing done, if in between the shape has changed or another context became current, or the stream is
-        another one."""
-        handle = stream if type(stream) is int else resolve_stream(stream)
-        if self.shape is not shape or handle != self.stream or not is_current(self.context):
+    def _launch(self, addresses: tuple[int, ...], handle: int, context: int) -> None:
+        """`context` is the current one and the stream's."""
+        if context != self.context:
+            num_sms = self.buffer.kernel.load(current_device(), handle)
+            self.packed = self.buffer.layout.pack(self.shape, self.step.counts(num_sms))
+            self.buffer.filled_by = None
+            self.context = context
+        self.stream = NO_STREAM       # until this launch has gone well, there is nothing to repeat
+        self.scratch = SCRATCH[self.step.scratch](_memory[context], handle, self.step.plan, self.shape.workspace)
+        self.enqueue((*addresses, *self.scratch.addresses(), handle))
+        self.stream = handle
+
+    def repeat(self, addresses: tuple[int, ...], handle: int) -> bool:
+        """Launch again with other addresses; False, and nothing done, if in between another context became current, or
+        the stream is another one."""
+        if handle != self.stream or not is_current(self.context):
             return False
         try:
-            self.enqueue((*pointers, *self.scratch.addresses(), handle))
+            self.enqueue((*addresses, *self.scratch.addresses(), handle))
         except CudaFailure:     # the handle may by now be that of a stream elsewhere: `launch` looks, and tells
             return False
         return True
 
-    def resolve(self, num_sms: int, shape: list) -> tuple:
-        """The values of per_shape."""
-        if isinstance(self.cfg, FwdConfig):
-            return resolve_forward(num_sms, *shape)
-        values, self.plan = resolve_decode(self.cfg, *shape)
-        return values
-
-    def new_scratch(self, memory: Memory, stream: int, workspace: int) -> "TileCounter | SplitScratch | NoScratch":
-        """What the launches on a stream get of the context's memory, or of the caller's workspace."""
-        if isinstance(self.cfg, FwdConfig):
-            return TileCounter(memory, stream)
-        return SplitScratch(memory, stream, self.plan, workspace) if self.plan.partial_bytes else NoScratch()
+    def enqueue(self, values: tuple) -> None:
+        """Launch with the values of per_call."""
+        buffer = self.buffer
+        if buffer.filled_by is not self:
+            buffer.per_shape[:] = self.packed
+            buffer.filled_by = self
+        buffer.pack(buffer.memory, 0, *values)
+        buffer.run(buffer.argument)
+        if buffer.error.value:
+            check_runtime_error(buffer.error.value, f"launching {buffer.cfg.name}")
 
 
 class NoScratch:
     """Of a launch that needs none."""
+
+    def __init__(self, memory: Memory, stream: int, plan: SplitPlan, workspace: int):
+        pass
 
     def addresses(self) -> tuple[int, int]:
         """partials, arrivals."""
@@ -208,7 +232,7 @@ class NoScratch:
 class TileCounter:
     """The stream's tile counter; for a launch that goes into a CUDA graph one of its own."""
 
-    def __init__(self, memory: Memory, stream: int):
+    def __init__(self, memory: Memory, stream: int, plan: None, workspace: int):
         self.counters, self.stream = memory.counters, stream
         self.address = memory.counters.of_stream(stream_key(stream))
 
@@ -239,77 +263,30 @@ class SplitScratch:
                                                 0 if self.given else self.plan.partial_bytes, self.plan.num_arrivals)
 
 
-class PackedCall(Call):
-    """Launches through an argument buffer."""
-
-    def __init__(self, cfg: Config, kernel: Kernel):
-        super().__init__(cfg, kernel)
-        self.run = kernel.compiled.capi_func
-        offsets = self.layout.offsets
-        self.buffer = (ctypes.c_uint64 * (offsets[-1] // 8 + 1))()
-        self.error = ctypes.c_int32.from_buffer(self.buffer, offsets[-1])
-        self.pack = self.layout.per_call_struct.pack_into
-        base = ctypes.addressof(self.buffer)
-        self.addresses = (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
-        self.argument = ctypes.addressof(self.addresses)
-
-    def set_shape(self, values) -> None:
-        """Take the values of per_shape for this and the following calls."""
-        self.layout.per_shape_struct.pack_into(self.buffer, self.layout.per_shape_offset, *values)
-
-    def enqueue(self, values: tuple) -> None:
-        """Launch with the values of per_call."""
-        try:
-            self.pack(self.buffer, 0, *values)
-        except struct.error:                  # a pointer that has __int__ only
-            self.pack(self.buffer, 0, *map(int, values))
-        self.run(self.argument)
-        if self.error.value:
-            check_runtime_error(self.error.value, f"launching {self.cfg.name}")
-
-
-class ObjectCall(Call):
-    """Launches through the DSL's argument objects: slower, with public names only."""
-
-    def set_shape(self, values) -> None:
-        """Take the values of per_shape for this and the following calls."""
-        self.values = dict.fromkeys(self.layout.absent, 0) | dict(zip(self.layout.per_shape, values, strict=True))
-
-    def enqueue(self, values: tuple) -> None:
-        """Launch with the values of per_call."""
-        named = self.values | dict(zip(self.layout.per_call, map(int, values), strict=True))
-        arguments = typed_arguments(self.cfg, [named[name] for name, _ in self.cfg.arguments])
-        try:
-            self.kernel.compiled(*arguments)
-        except Exception as error:            # the DSL's own kind
-            code = getattr(error, "_error_code", -1)
-            raise CudaFailure(code, type(error).__name__, str(error), f"launching {self.cfg.name}") from error
+# By Launch.scratch.
+SCRATCH = {"none": NoScratch, "tile_counter": TileCounter, "splits": SplitScratch}
 
 
 class _Thread(threading.local):
     def __init__(self):
-        self.calls: dict[int, Call] = {}      # by id(cfg): hashing a config costs as much as packing its arguments
+        self.buffers: dict[Config, Buffer] = {}
 
 
 _thread = _Thread()
 
 
-def _new_call(cfg: Config, stream: int) -> Call:
+def _new_buffer(cfg: Config, stream: int) -> Buffer:
     initialise_driver()
     kernel = _kernel(cfg)
     with device_made_current(stream) as device:
         kernel.load(device, stream)
-    call = _thread.calls[id(cfg)] = (ObjectCall if _missing_names(kernel.compiled) else PackedCall)(cfg, kernel)
-    return call
+    buffer = _thread.buffers[cfg] = Buffer(cfg, kernel)
+    return buffer
 
 
 def _kernel(cfg: Config) -> Kernel:
     with _lock:
         return _kernels.setdefault(cfg, Kernel(cfg))
-
-
-def _missing_names(compiled: Any) -> list[str]:
-    return [name for name in PRIVATE_NAMES if not hasattr(compiled, name)]
 
 
 def _addresses(*arguments) -> ctypes.Array:

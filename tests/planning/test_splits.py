@@ -11,15 +11,33 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fa3_cute.planning import splits
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.planning.config import SMEM_BYTES_PER_CTA
 from fa3_cute.planning.tables import all_decode_configs, decode_config
 from fa3_cute.contract.params import AttentionMode, DataType, FlashAttentionParams
-from fa3_cute.planning.splits import (CLUSTER_SLOTS, MAX_SPLITS, NUM_SMS, config_of, is_decode, is_windowed, plan,
-                                      plan_of)
+from fa3_cute.contract.formats import MAX_SPLITS
+from fa3_cute.contract.plain import plain
+from fa3_cute.planning import splits
+from fa3_cute.planning.operations import operation_of
+from fa3_cute.planning.problem import ProblemShape
+from fa3_cute.planning.splits import CLUSTER_SLOTS, NUM_SMS, plan
 
 A = 0x7F00_0000_0000
+
+
+def shape_of(params: FlashAttentionParams) -> ProblemShape:
+    return ProblemShape.of(plain(params))
+
+
+def launch_of(params: FlashAttentionParams):
+    launch, = operation_of(shape_of(params)).launches
+    return launch
+
+
+def plan_of(params: FlashAttentionParams):
+    return launch_of(params).plan
+
+
 PREFILL, DECODE, VARLEN = AttentionMode
 ONE_TOKEN = FlashAttentionParams(q=A, k=A, v=A, out=A, batch_size=4, seqlen_q=1, seqlen_k=8192, num_heads=16,
                                  num_heads_k=2, head_dim=128, mode=DECODE)
@@ -59,12 +77,13 @@ TWO_PER_SM = [cfg for cfg in all_decode_configs() if cfg.ctas_per_sm == 2]
     (PROMPT, {"pack_gqa": np.False_}, False),
     (PROMPT, {"seqused_q": A, "seqused_k": A}, False),
     # packed sequences have the other kernel, however short they are
-    *((PROMPT, {"seqlen_q": 1, "cu_seqlens_q": A, "cu_seqlens_k": A, "mode": VARLEN, "num_splits": n, "pack_gqa": pack},
+    *((PROMPT, {"seqlen_q": 1, "cu_seqlens_q": A, "cu_seqlens_k": A, "mode": VARLEN, "num_splits": n, "pack_gqa": pack, "total_q": 5,
+                 "total_k": 5},
        False) for n, pack in ((0, None), (1, False))),
     (ONE_TOKEN, {"cu_seqlens_q": 0}, True),
 ])
 def test_is_decode(base, changes, expected):
-    assert is_decode(replace(base, **changes)) is expected
+    assert splits.is_decode(shape_of(replace(base, **changes))) is expected
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -82,7 +101,7 @@ def test_is_decode(base, changes, expected):
     ({"window_size_left": 7, "window_size_right": 7}, True),
 ])
 def test_is_windowed(changes, expected):
-    assert is_windowed(replace(ONE_TOKEN, mode=PREFILL, **changes)) is expected
+    assert splits.is_windowed(shape_of(replace(ONE_TOKEN, mode=PREFILL, **changes))) is expected
 
 
 # ---- the number of splits that was asked for -------------------------------------------------------------------------
@@ -187,7 +206,7 @@ FP8 = DataType.FP8_E4M3
      ("fp8_e4m3", 96, True, "fp16")),
 ])
 def test_config_of_params(changes, config):
-    assert config_of(replace(ONE_TOKEN, **changes)) is decode_config(*config)
+    assert launch_of(replace(ONE_TOKEN, **changes)).config == decode_config(*config)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])

@@ -1,0 +1,119 @@
+"""What the fields of a call mean: plain values, whatever the caller wrote. The rules and the plan read nothing else.
+
+NumPy's integers, pointer objects, 1 for True and 2 for DataType.FP8_E4M3 mean what they say here once; where a value
+means nothing, its field holds BAD, and the rules say so in words.
+"""
+from collections.abc import Callable
+from operator import attrgetter
+
+from .params import (ARGUMENTS, AttentionMode, DataType, FlashAttentionParams, address, integer, is_given, is_off,
+                     is_true, member)
+
+
+class _Bad:
+    """No value of its field's kind."""
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "BAD"
+
+
+BAD = _Bad()
+ENUMS = {"dtype": DataType, "out_dtype": DataType, "mode": AttentionMode}
+# Fields that None switches off, besides pointers, and the value that they have then.
+OFF_AS_ZERO = frozenset(("workspace_bytes", *(name for name, argument in ARGUMENTS.items()
+                                              if argument.kind == "stride" and argument.is_fp8)))
+_NONE = type(None)
+_TYPES = {"pointer": {int, _NONE}, "size": {int}, "count": {int}, "number": {int, float, _NONE}, "flag": {bool},
+          "stride": {int, _NONE}}
+_read = attrgetter(*ARGUMENTS)
+
+
+class Plain(FlashAttentionParams):
+    """A call whose values are plain; `raw` is the caller's."""
+    __slots__ = ("raw",)
+
+
+def _refused(value):
+    """Of fields that must be off: 0 if it is."""
+    return BAD if is_given(value) else 0
+
+
+def _pointer(name: str, value):
+    if not is_given(value):
+        return 0
+    found = address(value)
+    return BAD if found is None else found
+
+
+def _integer(name: str, value):
+    found = integer(value)
+    if found is None and is_off(value):
+        return 0 if name in OFF_AS_ZERO else None
+    return BAD if found is None else found
+
+
+def _stride(name: str, value):
+    if name in OFF_AS_ZERO or value is not None:
+        found = _integer(name, value)
+        return BAD if found is None else found
+    return None
+
+
+def _number(name: str, value):
+    kind = type(value)
+    if kind is float or kind is int or value is None:
+        return value
+    if kind is bool or hasattr(kind, "__dlpack__") or not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
+        return BAD
+    try:
+        return float(value)
+    except Exception:       # a foreign class's __float__
+        return BAD
+
+
+def _flag(name: str, value):
+    if value is None and name == "pack_gqa":
+        return None
+    found = is_true(value)
+    return BAD if found is None else found
+
+
+def _choice(name: str, value):
+    if value is None and name == "out_dtype":
+        return None
+    found = member(ENUMS[name], value)
+    return BAD if found is None else found
+
+
+_READERS: dict[str, Callable] = {"pointer": _pointer, "size": _integer, "count": _integer, "stride": _stride,
+                                 "number": _number, "flag": _flag, "choice": _choice}
+
+
+def _accepted(name: str) -> frozenset[type]:
+    """The types that mean themselves in a field."""
+    kind = ARGUMENTS[name].kind
+    if kind == "choice":
+        return frozenset({ENUMS[name]} | ({_NONE} if name == "out_dtype" else set()))
+    if name in OFF_AS_ZERO:
+        return frozenset({int})
+    return frozenset(_TYPES[kind] | ({_NONE} if name == "pack_gqa" else set()))
+
+
+_ACCEPTED = tuple(map(_accepted, ARGUMENTS))
+_plain_types: set[tuple[type, ...]] = set()      # tuples that were found to be accepted: calls have few of them
+
+
+def plain(params: FlashAttentionParams) -> FlashAttentionParams:
+    """The params themselves if every value is plain, else a copy in which it is."""
+    values = _read(params)
+    types = tuple(map(type, values))
+    if types in _plain_types:
+        return params
+    if all(kind in accepted for kind, accepted in zip(types, _ACCEPTED, strict=True)):
+        _plain_types.add(types)
+        return params
+    copy = Plain(**{name: _refused(value) if argument.refused else _READERS[argument.kind](name, value)
+                    for (name, argument), value in zip(ARGUMENTS.items(), values, strict=True)})
+    copy.raw = params
+    return copy

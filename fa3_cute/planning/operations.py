@@ -1,0 +1,107 @@
+"""Which launches serve a problem: kernel, config, plan and scratch memory of each. Pure Python.
+
+The only place that knows one kind of config from another: what differs between the kernels on the host is asked of a
+Launch.
+"""
+from typing import NamedTuple
+
+from ..contract.arguments import Entry
+from ..contract.params import FlashAttentionParams
+from ..contract.plain import plain
+from ..contract.rules import CONTRACT_RULES, walk
+from ..contract.status import Problem, Status, shown
+from .config import DecodeConfig, FwdConfig
+from .problem import ProblemShape
+from .splits import SplitPlan, is_decode, is_windowed, plan_of
+from .tables import decode_config, decode_row, forward_config, forward_row
+
+Config = FwdConfig | DecodeConfig
+
+
+class Launch(NamedTuple):
+    """One kernel launch.
+
+    config    the kernel, as its compile-time choices
+    reason    the measurement behind the config's row of the tables
+    scratch   what it needs of the library's memory: "tile_counter", "splits" or "none"
+    plan      of split-KV, None where K and V are never split
+    """
+    config: Config
+    reason: str
+    scratch: str
+    plan: SplitPlan | None = None
+
+    @property
+    def entry(self) -> Entry:
+        """What the kernel takes."""
+        return self.config.entry
+
+    def counts(self, num_sms: int) -> tuple[int, ...]:
+        """What the launch adds to the entry's arguments, in its order, on a device of so many SMs."""
+        return (num_sms,) if self.plan is None else self.plan[:4]
+
+
+class Operation(NamedTuple):
+    """What a call does: its launches, one after the other."""
+    launches: tuple[Launch, ...]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What a caller's workspace must hold."""
+        return max(launch.plan.partial_bytes if launch.plan else 0 for launch in self.launches)
+
+
+def operation_of(shape: ProblemShape) -> Operation:
+    """The operation that serves a problem."""
+    if is_decode(shape):
+        cfg = decode_config(shape.dtype, shape.head_dim, is_windowed(shape), shape.out_dtype)
+    else:
+        cfg = forward_config(shape.dtype, shape.head_dim, shape.mask, shape.has_lse, shape.has_lengths,
+                             shape.out_dtype)
+    return Operation((launch_of(cfg, shape),))
+
+
+def launch_of(cfg: Config, shape: ProblemShape) -> Launch:
+    """The launch of a problem through a config, that of the tables or any other one that can serve it."""
+    if isinstance(cfg, DecodeConfig):
+        plan = plan_of(cfg, shape)
+        return Launch(cfg, decode_row(cfg.dtype, cfg.head_dim).reason, "splits" if plan.partial_bytes else "none", plan)
+    return Launch(cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask).reason, "tile_counter")
+
+
+def checked(p: FlashAttentionParams) -> tuple[Problem | None, ProblemShape | None]:
+    """Of plain params: (the first problem, None) where `forward` refuses them, else (None, their shape)."""
+    problem = next(walk(p), None)
+    if problem is not None:
+        return problem, None
+    shape = ProblemShape.of(p)
+    if shape.workspace and (problem := _workspace_problem(p, shape)):
+        return problem, None
+    return None, shape
+
+
+def problems(params: FlashAttentionParams) -> list[Problem]:
+    """Everything that `forward` would object to, in the order in which it would; [] if the call is good."""
+    p = plain(params)
+    found = list(walk(p))
+    if not found and (problem := _workspace_problem(p, ProblemShape.of(p))):
+        return [problem]
+    return found
+
+
+def workspace_bytes(params: FlashAttentionParams) -> int | Problem:
+    """What a workspace must hold for these params, whatever their tensors and workspace are; else what is wrong."""
+    p = plain(params)
+    for problem in walk(p, CONTRACT_RULES):
+        if problem.status is not Status.NULL_POINTER:
+            return problem
+    return operation_of(ProblemShape.of(p)).workspace_bytes
+
+
+def _workspace_problem(p, shape: ProblemShape) -> Problem | None:
+    """The rule that needs a plan: what a workspace must hold is known for a call that is right otherwise."""
+    needed = operation_of(shape).workspace_bytes
+    if not shape.workspace or p.workspace_bytes >= needed:
+        return None
+    return Problem(Status.INVALID_ARGUMENT,
+                   f"workspace_bytes={shown(p.workspace_bytes)}: must be at least workspace_size(params)={needed}")
