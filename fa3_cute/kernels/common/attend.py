@@ -1,7 +1,7 @@
-"""Consumer role: S = Q K^T -> online softmax -> O += P V  (FA3 paper, algorithm 2, two-stage intra-warpgroup overlap).
+"""S = Q K^T -> online softmax -> O += P V over a range of K/V tiles, by one consumer warpgroup.
 
-While the tensor core computes S[n], the registers still hold P[n+1]; its PV GEMM is issued right behind, so that
-softmax(S[n]) overlaps PV[n+1]:
+FA3 paper, algorithm 2, two-stage intra-warpgroup overlap: while the tensor core computes S[n], the registers still hold
+P[n+1]; its PV GEMM is issued right behind, so that softmax(S[n]) overlaps PV[n+1]:
 
     tensor core   QK[n] PV[n+1] | QK[n-1] PV[n] | ...
     CUDA cores                  softmax[n]      softmax[n-1]
@@ -14,27 +14,25 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
-from ...planning.config import DecodeConfig, FwdConfig
-from .arithmetic import ceil_div, maximum
-from .barriers import all_agree, open_turnstile, pass_turn, sync_warpgroup, wait_turn
-from .block_range import BlockRange, block_range, warpgroup_range
-from ..forward.store import write_lse, write_O
-from .layout import as_operand_a, clear_rows, convert, element_type, fragment_row, row_copy, row_piece, unhoisted
-from ..forward.transpose_role import transpose_in_place
-from .visibility import Mask
-from ..decode.merge import expect_partials, merge_cluster, merge_clusters, send_partial
-from ..forward.bundles import DecodeParams, DecodePipelines, DecodeSmem, FwdMmas, FwdParams, FwdPipelines, FwdSmem
+from ...planning.config import KernelConfig
+from .arithmetic import maximum
+from .barriers import all_agree, pass_turn, sync_warpgroup, wait_turn
+from .block_range import BlockRange
+from .copies import clear_rows
+from .fp8 import Descales
+from .layout import ROW_STEP, as_operand_a, convert, fragment_row
 from .softmax import OnlineSoftmax, Scores
-from ..decode.split import SplitWork
-from .tiles import Tile, TileReader
-from .wgmma import in_flight, issue_gemm
+from .tiles import Tile
+from .transpose import transpose_in_place
+from .visibility import Mask
+from .wgmma import Mmas, in_flight, issue_gemm
 
 
 @dataclass
 class Attend:
-    """State of one consumer warpgroup. Methods are loop-free verbs; the loops are in `consume`."""
+    """State of one consumer warpgroup. Methods are loop-free verbs; the loops are in `attend_to`."""
     cfg: Constexpr
-    mmas: FwdMmas
+    mmas: Mmas
     tSrQ: cute.Tensor
     tSrK: cute.Tensor
     tOrV: cute.Tensor
@@ -50,16 +48,15 @@ class Attend:
     value_factor: Optional[Float32]
 
     @cute.jit
-    def start_tile(self, params: FwdParams, tile: Tile):
-        """FP8: read what the tile's scores and values are to be multiplied with."""
+    def start_tile(self, descales: Optional[Descales], scale: Float32, tile: Tile, packed_heads: Int32 | int = 1):
+        """FP8: read what the tile's scores and values are to be multiplied with; scale: of scores of real values."""
         if const_expr(self.cfg.is_fp8):
-            descales, scale = params.descales, params.softmax_scale_log2
             self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
             for r in cutlass.range_constexpr(cute.size(self.softmax.scale_log2)):
                 head = tile.head
                 if const_expr(self.cfg.packs_heads):
-                    row = tile.m_block * self.cfg.tile_m + fragment_row(cute.arch.thread_idx()[0]) + 8 * r
-                    head = head + row % params.grid.packed_heads
+                    row = tile.m_block * self.cfg.tile_m + fragment_row(cute.arch.thread_idx()[0]) + ROW_STEP * r
+                    head = head + row % packed_heads
                 self.softmax.scale_log2[r] = descales.score_factor(scale, head, tile.kv_head, tile.sequence)
 
     @cute.jit
@@ -182,9 +179,10 @@ class Attend:
         return cute.make_rmem_tensor(self.mmas.qk.partition_shape_C((self.cfg.tile_m, self.cfg.tile_n)), Float32)
 
 
-def make_attend(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pipes: FwdPipelines,
-                wg_idx: Int32, num_used: Optional[Int32] = None) -> Attend:
-    """Fragments and state of consumer warpgroup `wg_idx`; num_used: see OnlineSoftmax.create."""
+def make_attend(cfg: KernelConfig, scale_log2: Float32, mmas: Mmas, smem, pipes, wg_idx: Int32,
+                num_used: Optional[Int32] = None) -> Attend:
+    """Fragments and state of consumer warpgroup `wg_idx`; smem and pipes: either kernel's bundles of sQ, sK, sV, sVt
+    and of the rings k and vt; num_used: see OnlineSoftmax.create."""
     first_threads = cute.make_layout(cfg.num_consumer_wgs, stride=128)
     wg_qk, wg_pv = mmas.qk.get_slice(first_threads(wg_idx)), mmas.pv.get_slice(first_threads(wg_idx))
     acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim)), Float32)
@@ -195,14 +193,14 @@ def make_attend(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem,
         tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(smem.sVt)),
         tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),
         acc_O=acc_O,
-        softmax=OnlineSoftmax.create(cfg, params.softmax_scale_log2, acc_O.shape[0][0] * acc_O.shape[1], num_used),
+        softmax=OnlineSoftmax.create(cfg, scale_log2, acc_O.shape[0][0] * acc_O.shape[1], num_used),
         k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
         sV=smem.sV, sVt=smem.sVt,
         value_factor=Float32(1.0) if cfg.is_fp8 else None)
 
 
 @cute.jit
-def clear_unused_rows(cfg: FwdConfig, sV: cute.Tensor, v_consumer: pipeline.PipelineConsumer, num_used: Int32,
+def clear_unused_rows(cfg: KernelConfig, sV: cute.Tensor, v_consumer: pipeline.PipelineConsumer, num_used: Int32,
                       tidx: Int32):
     """Zero the rows of the V slot that is consumed next, from num_used on.
 
@@ -217,7 +215,8 @@ def clear_unused_rows(cfg: FwdConfig, sV: cute.Tensor, v_consumer: pipeline.Pipe
 
 
 @cute.jit
-def attend_to(cfg: FwdConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV: cute.Tensor, tidx: Int32) -> Attend:
+def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV: cute.Tensor,
+              tidx: Int32) -> Attend:
     """O and LSE of one Q tile over a range of K/V tiles, from the last one down. Returns the state that it advanced."""
     n_block = blocks.n_block_max - 1
     if n_block >= blocks.n_block_min:
@@ -262,90 +261,3 @@ def skip_tiles(attend: Attend, count: Int32) -> Attend:
         attend.k_consumer.wait_and_advance().release()
         attend.release_v(attend.v_consumer.wait_and_advance())
     return attend
-
-
-@cute.jit
-def consume(cfg: FwdConfig, params: FwdParams, mmas: FwdMmas, smem: FwdSmem, pipes: FwdPipelines):
-    """Attend to every tile that the scheduler hands out, and hand its O to the store warp.
-
-    Runs on: consumer warpgroups.
-    Synchronises: reads the tile ring; waits for the full halves of the Q, K, V rings; empties K and V; fills O.
-    """
-    tidx = cute.arch.thread_idx()[0] - 128
-    wg_idx = cute.arch.make_warp_uniform(tidx // 128)
-    attend = make_attend(cfg, params, mmas, smem, pipes, wg_idx)
-    q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()
-    open_turnstile(cfg, wg_idx)
-
-    reader = TileReader.create(smem.sTiles, pipes.tiles)
-    while reader.has_tile():
-        tile = reader.tile
-        if const_expr(cfg.is_fp8):
-            tidx = unhoisted(tidx)
-        mask = Mask.create(cfg, params.window, tidx, tile)
-        blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
-        q = q_consumer.wait_and_advance()
-        attend.q_slot = q.index
-        attend.start_tile(params, tile)
-        own = blocks
-        if const_expr(cfg.skips_per_warpgroup):
-            own = warpgroup_range(cfg, params.window, blocks, tile.m_block, wg_idx, tile.seqlen_q, tile.seqlen_k)
-            attend = skip_tiles(attend, blocks.n_block_max - own.n_block_max)
-        attend = attend_to(cfg, attend, mask, own, smem.sV, tidx)
-        if const_expr(cfg.skips_per_warpgroup and cfg.is_local):
-            attend = skip_tiles(attend, own.n_block_min - blocks.n_block_min)
-        if const_expr(cfg.is_fp8):
-            tidx = unhoisted(tidx)
-        o_slot = attend.q_slot
-        if const_expr(cfg.has_o_ring):
-            o_slot = o_producer.acquire().index
-        write_O(cfg, mmas, smem.sO[None, None, o_slot], attend.acc_O, tidx)
-        o_producer.commit()      # of O's own slot, or of Q's, which the Q ring has emptied
-        o_producer.advance()
-        write_lse(cfg, params, tile, attend.softmax.row_sum, tidx)
-        reader.advance()
-
-
-@cute.jit
-def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: FwdMmas, smem: DecodeSmem, pipes: DecodePipelines,
-                  work: SplitWork):
-    """Attend to one split, then merge it with the others of its item.
-
-    Runs on: the consumer warpgroup.
-    Synchronises: waits for the full halves of the K and V rings and empties them; merges, see merge.py.
-    """
-    tidx = cute.arch.thread_idx()[0]
-    expect_partials(cfg, params, smem, work, tidx)
-    read_Q(cfg, params, smem, work, tidx)
-    warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16      # fragment_row's first one in this warp, then 8 by 8
-    attend = make_attend(cfg, params, mmas, smem, pipes, Int32(0), num_used=ceil_div(work.num_rows - warp_row, 8))
-    mask = Mask.create(cfg, params.window, tidx, work.tile, params.grid.packed_heads)
-    attend.start_tile(params, work.tile)
-    attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)
-    cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
-    send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)
-    merge_cluster(cfg, params, smem, work, tidx)
-    if params.num_clusters > 1 and work.num_own_rows > 0:
-        merge_clusters(cfg, params, smem, work, tidx)
-
-
-@cute.jit
-def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
-    """The rows of Q that exist, from global to shared memory with ordinary loads: there are few, and they are strided.
-
-    The other rows of sQ hold anything: rows do not mix, and these are never stored.
-    Runs on: the consumer warpgroup. Synchronises: its four warps.
-    """
-    copy, first_row, rows_per_step = row_copy(cfg, element_type(cfg), tidx, num_threads=128)
-    tQsQ = copy.partition_D(smem.sQ[None, None, 0])
-    packed_heads = params.grid.packed_heads
-    for step in cutlass.range(ceil_div(work.num_rows, rows_per_step), unroll=1):
-        row = step * rows_per_step + first_row
-        if row < work.num_rows:
-            packed_row = work.tile.m_block * cfg.tile_m + row
-            query, head = divmod(packed_row, packed_heads)
-            mQ = params.mQ[query, None, work.tile.head + head, work.tile.batch]
-            for c in cutlass.range_constexpr(cute.size(tQsQ, mode=[2])):
-                cute.autovec_copy(row_piece(cfg, mQ, tidx, c), tQsQ[None, step, c])
-    cute.arch.fence_view_async_shared()
-    sync_warpgroup(0)

@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 from cutlass.experimental import primitives
 
-from ...planning.config import FwdConfig
+from ...planning.config import KernelConfig
 
 
 class BarrierId(enum.IntEnum):
@@ -22,7 +22,7 @@ class BarrierId(enum.IntEnum):
 
 
 @cute.jit
-def open_turnstile(cfg: FwdConfig, wg_idx: Int32):
+def open_turnstile(cfg: KernelConfig, wg_idx: Int32):
     """Give warpgroup 0 the first turn. Call once, before the first wait_turn."""
     if const_expr(cfg.use_pingpong):
         if wg_idx == cfg.num_consumer_wgs - 1:
@@ -30,14 +30,14 @@ def open_turnstile(cfg: FwdConfig, wg_idx: Int32):
 
 
 @cute.jit
-def wait_turn(cfg: FwdConfig, wg_idx: Int32):
+def wait_turn(cfg: KernelConfig, wg_idx: Int32):
     """Block until the previous warpgroup has issued its GEMMs."""
     if const_expr(cfg.use_pingpong):
         cute.arch.barrier(barrier_id=BarrierId.TURN + wg_idx, number_of_threads=256)
 
 
 @cute.jit
-def pass_turn(cfg: FwdConfig, wg_idx: Int32):
+def pass_turn(cfg: KernelConfig, wg_idx: Int32):
     """Let the next warpgroup issue its GEMMs."""
     if const_expr(cfg.use_pingpong):
         next_wg = wg_idx + 1 if wg_idx < cfg.num_consumer_wgs - 1 else 0

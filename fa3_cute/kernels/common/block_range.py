@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cutlass import Int32
 
-from ...planning.config import ROWS_PER_WARPGROUP, FwdConfig
+from ...planning.config import ROWS_PER_WARPGROUP, KernelConfig
 from .arithmetic import ceil_div, maximum, minimum
 
 
@@ -29,7 +29,7 @@ class BlockRange:
     n_block_full_max: Int32
 
 
-def block_range(cfg: FwdConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32,
+def block_range(cfg: KernelConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32,
                 packed_heads: Int32 = 1, tile_m: int | None = None) -> BlockRange:
     """K/V tiles that hold a key visible to some row of Q tile `m_block`, lengths in tokens.
 
@@ -55,7 +55,7 @@ def block_range(cfg: FwdConfig, window: Window, m_block: Int32, seqlen_q: Int32,
     return BlockRange(n_block_min, n_block_max, n_block_full_min, n_block_full_max)
 
 
-def warpgroup_range(cfg: FwdConfig, window: Window, blocks: BlockRange, m_block: Int32, wg_idx: Int32,
+def warpgroup_range(cfg: KernelConfig, window: Window, blocks: BlockRange, m_block: Int32, wg_idx: Int32,
                     seqlen_q: Int32, seqlen_k: Int32) -> BlockRange:
     """The part of a Q tile's range `blocks` that rows of its warpgroup `wg_idx` see; empty if none is below seqlen_q.
 

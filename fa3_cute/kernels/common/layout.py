@@ -18,20 +18,20 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
 from ...contract.formats import FP8
-from ...planning.config import FwdConfig
+from ...planning.config import KernelConfig
 
 ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16, FP8: Float8E4M3FN}
+ROW_STEP = 8               # from a thread's first row to its second
 STRIDE_DIVISIBILITY = 16   # bytes, of every stride but the last dimension's: TMA's rule
-PIECE_BYTES = 16           # what `row_copy` moves at once
-CONVERT_CHUNK = 8   # elements converted by one vector operation; see `convert`
+CONVERT_CHUNK = 8          # elements converted by one vector operation; see `convert`
 
 
-def element_type(cfg: FwdConfig):
+def element_type(cfg: KernelConfig):
     """The CUTLASS type of Q, K and V."""
     return ELEMENT_TYPES[cfg.dtype]
 
 
-def out_type(cfg: FwdConfig):
+def out_type(cfg: KernelConfig):
     """The CUTLASS type of O."""
     return ELEMENT_TYPES[cfg.element_out]
 
@@ -48,7 +48,7 @@ def smem_ring(element, rows: int, columns: int, num_stages: int) -> cute.Compose
     return cute.tile_to_shape(atom, (rows, columns, num_stages), order=(0, 1, 2))
 
 
-def tensor_view(cfg: FwdConfig, ptr: cute.Pointer, shape, stride) -> cute.Tensor:
+def tensor_view(cfg: KernelConfig, ptr: cute.Pointer, shape, stride) -> cute.Tensor:
     """(seqlen, head_dim, heads, batch) over a pointer; shape and stride are (row, head, batch)."""
     elements = 8 * STRIDE_DIVISIBILITY // ptr.dtype.width
     row, head, batch = (cute.assume(s, divby=elements) for s in stride)
@@ -86,7 +86,7 @@ def as_rows_cols(acc: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(acc.iterator, cute.composition(acc.layout, rows_cols))
 
 
-def as_operand_a(cfg: FwdConfig, acc: cute.Tensor) -> cute.Tensor:
+def as_operand_a(cfg: KernelConfig, acc: cute.Tensor) -> cute.Tensor:
     """View S's accumulator as the A operand of the PV WGMMA. No data moves.
 
     16 bit: ((2, 2, 2), MMA_M, (N/16, MMA_N)), keys in order. FP8: ((4, 2, 2), MMA_M, (N/32, MMA_N)); a thread has 4
@@ -156,48 +156,6 @@ def transposed(t: cute.Tensor) -> cute.Tensor:
     """Swap the first two modes of a view. No data moves."""
     order = (1, 0, *range(2, cute.rank(t)))
     return cute.composition(t, cute.make_ordered_layout((t.shape[1], t.shape[0], *t.shape[2:]), order=order))
-
-
-def piece_size(element) -> int:
-    """Elements of a piece."""
-    return 8 * PIECE_BYTES // element.width
-
-
-def threads_per_row(cfg: FwdConfig, element) -> int:
-    """Threads that share a row in `row_copy`: a divisor of its pieces."""
-    return math.gcd(8, cfg.head_dim // piece_size(element))
-
-
-def row_copy(cfg: FwdConfig, element, thread: Int32, num_threads: int):
-    """How `num_threads` threads walk a (rows, head_dim) tensor in 16-byte pieces, some rows per step.
-
-    Returns one thread's copy, whose partitions are (piece, step, column), its row of a step, and the rows of a step.
-    """
-    per_row = threads_per_row(cfg, element)
-    threads = cute.make_ordered_layout((num_threads // per_row, per_row), order=(1, 0))
-    atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element, num_bits_per_copy=8 * PIECE_BYTES)
-    copy = cute.make_tiled_copy_tv(atom, threads, cute.make_layout((1, piece_size(element))))
-    return copy.get_slice(thread), thread // per_row, num_threads // per_row
-
-
-def row_piece(cfg: FwdConfig, row: cute.Tensor, thread: Int32, column: int) -> cute.Tensor:
-    """The thread's piece in one column of `row_copy`, of a row (head_dim,) that lies anywhere."""
-    per_row = threads_per_row(cfg, row.element_type)
-    return cute.local_tile(row, (piece_size(row.element_type),), (column * per_row + thread % per_row,))
-
-
-@cute.jit
-def clear_rows(cfg: FwdConfig, slot: cute.Tensor, num_used: Int32, thread: Int32, num_threads: Constexpr[int]):
-    """Zero the rows of a K or V slot from num_used on, by ordinary stores of `num_threads` threads."""
-    copy, first_row, rows_per_step = row_copy(cfg, element_type(cfg), thread, num_threads)
-    tXsX = copy.partition_D(slot)
-    zeros = cute.make_rmem_tensor_like(tXsX[None, 0, 0], element_type(cfg))
-    cute.recast_tensor(zeros, Int32).fill(0)
-    for step in cutlass.range(num_used // rows_per_step, -(-cfg.tile_n // rows_per_step), unroll=1):
-        row = step * rows_per_step + first_row
-        if row >= num_used and row < cfg.tile_n:
-            for c in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
-                cute.autovec_copy(zeros, tXsX[None, step, c])
 
 
 @cute.jit

@@ -15,7 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
-from ...planning.config import FwdConfig
+from ...planning.config import KernelConfig
 from .arithmetic import maximum
 from .fp8 import P_SCALE_LOG2
 from .layout import as_rows_cols
@@ -53,7 +53,8 @@ class OnlineSoftmax:
     p_scale_log2: Constexpr
 
     @staticmethod
-    def create(cfg: FwdConfig, scale_log2: Float32, num_rows: int, num_used: Optional[Int32] = None) -> "OnlineSoftmax":
+    def create(cfg: KernelConfig, scale_log2: Float32, num_rows: int,
+               num_used: Optional[Int32] = None) -> "OnlineSoftmax":
         """Before the first tile; `update` initialises the rows with its scores.
 
         scale_log2 of the raw scores; FP8's are set for each tile of O: one, or one per row if the rows of a tile belong

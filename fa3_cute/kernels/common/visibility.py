@@ -5,13 +5,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
-from ...planning.config import FwdConfig
+from ...planning.config import KernelConfig
 from .arithmetic import minimum
 from .block_range import Window
-from .layout import as_rows_cols, col_offset, fragment_col, fragment_row
+from .layout import ROW_STEP, as_rows_cols, col_offset, fragment_col, fragment_row
 from .tiles import Tile
-
-ROW_STEP = 8   # from a thread's first row to its second
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Mask:
     seqlen_k: Int32
 
     @staticmethod
-    def create(cfg: FwdConfig, window: Window, tidx: Int32, tile: Tile, packed_heads: Int32 = 1) -> "Mask":
+    def create(cfg: KernelConfig, window: Window, tidx: Int32, tile: Tile, packed_heads: Int32 = 1) -> "Mask":
         """For consumer thread `tidx`; if cfg.packs_heads, packed_heads consecutive rows are heads of one query."""
         row = tile.m_block * cfg.tile_m + fragment_row(tidx)
         next_row = row + ROW_STEP

@@ -1,21 +1,29 @@
 """One asynchronous WGMMA GEMM: fence, issue over k, commit. The caller waits (PTX ISA, "wgmma.mma_async")."""
+from dataclasses import dataclass
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Boolean, Float32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from ...planning.config import FwdConfig, ROWS_PER_WARPGROUP
+from ...planning.config import KernelConfig, ROWS_PER_WARPGROUP
 from .layout import element_type
-from ..forward.bundles import FwdMmas
 
 
-def make_mmas(cfg: FwdConfig) -> FwdMmas:
+@dataclass(frozen=True)
+class Mmas:
+    """The two GEMMs, over all consumer warpgroups."""
+    qk: cute.TiledMma              # S = Q K^T
+    pv: cute.TiledMma              # O += P V
+
+
+def make_mmas(cfg: KernelConfig) -> Mmas:
     """S = Q K^T with both operands in shared memory; O += P V with P in registers and V read transposed: by WGMMA
     itself in 16 bit; FP8's V^T has been transposed already."""
     element, warpgroups = element_type(cfg), (cfg.num_consumer_wgs, 1, 1)
     v_major = OperandMajorMode.K if cfg.is_fp8 else OperandMajorMode.MN
-    return FwdMmas(
+    return Mmas(
         qk=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, OperandMajorMode.K, Float32, warpgroups,
                                        (ROWS_PER_WARPGROUP, cfg.tile_n)),
         pv=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, v_major, Float32, warpgroups,

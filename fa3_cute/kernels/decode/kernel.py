@@ -1,6 +1,6 @@
 """Decode for sm_90a: few query rows over a long K and V, read by many CTAs whose partial results merge in the launch.
 
-The same softmax, masks and main loop as flash_fwd.py; a CTA's work is one split of one M tile (split.py).
+The same softmax, masks and main loop as the forward kernel; a CTA's work is one split of one M tile (split.py).
 """
 import math
 from functools import partial
@@ -18,14 +18,14 @@ from ..common.block_range import Window, block_range, split_range
 from ..common.cluster import sync_cluster
 from ..common.fp8 import Descales
 from ..common.layout import element_type, smem_ring, tensor_view, transposed, view_as
-from ..common.keys_values import load_split
-from ..common.attend import consume_split
-from ..forward.bundles import DecodeLayouts, DecodeParams, DecodePipelines, DecodeSmem, FwdMmas
 from ..common.sequences import used_rows
-from .split import SplitGrid, SplitScratch, SplitWork, place_of
 from ..common.tiles import Tile
 from ..common.tma import kv_policy, tma_load
-from ..common.wgmma import make_mmas
+from ..common.wgmma import Mmas, make_mmas
+from .bundles import DecodeLayouts, DecodeParams, DecodePipelines, DecodeSmem
+from .consume import consume_split
+from .load import load_split
+from .split import SplitGrid, SplitScratch, SplitWork, place_of
 
 LOAD_WARP = 4      # behind the consumer warpgroup, whose first warp's number must be a multiple of 4
 
@@ -109,7 +109,7 @@ class FlashAttentionDecode:
 
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
-    def kernel(self, params: DecodeParams, layouts: DecodeLayouts, mmas: FwdMmas):
+    def kernel(self, params: DecodeParams, layouts: DecodeLayouts, mmas: Mmas):
         """Warps 0-3 consume, warp 4 loads."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())

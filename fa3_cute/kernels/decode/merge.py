@@ -18,9 +18,9 @@ from cutlass import Float32, Int32
 from ...planning.config import DecodeConfig
 from ..common.barriers import sync_warpgroup
 from ..common.cluster import send, sync_cluster
-from ..common.layout import as_quads, as_rows_cols, fragment_col, fragment_row, out_type
-from ..forward.bundles import DecodeParams, DecodeSmem
+from ..common.layout import ROW_STEP, as_quads, as_rows_cols, fragment_col, fragment_row, out_type
 from ..common.sequences import is_present
+from .bundles import DecodeParams, DecodeSmem
 from .split import SplitWork
 
 LOG2_E = math.log2(math.e)
@@ -47,7 +47,7 @@ def send_partial(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work
     sync_warpgroup(0)
     sync_cluster()
     for r in cutlass.range_constexpr(cute.size(lse)):
-        row = fragment_row(tidx) + 8 * r
+        row = fragment_row(tidx) + ROW_STEP * r
         if row < work.num_rows:
             slot, owner = divmod(row, params.grid.cluster_size)
             line = slot * params.grid.cluster_size.divisor + work.rank

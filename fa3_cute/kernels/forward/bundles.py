@@ -8,14 +8,13 @@ from typing import Optional
 
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32
 
 from ..common.block_range import Window
 from ..common.fp8 import Descales
-from .order import TileGrid
 from ..common.sequences import Sequences
-from ..decode.split import SplitGrid, SplitScratch
 from ..common.tma import TmaOperand
+from .order import TileGrid
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,6 @@ class FwdLayouts:
 
 
 @dataclass(frozen=True)
-class FwdMmas:
-    """The two GEMMs, over all consumer warpgroups."""
-    qk: cute.TiledMma              # S = Q K^T
-    pv: cute.TiledMma              # O += P V
-
-
-@dataclass(frozen=True)
 class FwdSmem:
     """Shared-memory tensors, in layout order."""
     sO: cute.Tensor                # O until the store has read it: the Q ring's slots, or FP8's own
@@ -73,53 +65,3 @@ class FwdPipelines:
     vt: pipeline.PipelineAsync     # v, or transpose warps -> consumers if cfg.is_fp8
     o: pipeline.PipelineAsync      # consumers -> store warp; only its full half if slot i is Q's, unless cfg.has_o_ring
     tiles: pipeline.PipelineAsync  # schedule warp -> load, store and transpose warps, consumers
-
-
-@dataclass(frozen=True)
-class DecodeParams:
-    """Run-time arguments of the decode kernel (device side)."""
-    k: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
-    v: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
-    mQ: cute.Tensor                # (seqlen_q, head_dim, num_heads, batch)
-    mO: cute.Tensor                # (seqlen_q, head_dim, num_heads, batch)
-    mLSE: cute.Tensor              # (seqlen_q, num_heads, batch) f32; may be null
-    seqused_q: cute.Tensor         # (batch,) int32; may be null, as may seqused_k
-    seqused_k: cute.Tensor
-    descales: Optional[Descales]   # None unless cfg.is_fp8
-    scratch: SplitScratch
-    softmax_scale_log2: Float32
-    window: Window                 # used if cfg.is_local
-    grid: SplitGrid
-    num_clusters: Int32            # num_splits / cluster_size
-    kv_policy: Int64               # L2 policy of the K and V loads
-
-
-@dataclass(frozen=True)
-class DecodeLayouts:
-    """Staged, swizzled shared-memory layouts."""
-    sQ: cute.ComposedLayout        # (tile_m, head_dim, 1)
-    sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
-    sVt: Optional[cute.ComposedLayout]     # (head_dim, tile_n, num_kv_stages): V^T; None unless cfg.is_fp8
-
-
-@dataclass(frozen=True)
-class DecodeSmem:
-    """Shared-memory tensors, in layout order."""
-    partials_arrived: cute.Pointer # mbarrier: all rows that this CTA owns are here
-    sArrived: cute.Tensor          # (1,) int32: how many CTAs had arrived at the item before this one
-    sPartialLSE: cute.Tensor       # (partial_lines,) f32, as sPartial
-    sQ: cute.Tensor
-    sK: cute.Tensor
-    sV: cute.Tensor
-    sVt: cute.Tensor               # (head_dim, tile_n, num_kv_stages): sV itself; FP8 is transposed within its slot
-    # (partial_lines, head_dim) f32: line row / cluster_size * cluster_size + r holds row `row` of the CTA of rank r.
-    # Aliases sK and, if need be, sV, once all CTAs of the cluster have read all of theirs (send_partial).
-    sPartial: cute.Tensor
-
-
-@dataclass(frozen=True)
-class DecodePipelines:
-    """Barrier arrays only, as FwdPipelines."""
-    k: pipeline.PipelineTmaAsync   # load warp -> consumers
-    v: pipeline.PipelineTmaAsync   # load warp -> consumers
-    vt: pipeline.PipelineTmaAsync  # v

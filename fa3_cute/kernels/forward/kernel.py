@@ -12,19 +12,19 @@ from cutlass.cute.nvgpu import cpasync
 from ...planning.config import FIRST_TRANSPOSE_WARP, NUM_TRANSPOSE_WARPS, FwdConfig
 from ..common.arithmetic import ceil_div, minimum
 from ..common.block_range import Window
-from .store import store
 from ..common.fp8 import Descales
 from ..common.layout import element_type, out_type, smem_ring, tensor_view, transposed, view_as
-from ..common.keys_values import load
-from .transpose_role import transpose
-from ..common.attend import consume
-from .bundles import FwdLayouts, FwdMmas, FwdParams, FwdPipelines, FwdSmem
-from .schedule import schedule
-from .order import TileGrid, heads_per_section
 from ..common.sequences import Sequences
-from ..common.tiles import ENTRY_INTS
 from ..common.tma import tma_load, tma_store
-from ..common.wgmma import make_mmas
+from ..common.wgmma import Mmas, make_mmas
+from .bundles import FwdLayouts, FwdParams, FwdPipelines, FwdSmem
+from .consume import consume
+from .load import load
+from .order import TileGrid, heads_per_section
+from .schedule import schedule
+from .store import store
+from .tile_ring import ENTRY_INTS
+from .transpose_role import transpose
 
 NUM_TILE_SLOTS = 1         # each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles
 
@@ -107,7 +107,7 @@ class FlashAttentionForward:
 
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
-    def kernel(self, params: FwdParams, layouts: FwdLayouts, mmas: FwdMmas):
+    def kernel(self, params: FwdParams, layouts: FwdLayouts, mmas: Mmas):
         """Warp 0 loads, warp 1 stores, warp 2 schedules, warp 3 retires; FP8: warp 1 stores and schedules, 2 and 3
         transpose. The other warpgroups consume."""
         cfg = self.cfg

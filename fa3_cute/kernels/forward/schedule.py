@@ -13,10 +13,12 @@ from cutlass import Boolean, Constexpr, Int32, const_expr
 
 from ...planning.config import FwdConfig
 from ..common.arithmetic import ceil_div
-from .store import OutStore
-from .bundles import FwdParams, FwdPipelines, FwdSmem, Sequences
+from ..common.sequences import Sequences
+from ..common.tiles import Tile
+from .bundles import FwdParams, FwdPipelines, FwdSmem
 from .order import dense_tile, heads_per_section, tile_of_heads
-from ..common.tiles import END, Tile, TileWriter
+from .store import OutStore
+from .tile_ring import END, TileWriter, end_tile
 
 LANES = 32
 
@@ -28,7 +30,7 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
     Runs on: warp 2; FP8: warp 1, so that two are left to transpose V.
     Synchronises: waits for the empty halves of the tile ring; fills it; FP8: as OutStore.store.
     """
-    out, unstored = OutStore.create(pipes), Tile.end()
+    out, unstored = OutStore.create(pipes), end_tile()
     writer = TileWriter(smem.sTiles, pipes.tiles.make_producer())
     index, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
     qhead_per_kvhead = params.num_heads // params.num_heads_k
@@ -62,7 +64,7 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
             writer.wait_for_room()       # take the next tile as late as the ring allows
             fetched = fetch(params.tile_counter)
             index = num_ctas + fetched
-    writer.publish(Tile.end())
+    writer.publish(end_tile())
     if const_expr(cfg.has_transpose_warps):
         store_previous(cfg, params, smem, out, unstored)
     if fetched == num_tiles - 1 and cute.arch.lane_idx() == 0:

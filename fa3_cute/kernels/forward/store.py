@@ -10,14 +10,17 @@ from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 from ...planning.config import FwdConfig
 from ..common.arithmetic import ceil_div
 from ..common.barriers import sync_warpgroup
-from ..common.layout import SwizzledRow, as_quads, convert, fragment_col, fragment_row, out_type, row_copy
-from .bundles import FwdMmas, FwdParams, FwdPipelines, FwdSmem
-from ..common.tiles import Tile, TileReader, rows_from
+from ..common.copies import row_copy
+from ..common.layout import ROW_STEP, SwizzledRow, as_quads, convert, fragment_col, fragment_row, out_type
+from ..common.tiles import Tile, rows_from
 from ..common.tma import tma_views
+from ..common.wgmma import Mmas
+from .bundles import FwdParams, FwdPipelines, FwdSmem
+from .tile_ring import TileReader
 
 
 @cute.jit
-def write_O(cfg: FwdConfig, mmas: FwdMmas, sO: cute.Tensor, acc_O: cute.Tensor, tidx: Int32):
+def write_O(cfg: FwdConfig, mmas: Mmas, sO: cute.Tensor, acc_O: cute.Tensor, tidx: Int32):
     """acc_O (f32, normalised) -> sO (tile_m, head_dim) in O's type, visible to TMA.
 
     Runs on: a consumer warpgroup, each its 64 rows.
@@ -45,7 +48,7 @@ def write_quads(cfg: FwdConfig, sO: cute.Tensor, quads: cute.Tensor, tidx: Int32
             for i in cutlass.range_constexpr(4):
                 quad[i] = quads[i, r, g]
             rO.store(quad.load().to(out_type(cfg)))
-            place = row.pointer(out_type(cfg), 32 * g, 8 * r, alignment=8)
+            place = row.pointer(out_type(cfg), 32 * g, ROW_STEP * r, alignment=8)
             cute.autovec_copy(rO, cute.make_tensor(place, cute.make_layout(4)))
 
 
@@ -58,7 +61,7 @@ def write_lse(cfg: FwdConfig, params: FwdParams, tile: Tile, lse: cute.Tensor, t
     if const_expr(cfg.has_lse):
         if fragment_col(tidx) == 0:
             for r in cutlass.range_constexpr(cute.size(lse)):
-                row = tile.m_block * cfg.tile_m + fragment_row(tidx) + 8 * r
+                row = tile.m_block * cfg.tile_m + fragment_row(tidx) + ROW_STEP * r
                 if row < tile.seqlen_q:
                     params.mLSE[tile.offset_q + row, tile.head, tile.batch] = lse[r]
 

@@ -1,0 +1,53 @@
+"""Rows of head_dim elements moved by ordinary loads and stores, where TMA cannot: they lie anywhere, or end early."""
+import math
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32
+
+from ...planning.config import KernelConfig
+from .layout import element_type
+
+PIECE_BYTES = 16           # what `row_copy` moves at once
+
+
+def piece_size(element) -> int:
+    """Elements of a piece."""
+    return 8 * PIECE_BYTES // element.width
+
+
+def threads_per_row(cfg: KernelConfig, element) -> int:
+    """Threads that share a row in `row_copy`: a divisor of its pieces."""
+    return math.gcd(8, cfg.head_dim // piece_size(element))
+
+
+def row_copy(cfg: KernelConfig, element, thread: Int32, num_threads: int):
+    """How `num_threads` threads walk a (rows, head_dim) tensor in 16-byte pieces, some rows per step.
+
+    Returns one thread's copy, whose partitions are (piece, step, column), its row of a step, and the rows of a step.
+    """
+    per_row = threads_per_row(cfg, element)
+    threads = cute.make_ordered_layout((num_threads // per_row, per_row), order=(1, 0))
+    atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element, num_bits_per_copy=8 * PIECE_BYTES)
+    copy = cute.make_tiled_copy_tv(atom, threads, cute.make_layout((1, piece_size(element))))
+    return copy.get_slice(thread), thread // per_row, num_threads // per_row
+
+
+def row_piece(cfg: KernelConfig, row: cute.Tensor, thread: Int32, column: int) -> cute.Tensor:
+    """The thread's piece in one column of `row_copy`, of a row (head_dim,) that lies anywhere."""
+    per_row = threads_per_row(cfg, row.element_type)
+    return cute.local_tile(row, (piece_size(row.element_type),), (column * per_row + thread % per_row,))
+
+
+@cute.jit
+def clear_rows(cfg: KernelConfig, slot: cute.Tensor, num_used: Int32, thread: Int32, num_threads: Constexpr[int]):
+    """Zero the rows of a K or V slot from num_used on, by ordinary stores of `num_threads` threads."""
+    copy, first_row, rows_per_step = row_copy(cfg, element_type(cfg), thread, num_threads)
+    tXsX = copy.partition_D(slot)
+    zeros = cute.make_rmem_tensor_like(tXsX[None, 0, 0], element_type(cfg))
+    cute.recast_tensor(zeros, Int32).fill(0)
+    for step in cutlass.range(num_used // rows_per_step, -(-cfg.tile_n // rows_per_step), unroll=1):
+        row = step * rows_per_step + first_row
+        if row >= num_used and row < cfg.tile_n:
+            for c in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+                cute.autovec_copy(zeros, tXsX[None, step, c])

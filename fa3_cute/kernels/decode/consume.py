@@ -1,0 +1,62 @@
+"""Consumer role: attention over one split of K and V, then its merge with the others of the item."""
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+from ...planning.config import DecodeConfig
+from ..common.arithmetic import ceil_div
+from ..common.attend import attend_to, make_attend
+from ..common.barriers import sync_warpgroup
+from ..common.copies import row_copy, row_piece
+from ..common.layout import element_type
+from ..common.visibility import Mask
+from ..common.wgmma import Mmas
+from .bundles import DecodeParams, DecodePipelines, DecodeSmem
+from .merge import expect_partials, merge_cluster, merge_clusters, send_partial
+from .split import SplitWork
+
+
+@cute.jit
+def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: Mmas, smem: DecodeSmem, pipes: DecodePipelines,
+                  work: SplitWork):
+    """Attend to one split, then merge it with the others of its item.
+
+    Runs on: the consumer warpgroup.
+    Synchronises: waits for the full halves of the K and V rings and empties them; merges, see merge.py.
+    """
+    tidx = cute.arch.thread_idx()[0]
+    expect_partials(cfg, params, smem, work, tidx)
+    read_Q(cfg, params, smem, work, tidx)
+    warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16      # fragment_row's first one in this warp, then 8 by 8
+    num_used = ceil_div(work.num_rows - warp_row, 8)
+    attend = make_attend(cfg, params.softmax_scale_log2, mmas, smem, pipes, Int32(0), num_used)
+    mask = Mask.create(cfg, params.window, tidx, work.tile, params.grid.packed_heads)
+    attend.start_tile(params.descales, params.softmax_scale_log2, work.tile, params.grid.packed_heads)
+    attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)
+    cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
+    send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)
+    merge_cluster(cfg, params, smem, work, tidx)
+    if params.num_clusters > 1 and work.num_own_rows > 0:
+        merge_clusters(cfg, params, smem, work, tidx)
+
+
+@cute.jit
+def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
+    """The rows of Q that exist, from global to shared memory with ordinary loads: there are few, and they are strided.
+
+    The other rows of sQ hold anything: rows do not mix, and these are never stored.
+    Runs on: the consumer warpgroup. Synchronises: its four warps.
+    """
+    copy, first_row, rows_per_step = row_copy(cfg, element_type(cfg), tidx, num_threads=128)
+    tQsQ = copy.partition_D(smem.sQ[None, None, 0])
+    packed_heads = params.grid.packed_heads
+    for step in cutlass.range(ceil_div(work.num_rows, rows_per_step), unroll=1):
+        row = step * rows_per_step + first_row
+        if row < work.num_rows:
+            packed_row = work.tile.m_block * cfg.tile_m + row
+            query, head = divmod(packed_row, packed_heads)
+            mQ = params.mQ[query, None, work.tile.head + head, work.tile.batch]
+            for c in cutlass.range_constexpr(cute.size(tQsQ, mode=[2])):
+                cute.autovec_copy(row_piece(cfg, mQ, tidx, c), tQsQ[None, step, c])
+    cute.arch.fence_view_async_shared()
+    sync_warpgroup(0)

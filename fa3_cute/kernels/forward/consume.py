@@ -1,0 +1,56 @@
+"""Consumer role: O and LSE of every tile, and O handed to the warp that stores it."""
+import cutlass.cute as cute
+from cutlass import const_expr
+
+from ...planning.config import FwdConfig
+from ..common.attend import attend_to, make_attend, skip_tiles
+from ..common.barriers import open_turnstile
+from ..common.block_range import block_range, warpgroup_range
+from ..common.layout import unhoisted
+from ..common.visibility import Mask
+from ..common.wgmma import Mmas
+from .bundles import FwdParams, FwdPipelines, FwdSmem
+from .store import write_lse, write_O
+from .tile_ring import TileReader
+
+
+@cute.jit
+def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes: FwdPipelines):
+    """Attend to every tile that the scheduler hands out, and hand its O to the store warp.
+
+    Runs on: consumer warpgroups.
+    Synchronises: reads the tile ring; waits for the full halves of the Q, K, V rings; empties K and V; fills O.
+    """
+    tidx = cute.arch.thread_idx()[0] - 128
+    wg_idx = cute.arch.make_warp_uniform(tidx // 128)
+    attend = make_attend(cfg, params.softmax_scale_log2, mmas, smem, pipes, wg_idx)
+    q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()
+    open_turnstile(cfg, wg_idx)
+
+    reader = TileReader.create(smem.sTiles, pipes.tiles)
+    while reader.has_tile():
+        tile = reader.tile
+        if const_expr(cfg.is_fp8):
+            tidx = unhoisted(tidx)
+        mask = Mask.create(cfg, params.window, tidx, tile)
+        blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
+        q = q_consumer.wait_and_advance()
+        attend.q_slot = q.index
+        attend.start_tile(params.descales, params.softmax_scale_log2, tile)
+        own = blocks
+        if const_expr(cfg.skips_per_warpgroup):
+            own = warpgroup_range(cfg, params.window, blocks, tile.m_block, wg_idx, tile.seqlen_q, tile.seqlen_k)
+            attend = skip_tiles(attend, blocks.n_block_max - own.n_block_max)
+        attend = attend_to(cfg, attend, mask, own, smem.sV, tidx)
+        if const_expr(cfg.skips_per_warpgroup and cfg.is_local):
+            attend = skip_tiles(attend, own.n_block_min - blocks.n_block_min)
+        if const_expr(cfg.is_fp8):
+            tidx = unhoisted(tidx)
+        o_slot = attend.q_slot
+        if const_expr(cfg.has_o_ring):
+            o_slot = o_producer.acquire().index
+        write_O(cfg, mmas, smem.sO[None, None, o_slot], attend.acc_O, tidx)
+        o_producer.commit()      # of O's own slot, or of Q's, which the Q ring has emptied
+        o_producer.advance()
+        write_lse(cfg, params, tile, attend.softmax.row_sum, tidx)
+        reader.advance()

@@ -1,0 +1,35 @@
+"""Load role: one warp brings Q, K and V tiles from global to shared memory with TMA."""
+import cutlass.cute as cute
+
+from ...planning.config import FwdConfig
+from ..common.block_range import block_range
+from ..common.keys_values import copy_tile, load_after_first, source_of
+from ..common.tiles import rows_from
+from ..common.tma import tma_views
+from .bundles import FwdParams, FwdPipelines, FwdSmem
+from .tile_ring import TileReader
+
+
+@cute.jit
+def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
+    """Per tile: K[last], Q, then the other K and V tiles (`load_after_first`).
+
+    Every tile takes exactly one Q slot, also a tile that sees no key: its O still needs the slot.
+    Runs on: warp 0. Synchronises: reads the tile ring; waits for the empty halves of the Q, K, V rings, and TMA signals
+    their full halves.
+    """
+    q_producer, k_producer, v_producer = pipes.q.make_producer(), pipes.k.make_producer(), pipes.v.make_producer()
+    reader = TileReader.create(smem.sTiles, pipes.tiles)
+    while reader.has_tile():
+        tile = reader.tile
+        mQ = rows_from(cfg, tile.offset_q, params.q.tensor[None, None, tile.head, tile.batch])
+        tQsQ, tQgQ = tma_views(params.q, cute.local_tile(mQ, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0)), smem.sQ)
+        k, v = source_of(cfg, params.k, smem.sK, tile), source_of(cfg, params.v, smem.sV, tile)
+        blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
+        if blocks.n_block_max > blocks.n_block_min:
+            copy_tile(k, blocks.n_block_max - 1, k_producer.acquire_and_advance())
+        slot = q_producer.acquire_and_advance()
+        cute.copy(params.q.atom, tQgQ, tQsQ[None, slot.index], tma_bar_ptr=slot.barrier)
+        if blocks.n_block_max > blocks.n_block_min:
+            k_producer, v_producer = load_after_first(k, v, blocks, k_producer, v_producer)
+        reader.advance()
