@@ -138,21 +138,16 @@ class _Repeatable:
         if not (q and k and v and out) or bits & 15 or bits >> 64 or (lse != 0) != self.has_lse:
             return False
         addresses = q, k, v, out, lse
-        descales = _read_descales(params)
-        if self.is_fp8:
+        q_scale, k_scale, v_scale = descales = _read_descales(params)
+        if self.is_fp8 or not q_scale is k_scale is v_scale is None:
             descales = _aligned(descales)
-            if descales is None:
+            if descales is None or not self.is_fp8 and any(descales):
                 return False
-            addresses += descales
-        elif descales != _NO_DESCALES and _aligned(descales) != (0, 0, 0):
-            return False
+            addresses += descales if self.is_fp8 else ()
         handle = stream if type(stream) is int else _launcher().resolve_stream(stream)
         if not self.call.repeat(addresses, handle):
             self.call.launch(addresses, handle)
         return True
-
-
-_NO_DESCALES = (None, None, None)
 
 
 class _Nothing:

@@ -105,13 +105,21 @@ def forward_row(dtype: str, head_dim: int, mask: str) -> Row:
     return FORWARD[ELEMENT_BYTES[dtype], head_dim, mask]
 
 
+_interned: dict[FwdConfig | DecodeConfig, FwdConfig | DecodeConfig] = {}
+
+
+def interned(cfg):
+    """The one config that is equal to this one."""
+    return _interned.setdefault(cfg, cfg)
+
+
 @cache
 def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varlen: bool,
                    out_dtype: str | None = None) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
     row = forward_row(dtype, head_dim, mask)
-    return FwdConfig(dtype, head_dim, mask == "causal", has_lse, row.tile_m, row.tile_n, row.num_q_stages,
-                     row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype)
+    return interned(FwdConfig(dtype, head_dim, mask == "causal", has_lse, row.tile_m, row.tile_n, row.num_q_stages,
+                     row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype))
 
 
 def all_forward_configs() -> list[FwdConfig]:
@@ -131,7 +139,7 @@ def decode_row(dtype: str, head_dim: int) -> DecodeRow:
 def decode_config(dtype: str, head_dim: int, is_local: bool, out_dtype: str | None = None) -> DecodeConfig:
     """The config that serves a decode problem."""
     row = decode_row(dtype, head_dim)
-    return DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm, out_dtype)
+    return interned(DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm, out_dtype))
 
 
 def all_decode_configs() -> list[DecodeConfig]:

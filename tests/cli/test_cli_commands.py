@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_cubin import nvdisasm
+from disassembler import nvdisasm
 
 import fa3_cute
 from fa3_cute.arrays import memory as device

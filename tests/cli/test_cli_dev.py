@@ -139,22 +139,22 @@ def test_a_worker_that_fails_says_so(task, said):
 def test_dev_watches_and_outlives_errors(tmp_path):
     """In a copy of the package: a round, a syntax error, an error on import, the correction, Ctrl-C."""
     shutil.copytree(dev.PACKAGE, tmp_path / "fa3_cute", ignore=shutil.ignore_patterns("__pycache__"))
-    mask, log = tmp_path / "fa3_cute/kernels/mask.py", tmp_path / "log"
-    text = mask.read_text()
+    watched, log = tmp_path / "fa3_cute/kernels/common/visibility.py", tmp_path / "log"
+    text = watched.read_text()
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "FA3_CUTE_CACHE_DIR": str(tmp_path / "cache")}
     with open(log, "w") as file:
         process = subprocess.Popen([sys.executable, "-m", "fa3_cute", "dev", "--head-dim", "64", "--dtype", "fp16"],
                                    cwd=tmp_path, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
         assert "no spills" in after_rounds(log, 1, process)
-        mask.write_text(text + "\ndef broken(:\n")
+        watched.write_text(text + "\ndef broken(:\n")
         assert "SyntaxError" in after_rounds(log, 2, process)
-        mask.write_text(text + "\nraise RuntimeError('as it is imported')\n")
+        watched.write_text(text + "\nraise RuntimeError('as it is imported')\n")
         said = after_rounds(log, 3, process)
-        assert "RuntimeError: as it is imported\n" in said and "\n  at mask.py:" in said
-        mask.write_text(text)
+        assert "RuntimeError: as it is imported\n" in said and "\n  at visibility.py:" in said
+        watched.write_text(text)
         said = after_rounds(log, 4, process)
-        assert " mask.py\n" in said and "no spills" in said and " s from save to here" in said
+        assert " visibility.py\n" in said and "no spills" in said and " s from save to here" in said
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     finally:
@@ -173,10 +173,10 @@ def after_rounds(log, count: int, process) -> str:
 
 def test_an_error_says_which_lines_led_to_it(monkeypatch):
     """What the compiler says of an error in traced code may lack the place: the chain of causes has it."""
-    from fa3_cute.kernels.forward import kernel as flash_fwd
-    monkeypatch.delattr(flash_fwd, "FwdParams")
+    from fa3_cute.kernels.forward import kernel
+    monkeypatch.delattr(kernel, "FwdParams")
     said = trial.compiled(ROW)["error"]
-    assert "CompileError: fwd_bf16_d128_causal" in said and "\n  at flash_fwd.py:" in said
+    assert "CompileError: fwd_bf16_d128_causal" in said and "\n  at kernel.py:" in said
 
 
 def test_once_fails_on_a_spill(tmp_path):

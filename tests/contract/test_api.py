@@ -5,14 +5,14 @@ import sys
 import threading
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from calls import GOOD, GOOD_FP8, PACKED, A
 from cuda.bindings.driver import CUdeviceptr
 
 import fa3_cute
-from fa3_cute import (AttentionMode, DataType, FlashAttentionError, FlashAttentionParams, Status, api, explain,
+from fa3_cute import (AttentionMode, DataType, FlashAttentionError, FlashAttentionParams, Status, explain,
                       forward, last_error, warmup, workspace_size)
 from fa3_cute.api import kernel_config
 from fa3_cute.runtime.compiler import CompileError
@@ -20,42 +20,8 @@ from fa3_cute.planning.tables import decode_config, forward_config
 from fa3_cute.runtime.launch import CudaFailure, NotWarmedUp, UnsupportedDevice
 from fa3_cute.planning.splits import plan
 
-A = 0x7F00_0000_0000
-GOOD = FlashAttentionParams(q=A, k=A, v=A, out=A, batch_size=2, seqlen_q=512, seqlen_k=512, num_heads=16, num_heads_k=4,
-                            head_dim=128)
-GOOD_FP8 = replace(GOOD, dtype=DataType.FP8_E4M3, q_descale_ptr=A, q_descale_batch_stride=16, q_descale_head_stride=1,
-                   v_descale_ptr=A + 4)
-PACKED = replace(GOOD, mode=AttentionMode.VARLEN_PREFILL, cu_seqlens_q=A, cu_seqlens_k=A + 64, total_q=700, total_k=900,
-                 seqlen_q=0, seqlen_k=0)
 BAD = replace(GOOD, head_dim=80, num_heads=6)
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Stands in for launch.py and lists what it is asked for."""
-    calls = []
-
-    class Call:
-        shape = ()
-        can_repeat = False
-
-        def repeat(self, shape, pointers, stream):
-            calls.extend([("repeat", pointers, stream)] * self.can_repeat)
-            return self.can_repeat and shape is self.shape
-
-    def launch(params, cfg, stream):
-        calls.append(("launch", params, cfg, stream))
-        return stub.call
-
-    stub = SimpleNamespace(
-        call=Call(), launch=launch,
-        ensure_loaded=lambda cfg, stream: calls.append(("load", cfg, stream)),
-        prepare_workspace=lambda params, cfg, stream: calls.append(("prepare", params, cfg, stream)),
-        CudaFailure=CudaFailure, UnsupportedDevice=UnsupportedDevice, NotWarmedUp=NotWarmedUp)
-    monkeypatch.setattr(api, "_launcher", lambda: stub)
-    monkeypatch.setattr(api, "_thread", api._Thread())
-    return SimpleNamespace(calls=calls, stub=stub)
 
 
 # ---- the package -----------------------------------------------------------------------------------------------------
@@ -114,8 +80,8 @@ def test_params_are_a_record():
 def test_forward_launches_the_config_of_the_params(launches, base, changes, config):
     params = replace(base, **changes)
     assert forward(params, 7) is Status.OK
-    (_, launched, cfg, stream), = launches.calls
-    assert launched is params and cfg is forward_config(*config) and stream == 7
+    (_, addresses, cfg, stream), = launches.calls
+    assert addresses[:5] == (A, A, A, A, params.softmax_lse or 0) and cfg is forward_config(*config) and stream == 7
     assert [type(value) for value in (cfg.head_dim, cfg.has_lse, cfg.is_varlen)] == [int, bool, bool]
 
 

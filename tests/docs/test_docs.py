@@ -16,8 +16,10 @@ from fa3_cute.cli import report
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.planning.tables import all_decode_configs, all_forward_configs, decode_config
 from fa3_cute.contract.reference import attention_reference
+from fa3_cute.planning.problem import ProblemShape
 from fa3_cute.planning.splits import is_decode, plan
 from fa3_cute.contract.status import Status, shown
+from fa3_cute.contract.plain import plain
 from fa3_cute.contract.rules import PENDING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +139,7 @@ def test_a_wrong_support_matrix_is_found(page, old, new):
 def test_calls_get_the_kernel_that_the_table_names(kernel, count):
     calls = re.findall(rf"^\| `([^`]*)` \| {kernel} \|$", API.read_text(), re.MULTILINE)
     assert len(calls) == count
-    assert not [call for call in calls if is_decode(changed(DENSE, call)) != (kernel == "decode")]
+    assert not [call for call in calls if is_decode(ProblemShape.of(plain(changed(DENSE, call)))) != (kernel == "decode")]
     assert not [call for call in calls if fa3_cute.explain(changed(DENSE, call))]
 
 

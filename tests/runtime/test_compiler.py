@@ -204,10 +204,10 @@ def test_key_depends_on_what_compiles_it(change, monkeypatch):
     assert compiler.cache_key(CFG) != before
 
 
-@pytest.mark.parametrize("cfg, module, kernel", [
-    (CFG, "flash_fwd", "FlashAttentionForward"), (DECODE_CFG, "flash_decode", "FlashAttentionDecode")])
-def test_arguments_follow_the_table(cfg, module, kernel):
-    entry = getattr(importlib.import_module(f"fa3_cute.kernels.{module}"), kernel)
+@pytest.mark.parametrize("cfg", [CFG, DECODE_CFG], ids=["forward", "decode"])
+def test_arguments_follow_the_table(cfg):
+    module, _, kernel = cfg.kernel.rpartition(".")
+    entry = getattr(importlib.import_module(module), kernel)
     names = list(inspect.signature(entry.__call__).parameters)[1:]
     assert names == [name for name, _ in cfg.arguments]
     arguments = compiler.typed_arguments(cfg, range(0, 16 * len(names), 16))

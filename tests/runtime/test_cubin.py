@@ -1,11 +1,10 @@
 """The cubin reader: a hand-made cubin, damaged ones, and a real one against NVIDIA's disassembler."""
-import importlib.util
 import re
 import struct
 import subprocess
-from pathlib import Path
 
 import pytest
+from disassembler import nvdisasm
 
 from fa3_cute.runtime import cubin
 
@@ -80,18 +79,6 @@ def test_truncated_anywhere_is_a_value_error():
     for length in range(len(data)):
         with pytest.raises(ValueError, match="cubin"):
             cubin.read_cubin(data[:length])
-
-
-def nvdisasm() -> Path | None:
-    for package in ("nvidia.cu13", "nvidia.cu12"):
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            continue
-        for folder in spec.submodule_search_locations if spec else ():
-            if (tool := Path(folder, "bin", "nvdisasm")).exists():
-                return tool
-    return None
 
 
 @pytest.mark.skipif(nvdisasm() is None, reason="needs the nvidia-cuda-nvdisasm wheel")

@@ -1,6 +1,5 @@
-"""What reaches the FP8 kernels: their tensors, their descales. On the fake CUDA of test_launch.py."""
+"""What reaches the FP8 kernels: their tensors, their descales. On the fake CUDA of conftest.py."""
 import pytest
-from test_launch import fake_cuda, run  # noqa: F401  (fixtures)
 
 # `given` is what arrived of the descales, and how many calls so far were looked at in full.
 GIVEN = """
@@ -21,7 +20,7 @@ STRIDES = tuple(f"{tensor}_descale_{dim}_stride" for tensor in "qkv" for dim in 
 
 
 @pytest.fixture(params=KERNELS)
-def told(run, request):  # noqa: F811
+def told(run, request):
     """told(script): `run` it behind GIVEN, for either kernel."""
     return lambda script: run(KERNELS[request.param] + GIVEN + script)
 
@@ -61,7 +60,7 @@ others = {name: at + 0x100 for name, at in DESCALES.items()}
 def other(): return list(reached(places, **others).values())
 first = given()
 steps = [[given(**others), other()], [given(), other()], [given(k_descale_ptr=None), other()], [given(), other()]]
-module.launch(call(**FP8 | others), cfg, STREAM[0])
+launch(call(**FP8 | others), cfg, STREAM[0])
 behind = other()
 steps.append([given(), other()])
 steps.append([given(q=0x7F5500000000, **DESCALE_STRIDES), other()])
@@ -74,27 +73,7 @@ tell(first=first, steps=steps, behind=behind)
         [ours | {"checked": 2}, none], [there(*POINTERS, *STRIDES, checked=3), none]]
 
 
-def test_without_the_private_names(told):
-    """Through the DSL's objects the same arrives."""
-    found = told("""
-def known(): return given(**DESCALE_STRIDES), meaning(places)
-packed = known()
-module.PRIVATE_NAMES = ("capi_func", "renamed_in_a_later_release")
-module._kernels.clear(); module._thread.calls.clear()
-type(compiler.get_kernel(cfg)).num_devices = 1      # the DSL would ask a CUDA runtime that has no fake
-api._thread.last_call = None                           # a call that `forward` repeats keeps its way
-objects = known()
-call_of = type(module._thread.calls[id(cfg)]).__name__
-plain = [given(**dict.fromkeys(DESCALES, None)), given(q_descale_ptr=None)]
-tell(packed=packed, objects=objects, call_of=call_of, plain=plain)
-""")
-    (packed, packed_meaning), (objects, objects_meaning) = found["packed"], found["objects"]
-    assert found["call_of"] == "ObjectCall" and packed_meaning == objects_meaning
-    assert (packed, objects) == (there(*POINTERS, *STRIDES), there(*POINTERS, *STRIDES, checked=2))
-    assert found["plain"] == [there(checked=3), there("k_descale_ptr", "v_descale_ptr", checked=3)]
-
-
-def test_tensors_of_one_byte_elements(run):  # noqa: F811
+def test_tensors_of_one_byte_elements(run):
     """TMA counts strides in 16 bytes: that many elements of q, k and v, and 8 of out."""
     found = run("""
 places = kernel_parameters(FP8_CFG)
@@ -117,7 +96,7 @@ tell(units={w[0] | w[1] << 32: sorted({*w[3:7]} - {0}) for w in words},
     assert [found["threads"], found["smem"]] == found["expected"]
 
 
-def test_the_type_of_out_chooses_the_kernel(run):  # noqa: F811
+def test_the_type_of_out_chooses_the_kernel(run):
     found = run("""
 from fa3_cute import forward
 def launched(call, **changes):

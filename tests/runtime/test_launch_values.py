@@ -2,18 +2,32 @@
 import numpy as np
 import pytest
 
-from fa3_cute.runtime.arguments import layout_of, read_descale_strides, read_params, resolve_decode, resolve_forward
-from fa3_cute.planning.config import DESCALES, DecodeConfig, FwdConfig
-from fa3_cute.planning.tables import decode_config
-from fa3_cute.contract.params import FlashAttentionParams
+from fa3_cute.contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
+from fa3_cute.contract.params import DataType, FlashAttentionParams
+from fa3_cute.contract.plain import plain
+from fa3_cute.planning.operations import Launch, launch_of
+from fa3_cute.planning.problem import ProblemShape
+from fa3_cute.planning.tables import decode_config, forward_config
+from fa3_cute.runtime.arguments import layout_of
+
+ENTRIES = {"forward": FORWARD_ENTRY, "decode": DECODE_ENTRY}
+
+
+def values_of(given, cfg) -> tuple[dict, Launch]:
+    """{argument: value} of what a shape fills, and the launch that it is for."""
+    shape = ProblemShape.of(plain(FlashAttentionParams(**given)))
+    launch, layout = launch_of(cfg, shape), layout_of(cfg.entry, cfg.is_fp8)
+    values = layout.values(shape, launch.counts(132))
+    assert len(layout.pack(shape, launch.counts(132))) == layout.per_shape_struct.size
+    return dict(zip(layout.per_shape, values, strict=True)), launch
 
 
 @pytest.mark.parametrize("has_descales", [False, True])
-@pytest.mark.parametrize("kind", [FwdConfig, DecodeConfig])
-def test_storage_is_aligned_and_apart(kind, has_descales):
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_storage_is_aligned_and_apart(entry, has_descales):
     """But for the arguments that are always 0: these share 8 bytes, which nothing is packed into."""
-    layout, names = layout_of(kind, has_descales), [name for name, _ in kind.arguments]
-    sizes = [4 if kind in ("int32", "float32") else 8 for _, kind in kind.arguments]
+    layout, names = layout_of(entry, has_descales), [name for name, _ in entry.arguments]
+    sizes = [4 if kind in ("int32", "float32") else 8 for _, kind in entry.arguments]
     places = dict(zip(names, zip(layout.offsets, sizes, strict=False), strict=True))
     places["error"] = layout.offsets[-1], 4
     assert all(offset % size == 0 for offset, size in places.values())
@@ -24,7 +38,7 @@ def test_storage_is_aligned_and_apart(kind, has_descales):
     assert len(absent) == (not has_descales)
     descales = [name for name in names if "descale" in name]
     assert sorted(layout.absent) == ([] if has_descales else sorted(descales))
-    assert not has_descales or {*DESCALES} < {*layout.per_call}, "each layer of a model has its own"
+    assert not has_descales or {"q_descale", "k_descale", "v_descale"} < {*layout.per_call}, "each layer of a model has its own"
 
 
 HEADS = {"num_heads": 8, "num_heads_k": 4, "head_dim": 64}
@@ -59,8 +73,7 @@ WIDE = 2**30
         (0, 0, 0, 0), (-1, 7, WIDE, 7), (WIDE - 1, -9, WIDE - 1, WIDE), (WIDE, 2**31 - 256, WIDE, WIDE))),
 ])
 def test_shape_values(given, values):
-    _, _, _, _, _, *shape = read_params(FlashAttentionParams(**HEADS | given))
-    resolved = dict(zip(layout_of(FwdConfig, False).per_shape, resolve_forward(132, *shape), strict=True))
+    resolved, _ = values_of(HEADS | given, forward_config("fp16", 64, "full", False, True))
     assert {name: resolved[name] for name in values} == values
 
 
@@ -76,13 +89,13 @@ def test_shape_values(given, values):
 ])
 def test_decode_shape_values(given, values):
     cfg = decode_config("fp16", 64, is_local="window_size_left" in given or "is_causal" in given)
-    _, _, _, _, _, *shape = read_params(FlashAttentionParams(**HEADS | given))
-    resolved, plan = resolve_decode(cfg, *shape)
-    named = dict(zip(layout_of(DecodeConfig, False).per_shape, resolved, strict=True))
+    named, launch = values_of(HEADS | given, cfg)
     assert {name: named[name] for name in values} == values
-    assert plan[:4] == tuple(named[name] for name in ("packed_heads", "num_splits", "cluster_size", "smem_bytes"))
+    assert launch.plan[:4] == tuple(named[name] for name in ("packed_heads", "num_splits", "cluster_size", "smem_bytes"))
 
 
+# The plan knows how many bytes an element has.
+PLANNED = ("num_splits", "cluster_size", "smem_bytes")
 PER_HEAD = {"q_descale_batch_stride": 8, "q_descale_head_stride": 1, "k_descale_batch_stride": 2**31 - 256,
             "k_descale_head_stride": 3, "v_descale_batch_stride": 5, "v_descale_head_stride": 0}
 
@@ -100,16 +113,15 @@ PER_HEAD = {"q_descale_batch_stride": 8, "q_descale_head_stride": 1, "k_descale_
 @pytest.mark.parametrize("base", [DENSE, PACKED, DENSE | {"seqlen_q": 1}], ids=["dense", "packed", "decode"])
 def test_descale_strides(base, given, values):
     """They come behind the tensors' strides and change none of the other values."""
-    params = FlashAttentionParams(**HEADS | base | given)
-    _, _, _, _, _, *shape = read_params(params)
-    kind = DecodeConfig if base not in (DENSE, PACKED) else FwdConfig
-    cfg = decode_config("fp8_e4m3", 64, False, "bf16")
+    def named(dtype, out_dtype):
+        if base in (DENSE, PACKED):
+            cfg = forward_config(dtype, 64, "full", False, base is PACKED, out_dtype)
+        else:
+            cfg = decode_config(dtype, 64, False, out_dtype)
+        values, _ = values_of(HEADS | base | given | {"dtype": DataType.FP8_E4M3 if out_dtype else DataType.BF16}, cfg)
+        return values
 
-    def named(has_descales):
-        whole = [*shape, *read_descale_strides(params)] if has_descales else shape
-        resolved = resolve_forward(132, *whole) if kind is FwdConfig else resolve_decode(cfg, *whole)[0]
-        return dict(zip(layout_of(kind, has_descales).per_shape, resolved, strict=True))
-
-    with_descales = named(has_descales=True)
+    with_descales, without = named("fp8_e4m3", "bf16"), named("bf16", None)
     assert {name: with_descales.pop(name) for name in PER_HEAD} == values
-    assert with_descales == named(has_descales=False)
+    assert with_descales.keys() == without.keys() and all(
+        with_descales[name] == without[name] for name in without if name not in PLANNED)

@@ -1,9 +1,8 @@
 """Counters and workspaces: which launches share them, what a capture does, and that they reach the kernel.
 
-workspace.py by itself over memory that only counts; then whole calls on the fake CUDA of test_launch.py.
+scratch.py by itself over memory that only counts; then whole calls on the fake CUDA of conftest.py.
 """
 import pytest
-from test_launch import fake_cuda, run  # noqa: F401  (fixtures)
 
 from fa3_cute.runtime import scratch as module
 from fa3_cute.runtime.cuda_driver import NotWarmedUp
@@ -146,7 +145,7 @@ def test_the_spare_workspace_grows(memory, capturing):
 # ---- whole calls -----------------------------------------------------------------------------------------------------
 
 
-def test_tile_counters(run):  # noqa: F811
+def test_tile_counters(run):
     """One per stream, of the stream's device; a captured launch gets one of its own, repeated or not."""
     told = run("""
 from fa3_cute import DataType, FlashAttentionParams, forward
@@ -190,7 +189,7 @@ def warm(stream=None, **changes): warmup(decode_params(**dict(num_splits=48) | c
 GIVEN = "workspace=0x7F3300000010, workspace_bytes=1 << 20"
 
 
-def test_each_stream_and_thread_has_its_workspace(run):  # noqa: F811
+def test_each_stream_and_thread_has_its_workspace(run):
     """Threads have default streams of their own behind one handle; on any other stream they meet."""
     told = run(SPLIT + """
 found = {f"{i}": memory(STREAM[0] + 8 * i) for i in range(3)}
@@ -216,7 +215,7 @@ tell(found=found, threads=threads, shared=shared, again=[memory(), memory(2)], s
     assert told["again"][0][0] == told["larger"][0] and told["again"][1] == found["per thread"]
 
 
-def test_captures_need_a_workspace(run):  # noqa: F811
+def test_captures_need_a_workspace(run):
     """The stream's own, from a call or a warm-up; to grow it within the capture is refused, and nothing is launched."""
     told = run(SPLIT + """
 fresh, warmed, used = STREAM[0] + 8, STREAM[0] + 16, STREAM[0] + 24
@@ -242,7 +241,7 @@ tell(eager=eager, refused=refused, captured=captured, unneeded=unneeded, grown=g
     assert told["unneeded"] == told["grown"] == told["fresh"] == 0 and told["after"] == eager
 
 
-def test_the_first_capture_takes_the_spare_workspace(run):  # noqa: F811
+def test_the_first_capture_takes_the_spare_workspace(run):
     """That of a framework which makes a stream for the capture; the next such stream needs another warm-up."""
     told = run(SPLIT + """
 fresh, second = STREAM[0] + 8, STREAM[0] + 16
@@ -268,7 +267,7 @@ tell(default=default, first=first, refused=refused, third=third, eager=memory(fr
 
 
 @pytest.mark.parametrize("stream", ["STREAM[0] + 8", "2"], ids=["own", "per thread"])
-def test_a_warm_stream_captures(run, stream):  # noqa: F811
+def test_a_warm_stream_captures(run, stream):
     """Nothing ran on it before, and the first launch of the process may be a captured one."""
     told = run(SPLIT + f"""
 warm({stream}, batch_size=4)
@@ -283,7 +282,7 @@ tell(captured=captured, made=len(allocations()) - made, count=last.count)
     assert len({addresses[0] for addresses in told["captured"]}) == 3
 
 
-def test_the_callers_workspace_needs_no_warm_stream(run):  # noqa: F811
+def test_the_callers_workspace_needs_no_warm_stream(run):
     """In a capture only arrival counts are the library's, and these no two captured launches share."""
     told = run(SPLIT + f"""
 warm({GIVEN})
@@ -306,7 +305,7 @@ tell(steps=steps, without=without, eager=eager, again=again, late=late)
     assert told["without"] == -103
 
 
-def test_many_captured_launches_run_out_of_counters(run):  # noqa: F811
+def test_many_captured_launches_run_out_of_counters(run):
     """Then a capture says so, and what does not go into a graph runs on."""
     told = run(SPLIT + """
 warm(STREAM[0], batch_size=64, num_splits=32)

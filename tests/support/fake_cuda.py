@@ -6,7 +6,6 @@ import ctypes
 import json
 import struct
 import threading  # noqa: F401 (for the scripts)
-from types import SimpleNamespace
 
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams
 from fa3_cute.runtime import compiler
@@ -14,7 +13,7 @@ from fa3_cute.runtime import disk_cache
 from fa3_cute.runtime import launch as module
 from fa3_cute.runtime.cubin import read_cubin
 from fa3_cute.planning.tables import decode_config, forward_config
-from fa3_cute.runtime.launch import launch  # noqa: F401 (for the scripts)
+from fa3_cute.runtime.launch import launch_through as launch  # noqa: F401 (for the scripts)
 
 fake = ctypes.CDLL("libcuda.so.1")
 
@@ -67,8 +66,8 @@ def numbers(name):
 
 
 def params(**changes):
-    """A good call's attributes, some of them changed."""
-    return SimpleNamespace(**POINTERS | SIZES | STRIDES | WINDOW | LENGTHS | CHOICES | changes)
+    """A good call, some of its fields changed."""
+    return FlashAttentionParams(**POINTERS | SIZES | STRIDES | WINDOW | LENGTHS | CHOICES | changes)
 
 
 def prefill_params(**changes):

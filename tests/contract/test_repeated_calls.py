@@ -1,29 +1,42 @@
 """forward's short cut for a call like the last one: what it takes and what it leaves to the full way. No GPU."""
-# ruff: noqa: F811
 from dataclasses import fields, replace
-from time import perf_counter
 
 import numpy as np
 import pytest
+from calls import GOOD, GOOD_FP8, PACKED, A
 from cuda.bindings.driver import CUdeviceptr
-from test_api import GOOD, GOOD_FP8, PACKED, A, launches  # noqa: F401  (a fixture)
 
-from fa3_cute import DataType, FlashAttentionParams, Status, explain, forward
-
-HOST_BUDGET_US = 3.0
+from fa3_cute import DataType, FlashAttentionParams, Status, api, explain, forward
 
 
 @pytest.mark.parametrize("base", [GOOD, PACKED, replace(GOOD, seqused_k=A, window_size_left=8)])
 def test_a_like_call_repeats_the_last_launch(launches, base):
-    """With other addresses and another stream too; the launcher may decline, and then everything is checked anew."""
+    """With other addresses and another stream too; what cannot be repeated is launched anew, without another check."""
     forward(base, 7)
     launches.stub.call.can_repeat = True
     other = replace(base, q=5 * A, k=6 * A, v=7 * A, out=8 * A)
     assert forward(other, 8) is Status.OK
     launches.stub.call.can_repeat = False
     assert forward(other, 8) is Status.OK
-    assert [call[0] for call in launches.calls] == ["launch", "repeat", "launch"]
-    assert launches.calls[1][1:] == ((5 * A, 6 * A, 7 * A, 8 * A, 0), 8)
+    assert [call[0] for call in launches.calls] == ["launch", "repeat", "again"]
+    assert launches.calls[1][1:] == launches.calls[2][1:] == ((5 * A, 6 * A, 7 * A, 8 * A, 0), 8)
+
+
+def test_shapes_in_turn_are_all_known(launches):
+    """The layers of a model that differ: each shape is checked once, and launched its own way from then on."""
+    shapes = GOOD, PACKED, GOOD_FP8, replace(GOOD, is_causal=True), replace(GOOD, seqlen_k=4096)
+    for params in shapes:
+        assert forward(params, 7) is Status.OK
+    launches.stub.call.can_repeat = True
+    for params in shapes * 2:
+        assert forward(replace(params, q=5 * A), 7) is Status.OK
+    assert [call[0] for call in launches.calls] == ["launch"] * 5 + ["repeat"] * 10
+
+
+def test_a_thread_remembers_so_many_shapes(launches):
+    for rows in range(1, api.MAX_SHAPES + 3):
+        assert forward(replace(GOOD, seqlen_q=rows), 7) is Status.OK
+    assert 0 < len(api._thread.known) <= api.MAX_SHAPES
 
 
 def test_descales_of_a_repeated_launch(launches):
@@ -105,18 +118,3 @@ def test_addresses_of_a_repeated_launch_are_checked(launches, name, address, sta
     launches.stub.call.can_repeat = True
     assert forward(replace(GOOD, **{name: address}), 7) is status
     assert len(launches.calls) == 1
-
-
-@pytest.mark.parametrize("params", [GOOD, GOOD_FP8], ids=["FP16", "FP8"])
-def test_host_time(launches, params):
-    """What forward adds to launch, the best of many rounds: 3 us on an idle machine, three times that on a busy one."""
-    launches.stub.call.can_repeat = True
-    launches.stub.call.repeat = lambda shape, pointers, stream: True
-
-    def round_us(count=1000):
-        start = perf_counter()
-        for _ in range(count):
-            forward(params, 7)
-        return (perf_counter() - start) / count * 1e6
-
-    assert min(round_us() for _ in range(20)) < 3 * HOST_BUDGET_US
