@@ -1,5 +1,9 @@
-"""min, max and ceiling division for Python ints and run-time Int32 alike: the CPU can test device arithmetic."""
+"""log2(e); min, max and ceiling division for Python ints and run-time Int32 alike: the CPU tests device arithmetic."""
+import math
+
 import cutlass
+
+LOG2_E = math.log2(math.e)
 
 
 def minimum(a, b):

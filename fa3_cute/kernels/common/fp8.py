@@ -23,12 +23,14 @@ class Descales:
     v: cute.Tensor
 
     @staticmethod
-    def create(num_heads: Int32, num_heads_k: Int32, batch_size: Int32, pointers, strides) -> "Descales":
-        """pointers: of q, k, v; strides: (batch, head) of each, in elements."""
-        heads = (num_heads, num_heads_k, num_heads_k)
-        return Descales(*(
-            cute.make_tensor(pointer, cute.make_layout((count, batch_size), stride=(head_stride, batch_stride)))
-            for pointer, count, (batch_stride, head_stride) in zip(pointers, heads, strides, strict=True)))
+    def create(a) -> "Descales":
+        """From a kernel's arguments; strides are in elements."""
+        view = lambda array, heads, head_stride, batch_stride: cute.make_tensor(
+            array, cute.make_layout((heads, a.batch_size), stride=(head_stride, batch_stride)))
+        return Descales(
+            q=view(a.q_descale, a.num_heads, a.q_descale_head_stride, a.q_descale_batch_stride),
+            k=view(a.k_descale, a.num_heads_k, a.k_descale_head_stride, a.k_descale_batch_stride),
+            v=view(a.v_descale, a.num_heads_k, a.v_descale_head_stride, a.v_descale_batch_stride))
 
     @cute.jit
     def score_factor(self, scale: Float32, head: Int32, kv_head: Int32, sequence: Int32) -> Float32:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Constexpr, Float8E4M3FN, Float16, Int32
+from cutlass import BFloat16, Constexpr, Float8E4M3FN, Float16, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
@@ -48,11 +48,19 @@ def smem_ring(element, rows: int, columns: int, num_stages: int) -> cute.Compose
     return cute.tile_to_shape(atom, (rows, columns, num_stages), order=(0, 1, 2))
 
 
-def tensor_view(cfg: KernelConfig, ptr: cute.Pointer, shape, stride) -> cute.Tensor:
-    """(seqlen, head_dim, heads, batch) over a pointer; shape and stride are (row, head, batch)."""
+def tensor_view(a, name: str, shape: tuple) -> cute.Tensor:
+    """(seqlen, head_dim, heads, batch), the shape, over a pointer among a kernel's arguments `a` with its strides."""
+    ptr = getattr(a, name)
     elements = 8 * STRIDE_DIVISIBILITY // ptr.dtype.width
-    row, head, batch = (cute.assume(s, divby=elements) for s in stride)
-    return cute.make_tensor(ptr, cute.make_layout((shape[0], cfg.head_dim, *shape[1:]), stride=(row, 1, head, batch)))
+    row, head, batch = (cute.assume(getattr(a, f"{name}_{of}_stride"), divby=elements)
+                        for of in ("row", "head", "batch"))
+    return cute.make_tensor(ptr, cute.make_layout(shape, stride=(row, 1, head, batch)))
+
+
+def lse_view(a, batches: Int32) -> cute.Tensor:
+    """(seqlen_q, num_heads, batch): the log-sum-exp, contiguous as (batch, num_heads, seqlen_q)."""
+    return cute.make_tensor(a.softmax_lse, cute.make_layout(
+        (a.seqlen_q, a.num_heads, batches), stride=(1, Int64(a.seqlen_q), Int64(a.seqlen_q) * a.num_heads)))
 
 
 def unhoisted(tidx: Int32) -> Int32:

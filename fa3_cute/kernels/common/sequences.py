@@ -21,6 +21,13 @@ class Sequences:
     rows_q: Int32
     rows_k: Int32
 
+    @staticmethod
+    def create(a) -> "Sequences":
+        """From a kernel's arguments."""
+        arrays = (cute.make_tensor(array, cute.make_layout(a.batch_size + 1))
+                  for array in (a.cu_seqlens_q, a.cu_seqlens_k, a.seqused_q, a.seqused_k))
+        return Sequences(*arrays, a.batch_size, a.seqlen_q, a.seqlen_k)
+
     def is_packed(self) -> Boolean:
         """Whether the tensors are packed (no batch dimension)."""
         return is_present(self.cu_seqlens_q)
@@ -38,6 +45,23 @@ class Sequences:
             offset_q, seqlen_q = rows_of(self.cu_seqlens_q, self.seqused_q, self.rows_q, sequence)
             offset_k, seqlen_k = rows_of(self.cu_seqlens_k, self.seqused_k, self.rows_k, sequence)
         return offset_q, seqlen_q, offset_k, seqlen_k
+
+
+@dataclass(frozen=True)
+class UsedLengths:
+    """How many rows of each entry of a dense batch are used: seqused_* [batch_size] int32, may be null pointers."""
+    q: cute.Tensor
+    k: cute.Tensor
+
+    @staticmethod
+    def create(a) -> "UsedLengths":
+        """From a kernel's arguments."""
+        return UsedLengths(*(cute.make_tensor(array, cute.make_layout(a.batch_size))
+                             for array in (a.seqused_q, a.seqused_k)))
+
+    def of(self, batch: Int32, rows_q: Int32, rows_k: Int32) -> tuple[Int32, Int32]:
+        """(seqlen_q, seqlen_k) of an entry whose tensors have so many rows."""
+        return used_rows(self.q, rows_q, batch), used_rows(self.k, rows_k, batch)
 
 
 def is_present(array: cute.Tensor) -> Boolean:

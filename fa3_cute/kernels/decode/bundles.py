@@ -8,6 +8,7 @@ from cutlass import Float32, Int32, Int64
 
 from ..common.block_range import Window
 from ..common.fp8 import Descales
+from ..common.sequences import UsedLengths
 from ..common.tma import TmaOperand
 from .split import SplitGrid, SplitScratch
 
@@ -20,8 +21,7 @@ class DecodeParams:
     mQ: cute.Tensor                # (seqlen_q, head_dim, num_heads, batch)
     mO: cute.Tensor                # (seqlen_q, head_dim, num_heads, batch)
     mLSE: cute.Tensor              # (seqlen_q, num_heads, batch) f32; may be null
-    seqused_q: cute.Tensor         # (batch,) int32; may be null, as may seqused_k
-    seqused_k: cute.Tensor
+    lengths: UsedLengths
     descales: Optional[Descales]   # None unless cfg.is_fp8
     scratch: SplitScratch
     softmax_scale_log2: Float32

@@ -2,23 +2,22 @@
 
 The same softmax, masks and main loop as the forward kernel; a CTA's work is one split of one M tile (split.py).
 """
-import math
 from functools import partial
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from ...planning.config import DecodeConfig
-from ..common.arithmetic import maximum, minimum
+from ...planning.config import DECODE_ARGUMENTS, DecodeConfig
+from ..common.arithmetic import LOG2_E, maximum, minimum
 from ..common.block_range import Window, block_range, split_range
 from ..common.cluster import sync_cluster
+from ..common.entry import flat_entry
 from ..common.fp8 import Descales
-from ..common.layout import element_type, smem_ring, tensor_view, transposed, view_as
-from ..common.sequences import used_rows
+from ..common.layout import element_type, lse_view, smem_ring, tensor_view, transposed, view_as
+from ..common.sequences import UsedLengths
 from ..common.tiles import Tile
 from ..common.tma import kv_policy, tma_load
 from ..common.wgmma import Mmas, make_mmas
@@ -30,30 +29,16 @@ from .split import SplitGrid, SplitScratch, SplitWork, place_of
 LOAD_WARP = 4      # behind the consumer warpgroup, whose first warp's number must be a multiple of 4
 
 
+@flat_entry(DECODE_ARGUMENTS)
 class FlashAttentionDecode:
-    """The decode kernel of one config. Compile `__call__`: its parameters are config.DECODE_ARGUMENTS, in order."""
+    """The decode kernel of one config. Compile `__call__`: its parameters are DECODE_ARGUMENTS, in order."""
 
     def __init__(self, cfg: DecodeConfig):
         self.cfg = cfg
 
     # ---- host side: traced once per config, runs at every launch ------------------------------
     @cute.jit
-    def __call__(self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer,
-                 softmax_lse: cute.Pointer, seqused_q: cute.Pointer, seqused_k: cute.Pointer,
-                 q_descale: cute.Pointer, k_descale: cute.Pointer, v_descale: cute.Pointer,
-                 partials: cute.Pointer, arrivals: cute.Pointer,
-                 q_batch_stride: Int64, q_row_stride: Int64, q_head_stride: Int64,
-                 k_batch_stride: Int64, k_row_stride: Int64, k_head_stride: Int64,
-                 v_batch_stride: Int64, v_row_stride: Int64, v_head_stride: Int64,
-                 out_batch_stride: Int64, out_row_stride: Int64, out_head_stride: Int64,
-                 q_descale_batch_stride: Int64, q_descale_head_stride: Int64,
-                 k_descale_batch_stride: Int64, k_descale_head_stride: Int64,
-                 v_descale_batch_stride: Int64, v_descale_head_stride: Int64,
-                 batch_size: Int32, seqlen_q: Int32, seqlen_k: Int32,
-                 num_heads: Int32, num_heads_k: Int32,
-                 window_size_left: Int32, window_size_right: Int32,
-                 packed_heads: Int32, num_splits: Int32, cluster_size: Int32, smem_bytes: Int32,
-                 softmax_scale: Float32, stream: CUstream):
+    def launch(self, a):
         """lse[b, h, i] = ln sum_j exp(softmax_scale q_i.k_j); out[b, i, h] = sum_j exp(softmax_scale q_i.k_j - lse) v_j
 
         Pointers and strides (in elements) as in fa3_cute.FlashAttentionParams. packed_heads divides the query heads per
@@ -65,34 +50,24 @@ class FlashAttentionDecode:
         layouts = DecodeLayouts(sQ=ring(cfg.tile_m, cfg.head_dim, 1),
                                 sKV=ring(cfg.tile_n, cfg.head_dim, cfg.num_kv_stages),
                                 sVt=ring(cfg.head_dim, cfg.tile_n, cfg.num_kv_stages) if cfg.is_fp8 else None)
-        grid = SplitGrid.create(cfg.tile_m, batch_size, seqlen_q, num_heads, num_heads // num_heads_k, packed_heads,
-                                num_splits, cluster_size)
-        view = partial(tensor_view, cfg)
-        mQ = view(q, (seqlen_q, num_heads, batch_size), (q_row_stride, q_head_stride, q_batch_stride))
-        mK = view(k, (seqlen_k, num_heads_k, batch_size), (k_row_stride, k_head_stride, k_batch_stride))
-        mV = view(v, (seqlen_k, num_heads_k, batch_size), (v_row_stride, v_head_stride, v_batch_stride))
-        mO = view(out, (seqlen_q, num_heads, batch_size), (out_row_stride, out_head_stride, out_batch_stride))
-        mLSE = cute.make_tensor(softmax_lse, cute.make_layout(
-            (seqlen_q, num_heads, batch_size), stride=(1, Int64(seqlen_q), Int64(seqlen_q) * num_heads)))
-        used_q, used_k = (cute.make_tensor(array, cute.make_layout(batch_size)) for array in (seqused_q, seqused_k))
-        descales = None
-        if const_expr(cfg.is_fp8):
-            descales = Descales.create(num_heads, num_heads_k, batch_size, (q_descale, k_descale, v_descale), (
-                (q_descale_batch_stride, q_descale_head_stride), (k_descale_batch_stride, k_descale_head_stride),
-                (v_descale_batch_stride, v_descale_head_stride)))
-        num_clusters = num_splits // cluster_size
+        grid = SplitGrid.create(cfg.tile_m, a.batch_size, a.seqlen_q, a.num_heads, a.num_heads // a.num_heads_k,
+                                a.packed_heads, a.num_splits, a.cluster_size)
+        mQ, mO = (tensor_view(a, name, (a.seqlen_q, cfg.head_dim, a.num_heads, a.batch_size)) for name in ("q", "out"))
+        mK, mV = (tensor_view(a, name, (a.seqlen_k, cfg.head_dim, a.num_heads_k, a.batch_size)) for name in ("k", "v"))
+        num_clusters = a.num_splits // a.cluster_size
         params = DecodeParams(
-            k=tma_load(mK, layouts.sKV, cfg.tile_n), v=tma_load(mV, layouts.sKV, cfg.tile_n), mQ=mQ, mO=mO, mLSE=mLSE,
-            seqused_q=used_q, seqused_k=used_k, descales=descales,
-            scratch=self.scratch(grid, num_clusters, partials, arrivals),
-            softmax_scale_log2=softmax_scale * math.log2(math.e), window=Window(window_size_left, window_size_right),
+            k=tma_load(mK, layouts.sKV, cfg.tile_n), v=tma_load(mV, layouts.sKV, cfg.tile_n), mQ=mQ, mO=mO,
+            mLSE=lse_view(a, a.batch_size), lengths=UsedLengths.create(a),
+            descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
+            scratch=self.scratch(grid, num_clusters, a.partials, a.arrivals),
+            softmax_scale_log2=a.softmax_scale * LOG2_E, window=Window(a.window_size_left, a.window_size_right),
             grid=grid, num_clusters=num_clusters,
-            kv_policy=kv_policy(Int64(batch_size) * seqlen_k * num_heads_k * cfg.kv_bytes_per_token))
+            kv_policy=kv_policy(Int64(a.batch_size) * a.seqlen_k * a.num_heads_k * cfg.kv_bytes_per_token))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_mmas(cfg)).launch(
-            grid=(grid.num_items * num_splits, 1, 1), block=(cfg.num_threads, 1, 1), cluster=(cluster_size, 1, 1),
-            smem=smem_bytes, min_blocks_per_mp=cfg.ctas_per_sm, preferred_smem_carveout=100, use_pdl=True,
-            stream=stream)
+            grid=(grid.num_items * a.num_splits, 1, 1), block=(cfg.num_threads, 1, 1), cluster=(a.cluster_size, 1, 1),
+            smem=a.smem_bytes, min_blocks_per_mp=cfg.ctas_per_sm, preferred_smem_carveout=100, use_pdl=True,
+            stream=a.stream)
 
     def scratch(self, grid: SplitGrid, clusters: Int32, partials: cute.Pointer, arrivals: cute.Pointer) -> SplitScratch:
         """The scratch memory as tensors: O, and behind it LSE; `clusters` work on one item."""
@@ -133,8 +108,7 @@ class FlashAttentionDecode:
         cluster, rank = divmod(split, grid.cluster_size)
         kv_head = group // grid.groups_per_kv_head
         cute.arch.griddepcontrol_wait()
-        seqlen_q = used_rows(params.seqused_q, params.mQ.shape[0], batch)
-        seqlen_k = used_rows(params.seqused_k, params.k.tensor.shape[0], batch)
+        seqlen_q, seqlen_k = params.lengths.of(batch, params.mQ.shape[0], params.k.tensor.shape[0])
         tile = Tile(m_block, group * packed_heads, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch)
         blocks = block_range(cfg, params.window, m_block, seqlen_q, seqlen_k, grid.packed_heads)
         num_rows = minimum(maximum(seqlen_q * packed_heads - m_block * cfg.tile_m, 0), cfg.tile_m)

@@ -16,6 +16,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from ...planning.config import DecodeConfig
+from ..common.arithmetic import LOG2_E
 from ..common.barriers import sync_warpgroup
 from ..common.cluster import send, sync_cluster
 from ..common.layout import ROW_STEP, as_quads, as_rows_cols, fragment_col, fragment_row, out_type
@@ -23,7 +24,6 @@ from ..common.sequences import is_present
 from .bundles import DecodeParams, DecodeSmem
 from .split import SplitWork
 
-LOG2_E = math.log2(math.e)
 COLUMNS = 4          # merged by one thread at a time
 IN_FLIGHT = 16       # partial results that a thread reads at once: their latencies overlap
 

@@ -1,19 +1,16 @@
 """FlashAttention-3 forward for sm_90a: a persistent grid; load, store and schedule warps, 1-3 consumer warpgroups."""
-import math
-from functools import partial
-
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cuda.bindings.driver import CUstream
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from ...planning.config import FIRST_TRANSPOSE_WARP, NUM_TRANSPOSE_WARPS, FwdConfig
-from ..common.arithmetic import ceil_div, minimum
+from ...planning.config import FIRST_TRANSPOSE_WARP, FORWARD_ARGUMENTS, NUM_TRANSPOSE_WARPS, FwdConfig
+from ..common.arithmetic import LOG2_E, ceil_div, minimum
 from ..common.block_range import Window
+from ..common.entry import flat_entry
 from ..common.fp8 import Descales
-from ..common.layout import element_type, out_type, smem_ring, tensor_view, transposed, view_as
+from ..common.layout import element_type, lse_view, out_type, smem_ring, tensor_view, transposed, view_as
 from ..common.sequences import Sequences
 from ..common.tma import tma_load, tma_store
 from ..common.wgmma import Mmas, make_mmas
@@ -29,73 +26,47 @@ from .transpose_role import transpose
 NUM_TILE_SLOTS = 1         # each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles
 
 
+@flat_entry(FORWARD_ARGUMENTS)
 class FlashAttentionForward:
-    """The forward kernel of one config. Compile `__call__`: its parameters are config.FORWARD_ARGUMENTS, in order."""
+    """The forward kernel of one config. Compile `__call__`: its parameters are FORWARD_ARGUMENTS, in order."""
 
     def __init__(self, cfg: FwdConfig):
         self.cfg = cfg
 
     # ---- host side: traced once per config, runs at every launch ------------------------------
     @cute.jit
-    def __call__(self, q: cute.Pointer, k: cute.Pointer, v: cute.Pointer, out: cute.Pointer,
-                 softmax_lse: cute.Pointer, cu_seqlens_q: cute.Pointer, cu_seqlens_k: cute.Pointer,
-                 seqused_q: cute.Pointer, seqused_k: cute.Pointer,
-                 q_descale: cute.Pointer, k_descale: cute.Pointer, v_descale: cute.Pointer, tile_counter: cute.Pointer,
-                 q_batch_stride: Int64, q_row_stride: Int64, q_head_stride: Int64,
-                 k_batch_stride: Int64, k_row_stride: Int64, k_head_stride: Int64,
-                 v_batch_stride: Int64, v_row_stride: Int64, v_head_stride: Int64,
-                 out_batch_stride: Int64, out_row_stride: Int64, out_head_stride: Int64,
-                 q_descale_batch_stride: Int64, q_descale_head_stride: Int64,
-                 k_descale_batch_stride: Int64, k_descale_head_stride: Int64,
-                 v_descale_batch_stride: Int64, v_descale_head_stride: Int64,
-                 batch_size: Int32, seqlen_q: Int32, seqlen_k: Int32,
-                 num_heads: Int32, num_heads_k: Int32,
-                 window_size_left: Int32, window_size_right: Int32, num_sms: Int32,
-                 softmax_scale: Float32, stream: CUstream):
+    def launch(self, a):
         """lse[b, h, i] = ln sum_j exp(softmax_scale q_i.k_j); out[b, i, h] = sum_j exp(softmax_scale q_i.k_j - lse) v_j
 
         Pointers and strides (in elements) as in fa3_cute.FlashAttentionParams; num_sms CTAs at most are launched.
         """
-        cfg = self.cfg
-        layouts = self.make_layouts()
-        sequences = Sequences(*(cute.make_tensor(array, cute.make_layout(batch_size + 1)) for array in (
-            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)), batch_size, seqlen_q, seqlen_k)
-        batches = batch_size
+        cfg, layouts, sequences = self.cfg, self.make_layouts(), Sequences.create(a)
+        batches = a.batch_size
         if const_expr(cfg.is_varlen):
-            batches = Int32(1) if sequences.is_packed() else batch_size
-        view = partial(tensor_view, cfg)
-        mQ = view(q, (seqlen_q, num_heads, batches), (q_row_stride, q_head_stride, q_batch_stride))
-        mK = view(k, (seqlen_k, num_heads_k, batches), (k_row_stride, k_head_stride, k_batch_stride))
-        mV = view(v, (seqlen_k, num_heads_k, batches), (v_row_stride, v_head_stride, v_batch_stride))
-        mO = view(out, (seqlen_q, num_heads, batches), (out_row_stride, out_head_stride, out_batch_stride))
-        mLSE = None
-        if const_expr(cfg.has_lse):
-            mLSE = cute.make_tensor(softmax_lse, cute.make_layout(
-                (seqlen_q, num_heads, batches), stride=(1, Int64(seqlen_q), Int64(seqlen_q) * num_heads)))
-        descales = None
-        if const_expr(cfg.is_fp8):
-            descales = Descales.create(num_heads, num_heads_k, batch_size, (q_descale, k_descale, v_descale), (
-                (q_descale_batch_stride, q_descale_head_stride), (k_descale_batch_stride, k_descale_head_stride),
-                (v_descale_batch_stride, v_descale_head_stride)))
+            batches = Int32(1) if sequences.is_packed() else a.batch_size
+        mQ, mO = (tensor_view(a, name, (a.seqlen_q, cfg.head_dim, a.num_heads, batches)) for name in ("q", "out"))
+        mK, mV = (tensor_view(a, name, (a.seqlen_k, cfg.head_dim, a.num_heads_k, batches)) for name in ("k", "v"))
         grid = TileGrid(
-            num_m_blocks=ceil_div(seqlen_q, cfg.tile_m), num_heads=num_heads, batch_size=batch_size,
-            section=heads_per_section(num_heads * batch_size, num_heads // num_heads_k, seqlen_k,
+            num_m_blocks=ceil_div(a.seqlen_q, cfg.tile_m), num_heads=a.num_heads, batch_size=a.batch_size,
+            section=heads_per_section(a.num_heads * a.batch_size, a.num_heads // a.num_heads_k, a.seqlen_k,
                                       cfg.kv_bytes_per_token))
         num_tiles = grid.num_tiles()
         if const_expr(cfg.is_varlen):
             # The most that any lengths can make: packed sequences each end in a partial tile of their own.
-            num_tiles = (seqlen_q // cfg.tile_m + batch_size) * num_heads if sequences.is_packed() else num_tiles
+            most = (a.seqlen_q // cfg.tile_m + a.batch_size) * a.num_heads
+            num_tiles = most if sequences.is_packed() else num_tiles
         params = FwdParams(
             q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=tma_load(mK, layouts.sKV, cfg.tile_n),
-            v=tma_load(mV, layouts.sKV, cfg.tile_n), o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO, mLSE=mLSE,
-            descales=descales, softmax_scale_log2=softmax_scale * math.log2(math.e),
-            window=Window(window_size_left, window_size_right),
-            grid=grid, sequences=sequences, tile_counter=cute.make_tensor(tile_counter, cute.make_layout(1)),
-            num_heads=num_heads, num_heads_k=num_heads_k)
+            v=tma_load(mV, layouts.sKV, cfg.tile_n), o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO,
+            mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
+            descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
+            softmax_scale_log2=a.softmax_scale * LOG2_E, window=Window(a.window_size_left, a.window_size_right),
+            grid=grid, sequences=sequences, tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
+            num_heads=a.num_heads, num_heads_k=a.num_heads_k)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_mmas(cfg)).launch(
-            grid=(minimum(num_tiles, num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
-            min_blocks_per_mp=1, stream=stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
+            grid=(minimum(num_tiles, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
+            min_blocks_per_mp=1, stream=a.stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
 
     def make_layouts(self) -> FwdLayouts:
         """Shared-memory layouts of the rings."""
