@@ -198,14 +198,36 @@ def test_layer_table_has_every_kernel_file():
     table = CONTRACT.read_text().partition("## Layers")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| \d [^|]*\| ([^|]*) \|", table, re.MULTILINE)
     listed = [name for row in rows for name in re.findall(r"\w+\.py", row)]
-    assert sorted(listed) == sorted(path.name for path in CONTRACT.parent.glob("*.py") if path.name != "__init__.py")
+    assert set(listed) == {path.name for path in CONTRACT.parent.rglob("*.py") if path.name != "__init__.py"}
 
 
-def test_readme_layout_has_every_file_that_a_document_links():
-    layout = README.read_text().partition("```\nfa3_cute/")[2].partition("```")[0]
-    texts = (document.read_text() for document in DOCUMENTS)
-    linked = {name for text in texts for name in re.findall(r"\]\(\.\./fa3_cute/(\w+\.py)", text)}
-    assert linked >= {"arguments.py", "splits.py", "workspace.py"} and linked <= set(re.findall(r"\w+\.py\b", layout))
+def test_readme_layout_has_every_module_outside_kernels_and_cli():
+    """Whatever moves or is new there has its line; what a document links to is found in the same place."""
+    assert layout_in(README.read_text()) == modules_of_rooms()
+
+
+@pytest.mark.parametrize("old, new", [("  splits.py  ", "  split.py  "), ("planning/\n  problem", "plans/\n  problem"),
+                                      ("  cubin.py  ", "  the cubin")])
+def test_a_wrong_layout_is_found(old, new):
+    text = README.read_text()
+    assert old in text and layout_in(text.replace(old, new)) != modules_of_rooms()
+
+
+ROOMS = ("arrays", "runtime", "planning", "contract")
+
+
+def modules_of_rooms() -> set[tuple[str, str]]:
+    return {(room, path.name) for room in ROOMS for path in (PACKAGE / room).glob("[a-z]*.py")}
+
+
+def layout_in(text: str) -> set[tuple[str, str]]:
+    """(folder, module) of the list of modules, but for the kernels'."""
+    modules = text.partition("The modules:\n\n```\n")[2].partition("```")[0]
+    found, folder = set(), ""
+    for line in modules.splitlines():
+        folder = line.rstrip("/") if line[:1].strip() else folder
+        found |= {(folder, name) for name in re.findall(r"\b\w+\.py\b", line)}
+    return {row for row in found if row[0] != "kernels"}
 
 
 def test_readme_links_every_example():
@@ -216,13 +238,33 @@ def test_readme_links_every_example():
 @every_document
 def test_names_with_a_module_exist(document):
     """What a document calls `module.name` or `module.py`, of the package's own modules, is there."""
-    modules = {path.stem: path for folder in (PACKAGE, CONTRACT.parent) for path in folder.glob("[a-z]*.py")
-               if path.stem != "params"}      # two modules and the documents' name for what a call is given
+    modules: dict[str, str] = {}        # by name; a name that several folders have stands for the texts of all of them
+    for path in PACKAGE.rglob("[a-z]*.py"):
+        if path.stem != "params":           # the documents' name for what a call is given
+            modules[path.stem] = modules.get(path.stem, "") + path.read_text()
     words = re.findall(r"`(\w+)\.(\w+)[\w.]*`", re.sub(r"^```.*?^```$", "", document.read_text(),
                                                      flags=re.DOTALL | re.MULTILINE))
     missing = [f"{module}.{name}" for module, name in words if module in modules and name not in ("py", "md")
-               and not re.search(rf"\b{name}\b", modules[module].read_text())]
+               and not re.search(rf"\b{name}\b", modules[module])]
     assert not missing
+
+
+def absent_paths(text: str) -> list[str]:
+    """Paths like `planning/tables.py` that lead to no file, from the package, the kernels, the tests or the root; names
+    without a folder that no module has."""
+    known = [path for folder in (PACKAGE, ROOT / "tests", ROOT / "examples") for path in folder.rglob("*.py")]
+    return [name for name in re.findall(r"`([\w/]+\.py)`", text)
+            if not any(f"/{path}".endswith(f"/{name}") for path in known)]
+
+
+@every_document
+def test_modules_by_path_exist(document):
+    assert not absent_paths(document.read_text())
+
+
+@pytest.mark.parametrize("name", ["mainloop.py", "common/load.py", "planning/heuristics.py"])
+def test_an_absent_module_is_found(name):
+    assert absent_paths(f"see `{name}` and `planning/tables.py`") == [name]
 
 
 @pytest.mark.parametrize("document", [README, PERFORMANCE], ids=lambda path: path.name)

@@ -91,9 +91,8 @@ def test_links_exist(document):
 def test_readme_modules_exist():
     text = (ROOT / "README.md").read_text()
     layout = text.partition("```\nfa3_cute/")[2].partition("\nexamples/")[0]
-    missing = [name for name in re.findall(r"\b\w+\.py\b|\bkernels/README\.md\b|^  \w+/", layout, re.MULTILINE)
-               if not (ROOT / "fa3_cute" / name.strip()).exists()]
-    assert not missing
+    named = re.findall(r"\b\w+\.py\b|\bkernels/README\.md\b|^  \w+/", layout, re.MULTILINE)
+    assert len(named) >= 8 and not [name for name in named if not (ROOT / "fa3_cute" / name.strip()).exists()]
 
 
 def test_readme_example_is_a_valid_call(monkeypatch):
