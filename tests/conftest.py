@@ -3,7 +3,6 @@
 Tests marked `gpu` need a Hopper GPU. Without one they are skipped and the last lines of the run say how many and why;
 with FA3_CUTE_REQUIRE_GPU=1 they fail instead. `--gpu-record FILE` writes what a run showed, and for which sources.
 """
-import hashlib
 import json
 import os
 from collections import Counter
@@ -11,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from sources import source_hash
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMING = "timing: "     # what a test's properties that are measurements start with
 
 # Read when NumPy is first imported, hence no import above that does. One thread: check.py computes heads in parallel,
@@ -98,14 +97,6 @@ class GpuTier:
         }
         Path(self.record_file).write_text(json.dumps(record, indent=2) + "\n")
         return f"GPU record written to {self.record_file}"
-
-
-def source_hash() -> str:
-    """SHA-256 over every Python file of the package, in the order of their paths: path, NUL, bytes."""
-    digest = hashlib.sha256()
-    for path in sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "fa3_cute").rglob("*.py")):
-        digest.update(path.encode() + b"\0" + (ROOT / path).read_bytes())
-    return digest.hexdigest()
 
 
 def _gpu_node_ids(items) -> set[str]:

@@ -84,7 +84,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(trial, "open_device", bench.open_device)
     monkeypatch.setattr(trial, "download", fake.download)
     monkeypatch.setattr(trial, "Stopwatch", lambda device, stream: fake_stopwatch(stream, monkeypatch))
-    monkeypatch.setattr(launch, "launch", lambda params, cfg, stream: fake.forward(params, stream))
+    monkeypatch.setattr(launch, "launch_through", lambda params, cfg, stream: fake.forward(params, stream))
     return fake
 
 
@@ -108,7 +108,7 @@ def test_a_right_config_is_timed(question, gpu, tmp_path, monkeypatch, capsys):
 
 def test_a_wrong_config_is_told(gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FA3_CUTE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(launch, "launch", lambda params, cfg, stream: None)
+    monkeypatch.setattr(launch, "launch_through", lambda params, cfg, stream: None)
     rig = trial.Rig(Question("bf16", 64, seqlens=(512,)))
     error = rig.error(ROW)
     assert not error < rig.wrong
@@ -246,7 +246,7 @@ def test_tune_with_a_gpu(gpu, monkeypatch, capsys):
     def run(params, cfg, stream):
         gpu.milliseconds = 2.0 if cfg == slow else 1.0
         gpu.forward(params, stream)
-    monkeypatch.setattr(launch, "launch", run)
+    monkeypatch.setattr(launch, "launch_through", run)
     assert main(TUNE) == 0
     table, row = capsys.readouterr().out.split("\n1.000 is ")
     assert table.splitlines()[-1].split()[-1] == "1.000" and "2.000" in table

@@ -24,8 +24,8 @@ from check import (
     params_of,
     poison_of,
 )
-from conftest import ROOT, source_hash
 from fake_gpu import FakeGpu
+from sources import ROOT, source_hash
 from tolerance import assert_lse
 
 from fa3_cute import DataType

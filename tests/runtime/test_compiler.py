@@ -17,12 +17,12 @@ import pytest
 
 from fa3_cute.runtime import compiler
 from fa3_cute.runtime import disk_cache
-from fa3_cute.planning.config import DESCALES
 from fa3_cute.planning.tables import decode_config, forward_config
 from fa3_cute.contract.rules import ALIGNMENT
 
 CFG = forward_config("bf16", 64, "causal", True, False)
 DECODE_CFG = decode_config("bf16", 64, True)
+DESCALES = ("q_descale", "k_descale", "v_descale")
 KEY, CODE = "0123456789abcdef" * 4, b"\x7fELF not really" * 100
 REPOSITORY = Path(compiler.__file__).parents[2]
 

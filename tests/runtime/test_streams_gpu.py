@@ -15,6 +15,7 @@ from check import check, make_problem, params_of, results, run
 
 from fa3_cute import Status, forward, warmup
 from fa3_cute.arrays import memory as cuda
+from fa3_cute.runtime import launch
 
 pytestmark = pytest.mark.gpu
 
@@ -157,24 +158,23 @@ def test_capture_of_a_cold_config_is_refused(device, tmp_path):
 
 
 def test_cold_and_warm_start(device, tmp_path, timing):
-    """Seconds of `forward` to its result: compiled under 5, from the disk cache of another process under 1."""
+    """Right results from kernels just compiled, then from the disk cache of another process; the seconds of both."""
     cold, warm = (fresh_process("launch_times", tmp_path) for _ in range(2))
     for name, answer in (("cold", cold), ("warm", warm)):
         timing(f"{name} start, first forward of a process, imports included", answer["first"])
         timing(f"{name} start, forward of a second config", answer["second"])
         timing(f"{name} start, whole process with two configs checked", answer["process"])
-    assert max(cold["first"], cold["second"]) < 5
-    assert max(warm["first"], warm["second"]) < 1
 
 
-def test_lengths_need_no_new_kernel(stream):
-    """After one warmup, forwards of any lengths and ratios of that config cost no compile: all within a second."""
+def test_lengths_need_no_new_kernel(stream, monkeypatch, timing):
+    """After one warmup, forwards of any lengths and ratios of that config compile and load nothing."""
     warmup(params_of(make_problem(FAMILIES[0])), stream).check()
     problems = [make_problem(Case("fp16", 64, False, heads, 2, n, 2 * n, batch=b))
                 for heads, n, b in ((2, 17, 1), (4, 130, 2), (8, 257, 3))]
+    monkeypatch.setattr(launch, "get_kernel", None)
     start = time.perf_counter()
     for problem in problems:
         forward(params_of(problem), stream).check()
-    assert time.perf_counter() - start < 1
+    timing("forwards of three lengths of a loaded kernel", time.perf_counter() - start)
     for problem in problems:
         check(problem, *results(problem, stream))
