@@ -4,6 +4,15 @@
 public names below are fetched from their modules on first use, and those import CUDA and the DSL when first called.
 """
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:       # type checkers and editors, which do not run __getattr__
+    from .api import (AttentionMode, DataType, FlashAttentionParams, attention, explain, forward, warmup,
+                      workspace_size)
+    from .contract.quantize import dequantize_fp8, quantize_fp8
+    from .contract.status import (CudaError, FlashAttentionError, InvalidCallError, KernelCompileError,
+                                  NotWarmedUpError, Status, UnsupportedDeviceError, UnsupportedFeatureError,
+                                  get_error_string, last_error)
 
 __version__ = "0.1.0"
 

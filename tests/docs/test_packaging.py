@@ -1,7 +1,9 @@
 """What a user meets first: the top level, the metadata, make's targets, the README's promises."""
+import ast
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -13,9 +15,9 @@ from fa3_cute.contract.status import Status
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TOP_LEVEL = {".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "docs", "examples", "fa3_cute", "pyproject.toml",
-             "tests"}
-DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+TOP_LEVEL = {".ci", ".editorconfig", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md",
+             "LICENSE", "Makefile", "README.md", "SECURITY.md", "docs", "examples", "fa3_cute", "pyproject.toml", "tests"}
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
 def test_top_level():
@@ -48,6 +50,46 @@ def test_installed_metadata_is_this_project():
     assert installed.version == PROJECT["project"]["version"] == fa3_cute.__version__
     command, = (entry for entry in installed.entry_points if entry.name == "fa3-cute")
     assert command.load() is __import__("fa3_cute.cli", fromlist=["main"]).main
+
+
+def test_source_distribution_has_the_top_level():
+    included = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert {path.removeprefix("/") for path in included} | {"pyproject.toml"} == TOP_LEVEL
+
+
+def test_type_checkers_see_the_public_names():
+    """py.typed is there, and the names under TYPE_CHECKING come from where __getattr__ fetches them."""
+    import fa3_cute
+    assert (ROOT / "fa3_cute" / "py.typed").exists()
+    assert declared((ROOT / "fa3_cute" / "__init__.py").read_text()) == fa3_cute._MODULE_OF
+
+
+@pytest.mark.parametrize("old, new", [("explain, forward,", "explain,"), ("from .contract.quantize", "from .api")])
+def test_a_wrong_declaration_is_found(old, new):
+    import fa3_cute
+    text = (ROOT / "fa3_cute" / "__init__.py").read_text()
+    assert old in text and declared(text.replace(old, new)) != fa3_cute._MODULE_OF
+
+
+def declared(text: str) -> dict[str, str]:
+    """Name -> module of the imports under `if TYPE_CHECKING:`."""
+    block, = (node for node in ast.parse(text).body if isinstance(node, ast.If))
+    return {alias.name: node.module for node in block.body for alias in node.names}
+
+
+def test_importing_the_package_fetches_no_module():
+    code = "import sys, fa3_cute; print(*(name for name in sys.modules if name.startswith('fa3_cute')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["fa3_cute"]
+
+
+def test_changelog_has_this_version_and_what_comes():
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", PROJECT["project"]["version"]]
+
+
+def test_pre_commit_runs_the_lint():
+    assert re.findall(r"^ +entry: (.*)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE) == ["make lint"]
 
 
 def test_make_targets():
