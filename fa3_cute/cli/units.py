@@ -77,7 +77,7 @@ def clocks_per_tile(cfg: FwdConfig | DecodeConfig, is_masked: bool = False) -> d
     on_alu = maxima + scores / 2 + scores * MASK_STEPS[cfg.mask] * is_masked
     kv_bytes = cfg.tile_n * cfg.kv_bytes_per_token
     q_bytes = outputs * cfg.element_bytes
-    transposed_bytes = 2 * cfg.kv_slot_bytes * cfg.is_fp8       # V, read and written
+    transposed_bytes = 2 * cfg.v_slot_bytes * cfg.values.is_transposed       # V, read and written
     clocks = {
         "tensor": 4 * scores * cfg.head_dim / (TENSOR_FLOPS * 2 / cfg.element_bytes),
         "MUFU": exponentials / MUFU_RESULTS,

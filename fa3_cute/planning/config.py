@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ..contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES
+from .strategies import Output, Steps, Values
 
 REGISTERS_PER_SM = 65536
 SMEM_BYTES_PER_CTA = 232448          # 227 KiB: the most one CTA may ask for on compute capability 9.0
@@ -19,8 +20,22 @@ MAX_CLUSTER_SIZE = 16                # CTAs; more than 8 is a size that sm_90 ha
 FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
 
 
+@dataclass(frozen=True)
 class KernelConfig:
-    """What the configs of both kernels have in common: dataclasses with dtype, out_dtype, head_dim and tile_n."""
+    """What the configs of all kernels have in common. Shared device code knows no other.
+
+    dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
+    head_dim   of Q, K and V
+    """
+    dtype: str
+    head_dim: int
+
+    # What a kernel has only if its config says so; the fields of both kernels are tile_n, num_kv_stages, out_dtype.
+    use_pingpong = False
+    rescale_before_pv = False
+    packs_heads = False             # consecutive rows of a tile are heads of one query
+    takes_max_of_bits = False       # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
+    uses_setmaxnreg = False
 
     def __post_init__(self):
         problem = self.first_problem()
@@ -45,8 +60,8 @@ class KernelConfig:
         )
 
     def transposes_in_blocks(self, num_warps: int) -> bool:
-        """Whether so many warps can share a tile of V in whole blocks of 32 keys x 16 columns (kernels/load_fp8.py)."""
-        return self.head_dim % (16 * num_warps) == 0 or self.tile_n % (32 * num_warps) == 0
+        """Whether so many warps can share a tile of V in whole blocks of 32 keys x 16 columns (transpose.py)."""
+        return self.dim_v % (16 * num_warps) == 0 or self.tile_n % (32 * num_warps) == 0
 
     @property
     def is_fp8(self) -> bool:
@@ -66,33 +81,47 @@ class KernelConfig:
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token and KV head."""
-        return 2 * self.head_dim * self.element_bytes
+        return (self.dim_qk + self.dim_v) * self.element_bytes
 
     @property
-    def kv_slot_bytes(self) -> int:
-        """A slot of the K ring, or of the V ring."""
-        return self.tile_n * self.head_dim * self.element_bytes
+    def k_slot_bytes(self) -> int:
+        """A slot of the K ring."""
+        return self.tile_n * self.dim_qk * self.element_bytes
+
+    @property
+    def v_slot_bytes(self) -> int:
+        """A slot of the V ring, and of transposed V."""
+        return self.tile_n * self.dim_v * self.element_bytes
 
     @property
     def q_slot_bytes(self) -> int:
         """A slot of the Q ring; in 16 bit the forward kernel's takes O after Q."""
-        return self.tile_m * self.head_dim * self.element_bytes
+        return self.tile_m * self.dim_qk * self.element_bytes
 
     @property
     def o_slot_bytes(self) -> int:
         """A slot of O where it has its own."""
-        return self.tile_m * self.head_dim * OUT_BYTES
+        return self.tile_m * self.dim_v * OUT_BYTES
 
     @property
-    def is_serial(self) -> bool:
-        """PV and QK one after the other instead of together: T, which FP8's PV fills, and S may then share registers,
-        and warpgroups or CTAs overlap one another."""
-        return self.is_fp8
+    def dim_qk(self) -> int:
+        """Columns of Q and K."""
+        return self.head_dim
+
+    @property
+    def dim_v(self) -> int:
+        """Columns of V and O."""
+        return self.head_dim
+
+    @property
+    def steps(self) -> Steps:
+        """How the GEMMs of a step follow one another."""
+        return Steps.SERIAL if self.is_fp8 else Steps.OVERLAPPED
 
     @property
     def mask(self) -> str:
-        """full, causal or local: the key of heuristics' table."""
-        return "causal" if self.is_causal else "local" if self.is_local else "full"
+        """full, causal or local: a key of the tables, and what device code asks for."""
+        return "local" if self.is_local else "full"
 
     @property
     def dtype_name(self) -> str:
@@ -108,7 +137,6 @@ class KernelConfig:
 class FwdConfig(KernelConfig):
     """Compile-time choices of one forward kernel.
 
-    dtype                of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
     is_causal            bottom-right aligned causal mask
     has_lse              the kernel writes the log-sum-exp
     tile_m, tile_n       rows of Q, rows of K and V per tile; one consumer warpgroup per 64 rows of Q
@@ -121,8 +149,6 @@ class FwdConfig(KernelConfig):
     is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
     out_dtype            of O where Q, K and V are FP8: "bf16" or "fp16"; None: dtype
     """
-    dtype: str
-    head_dim: int
     is_causal: bool
     has_lse: bool
     tile_m: int
@@ -136,7 +162,7 @@ class FwdConfig(KernelConfig):
     out_dtype: str | None = None
 
     ctas_per_sm = 1
-    packs_heads = False
+    takes_max_of_bits = True
     uses_setmaxnreg = True
     entry = FORWARD_ENTRY
     arguments = FORWARD_ARGUMENTS
@@ -148,6 +174,8 @@ class FwdConfig(KernelConfig):
             (self.tile_m in (64, 128, 192), f"tile_m={self.tile_m}: must be 64, 128 or 192"),
             (not self.is_fp8 or self.transposes_in_blocks(NUM_TRANSPOSE_WARPS),
              f"tile_n={self.tile_n}: not divisible among {NUM_TRANSPOSE_WARPS} warps that transpose V"),
+            (not (self.rescale_before_pv and self.steps is Steps.SERIAL),
+             "rescale_before_pv: not with FP8, where O is rescaled as PV is added to it"),
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
             (self.smem_bytes <= SMEM_BYTES_PER_CTA,
              f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}"),
@@ -158,6 +186,10 @@ class FwdConfig(KernelConfig):
         """Short and unique among the rows of heuristics.py: names cache entries, kernels and table rows."""
         flags = "_varlen" * self.is_varlen + "_lse" * self.has_lse
         return f"fwd_{self.dtype_name}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
+
+    @property
+    def mask(self) -> str:
+        return "causal" if self.is_causal else super().mask
 
     @property
     def num_consumer_wgs(self) -> int:
@@ -173,39 +205,32 @@ class FwdConfig(KernelConfig):
         return {1: (56, 256), 2: (40, 232), 3: (32, 160)}[min(self.num_consumer_wgs, 3)]
 
     @property
-    def has_transpose_warps(self) -> bool:
-        """Two warps transpose V, and warp 1 schedules as well as stores."""
-        return self.is_fp8
-
-    @property
-    def takes_max_of_bits(self) -> bool:
-        """The main loop takes maxima of scores as integers once all rows have one of 0 or more (kernels/softmax.py)."""
-        return True
+    def values(self) -> Values:
+        """In what form PV reads V. Where warps transpose it, warp 1 schedules as well as stores."""
+        return Values.TRANSPOSED_BY_WARPS if self.is_fp8 else Values.AS_STORED
 
     @property
     def skips_per_warpgroup(self) -> bool:
         """A warpgroup leaves out the K/V tiles that only other warpgroups' rows see. With ping-pong all take the same
         number of turns."""
-        return self.is_fp8 and not self.use_pingpong
+        return self.steps is Steps.SERIAL and not self.use_pingpong
 
     @property
-    def has_o_ring(self) -> bool:
-        """O has a slot of its own. In 16 bit it takes its tile's Q slot, but FP8's O is wider than its Q: one
-        warpgroup's rows of O would cover rows of Q that another still reads."""
-        return self.is_fp8
+    def output(self) -> Output:
+        """Where O waits for its store."""
+        return Output.OWN_SLOT if self.o_slot_bytes > self.q_slot_bytes else Output.IN_Q_SLOT
 
     @property
     def num_o_slots(self) -> int:
-        return 1 if self.has_o_ring else self.num_q_stages
+        return 1 if self.output is Output.OWN_SLOT else self.num_q_stages
 
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of one CTA: the mbarriers (padded to 1024), the Q ring, FP8's slot of O, the K ring,
         the V ring, FP8's ring of transposed V."""
-        num_rings = 3 if self.has_transpose_warps else 2
-        o_bytes = self.o_slot_bytes if self.has_o_ring else 0
-        return (1024 + self.num_q_stages * self.q_slot_bytes + o_bytes
-                + num_rings * self.num_kv_stages * self.kv_slot_bytes)
+        o_bytes = self.o_slot_bytes if self.output is Output.OWN_SLOT else 0
+        stage_bytes = self.k_slot_bytes + (1 + self.values.has_ring) * self.v_slot_bytes
+        return 1024 + self.num_q_stages * self.q_slot_bytes + o_bytes + self.num_kv_stages * stage_bytes
 
 
 @dataclass(frozen=True)
@@ -215,13 +240,11 @@ class DecodeConfig(KernelConfig):
     The query heads of a KV head are packed into the rows of one 64-row tile, K and V are split over several CTAs, which
     merge what they have. Lengths, the mask's bounds, the splits and whether there is an LSE are run-time values.
 
-    dtype, out_dtype  as FwdConfig
+    out_dtype         as FwdConfig
     is_local          a window (a causal mask is one); without it every row sees every key
     num_kv_stages     depth of the K ring and of the V ring
     ctas_per_sm       how many CTAs can share an SM
     """
-    dtype: str
-    head_dim: int
     is_local: bool
     tile_n: int
     num_kv_stages: int
@@ -232,14 +255,8 @@ class DecodeConfig(KernelConfig):
     num_consumer_wgs = 1
     num_q_stages = 1
     num_threads = 160               # one consumer warpgroup, one load warp
-    has_transpose_warps = False     # FP8: the consumers transpose V, within its slot
-    takes_max_of_bits = False
     packs_heads = True
-    is_causal = False
     is_varlen = True
-    use_pingpong = False
-    rescale_before_pv = False
-    uses_setmaxnreg = False
     entry = DECODE_ENTRY
     arguments = DECODE_ARGUMENTS
     kernel = "fa3_cute.kernels.decode.kernel.FlashAttentionDecode"
@@ -252,8 +269,8 @@ class DecodeConfig(KernelConfig):
              f"{self.smem_bytes} bytes of shared memory: {self.ctas_per_sm} CTAs per SM have {budget} each"),
             (not self.is_fp8 or self.transposes_in_blocks(4),
              f"tile_n={self.tile_n}: not divisible among 4 warps that transpose V"),
-            (2 * self.kv_ring_bytes >= self.partial_bytes,
-             f"K and V rings of {2 * self.kv_ring_bytes} bytes cannot hold partial results of {self.partial_bytes}"),
+            (self.kv_ring_bytes >= self.partial_bytes,
+             f"K and V rings of {self.kv_ring_bytes} bytes cannot hold partial results of {self.partial_bytes}"),
         )
 
     @property
@@ -263,8 +280,13 @@ class DecodeConfig(KernelConfig):
 
     @property
     def kv_ring_bytes(self) -> int:
-        """The K ring, and the V ring."""
-        return self.num_kv_stages * self.kv_slot_bytes
+        """The K ring and the V ring."""
+        return self.num_kv_stages * (self.k_slot_bytes + self.v_slot_bytes)
+
+    @property
+    def values(self) -> Values:
+        """In what form PV reads V."""
+        return Values.TRANSPOSED_IN_PLACE if self.is_fp8 else Values.AS_STORED
 
     @property
     def partial_lines(self) -> int:
@@ -274,9 +296,9 @@ class DecodeConfig(KernelConfig):
     @property
     def partial_bytes(self) -> int:
         """Those rows in shared memory, in FP32."""
-        return 4 * self.partial_lines * self.head_dim
+        return 4 * self.partial_lines * self.dim_v
 
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of one CTA: mbarriers and LSE (padded to 1024), Q, the K ring, the V ring."""
-        return 1024 + self.q_slot_bytes + 2 * self.kv_ring_bytes
+        return 1024 + self.q_slot_bytes + self.kv_ring_bytes

@@ -6,6 +6,7 @@ configs: `make fingerprints`, or `python tests/support/fingerprints.py --check`.
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import cycle, product
 
 import fingerprints
@@ -57,6 +58,13 @@ def known():
 def test_names_are_unique():
     configs = all_configs()
     assert len({cfg.name for cfg in configs}) == len(set(configs)) == len(configs)
+
+
+def test_fp8_does_not_rescale_before_pv():
+    """Its steps rescale O as PV is added to it: twice would be wrong."""
+    cfg = next(cfg for cfg in all_forward_configs() if cfg.is_fp8)
+    with pytest.raises(ValueError, match="rescale_before_pv: not with FP8"):
+        replace(cfg, rescale_before_pv=True)
 
 
 def test_selection_covers_rows_and_options():

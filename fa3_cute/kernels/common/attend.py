@@ -15,6 +15,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
 from ...planning.config import KernelConfig
+from ...planning.strategies import Steps, Values
 from .arithmetic import maximum
 from .barriers import all_agree, pass_turn, sync_warpgroup, wait_turn
 from .block_range import BlockRange
@@ -70,8 +71,8 @@ class Attend:
 
     @cute.jit
     def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores] = Scores.ANY):
-        """S[n] and O += P[n+1] V[n+1] in flight together, in FP8 one after the other; then P[n] = exp(S[n])."""
-        if const_expr(self.cfg.is_serial):
+        """S[n] and O += P[n+1] V[n+1] in flight together or one after the other; then P[n] = exp(S[n])."""
+        if const_expr(self.cfg.steps is Steps.SERIAL):
             self.step_serial(mask, n_block, is_masked, scores)
         else:
             self.step_overlapped(mask, n_block, is_masked, scores)
@@ -114,11 +115,11 @@ class Attend:
 
     @cute.jit
     def add_pv(self):
-        """O += P V of the next V slot, alone; O has been rescaled for P, but not FP8's."""
+        """O += P V of the next V slot, alone; O has been rescaled for P, but not in serial steps."""
         v, acc_PV = self.start_pv()
         in_flight(0)
         self.release_v(v)
-        if const_expr(self.cfg.is_fp8):
+        if const_expr(self.cfg.steps is Steps.SERIAL):
             self.softmax.fold(self.acc_O, acc_PV)
 
     @cute.jit
@@ -150,25 +151,26 @@ class Attend:
         issue_gemm(self.mmas.qk, acc_S, tSrQ, tSrK, zero_init=True)
 
     def start_pv(self):
-        """O += P V of the next V slot, left in flight; FP8: T = P V. Returns the slot and the accumulator, O or T.
+        """O += P V of the next V slot, left in flight; serial steps: T = P V. Returns the slot and O or T.
 
         T is a new tensor every time: WGMMA's operands would otherwise carry the last one's registers along.
         """
         if self.cfg.rescale_before_pv:
             self.softmax.rescale(self.acc_O)
         v = self.v_consumer.wait_and_advance()
-        if self.cfg.is_fp8 and not self.cfg.has_transpose_warps:
+        if self.cfg.values is Values.TRANSPOSED_IN_PLACE:
             tidx = cute.arch.thread_idx()[0]
             transpose_in_place(self.cfg, self.sV[None, None, v.index], self.sVt[None, None, v.index], tidx)
-        acc_PV = cute.make_rmem_tensor_like(self.acc_O) if self.cfg.is_fp8 else self.acc_O
+        is_apart = self.cfg.steps is Steps.SERIAL
+        acc_PV = cute.make_rmem_tensor_like(self.acc_O) if is_apart else self.acc_O
         tOrV = self.tOrV[None, None, None, v.index]
-        issue_gemm(self.mmas.pv, acc_PV, self.tOrP, tOrV, zero_init=self.cfg.is_fp8)
+        issue_gemm(self.mmas.pv, acc_PV, self.tOrP, tOrV, zero_init=is_apart)
         return v, acc_PV
 
     @cute.jit
     def release_v(self, v: pipeline.PipelineConsumer.ImmutableResourceHandle):
         """One arrival per warp: the V ring sees to that itself, the V^T ring does not."""
-        if const_expr(self.cfg.has_transpose_warps):
+        if const_expr(self.cfg.values.has_ring):
             with cute.arch.elect_one():
                 v.release()
         else:
@@ -185,7 +187,7 @@ def make_attend(cfg: KernelConfig, scale_log2: Float32, mmas: Mmas, smem, pipes,
     and of the rings k and vt; num_used: see OnlineSoftmax.create."""
     first_threads = cute.make_layout(cfg.num_consumer_wgs, stride=128)
     wg_qk, wg_pv = mmas.qk.get_slice(first_threads(wg_idx)), mmas.pv.get_slice(first_threads(wg_idx))
-    acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.head_dim)), Float32)
+    acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.dim_v)), Float32)
     return Attend(
         cfg, mmas,
         tSrQ=mmas.qk.make_fragment_A(wg_qk.partition_A(smem.sQ)),
@@ -221,14 +223,14 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
     n_block = blocks.n_block_max - 1
     if n_block >= blocks.n_block_min:
         attend.first_qk(mask, n_block)
-        if const_expr(cfg.is_varlen and not cfg.has_transpose_warps):
+        if const_expr(cfg.is_varlen and not cfg.values.has_ring):
             num_used = mask.seqlen_k - n_block * cfg.tile_n
             if num_used < cfg.tile_n:
                 clear_unused_rows(cfg, sV, attend.v_consumer, num_used, tidx)
         # Three ranges, so that the middle one, where the time goes, carries no mask code: tiles cut by the right end of
         # what the rows see, tiles that they all see, tiles cut by the left end. And nearly all of the middle one has
         # rows whose maxima are not negative any more, which max_of_bits can go on with.
-        if const_expr(cfg.is_causal or cfg.is_local):
+        if const_expr(cfg.mask != "full"):
             num_right = maximum(n_block - maximum(blocks.n_block_full_max, blocks.n_block_min), 0)
             for i in cutlass.range(num_right, unroll=1):
                 attend.step(mask, n_block - 1 - i, is_masked=True)

@@ -38,7 +38,7 @@ def block_range(cfg: KernelConfig, window: Window, m_block: Int32, seqlen_q: Int
     tile_m = tile_m or cfg.tile_m
     n_block_min, n_block_full_min = 0, 0
     n_block_max, n_block_full_max = ceil_div(seqlen_k, cfg.tile_n), seqlen_k // cfg.tile_n
-    if cfg.is_causal or cfg.is_local:
+    if cfg.mask != "full":
         # Bottom-right aligned: row i has its diagonal at key i + seqlen_k - seqlen_q.
         first_diagonal = m_block * tile_m - seqlen_q + seqlen_k
         last_diagonal = first_diagonal + tile_m - 1

@@ -1,4 +1,4 @@
-"""Rows of head_dim elements moved by ordinary loads and stores, where TMA cannot: they lie anywhere, or end early."""
+"""Rows moved by ordinary loads and stores, where TMA cannot: they lie anywhere, or end early."""
 import math
 
 import cutlass
@@ -16,33 +16,33 @@ def piece_size(element) -> int:
     return 8 * PIECE_BYTES // element.width
 
 
-def threads_per_row(cfg: KernelConfig, element) -> int:
+def threads_per_row(columns: int, element) -> int:
     """Threads that share a row in `row_copy`: a divisor of its pieces."""
-    return math.gcd(8, cfg.head_dim // piece_size(element))
+    return math.gcd(8, columns // piece_size(element))
 
 
-def row_copy(cfg: KernelConfig, element, thread: Int32, num_threads: int):
-    """How `num_threads` threads walk a (rows, head_dim) tensor in 16-byte pieces, some rows per step.
+def row_copy(columns: int, element, thread: Int32, num_threads: int):
+    """How `num_threads` threads walk a (rows, columns) tensor in 16-byte pieces, some rows per step.
 
     Returns one thread's copy, whose partitions are (piece, step, column), its row of a step, and the rows of a step.
     """
-    per_row = threads_per_row(cfg, element)
+    per_row = threads_per_row(columns, element)
     threads = cute.make_ordered_layout((num_threads // per_row, per_row), order=(1, 0))
     atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element, num_bits_per_copy=8 * PIECE_BYTES)
     copy = cute.make_tiled_copy_tv(atom, threads, cute.make_layout((1, piece_size(element))))
     return copy.get_slice(thread), thread // per_row, num_threads // per_row
 
 
-def row_piece(cfg: KernelConfig, row: cute.Tensor, thread: Int32, column: int) -> cute.Tensor:
-    """The thread's piece in one column of `row_copy`, of a row (head_dim,) that lies anywhere."""
-    per_row = threads_per_row(cfg, row.element_type)
+def row_piece(row: cute.Tensor, thread: Int32, column: int) -> cute.Tensor:
+    """The thread's piece in one column of `row_copy`, of a row (columns,) that lies anywhere."""
+    per_row = threads_per_row(cute.size(row), row.element_type)
     return cute.local_tile(row, (piece_size(row.element_type),), (column * per_row + thread % per_row,))
 
 
 @cute.jit
 def clear_rows(cfg: KernelConfig, slot: cute.Tensor, num_used: Int32, thread: Int32, num_threads: Constexpr[int]):
-    """Zero the rows of a K or V slot from num_used on, by ordinary stores of `num_threads` threads."""
-    copy, first_row, rows_per_step = row_copy(cfg, element_type(cfg), thread, num_threads)
+    """Zero the rows of a V slot from num_used on, by ordinary stores of `num_threads` threads."""
+    copy, first_row, rows_per_step = row_copy(cfg.dim_v, element_type(cfg), thread, num_threads)
     tXsX = copy.partition_D(slot)
     zeros = cute.make_rmem_tensor_like(tXsX[None, 0, 0], element_type(cfg))
     cute.recast_tensor(zeros, Int32).fill(0)

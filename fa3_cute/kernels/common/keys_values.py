@@ -26,7 +26,7 @@ def source_of(cfg: KernelConfig, op: TmaOperand, ring: cute.Tensor, tile: Tile,
               policy: Optional[Int64] = None) -> KeyValueSource:
     """The tiles of the KV head that `tile` reads."""
     mX = rows_from(cfg, tile.offset_k, op.tensor[None, None, tile.kv_head, tile.batch])
-    smem, gmem = tma_views(op, cute.local_tile(mX, (cfg.tile_n, cfg.head_dim), (None, 0)), ring)
+    smem, gmem = tma_views(op, cute.local_tile(mX, (cfg.tile_n, mX.shape[1]), (None, 0)), ring)
     return KeyValueSource(op.atom, gmem, smem, policy)
 
 

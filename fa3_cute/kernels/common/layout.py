@@ -49,7 +49,7 @@ def smem_ring(element, rows: int, columns: int, num_stages: int) -> cute.Compose
 
 
 def tensor_view(a, name: str, shape: tuple) -> cute.Tensor:
-    """(seqlen, head_dim, heads, batch), the shape, over a pointer among a kernel's arguments `a` with its strides."""
+    """(seqlen, columns, heads, batch), the shape, over a pointer among a kernel's arguments `a` with its strides."""
     ptr = getattr(a, name)
     elements = 8 * STRIDE_DIVISIBILITY // ptr.dtype.width
     row, head, batch = (cute.assume(getattr(a, f"{name}_{of}_stride"), divby=elements)

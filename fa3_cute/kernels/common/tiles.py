@@ -22,7 +22,7 @@ class Tile:
 
 
 def rows_from(cfg: KernelConfig, offset, mX: cute.Tensor) -> cute.Tensor:
-    """A sequence's (row, head_dim) view: of packed tensors, from its first row on.
+    """A sequence's (row, column) view: of packed tensors, from its first row on.
 
     TMA bounds the view by the tensor's end, not the sequence's: a last tile may bring rows of the next sequence.
     """

@@ -20,7 +20,7 @@ class TmaOperand:
 
 
 def tma_operand(op, tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int) -> TmaOperand:
-    """Copies boxes of (rows, head_dim) between `tensor` and the slots of a ring with that shared-memory layout."""
+    """Copies boxes of (rows, columns) between `tensor` and the slots of a ring with that shared-memory layout."""
     slot = cute.select(ring, mode=[0, 1])
     return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, slot, (rows, tensor.shape[1])))
 

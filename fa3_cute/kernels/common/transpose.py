@@ -24,7 +24,7 @@ EVEN_BYTES, ODD_BYTES = 0x6420, 0x7531       # of two registers: what PRMT selec
 
 def rows_of_lane(slot_V: cute.Tensor, slot_Vt: cute.Tensor, lane: Int32, first_key: Int32 | int = 0,
                  first_column: Int32 | int = 0) -> tuple[SwizzledRow, SwizzledRow]:
-    """What a lane addresses in V (tile_n, head_dim) and in V^T (head_dim, tile_n), from one key and column on."""
+    """What a lane addresses in V (tile_n, dim_v) and in V^T (dim_v, tile_n), from one key and column on."""
     return (SwizzledRow.create(slot_V, first_key + lane, first_column),
             SwizzledRow.create(slot_Vt, first_column + lane % 16, first_key ^ (lane // 16 * 16)))
 
@@ -55,14 +55,14 @@ class Share:
     def of(cfg: KernelConfig, thread: Int32, num_warps: int) -> "Share":
         """Of the warp of thread `thread` among so many."""
         keys, first_key, first_column, column_step = cfg.tile_n, 0, 0, BLOCK_COLUMNS
-        if cfg.head_dim % (num_warps * BLOCK_COLUMNS) == 0:
+        if cfg.dim_v % (num_warps * BLOCK_COLUMNS) == 0:
             column_step = num_warps * BLOCK_COLUMNS      # no bit of which is in first_column, as SwizzledRow wants
             first_column = thread // 32 * BLOCK_COLUMNS
         else:
             keys //= num_warps
             first_key = thread // 32 * keys
         return Share(first_key, first_column, [(key, column) for key in range(0, keys, BLOCK_KEYS)
-                                               for column in range(0, cfg.head_dim, column_step)])
+                                               for column in range(0, cfg.dim_v, column_step)])
 
 
 @cute.jit

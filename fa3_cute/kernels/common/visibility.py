@@ -46,7 +46,7 @@ class Mask:
             if const_expr(self.cfg.packs_heads and r == 1):
                 diagonal = self.next_diagonal
             end = self.seqlen_k - origin            # a row sees the columns [start, end), counted from origin
-            if const_expr(self.cfg.is_causal):
+            if const_expr(self.cfg.mask == "causal"):
                 end = diagonal + 1 - origin
             if const_expr(self.cfg.is_local):
                 end = minimum(end, diagonal + self.window.right + 1 - origin)

@@ -22,12 +22,12 @@ def make_mmas(cfg: KernelConfig) -> Mmas:
     """S = Q K^T with both operands in shared memory; O += P V with P in registers and V read transposed: by WGMMA
     itself in 16 bit; FP8's V^T has been transposed already."""
     element, warpgroups = element_type(cfg), (cfg.num_consumer_wgs, 1, 1)
-    v_major = OperandMajorMode.K if cfg.is_fp8 else OperandMajorMode.MN
+    v_major = OperandMajorMode.K if cfg.values.is_transposed else OperandMajorMode.MN
     return Mmas(
         qk=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, OperandMajorMode.K, Float32, warpgroups,
                                        (ROWS_PER_WARPGROUP, cfg.tile_n)),
         pv=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, v_major, Float32, warpgroups,
-                                       (ROWS_PER_WARPGROUP, cfg.head_dim), warpgroup.OperandSource.RMEM))
+                                       (ROWS_PER_WARPGROUP, cfg.dim_v), warpgroup.OperandSource.RMEM))
 
 
 @cute.jit

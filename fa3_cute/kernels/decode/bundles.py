@@ -16,10 +16,10 @@ from .split import SplitGrid, SplitScratch
 @dataclass(frozen=True)
 class DecodeParams:
     """Run-time arguments of the decode kernel (device side)."""
-    k: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
-    v: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
-    mQ: cute.Tensor                # (seqlen_q, head_dim, num_heads, batch)
-    mO: cute.Tensor                # (seqlen_q, head_dim, num_heads, batch)
+    k: TmaOperand                  # (seqlen_k, dim_qk, num_heads_k, batch)
+    v: TmaOperand                  # (seqlen_k, dim_v, num_heads_k, batch)
+    mQ: cute.Tensor                # (seqlen_q, dim_qk, num_heads, batch)
+    mO: cute.Tensor                # (seqlen_q, dim_v, num_heads, batch)
     mLSE: cute.Tensor              # (seqlen_q, num_heads, batch) f32; may be null
     lengths: UsedLengths
     descales: Optional[Descales]   # None unless cfg.is_fp8
@@ -34,9 +34,10 @@ class DecodeParams:
 @dataclass(frozen=True)
 class DecodeLayouts:
     """Staged, swizzled shared-memory layouts."""
-    sQ: cute.ComposedLayout        # (tile_m, head_dim, 1)
-    sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
-    sVt: Optional[cute.ComposedLayout]     # (head_dim, tile_n, num_kv_stages): V^T; None unless cfg.is_fp8
+    sQ: cute.ComposedLayout        # (tile_m, dim_qk, 1)
+    sK: cute.ComposedLayout        # (tile_n, dim_qk, num_kv_stages)
+    sV: cute.ComposedLayout        # (tile_n, dim_v, num_kv_stages)
+    sVt: Optional[cute.ComposedLayout]     # (dim_v, tile_n, num_kv_stages): V^T; None unless cfg.values.is_transposed
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class DecodeSmem:
     sQ: cute.Tensor
     sK: cute.Tensor
     sV: cute.Tensor
-    sVt: cute.Tensor               # (head_dim, tile_n, num_kv_stages): sV itself; FP8 is transposed within its slot
-    # (partial_lines, head_dim) f32: line row / cluster_size * cluster_size + r holds row `row` of the CTA of rank r.
+    sVt: cute.Tensor               # (dim_v, tile_n, num_kv_stages): sV itself; FP8 is transposed within its slot
+    # (partial_lines, dim_v) f32: line row / cluster_size * cluster_size + r holds row `row` of the CTA of rank r.
     # Aliases sK and, if need be, sV, once all CTAs of the cluster have read all of theirs (send_partial).
     sPartial: cute.Tensor
 

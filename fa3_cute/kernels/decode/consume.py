@@ -47,7 +47,7 @@ def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: Spli
     The other rows of sQ hold anything: rows do not mix, and these are never stored.
     Runs on: the consumer warpgroup. Synchronises: its four warps.
     """
-    copy, first_row, rows_per_step = row_copy(cfg, element_type(cfg), tidx, num_threads=128)
+    copy, first_row, rows_per_step = row_copy(cfg.dim_qk, element_type(cfg), tidx, num_threads=128)
     tQsQ = copy.partition_D(smem.sQ[None, None, 0])
     packed_heads = params.grid.packed_heads
     for step in cutlass.range(ceil_div(work.num_rows, rows_per_step), unroll=1):
@@ -57,6 +57,6 @@ def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: Spli
             query, head = divmod(packed_row, packed_heads)
             mQ = params.mQ[query, None, work.tile.head + head, work.tile.batch]
             for c in cutlass.range_constexpr(cute.size(tQsQ, mode=[2])):
-                cute.autovec_copy(row_piece(cfg, mQ, tidx, c), tQsQ[None, step, c])
+                cute.autovec_copy(row_piece(mQ, tidx, c), tQsQ[None, step, c])
     cute.arch.fence_view_async_shared()
     sync_warpgroup(0)

@@ -47,16 +47,19 @@ class FlashAttentionDecode:
         """
         cfg = self.cfg
         ring = partial(smem_ring, element_type(cfg))
-        layouts = DecodeLayouts(sQ=ring(cfg.tile_m, cfg.head_dim, 1),
-                                sKV=ring(cfg.tile_n, cfg.head_dim, cfg.num_kv_stages),
-                                sVt=ring(cfg.head_dim, cfg.tile_n, cfg.num_kv_stages) if cfg.is_fp8 else None)
+        layouts = DecodeLayouts(
+            sQ=ring(cfg.tile_m, cfg.dim_qk, 1), sK=ring(cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
+            sV=ring(cfg.tile_n, cfg.dim_v, cfg.num_kv_stages),
+            sVt=ring(cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None)
         grid = SplitGrid.create(cfg.tile_m, a.batch_size, a.seqlen_q, a.num_heads, a.num_heads // a.num_heads_k,
                                 a.packed_heads, a.num_splits, a.cluster_size)
-        mQ, mO = (tensor_view(a, name, (a.seqlen_q, cfg.head_dim, a.num_heads, a.batch_size)) for name in ("q", "out"))
-        mK, mV = (tensor_view(a, name, (a.seqlen_k, cfg.head_dim, a.num_heads_k, a.batch_size)) for name in ("k", "v"))
+        mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, a.batch_size))
+                  for name, columns in (("q", cfg.dim_qk), ("out", cfg.dim_v)))
+        mK, mV = (tensor_view(a, name, (a.seqlen_k, columns, a.num_heads_k, a.batch_size))
+                  for name, columns in (("k", cfg.dim_qk), ("v", cfg.dim_v)))
         num_clusters = a.num_splits // a.cluster_size
         params = DecodeParams(
-            k=tma_load(mK, layouts.sKV, cfg.tile_n), v=tma_load(mV, layouts.sKV, cfg.tile_n), mQ=mQ, mO=mO,
+            k=tma_load(mK, layouts.sK, cfg.tile_n), v=tma_load(mV, layouts.sV, cfg.tile_n), mQ=mQ, mO=mO,
             mLSE=lse_view(a, a.batch_size), lengths=UsedLengths.create(a),
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             scratch=self.scratch(grid, num_clusters, a.partials, a.arrivals),
@@ -71,13 +74,13 @@ class FlashAttentionDecode:
 
     def scratch(self, grid: SplitGrid, clusters: Int32, partials: cute.Pointer, arrivals: cute.Pointer) -> SplitScratch:
         """The scratch memory as tensors: O, and behind it LSE; `clusters` work on one item."""
-        num_items, head_dim, rows = grid.num_items, self.cfg.head_dim, minimum(grid.num_rows, self.cfg.tile_m)
+        num_items, dim_v, rows = grid.num_items, self.cfg.dim_v, minimum(grid.num_rows, self.cfg.tile_m)
         per_item = Int64(clusters) * rows
-        aligned = partial(cute.assume, divby=head_dim)       # for 16-byte accesses
+        aligned = partial(cute.assume, divby=dim_v)       # for 16-byte accesses
         O = cute.make_tensor(partials, cute.make_layout(
-            (num_items, clusters, rows, head_dim),
-            stride=(aligned(per_item * head_dim), aligned(rows * head_dim), head_dim, 1)))
-        LSE = cute.make_tensor(partials + num_items * per_item * head_dim, cute.make_layout(
+            (num_items, clusters, rows, dim_v),
+            stride=(aligned(per_item * dim_v), aligned(rows * dim_v), dim_v, 1)))
+        LSE = cute.make_tensor(partials + num_items * per_item * dim_v, cute.make_layout(
             (num_items, clusters, rows), stride=(per_item, rows, 1)))
         num_counts = num_items * grid.cluster_size.divisor
         return SplitScratch(O, LSE, cute.make_tensor(arrivals, cute.make_layout(num_counts)))
@@ -126,18 +129,19 @@ class FlashAttentionDecode:
         sPartialLSE = allocator.allocate_tensor(Float32, cute.make_layout(cfg.partial_lines), byte_alignment=16)
         tensor = lambda layout: allocator.allocate_tensor(
             element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        sQ, sK, sV = tensor(layouts.sQ), tensor(layouts.sKV), tensor(layouts.sKV)
-        sVt = view_as(sV, layouts.sVt, element_type(cfg)) if const_expr(cfg.is_fp8) else transposed(sV)
+        sQ, sK, sV = tensor(layouts.sQ), tensor(layouts.sK), tensor(layouts.sV)
+        sVt = view_as(sV, layouts.sVt, element_type(cfg)) if const_expr(cfg.values.is_transposed) else transposed(sV)
         sPartial = cute.make_tensor(cute.recast_ptr(sK.iterator, dtype=Float32), cute.make_layout(
-            (cfg.partial_lines, cfg.head_dim), stride=(cfg.head_dim, 1)))
+            (cfg.partial_lines, cfg.dim_v), stride=(cfg.dim_v, 1)))
         smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, sVt, sPartial)
 
-        group = lambda threads: pipeline.CooperativeGroup(pipeline.Agent.Thread, threads)
-        ring = lambda bars: pipeline.PipelineTmaAsync.create(
-            num_stages=cfg.num_kv_stages, producer_group=group(1), consumer_group=group(4), barrier_storage=bars,
-            tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layouts.sKV, mode=[0, 1])), defer_sync=True)
-        v = ring(v_bars)
-        pipes = DecodePipelines(k=ring(k_bars), v=v, vt=v)
+        group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
+        ring = lambda bars, layout: pipeline.PipelineTmaAsync.create(
+            num_stages=cfg.num_kv_stages, producer_group=group(1), consumer_group=group(4 * cfg.num_consumer_wgs),
+            barrier_storage=bars, defer_sync=True,
+            tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])))
+        v = ring(v_bars, layouts.sV)
+        pipes = DecodePipelines(k=ring(k_bars, layouts.sK), v=v, vt=v)
         if cute.arch.thread_idx()[0] == 0:
             cute.arch.mbarrier_init(partials_arrived, 1)
         cute.arch.mbarrier_init_fence()

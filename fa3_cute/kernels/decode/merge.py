@@ -32,7 +32,7 @@ IN_FLIGHT = 16       # partial results that a thread reads at once: their latenc
 def expect_partials(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
     """Arm the mbarrier for the rows that the cluster's CTAs will send to this one."""
     if tidx == 0:
-        num_bytes = work.num_own_rows * params.grid.cluster_size.divisor * (4 * cfg.head_dim + 4)
+        num_bytes = work.num_own_rows * params.grid.cluster_size.divisor * (4 * cfg.dim_v + 4)
         cute.arch.mbarrier_arrive_and_expect_tx(smem.partials_arrived, num_bytes)
 
 
@@ -64,11 +64,11 @@ def pieces_of_row(cfg: DecodeConfig, acc_O: cute.Tensor, r: int) -> tuple[list[t
 
     Of the row's pieces thread t has those of index t % 4, 4 + t % 4, ...
     """
-    if cfg.is_fp8:
+    if cfg.values.is_transposed:
         quads = as_quads(acc_O)
-        return [tuple(quads[i, r, g] for i in range(4)) for g in range(cfg.head_dim // 16)], 4
+        return [tuple(quads[i, r, g] for i in range(4)) for g in range(cfg.dim_v // 16)], 4
     O = as_rows_cols(acc_O)
-    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cfg.head_dim // 8)], 2
+    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cfg.dim_v // 8)], 2
 
 
 @dataclass
@@ -131,7 +131,7 @@ def read_partials(source_O: cute.Tensor, source_LSE: cute.Tensor, count: Int32, 
 
 @cute.jit
 def merge_columns(source_O: cute.Tensor, source_LSE: cute.Tensor, count: Int32, chunk: Int32):
-    """(O, LSE) of COLUMNS columns of one row: source_O (count, head_dim), source_LSE (count,)."""
+    """(O, LSE) of COLUMNS columns of one row: source_O (count, dim_v), source_LSE (count,)."""
     merge = Merge.create()
     for first in cutlass.range(0, count, IN_FLIGHT, unroll=1):
         O, LSE = read_partials(source_O, source_LSE, count, first, chunk)
@@ -158,7 +158,7 @@ def merge_cluster(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, wor
 
     Runs on: the consumer warpgroup. Synchronises: waits for the rows that the cluster sends (`send_partial`).
     """
-    grid, chunks = params.grid, cfg.head_dim // COLUMNS
+    grid, chunks = params.grid, cfg.dim_v // COLUMNS
     cute.arch.mbarrier_wait(smem.partials_arrived, 0)
     for unit in cutlass.range(tidx, work.num_own_rows * chunks, 128, unroll=1):
         slot, chunk = unit // chunks, unit % chunks
@@ -182,7 +182,7 @@ def merge_clusters(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, wo
     Runs on: the consumer warpgroup, after merge_cluster. Synchronises: these CTAs through their arrival count, which
     releases what they wrote and lets the last one acquire it.
     """
-    scratch, grid, chunks = params.scratch, params.grid, cfg.head_dim // COLUMNS
+    scratch, grid, chunks = params.scratch, params.grid, cfg.dim_v // COLUMNS
     arrivals = work.item * grid.cluster_size.divisor + work.rank
     sync_warpgroup(0)
     if tidx == 0:

@@ -49,7 +49,7 @@ class SplitGrid:
 class SplitScratch:
     """What CTAs hand to the one that merges.
 
-    O          (items, num_splits / cluster_size, rows, head_dim) f32, normalised; rows is the most that an item has
+    O          (items, num_splits / cluster_size, rows, dim_v) f32, normalised; rows is the most that an item has
     LSE        (items, num_splits / cluster_size, rows) f32
     arrivals   (items * cluster_size,) int32: CTAs of a rank that have delivered; 0 between launches
     """

@@ -20,10 +20,10 @@ from .order import TileGrid
 @dataclass(frozen=True)
 class FwdParams:
     """Run-time arguments of the forward kernel (device side)."""
-    q: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
-    k: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
-    v: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
-    o: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
+    q: TmaOperand                  # (seqlen_q, dim_qk, num_heads,   batch)
+    k: TmaOperand                  # (seqlen_k, dim_qk, num_heads_k, batch)
+    v: TmaOperand                  # (seqlen_k, dim_v,  num_heads_k, batch)
+    o: TmaOperand                  # (seqlen_q, dim_v,  num_heads,   batch)
     mO: cute.Tensor                # the same tensor as o, for tiles that end within the next sequence's rows
     mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
     descales: Optional[Descales]   # None unless cfg.is_fp8
@@ -39,10 +39,11 @@ class FwdParams:
 @dataclass(frozen=True)
 class FwdLayouts:
     """Staged, swizzled shared-memory layouts."""
-    sQ: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages): Q in
-    sO: cute.ComposedLayout        # (tile_m, head_dim, num_o_slots): O out
-    sKV: cute.ComposedLayout       # (tile_n, head_dim, num_kv_stages): one for K, one for V
-    sVt: Optional[cute.ComposedLayout]     # (head_dim, tile_n, num_kv_stages): V^T; None unless cfg.is_fp8
+    sQ: cute.ComposedLayout        # (tile_m, dim_qk, num_q_stages): Q in
+    sO: cute.ComposedLayout        # (tile_m, dim_v, num_o_slots): O out
+    sK: cute.ComposedLayout        # (tile_n, dim_qk, num_kv_stages)
+    sV: cute.ComposedLayout        # (tile_n, dim_v, num_kv_stages)
+    sVt: Optional[cute.ComposedLayout]     # (dim_v, tile_n, num_kv_stages): V^T; None unless cfg.values.is_transposed
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class FwdSmem:
     sQ: cute.Tensor                # aliases sO: a warpgroup overwrites rows that it has read; FP8: memory of its own
     sK: cute.Tensor
     sV: cute.Tensor
-    sVt: cute.Tensor               # (head_dim, tile_n, num_kv_stages): a view of sV, or a ring of its own if cfg.is_fp8
+    sVt: cute.Tensor               # (dim_v, tile_n, num_kv_stages): a view of sV, or its own if cfg.values.has_ring
     sTiles: cute.Tensor            # (ENTRY_INTS, tile slots) int32
 
 
@@ -61,7 +62,7 @@ class FwdPipelines:
     """Barrier arrays only; each role makes its own producer or consumer, whose state stays a local variable."""
     q: pipeline.PipelineTmaAsync   # load warp -> consumers; emptied by the store warp
     k: pipeline.PipelineTmaAsync   # load warp -> consumers
-    v: pipeline.PipelineTmaAsync   # load warp -> consumers, or the transpose warps if cfg.is_fp8
-    vt: pipeline.PipelineAsync     # v, or transpose warps -> consumers if cfg.is_fp8
-    o: pipeline.PipelineAsync      # consumers -> store warp; only its full half if slot i is Q's, unless cfg.has_o_ring
+    v: pipeline.PipelineTmaAsync   # load warp -> consumers, or the transpose warps if cfg.values.has_ring
+    vt: pipeline.PipelineAsync     # v, or transpose warps -> consumers if cfg.values.has_ring
+    o: pipeline.PipelineAsync      # consumers -> store warp; only its full half where O is in Q's slot
     tiles: pipeline.PipelineAsync  # schedule warp -> load, store and transpose warps, consumers

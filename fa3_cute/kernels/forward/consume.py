@@ -3,6 +3,7 @@ import cutlass.cute as cute
 from cutlass import const_expr
 
 from ...planning.config import FwdConfig
+from ...planning.strategies import Output
 from ..common.attend import attend_to, make_attend, skip_tiles
 from ..common.barriers import open_turnstile
 from ..common.block_range import block_range, warpgroup_range
@@ -47,7 +48,7 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
         if const_expr(cfg.is_fp8):
             tidx = unhoisted(tidx)
         o_slot = attend.q_slot
-        if const_expr(cfg.has_o_ring):
+        if const_expr(cfg.output is Output.OWN_SLOT):
             o_slot = o_producer.acquire().index
         write_O(cfg, mmas, smem.sO[None, None, o_slot], attend.acc_O, tidx)
         o_producer.commit()      # of O's own slot, or of Q's, which the Q ring has emptied

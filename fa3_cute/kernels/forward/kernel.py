@@ -6,6 +6,7 @@ from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ...planning.config import FIRST_TRANSPOSE_WARP, FORWARD_ARGUMENTS, NUM_TRANSPOSE_WARPS, FwdConfig
+from ...planning.strategies import Output
 from ..common.arithmetic import LOG2_E, ceil_div, minimum
 from ..common.block_range import Window
 from ..common.entry import flat_entry
@@ -44,8 +45,10 @@ class FlashAttentionForward:
         batches = a.batch_size
         if const_expr(cfg.is_varlen):
             batches = Int32(1) if sequences.is_packed() else a.batch_size
-        mQ, mO = (tensor_view(a, name, (a.seqlen_q, cfg.head_dim, a.num_heads, batches)) for name in ("q", "out"))
-        mK, mV = (tensor_view(a, name, (a.seqlen_k, cfg.head_dim, a.num_heads_k, batches)) for name in ("k", "v"))
+        mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches))
+                  for name, columns in (("q", cfg.dim_qk), ("out", cfg.dim_v)))
+        mK, mV = (tensor_view(a, name, (a.seqlen_k, columns, a.num_heads_k, batches))
+                  for name, columns in (("k", cfg.dim_qk), ("v", cfg.dim_v)))
         grid = TileGrid(
             num_m_blocks=ceil_div(a.seqlen_q, cfg.tile_m), num_heads=a.num_heads, batch_size=a.batch_size,
             section=heads_per_section(a.num_heads * a.batch_size, a.num_heads // a.num_heads_k, a.seqlen_k,
@@ -56,8 +59,8 @@ class FlashAttentionForward:
             most = (a.seqlen_q // cfg.tile_m + a.batch_size) * a.num_heads
             num_tiles = most if sequences.is_packed() else num_tiles
         params = FwdParams(
-            q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=tma_load(mK, layouts.sKV, cfg.tile_n),
-            v=tma_load(mV, layouts.sKV, cfg.tile_n), o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO,
+            q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=tma_load(mK, layouts.sK, cfg.tile_n),
+            v=tma_load(mV, layouts.sV, cfg.tile_n), o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO,
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             softmax_scale_log2=a.softmax_scale * LOG2_E, window=Window(a.window_size_left, a.window_size_right),
@@ -71,10 +74,11 @@ class FlashAttentionForward:
     def make_layouts(self) -> FwdLayouts:
         """Shared-memory layouts of the rings."""
         cfg, element = self.cfg, element_type(self.cfg)
-        sVt = smem_ring(element, cfg.head_dim, cfg.tile_n, cfg.num_kv_stages) if cfg.is_fp8 else None
-        return FwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
-                          sO=smem_ring(out_type(cfg), cfg.tile_m, cfg.head_dim, cfg.num_o_slots),
-                          sKV=smem_ring(element, cfg.tile_n, cfg.head_dim, cfg.num_kv_stages), sVt=sVt)
+        sVt = smem_ring(element, cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None
+        return FwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.dim_qk, cfg.num_q_stages),
+                          sO=smem_ring(out_type(cfg), cfg.tile_m, cfg.dim_v, cfg.num_o_slots),
+                          sK=smem_ring(element, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
+                          sV=smem_ring(element, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages), sVt=sVt)
 
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
@@ -93,10 +97,10 @@ class FlashAttentionForward:
             if warp_idx == 0:
                 load(cfg, params, smem, pipes)
             if warp_idx == 1:
-                (schedule if cfg.has_transpose_warps else store)(cfg, params, smem, pipes)
-            if warp_idx == 2 and not cfg.has_transpose_warps:
+                (schedule if cfg.values.has_ring else store)(cfg, params, smem, pipes)
+            if warp_idx == 2 and not cfg.values.has_ring:
                 schedule(cfg, params, smem, pipes)
-            if const_expr(cfg.has_transpose_warps):
+            if const_expr(cfg.values.has_ring):
                 if warp_idx >= FIRST_TRANSPOSE_WARP:
                     transpose(cfg, params, smem, pipes)
         else:
@@ -111,16 +115,16 @@ class FlashAttentionForward:
         barriers = lambda stages: allocator.allocate_array(Int64, 2 * stages)   # full and empty halves
         q_bars, k_bars = barriers(cfg.num_q_stages), barriers(cfg.num_kv_stages)
         v_bars, o_bars = barriers(cfg.num_kv_stages), barriers(cfg.num_o_slots)
-        vt_bars = barriers(cfg.num_kv_stages) if const_expr(cfg.is_fp8) else v_bars
+        vt_bars = barriers(cfg.num_kv_stages) if const_expr(cfg.values.has_ring) else v_bars
         tile_bars = barriers(NUM_TILE_SLOTS)
         sTiles = allocator.allocate_tensor(Int32, cute.make_layout((ENTRY_INTS, NUM_TILE_SLOTS)), byte_alignment=16)
         tensor = lambda layout, element=element_type(cfg): allocator.allocate_tensor(
             element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         sO = tensor(layouts.sO, out_type(cfg))
-        # FP8's O is wider than its Q: over it, a warpgroup's rows of O would cover rows of Q that another still reads.
-        sQ = tensor(layouts.sQ) if const_expr(cfg.is_fp8) else view_as(sO, layouts.sQ, element_type(cfg))
-        sK, sV = tensor(layouts.sKV), tensor(layouts.sKV)
-        sVt = tensor(layouts.sVt) if const_expr(cfg.is_fp8) else transposed(sV)
+        has_own = cfg.output is Output.OWN_SLOT
+        sQ = tensor(layouts.sQ) if const_expr(has_own) else view_as(sO, layouts.sQ, element_type(cfg))
+        sK, sV = tensor(layouts.sK), tensor(layouts.sV)
+        sVt = tensor(layouts.sVt) if const_expr(cfg.values.has_ring) else transposed(sV)
         smem = FwdSmem(sQ=sQ, sO=sO, sK=sK, sV=sV, sVt=sVt, sTiles=sTiles)
 
         group = lambda threads: pipeline.CooperativeGroup(pipeline.Agent.Thread, threads)
@@ -128,17 +132,17 @@ class FlashAttentionForward:
             num_stages=stages, producer_group=group(1), consumer_group=group(arrivals), barrier_storage=bars,
             tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])), defer_sync=True)
         consumer_warps = 4 * cfg.num_consumer_wgs
-        v_readers = NUM_TRANSPOSE_WARPS if cfg.has_transpose_warps else consumer_warps
-        v = vt = tma_ring(v_bars, cfg.num_kv_stages, layouts.sKV, arrivals=v_readers)
+        v_readers = NUM_TRANSPOSE_WARPS if cfg.values.has_ring else consumer_warps
+        v = vt = tma_ring(v_bars, cfg.num_kv_stages, layouts.sV, arrivals=v_readers)
         tile_readers = 2 + consumer_warps
-        if const_expr(cfg.has_transpose_warps):      # one lane per warp arrives on either half
+        if const_expr(cfg.values.has_ring):      # one lane per warp arrives on either half
             vt = pipeline.PipelineAsync.create(
                 num_stages=cfg.num_kv_stages, producer_group=group(NUM_TRANSPOSE_WARPS),
                 consumer_group=group(consumer_warps), barrier_storage=vt_bars, defer_sync=True)
             tile_readers = 1 + NUM_TRANSPOSE_WARPS + consumer_warps
         pipes = FwdPipelines(
             q=tma_ring(q_bars, cfg.num_q_stages, layouts.sQ, arrivals=1),   # the store warp
-            k=tma_ring(k_bars, cfg.num_kv_stages, layouts.sKV, arrivals=consumer_warps),
+            k=tma_ring(k_bars, cfg.num_kv_stages, layouts.sK, arrivals=consumer_warps),
             v=v, vt=vt,
             o=pipeline.PipelineAsync.create(
                 num_stages=cfg.num_o_slots, producer_group=group(32 * consumer_warps), consumer_group=group(1),

@@ -23,7 +23,7 @@ def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
     while reader.has_tile():
         tile = reader.tile
         mQ = rows_from(cfg, tile.offset_q, params.q.tensor[None, None, tile.head, tile.batch])
-        tQsQ, tQgQ = tma_views(params.q, cute.local_tile(mQ, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0)), smem.sQ)
+        tQsQ, tQgQ = tma_views(params.q, cute.local_tile(mQ, (cfg.tile_m, cfg.dim_qk), (tile.m_block, 0)), smem.sQ)
         k, v = source_of(cfg, params.k, smem.sK, tile), source_of(cfg, params.v, smem.sV, tile)
         blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
         if blocks.n_block_max > blocks.n_block_min:

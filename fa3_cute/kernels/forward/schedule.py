@@ -45,7 +45,7 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
             if is_found:
                 tile = search.tile(index, qhead_per_kvhead)
                 writer.publish(tile)
-                if const_expr(cfg.has_transpose_warps):
+                if const_expr(cfg.values.has_ring):
                     out, unstored = store_previous(cfg, params, smem, out, unstored), tile
                 writer.wait_for_room()
                 fetched = fetch(params.tile_counter)
@@ -59,13 +59,13 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
             kv_head = head // qhead_per_kvhead
             tile = Tile(m_block, head, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch)
             writer.publish(tile)
-            if const_expr(cfg.has_transpose_warps):
+            if const_expr(cfg.values.has_ring):
                 out, unstored = store_previous(cfg, params, smem, out, unstored), tile
             writer.wait_for_room()       # take the next tile as late as the ring allows
             fetched = fetch(params.tile_counter)
             index = num_ctas + fetched
     writer.publish(end_tile())
-    if const_expr(cfg.has_transpose_warps):
+    if const_expr(cfg.values.has_ring):
         store_previous(cfg, params, smem, out, unstored)
     if fetched == num_tiles - 1 and cute.arch.lane_idx() == 0:
         params.tile_counter[0] = Int32(0)

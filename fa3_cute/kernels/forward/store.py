@@ -8,6 +8,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
 from ...planning.config import FwdConfig
+from ...planning.strategies import Output
 from ..common.arithmetic import ceil_div
 from ..common.barriers import sync_warpgroup
 from ..common.copies import row_copy
@@ -21,12 +22,12 @@ from .tile_ring import TileReader
 
 @cute.jit
 def write_O(cfg: FwdConfig, mmas: Mmas, sO: cute.Tensor, acc_O: cute.Tensor, tidx: Int32):
-    """acc_O (f32, normalised) -> sO (tile_m, head_dim) in O's type, visible to TMA.
+    """acc_O (f32, normalised) -> sO (tile_m, dim_v) in O's type, visible to TMA.
 
     Runs on: a consumer warpgroup, each its 64 rows.
     Synchronises: its four warps, where sO lies over the Q that they read.
     """
-    if const_expr(cfg.is_fp8):
+    if const_expr(cfg.values.is_transposed):
         write_quads(cfg, sO, as_quads(acc_O), tidx)
     else:
         rO = cute.make_rmem_tensor_like(acc_O, out_type(cfg))
@@ -42,7 +43,7 @@ def write_O(cfg: FwdConfig, mmas: Mmas, sO: cute.Tensor, acc_O: cute.Tensor, tid
 def write_quads(cfg: FwdConfig, sO: cute.Tensor, quads: cute.Tensor, tidx: Int32):
     """write_O's stores for an accumulator in quads (layout.as_quads): 8 bytes each."""
     row = SwizzledRow.create(sO, fragment_row(tidx), tidx % 4 * 8)
-    for g in cutlass.range_constexpr(cfg.head_dim // 16):
+    for g in cutlass.range_constexpr(cfg.dim_v // 16):
         for r in cutlass.range_constexpr(2):
             rO, quad = cute.make_rmem_tensor(4, out_type(cfg)), cute.make_rmem_tensor(4, Float32)
             for i in cutlass.range_constexpr(4):
@@ -72,8 +73,8 @@ def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, n
     lie the rows of another sequence, or rows past seqused_q. Runs on: the store warp.
     """
     mO = rows_from(cfg, tile.offset_q, params.mO[None, None, tile.head, tile.batch])
-    gO = cute.local_tile(mO, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
-    copy, first_row, rows_per_step = row_copy(cfg, out_type(cfg), cute.arch.lane_idx(), num_threads=32)
+    gO = cute.local_tile(mO, (cfg.tile_m, cfg.dim_v), (tile.m_block, 0))
+    copy, first_row, rows_per_step = row_copy(cfg.dim_v, out_type(cfg), cute.arch.lane_idx(), num_threads=32)
     tOsO, tOgO = copy.partition_S(sO), copy.partition_D(gO)
     for step in cutlass.range(ceil_div(num_rows, rows_per_step), unroll=1):
         if step * rows_per_step + first_row < num_rows:
@@ -99,14 +100,14 @@ class OutStore:
         """O of the next tile from its slot to global memory; TMA drops the rows past seqlen_q. Then Q's slot may take
         the next Q.
 
-        Runs on: one warp. Synchronises: waits for the full half of the O ring; empties the Q ring and FP8's O ring.
+        Runs on: one warp. Synchronises: waits for the full half of the O ring; empties the Q ring and O's own.
         """
         mO = rows_from(cfg, tile.offset_q, params.o.tensor[None, None, tile.head, tile.batch])
-        gO = cute.local_tile(mO, (cfg.tile_m, cfg.head_dim), (tile.m_block, 0))
+        gO = cute.local_tile(mO, (cfg.tile_m, cfg.dim_v), (tile.m_block, 0))
         tOsO, tOgO = tma_views(params.o, gO, smem.sO)
         q = self.q_consumer.wait_and_advance()   # full long ago; this walks the ring whose slot we release
         o = self.o_consumer.wait_and_advance()
-        slot = o.index if const_expr(cfg.has_o_ring) else q.index
+        slot = o.index if const_expr(cfg.output is Output.OWN_SLOT) else q.index
         num_rows = tile.seqlen_q - tile.m_block * cfg.tile_m
         use_tma = Boolean(True)
         if const_expr(cfg.is_varlen):
@@ -119,7 +120,7 @@ class OutStore:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.sync_warp()   # every lane has read, the one that issued the store has waited: now lane 0 may release
         q.release()
-        if const_expr(cfg.has_o_ring):
+        if const_expr(cfg.output is Output.OWN_SLOT):
             with cute.arch.elect_one():
                 o.release()
 
