@@ -77,9 +77,8 @@ TWO_PER_SM = [cfg for cfg in all_decode_configs() if cfg.ctas_per_sm == 2]
     (PROMPT, {"pack_gqa": np.False_}, False),
     (PROMPT, {"seqused_q": A, "seqused_k": A}, False),
     # packed sequences have the other kernel, however short they are
-    *((PROMPT, {"seqlen_q": 1, "cu_seqlens_q": A, "cu_seqlens_k": A, "mode": VARLEN, "num_splits": n, "pack_gqa": pack, "total_q": 5,
-                 "total_k": 5},
-       False) for n, pack in ((0, None), (1, False))),
+    *((PROMPT, {"seqlen_q": 1, "cu_seqlens_q": A, "cu_seqlens_k": A, "mode": VARLEN, "total_q": 5, "total_k": 5,
+                "num_splits": n, "pack_gqa": pack}, False) for n, pack in ((0, None), (1, False))),
     (ONE_TOKEN, {"cu_seqlens_q": 0}, True),
 ])
 def test_is_decode(base, changes, expected):

@@ -7,49 +7,23 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fa3_cute"
 
-MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_NESTING = 400, 80, 8, 3
+MAX_FILE, MAX_PARAMETERS, MAX_NESTING = 400, 8, 3
+MAX_FUNCTION, MAX_FUNCTION_ELSEWHERE = 60, 80       # of the package; of tests and examples
 
-# From the ground up: a module may import only from lower tiers. A package's name stands for its modules not named here.
-TIERS = (
-    ("status", "config", "params", "limits", "device", "disk_cache", "cubin", "cuda_driver"),
-    ("heuristics", "reference", "workspace"),
-    ("splits", "quantize"),
-    ("quick_check",),
-    ("validate", "arguments"),
-    # Words of the device code, then the maths, then the roles, then the kernels.
-    ("kernels", "kernels.arithmetic", "kernels.ptx", "kernels.layout", "kernels.barriers", "kernels.cluster",
-     "kernels.tma"),
-    ("kernels.sequences", "kernels.tiles", "kernels.block_range", "kernels.scheduler", "kernels.transpose"),
-    ("kernels.split", "kernels.fp8"),
-    ("kernels.params",),
-    ("kernels.wgmma", "kernels.mask", "kernels.score_mod", "kernels.softmax"),
-    ("kernels.load", "kernels.epilogue"),
-    ("kernels.load_fp8", "kernels.schedule", "kernels.merge"),
-    ("kernels.mainloop",),
-    ("kernels.flash_fwd", "kernels.flash_decode"),
-    ("compiler",),
-    ("launch", "interop"),
-    ("arrays",),
-    ("api",),
-    ("",),              # fa3_cute/__init__.py
-    ("cli",),
-    ("__main__",),
-)
-TIER = {name: number for number, names in enumerate(TIERS) for name in names}
-# What a package may not know although it lies lower: device code sees the config and nothing else of the host side, and
-# what the kernels mean is defined without them.
-STANDS_ALONE = {
-    "kernels": {"config", "kernels"},
-    "reference": set(),
-    "status": set(),
-    "config": set(),
-}
+# From the ground up: a folder's modules may import those of their own folder and of the folders before it. "" is the
+# package's own __init__.py. The command line uses the package as anyone does, hence its place at the end.
+FOLDERS = ("contract", "planning", "kernels", "runtime", "arrays", "api", "", "cli", "__main__")
+# Of the folders within kernels/: which of them a module there may import.
+KERNELS = {"common": {"common"}, "forward": {"common", "forward"}, "decode": {"common", "decode"}}
 FRAMEWORKS = {"torch", "cupy", "jax", "tensorflow", "triton"}
-HOST_ONLY = {"numpy", "ctypes", "os", "subprocess"}
+DEVICE = {"cutlass", "cuda"}
+# What a folder may not import. A call's meaning and its plan are known where there is neither the DSL nor CUDA.
+BANNED = {"contract": FRAMEWORKS | DEVICE, "planning": FRAMEWORKS | DEVICE,
+          "kernels": FRAMEWORKS | {"numpy", "ctypes", "os", "subprocess"}}
 PIPELINE_STATE = re.compile(r"\b(PipelineState|\w*Producer|\w*Consumer)\b")
 
-# Signatures fixed from outside: a kernel's entry is its config's `arguments`, attention() has flash-attn's names.
-WIDE_SIGNATURES = {("kernels.flash_fwd", "__call__"), ("kernels.flash_decode", "__call__"), ("api", "attention")}
+# Signatures fixed from outside: attention() has flash-attn's names.
+WIDE_SIGNATURES = {("api", "attention")}
 
 
 @dataclass(frozen=True)
@@ -68,7 +42,7 @@ class Source:
 
     @property
     def module(self) -> str:
-        """"kernels.mask" for kernels/mask.py, "cli" for cli/__init__.py, "" for the package's own __init__.py."""
+        """"cli.bench" for cli/bench.py, "cli" for cli/__init__.py, "" for the package's own __init__.py."""
         if PACKAGE not in self.path.parents:
             return self.path.stem
         parts = self.path.relative_to(PACKAGE).with_suffix("").parts
@@ -102,40 +76,41 @@ def project_imports(source: Source):
 
 
 def owner(names: list[str]) -> str:
-    """The module that a dotted name lies in: itself if it is one ("kernels.mask"), else what is before the last dot."""
+    """The module that a dotted name lies in: itself if it is one ("planning.config"), else what is before the last dot."""
     path = PACKAGE.joinpath(*names)
-    is_module = path.with_suffix(".py").exists() or path.is_dir() or ".".join(names) in TIER
+    is_module = path.with_suffix(".py").exists() or path.is_dir()
     return ".".join(names if is_module else names[:-1])
 
 
-def tier_name(module: str) -> str:
-    """The name in TIERS that holds for a module: its own, else that of the nearest package around it."""
-    while module not in TIER and "." in module:
-        module = module.rpartition(".")[0]
-    return module
-
-
 def layering(source: Source):
-    """Imports go one way: down the tiers."""
-    here = tier_name(source.module)
-    if here not in TIER:
-        yield 1, f"module {source.module} is in no tier"
+    """Imports go one way: down the folders; in kernels/, forward and decode know common and not one another."""
+    if source.top not in FOLDERS:
+        yield 1, f"{source.module}: no such folder in FOLDERS"
         return
     for line, module in project_imports(source):
-        there = tier_name(module)
-        if here == there == "cli":
-            continue
-        if there not in TIER:
-            yield line, f"{module} is in no tier"
-        elif not TIER[there] < TIER[here]:
-            yield line, f"{here} (tier {TIER[here]}) imports {there or 'fa3_cute'} (tier {TIER[there]})"
-        elif there.partition(".")[0] not in STANDS_ALONE.get(source.top, {there.partition(".")[0]}):
-            yield line, f"{here} must not know {there}"
+        top = module.partition(".")[0]
+        if top not in FOLDERS:
+            yield line, f"{module}: no such folder in FOLDERS"
+        elif FOLDERS.index(top) > FOLDERS.index(source.top):
+            yield line, f"{source.module} imports {module or 'fa3_cute'}, which lies above it"
+        elif source.top == top == "kernels" and not knows(kernels_folder(source.module), kernels_folder(module)):
+            yield line, f"{source.module} must not know {module}"
+
+
+def knows(here: str, there: str) -> bool:
+    """Whether a folder of kernels/ may import another; the folders themselves have nothing to import."""
+    return there in KERNELS.get(here, ())
+
+
+def kernels_folder(module: str) -> str:
+    """"common" of "kernels.common.tma"."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def foreign_imports(source: Source):
-    """No array framework in the package, the benchmark's peers excepted; no host library in device code."""
-    banned = HOST_ONLY | FRAMEWORKS if source.top == "kernels" else FRAMEWORKS
+    """No array framework in the package, the benchmark's peers excepted; no host library in device code; no DSL and no
+    CUDA in what a call means and how it is planned."""
+    banned = BANNED.get(source.top, FRAMEWORKS)
     if source.module == "cli.peers":
         return
     for node in source.nodes(ast.Import, ast.ImportFrom):
@@ -187,9 +162,10 @@ def sizes(source: Source):
     """Files, functions, parameter lists and nesting that a reader can hold in mind."""
     if (lines := source.text.count("\n")) > MAX_FILE:
         yield lines, f"{lines} lines, at most {MAX_FILE}"
+    max_function = MAX_FUNCTION if PACKAGE in source.path.parents else MAX_FUNCTION_ELSEWHERE
     for function in source.nodes(ast.FunctionDef):
         measured = (
-            ("lines", function.end_lineno - function.lineno + 1, MAX_FUNCTION),
+            ("lines", function.end_lineno - function.lineno + 1, max_function),
             ("parameters", parameter_count(source, function), MAX_PARAMETERS),
             ("levels of nesting", nesting(function), MAX_NESTING),
         )
