@@ -14,7 +14,7 @@ COMMANDS = {
     "compile": "compile kernels for sm_90a, with or without a GPU, and print what the compiler made of them",
     "cache": "list or clear the compiled kernels on disk, or print where they are",
     "dev": "compile, check and time one config of one's choice, and again whenever a kernel is saved",
-    "tune": "sweep the tiles and stages of a problem and print the row of heuristics.py that they speak for",
+    "tune": "sweep the tiles and stages of a problem and print the row of planning/tables.py that they speak for",
     "bench": "time the forward on this machine's GPU, beside other libraries if asked to",
     "report": "render results of bench --json as markdown tables",
 }

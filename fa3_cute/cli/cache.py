@@ -41,7 +41,8 @@ def run(args) -> int:
 
 
 def path() -> dict:
-    return {"exists": disk_cache.cache_dir().is_dir()}
+    folder = disk_cache.cache_dir()
+    return {"exists": folder is not None and folder.is_dir()}
 
 
 def list_entries() -> dict:

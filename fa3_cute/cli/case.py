@@ -130,7 +130,7 @@ class Case:
         """One query per sequence."""
         return self.seqlen_q == 1 and not self.lengths
 
-    def sequences(self) -> Counter:
+    def sequences(self) -> Counter[tuple[int, int]]:
         """How many sequences there are of each (seqlen_q, seqlen_k)."""
         return Counter((length, length) for length in self.lengths) or Counter(
             {(self.seqlen_q, self.seqlen_k): self.batch_size})

@@ -17,7 +17,7 @@ def versus_peers(rows: Sequence[dict]) -> list[str]:
     for row in rows:
         theirs = {name: result["ratio"] for name, result in timed(row).items() if name != OURS_16}
         if theirs:
-            best = min(theirs, key=theirs.get)
+            best = min(theirs, key=theirs.__getitem__)
             compared += 1
             slower += [f"{row['name']} ({best} {theirs[best]:.3f})"] * (theirs[best] < 1)
     return said("the better peer", compared, "rows", slower) if compared else []

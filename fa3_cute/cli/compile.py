@@ -4,13 +4,12 @@ Exit status 1 if a kernel spills, draws a compiler warning or does not compile.
 """
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS
 from ..planning.config import DecodeConfig, FwdConfig
 from ..planning.tables import all_configs
+from .processes import spread
 from .table import Table, one_or_more
 
 NAME_WIDTH = 39         # at least
@@ -45,7 +44,7 @@ def run(args) -> int:
     width = max((len(cfg.name) for cfg in configs), default=0)
     table = None if args.json else Table((("kernel", max(NAME_WIDTH, width)), *COLUMNS))
     rows = []
-    for row in compile_rows(configs, args.jobs):
+    for row in spread(compile_row, configs, args.jobs):
         rows.append(row)
         if table:
             table.print_row(cells(row))
@@ -63,15 +62,6 @@ def is_chosen(cfg: FwdConfig | DecodeConfig, args) -> bool:
         return args.decode or args.all and not args.varlen
     layouts = (True,) if args.varlen else (False, True) if args.all else (False,)
     return not args.decode and cfg.is_varlen in layouts and (args.all or not cfg.has_lse)
-
-
-def compile_rows(configs: list[FwdConfig | DecodeConfig], jobs: int):
-    """Yields one row per config, in order. The DSL compiles one kernel at a time per process, hence processes."""
-    if jobs <= 1 or len(configs) <= 1:
-        yield from map(compile_row, configs)
-        return
-    with ProcessPoolExecutor(min(jobs, len(configs)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(compile_row, configs)
 
 
 def compile_row(cfg: FwdConfig | DecodeConfig) -> dict:

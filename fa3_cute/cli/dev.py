@@ -181,8 +181,9 @@ def change(row: dict, before: dict | None) -> str:
 
 def last_runs() -> dict:
     """What is known of earlier runs; nothing, if there is no such file or it makes no sense."""
+    folder = cache_dir()
     try:
-        return json.loads((cache_dir() / LAST_RUNS).read_text())
+        return json.loads((folder / LAST_RUNS).read_text()) if folder else {}
     except (OSError, TypeError, ValueError):
         return {}
 

@@ -128,12 +128,12 @@ def requirement(distribution: str) -> tuple[str, str]:
     except metadata.PackageNotFoundError:
         return "", ""
     found = (re.match(rf"{re.escape(distribution)}\s*(==|>=)\s*([\d.]+)", line) for line in lines)
-    return next((match.groups() for match in found if match), ("", ""))
+    return next(((match[1], match[2]) for match in found if match), ("", ""))
 
 
 def numbers(version: str) -> tuple[int, ...]:
     """"13.4.4" as (13, 4, 4); what follows the numbers is left out."""
-    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))
+    return tuple(map(int, re.findall(r"\d+", version[:len(version) - len(version.lstrip("0123456789."))])))
 
 
 # ---- driver and GPUs -------------------------------------------------------------------------------------------------
@@ -257,8 +257,9 @@ def forward_once(ordinal: int):
     buffers = {name: upload(array, stream=stream) for name, array in zip("qkv", arrays, strict=True)}
     buffers["out"] = allocate(arrays[0].nbytes, stream=stream)
     fill(buffers["out"], 0xFF, stream=stream)       # NaN: what the kernel leaves out shows
+    q, k, v, out_at = (address(buffers[name]) for name in ("q", "k", "v", "out"))
     forward(FlashAttentionParams(
-        **{name: address(buffer) for name, buffer in buffers.items()}, batch_size=1, seqlen_q=TOKENS, seqlen_k=TOKENS,
+        q=q, k=k, v=v, out=out_at, batch_size=1, seqlen_q=TOKENS, seqlen_k=TOKENS,
         num_heads=1, num_heads_k=1, head_dim=HEAD_DIM, dtype=DataType.FP16), stream).check()
     out = download(buffers["out"], arrays[0].shape, np.float16, stream=stream)
     exact, _ = attention_reference(*arrays)

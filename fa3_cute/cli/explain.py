@@ -4,8 +4,8 @@ split. Needs no GPU and compiles nothing; exit status 1 if the problem would be 
 
 Tensors are taken to be contiguous. In a tile's reason, a pair like "1.02 / 1.00" is the speed relative to
 FlashAttention-3's C++ at 4k / 16k tokens; windows and decode have microseconds; other tiles follow with theirs
-(heuristics.py says on which machine). Workspace bytes are scratch memory for the partial results of splits; within one
-cluster of CTAs they stay in shared memory.
+(planning/tables.py says on which machine). Workspace bytes are scratch memory for the partial results of splits; within
+one cluster of CTAs they stay in shared memory.
 """
 import argparse
 import json
@@ -13,8 +13,7 @@ import json
 from ..api import AttentionMode, DataType, FlashAttentionParams, explain
 from ..contract.formats import FP8, FP8_OUT_DTYPES
 from ..contract.plain import plain
-from ..planning.config import DecodeConfig
-from ..planning.operations import checked, operation_of
+from ..planning.operations import Config, checked, operation_of
 from ..planning.splits import SplitPlan
 
 ADDRESS = 1 << 20       # stands for any tensor
@@ -39,7 +38,8 @@ def add_arguments(parser) -> None:
                         help="sliding window, negative is unbounded: --window=-1,0")
     parser.add_argument("--mode", choices=MODES, default="prefill",
                         help="default prefill; varlen: packed sequences of --seqlen-q and --seqlen-k tokens on average")
-    parser.add_argument("--seqused", action="store_true", help="the used lengths of K and V are on the device")
+    parser.add_argument("--seqused", action="store_const", const="k", default="",
+                        help="the used lengths of K and V are on the device")
     parser.add_argument("--lse", action="store_true", help="the log-sum-exp is wanted")
     parser.add_argument("--softmax-scale", type=float, metavar="X", help="default 1/sqrt(head_dim)")
     parser.add_argument("--num-splits", **number, default=0, help="default 0, automatic; 1 is never")
@@ -81,9 +81,11 @@ def params_of(args) -> FlashAttentionParams:
     if args.mode == "varlen":
         rows = {"cu_seqlens_q": ADDRESS, "cu_seqlens_k": ADDRESS,
                 "total_q": args.batch_size * seqlen_q, "total_k": args.batch_size * seqlen_k}
+    if args.seqused:
+        rows |= {f"seqused_{side}": ADDRESS for side in args.seqused}
     return FlashAttentionParams(
         q=ADDRESS, k=ADDRESS, v=ADDRESS, out=ADDRESS, softmax_lse=ADDRESS if args.lse else None,
-        seqused_k=ADDRESS if args.seqused else None, **rows, batch_size=args.batch_size, num_heads=args.num_heads,
+        **rows, batch_size=args.batch_size, num_heads=args.num_heads,
         num_heads_k=args.num_heads if args.num_heads_k is None else args.num_heads_k, head_dim=args.head_dim,
         dtype=DataType[args.dtype.upper()], out_dtype=args.out_dtype and DataType[args.out_dtype.upper()],
         is_causal=args.causal, window_size_left=args.window[0], window_size_right=args.window[1],
@@ -94,6 +96,7 @@ def params_of(args) -> FlashAttentionParams:
 def served(params: FlashAttentionParams) -> dict:
     """Which kernel serves valid params, why, and how a decode call is laid out."""
     _, shape = checked(plain(params))
+    assert shape is not None, "the params are valid"
     operation = operation_of(shape)
     launch = operation.launches[-1]
     cfg, plan = launch.config, launch.plan
@@ -102,7 +105,7 @@ def served(params: FlashAttentionParams) -> dict:
     return facts | {"plan": plan and plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)}}
 
 
-def ctas_per_sm(cfg: DecodeConfig, plan: SplitPlan) -> int:
+def ctas_per_sm(cfg: Config, plan: SplitPlan) -> int:
     """How many CTAs an SM may hold: one where the plan asks for so much shared memory that no second one fits."""
     return 1 if plan.smem_bytes > cfg.smem_bytes else cfg.ctas_per_sm
 

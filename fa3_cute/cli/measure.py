@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from math import ceil
 from statistics import median
+from typing import Any
 
 # A stream queues about a thousand launches before launching blocks: below that, the host's time is its own.
 MAX_LAUNCHES = 512
@@ -119,7 +120,7 @@ class Stopwatch:
         graph = builder.complete()
         return Work(lambda: graph.launch(self.stream), calls)
 
-    def rounds(self, works: dict[str, Work], rounds: int, batch_ms: float) -> dict[str, list[Batch]]:
+    def rounds(self, works: dict[Any, Work], rounds: int, batch_ms: float) -> dict[Any, list[Batch]]:
         """`rounds` batches of about `batch_ms` for each work, interleaved, after one round that is not recorded.
 
         The order turns: A B C, B C A, ... The card's clock and temperature drift by more than the differences that

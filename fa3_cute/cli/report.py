@@ -74,8 +74,8 @@ def updated(document: str, sections: list[tuple[str, str]]) -> str:
     """
     places: dict[tuple[str, str], list[str]] = {}
     for name, text in sections:
-        own = tuple(line.replace("performance:", OWN.format(name)) for line in (BEGIN, END))
-        places.setdefault(own if own[0] in document else (BEGIN, END), []).append(text)
+        begin, end = (line.replace("performance:", OWN.format(name)) for line in (BEGIN, END))
+        places.setdefault((begin, end) if begin in document else (BEGIN, END), []).append(text)
     for (begin, end), texts in places.items():
         document = replaced(document, "\n\n".join(texts), begin, end)
     return document

@@ -1,6 +1,6 @@
 """Tables, plain and in markdown, and the parsing of comma-separated options."""
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 
 class Table:
@@ -26,7 +26,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
-def one_or_more(kind: Callable, choices: Sequence | None = None) -> Callable[[str], list]:
+def one_or_more(kind: Callable, choices: Collection | None = None) -> Callable[[str], list]:
     """An argparse type: "a,b,c" to a list of `kind`, each one of `choices` if given."""
     def parse(text: str) -> list:
         try:

@@ -13,12 +13,10 @@ Exit status 1 if nothing survives or a survivor is wrong, 2 if there are no such
 """
 import os
 import textwrap
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, fields, replace
 from datetime import UTC, datetime
 from itertools import product
 from math import prod
-from multiprocessing import get_context
 
 from ..runtime.compiler import CompileError, get_kernel
 from ..contract.formats import ELEMENT_BYTES
@@ -26,6 +24,7 @@ from ..planning.config import FwdConfig
 from ..arrays.memory import hopper_device_problem
 from ..planning.tables import Row
 from .dev import add_problem
+from .processes import spread
 from .table import Table, one_or_more
 from .trial import Question, Rig, compiled, label, times
 
@@ -110,15 +109,6 @@ def print_survivors(configs: list[FwdConfig], jobs: int) -> list[FwdConfig]:
     print(f"{len(survivors)} of {len(configs)} survive; the others spill, serialise WGMMA or do not compile",
           flush=True)
     return survivors
-
-
-def spread(function, configs: list[FwdConfig], jobs: int):
-    """Yields a function's result for each config, in order. The DSL compiles one kernel at a time per process."""
-    if jobs <= 1 or len(configs) <= 1:
-        yield from map(function, configs)
-        return
-    with ProcessPoolExecutor(min(jobs, len(configs)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(function, configs)
 
 
 def stored(cfg: FwdConfig) -> None:

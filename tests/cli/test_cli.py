@@ -6,6 +6,7 @@ import pytest
 
 from fa3_cute.cli import COMMANDS, main, report
 from fa3_cute.cli import compile as compile_command
+from fa3_cute.cli.processes import spread
 from fa3_cute.cli.table import Table, markdown, one_or_more
 from fa3_cute.planning.config import DecodeConfig, FwdConfig
 from fa3_cute.planning.tables import all_forward_configs
@@ -103,7 +104,8 @@ def test_compile_in_processes(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("FA3_CUTE_CACHE_DIR", str(tmp_path))
     configs = [cfg for cfg in all_forward_configs()
                if (cfg.dtype, cfg.head_dim, cfg.has_lse, cfg.mask) == ("fp16", 64, False, "full")]
-    assert [row["name"] for row in compile_command.compile_rows(configs, jobs=2)] == [cfg.name for cfg in configs]
+    rows = spread(compile_command.compile_row, configs, jobs=2)
+    assert [row["name"] for row in rows] == [cfg.name for cfg in configs]
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------

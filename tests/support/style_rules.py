@@ -76,7 +76,7 @@ def project_imports(source: Source):
 
 
 def owner(names: list[str]) -> str:
-    """The module that a dotted name lies in: itself if it is one ("planning.config"), else what is before the last dot."""
+    """The module that a dotted name lies in: itself if it is one ("cli.bench"), else what is before the last dot."""
     path = PACKAGE.joinpath(*names)
     is_module = path.with_suffix(".py").exists() or path.is_dir()
     return ".".join(names if is_module else names[:-1])
