@@ -27,7 +27,7 @@ import json
 
 from ..contract.formats import HEAD_DIMS
 from ..planning.config import SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
-from ..planning.strategies import Output
+from ..planning.rings import HEAD_BYTES
 from ..planning.tables import decode_config, forward_config
 from .dtypes import add_dtypes, out_dtype_of
 from .table import Table
@@ -87,16 +87,8 @@ def roles(cfg: FwdConfig | DecodeConfig) -> dict[str, int] | None:
 
 def smem_map(cfg: FwdConfig | DecodeConfig) -> list[dict]:
     """The parts of a CTA's shared memory in their order: name, slots, bytes."""
-    is_decode = isinstance(cfg, DecodeConfig)
-    has_o = not is_decode and cfg.output is Output.OWN_SLOT
-    rings = (("K", cfg.k_slot_bytes), ("V", cfg.v_slot_bytes),
-             *[("V transposed", cfg.v_slot_bytes)] * cfg.values.has_ring)
-    parts = [{"name": name, "slots": slots, "bytes": slots * nbytes} for name, slots, nbytes in (
-        *([("O", cfg.num_o_slots, cfg.o_slot_bytes)] if has_o else []),
-        ("Q" if is_decode or has_o else "Q and O", cfg.num_q_stages, cfg.q_slot_bytes),
-        *((ring, cfg.num_kv_stages, nbytes) for ring, nbytes in rings))]
-    rest = cfg.smem_bytes - sum(part["bytes"] for part in parts)
-    return [{"name": "barriers", "slots": 1, "bytes": rest}, *parts]
+    parts = [{"name": ring.label, "slots": ring.slots, "bytes": ring.nbytes} for ring in cfg.rings if ring.nbytes]
+    return [{"name": "barriers", "slots": 1, "bytes": HEAD_BYTES}, *parts]
 
 
 def critical(clocks: dict[str, float]) -> str:

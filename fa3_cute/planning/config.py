@@ -4,9 +4,11 @@ A config is frozen, hashable and made of plain ints, bools and strings: it *is* 
 depends on a length, a pointer or a stride; those are run-time arguments (`FORWARD_ARGUMENTS`).
 """
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from ..contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES
+from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .strategies import Output, Steps, Values
 
 REGISTERS_PER_SM = 65536
@@ -14,7 +16,7 @@ SMEM_BYTES_PER_CTA = 232448          # 227 KiB: the most one CTA may ask for on 
 SMEM_BYTES_PER_SM = 233472           # shared by its CTAs, each of which costs SMEM_BYTES_RESERVED more than it asks for
 SMEM_BYTES_RESERVED = 1024
 ROWS_PER_WARPGROUP = 64              # M of one WGMMA
-FIRST_TRANSPOSE_WARP, NUM_TRANSPOSE_WARPS = 2, 2    # of the producer warpgroup, where there are any
+NUM_TRANSPOSE_WARPS = 2              # of the producer warpgroup, where there are any
 MAX_CLUSTER_SIZE = 16                # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
 
 FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
@@ -124,6 +126,21 @@ class KernelConfig:
         return "local" if self.is_local else "full"
 
     @property
+    def num_consumer_warps(self) -> int:
+        """Warps that attend; one lane of each gives a K or V slot back."""
+        return WARPS_PER_WARPGROUP * self.num_consumer_wgs
+
+    @cached_property
+    def num_threads(self) -> int:
+        """Of a CTA."""
+        return num_threads(self.roles)
+
+    @cached_property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of one CTA: mbarriers and what is small, padded, then the rings' slots in order."""
+        return smem_bytes(self.rings)
+
+    @property
     def dtype_name(self) -> str:
         """The dtypes in a name: that of Q, K and V, and O's where it is another."""
         return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
@@ -196,10 +213,6 @@ class FwdConfig(KernelConfig):
         return max(1, self.tile_m // ROWS_PER_WARPGROUP)
 
     @property
-    def num_threads(self) -> int:
-        return 128 * (1 + self.num_consumer_wgs)
-
-    @property
     def registers(self) -> tuple[int, int]:
         """(producer, consumer) registers per thread after setmaxnreg; multiples of 8, all roles within one SM."""
         return {1: (56, 256), 2: (40, 232), 3: (32, 160)}[min(self.num_consumer_wgs, 3)]
@@ -224,13 +237,32 @@ class FwdConfig(KernelConfig):
     def num_o_slots(self) -> int:
         return 1 if self.output is Output.OWN_SLOT else self.num_q_stages
 
-    @property
-    def smem_bytes(self) -> int:
-        """Dynamic shared memory of one CTA: the mbarriers (padded to 1024), the Q ring, FP8's slot of O, the K ring,
-        the V ring, FP8's ring of transposed V."""
-        o_bytes = self.o_slot_bytes if self.output is Output.OWN_SLOT else 0
-        stage_bytes = self.k_slot_bytes + (1 + self.values.has_ring) * self.v_slot_bytes
-        return 1024 + self.num_q_stages * self.q_slot_bytes + o_bytes + self.num_kv_stages * stage_bytes
+    @cached_property
+    def roles(self) -> tuple[Role, ...]:
+        """Who does what: the producer warpgroup's warps, then the consumers."""
+        producer, consumer = self.registers
+        first = WARPS_PER_WARPGROUP
+        if self.values.has_ring:
+            helpers = (Role("schedule", range(1, 2), producer), Role("transpose", range(2, first), producer))
+        else:
+            helpers = Role("store", range(1, 2), producer), Role("schedule", range(2, 3), producer)
+        return (Role("load", range(1), producer), *helpers,
+                Role("consume", range(first, first + self.num_consumer_warps), consumer))
+
+    @cached_property
+    def rings(self) -> tuple[Ring, ...]:
+        """In the order of their slots in shared memory. One lane of a warp arrives where warps are counted."""
+        has_own, warps = self.output is Output.OWN_SLOT, self.num_consumer_warps
+        producers = sum(len(role.warps) for role in self.roles if role.name not in ("schedule", "consume"))
+        o = Ring("o", self.num_o_slots, self.o_slot_bytes if has_own else 0, WARP * warps, 1, "O")
+        vt = Ring("vt", self.num_kv_stages, self.v_slot_bytes, NUM_TRANSPOSE_WARPS, warps, "V transposed")
+        v_readers = NUM_TRANSPOSE_WARPS if self.values.has_ring else warps
+        return (
+            o, Ring("q", self.num_q_stages, self.q_slot_bytes, 1, 1, "Q" if has_own else "Q and O"),
+            Ring("k", self.num_kv_stages, self.k_slot_bytes, 1, warps, "K"),
+            Ring("v", self.num_kv_stages, self.v_slot_bytes, 1, v_readers, "V"), *[vt] * self.values.has_ring,
+            # Each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles.
+            Ring("tiles", 1, 0, WARP, WARP * (producers + warps)))
 
 
 @dataclass(frozen=True)
@@ -254,7 +286,6 @@ class DecodeConfig(KernelConfig):
     tile_m = ROWS_PER_WARPGROUP
     num_consumer_wgs = 1
     num_q_stages = 1
-    num_threads = 160               # one consumer warpgroup, one load warp
     packs_heads = True
     is_varlen = True
     entry = DECODE_ENTRY
@@ -298,7 +329,16 @@ class DecodeConfig(KernelConfig):
         """Those rows in shared memory, in FP32."""
         return 4 * self.partial_lines * self.dim_v
 
-    @property
-    def smem_bytes(self) -> int:
-        """Dynamic shared memory of one CTA: mbarriers and LSE (padded to 1024), Q, the K ring, the V ring."""
-        return 1024 + self.q_slot_bytes + self.kv_ring_bytes
+    @cached_property
+    def roles(self) -> tuple[Role, ...]:
+        """The consumers come first: the number of a warpgroup's first warp must be a multiple of 4."""
+        warps = self.num_consumer_warps
+        return Role("consume", range(warps)), Role("load", range(warps, warps + 1))
+
+    @cached_property
+    def rings(self) -> tuple[Ring, ...]:
+        """In the order of their slots in shared memory; q is one slot without mbarriers, filled by its readers."""
+        warps = self.num_consumer_warps
+        return (Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
+                Ring("k", self.num_kv_stages, self.k_slot_bytes, 1, warps, "K"),
+                Ring("v", self.num_kv_stages, self.v_slot_bytes, 1, warps, "V"))

@@ -11,6 +11,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ...planning.config import DECODE_ARGUMENTS, DecodeConfig
+from ...planning.rings import by_name
 from ..common.arithmetic import LOG2_E, maximum, minimum
 from ..common.block_range import Window, block_range, split_range
 from ..common.cluster import sync_cluster
@@ -25,8 +26,6 @@ from .bundles import DecodeLayouts, DecodeParams, DecodePipelines, DecodeSmem
 from .consume import consume_split
 from .load import load_split
 from .split import SplitGrid, SplitScratch, SplitWork, place_of
-
-LOAD_WARP = 4      # behind the consumer warpgroup, whose first warp's number must be a multiple of 4
 
 
 @flat_entry(DECODE_ARGUMENTS)
@@ -91,12 +90,13 @@ class FlashAttentionDecode:
         """Warps 0-3 consume, warp 4 loads."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if warp_idx == LOAD_WARP:
+        load_warp = by_name(cfg.roles)["load"].warps[0]
+        if warp_idx == load_warp:
             cpasync.prefetch_descriptor(params.k.atom)
             cpasync.prefetch_descriptor(params.v.atom)
         smem, pipes = self.allocate(layouts)
         work = self.work_of(params, cute.arch.block_idx()[0])
-        if warp_idx == LOAD_WARP:
+        if warp_idx == load_warp:
             load_split(cfg, params, smem, pipes, work)
             sync_cluster()      # as the consumers do, once
         else:
@@ -120,7 +120,7 @@ class FlashAttentionDecode:
 
     @cute.jit
     def allocate(self, layouts: DecodeLayouts):
-        """Carve shared memory; initialise and publish the mbarriers. Arrive counts are derived here, nowhere else."""
+        """Carve shared memory; initialise and publish the mbarriers. cfg.rings has the arrival counts."""
         cfg = self.cfg
         allocator = cutlass.memory.SmemAllocator()
         k_bars, v_bars = (allocator.allocate_array(Int64, 2 * cfg.num_kv_stages) for _ in range(2))
@@ -136,12 +136,13 @@ class FlashAttentionDecode:
         smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, sVt, sPartial)
 
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
-        ring = lambda bars, layout: pipeline.PipelineTmaAsync.create(
-            num_stages=cfg.num_kv_stages, producer_group=group(1), consumer_group=group(4 * cfg.num_consumer_wgs),
-            barrier_storage=bars, defer_sync=True,
+        rings = by_name(cfg.rings)
+        tma_ring = lambda name, bars, layout: pipeline.PipelineTmaAsync.create(
+            num_stages=rings[name].slots, producer_group=group(rings[name].full),
+            consumer_group=group(rings[name].empty), barrier_storage=bars, defer_sync=True,
             tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])))
-        v = ring(v_bars, layouts.sV)
-        pipes = DecodePipelines(k=ring(k_bars, layouts.sK), v=v, vt=v)
+        v = tma_ring("v", v_bars, layouts.sV)
+        pipes = DecodePipelines(k=tma_ring("k", k_bars, layouts.sK), v=v, vt=v)
         if cute.arch.thread_idx()[0] == 0:
             cute.arch.mbarrier_init(partials_arrived, 1)
         cute.arch.mbarrier_init_fence()

@@ -3,6 +3,7 @@ import cutlass.cute as cute
 from cutlass import const_expr
 
 from ...planning.config import FwdConfig
+from ...planning.rings import WARP, by_name
 from ...planning.strategies import Output
 from ..common.attend import attend_to, make_attend, skip_tiles
 from ..common.barriers import open_turnstile
@@ -22,7 +23,7 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
     Runs on: consumer warpgroups.
     Synchronises: reads the tile ring; waits for the full halves of the Q, K, V rings; empties K and V; fills O.
     """
-    tidx = cute.arch.thread_idx()[0] - 128
+    tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
     attend = make_attend(cfg, params.softmax_scale_log2, mmas, smem, pipes, wg_idx)
     q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()

@@ -5,7 +5,8 @@ import cutlass.pipeline as pipeline
 from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from ...planning.config import FIRST_TRANSPOSE_WARP, FORWARD_ARGUMENTS, NUM_TRANSPOSE_WARPS, FwdConfig
+from ...planning.config import FORWARD_ARGUMENTS, FwdConfig
+from ...planning.rings import by_name
 from ...planning.strategies import Output
 from ..common.arithmetic import LOG2_E, ceil_div, minimum
 from ..common.block_range import Window
@@ -23,8 +24,6 @@ from .schedule import schedule
 from .store import store
 from .tile_ring import ENTRY_INTS
 from .transpose_role import transpose
-
-NUM_TILE_SLOTS = 1         # each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles
 
 
 @flat_entry(FORWARD_ARGUMENTS)
@@ -91,33 +90,33 @@ class FlashAttentionForward:
             for operand in (params.q, params.k, params.v, params.o):
                 cpasync.prefetch_descriptor(operand.atom)
         smem, pipes = self.allocate(layouts)
-        producer_registers, consumer_registers = cfg.registers
-        if warp_idx < 4:
-            cute.arch.setmaxregister_decrease(producer_registers)
-            if warp_idx == 0:
+        roles = by_name(cfg.roles)
+        if warp_idx < roles["consume"].warps[0]:
+            cute.arch.setmaxregister_decrease(roles["load"].registers)
+            if warp_idx == roles["load"].warps[0]:
                 load(cfg, params, smem, pipes)
-            if warp_idx == 1:
-                (schedule if cfg.values.has_ring else store)(cfg, params, smem, pipes)
-            if warp_idx == 2 and not cfg.values.has_ring:
+            if const_expr("store" in roles):
+                if warp_idx == roles["store"].warps[0]:
+                    store(cfg, params, smem, pipes)
+            if warp_idx == roles["schedule"].warps[0]:
                 schedule(cfg, params, smem, pipes)
-            if const_expr(cfg.values.has_ring):
-                if warp_idx >= FIRST_TRANSPOSE_WARP:
+            if const_expr("transpose" in roles):
+                if warp_idx >= roles["transpose"].warps[0]:
                     transpose(cfg, params, smem, pipes)
         else:
-            cute.arch.setmaxregister_increase(consumer_registers)
+            cute.arch.setmaxregister_increase(roles["consume"].registers)
             consume(cfg, params, mmas, smem, pipes)
 
     @cute.jit
     def allocate(self, layouts: FwdLayouts):
-        """Carve shared memory; initialise and publish the mbarriers. Arrive counts are derived here, nowhere else."""
+        """Carve shared memory; initialise and publish the mbarriers. cfg.rings has the arrival counts."""
         cfg = self.cfg
         allocator = cutlass.memory.SmemAllocator()
-        barriers = lambda stages: allocator.allocate_array(Int64, 2 * stages)   # full and empty halves
-        q_bars, k_bars = barriers(cfg.num_q_stages), barriers(cfg.num_kv_stages)
-        v_bars, o_bars = barriers(cfg.num_kv_stages), barriers(cfg.num_o_slots)
-        vt_bars = barriers(cfg.num_kv_stages) if const_expr(cfg.values.has_ring) else v_bars
-        tile_bars = barriers(NUM_TILE_SLOTS)
-        sTiles = allocator.allocate_tensor(Int32, cute.make_layout((ENTRY_INTS, NUM_TILE_SLOTS)), byte_alignment=16)
+        rings = by_name(cfg.rings)
+        names = ("q", "k", "v", "o", *["vt"] * cfg.values.has_ring, "tiles")
+        bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in names}   # full and empty
+        sTiles = allocator.allocate_tensor(
+            Int32, cute.make_layout((ENTRY_INTS, rings["tiles"].slots)), byte_alignment=16)
         tensor = lambda layout, element=element_type(cfg): allocator.allocate_tensor(
             element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         sO = tensor(layouts.sO, out_type(cfg))
@@ -127,29 +126,18 @@ class FlashAttentionForward:
         sVt = tensor(layouts.sVt) if const_expr(cfg.values.has_ring) else transposed(sV)
         smem = FwdSmem(sQ=sQ, sO=sO, sK=sK, sV=sV, sVt=sVt, sTiles=sTiles)
 
-        group = lambda threads: pipeline.CooperativeGroup(pipeline.Agent.Thread, threads)
-        tma_ring = lambda bars, stages, layout, arrivals: pipeline.PipelineTmaAsync.create(
-            num_stages=stages, producer_group=group(1), consumer_group=group(arrivals), barrier_storage=bars,
-            tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])), defer_sync=True)
-        consumer_warps = 4 * cfg.num_consumer_wgs
-        v_readers = NUM_TRANSPOSE_WARPS if cfg.values.has_ring else consumer_warps
-        v = vt = tma_ring(v_bars, cfg.num_kv_stages, layouts.sV, arrivals=v_readers)
-        tile_readers = 2 + consumer_warps
-        if const_expr(cfg.values.has_ring):      # one lane per warp arrives on either half
-            vt = pipeline.PipelineAsync.create(
-                num_stages=cfg.num_kv_stages, producer_group=group(NUM_TRANSPOSE_WARPS),
-                consumer_group=group(consumer_warps), barrier_storage=vt_bars, defer_sync=True)
-            tile_readers = 1 + NUM_TRANSPOSE_WARPS + consumer_warps
+        group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
+        facts = lambda name: {
+            "num_stages": rings[name].slots, "producer_group": group(rings[name].full),
+            "consumer_group": group(rings[name].empty), "barrier_storage": bars[name], "defer_sync": True}
+        tma_ring = lambda name, layout: pipeline.PipelineTmaAsync.create(
+            **facts(name), tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])))
+        v = vt = tma_ring("v", layouts.sV)
+        if const_expr(cfg.values.has_ring):
+            vt = pipeline.PipelineAsync.create(**facts("vt"))
         pipes = FwdPipelines(
-            q=tma_ring(q_bars, cfg.num_q_stages, layouts.sQ, arrivals=1),   # the store warp
-            k=tma_ring(k_bars, cfg.num_kv_stages, layouts.sK, arrivals=consumer_warps),
-            v=v, vt=vt,
-            o=pipeline.PipelineAsync.create(
-                num_stages=cfg.num_o_slots, producer_group=group(32 * consumer_warps), consumer_group=group(1),
-                barrier_storage=o_bars, defer_sync=True),
-            tiles=pipeline.PipelineAsync.create(   # read by every thread of the other roles
-                num_stages=NUM_TILE_SLOTS, producer_group=group(32),
-                consumer_group=group(32 * tile_readers), barrier_storage=tile_bars, defer_sync=True))
+            q=tma_ring("q", layouts.sQ), k=tma_ring("k", layouts.sK), v=v, vt=vt,
+            o=pipeline.PipelineAsync.create(**facts("o")), tiles=pipeline.PipelineAsync.create(**facts("tiles")))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return smem, pipes

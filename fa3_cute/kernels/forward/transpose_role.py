@@ -7,7 +7,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from ...planning.config import FIRST_TRANSPOSE_WARP, NUM_TRANSPOSE_WARPS, FwdConfig
+from ...planning.config import NUM_TRANSPOSE_WARPS, FwdConfig
+from ...planning.rings import WARP, by_name
 from ..common.block_range import block_range
 from ..common.layout import unhoisted
 from ..common.transpose import Share, clear_share, read_block, rows_of_lane, write_block
@@ -22,7 +23,7 @@ def transpose(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipeli
     Runs on: the transpose warps. Synchronises: reads the tile ring; waits for the full half of the V ring and the empty
     half of the V^T ring; empties the first, fills the second.
     """
-    thread = cute.arch.thread_idx()[0] - 32 * FIRST_TRANSPOSE_WARP
+    thread = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["transpose"].warps[0]
     v_consumer, vt_producer = pipes.v.make_consumer(), pipes.vt.make_producer()
     reader = TileReader.create(smem.sTiles, pipes.tiles)
     while reader.has_tile():
