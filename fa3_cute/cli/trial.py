@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class Question:
         return bounds if self.mask == "local" else (-1, -1)
 
 
-def value_of(name: str, text: str, kinds: dict[str, type]):
+def value_of(name: str, text: str, kinds: dict[str, Any]):
     """What a text says for a field; ValueError if there is no such field or the text is no value of its kind."""
     if name not in kinds:
         raise ValueError(f"{name}: not one of {', '.join(kinds)}")
@@ -122,14 +123,14 @@ def compiled(cfg) -> dict:
 
 def said(error: BaseException) -> str:
     """An error in full, and the lines of the kernels on the way to it and to what caused it."""
-    lines = traceback.format_exception_only(error)
-    while error:
-        places = [frame for frame in traceback.extract_tb(error.__traceback__)
+    lines, cause = traceback.format_exception_only(error), error
+    while cause:
+        places = [frame for frame in traceback.extract_tb(cause.__traceback__)
                   if PACKAGE / "kernels" in Path(frame.filename).parents]
         if places:
-            lines.append(f"{type(error).__name__}\n")
+            lines.append(f"{type(cause).__name__}\n")
         lines += [f"  at {Path(frame.filename).name}:{frame.lineno}: {frame.line}\n" for frame in places[-3:]]
-        error = error.__cause__
+        cause = cause.__cause__
     return "".join(lines).rstrip()
 
 
