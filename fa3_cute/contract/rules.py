@@ -22,7 +22,8 @@ ALIGNMENT = {name: argument.alignment for name, argument in ARGUMENTS.items()
              if argument.kind == "pointer" and not argument.refused}
 _STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
 _DESCALE_STRIDES = names(kind="stride", is_fp8=True)
-_CONTIGUOUS, _COMMON_DESCALES = (None,) * len(_STRIDES), (0,) * len(_DESCALE_STRIDES)
+_CONTIGUOUS, _CONTIGUOUS_OUT = (None,) * len(_STRIDES), (None,) * len(DIMS)
+_COMMON_DESCALES = (0,) * len(_DESCALE_STRIDES)
 _read_tensors, _read_strides, _read_descale_strides = (attrgetter(*fields)
                                                        for fields in (TENSORS, _STRIDES, _DESCALE_STRIDES))
 _read_by_16, _read_by_4 = (attrgetter(*(name for name in ALIGNMENT if ALIGNMENT[name] == n)) for n in (16, 4))
@@ -121,8 +122,7 @@ def _sizes(p) -> Sentences:
 
 
 def _strides(p) -> Sentences:
-    if (_read_descale_strides(p) == _COMMON_DESCALES and _read_strides(p) == _CONTIGUOUS
-            and _are_small(p, *(tensor_sizes(p, tensor) for tensor in ("q", "k")))):
+    if _read_descale_strides(p) == _COMMON_DESCALES and _are_common(p, _read_strides(p)):
         return ()
     found = [sentence for tensor in TENSORS for sentence in _strides_of(p, tensor)]
     for tensor, heads in zip("qkv", (p.num_heads, p.num_heads_k, p.num_heads_k), strict=True):
@@ -135,11 +135,23 @@ def _strides(p) -> Sentences:
     return found
 
 
-def _are_small(p, *sizes) -> bool:
-    """Contiguous tensors of these sizes have no stride that TMA could not take."""
-    return p.head_dim in HEAD_DIMS and all(
-        type(rows) is type(heads) is int and 0 <= rows * heads * p.head_dim < TMA_STRIDE_BYTES // 2
-        for _, rows, heads in sizes)
+def _are_common(p, strides: tuple) -> bool:
+    """At a glance: TMA takes all of these strides, whatever the sizes, and out is contiguous. False says nothing."""
+    head_dim, (_, rows_q, heads), (_, rows_k, heads_k) = p.head_dim, tensor_sizes(p, "q"), tensor_sizes(p, "k")
+    if not (head_dim in HEAD_DIMS and type(rows_q) is type(rows_k) is type(heads) is type(heads_k) is int
+            and 0 <= rows_q * heads * head_dim < TMA_STRIDE_BYTES // 2
+            and 0 <= rows_k * heads_k * head_dim < TMA_STRIDE_BYTES // 2):
+        return False
+    if strides == _CONTIGUOUS:
+        return True
+    bits = 0
+    for stride in strides[:-len(DIMS)]:
+        if stride is not None:
+            if type(stride) is not int:
+                return False
+            bits |= stride
+    fit = not bits & TMA_ALIGNMENT - 1 and 0 <= bits < TMA_STRIDE_BYTES // 2
+    return fit and strides[-len(DIMS):] == _CONTIGUOUS_OUT
 
 
 def _strides_of(p, tensor: str) -> Sentences:
@@ -260,12 +272,12 @@ def _off(status: Status):
                if argument.refused is status}
     read = attrgetter(*refused) if len(refused) > 1 else lambda p: (getattr(p, next(iter(refused))),)
 
-    def rule(p) -> Sentences:
+    def refused_is_off(p) -> Sentences:
         if OFF.issuperset(read(p)):
             return ()
         return [_must(p, name, f"None or 0: {name} is not supported{instead}")
                 for name, instead in refused.items() if getattr(p, name) not in OFF]
-    return rule
+    return refused_is_off
 
 
 # Valid by the contract, no kernel yet: (field, when the call asks for the feature, the feature, accepted meanwhile).
@@ -304,6 +316,9 @@ CONTRACT_RULES = (
     (Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED)),
 )
 RULES = (*CONTRACT_RULES, (Status.FEATURE_UNSUPPORTED, _pending))
+# Of a call that sets none of the refused fields.
+_read_refused = attrgetter(*(name for name, argument in ARGUMENTS.items() if argument.refused))
+_RULES_IF_OFF = tuple(row for row in RULES if row[1].__name__ != "refused_is_off")
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -312,6 +327,15 @@ def contract_problems(params) -> list[Problem]:
     """What the contract objects to; nothing about kernels that are not implemented yet, nor how large a workspace must
     be, which the plan knows (planning/problem.py)."""
     return list(walk(plain(params), CONTRACT_RULES))
+
+
+def first_problem(p) -> Problem | None:
+    """The first of the problems of plain params."""
+    rules = _RULES_IF_OFF if OFF.issuperset(_read_refused(p)) else RULES
+    for status, rule in rules:
+        for detail in rule(p):
+            return Problem(status, detail)
+    return None
 
 
 def walk(p, rules=RULES) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..contract.arguments import Entry
 from ..contract.params import FlashAttentionParams
 from ..contract.plain import plain
-from ..contract.rules import CONTRACT_RULES, walk
+from ..contract.rules import CONTRACT_RULES, first_problem, walk
 from ..contract.status import Problem, Status, shown
 from .config import DecodeConfig, FwdConfig
 from .problem import ProblemShape
@@ -71,7 +71,7 @@ def launch_of(cfg: Config, shape: ProblemShape) -> Launch:
 
 def checked(p: FlashAttentionParams) -> tuple[Problem | None, ProblemShape | None]:
     """Of plain params: (the first problem, None) where `forward` refuses them, else (None, their shape)."""
-    problem = next(walk(p), None)
+    problem = first_problem(p)
     if problem is not None:
         return problem, None
     shape = ProblemShape.of(p)
