@@ -37,7 +37,7 @@ class Question:
     """What is tried, in plain values.
 
     mask       full, causal or local; decode has one query per sequence, which sees every key either way
-    changes    (field, text) pairs that replace fields of the config in heuristics' row
+    changes    (field, text) pairs that replace fields of the config in the tables' row
     seqlens    of the problems to time; () are the default ones
     out_dtype  of O where it need not be that of Q, K and V; None is the default
     """
@@ -50,7 +50,7 @@ class Question:
     out_dtype: str | None = None
 
     def config(self):
-        """The config of heuristics' row with the changes made. ValueError, in FwdConfig's words if it is illegal."""
+        """The config of the tables' row with the changes made. ValueError, in FwdConfig's words if it is illegal."""
         from ..planning.tables import decode_config, forward_config
         out_dtype = out_dtype_of(self.dtype, self.head_dim, self.out_dtype)
         if self.is_decode:
@@ -99,7 +99,7 @@ def value_of(name: str, text: str, kinds: dict[str, Any]):
 
 
 def label(cfg) -> str:
-    """The choices of a config in short, as heuristics.py writes them: tiles, stages and what is not the default."""
+    """The choices of a config in short, as tables.py writes them: tiles, stages and what is not the default."""
     name = f"{cfg.tile_m}x{cfg.tile_n} q{cfg.num_q_stages} kv{cfg.num_kv_stages}"
     if cfg.packs_heads:
         return f"{name}, {cfg.ctas_per_sm} CTAs per SM"

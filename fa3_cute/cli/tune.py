@@ -1,4 +1,4 @@
-"""Sweeps the tiles and stages of one problem and prints the row of heuristics.py that the numbers speak for.
+"""Sweeps the tiles and stages of one problem and prints the row of tables.py that the numbers speak for.
 
 Candidates are all that FwdConfig allows: tile_m, tile_n, num_q_stages, use_pingpong and rescale_before_pv, of FP8 also
 num_kv_stages (2 or 3), the nearest to the row in force first. What does not compile, spills or
@@ -147,7 +147,7 @@ def print_best(rig: Rig, row: FwdConfig, rates: dict[FwdConfig, list[float]]) ->
         ratio = (prod(rates[cfg]) / prod(rates[base])) ** (1 / len(rig.cases))
         table.print_row([label(cfg), *(f"{rate:.1f}" for rate in rates[cfg]), f"{ratio:.3f}"])
     print(f"\n1.000 is {label(base)}, {'the row in force' if base is row else 'the best: the row in force failed'}. "
-          "The best as a row of heuristics.py:\n\n"
+          "The best as a row of tables.py:\n\n"
           + heuristics_row(ranked, rates, f"TFLOP/s at {tokens(rig.cases)} tokens, {rig.gpu}, {datetime.now(UTC):%F}"))
 
 

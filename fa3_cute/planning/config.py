@@ -200,7 +200,7 @@ class FwdConfig(KernelConfig):
 
     @property
     def name(self) -> str:
-        """Short and unique among the rows of heuristics.py: names cache entries, kernels and table rows."""
+        """Short and unique among the rows of tables.py: names cache entries, kernels and table rows."""
         flags = "_varlen" * self.is_varlen + "_lse" * self.has_lse
         return f"fwd_{self.dtype_name}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
 
@@ -306,7 +306,7 @@ class DecodeConfig(KernelConfig):
 
     @property
     def name(self) -> str:
-        """Short and unique among the rows of heuristics.py: names cache entries, kernels and table rows."""
+        """Short and unique among the rows of tables.py: names cache entries, kernels and table rows."""
         return f"decode_{self.dtype_name}_d{self.head_dim}_{self.mask}_{self.tile_m}x{self.tile_n}"
 
     @property

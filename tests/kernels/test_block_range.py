@@ -1,4 +1,4 @@
-"""kernels/block_range.py against brute force over every (row, key) pair, on Python ints."""
+"""kernels/common/block_range.py against brute force over every (row, key) pair, on Python ints."""
 import itertools
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""kernels/scheduler.py on Python ints: every tile once, longest first, sections that share L2, balanced work."""
+"""kernels/forward/order.py on Python ints: every tile once, longest first, sections that share L2, balanced work."""
 import heapq
 import itertools
 

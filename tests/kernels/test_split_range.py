@@ -1,4 +1,4 @@
-"""kernels/block_range.py for the decode kernel, on Python ints: the parts of split-KV, and packed heads as rows."""
+"""kernels/common/block_range.py for the decode kernel, on Python ints: parts of split-KV, packed heads as rows."""
 import random
 from itertools import product
 

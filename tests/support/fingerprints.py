@@ -1,7 +1,7 @@
 """What the compiler made of every config, kept in fingerprints.json: a change of structure must not change a kernel.
 
     python tests/support/fingerprints.py            make it anew, all configs (224 took 6 minutes on 2 cores)
-    python tests/fingerprints.py --check    compare instead; exit status 1 and the differences if there are any
+    python tests/support/fingerprints.py --check    compare instead; exit status 1 and the differences if there are any
 
 A fingerprint is registers, bytes of stack, of spill stores and loads, of shared memory, instructions, and a hash of the
 instructions in order, without the places of kernel parameters in constant memory. Keyed by DSL version and flavour.

@@ -1,0 +1,56 @@
+"""Rings and roles of the configs (planning/rings.py) are the ones in the tables of kernels/README.md."""
+import re
+from pathlib import Path
+
+import pytest
+
+from fa3_cute.planning.rings import WARP, by_name
+from fa3_cute.planning.tables import all_configs, all_decode_configs, all_forward_configs
+
+TEXT = (Path(__file__).resolve().parents[2] / "fa3_cute" / "kernels" / "README.md").read_text()
+FORWARD_TEXT, DECODE_TEXT = TEXT.split("\n## The decode kernel\n")
+COUNT = re.compile(r"\b(1) \+ the bytes|\(([0-9n +]+)\)")
+
+
+def ring_rows(text: str) -> dict[str, list[str]]:
+    """{ring: [slots, full, empty]} of a table, cells as they stand; "vt, FP8 only" is vt."""
+    rows = re.findall(r"^\| (q|k|v|vt|o|tiles)(?:, [^|]*)? \| ([^|]*) \| ([^|]*) \| ([^|]*) \|", text, re.MULTILINE)
+    return {name: cells for name, *cells in rows}
+
+
+def count_in(cell: str, is_fp8: bool, n: int) -> int | None:
+    """Arrivals that a cell states for n consumer warpgroups; None where nobody arrives."""
+    common, _, special = cell.partition("FP8:")
+    found = COUNT.search(special if is_fp8 and special else common)
+    if found is None:
+        return None
+    terms = (found[1] or found[2]).replace(" ", "").split("+")
+    return sum(int(term.rstrip("n") or 1) * (n if term.endswith("n") else 1) for term in terms)
+
+
+@pytest.mark.parametrize("configs, text", [(all_forward_configs(), FORWARD_TEXT), (all_decode_configs(), DECODE_TEXT)],
+                         ids=["forward", "decode"])
+def test_arrival_counts_are_the_contract_s(configs, text):
+    rows = ring_rows(text)
+    for cfg in configs:
+        rings = {name: ring for name, ring in by_name(cfg.rings).items() if ring.full}
+        assert set(rings) == {name for name in rows if name != "vt" or cfg.is_fp8}
+        for name, (_, full, empty) in rows.items():
+            if name in rings:
+                said = [count_in(cell, cfg.is_fp8, cfg.num_consumer_wgs) for cell in (full, empty)]
+                assert said[0] == rings[name].full and said[1] in (None, rings[name].empty), (cfg.name, name)
+
+
+def test_a_wrong_count_is_found():
+    assert count_in("one lane of every consumer warp (4n); FP8: of each transpose warp (2)", False, 3) == 12
+    assert count_in("one lane of every consumer warp (4n); FP8: of each transpose warp (2)", True, 3) == 2
+    assert count_in("of the load and store warps and of the consumers (64 + 128n)", False, 2) == 320
+    assert count_in("load warp, 1 + the bytes of Q", True, 3) == 1
+    assert count_in("nobody; FP8: one lane of warp 1 (1)", False, 3) is None
+
+
+def test_every_warp_has_one_role_at_most():
+    for cfg in all_configs():
+        warps = [warp for role in cfg.roles for warp in role.warps]
+        assert len(warps) == len(set(warps)) and (max(warps) + 1) * WARP == cfg.num_threads
+        assert by_name(cfg.roles)["consume"].warps[0] % 4 == 0      # setmaxnreg and WGMMA are a warpgroup's
