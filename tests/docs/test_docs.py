@@ -1,5 +1,4 @@
-"""The documents say what the code does: tables of codes, fields, features and sizes, mask pictures, code blocks, links,
-numbers.
+"""The documents say what the code does: tables of codes, fields, features and sizes, mask pictures, code, numbers.
 """
 import ast
 import inspect
@@ -14,6 +13,7 @@ import fa3_cute
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams
 from fa3_cute.cli import report
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
+from fa3_cute.contract.params import ARGUMENTS
 from fa3_cute.planning.tables import all_decode_configs, all_forward_configs, decode_config
 from fa3_cute.contract.reference import attention_reference
 from fa3_cute.planning.problem import ProblemShape
@@ -75,6 +75,38 @@ def test_a_wrong_status_table_is_found(page, old, new):
 def test_a_wrong_field_table_is_found(page, old, new):
     text = page.read_text()
     assert old in text and sorted(fields_in(text.replace(old, new))) != sorted(FIELDS)
+
+
+# Words of a type column for what a field's description says; "" stands for a cell that is left empty.
+ELEMENT_WORDS = {"input": "", "output": "", "bytes": "", "float32": "FP32", "int32": "int32"}
+
+
+def wrong_descriptions(text: str) -> list[str]:
+    """Fields whose row contradicts their description: the code of a refusal, or what a pointer points at."""
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `[^`]+` \| ([^|]*)\| ([^|]+) \|$", text, re.MULTILINE)
+    told = [(name, kind.strip(), meaning) for names, kind, meaning in rows for name in re.findall(r"\w+", names)]
+    return [name for name, kind, meaning in told if is_wrong(ARGUMENTS[name], kind, meaning)]
+
+
+def is_wrong(argument, kind: str, meaning: str) -> bool:
+    if argument.refused:
+        return bool(kind) or re.findall(r"(?<!\w)-\d+", meaning) != [str(int(argument.refused))]
+    said_elements = {word for word in ("FP32", "int32") if word in kind}
+    return not kind or said_elements != ({ELEMENT_WORDS.get(argument.element, "")} - {""})
+
+
+@both_languages
+def test_field_table_agrees_with_the_descriptions(page):
+    assert not wrong_descriptions(page.read_text())
+
+
+@pytest.mark.parametrize("old, new, field", [
+    ("-14", "-15", "page_table"), ("int32 `[batch]`", "FP32 `[batch]`", "seqused_q"),
+    ("| `workspace_bytes` | `0` | int", "| `workspace_bytes` | `0` | int32", "workspace_bytes")])
+@both_languages
+def test_a_wrong_description_is_found(page, old, new, field):
+    text = page.read_text()
+    assert old in text and field in wrong_descriptions(text.replace(old, new))
 
 
 def test_attention_signature_matches_its_table():
@@ -193,79 +225,6 @@ def test_shared_memory_tables_are_the_configs():
 def test_a_wrong_shared_memory_table_is_found(old, new):
     text = CONTRACT.read_text()
     assert old in text and memory_in(text.replace(old, new)) != (forward_memory(), decode_memory())
-
-
-def test_layer_table_has_every_kernel_file():
-    table = CONTRACT.read_text().partition("## Layers")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| \d [^|]*\| ([^|]*) \|", table, re.MULTILINE)
-    listed = [name for row in rows for name in re.findall(r"\w+\.py", row)]
-    assert set(listed) == {path.name for path in CONTRACT.parent.rglob("*.py") if path.name != "__init__.py"}
-
-
-def test_readme_layout_has_every_module_outside_kernels_and_cli():
-    """Whatever moves or is new there has its line; what a document links to is found in the same place."""
-    assert layout_in(README.read_text()) == modules_of_rooms()
-
-
-@pytest.mark.parametrize("old, new", [("  splits.py  ", "  split.py  "), ("planning/\n  problem", "plans/\n  problem"),
-                                      ("  cubin.py  ", "  the cubin")])
-def test_a_wrong_layout_is_found(old, new):
-    text = README.read_text()
-    assert old in text and layout_in(text.replace(old, new)) != modules_of_rooms()
-
-
-ROOMS = ("arrays", "runtime", "planning", "contract")
-
-
-def modules_of_rooms() -> set[tuple[str, str]]:
-    return {(room, path.name) for room in ROOMS for path in (PACKAGE / room).glob("[a-z]*.py")}
-
-
-def layout_in(text: str) -> set[tuple[str, str]]:
-    """(folder, module) of the list of modules, but for the kernels'."""
-    modules = text.partition("The modules:\n\n```\n")[2].partition("```")[0]
-    found, folder = set(), ""
-    for line in modules.splitlines():
-        folder = line.rstrip("/") if line[:1].strip() else folder
-        found |= {(folder, name) for name in re.findall(r"\b\w+\.py\b", line)}
-    return {row for row in found if row[0] != "kernels"}
-
-
-def test_readme_links_every_example():
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(
-        re.findall(r"\]\(examples/([^)]*)\)", README.read_text()))
-
-
-@every_document
-def test_names_with_a_module_exist(document):
-    """What a document calls `module.name` or `module.py`, of the package's own modules, is there."""
-    modules: dict[str, str] = {}        # by name; a name that several folders have stands for the texts of all of them
-    for path in PACKAGE.rglob("[a-z]*.py"):
-        if path.stem != "params":           # the documents' name for what a call is given
-            modules[path.stem] = modules.get(path.stem, "") + path.read_text()
-    words = re.findall(r"`(\w+)\.(\w+)[\w.]*`", re.sub(r"^```.*?^```$", "", document.read_text(),
-                                                     flags=re.DOTALL | re.MULTILINE))
-    missing = [f"{module}.{name}" for module, name in words if module in modules and name not in ("py", "md")
-               and not re.search(rf"\b{name}\b", modules[module])]
-    assert not missing
-
-
-def absent_paths(text: str) -> list[str]:
-    """Paths like `planning/tables.py` that lead to no file, from the package, the kernels, the tests or the root; names
-    without a folder that no module has."""
-    known = [path for folder in (PACKAGE, ROOT / "tests", ROOT / "examples") for path in folder.rglob("*.py")]
-    return [name for name in re.findall(r"`([\w/]+\.py)`", text)
-            if not any(f"/{path}".endswith(f"/{name}") for path in known)]
-
-
-@every_document
-def test_modules_by_path_exist(document):
-    assert not absent_paths(document.read_text())
-
-
-@pytest.mark.parametrize("name", ["mainloop.py", "common/load.py", "planning/heuristics.py"])
-def test_an_absent_module_is_found(name):
-    assert absent_paths(f"see `{name}` and `planning/tables.py`") == [name]
 
 
 @pytest.mark.parametrize("document", [README, PERFORMANCE], ids=lambda path: path.name)
@@ -387,34 +346,7 @@ def test_explanations_read_as_printed(capsys):
     assert capsys.readouterr().out == printed
 
 
-# ---- links, numbers ------------------------------------------------------------------------------------------------
-
-def anchors(text: str) -> set[str]:
-    """Those that GitHub gives a document's headings."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def broken_links(document: Path, text: str) -> list[str]:
-    links = re.findall(r"\]\((?!\w+:)([^)]*)\)", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
-    broken = []
-    for link in links:
-        name, _, anchor = link.partition("#")
-        target = document.parent / name if name else document
-        if not target.exists() or anchor and anchor not in anchors(text if not name else target.read_text()):
-            broken.append(link)
-    return broken
-
-
-@every_document
-def test_relative_links_resolve(document):
-    assert not broken_links(document, document.read_text())
-
-
-@pytest.mark.parametrize("link", ["[x](nothing.md)", "[x](#nothing)", "[x](api.md#nothing)", "[x](../docs/no/api.md)"])
-def test_a_broken_link_is_found(link):
-    assert broken_links(API, API.read_text() + link)
-
+# ---- numbers --------------------------------------------------------------------------------------------------------
 
 def quoted_numbers(text: str) -> set[str]:
     section = text.partition("\n## 性能优化建议\n")[2].partition("\n## ")[0]
