@@ -3,6 +3,7 @@
 A command module has `add_arguments(parser)` and `run(args) -> int`, the exit status: 0 success, 1 the command's check
 failed, 2 it could not run here. `args.argv` is the command line.
 """
+
 import argparse
 import sys
 from importlib import import_module
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if argv[:1] == [name]:      # only the command that runs is imported
+        if argv[:1] == [name]:  # only the command that runs is imported
             command = import_module(f".{name}", __name__)
             subparser.description = command.__doc__
             command.add_arguments(subparser)

@@ -20,6 +20,7 @@ written, at which the driver copies 1 GiB on the device, in the same rounds.
 Exit status 1 if a result is wrong, 2 without a Hopper GPU, where the suite decides an option itself, or if there are no
 kernels for what is asked.
 """
+
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,8 +45,8 @@ from .table import Table, one_or_more
 
 SUITES = {"prefill": prefill, "varlen": varlen, "window": window, "decode": decode, "fp8": fp8}
 COPY = "copy"
-CASE_WIDTH = 38         # at least
-FLOPS_PER_CLOCK_AND_SM = {1: 8192, 2: 4096}     # dense WGMMA, by the bytes of an operand's element
+CASE_WIDTH = 38  # at least
+FLOPS_PER_CLOCK_AND_SM = {1: 8192, 2: 4096}  # dense WGMMA, by the bytes of an operand's element
 # Relative error (norm) of a right answer on normal inputs, by the same. BF16 rounding of P and of O leaves about 2e-3.
 # E4M3 has 4 significant bits: rounding P to it leaves 2.6e-2, in a peer's O too, which may itself be E4M3.
 WRONG = {1: 6e-2, 2: 1e-2}
@@ -62,8 +63,13 @@ def add_arguments(parser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="B", help="default: the suite's, like the heads")
     parser.add_argument("--num-heads", type=int, metavar="H")
     parser.add_argument("--num-heads-k", type=int, metavar="H", help="default: as many as query heads")
-    parser.add_argument("--peers", type=one_or_more(str, peers.PEERS), default=[], metavar="P,..",
-                        help=f"of {', '.join(peers.PEERS)}; those that are not installed are left out")
+    parser.add_argument(
+        "--peers",
+        type=one_or_more(str, peers.PEERS),
+        default=[],
+        metavar="P,..",
+        help=f"of {', '.join(peers.PEERS)}; those that are not installed are left out",
+    )
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--batch-ms", type=float, default=40, metavar="MS", help="length of one timed batch")
     parser.add_argument("--json", metavar="FILE", help="also write environment, rows and conclusions to FILE")
@@ -96,14 +102,18 @@ def run(args) -> int:
         times[case] = row["results"][OURS]["ms"]
         table.print_row(cells(row, compared, suite.SHOWN))
         results["rows"].append(row)
-        write(results, args.json)       # a run that is cut short leaves what it has
+        write(results, args.json)  # a run that is cut short leaves what it has
     results["conclusions"] = suite.conclusions(times, results["rows"])
     write(results, args.json)
     if args.plot:
         plot.write_plot([results], SUITES, args.plot)
     rows = results["rows"]
-    wrong = [f"{row['name']}: {name} is off by {error:.1e}"
-             for row in rows for name, error in row["errors"].items() if not error < limit(row["case"]["dtype"], name)]
+    wrong = [
+        f"{row['name']}: {name} is off by {error:.1e}"
+        for row in rows
+        for name, error in row["errors"].items()
+        if not error < limit(row["case"]["dtype"], name)
+    ]
     notes = dict.fromkeys(note for row in rows for note in row["notes"])
     print("\n".join(["", *results["conclusions"], *notes, *wrong]).rstrip())
     return 1 if wrong else 0
@@ -161,8 +171,9 @@ class Bench:
         works = {name: Work(launch) for name, launch in launches.items()}
         is_short = bool(case.l2) or any(self.stopwatch.is_short(work) for work in works.values())
         if is_short:
-            works = {name: self.captured(name, work, cases[name].calls_per_graph, notes)
-                     for name, work in works.items()}
+            works = {
+                name: self.captured(name, work, cases[name].calls_per_graph, notes) for name, work in works.items()
+            }
         copy = {COPY: Work(self.tensors[OURS].copy_much)} if case.l2 else {}
         batches = self.stopwatch.rounds(works | copy, self.args.rounds, self.args.batch_ms)
         results = {name: self.result(cases[name], batches[name], batches[OURS]) for name in works}
@@ -170,8 +181,14 @@ class Bench:
             results[name]["replayed"] = work.calls > 1
             results[name]["host_bound"] |= is_short and work.calls == 1
             results[name] |= bandwidths(cases[name], batches[name], batches[COPY]) if copy else {}
-        return {"name": case.name, "case": case.as_dict(), "errors": errors, "notes": notes,
-                "host_us": self.host_microseconds(case), "results": results}
+        return {
+            "name": case.name,
+            "case": case.as_dict(),
+            "errors": errors,
+            "notes": notes,
+            "host_us": self.host_microseconds(case),
+            "results": results,
+        }
 
     def checked(self, case: Case) -> tuple[dict, dict, list[str]]:
         """By implementation a launch, whose calls take turns on the case's sets of K and V, and its relative error on
@@ -201,7 +218,7 @@ class Bench:
         """So many calls of the work as a CUDA graph; the work as it is, with a note, if it cannot be captured."""
         try:
             return (self.stopwatch.capture if name in self.tensors else peers.capture)(work.launch, calls)
-        except Exception as error:      # torch, the driver and each library have their own kinds
+        except Exception as error:  # torch, the driver and each library have their own kinds
             notes.append(f"{name} cannot be captured into a CUDA graph: {peers.first_line(error)}")
             return work
 
@@ -217,21 +234,30 @@ class Bench:
         tflops = case.flops / milliseconds / 1e9
         clock, power = (middle(getattr(batch, name) for batch in batches) for name in ("clock_mhz", "power_watts"))
         ratios = [theirs.milliseconds / our.milliseconds for theirs, our in zip(batches, ours, strict=True)]
-        return {"ms": milliseconds, "tflops": tflops,
-                "peak": clock and tflops * 1e6 / (self.num_sms * FLOPS_PER_CLOCK_AND_SM[case.element_bytes] * clock),
-                "clock_mhz": clock, "power_watts": power, "ratio": median(ratios),
-                "host_bound": sum(batch.is_host_bound for batch in batches) > len(batches) / 2,
-                "rounds_ms": [batch.milliseconds for batch in batches]}
+        return {
+            "ms": milliseconds,
+            "tflops": tflops,
+            "peak": clock and tflops * 1e6 / (self.num_sms * FLOPS_PER_CLOCK_AND_SM[case.element_bytes] * clock),
+            "clock_mhz": clock,
+            "power_watts": power,
+            "ratio": median(ratios),
+            "host_bound": sum(batch.is_host_bound for batch in batches) > len(batches) / 2,
+            "rounds_ms": [batch.milliseconds for batch in batches],
+        }
 
 
 def bandwidths(case: Case, batches: list[Batch], copies: list[Batch]) -> dict:
     """GB/s of one implementation and of the copy, medians over the rounds, and the first over the second, per round."""
+
     def rates(nbytes: int, timed: list[Batch]) -> list[float]:
         return [nbytes / batch.milliseconds / 1e6 for batch in timed]
 
     own, copy = rates(case.nbytes, batches), rates(2 * COPIED_BYTES, copies)
-    return {"gbs": median(own), "copy_gbs": median(copy),
-            "of_copy": median(mine / theirs for mine, theirs in zip(own, copy, strict=True))}
+    return {
+        "gbs": median(own),
+        "copy_gbs": median(copy),
+        "of_copy": median(mine / theirs for mine, theirs in zip(own, copy, strict=True)),
+    }
 
 
 def middle(values) -> float | None:
@@ -242,9 +268,13 @@ def middle(values) -> float | None:
 
 def columns(names, shown: Shown = ARITHMETIC, longest: int = 0) -> list[tuple[str, int]]:
     """Those of the printed table; `longest` is how long the names of its cases get."""
-    return [("case", max(CASE_WIDTH, longest)), *((heading, width) for heading, width, _ in shown.printed),
-            ("host us", 7), ("error", 7),
-            *(column for name in names for column in ((name, shown.peer[1]), (f"vs {name}", 6)))]
+    return [
+        ("case", max(CASE_WIDTH, longest)),
+        *((heading, width) for heading, width, _ in shown.printed),
+        ("host us", 7),
+        ("error", 7),
+        *(column for name in names for column in ((name, shown.peer[1]), (f"vs {name}", 6))),
+    ]
 
 
 def cells(row: dict, names, shown: Shown = ARITHMETIC) -> list[str]:

@@ -6,6 +6,7 @@ Other files in the folder are left alone, temporary ones of a process that died 
 1 if a file could not be removed, 2 if the folder cannot be read or there is none because the user has no home folder.
 FA3_CUTE_CACHE_DIR moves it.
 """
+
 import json
 import sys
 
@@ -47,8 +48,10 @@ def path() -> dict:
 
 def list_entries() -> dict:
     found = disk_cache.entries()
-    rows = [{"name": entry.name, "file": entry.path.name, "bytes": entry.nbytes,
-             "seconds_old": round(entry.seconds_old)} for entry in found]
+    rows = [
+        {"name": entry.name, "file": entry.path.name, "bytes": entry.nbytes, "seconds_old": round(entry.seconds_old)}
+        for entry in found
+    ]
     return totals(found) | {"entries": rows}
 
 

@@ -1,4 +1,5 @@
 """One problem of the benchmark: its sizes, its nominal and its visible FLOPs, its bytes, its tensors on the device."""
+
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
@@ -33,6 +34,7 @@ class Case:
                next; "warm": they all read the same one, and as many are in a graph as of the cold case; "": not looked
                at
     """
+
     dtype: str
     head_dim: int
     is_causal: bool
@@ -97,8 +99,9 @@ class Case:
     @property
     def visible_flops(self) -> float:
         """4 H d for each query and each key that it sees."""
-        pairs = sum(visible_pairs(*lengths, *self.visible_bounds) * count
-                    for lengths, count in self.sequences().items())
+        pairs = sum(
+            visible_pairs(*lengths, *self.visible_bounds) * count for lengths, count in self.sequences().items()
+        )
         return 4 * self.num_heads * self.head_dim * pairs
 
     @property
@@ -133,7 +136,8 @@ class Case:
     def sequences(self) -> Counter[tuple[int, int]]:
         """How many sequences there are of each (seqlen_q, seqlen_k)."""
         return Counter((length, length) for length in self.lengths) or Counter(
-            {(self.seqlen_q, self.seqlen_k): self.batch_size})
+            {(self.seqlen_q, self.seqlen_k): self.batch_size}
+        )
 
     @property
     def q_shape(self) -> tuple[int, ...]:
@@ -153,8 +157,13 @@ class Case:
 
     def shortened(self, seqlen: int) -> "Case":
         """One sequence, at most so long, in the same layout."""
-        return replace(self, batch_size=1, seqlen_q=min(self.seqlen_q, seqlen), seqlen_k=min(self.seqlen_k, seqlen),
-                       lengths=self.lengths and (min(self.seqlen_q, seqlen),))
+        return replace(
+            self,
+            batch_size=1,
+            seqlen_q=min(self.seqlen_q, seqlen),
+            seqlen_k=min(self.seqlen_k, seqlen),
+            lengths=self.lengths and (min(self.seqlen_q, seqlen),),
+        )
 
     def as_dict(self) -> dict:
         """A JSON row: the fields and what the name is made of; up to 10,000 lengths are told by their label."""
@@ -187,8 +196,10 @@ class Tensors:
         kv_size = max(prod(case.kv_shape) * case.kv_sets for case in cases)
         sizes = {"q": q_size, "k": kv_size, "v": kv_size}
         # What a tensor repeats.
-        self.host = {name: to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtype)
-                     for name, size in sizes.items()}
+        self.host = {
+            name: to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtype)
+            for name, size in sizes.items()
+        }
         self.buffers = {name: self.repeated(self.host[name], size) for name, size in sizes.items()}
         self.buffers["out"] = allocate(OUT_BYTES * q_size, stream=stream)
         self.scratch = None
@@ -221,13 +232,15 @@ class Tensors:
         known = self.host[name]
         start, size = start % known.size, prod(shape)
         if start + size <= known.size:
-            return known[start:start + size].reshape(shape)
+            return known[start : start + size].reshape(shape)
         return np.take(known, np.arange(start, start + size), mode="wrap").reshape(shape)
 
     def pointers(self, case: Case, kv_set: int = 0) -> dict[str, int]:
         """Addresses of q, k, v and out, and for a packed case of cu_seqlens: one array serves Q and K."""
-        found = {name: address(buffer, kv_set * case.kv_bytes // 2 if name in ("k", "v") else 0)
-                 for name, buffer in self.buffers.items()}
+        found = {
+            name: address(buffer, kv_set * case.kv_bytes // 2 if name in ("k", "v") else 0)
+            for name, buffer in self.buffers.items()
+        }
         if case.lengths:
             if case.lengths not in self.offsets:
                 offsets = np.cumsum((0, *case.lengths), dtype=np.int32)
@@ -242,16 +255,32 @@ class Tensors:
     def params(self, case: Case, kv_set: int = 0) -> FlashAttentionParams:
         pointers = self.pointers(case, kv_set)
         if offsets := pointers.pop("cu_seqlens", None):
-            rows = {"mode": AttentionMode.VARLEN_PREFILL, "cu_seqlens_q": offsets, "cu_seqlens_k": offsets,
-                    "total_q": case.q_shape[0], "total_k": case.kv_shape[0]}
+            rows = {
+                "mode": AttentionMode.VARLEN_PREFILL,
+                "cu_seqlens_q": offsets,
+                "cu_seqlens_k": offsets,
+                "total_q": case.q_shape[0],
+                "total_k": case.kv_shape[0],
+            }
         else:
-            rows = {"mode": AttentionMode.DECODE if case.is_decode else AttentionMode.PREFILL,
-                    "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+            rows = {
+                "mode": AttentionMode.DECODE if case.is_decode else AttentionMode.PREFILL,
+                "seqlen_q": case.seqlen_q,
+                "seqlen_k": case.seqlen_k,
+            }
         return FlashAttentionParams(
-            **pointers, **rows, batch_size=case.batch_size, num_heads=case.num_heads, num_heads_k=case.num_heads_k,
-            head_dim=case.head_dim, is_causal=case.is_causal, window_size_left=case.window[0],
-            window_size_right=case.window[1], dtype=DataType[case.dtype.upper()],
-            out_dtype=DataType[case.element_out.upper()])
+            **pointers,
+            **rows,
+            batch_size=case.batch_size,
+            num_heads=case.num_heads,
+            num_heads_k=case.num_heads_k,
+            head_dim=case.head_dim,
+            is_causal=case.is_causal,
+            window_size_left=case.window[0],
+            window_size_right=case.window[1],
+            dtype=DataType[case.dtype.upper()],
+            out_dtype=DataType[case.element_out.upper()],
+        )
 
     def error_of_last_rows(self, case: Case, kv_set: int = 0) -> float:
         """Relative error (norm) of O against the reference in the last rows of the first, the longest and the last
@@ -260,8 +289,12 @@ class Tensors:
         The last rows alone are an attention problem of their own, with the same keys: masks are bottom-right aligned.
         """
         q_width, kv_width = case.num_heads * case.head_dim, case.num_heads_k * case.head_dim
-        out = download(self.buffers["out"], (prod(case.q_shape) // q_width, case.num_heads, case.head_dim),
-                       self.out_type, stream=self.stream)
+        out = download(
+            self.buffers["out"],
+            (prod(case.q_shape) // q_width, case.num_heads, case.head_dim),
+            self.out_type,
+            stream=self.stream,
+        )
         longest = case.lengths.index(max(case.lengths)) if case.lengths else 0
         differences, norms = 0.0, 0.0
         for index, head in ((0, 0), (longest, case.num_heads // 2), (case.batch_size - 1, case.num_heads - 1)):
@@ -269,10 +302,17 @@ class Tensors:
             rows, kv_rows = case.rows_of(index, case.seqlen_q), case.rows_of(index, case.seqlen_k)
             rows = slice(max(rows.start, rows.stop - CHECKED_ROWS), rows.stop)
             q = self.numbers("q", rows.start * q_width, (rows.stop - rows.start, case.num_heads, case.head_dim))
-            k, v = (self.numbers(name, kv_set * prod(case.kv_shape) + kv_rows.start * kv_width,
-                                 (1, kv_rows.stop - kv_rows.start, case.num_heads_k, case.head_dim)) for name in "kv")
-            exact, _ = attention_reference(q[None, :, [head]], k[:, :, [kv_head]], v[:, :, [kv_head]],
-                                           window_size=case.visible_bounds)
+            k, v = (
+                self.numbers(
+                    name,
+                    kv_set * prod(case.kv_shape) + kv_rows.start * kv_width,
+                    (1, kv_rows.stop - kv_rows.start, case.num_heads_k, case.head_dim),
+                )
+                for name in "kv"
+            )
+            exact, _ = attention_reference(
+                q[None, :, [head]], k[:, :, [kv_head]], v[:, :, [kv_head]], window_size=case.visible_bounds
+            )
             differences += np.square(as_float(out[rows, head]) - exact[0, :, 0]).sum()
             norms += np.square(exact).sum()
         return float(np.sqrt(differences / norms))

@@ -1,9 +1,10 @@
 """What is said of a run where something else was timed beside us: in which rows it was faster."""
+
 from collections.abc import Sequence
 
 from .shown import OURS, OURS_16
 
-LONG = 1024     # tokens from which on FP8 has to be worth its errors
+LONG = 1024  # tokens from which on FP8 has to be worth its errors
 
 
 def timed(row: dict) -> dict[str, dict]:
@@ -25,8 +26,11 @@ def versus_peers(rows: Sequence[dict]) -> list[str]:
 
 def versus_16_bit(rows: Sequence[dict]) -> list[str]:
     """In which rows of long sequences our own 16-bit kernel is faster: one line, none if it was not timed."""
-    ratios = {row["name"]: timed(row)[OURS_16]["ratio"] for row in rows
-              if OURS_16 in timed(row) and row["case"]["seqlen_k"] >= LONG}
+    ratios = {
+        row["name"]: timed(row)[OURS_16]["ratio"]
+        for row in rows
+        if OURS_16 in timed(row) and row["case"]["seqlen_k"] >= LONG
+    }
     slower = [f"{name} ({ratio:.3f})" for name, ratio in ratios.items() if ratio < 1]
     return said(OURS_16, len(ratios), f"rows from {LONG} tokens up", slower) if ratios else []
 

@@ -2,6 +2,7 @@
 WGMMA instructions, seconds. Needs no GPU, and leaves the kernels in the disk cache, where the first launch finds them.
 Exit status 1 if a kernel spills, draws a compiler warning or does not compile.
 """
+
 import json
 import os
 from dataclasses import asdict
@@ -12,24 +13,40 @@ from ..planning.tables import all_configs
 from .processes import spread
 from .table import Table, one_or_more
 
-NAME_WIDTH = 39         # at least
+NAME_WIDTH = 39  # at least
 COLUMNS = (("registers", 9), ("spilled bytes", 13), ("smem bytes", 10), ("WGMMA", 5), ("seconds", 7), ("", 0))
 MASKS = {"full": "without a mask", "causal": "with the causal mask", "local": "with a sliding window"}
 
 
 def add_arguments(parser) -> None:
     mask = parser.add_mutually_exclusive_group()
-    parser.add_argument("--all", action="store_true",
-                        help="also the variants that write the log-sum-exp and, without --varlen, the varlen ones and "
-                             "the decode kernels")
-    parser.add_argument("--varlen", action="store_true",
-                        help="the variants for packed sequences and used lengths instead of the dense ones")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also the variants that write the log-sum-exp and, without --varlen, the varlen ones and "
+        "the decode kernels",
+    )
+    parser.add_argument(
+        "--varlen",
+        action="store_true",
+        help="the variants for packed sequences and used lengths instead of the dense ones",
+    )
     parser.add_argument("--decode", action="store_true", help="only the decode kernels")
     parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..")
-    parser.add_argument("--dtype", type=one_or_more(str, ELEMENT_BYTES), default=list(ELEMENT_BYTES), metavar="T,..",
-                        help=f"of {', '.join(ELEMENT_BYTES)}")
-    parser.add_argument("--out-dtype", type=one_or_more(str, FP8_OUT_DTYPES), default=list(FP8_OUT_DTYPES),
-                        metavar="T,..", help=f"of O, where it need not be that of Q, K and V ({FP8})")
+    parser.add_argument(
+        "--dtype",
+        type=one_or_more(str, ELEMENT_BYTES),
+        default=list(ELEMENT_BYTES),
+        metavar="T,..",
+        help=f"of {', '.join(ELEMENT_BYTES)}",
+    )
+    parser.add_argument(
+        "--out-dtype",
+        type=one_or_more(str, FP8_OUT_DTYPES),
+        default=list(FP8_OUT_DTYPES),
+        metavar="T,..",
+        help=f"of O, where it need not be that of Q, K and V ({FP8})",
+    )
     for name, kind in MASKS.items():
         mask.add_argument(f"--{name}", action="store_const", const=[name], dest="masks", help=f"only kernels {kind}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
@@ -38,9 +55,15 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    configs = [cfg for cfg in all_configs()
-               if cfg.head_dim in args.head_dim and cfg.dtype in args.dtype and cfg.mask in args.masks
-               and cfg.out_dtype in (None, *args.out_dtype) and is_chosen(cfg, args)]
+    configs = [
+        cfg
+        for cfg in all_configs()
+        if cfg.head_dim in args.head_dim
+        and cfg.dtype in args.dtype
+        and cfg.mask in args.masks
+        and cfg.out_dtype in (None, *args.out_dtype)
+        and is_chosen(cfg, args)
+    ]
     width = max((len(cfg.name) for cfg in configs), default=0)
     table = None if args.json else Table((("kernel", max(NAME_WIDTH, width)), *COLUMNS))
     rows = []
@@ -67,6 +90,7 @@ def is_chosen(cfg: FwdConfig | DecodeConfig, args) -> bool:
 def compile_row(cfg: FwdConfig | DecodeConfig) -> dict:
     """Compiles one config, once for the disk cache, once to look inside. Its Report's fields, and "problems"."""
     from ..runtime import compiler
+
     try:
         compiler.get_kernel(cfg)
         report = compiler.compile_report(cfg)
@@ -78,5 +102,12 @@ def compile_row(cfg: FwdConfig | DecodeConfig) -> dict:
 def cells(row: dict) -> list:
     if "registers" not in row:
         return [row["name"], *["-"] * 5, *row["problems"]]
-    return [row["name"], row["registers"], row["stack_bytes"], row["smem_bytes"], row["wgmmas"],
-            f"{row['seconds']:.1f}", "; ".join(row["problems"])]
+    return [
+        row["name"],
+        row["registers"],
+        row["stack_bytes"],
+        row["smem_bytes"],
+        row["wgmmas"],
+        f"{row['seconds']:.1f}",
+        "; ".join(row["problems"]),
+    ]

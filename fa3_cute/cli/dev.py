@@ -11,6 +11,7 @@ Without a Hopper GPU: registers, spills and shared memory only.
 
 Exit status of --once: 1 if the kernel does not compile, spills or is wrong. 2 if the config asked for is illegal.
 """
+
 import json
 import multiprocessing
 import signal
@@ -27,7 +28,7 @@ from .trial import PACKAGE, Question, Rig, compiled, label, rate, said, times
 
 WATCHED = ("kernels/*/*.py", "planning/*.py")
 POLL_SECONDS = 0.1
-HUNG_SECONDS = 90       # a kernel that deadlocks never returns
+HUNG_SECONDS = 90  # a kernel that deadlocks never returns
 ROUNDS, BATCH_MS = 5, 30
 LAST_RUNS = "dev.json"  # in the cache folder
 
@@ -35,8 +36,14 @@ LAST_RUNS = "dev.json"  # in the cache folder
 def add_arguments(parser) -> None:
     add_problem(parser)
     parser.add_argument("--decode", action="store_true", help="the decode kernel, without a window")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
-                        help="replace a field of the config, such as tile_n=160 or use_pingpong=0; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="changes",
+        help="replace a field of the config, such as tile_n=160 or use_pingpong=0; may be repeated",
+    )
     parser.add_argument("--once", action="store_true", help="one round, no watching")
 
 
@@ -138,12 +145,13 @@ def modification_times() -> dict[Path, int]:
     for path in (path for pattern in WATCHED for path in PACKAGE.glob(pattern)):
         try:
             found[path] = path.stat().st_mtime_ns
-        except FileNotFoundError:       # an editor is replacing it
+        except FileNotFoundError:  # an editor is replacing it
             continue
     return found
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
+
 
 def print_report(found: dict) -> bool:
     """What the compiler made of the config; whether it may ship."""
@@ -151,8 +159,11 @@ def print_report(found: dict) -> bool:
         print(found["error"], flush=True)
         return False
     state = "; ".join(found["problems"]) or "no spills"
-    print(f"{found['name']}, {found['label']}: {found['registers']} registers, {found['smem_bytes']} bytes of shared "
-          f"memory, {state}", flush=True)
+    print(
+        f"{found['name']}, {found['label']}: {found['registers']} registers, {found['smem_bytes']} bytes of shared "
+        f"memory, {state}",
+        flush=True,
+    )
     return not found["problems"]
 
 
@@ -162,8 +173,10 @@ def print_measured(found: dict) -> bool:
         print(found["error"])
         return False
     is_right = found["worst_row"] < found["wrong"]
-    print(f"{'right' if is_right else 'WRONG'}: relative error {found['worst_row']:.1e} in the worst row of "
-          f"{found['checked']}, at most {found['wrong']:.0e}")
+    print(
+        f"{'right' if is_right else 'WRONG'}: relative error {found['worst_row']:.1e} in the worst row of "
+        f"{found['checked']}, at most {found['wrong']:.0e}"
+    )
     last = last_runs()
     for row in found["rows"]:
         before = last.get(key := f"{found['gpu']}: {row['name']}")
@@ -200,6 +213,7 @@ def keep_last_runs(runs: dict) -> None:
 
 # ---- the processes of a round ----------------------------------------------------------------------------------------
 
+
 class Worker:
     """A fresh process that prepares a task, waits for `go` and sends one result, a dict with "error" if it failed."""
 
@@ -208,12 +222,12 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(task, question, theirs), daemon=True)
         self.process.start()
-        theirs.close()      # else the end of the process would not end the connection
+        theirs.close()  # else the end of the process would not end the connection
 
     def go(self) -> None:
         try:
             self.connection.send("go")
-        except OSError:     # it died; `result` says so
+        except OSError:  # it died; `result` says so
             pass
 
     def result(self) -> dict:
@@ -240,9 +254,9 @@ def serve(task, question: Question, connection) -> None:
         connection.recv()
         forget_package()
         found = work()
-    except EOFError:        # the loop is gone
+    except EOFError:  # the loop is gone
         return
-    except Exception as error:      # a kernel that is being written fails in any way there is
+    except Exception as error:  # a kernel that is being written fails in any way there is
         found = {"error": said(error)}
     connection.send(found)
 
@@ -261,21 +275,30 @@ def report_task(question: Question):
     def work() -> dict:
         cfg = question.config()
         return compiled(cfg) | {"label": label(cfg)}
+
     return work
 
 
 def measure_task(question: Question):
     """Prepares check and times of the config: the inputs are on the device, what is right is known."""
     import cutlass.cute  # noqa: F401
+
     rig = Rig(question)
 
     def work() -> dict:
         cfg = question.config()
-        found = {"gpu": rig.gpu, "label": label(cfg), "worst_row": rig.error(cfg), "wrong": rig.wrong,
-                 "checked": rig.small.name, "rows": []}
+        found = {
+            "gpu": rig.gpu,
+            "label": label(cfg),
+            "worst_row": rig.error(cfg),
+            "wrong": rig.wrong,
+            "checked": rig.small.name,
+            "rows": [],
+        }
         for case in rig.cases:
             batches = rig.stopwatch.rounds({"ours": rig.work(cfg, case)}, ROUNDS, BATCH_MS)["ours"]
             row = times(case, batches)
             found["rows"].append(row | {"rate": rate(case, row["ms"])})
         return found
+
     return work

@@ -6,6 +6,7 @@ Every check is made even if others fail, and whatever is missing or broken is a 
 everything else (compile, inspect, explain, attention() of NumPy arrays) works there; the findings of driver and GPUs
 say so. The optional package ml_dtypes and the slower way to launch are mentioned, and are not wrong.
 """
+
 import ctypes
 import json
 import re
@@ -20,7 +21,7 @@ from ..planning.tables import forward_config
 
 # The self-test: one tile of Q, one of K and V, no mask; FP16, so that it needs no package for BF16.
 TOKENS, HEAD_DIM = 128, 128
-WRONG = 1e-2            # relative error (norm); rounding to FP16 leaves about 3e-4
+WRONG = 1e-2  # relative error (norm); rounding to FP16 leaves about 3e-4
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_CUDA = (12, 0)
@@ -42,6 +43,7 @@ class Wrong(Exception):
 @dataclass(frozen=True)
 class Finding:
     """The outcome of one check; `facts` are plain values."""
+
     name: str
     is_right: bool
     text: str
@@ -74,12 +76,13 @@ def finding(name: str, check: Callable) -> Finding:
         return Finding(name, True, text, facts)
     except Wrong as wrong:
         return Finding(name, False, str(wrong), wrong.facts)
-    except Exception as error:      # a broken package raises anything, and that is the finding
+    except Exception as error:  # a broken package raises anything, and that is the finding
         said = str(error).strip().splitlines()
         return Finding(name, False, f"{type(error).__name__}: {said[0] if said else 'no further word'}")
 
 
 # ---- Python and its packages -----------------------------------------------------------------------------------------
+
 
 def check_python():
     version = sys.version.split()[0]
@@ -107,7 +110,7 @@ def check_ml_dtypes():
     try:
         return check_package("ml_dtypes", "ml_dtypes")
     except ModuleNotFoundError as error:
-        if error.name != "ml_dtypes":       # it is there, what it needs is not
+        if error.name != "ml_dtypes":  # it is there, what it needs is not
             raise
         return "not installed; optional, for NumPy arrays of BF16 and FP8", {"version": None}
 
@@ -132,11 +135,12 @@ def requirement(distribution: str) -> tuple[str, str]:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """"13.4.4" as (13, 4, 4); what follows the numbers is left out."""
-    return tuple(map(int, re.findall(r"\d+", version[:len(version) - len(version.lstrip("0123456789."))])))
+    """ "13.4.4" as (13, 4, 4); what follows the numbers is left out."""
+    return tuple(map(int, re.findall(r"\d+", version[: len(version) - len(version.lstrip("0123456789."))])))
 
 
 # ---- driver and GPUs -------------------------------------------------------------------------------------------------
+
 
 def load_driver():
     """The CUDA driver's library; Wrong where there is none."""
@@ -204,6 +208,7 @@ def check_gpus():
 
 # ---- cache, launch, self-test ----------------------------------------------------------------------------------------
 
+
 def check_cache():
     folder = disk_cache.cache_dir()
     problem = disk_cache.folder_problem()
@@ -232,7 +237,7 @@ def check_launch():
 def self_test():
     try:
         ordinal = first_hopper(find_gpus())
-    except Wrong:       # the GPUs' own finding
+    except Wrong:  # the GPUs' own finding
         ordinal = None
     return compile_once() if ordinal is None else forward_once(ordinal)
 
@@ -251,16 +256,30 @@ def forward_once(ordinal: int):
     from .. import DataType, FlashAttentionParams, forward
     from ..arrays.memory import address, allocate, download, fill, open_device, upload
     from ..contract.reference import attention_reference
+
     device = open_device(ordinal)
     stream = device.create_stream()
     arrays = np.random.default_rng(0).standard_normal((3, 1, TOKENS, 1, HEAD_DIM), np.float32).astype(np.float16)
     buffers = {name: upload(array, stream=stream) for name, array in zip("qkv", arrays, strict=True)}
     buffers["out"] = allocate(arrays[0].nbytes, stream=stream)
-    fill(buffers["out"], 0xFF, stream=stream)       # NaN: what the kernel leaves out shows
+    fill(buffers["out"], 0xFF, stream=stream)  # NaN: what the kernel leaves out shows
     q, k, v, out_at = (address(buffers[name]) for name in ("q", "k", "v", "out"))
-    forward(FlashAttentionParams(
-        q=q, k=k, v=v, out=out_at, batch_size=1, seqlen_q=TOKENS, seqlen_k=TOKENS,
-        num_heads=1, num_heads_k=1, head_dim=HEAD_DIM, dtype=DataType.FP16), stream).check()
+    forward(
+        FlashAttentionParams(
+            q=q,
+            k=k,
+            v=v,
+            out=out_at,
+            batch_size=1,
+            seqlen_q=TOKENS,
+            seqlen_k=TOKENS,
+            num_heads=1,
+            num_heads_k=1,
+            head_dim=HEAD_DIM,
+            dtype=DataType.FP16,
+        ),
+        stream,
+    ).check()
     out = download(buffers["out"], arrays[0].shape, np.float16, stream=stream)
     exact, _ = attention_reference(*arrays)
     error = float(np.linalg.norm(out - exact) / np.linalg.norm(exact))

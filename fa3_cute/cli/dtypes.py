@@ -1,4 +1,5 @@
 """Element types as options: which head dims a type has, and what the type of O may be."""
+
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS
 
 DEFAULT = "bf16"
@@ -7,8 +8,11 @@ DEFAULT = "bf16"
 def add_dtypes(parser) -> None:
     """--dtype and --out-dtype of one kernel."""
     parser.add_argument("--dtype", choices=ELEMENT_BYTES, default=DEFAULT, help=f"of Q, K and V; default {DEFAULT}")
-    parser.add_argument("--out-dtype", choices=FP8_OUT_DTYPES,
-                        help=f"of O, a choice with --dtype {FP8} only: default {FP8_OUT_DTYPES[0]}")
+    parser.add_argument(
+        "--out-dtype",
+        choices=FP8_OUT_DTYPES,
+        help=f"of O, a choice with --dtype {FP8} only: default {FP8_OUT_DTYPES[0]}",
+    )
 
 
 def head_dims(dtype: str | None) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
 """What the benchmark's numbers depend on besides the code, and which code it was."""
+
 import shlex
 from datetime import UTC, datetime
 
@@ -7,15 +8,24 @@ def describe(device, monitor, peers: dict, args) -> dict:
     """A JSON object; `args` are bench's, with `argv`, the command line that they came from."""
     import cutlass
 
-    from ..runtime.compiler import source_hash      # the DSL takes half a second to import
+    from ..runtime.compiler import source_hash  # the DSL takes half a second to import
+
     flavour = cutlass.CUDA_VERSION
-    return {"suite": args.suite, "command": shlex.join(["python", "-m", "fa3_cute", *args.argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "gpu": device.name, "sms": device.properties.multiprocessor_count,
-            **monitor.limits(), "clock_problem": monitor.problem,
-            "dsl": cutlass.__version__, "dsl_cuda": f"{flavour.major}.{flavour.minor}",
-            "sources": source_hash(), "peers": {name: peer.version for name, peer in peers.items()},
-            "rounds": args.rounds, "batch_ms": args.batch_ms}
+    return {
+        "suite": args.suite,
+        "command": shlex.join(["python", "-m", "fa3_cute", *args.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpu": device.name,
+        "sms": device.properties.multiprocessor_count,
+        **monitor.limits(),
+        "clock_problem": monitor.problem,
+        "dsl": cutlass.__version__,
+        "dsl_cuda": f"{flavour.major}.{flavour.minor}",
+        "sources": source_hash(),
+        "peers": {name: peer.version for name, peer in peers.items()},
+        "rounds": args.rounds,
+        "batch_ms": args.batch_ms,
+    }
 
 
 def sentence(known: dict) -> str:

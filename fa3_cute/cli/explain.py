@@ -7,6 +7,7 @@ FlashAttention-3's C++ at 4k / 16k tokens; windows and decode have microseconds;
 (planning/tables.py says on which machine). Workspace bytes are scratch memory for the partial results of splits; within
 one cluster of CTAs they stay in shared memory.
 """
+
 import argparse
 import json
 
@@ -16,7 +17,7 @@ from ..contract.plain import plain
 from ..planning.operations import Config, checked, operation_of
 from ..planning.splits import SplitPlan
 
-ADDRESS = 1 << 20       # stands for any tensor
+ADDRESS = 1 << 20  # stands for any tensor
 MODES = {"prefill": AttentionMode.PREFILL, "decode": AttentionMode.DECODE, "varlen": AttentionMode.VARLEN_PREFILL}
 PACK_GQA = {"auto": None, "yes": True, "no": False}
 UNBOUNDED = (-1, -1)
@@ -30,16 +31,30 @@ def add_arguments(parser) -> None:
     parser.add_argument("--num-heads", **number, default=16, help="default 16")
     parser.add_argument("--num-heads-k", **number, help="default: as many as query heads")
     parser.add_argument("--head-dim", **number, default=128, help="default 128")
-    parser.add_argument("--dtype", choices=[dtype.name.lower() for dtype in DataType], default="bf16",
-                        help="of Q, K and V; default bf16")
+    parser.add_argument(
+        "--dtype",
+        choices=[dtype.name.lower() for dtype in DataType],
+        default="bf16",
+        help="of Q, K and V; default bf16",
+    )
     parser.add_argument("--out-dtype", choices=FP8_OUT_DTYPES, help="of O; default --dtype, bf16 with fp8_e4m3")
     parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--window", type=window, default=UNBOUNDED, metavar="L,R",
-                        help="sliding window, negative is unbounded: --window=-1,0")
-    parser.add_argument("--mode", choices=MODES, default="prefill",
-                        help="default prefill; varlen: packed sequences of --seqlen-q and --seqlen-k tokens on average")
-    parser.add_argument("--seqused", action="store_const", const="k", default="",
-                        help="the used lengths of K and V are on the device")
+    parser.add_argument(
+        "--window",
+        type=window,
+        default=UNBOUNDED,
+        metavar="L,R",
+        help="sliding window, negative is unbounded: --window=-1,0",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="prefill",
+        help="default prefill; varlen: packed sequences of --seqlen-q and --seqlen-k tokens on average",
+    )
+    parser.add_argument(
+        "--seqused", action="store_const", const="k", default="", help="the used lengths of K and V are on the device"
+    )
     parser.add_argument("--lse", action="store_true", help="the log-sum-exp is wanted")
     parser.add_argument("--softmax-scale", type=float, metavar="X", help="default 1/sqrt(head_dim)")
     parser.add_argument("--num-splits", **number, default=0, help="default 0, automatic; 1 is never")
@@ -59,8 +74,9 @@ def window(text: str) -> tuple[int, int]:
 def run(args) -> int:
     params = params_of(args)
     problems = explain(params)
-    facts = {"problems": [{"status": status.name, "code": int(status), "detail": detail}
-                          for status, detail in problems]}
+    facts = {
+        "problems": [{"status": status.name, "code": int(status), "detail": detail} for status, detail in problems]
+    }
     if not problems:
         facts |= served(params)
     if args.json:
@@ -79,18 +95,35 @@ def params_of(args) -> FlashAttentionParams:
     seqlen_k = args.seqlen_k if args.seqlen_k is not None else 4096 if is_decode else seqlen_q
     rows = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     if args.mode == "varlen":
-        rows = {"cu_seqlens_q": ADDRESS, "cu_seqlens_k": ADDRESS,
-                "total_q": args.batch_size * seqlen_q, "total_k": args.batch_size * seqlen_k}
+        rows = {
+            "cu_seqlens_q": ADDRESS,
+            "cu_seqlens_k": ADDRESS,
+            "total_q": args.batch_size * seqlen_q,
+            "total_k": args.batch_size * seqlen_k,
+        }
     if args.seqused:
         rows |= {f"seqused_{side}": ADDRESS for side in args.seqused}
     return FlashAttentionParams(
-        q=ADDRESS, k=ADDRESS, v=ADDRESS, out=ADDRESS, softmax_lse=ADDRESS if args.lse else None,
-        **rows, batch_size=args.batch_size, num_heads=args.num_heads,
-        num_heads_k=args.num_heads if args.num_heads_k is None else args.num_heads_k, head_dim=args.head_dim,
-        dtype=DataType[args.dtype.upper()], out_dtype=args.out_dtype and DataType[args.out_dtype.upper()],
-        is_causal=args.causal, window_size_left=args.window[0], window_size_right=args.window[1],
-        mode=MODES[args.mode], softmax_scale=args.softmax_scale,
-        num_splits=args.num_splits, pack_gqa=PACK_GQA[args.pack_gqa])
+        q=ADDRESS,
+        k=ADDRESS,
+        v=ADDRESS,
+        out=ADDRESS,
+        softmax_lse=ADDRESS if args.lse else None,
+        **rows,
+        batch_size=args.batch_size,
+        num_heads=args.num_heads,
+        num_heads_k=args.num_heads if args.num_heads_k is None else args.num_heads_k,
+        head_dim=args.head_dim,
+        dtype=DataType[args.dtype.upper()],
+        out_dtype=args.out_dtype and DataType[args.out_dtype.upper()],
+        is_causal=args.causal,
+        window_size_left=args.window[0],
+        window_size_right=args.window[1],
+        mode=MODES[args.mode],
+        softmax_scale=args.softmax_scale,
+        num_splits=args.num_splits,
+        pack_gqa=PACK_GQA[args.pack_gqa],
+    )
 
 
 def served(params: FlashAttentionParams) -> dict:
@@ -100,8 +133,12 @@ def served(params: FlashAttentionParams) -> dict:
     operation = operation_of(shape)
     launch = operation.launches[-1]
     cfg, plan = launch.config, launch.plan
-    facts = {"kernel": cfg.name, "config": cfg.as_dict() | {"tile_m": cfg.tile_m}, "reason": launch.reason,
-             "workspace_bytes": operation.workspace_bytes}
+    facts = {
+        "kernel": cfg.name,
+        "config": cfg.as_dict() | {"tile_m": cfg.tile_m},
+        "reason": launch.reason,
+        "workspace_bytes": operation.workspace_bytes,
+    }
     return facts | {"plan": plan and plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)}}
 
 
@@ -118,13 +155,23 @@ def lines(facts: dict):
     if "num_q_stages" in cfg:
         rings = f"{cfg['num_q_stages']} slots for Q{', one for O' if cfg['dtype'] == FP8 else ' and O'}, "
         transposed = " and for V transposed" if cfg["dtype"] == FP8 else ""
-    yield "tile", (f"{cfg['tile_m']} rows of Q, {cfg['tile_n']} of K and V; {rings}{cfg['num_kv_stages']} for K, as "
-                   f"many for V{transposed}" + "; ping-pong" * cfg.get("use_pingpong", False))
+    yield (
+        "tile",
+        (
+            f"{cfg['tile_m']} rows of Q, {cfg['tile_n']} of K and V; {rings}{cfg['num_kv_stages']} for K, as "
+            f"many for V{transposed}" + "; ping-pong" * cfg.get("use_pingpong", False)
+        ),
+    )
     yield "measured", facts["reason"]
     if plan:
         clusters = plan["num_splits"] // plan["cluster_size"]
         yield "heads", f"{plan['packed_heads']} query heads share a tile"
-        yield "splits", (f"{plan['num_splits']} of K and V, {clusters} cluster{'' if clusters == 1 else 's'} of "
-                         f"{plan['cluster_size']} CTAs")
+        yield (
+            "splits",
+            (
+                f"{plan['num_splits']} of K and V, {clusters} cluster{'' if clusters == 1 else 's'} of "
+                f"{plan['cluster_size']} CTAs"
+            ),
+        )
         yield "CTAs", f"{'one' if plan['ctas_per_sm'] == 1 else 'up to two'} per SM, {plan['smem_bytes']} bytes each"
         yield "workspace", f"{facts['workspace_bytes']} bytes"

@@ -1,4 +1,5 @@
 """Timing with CUDA events, in interleaved rounds, and what the card was doing meanwhile."""
+
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ CALLS_PER_GRAPH = 20
 @dataclass(frozen=True)
 class Work:
     """What a batch repeats: `launch()` queues `calls` calls of one implementation."""
+
     launch: Callable
     calls: int = 1
 
@@ -26,6 +28,7 @@ class Work:
 @dataclass(frozen=True)
 class Batch:
     """One timed batch of launches. Times are per call; the clock is the median of its samples, None if unknown."""
+
     milliseconds: float
     host_microseconds: float
     clock_mhz: float | None
@@ -55,27 +58,32 @@ class Monitor:
         self.problem = None
         try:
             from cuda.bindings import nvml
+
             nvml.init_v2()
             self.handle = nvml.device_get_handle_by_pci_bus_id_v2(device.pci_bus_id)
             self.nvml = nvml
             self.sample()
-        except Exception as error:      # no library, no permission, a virtual card: then without clocks
+        except Exception as error:  # no library, no permission, a virtual card: then without clocks
             self.problem = f"{type(error).__name__}: {error}"
 
     def sample(self) -> tuple[int | None, float | None]:
         """(SM clock in MHz, power in W) now."""
         if self.problem:
             return None, None
-        return (self.nvml.device_get_clock_info(self.handle, self.nvml.ClockType.CLOCK_SM),
-                self.nvml.device_get_power_usage(self.handle) / 1000)
+        return (
+            self.nvml.device_get_clock_info(self.handle, self.nvml.ClockType.CLOCK_SM),
+            self.nvml.device_get_power_usage(self.handle) / 1000,
+        )
 
     def limits(self) -> dict:
         """The card's maximal SM clock and its power limit, and the driver's version; empty where NVML cannot tell."""
         if self.problem:
             return {}
-        return {"max_clock_mhz": self.nvml.device_get_max_clock_info(self.handle, self.nvml.ClockType.CLOCK_SM),
-                "power_limit_watts": self.nvml.device_get_enforced_power_limit(self.handle) / 1000,
-                "driver": self.nvml.system_get_driver_version()}
+        return {
+            "max_clock_mhz": self.nvml.device_get_max_clock_info(self.handle, self.nvml.ClockType.CLOCK_SM),
+            "power_limit_watts": self.nvml.device_get_enforced_power_limit(self.handle) / 1000,
+            "driver": self.nvml.system_get_driver_version(),
+        }
 
 
 class Stopwatch:
@@ -83,6 +91,7 @@ class Stopwatch:
 
     def __init__(self, device, stream):
         from cuda.core import EventOptions
+
         self.stream = stream
         self.monitor = Monitor(device)
         self.start, self.stop = (device.create_event(EventOptions(timing_enabled=True)) for _ in range(2))
@@ -115,7 +124,7 @@ class Stopwatch:
         try:
             for _ in range(calls):
                 launch()
-        finally:        # a stream left capturing is lost for everything after
+        finally:  # a stream left capturing is lost for everything after
             builder.end_building()
         graph = builder.complete()
         return Work(lambda: graph.launch(self.stream), calls)

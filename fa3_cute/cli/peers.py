@@ -2,6 +2,7 @@
 
 A peer reads the benchmark's own tensors, in place, as torch views.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -16,8 +17,12 @@ from .measure import CALLS_PER_GRAPH, Work
 # small numbers then keep their bits, and no O of normal inputs, at most about 6, passes E4M3's largest number, 448.
 P_SCALE, O_SCALE = 256.0, 64.0
 # (typestr of the array interface, name of torch's dtype)
-VIEWS = {"fp16": ("<i2", "float16"), "bf16": ("<i2", "bfloat16"), FP8: ("|u1", "float8_e4m3fn"),
-         "int32": ("<i4", "int32")}
+VIEWS = {
+    "fp16": ("<i2", "float16"),
+    "bf16": ("<i2", "bfloat16"),
+    FP8: ("|u1", "float8_e4m3fn"),
+    "int32": ("<i4", "int32"),
+}
 
 
 class PeerMissing(Exception):
@@ -28,6 +33,7 @@ class PeerMissing(Exception):
 class Peer:
     """`make_launch(case, q, k, v, cu_seqlens)` gets torch views in the case's shapes, cu_seqlens None if it is dense; a
     launch returns O alike, in FP8 as O * O_SCALE. What it raises says why the peer cannot do the case."""
+
     name: str
     version: str
     dtypes: tuple[str, ...]
@@ -37,15 +43,17 @@ class Peer:
         """A call without arguments that queues the case on torch's current stream and returns O."""
         if case.dtype not in self.dtypes:
             raise PeerMissing(f"{self.name} has no {case.dtype} kernels")
-        q, k, v = (view(pointers[name], shape, case.dtype)
-                   for name, shape in (("q", case.q_shape), ("k", case.kv_shape), ("v", case.kv_shape)))
+        q, k, v = (
+            view(pointers[name], shape, case.dtype)
+            for name, shape in (("q", case.q_shape), ("k", case.kv_shape), ("v", case.kv_shape))
+        )
         cu_seqlens = view(pointers["cu_seqlens"], (case.batch_size + 1,), "int32") if case.lengths else None
         try:
             launch = self.make_launch(case, q, k, v, cu_seqlens)
             launch()
         except PeerMissing:
             raise
-        except Exception as error:      # each library refuses in its own way; what it says is the answer
+        except Exception as error:  # each library refuses in its own way; what it says is the answer
             raise PeerMissing(f"{self.name} refuses {case.name}: {first_line(error)}") from error
         return launch
 
@@ -73,12 +81,14 @@ def load_fa3() -> Peer:
         if case.lengths:
             call = partial(flash_attn_varlen_func, q, k, v, cu_seqlens, cu_seqlens, case.seqlen_q, case.seqlen_k)
         elif case.is_decode:
-            call = partial(call, num_splits=0)      # as many as its heuristic wants; its default is one
+            call = partial(call, num_splits=0)  # as many as its heuristic wants; its default is one
 
         def launch():
             out = call(causal=case.is_causal, window_size=case.window)
             return out[0] if isinstance(out, tuple) else out
+
         return launch
+
     return Peer("fa3", f"fa3-fwd {metadata.version('fa3-fwd')}", ("bf16", FP8), make_launch)
 
 
@@ -92,11 +102,12 @@ def load_cudnn() -> Peer:
     @cache
     def handle():
         import cudnn
+
         made = cudnn.create_handle()
         cudnn.set_stream(made, torch.cuda.current_stream().cuda_stream)
         return made
 
-    @lru_cache(maxsize=1)       # the sets of K and V of a case share one
+    @lru_cache(maxsize=1)  # the sets of K and V of a case share one
     def graph_of(case):
         return CudnnGraph(case, handle())
 
@@ -113,7 +124,9 @@ def load_cudnn() -> Peer:
         def launch():
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
         return launch
+
     version = f"cuDNN {torch.backends.cudnn.version()}, torch {torch.__version__}"
     return Peer("cudnn", version, ("fp16", "bf16", FP8), make_launch)
 
@@ -134,19 +147,32 @@ class CudnnGraph:
 
         types = cudnn.data_type
         self.handle = handle
-        self.graph = cudnn.pygraph(io_data_type=types.FP8_E4M3, intermediate_data_type=types.FLOAT,
-                                   compute_data_type=types.FLOAT, handle=handle)
+        self.graph = cudnn.pygraph(
+            io_data_type=types.FP8_E4M3,
+            intermediate_data_type=types.FLOAT,
+            compute_data_type=types.FLOAT,
+            handle=handle,
+        )
         self.out = torch.empty(case.q_shape, dtype=torch.float8_e4m3fn, device="cuda")
         layouts = {"q": case.q_shape, "k": case.kv_shape, "v": case.kv_shape}
-        self.inputs = {name: self.graph.tensor(name=name, data_type=types.FP8_E4M3, **strided(shape))
-                       for name, shape in layouts.items()}
-        scales = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "descale_s": 1 / P_SCALE, "scale_s": P_SCALE,
-                  "scale_o": O_SCALE}
-        named = {name: self.graph.tensor(name=name, dim=[1] * 4, stride=[1] * 4, data_type=types.FLOAT)
-                 for name in scales}
+        self.inputs = {
+            name: self.graph.tensor(name=name, data_type=types.FP8_E4M3, **strided(shape))
+            for name, shape in layouts.items()
+        }
+        scales = {
+            "descale_q": 1.0,
+            "descale_k": 1.0,
+            "descale_v": 1.0,
+            "descale_s": 1 / P_SCALE,
+            "scale_s": P_SCALE,
+            "scale_o": O_SCALE,
+        }
+        named = {
+            name: self.graph.tensor(name=name, dim=[1] * 4, stride=[1] * 4, data_type=types.FLOAT) for name in scales
+        }
         out, _, amax_p, amax_out = self.graph.sdpa_fp8(
-            **self.inputs, **named, attn_scale=case.head_dim ** -0.5, use_causal_mask=case.is_causal,
-            generate_stats=False)
+            **self.inputs, **named, attn_scale=case.head_dim**-0.5, use_causal_mask=case.is_causal, generate_stats=False
+        )
         layout = strided(case.q_shape)
         out.set_output(True).set_dim(layout["dim"]).set_stride(layout["stride"]).set_data_type(types.FP8_E4M3)
         for amax in (amax_p, amax_out):
@@ -163,6 +189,7 @@ class CudnnGraph:
         def launch():
             self.graph.execute(memory, self.workspace, handle=self.handle)
             return self.out
+
         return launch
 
 
@@ -179,12 +206,14 @@ PEERS = {"fa3": load_fa3, "cudnn": load_cudnn}
 def use_stream(handle: int) -> None:
     """Makes a CUDA stream torch's current one."""
     import torch
+
     torch.cuda.set_stream(torch.cuda.ExternalStream(handle))
 
 
 def capture(launch: Callable, calls: int = CALLS_PER_GRAPH) -> Work:
     """So many calls of a peer as one CUDA graph, made by torch: what a call allocates belongs to the graph."""
     import torch
+
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(calls):
@@ -193,13 +222,15 @@ def capture(launch: Callable, calls: int = CALLS_PER_GRAPH) -> Work:
 
 
 def view(pointer: int, shape: tuple[int, ...], dtype: str):
-    """Device memory as a torch tensor, in place. The interface knows no BF16 and no FP8: integers carry the bits over.
-    """
+    """Device memory as a torch tensor, in place. The interface knows no BF16 and no FP8: integers carry the
+    bits over."""
     import torch
+
     typestr, name = VIEWS[dtype]
 
     class Memory:
         """prod(shape) words."""
+
         __cuda_array_interface__ = {"shape": (prod(shape),), "typestr": typestr, "data": (pointer, False), "version": 3}
 
     return torch.as_tensor(Memory(), device="cuda").view(getattr(torch, name)).view(shape)

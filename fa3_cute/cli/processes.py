@@ -1,4 +1,5 @@
 """Compiles in processes: the DSL compiles one kernel at a time per process."""
+
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context

@@ -12,6 +12,7 @@ measured in FP8 goes to the place of "fp8".
 
 Exit status 2 if the document has no such lines or a file holds no results of the benchmark.
 """
+
 import json
 from pathlib import Path
 
@@ -23,15 +24,20 @@ from .shown import OURS, OURS_16, Shown
 from .table import markdown, one_or_more
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
-OWN = "performance of {}:"      # what "performance:" is in the lines of one suite
+OWN = "performance of {}:"  # what "performance:" is in the lines of one suite
 FP8_PLACE = "fp8"
 PEER_NAMES = {OURS_16: "BF16", "fa3": "FA3", "cudnn": "cuDNN"}
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("files", nargs="+", metavar="JSON", help="what bench --json wrote")
-    parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..",
-                        help="only problems of these head dims")
+    parser.add_argument(
+        "--head-dim",
+        type=one_or_more(int, HEAD_DIMS),
+        default=list(HEAD_DIMS),
+        metavar="D,..",
+        help="only problems of these head dims",
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--into", metavar="FILE", help="write into this document instead of printing")
     instead.add_argument("--plot", metavar="PNG", help="draw bars into this file instead; needs matplotlib")
@@ -70,8 +76,8 @@ def place(results: dict) -> str:
 
 
 def updated(document: str, sections: list[tuple[str, str]]) -> str:
-    """The document with the sections, (name of its place, text) each, between its two lines or those of their places.
-    """
+    """The document with the sections, (name of its place, text) each, between its two lines or those of their
+    places."""
     places: dict[tuple[str, str], list[str]] = {}
     for name, text in sections:
         begin, end = (line.replace("performance:", OWN.format(name)) for line in (BEGIN, END))
@@ -104,14 +110,27 @@ def section(results: dict, head_dims: list[int]) -> str:
     peers = [(name, PEER_NAMES[name]) for name in known["peers"]]
     headings = ["type", "head_dim", "heads", "sequences", *(heading for heading, _, _ in suite.SHOWN.markdown)]
     headings += [heading for _, name in peers for heading in (f"{name} {suite.SHOWN.peer[0]}", f"{name} time / ours")]
-    rows = [[*key, *cells([by_variant.get(name, {}) for name in variants], [name for name, _ in peers], suite.SHOWN)]
-            for key, by_variant in problems.items()]
+    rows = [
+        [*key, *cells([by_variant.get(name, {}) for name in variants], [name for name, _ in peers], suite.SHOWN)]
+        for key, by_variant in problems.items()
+    ]
     table = markdown(headings, rows)
     conclusions = [f"- {line}" for line in results["conclusions"]]
-    return "\n".join([f"### {suite.TITLE}", "", f"In a cell: {' / '.join(variants)}.", "", table, "",
-                      *conclusions, *[""] * bool(conclusions),
-                      f"{environment.sentence(known)}; sources {known['sources'][:12]}:", "",
-                      f"    {known['command']}"])
+    return "\n".join(
+        [
+            f"### {suite.TITLE}",
+            "",
+            f"In a cell: {' / '.join(variants)}.",
+            "",
+            table,
+            "",
+            *conclusions,
+            *[""] * bool(conclusions),
+            f"{environment.sentence(known)}; sources {known['sources'][:12]}:",
+            "",
+            f"    {known['command']}",
+        ]
+    )
 
 
 def variant(case: dict) -> str:
@@ -121,6 +140,7 @@ def variant(case: dict) -> str:
 
 def cells(by_variant: list[dict], peers: list[str], shown: Shown) -> list[str]:
     """Ours, then each peer's; in a cell one number per variant, "-" where it was not measured."""
+
     def joined(name, number) -> str:
         return " / ".join(number(results[name]) if name in results else "-" for results in by_variant)
 

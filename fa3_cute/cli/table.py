@@ -1,4 +1,5 @@
 """Tables, plain and in markdown, and the parsing of comma-separated options."""
+
 import argparse
 from collections.abc import Callable, Collection, Sequence
 
@@ -28,6 +29,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def one_or_more(kind: Callable, choices: Collection | None = None) -> Callable[[str], list]:
     """An argparse type: "a,b,c" to a list of `kind`, each one of `choices` if given."""
+
     def parse(text: str) -> list:
         try:
             values = [kind(part) for part in text.split(",")]
@@ -37,4 +39,5 @@ def one_or_more(kind: Callable, choices: Collection | None = None) -> Callable[[
             if choices is not None and value not in choices:
                 raise argparse.ArgumentTypeError(f"{value!r}: must be one of {', '.join(map(str, choices))}")
         return values
+
     return parse

@@ -3,6 +3,7 @@
 `dev` runs trials in processes of their own that prepare all that does not depend on the kernels, and then import the
 package anew; hence the imports within functions here.
 """
+
 import traceback
 from dataclasses import dataclass, fields, replace
 from math import prod
@@ -41,6 +42,7 @@ class Question:
     seqlens    of the problems to time; () are the default ones
     out_dtype  of O where it need not be that of Q, K and V; None is the default
     """
+
     dtype: str
     head_dim: int
     mask: str = "full"
@@ -52,31 +54,49 @@ class Question:
     def config(self):
         """The config of the tables' row with the changes made. ValueError, in FwdConfig's words if it is illegal."""
         from ..planning.tables import decode_config, forward_config
+
         out_dtype = out_dtype_of(self.dtype, self.head_dim, self.out_dtype)
         if self.is_decode:
             cfg = decode_config(self.dtype, self.head_dim, is_local=False, out_dtype=out_dtype)
         else:
-            cfg = forward_config(self.dtype, self.head_dim, self.mask, has_lse=False, is_varlen=False,
-                                 out_dtype=out_dtype)
+            cfg = forward_config(
+                self.dtype, self.head_dim, self.mask, has_lse=False, is_varlen=False, out_dtype=out_dtype
+            )
         kinds = {field.name: field.type for field in fields(cfg) if field.name not in GIVEN_FIELDS}
         return replace(cfg, **{name: value_of(name, text, kinds) for name, text in self.changes})
 
     def cases(self) -> list[Case]:
         """The problems to time: prefill as in the benchmark's suite, decode with nothing in the L2 cache."""
         if self.is_decode:
-            return [Case(self.dtype, self.head_dim, False, 1, seqlen, 16, 16, 2, l2="cold", out_dtype=self.out_dtype)
-                    for seqlen in self.seqlens or DECODE_SEQLENS]
+            return [
+                Case(self.dtype, self.head_dim, False, 1, seqlen, 16, 16, 2, l2="cold", out_dtype=self.out_dtype)
+                for seqlen in self.seqlens or DECODE_SEQLENS
+            ]
         sizes = SimpleNamespace(dtype=self.dtype, num_heads=None, num_heads_k=None, batch_size=None)
-        return [replace(prefill.case(sizes, self.head_dim, seqlen, self.mask == "causal",
-                                     self.window(window.WINDOWS[0])), out_dtype=self.out_dtype)
-                for seqlen in self.seqlens or PREFILL_SEQLENS]
+        return [
+            replace(
+                prefill.case(sizes, self.head_dim, seqlen, self.mask == "causal", self.window(window.WINDOWS[0])),
+                out_dtype=self.out_dtype,
+            )
+            for seqlen in self.seqlens or PREFILL_SEQLENS
+        ]
 
     def small_case(self) -> Case:
         """The problem to check: several sequences, heads that share K and V, lengths that no tile divides."""
         if self.is_decode:
             return Case(self.dtype, self.head_dim, False, 1, 1999, 3, 16, 2, out_dtype=self.out_dtype)
-        return Case(self.dtype, self.head_dim, self.mask == "causal", 333, 717, 2, 4, 2, self.window((200, 0)),
-                    out_dtype=self.out_dtype)
+        return Case(
+            self.dtype,
+            self.head_dim,
+            self.mask == "causal",
+            333,
+            717,
+            2,
+            4,
+            2,
+            self.window((200, 0)),
+            out_dtype=self.out_dtype,
+        )
 
     @property
     def wrong(self) -> float:
@@ -103,8 +123,11 @@ def label(cfg) -> str:
     name = f"{cfg.tile_m}x{cfg.tile_n} q{cfg.num_q_stages} kv{cfg.num_kv_stages}"
     if cfg.packs_heads:
         return f"{name}, {cfg.ctas_per_sm} CTAs per SM"
-    return (name + " without ping-pong" * (not cfg.use_pingpong and cfg.num_consumer_wgs > 1)
-            + " rescaling before PV" * cfg.rescale_before_pv)
+    return (
+        name
+        + " without ping-pong" * (not cfg.use_pingpong and cfg.num_consumer_wgs > 1)
+        + " rescaling before PV" * cfg.rescale_before_pv
+    )
 
 
 def compiled(cfg) -> dict:
@@ -113,20 +136,28 @@ def compiled(cfg) -> dict:
     "error" instead, if it does not compile.
     """
     from ..runtime import compiler
+
     try:
         report = compiler.compile_report(cfg)
     except compiler.CompileError as error:
         return {"name": cfg.name, "error": said(error)}
-    return {"name": cfg.name, "registers": report.registers, "smem_bytes": report.smem_bytes,
-            "problems": report.problems()}
+    return {
+        "name": cfg.name,
+        "registers": report.registers,
+        "smem_bytes": report.smem_bytes,
+        "problems": report.problems(),
+    }
 
 
 def said(error: BaseException) -> str:
     """An error in full, and the lines of the kernels on the way to it and to what caused it."""
     lines, cause = traceback.format_exception_only(error), error
     while cause:
-        places = [frame for frame in traceback.extract_tb(cause.__traceback__)
-                  if PACKAGE / "kernels" in Path(frame.filename).parents]
+        places = [
+            frame
+            for frame in traceback.extract_tb(cause.__traceback__)
+            if PACKAGE / "kernels" in Path(frame.filename).parents
+        ]
         if places:
             lines.append(f"{type(cause).__name__}\n")
         lines += [f"  at {Path(frame.filename).name}:{frame.lineno}: {frame.line}\n" for frame in places[-3:]]
@@ -150,6 +181,7 @@ class Rig:
     def launch(self, cfg, case: Case, kv_set: int = 0):
         """A function that queues the forward of a case through this config."""
         from ..runtime.launch import launch_through
+
         params, handle = self.tensors.params(case, kv_set), int(self.stream.handle)
         return lambda: launch_through(params, cfg, handle)
 
@@ -157,8 +189,9 @@ class Rig:
         """Relative error (norm) of the worst row of the small problem; not below `wrong`, perhaps NaN, if wrong."""
         self.tensors.poison_out()
         self.launch(cfg, self.small)()
-        out = download(self.tensors.buffers["out"], (prod(self.small.q_shape),), self.tensors.out_type,
-                       stream=self.stream)
+        out = download(
+            self.tensors.buffers["out"], (prod(self.small.q_shape),), self.tensors.out_type, stream=self.stream
+        )
         difference = as_float(out.reshape(self.small.q_shape)) - self.exact
         return float(np.max(np.linalg.norm(difference, axis=-1) / np.linalg.norm(self.exact, axis=-1)))
 
@@ -166,7 +199,7 @@ class Rig:
         """What to time: a case through this config, replayed from a CUDA graph where calls are short."""
         work = Work(in_turn([self.launch(cfg, case, kv_set) for kv_set in range(case.kv_sets)]))
         if case.l2 or self.stopwatch.is_short(work):
-            work.launch()       # loads the kernel and makes its scratch memory: a capture allows neither
+            work.launch()  # loads the kernel and makes its scratch memory: a capture allows neither
             return self.stopwatch.capture(work.launch, case.calls_per_graph)
         return work
 
@@ -174,8 +207,12 @@ class Rig:
 def times(case: Case, batches: list[Batch]) -> dict:
     """A case's medians over the rounds."""
     milliseconds = median(batch.milliseconds for batch in batches)
-    return {"name": case.name, "ms": milliseconds, "tflops": case.flops / milliseconds / 1e9,
-            "gbs": case.nbytes / milliseconds / 1e6}
+    return {
+        "name": case.name,
+        "ms": milliseconds,
+        "tflops": case.flops / milliseconds / 1e9,
+        "gbs": case.nbytes / milliseconds / 1e6,
+    }
 
 
 def rate(case: Case, milliseconds: float) -> str:

@@ -11,6 +11,7 @@ Without a Hopper GPU: the survivors with registers and shared memory, no times.
 
 Exit status 1 if nothing survives or a survivor is wrong, 2 if there are no such kernels.
 """
+
 import os
 import textwrap
 from dataclasses import MISSING, fields, replace
@@ -32,14 +33,19 @@ from .trial import Question, Rig, compiled, label, times
 KV_STAGES_OF_FP8 = (2, 3)
 TILE_MS, TILE_NS, Q_STAGES = (64, 128, 192), tuple(range(32, 257, 16)), (1, 2)
 SEQLENS = (4096, 16384)
-RUNNERS_UP = 3      # named in the row's reason
+RUNNERS_UP = 3  # named in the row's reason
 
 
 def add_arguments(parser) -> None:
     add_problem(parser)
     parser.add_argument("--tile-m", type=one_or_more(int, TILE_MS), default=TILE_MS, metavar="M,..")
-    parser.add_argument("--tile-n", type=one_or_more(int), default=TILE_NS, metavar="N,..",
-                        help="default: every multiple of 16, FP8 32, from 32 to 256")
+    parser.add_argument(
+        "--tile-n",
+        type=one_or_more(int),
+        default=TILE_NS,
+        metavar="N,..",
+        help="default: every multiple of 16, FP8 32, from 32 to 256",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the N candidates nearest to the row in force")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
@@ -47,25 +53,30 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    question = Question(args.dtype, args.head_dim, args.mask, seqlens=tuple(args.seqlen) or SEQLENS,
-                        out_dtype=args.out_dtype)
+    question = Question(
+        args.dtype, args.head_dim, args.mask, seqlens=tuple(args.seqlen) or SEQLENS, out_dtype=args.out_dtype
+    )
     try:
-        row = cast(FwdConfig, question.config())        # no decode kernel is asked for
+        row = cast(FwdConfig, question.config())  # no decode kernel is asked for
     except ValueError as error:
         print(error)
         return 2
     configs = candidates(row, args.tile_m, args.tile_n)
-    chosen = configs[:args.limit]
+    chosen = configs[: args.limit]
     problem = hopper_device_problem()
-    print(f"{len(configs)} legal configs" + f", of which {len(chosen)}" * (len(chosen) < len(configs))
-          + f" are compiled, {args.jobs} at a time", flush=True)
+    print(
+        f"{len(configs)} legal configs"
+        + f", of which {len(chosen)}" * (len(chosen) < len(configs))
+        + f" are compiled, {args.jobs} at a time",
+        flush=True,
+    )
     survivors = print_survivors(chosen, args.jobs)
     if not survivors:
         return 1
     if problem:
         print(f"no times: {problem}")
         return 0
-    list(spread(stored, survivors, args.jobs))      # the launches find them on disk
+    list(spread(stored, survivors, args.jobs))  # the launches find them on disk
     rig = Rig(question)
     right = [cfg for cfg in survivors if is_right(rig, cfg)]
     if right:
@@ -79,8 +90,13 @@ def candidates(base: FwdConfig, tile_ms, tile_ns) -> list[FwdConfig]:
     A single warpgroup has no other to take turns with: without ping-pong only.
     """
     found = {base}
-    choices = {"tile_m": tile_ms, "tile_n": tile_ns, "num_q_stages": Q_STAGES, "use_pingpong": (False, True),
-               "rescale_before_pv": (False, True)}
+    choices = {
+        "tile_m": tile_ms,
+        "tile_n": tile_ns,
+        "num_q_stages": Q_STAGES,
+        "use_pingpong": (False, True),
+        "rescale_before_pv": (False, True),
+    }
     if base.is_fp8:
         choices |= {"num_kv_stages": KV_STAGES_OF_FP8}
     for values in product(*choices.values()):
@@ -89,14 +105,16 @@ def candidates(base: FwdConfig, tile_ms, tile_ns) -> list[FwdConfig]:
             continue
         try:
             found.add(replace(base, **variant))
-        except ValueError:      # illegal
+        except ValueError:  # illegal
             continue
 
     def distance(cfg: FwdConfig) -> tuple:
-        differ = [getattr(cfg, field.name) != getattr(base, field.name)
-                  for field in fields(base) if field.name != "tile_n"]
+        differ = [
+            getattr(cfg, field.name) != getattr(base, field.name) for field in fields(base) if field.name != "tile_n"
+        ]
         chosen = [getattr(cfg, name) for name in choices]
         return sum(differ), abs(cfg.tile_m * cfg.tile_n - base.tile_m * base.tile_n), *chosen
+
     return sorted(found, key=distance)
 
 
@@ -107,8 +125,9 @@ def print_survivors(configs: list[FwdConfig], jobs: int) -> list[FwdConfig]:
         if not found.get("problems", [found.get("error")]):
             survivors.append(cfg)
             table.print_row([label(cfg), found["registers"], found["smem_bytes"]])
-    print(f"{len(survivors)} of {len(configs)} survive; the others spill, serialise WGMMA or do not compile",
-          flush=True)
+    print(
+        f"{len(survivors)} of {len(configs)} survive; the others spill, serialise WGMMA or do not compile", flush=True
+    )
     return survivors
 
 
@@ -116,7 +135,7 @@ def stored(cfg: FwdConfig) -> None:
     """Leaves a kernel in the disk cache."""
     try:
         get_kernel(cfg)
-    except CompileError as error:       # the launch will meet it again
+    except CompileError as error:  # the launch will meet it again
         print(error)
 
 
@@ -146,9 +165,11 @@ def print_best(rig: Rig, row: FwdConfig, rates: dict[FwdConfig, list[float]]) ->
     for cfg in ranked:
         ratio = (prod(rates[cfg]) / prod(rates[base])) ** (1 / len(rig.cases))
         table.print_row([label(cfg), *(f"{rate:.1f}" for rate in rates[cfg]), f"{ratio:.3f}"])
-    print(f"\n1.000 is {label(base)}, {'the row in force' if base is row else 'the best: the row in force failed'}. "
-          "The best as a row of tables.py:\n\n"
-          + heuristics_row(ranked, rates, f"TFLOP/s at {tokens(rig.cases)} tokens, {rig.gpu}, {datetime.now(UTC):%F}"))
+    print(
+        f"\n1.000 is {label(base)}, {'the row in force' if base is row else 'the best: the row in force failed'}. "
+        "The best as a row of tables.py:\n\n"
+        + heuristics_row(ranked, rates, f"TFLOP/s at {tokens(rig.cases)} tokens, {rig.gpu}, {datetime.now(UTC):%F}")
+    )
 
 
 def heuristics_row(ranked: list[FwdConfig], rates: dict[FwdConfig, list[float]], what: str) -> str:
@@ -157,10 +178,13 @@ def heuristics_row(ranked: list[FwdConfig], rates: dict[FwdConfig, list[float]],
     numbers = [" / ".join(f"{rate:.0f}" for rate in rates[cfg]) for cfg in ranked]
     named = [f"{label(cfg)} {text}" for cfg, text in zip(others[:RUNNERS_UP], numbers[1:], strict=False)]
     reason = "; ".join([f"{numbers[0]} {what}", *named])
-    unusual = [f"{field.name}={getattr(best, field.name)}" for field in fields(Row)
-               if field.default is not MISSING and getattr(best, field.name) != field.default]
+    unusual = [
+        f"{field.name}={getattr(best, field.name)}"
+        for field in fields(Row)
+        if field.default is not MISSING and getattr(best, field.name) != field.default
+    ]
     key = (ELEMENT_BYTES[best.dtype], best.head_dim, best.mask)
-    start = f'    {key}: Row('.replace("'", '"') + f"{best.tile_m}, {best.tile_n}, {best.num_q_stages}, "
+    start = f"    {key}: Row(".replace("'", '"') + f"{best.tile_m}, {best.tile_n}, {best.num_q_stages}, "
     lines = textwrap.wrap(reason, 112 - len(start), drop_whitespace=False)
     quoted = f"\n{' ' * len(start)}".join(f'"{line}"' for line in lines)
     return start + ", ".join([quoted, *unusual]) + "),"

@@ -203,7 +203,7 @@ def test_dev_checks_fp8(question, gpu, monkeypatch):
     monkeypatch.setattr(trial, "open_device", bench.open_device)
     monkeypatch.setattr(trial, "download", gpu.download)
     monkeypatch.setattr(trial, "Stopwatch", lambda device, stream: fake_stopwatch(stream, monkeypatch))
-    monkeypatch.setattr(launch, "launch", lambda params, cfg, stream: gpu.forward(params, stream))
+    monkeypatch.setattr(launch, "launch_through", lambda params, cfg, stream: gpu.forward(params, stream))
     found = dev.measure_task(question)()
     assert 0 < found["worst_row"] < 1e-2 and found["wrong"] == 8e-2
     assert set(gpu.calls) == {DataType.FP8_E4M3}

@@ -1,4 +1,5 @@
 """Sliding windows in long sequences, beside the causal mask: only tiles that the band touches may cost time."""
+
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,15 +14,18 @@ SHOWN = ARITHMETIC
 FIXED = ("masks",)
 HEAD_DIMS = (64, 128)
 SEQLENS = (16384,)
-WINDOWS = ((1024, 0), (512, 512))       # (left, right): as models use it under a causal mask, and symmetric
+WINDOWS = ((1024, 0), (512, 512))  # (left, right): as models use it under a causal mask, and symmetric
 
 
 def cases(args) -> list[Case]:
-    """Every case that the command line leaves in: by head_dim, then length, then mask; causal, which they go by, first.
-    """
-    return [prefill.case(args, head_dim, seqlen, is_causal, window)
-            for head_dim in args.head_dim or HEAD_DIMS for seqlen in args.seqlen or SEQLENS
-            for is_causal, window in ((True, (-1, -1)), *((False, window) for window in WINDOWS))]
+    """Every case that the command line leaves in: by head_dim, then length, then mask; causal, which they go
+    by, first."""
+    return [
+        prefill.case(args, head_dim, seqlen, is_causal, window)
+        for head_dim in args.head_dim or HEAD_DIMS
+        for seqlen in args.seqlen or SEQLENS
+        for is_causal, window in ((True, (-1, -1)), *((False, window) for window in WINDOWS))
+    ]
 
 
 def conclusions(times: dict[Case, float], rows: Sequence[dict] = ()) -> list[str]:
@@ -32,15 +36,23 @@ def conclusions(times: dict[Case, float], rows: Sequence[dict] = ()) -> list[str
             continue
         causal = replace(case, is_causal=True, window=(-1, -1))
         share = visible_tiles(case) / visible_tiles(causal)
-        lines.append(f"{case.name}: {time / (share * times[causal]):.2f}x the time of its tiles at the causal rate "
-                     f"({share:.1%} of the causal tiles, {time / times[causal]:.1%} of the causal time)")
+        lines.append(
+            f"{case.name}: {time / (share * times[causal]):.2f}x the time of its tiles at the causal rate "
+            f"({share:.1%} of the causal tiles, {time / times[causal]:.1%} of the causal time)"
+        )
     return lines
 
 
 def visible_tiles(case: Case) -> int:
     """Tiles of one head that hold a visible score, in the causal kernel's tiling, whichever mask it is."""
-    cfg = forward_config(case.dtype, case.head_dim, "causal", has_lse=False, is_varlen=False,
-                         out_dtype=out_dtype_of(case.dtype, case.head_dim))
+    cfg = forward_config(
+        case.dtype,
+        case.head_dim,
+        "causal",
+        has_lse=False,
+        is_varlen=False,
+        out_dtype=out_dtype_of(case.dtype, case.head_dim),
+    )
     left, right = case.visible_bounds
     tiles = 0
     for first_row in range(0, case.seqlen_q, cfg.tile_m):
