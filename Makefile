@@ -15,7 +15,7 @@ help:
 	@echo "make test      run every test that this machine can run"
 	@echo "make test-gpu  compile every kernel, run the GPU tests, fail without a Hopper GPU, write tests/gpu_record.json"
 	@echo "make fingerprints  compile every kernel and record its code in tests/support/fingerprints.json"
-	@echo "make lint      ruff"
+	@echo "make lint      ruff, and the types of all but the kernels"
 	@echo "make bench     time the prefill suite; ARGS=\"--suite varlen --peers fa3\" chooses, narrows or extends"
 	@echo "make clean     remove .venv and what builds and tests leave behind"
 
@@ -52,6 +52,7 @@ fingerprints: $(STAMP)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m basedpyright
 
 bench: $(STAMP)
 	$(PYTHON) -m fa3_cute bench --suite prefill $(ARGS)

@@ -6,6 +6,7 @@ needs it: validation, `explain` and refusals work on any machine.
 import threading
 from functools import cache
 from operator import attrgetter
+from typing import Any
 
 from .arrays.call import AttentionCall, attention_on_device, attention_on_host
 from .contract.params import DESCALES, POINTERS, SHAPE, AttentionMode, DataType, FlashAttentionParams
@@ -48,13 +49,13 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
 def _first_call(params, values: tuple | None, stream) -> Status:
     """`forward` of a shape that this thread has not launched yet, or in another way."""
     p = _plain(params)
-    problem, shape = operations.checked(p)
-    if problem is not None:
-        return record_error(*problem)
+    shape = operations.checked(p)
+    if isinstance(shape, Problem):
+        return record_error(*shape)
     if shape.seqlen_q == 0:
         return _OK          # packed: no row to write
     launcher = _launcher()
-    addresses = launcher.addresses_of(p)
+    addresses, call = launcher.addresses_of(p), None
     for step in operation_of(shape).launches:
         call = launcher.launch(step, shape, addresses, stream)
     if p is params and values is not None:      # of plain values, which cannot change and still be the same objects
@@ -69,9 +70,9 @@ def warmup(params: FlashAttentionParams, stream=None) -> Status:
     stream's own and a spare one, which the first capture on a stream without one takes. Arguments, returns and raises
     as `forward`; the params are checked in full, but of the pointers only presence and alignment matter.
     """
-    problem, shape = operations.checked(_plain(params))
-    if problem is not None:
-        return record_error(*problem)
+    shape = operations.checked(_plain(params))
+    if isinstance(shape, Problem):
+        return record_error(*shape)
     launcher = _launcher()
     try:
         for step in operation_of(shape).launches:
@@ -110,9 +111,9 @@ def kernel_config(params: FlashAttentionParams) -> Config:
 
     Raises FlashAttentionError for params that `forward` would refuse.
     """
-    problem, shape = operations.checked(_plain(params))
-    if problem is not None:
-        raise error_for(*problem)
+    shape = operations.checked(_plain(params))
+    if isinstance(shape, Problem):
+        raise error_for(*shape)
     return operation_of(shape).launches[-1].config
 
 
@@ -125,8 +126,9 @@ class _Repeatable:
     __slots__ = "values", "call", "has_lse", "is_fp8"
 
     def __init__(self, values: tuple, call, shape):
-        self.values, self.call, self.has_lse = values, call, shape.has_lse
-        self.is_fp8 = shape.out_dtype is not None
+        self.values, self.call = values, call
+        self.has_lse = shape is not None and shape.has_lse
+        self.is_fp8 = shape is not None and shape.out_dtype is not None
 
     def repeat(self, params, stream) -> bool:
         """Launch these params, whose shape is this call's, its way; False, and nothing done, if that cannot be."""
@@ -150,19 +152,14 @@ class _Repeatable:
         return True
 
 
-class _Nothing:
-    """Before a thread's first call: equal to no values."""
-    values = ()
-
-
 class _Thread(threading.local):
     """What a thread has launched, by the values of SHAPE."""
 
     def __init__(self):
-        self.last = _Nothing
+        self.last = _Repeatable((), None, None)      # before the first call: equal to no values
         self.known: dict[tuple, _Repeatable] = {}
 
-    def known_for(self, values: tuple | None) -> _Repeatable | None:
+    def known_for(self, values: Any) -> _Repeatable | None:
         """What can repeat a call of these values; mostly it is the last one."""
         try:
             if values == self.last.values:

@@ -1,13 +1,14 @@
 """attention() over arrays: what it accepts, in NumPy on the host and as a call of `forward` on a device. No framework.
 
 The element type comes from the arrays, the sizes from their shapes; what remains to be checked is checked by the rules
-of validate.py, on the host too.
+of the contract, on the host too.
 """
 from dataclasses import dataclass
+from typing import Any
 from numbers import Real
 
 from ..contract.params import AttentionMode, DataType, FlashAttentionParams
-from ..contract.status import Status, error_for, shown
+from ..contract.status import Problem, Status, error_for, shown
 from ..planning.operations import checked
 from ..contract.plain import plain
 from ..contract.rules import contract_problems
@@ -25,23 +26,23 @@ _ANY_ADDRESS = 16
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
     """The arguments of attention(), as given."""
-    q: object
-    k: object
-    v: object
-    out: object
-    stream: object
-    causal: object
-    window_size: object
-    softmax_scale: object
-    cu_seqlens_q: object
-    cu_seqlens_k: object
-    seqused_k: object
-    q_descale: object
-    k_descale: object
-    v_descale: object
-    num_splits: object
-    return_lse: object
-    dtype: object
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    stream: Any
+    causal: Any
+    window_size: Any
+    softmax_scale: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    seqused_k: Any
+    q_descale: Any
+    k_descale: Any
+    v_descale: Any
+    num_splits: Any
+    return_lse: Any
+    dtype: Any
 
     def given(self, *names: str) -> dict:
         """Those of the arguments that are not None."""
@@ -112,9 +113,9 @@ def attention_on_device(call: AttentionCall, forward):
         element = call.element_type(q.dtype, k.dtype, v.dtype, DEVICE_DTYPES)
         _check_tensors(call, tensors, element, device)
         params = _params(call, tensors, element)
-        problem, _ = checked(plain(params))
-        if problem:
-            raise error_for(*problem)
+        found = checked(plain(params))
+        if isinstance(found, Problem):
+            raise error_for(*found)
         out, lse = call.out, None
         if out is None:
             out = interop.new_array("out", q.shape, _out_dtypes(element)[0], call.stream, device)
@@ -246,7 +247,7 @@ def _require_numpy(call: AttentionCall) -> None:
 def _check_host_call(call: AttentionCall, element: str) -> None:
     """Raise what `forward` would say to this call, apart from addresses and from what has no kernel yet."""
     call.require_dims(q=call.q.shape, k=call.k.shape)
-    pointers = dict.fromkeys(call.given(*LENGTHS), _ANY_ADDRESS)
+    pointers: dict[str, Any] = dict.fromkeys(call.given(*LENGTHS), _ANY_ADDRESS)
     pointers |= {f"{name}_ptr": _ANY_ADDRESS for name in call.given(*DESCALES)}
     found = contract_problems(FlashAttentionParams(
         q=_ANY_ADDRESS, k=_ANY_ADDRESS, v=_ANY_ADDRESS, out=_ANY_ADDRESS, dtype=HOST_DTYPES[element],

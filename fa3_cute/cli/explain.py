@@ -14,6 +14,7 @@ import json
 from ..api import AttentionMode, DataType, FlashAttentionParams, explain
 from ..contract.formats import FP8, FP8_OUT_DTYPES
 from ..contract.plain import plain
+from ..contract.status import Problem
 from ..planning.operations import Config, checked, operation_of
 from ..planning.splits import SplitPlan
 
@@ -128,8 +129,8 @@ def params_of(args) -> FlashAttentionParams:
 
 def served(params: FlashAttentionParams) -> dict:
     """Which kernel serves valid params, why, and how a decode call is laid out."""
-    _, shape = checked(plain(params))
-    assert shape is not None, "the params are valid"
+    shape = checked(plain(params))
+    assert not isinstance(shape, Problem), "the params are valid"
     operation = operation_of(shape)
     launch = operation.launches[-1]
     cfg, plan = launch.config, launch.plan

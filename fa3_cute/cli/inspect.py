@@ -93,7 +93,7 @@ def smem_map(cfg: FwdConfig | DecodeConfig) -> list[dict]:
 
 def critical(clocks: dict[str, float]) -> str:
     """The unit that is busy longest."""
-    return max(clocks, key=clocks.get)
+    return max(clocks, key=lambda unit: clocks[unit])
 
 
 def print_facts(cfg: FwdConfig | DecodeConfig, facts: dict) -> None:

@@ -32,6 +32,7 @@ _read = attrgetter(*ARGUMENTS)
 class Plain(FlashAttentionParams):
     """A call whose values are plain; `raw` is the caller's."""
     __slots__ = ("raw",)
+    raw: FlashAttentionParams
 
 
 def _refused(value):
@@ -113,7 +114,8 @@ def plain(params: FlashAttentionParams) -> FlashAttentionParams:
     if all(kind in accepted for kind, accepted in zip(types, _ACCEPTED, strict=True)):
         _plain_types.add(types)
         return params
-    copy = Plain(**{name: _refused(value) if argument.refused else _READERS[argument.kind](name, value)
-                    for (name, argument), value in zip(ARGUMENTS.items(), values, strict=True)})
+    copy = Plain()
     copy.raw = params
+    for (name, argument), value in zip(ARGUMENTS.items(), values, strict=True):
+        setattr(copy, name, _refused(value) if argument.refused else _READERS[argument.kind](name, value))
     return copy

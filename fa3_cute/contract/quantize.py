@@ -3,6 +3,8 @@
 For arrays on the host. Users of CuPy, JAX and PyTorch quantise on the device with their own library, in the same three
 steps: descale = amax / 448; x / descale, clipped to +-448; cast.
 """
+from typing import Any
+
 import numpy as np
 
 from .reference import as_float, used_rows
@@ -116,7 +118,7 @@ def _sequences(x, cu_seqlens, seqused) -> list[tuple]:
 
 def _chunks(x, sequences):
     """Yield (sequence, index of some of its rows, their values as floats), through all used rows. Finite ones only."""
-    dtype = np.float64 if x.dtype == np.float64 else np.float32
+    dtype: Any = np.float64 if x.dtype == np.float64 else np.float32
     step = max(1, CHUNK // max(1, x.shape[-2] * x.shape[-1]))
     for sequence, (*outer, rows) in enumerate(sequences):
         for first in range(rows.start, rows.stop, step):

@@ -25,6 +25,7 @@ ml_dtypes.float8_e4m3fn arrays, or uint8 arrays of the bits. `as_float` reads th
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -156,13 +157,13 @@ class Options:
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
     softmax_scale: float | None = None
-    cu_seqlens_q: object = None
-    cu_seqlens_k: object = None
-    seqused_q: object = None
-    seqused_k: object = None
-    q_descale: object = None
-    k_descale: object = None
-    v_descale: object = None
+    cu_seqlens_q: Any = None
+    cu_seqlens_k: Any = None
+    seqused_q: Any = None
+    seqused_k: Any = None
+    q_descale: Any = None
+    k_descale: Any = None
+    v_descale: Any = None
 
 
 def attention_reference(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:

@@ -117,8 +117,8 @@ def _sizes(p) -> Sentences:
     if heads * tiles * splits <= MAX_TILES:
         return ()
     times = f", num_splits={splits}" if splits > 1 else ""
-    return [f"batch_size={batch}, num_heads={heads}, {rows_q}={rows}{times}: must make at most {MAX_TILES} tiles of "
-            f"{SMALLEST_TILE_M} rows, not {heads * tiles * splits}"]
+    return [(f"batch_size={batch}, num_heads={heads}, {rows_q}={rows}{times}: must make at most {MAX_TILES} tiles of "
+             f"{SMALLEST_TILE_M} rows, not {heads * tiles * splits}")]
 
 
 def _strides(p) -> Sentences:

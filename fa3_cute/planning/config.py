@@ -5,6 +5,7 @@ depends on a length, a pointer or a stride; those are run-time arguments (`FORWA
 """
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from ..contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES
@@ -38,6 +39,9 @@ class KernelConfig:
     packs_heads = False             # consecutive rows of a tile are heads of one query
     takes_max_of_bits = False       # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
     uses_setmaxnreg = False
+
+    if TYPE_CHECKING:       # what the configs of both kernels have: fields, rules, rings and roles
+        def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self):
         problem = self.first_problem()

@@ -3,7 +3,7 @@
 The only place that knows one kind of config from another: what differs between the kernels on the host is asked of a
 Launch.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..contract.arguments import Entry
 from ..contract.params import FlashAttentionParams
@@ -12,7 +12,7 @@ from ..contract.rules import CONTRACT_RULES, first_problem, walk
 from ..contract.status import Problem, Status, shown
 from .config import DecodeConfig, FwdConfig
 from .problem import ProblemShape
-from .splits import SplitPlan, is_decode, is_windowed, plan_of
+from .splits import is_decode, is_windowed, plan_of
 from .tables import decode_config, decode_row, forward_config, forward_row
 
 Config = FwdConfig | DecodeConfig
@@ -24,12 +24,12 @@ class Launch(NamedTuple):
     config    the kernel, as its compile-time choices
     reason    the measurement behind the config's row of the tables
     scratch   what it needs of the library's memory: "tile_counter", "splits" or "none"
-    plan      of split-KV, None where K and V are never split
+    plan      of split-KV (a SplitPlan), None where K and V are never split
     """
     config: Config
     reason: str
     scratch: str
-    plan: SplitPlan | None = None
+    plan: Any = None
 
     @property
     def entry(self) -> Entry:
@@ -69,15 +69,15 @@ def launch_of(cfg: Config, shape: ProblemShape) -> Launch:
     return Launch(cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask).reason, "tile_counter")
 
 
-def checked(p: FlashAttentionParams) -> tuple[Problem | None, ProblemShape | None]:
-    """Of plain params: (the first problem, None) where `forward` refuses them, else (None, their shape)."""
+def checked(p: FlashAttentionParams) -> Problem | ProblemShape:
+    """Of plain params: the first problem where `forward` refuses them, else their shape."""
     problem = first_problem(p)
     if problem is not None:
-        return problem, None
+        return problem
     shape = ProblemShape.of(p)
     if shape.workspace and (problem := _workspace_problem(p, shape)):
-        return problem, None
-    return None, shape
+        return problem
+    return shape
 
 
 def problems(params: FlashAttentionParams) -> list[Problem]:

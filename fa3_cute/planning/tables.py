@@ -1,6 +1,7 @@
 """Which kernel serves which problem: one table, a row per (bytes per element, head_dim, mask), each with its reason."""
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from .config import DecodeConfig, FwdConfig
@@ -108,7 +109,7 @@ def forward_row(dtype: str, head_dim: int, mask: str) -> Row:
 _interned: dict[FwdConfig | DecodeConfig, FwdConfig | DecodeConfig] = {}
 
 
-def interned(cfg):
+def interned(cfg: Any) -> Any:
     """The one config that is equal to this one."""
     return _interned.setdefault(cfg, cfg)
 

@@ -9,6 +9,7 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 EM_CUDA = 190                    # ELF e_machine
 SHT_NOBITS = 8
@@ -102,7 +103,7 @@ def _shared_attributes(sections: dict[str, bytes]) -> dict[str, dict]:
 
 def _kernel_attributes(content: bytes) -> dict:
     """Attributes of one kernel's own section: its required block and {parameter index: (offset, bytes)}."""
-    facts = {ATTRIBUTE_PARAMETER: {}}
+    facts: dict[int, Any] = {ATTRIBUTE_PARAMETER: {}}
     for attribute, payload in _attributes(content):
         if attribute == ATTRIBUTE_PARAMETER:
             _, index, offset, packed = struct.unpack("<IHHI", payload)

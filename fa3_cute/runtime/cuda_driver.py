@@ -5,6 +5,7 @@ The device of a launch is its stream's. Compute capability and SM count are aske
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 from cuda.bindings import driver, runtime
 from cuda.bindings.driver import CUdevice_attribute, CUresult, CUstreamCaptureStatus
@@ -133,7 +134,7 @@ def is_capturing(stream: int) -> bool:
     raise CudaFailure(int(failed), *_driver_error(failed), "asking whether the stream is capturing")
 
 
-def checked(result: tuple, action: str):
+def checked(result: tuple, action: str) -> Any:
     """The value of a driver call's (CUresult, value), or None; raises CudaFailure if the call failed."""
     failed, *values = result
     if failed:
@@ -141,9 +142,10 @@ def checked(result: tuple, action: str):
     return values[0] if values else None
 
 
-def _driver_error(failed: CUresult) -> tuple[str, ...]:
-    answers = (driver.cuGetErrorName(failed), driver.cuGetErrorString(failed))
-    return tuple(text.decode() if text else "unknown" for _, text in answers)
+def _driver_error(failed: CUresult) -> tuple[str, str]:
+    name, text = (words.decode() if words else "unknown" for _, words in (
+        driver.cuGetErrorName(failed), driver.cuGetErrorString(failed)))
+    return name, text
 
 
 def check_runtime_error(code: int, action: str) -> None:

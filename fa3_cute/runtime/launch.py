@@ -246,7 +246,7 @@ class SplitScratch:
 
     def __init__(self, memory: Memory, stream: int, plan: SplitPlan, workspace: int):
         self.memory, self.stream, self.plan, self.given = memory, stream, plan, workspace
-        self.own = None if workspace else self.own_workspace()
+        self.own: Any = None if workspace else self.own_workspace()
 
     def addresses(self) -> tuple[int, int]:
         """partials, arrivals."""

@@ -91,11 +91,12 @@ def gpu(monkeypatch):
             "_device_of": lambda name, address: 0, "_allocate": allocate}.items():
         monkeypatch.setattr(interop, name, stand_in)
     launcher = SimpleNamespace(
-        launch=lambda params, cfg, stream: seen.launches.append((params, stream)) or SimpleNamespace(
-            shape=(), repeat=lambda *call: False),
+        addresses_of=lambda params: params,
+        launch=lambda step, shape, params, stream: seen.launches.append((params, stream)),
         CudaFailure=CudaFailure, UnsupportedDevice=UnsupportedDevice, NotWarmedUp=NotWarmedUp)
     monkeypatch.setattr(api, "_launcher", lambda: launcher)
-    monkeypatch.setattr(api, "_thread", SimpleNamespace(last_call=None))
+    monkeypatch.setattr(api, "_thread", api._Thread())
+    monkeypatch.setattr(api._Thread, "remember", lambda *_: None)      # each call comes with all of its params
     return seen
 
 
