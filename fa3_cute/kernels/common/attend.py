@@ -22,6 +22,7 @@ from .block_range import BlockRange
 from .copies import clear_rows
 from .fp8 import Descales
 from .layout import ROW_STEP, as_operand_a, convert, fragment_row
+from .row_end import end_rows, end_rows_without_keys
 from .softmax import OnlineSoftmax, Scores
 from .tiles import Tile
 from .transpose import transpose_in_place
@@ -111,7 +112,7 @@ class Attend:
     def last_pv(self):
         """O += P[first] V[first], then normalise."""
         self.add_pv()
-        self.softmax.finalize(self.acc_O, self.value_factor)
+        end_rows(self.softmax, self.acc_O, self.value_factor)
 
     @cute.jit
     def add_pv(self):
@@ -125,8 +126,7 @@ class Attend:
     @cute.jit
     def no_visible_key(self):
         """O = 0 and LSE = -inf: no row of the tile sees a key. Takes no turn and no K or V slot."""
-        self.acc_O.fill(0.0)
-        self.softmax.no_key()
+        end_rows_without_keys(self.softmax, self.acc_O)
 
     @cute.jit
     def has_negative_row(self) -> Boolean:

@@ -1,7 +1,7 @@
 """Online softmax over the K/V tiles of one Q tile (Milakov & Gimelshein 2018; FA3 paper, algorithm 1, lines 9-13).
 
 row_max    running maximum of the raw scores
-row_sum    running sum of exp2(scale_log2 * (score - row_max)), per thread until finalize
+row_sum    running sum of exp2(scale_log2 * (score - row_max)), per thread until the row's end (row_end.py)
 row_scale  what O must still be multiplied with since row_max last moved
 
 FP8 holds P and row_sum 2^p_scale_log2 times as large (fp8.py).
@@ -159,28 +159,3 @@ class OnlineSoftmax:
                 O[r, None].store(O[r, None].load() * self.row_scale[r] + T[r, None].load())
             elif r < self.num_used:
                 O[r, None].store(O[r, None].load() * self.row_scale[r] + T[r, None].load())
-
-    @cute.jit
-    def finalize(self, acc_O: cute.Tensor, value_factor: Optional[Float32] = None):
-        """O *= value_factor / row_sum, and row_sum becomes LSE = ln(sum exp(softmax_scale * score)).
-
-        A row that saw no key has the sum 0: its O is 0 and its LSE -inf. A NaN sum stays NaN in both.
-        """
-        O = as_rows_cols(acc_O)
-        for r in cutlass.range_constexpr(cute.size(self.row_sum)):
-            total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=THREADS_PER_ROW)
-            is_empty = total == 0.0
-            inverse = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
-            if const_expr(value_factor is not None):
-                inverse = inverse * value_factor
-            O[r, None].store(O[r, None].load() * inverse)
-            log2_sum = cute.math.log2(total, fastmath=True)
-            if const_expr(self.p_scale_log2 != 0):
-                log2_sum = log2_sum - self.p_scale_log2
-            lse = (self.row_max[r] * self.scale_of(r) + log2_sum) * math.log(2.0)
-            self.row_sum[r] = -Float32.inf if is_empty else lse
-
-    @cute.jit
-    def no_key(self):
-        """The state of `finalize` for a tile that no key reaches."""
-        self.row_sum.fill(-Float32.inf)

@@ -104,7 +104,7 @@ class Merge:
 
     @cute.jit
     def finish(self) -> Float32:
-        """acc becomes O; returns LSE. No key at all: O = 0, LSE = -inf."""
+        """acc becomes O; returns LSE. No key at all: O = 0, LSE = -inf. Of merged rows the end (common/row_end.py)."""
         is_empty = self.total == 0.0
         inverse = Float32(0.0) if is_empty else cute.arch.rcp_approx(self.total)
         for c in cutlass.range_constexpr(COLUMNS):
