@@ -7,7 +7,7 @@ import numpy as np
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward, warmup, workspace_size
 from fa3_cute.arrays.memory import download, fill, hopper_device_problem, open_device, upload
 from fa3_cute.contract.reference import attention_reference, low_precision_twin
-from fa3_cute.planning.splits import plan_of
+from fa3_cute.planning.operations import checked, operation_of
 
 BATCH, CONTEXT, HEADS, HEADS_K, HEAD_DIM = 4, 2048, 16, 2, 128
 NUM_SPLITS = (0, 1, 32)     # parts of the context, computed side by side: as many as pay, one (batch-invariant), 32
@@ -71,7 +71,8 @@ def main() -> int:
     no_call = [(params_of(n, 16, 16, 16, 16), rounded) for n in NUM_SPLITS]     # some addresses: none is looked at
     for params, out in no_call if problem else on_gpu(q, k, v):
         errors.append(np.abs(out - exact).max())
-        print(f"num_splits={params.num_splits} runs as {plan_of(params).num_splits} and needs a workspace of "
+        launch, = operation_of(checked(params)).launches
+        print(f"num_splits={params.num_splits} runs as {launch.plan.num_splits} and needs a workspace of "
               f"{workspace_size(params)} bytes: largest error against float64 {errors[-1]:.1e}, allowed {allowed:.1e}")
     return 0 if np.max(errors) <= allowed else 1    # a NaN is no small error
 
