@@ -52,6 +52,7 @@ fingerprints: $(STAMP)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m basedpyright
 
 bench: $(STAMP)

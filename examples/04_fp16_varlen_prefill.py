@@ -2,6 +2,7 @@
 
 Without a Hopper GPU: compiles the same kernel for sm_90a, shows what came out, computes the example in NumPy.
 """
+
 import numpy as np
 
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward
@@ -10,7 +11,7 @@ from fa3_cute.contract.reference import attention_reference, low_precision_twin
 
 LENGTHS, HEADS, HEAD_DIM = (256, 512, 128), 16, 128
 TOTAL = sum(LENGTHS)
-OTHER_LENGTHS = (100, 0, 700)           # the same buffers later: another split, an empty sequence, rows to spare
+OTHER_LENGTHS = (100, 0, 700)  # the same buffers later: another split, an empty sequence, rows to spare
 
 
 def offsets(lengths) -> np.ndarray:
@@ -26,15 +27,27 @@ def on_gpu(q, k, v):
     out_gpu = device.allocate(q.nbytes, stream=stream)
 
     params = FlashAttentionParams(
-        q=q_gpu.handle, k=k_gpu.handle, v=v_gpu.handle, out=out_gpu.handle,     # [total, heads, head_dim]
-        mode=AttentionMode.VARLEN_PREFILL, batch_size=len(LENGTHS), total_q=TOTAL, total_k=TOTAL,
-        cu_seqlens_q=cu_seqlens.handle, cu_seqlens_k=cu_seqlens.handle,         # int32 on the device; may differ
-        num_heads=HEADS, num_heads_k=HEADS, head_dim=HEAD_DIM, is_causal=True, dtype=DataType.FP16)
+        q=q_gpu.handle,
+        k=k_gpu.handle,
+        v=v_gpu.handle,
+        out=out_gpu.handle,  # [total, heads, head_dim]
+        mode=AttentionMode.VARLEN_PREFILL,
+        batch_size=len(LENGTHS),
+        total_q=TOTAL,
+        total_k=TOTAL,
+        cu_seqlens_q=cu_seqlens.handle,
+        cu_seqlens_k=cu_seqlens.handle,  # int32 on the device; may differ
+        num_heads=HEADS,
+        num_heads_k=HEADS,
+        head_dim=HEAD_DIM,
+        is_causal=True,
+        dtype=DataType.FP16,
+    )
     forward(params, stream).check()
     yield download(out_gpu, q.shape, np.float16, stream=stream)
 
-    upload(offsets(OTHER_LENGTHS), cu_seqlens, stream=stream)   # the host never reads lengths: a captured graph
-    forward(params, stream).check()                             # replays with new ones in the same way
+    upload(offsets(OTHER_LENGTHS), cu_seqlens, stream=stream)  # the host never reads lengths: a captured graph
+    forward(params, stream).check()  # replays with new ones in the same way
     print(f"{device.name}: two calls with the same params, other lengths on the device")
     yield download(out_gpu, q.shape, np.float16, stream=stream)
 
@@ -43,9 +56,12 @@ def compile_only():
     """What ptxas made of the kernel that `on_gpu` would run."""
     from fa3_cute.runtime.compiler import compile_report
     from fa3_cute.planning.tables import forward_config
+
     report = compile_report(forward_config("fp16", HEAD_DIM, "causal", has_lse=False, is_varlen=True))
-    print(f"{report.name} for sm_90a: {report.registers} registers, {report.smem_bytes} bytes of shared memory, "
-          f"{report.stack_bytes} bytes spilled, compiled in {report.seconds:.1f} s")
+    print(
+        f"{report.name} for sm_90a: {report.registers} registers, {report.smem_bytes} bytes of shared memory, "
+        f"{report.stack_bytes} bytes spilled, compiled in {report.seconds:.1f} s"
+    )
 
 
 def main() -> int:
@@ -59,9 +75,9 @@ def main() -> int:
     is_right = True
     for lengths in (LENGTHS, OTHER_LENGTHS):
         packing = {"cu_seqlens_q": offsets(lengths), "cu_seqlens_k": offsets(lengths), "causal": True}
-        exact, _ = attention_reference(q, k, v, **packing)              # float64
-        rounded, _ = low_precision_twin(q, k, v, "fp16", **packing)     # the error that FP16 alone explains
-        used = slice(sum(lengths))                                      # rows past the last sequence stay untouched
+        exact, _ = attention_reference(q, k, v, **packing)  # float64
+        rounded, _ = low_precision_twin(q, k, v, "fp16", **packing)  # the error that FP16 alone explains
+        used = slice(sum(lengths))  # rows past the last sequence stay untouched
         out = next(computed) if computed else rounded
         allowed = 2 * np.abs(rounded - exact)[used].max() + 1e-5
         error = np.abs(out - exact)[used].max()

@@ -2,6 +2,7 @@
 
 Without a Hopper GPU: compiles the same kernel for sm_90a, shows what came out, computes the example in NumPy.
 """
+
 import numpy as np
 
 from fa3_cute import DataType, FlashAttentionParams, forward
@@ -9,7 +10,7 @@ from fa3_cute.arrays.memory import download, hopper_device_problem, open_device,
 from fa3_cute.contract.reference import attention_reference, low_precision_twin
 
 BATCH, SEQLEN, HEADS, HEADS_K, HEAD_DIM = 2, 2048, 4, 2, 128
-LEFT, RIGHT = 256, 0            # keys before and after the diagonal that ends in the bottom-right corner; -1: all
+LEFT, RIGHT = 256, 0  # keys before and after the diagonal that ends in the bottom-right corner; -1: all
 
 
 def on_gpu(q, k, v):
@@ -20,10 +21,20 @@ def on_gpu(q, k, v):
     out_gpu = device.allocate(q.nbytes, stream=stream)
 
     params = FlashAttentionParams(
-        q=q_gpu.handle, k=k_gpu.handle, v=v_gpu.handle, out=out_gpu.handle,     # [batch, seqlen, heads, head_dim]
-        batch_size=BATCH, seqlen_q=SEQLEN, seqlen_k=SEQLEN, num_heads=HEADS, num_heads_k=HEADS_K, head_dim=HEAD_DIM,
-        window_size_left=LEFT, window_size_right=RIGHT,         # instead of is_causal: the two together are refused
-        dtype=DataType.FP16)
+        q=q_gpu.handle,
+        k=k_gpu.handle,
+        v=v_gpu.handle,
+        out=out_gpu.handle,  # [batch, seqlen, heads, head_dim]
+        batch_size=BATCH,
+        seqlen_q=SEQLEN,
+        seqlen_k=SEQLEN,
+        num_heads=HEADS,
+        num_heads_k=HEADS_K,
+        head_dim=HEAD_DIM,
+        window_size_left=LEFT,
+        window_size_right=RIGHT,  # instead of is_causal: the two together are refused
+        dtype=DataType.FP16,
+    )
     forward(params, stream).check()
     print(f"{device.name}: window ({LEFT}, {RIGHT}) over {SEQLEN} keys")
     return download(out_gpu, q.shape, np.float16, stream=stream)
@@ -33,17 +44,20 @@ def compile_only():
     """What ptxas made of the kernel that `on_gpu` would run."""
     from fa3_cute.runtime.compiler import compile_report
     from fa3_cute.planning.tables import forward_config
+
     report = compile_report(forward_config("fp16", HEAD_DIM, "local", has_lse=False, is_varlen=False))
-    print(f"{report.name} for sm_90a: {report.registers} registers, {report.smem_bytes} bytes of shared memory, "
-          f"{report.stack_bytes} bytes spilled, compiled in {report.seconds:.1f} s")
+    print(
+        f"{report.name} for sm_90a: {report.registers} registers, {report.smem_bytes} bytes of shared memory, "
+        f"{report.stack_bytes} bytes spilled, compiled in {report.seconds:.1f} s"
+    )
 
 
 def main() -> int:
     rng = np.random.default_rng(0)
     q = rng.standard_normal((BATCH, SEQLEN, HEADS, HEAD_DIM), np.float32).astype(np.float16)
     k, v = rng.standard_normal((2, BATCH, SEQLEN, HEADS_K, HEAD_DIM), np.float32).astype(np.float16)
-    exact, _ = attention_reference(q, k, v, window_size=(LEFT, RIGHT))              # float64
-    rounded, _ = low_precision_twin(q, k, v, "fp16", window_size=(LEFT, RIGHT))     # the error FP16 alone explains
+    exact, _ = attention_reference(q, k, v, window_size=(LEFT, RIGHT))  # float64
+    rounded, _ = low_precision_twin(q, k, v, "fp16", window_size=(LEFT, RIGHT))  # the error FP16 alone explains
     allowed = 2 * np.abs(rounded - exact).max() + 1e-5
 
     problem = hopper_device_problem()

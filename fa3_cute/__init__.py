@@ -3,26 +3,52 @@
 `from fa3_cute import FlashAttentionParams, forward`. Importing the package imports neither CUDA, the DSL nor NumPy: the
 public names below are fetched from their modules on first use, and those import CUDA and the DSL when first called.
 """
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:       # type checkers and editors, which do not run __getattr__
-    from .api import (AttentionMode, DataType, FlashAttentionParams, attention, explain, forward, warmup,
-                      workspace_size)
+if TYPE_CHECKING:  # type checkers and editors, which do not run __getattr__
+    from .api import AttentionMode, DataType, FlashAttentionParams, attention, explain, forward, warmup, workspace_size
     from .contract.quantize import dequantize_fp8, quantize_fp8
-    from .contract.status import (CudaError, FlashAttentionError, InvalidCallError, KernelCompileError,
-                                  NotWarmedUpError, Status, UnsupportedDeviceError, UnsupportedFeatureError,
-                                  get_error_string, last_error)
+    from .contract.status import (
+        CudaError,
+        FlashAttentionError,
+        InvalidCallError,
+        KernelCompileError,
+        NotWarmedUpError,
+        Status,
+        UnsupportedDeviceError,
+        UnsupportedFeatureError,
+        get_error_string,
+        last_error,
+    )
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "api": ("AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
-            "workspace_size"),
+    "api": (
+        "AttentionMode",
+        "DataType",
+        "FlashAttentionParams",
+        "attention",
+        "explain",
+        "forward",
+        "warmup",
+        "workspace_size",
+    ),
     "contract.quantize": ("dequantize_fp8", "quantize_fp8"),
-    "contract.status": ("CudaError", "FlashAttentionError", "InvalidCallError", "KernelCompileError",
-                        "NotWarmedUpError", "Status", "UnsupportedDeviceError", "UnsupportedFeatureError",
-                        "get_error_string", "last_error"),
+    "contract.status": (
+        "CudaError",
+        "FlashAttentionError",
+        "InvalidCallError",
+        "KernelCompileError",
+        "NotWarmedUpError",
+        "Status",
+        "UnsupportedDeviceError",
+        "UnsupportedFeatureError",
+        "get_error_string",
+        "last_error",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -33,7 +59,7 @@ def __getattr__(name: str):
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value     # the next access does not come here
+    globals()[name] = value  # the next access does not come here
     return value
 
 

@@ -3,6 +3,7 @@
 `forward` goes contract -> planning -> runtime, no step back. Nothing here imports CUDA, the DSL or NumPy before a call
 needs it: validation, `explain` and refusals work on any machine.
 """
+
 import threading
 from functools import cache
 from operator import attrgetter
@@ -15,13 +16,21 @@ from .contract.status import FlashAttentionError, Problem, Status, error_for, re
 from .planning import operations
 from .planning.operations import Config, operation_of
 
-__all__ = ["AttentionMode", "DataType", "FlashAttentionParams", "attention", "explain", "forward", "warmup",
-           "workspace_size"]
+__all__ = [
+    "AttentionMode",
+    "DataType",
+    "FlashAttentionParams",
+    "attention",
+    "explain",
+    "forward",
+    "warmup",
+    "workspace_size",
+]
 
 _OK, _FP8 = Status.OK, DataType.FP8_E4M3
 _read_pointers, _read_descales, _read_shape = attrgetter(*POINTERS), attrgetter(*DESCALES), attrgetter(*SHAPE)
-_ADDRESSES = frozenset((int, type(None)))      # types of plain addresses
-MAX_SHAPES = 512        # that a thread remembers; the next one starts anew
+_ADDRESSES = frozenset((int, type(None)))  # types of plain addresses
+MAX_SHAPES = 512  # that a thread remembers; the next one starts anew
 
 
 def forward(params: FlashAttentionParams, stream=None) -> Status:
@@ -53,12 +62,12 @@ def _first_call(params, values: tuple | None, stream) -> Status:
     if isinstance(shape, Problem):
         return record_error(*shape)
     if shape.seqlen_q == 0:
-        return _OK          # packed: no row to write
+        return _OK  # packed: no row to write
     launcher = _launcher()
     addresses, call = launcher.addresses_of(p), None
     for step in operation_of(shape).launches:
         call = launcher.launch(step, shape, addresses, stream)
-    if p is params and values is not None:      # of plain values, which cannot change and still be the same objects
+    if p is params and values is not None:  # of plain values, which cannot change and still be the same objects
         _thread.remember(values, _Repeatable(values, call, shape))
     return _OK
 
@@ -123,6 +132,7 @@ class _Repeatable:
     Equal values are as good as those that were checked: 4096.0 passes after 4096. Of an FP8 call the addresses of the
     descales are as free as the tensors': each layer of a model has its own.
     """
+
     __slots__ = "values", "call", "has_lse", "is_fp8"
 
     def __init__(self, values: tuple, call, shape):
@@ -136,7 +146,7 @@ class _Repeatable:
         if not (type(q) is type(k) is type(v) is type(out) is int and (lse is None or type(lse) is int)):
             return False
         lse = lse or 0
-        bits = q | k | v | out | lse << 2     # the LSE is aligned to 4 bytes, the others to 16
+        bits = q | k | v | out | lse << 2  # the LSE is aligned to 4 bytes, the others to 16
         if not (q and k and v and out) or bits & 15 or bits >> 64 or (lse != 0) != self.has_lse:
             return False
         addresses = q, k, v, out, lse
@@ -156,7 +166,7 @@ class _Thread(threading.local):
     """What a thread has launched, by the values of SHAPE."""
 
     def __init__(self):
-        self.last = _Repeatable((), None, None)      # before the first call: equal to no values
+        self.last = _Repeatable((), None, None)  # before the first call: equal to no values
         self.known: dict[tuple, _Repeatable] = {}
 
     def known_for(self, values: Any) -> _Repeatable | None:
@@ -168,7 +178,7 @@ class _Thread(threading.local):
             if known is not None:
                 self.last = known
             return known
-        except Exception:       # a value that cannot be hashed or compared: the rules put it into words
+        except Exception:  # a value that cannot be hashed or compared: the rules put it into words
             return None
 
     def remember(self, values: tuple, call: _Repeatable) -> None:
@@ -205,15 +215,21 @@ def _require_params(params) -> None:
 @cache
 def _launcher():
     from .runtime import launch  # imports CUDA and the DSL: half a second that `import fa3_cute` must not take
+
     return launch
 
 
 def _failure(error: RuntimeError) -> Status:
     """Record what a launch raised under its status; what is no row of the table is a bug and goes on up."""
     from .runtime.compiler import CompileError
+
     launch = _launcher()
-    rows = {launch.CudaFailure: Status.CUDA_ERROR, launch.UnsupportedDevice: Status.UNSUPPORTED_DEVICE,
-            CompileError: Status.COMPILE_ERROR, launch.NotWarmedUp: Status.NOT_WARMED_UP}
+    rows = {
+        launch.CudaFailure: Status.CUDA_ERROR,
+        launch.UnsupportedDevice: Status.UNSUPPORTED_DEVICE,
+        CompileError: Status.COMPILE_ERROR,
+        launch.NotWarmedUp: Status.NOT_WARMED_UP,
+    }
     for kind, status in rows.items():
         if isinstance(error, kind):
             return record_error(status, str(error), error)
@@ -222,9 +238,27 @@ def _failure(error: RuntimeError) -> Status:
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
-def attention(q, k, v, *, out=None, stream=None, causal=False, window_size=(-1, -1), softmax_scale=None,
-              cu_seqlens_q=None, cu_seqlens_k=None, seqused_k=None, q_descale=None, k_descale=None, v_descale=None,
-              num_splits=0, return_lse=False, dtype=None):
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    out=None,
+    stream=None,
+    causal=False,
+    window_size=(-1, -1),
+    softmax_scale=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_k=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    num_splits=0,
+    return_lse=False,
+    dtype=None,
+):
     """softmax(softmax_scale * q k^T, masked) v of arrays: on a CUDA device by `forward`, of NumPy arrays on the host.
 
     q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens
@@ -254,14 +288,31 @@ def attention(q, k, v, *, out=None, stream=None, causal=False, window_size=(-1, 
     num_heads, seqlen_q] or [num_heads, total_q], -inf for a row that sees no key. Packed rows that no sequence uses are
     not written. Raises FlashAttentionError with the status that `forward` would return, TypeError for what is no array.
     """
-    call = AttentionCall(q, k, v, out, stream, causal, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k,
-                         seqused_k, q_descale, k_descale, v_descale, num_splits, return_lse, dtype)
+    call = AttentionCall(
+        q,
+        k,
+        v,
+        out,
+        stream,
+        causal,
+        window_size,
+        softmax_scale,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        q_descale,
+        k_descale,
+        v_descale,
+        num_splits,
+        return_lse,
+        dtype,
+    )
     if call.is_on_host:
         return attention_on_host(call)
     try:
         return attention_on_device(call, forward)
     except FlashAttentionError:
         raise
-    except RuntimeError as error:       # of a CUDA call before the launch
+    except RuntimeError as error:  # of a CUDA call before the launch
         _failure(error).check()
         raise

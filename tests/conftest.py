@@ -3,6 +3,7 @@
 Tests marked `gpu` need a Hopper GPU. Without one they are skipped and the last lines of the run say how many and why;
 with FA3_CUTE_REQUIRE_GPU=1 they fail instead. `--gpu-record FILE` writes what a run showed, and for which sources.
 """
+
 import json
 import os
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from sources import source_hash
 
-TIMING = "timing: "     # what a test's properties that are measurements start with
+TIMING = "timing: "  # what a test's properties that are measurements start with
 
 # Read when NumPy is first imported, hence no import above that does. One thread: check.py computes heads in parallel,
 # and OpenBLAS's threads wait by spinning.
@@ -33,6 +34,7 @@ class GpuTier:
 
     def __init__(self, record_file: str | None):
         from fa3_cute.arrays.memory import hopper_device_problem
+
         self.record_file = record_file
         self.problem = hopper_device_problem()
         self.is_required = os.environ.get("FA3_CUTE_REQUIRE_GPU", "0") not in ("", "0")
@@ -107,19 +109,25 @@ def _machine() -> dict[str, str]:
     """Names and versions of what the tests ran on."""
     import cutlass
     from cuda.core import Device, system
+
     try:
         driver = "{}.{}.{:02}".format(*system.get_kernel_mode_driver_version())
     except Exception:  # no NVML on this machine: the CUDA version that the driver serves is known all the same
         driver = "CUDA {}.{}".format(*system.get_user_mode_driver_version()[:2])
     flavour = cutlass.CUDA_VERSION
-    return {"device": Device(0).name, "driver": driver, "dsl_version": cutlass.__version__,
-            "dsl_flavour": f"CUDA {flavour.major}.{flavour.minor}"}
+    return {
+        "device": Device(0).name,
+        "driver": driver,
+        "dsl_version": cutlass.__version__,
+        "dsl_flavour": f"CUDA {flavour.major}.{flavour.minor}",
+    }
 
 
 @pytest.fixture(scope="session")
 def device():
     """The GPU under test, current in the main thread."""
     from fa3_cute.arrays.memory import open_device
+
     return open_device()
 
 

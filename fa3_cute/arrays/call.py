@@ -3,6 +3,7 @@
 The element type comes from the arrays, the sizes from their shapes; what remains to be checked is checked by the rules
 of the contract, on the host too.
 """
+
 from dataclasses import dataclass
 from typing import Any
 from numbers import Real
@@ -26,6 +27,7 @@ _ANY_ADDRESS = 16
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
     """The arguments of attention(), as given."""
+
     q: Any
     k: Any
     v: Any
@@ -55,6 +57,7 @@ class AttentionCall:
     @property
     def is_on_host(self) -> bool:
         from numpy import ndarray
+
         return isinstance(self.q, ndarray)
 
     def choices(self) -> dict:
@@ -64,9 +67,14 @@ class AttentionCall:
         except (TypeError, ValueError) as error:
             sentence = f"window_size={shown(self.window_size)}: must be a pair (left, right)"
             raise error_for(Status.INVALID_ARGUMENT, sentence) from error
-        return {"is_causal": self.causal, "window_size_left": left, "window_size_right": right,
-                "softmax_scale": self.softmax_scale, "num_splits": self.num_splits,
-                "mode": AttentionMode.VARLEN_PREFILL if self.is_packed else AttentionMode.PREFILL}
+        return {
+            "is_causal": self.causal,
+            "window_size_left": left,
+            "window_size_right": right,
+            "softmax_scale": self.softmax_scale,
+            "num_splits": self.num_splits,
+            "mode": AttentionMode.VARLEN_PREFILL if self.is_packed else AttentionMode.PREFILL,
+        }
 
     def element_type(self, q: str, k: str, v: str, known: dict) -> str:
         """The element type by name: that of the arrays, or what `dtype` says that their bytes are."""
@@ -75,9 +83,11 @@ class AttentionCall:
         if q == "uint8" and self.dtype == FP8:
             return FP8
         if q not in known or self.dtype not in (None, q):
-            raise error_for(Status.INVALID_ARGUMENT,
-                            f"dtype={shown(self.dtype)} with arrays of {q}: must be None with arrays of "
-                            f"{', '.join(known)}, or '{FP8}' with arrays of uint8")
+            raise error_for(
+                Status.INVALID_ARGUMENT,
+                f"dtype={shown(self.dtype)} with arrays of {q}: must be None with arrays of "
+                f"{', '.join(known)}, or '{FP8}' with arrays of uint8",
+            )
         return q
 
     def require_dims(self, **shapes) -> None:
@@ -94,16 +104,23 @@ class AttentionCall:
         """
         rows = ("total_q", "total_k") if self.is_packed else ("seqlen_q", "seqlen_k")
         least = 0 if self.is_packed and (q_shape[0] or k_shape[0]) else 1
-        return {rows[0]: max(least, q_shape[-3]), rows[1]: max(least, k_shape[-3]),
-                "batch_size": 1 if self.is_packed else max(1, q_shape[0]),
-                "num_heads": q_shape[-2], "num_heads_k": k_shape[-2], "head_dim": q_shape[-1]}
+        return {
+            rows[0]: max(least, q_shape[-3]),
+            rows[1]: max(least, k_shape[-3]),
+            "batch_size": 1 if self.is_packed else max(1, q_shape[0]),
+            "num_heads": q_shape[-2],
+            "num_heads_k": k_shape[-2],
+            "head_dim": q_shape[-1],
+        }
 
 
 # ---- on a device -----------------------------------------------------------------------------------------------------
 
+
 def attention_on_device(call: AttentionCall, forward):
     """attention() of arrays on a CUDA device: one `forward(params, stream)`."""
     from . import dlpack as interop
+
     arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS, *DESCALES)}
     for name, array in arrays.items():
         interop.require_on_device(name, array)
@@ -133,13 +150,21 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
     """Raise for what `forward` cannot see: it knows addresses only."""
     for name, tensor in tensors.items():
         if tensor.device != device:
-            raise error_for(Status.INVALID_ARGUMENT,
-                            f"{name} is on device {tensor.device}: must be on device {device}, which is the stream's")
+            raise error_for(
+                Status.INVALID_ARGUMENT,
+                f"{name} is on device {tensor.device}: must be on device {device}, which is the stream's",
+            )
     q, k = tensors["q"], tensors["k"]
     call.require_dims(q=q.shape, k=k.shape)
     batch = _batch(call, tensors)
-    shapes = {"k": (*q.shape[:-3], *k.shape[-3:-1], q.shape[-1]), "v": k.shape, "out": q.shape,
-              "cu_seqlens_q": (batch + 1,), "cu_seqlens_k": (batch + 1,), "seqused_k": (batch,)}
+    shapes = {
+        "k": (*q.shape[:-3], *k.shape[-3:-1], q.shape[-1]),
+        "v": k.shape,
+        "out": q.shape,
+        "cu_seqlens_q": (batch + 1,),
+        "cu_seqlens_k": (batch + 1,),
+        "seqused_k": (batch,),
+    }
     dtypes = {"out": _out_dtypes(element)} | dict.fromkeys(LENGTHS, ("int32",))
     dtypes |= dict.fromkeys(DESCALES, ("float32",))
     for name, tensor in tensors.items():
@@ -148,13 +173,18 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
         if tensor.dtype not in dtypes.get(name, (tensor.dtype,)):
             raise error_for(Status.INVALID_ARGUMENT, f"{name} is {tensor.dtype}: must be {' or '.join(dtypes[name])}")
         if name not in DESCALES and tensor.shape[-1] > 1 and tensor.strides[-1] != 1:
-            raise error_for(Status.INVALID_SHAPE, f"{name} has the strides {tensor.strides} (elements): the last "
-                                                  "dimension must be contiguous, of stride 1")
+            raise error_for(
+                Status.INVALID_SHAPE,
+                f"{name} has the strides {tensor.strides} (elements): the last "
+                "dimension must be contiguous, of stride 1",
+            )
     if k.is_empty and not (call.is_packed or q.is_empty):
         raise error_for(Status.INVALID_SHAPE, f"k.shape={k.shape}: must not be empty")
     if "out" in tensors and tensors["out"].is_readonly:
-        raise error_for(Status.INVALID_ARGUMENT, f"out is a {type(call.out).__qualname__}, which is read-only: must be "
-                                                 "writable, or None")
+        raise error_for(
+            Status.INVALID_ARGUMENT,
+            f"out is a {type(call.out).__qualname__}, which is read-only: must be writable, or None",
+        )
 
 
 def _batch(call: AttentionCall, tensors: dict) -> int:
@@ -173,8 +203,12 @@ def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionP
         sizes["batch_size"] = _batch(call, tensors)
     out = tensors.get("out")
     params = FlashAttentionParams(
-        **sizes, **call.choices(), dtype=DEVICE_DTYPES[element], out=_ANY_ADDRESS,
-        out_dtype=None if element != FP8 or out is None else DEVICE_DTYPES[out.dtype])
+        **sizes,
+        **call.choices(),
+        dtype=DEVICE_DTYPES[element],
+        out=_ANY_ADDRESS,
+        out_dtype=None if element != FP8 or out is None else DEVICE_DTYPES[out.dtype],
+    )
     for name, tensor in tensors.items():
         if name in DESCALES:
             _set_descale(params, name, tensor, _batch(call, tensors))
@@ -187,7 +221,7 @@ def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionP
 
 def _set_strides(params, name: str, tensor) -> None:
     """A stride along a dimension of size 1 means nothing, and libraries leave any number there: None."""
-    for dim, size, stride in zip(DIMS[-len(tensor.shape) + 1:], tensor.shape, tensor.strides, strict=False):
+    for dim, size, stride in zip(DIMS[-len(tensor.shape) + 1 :], tensor.shape, tensor.strides, strict=False):
         if size > 1:
             setattr(params, f"{name}_{dim}_stride", stride)
 
@@ -197,8 +231,9 @@ def _set_descale(params, name: str, tensor, batch: int) -> None:
     full = (batch, params.num_heads if name == "q_descale" else params.num_heads_k)
     shape, strides = ((1, 1) + x for x in (tensor.shape, tensor.strides))
     if len(tensor.shape) > 2 or any(size not in (1, most) for size, most in zip(shape[-2:], full, strict=True)):
-        raise error_for(Status.INVALID_SHAPE,
-                        f"{name}.shape={tensor.shape}: must be (), ({full[1]},), ({full[0]}, 1) or {full}")
+        raise error_for(
+            Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must be (), ({full[1]},), ({full[0]}, 1) or {full}"
+        )
     setattr(params, f"{name}_ptr", tensor.address)
     for dim, size, stride in zip(("batch", "head"), shape[-2:], strides[-2:], strict=True):
         setattr(params, f"{name}_{dim}_stride", stride if size > 1 else 0)
@@ -206,9 +241,11 @@ def _set_descale(params, name: str, tensor, batch: int) -> None:
 
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
+
 def attention_on_host(call: AttentionCall):
     """attention() of NumPy arrays: the reference, rounded."""
     from ..contract.reference import attention_reference
+
     q, k, v, out = call.q, call.k, call.v, call.out
     _require_numpy(call)
     if call.stream is not None:
@@ -232,6 +269,7 @@ def attention_on_host(call: AttentionCall):
 
 def _require_numpy(call: AttentionCall) -> None:
     from numpy import ndarray
+
     arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS)}
     arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
     for name, array in arrays.items():
@@ -239,8 +277,11 @@ def _require_numpy(call: AttentionCall) -> None:
         if isinstance(array, ndarray):
             continue
         if hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__"):
-            raise error_for(Status.INVALID_ARGUMENT, f"{name} is a {kind.__module__}.{kind.__qualname__}: must be a "
-                                                     "NumPy array, as q is; or all arrays on one CUDA device")
+            raise error_for(
+                Status.INVALID_ARGUMENT,
+                f"{name} is a {kind.__module__}.{kind.__qualname__}: must be a "
+                "NumPy array, as q is; or all arrays on one CUDA device",
+            )
         raise TypeError(f"{name} must be a NumPy array, as q is, not {kind.__name__}")
 
 
@@ -249,9 +290,18 @@ def _check_host_call(call: AttentionCall, element: str) -> None:
     call.require_dims(q=call.q.shape, k=call.k.shape)
     pointers: dict[str, Any] = dict.fromkeys(call.given(*LENGTHS), _ANY_ADDRESS)
     pointers |= {f"{name}_ptr": _ANY_ADDRESS for name in call.given(*DESCALES)}
-    found = contract_problems(FlashAttentionParams(
-        q=_ANY_ADDRESS, k=_ANY_ADDRESS, v=_ANY_ADDRESS, out=_ANY_ADDRESS, dtype=HOST_DTYPES[element],
-        **call.sizes(call.q.shape, call.k.shape), **call.choices(), **pointers))
+    found = contract_problems(
+        FlashAttentionParams(
+            q=_ANY_ADDRESS,
+            k=_ANY_ADDRESS,
+            v=_ANY_ADDRESS,
+            out=_ANY_ADDRESS,
+            dtype=HOST_DTYPES[element],
+            **call.sizes(call.q.shape, call.k.shape),
+            **call.choices(),
+            **pointers,
+        )
+    )
     if found:
         raise error_for(*found[0])
     if call.num_splits > 1:
@@ -263,8 +313,10 @@ def _host_out_dtype(call: AttentionCall, element: str):
     q, out, accepted = call.q, call.out, _out_dtypes(element)
     if out is not None:
         if out.shape != q.shape or out.dtype.name not in accepted:
-            raise error_for(Status.INVALID_SHAPE if out.shape != q.shape else Status.INVALID_ARGUMENT,
-                            f"out is {out.dtype.name}{list(out.shape)}: must be {' or '.join(accepted)}{list(q.shape)}")
+            raise error_for(
+                Status.INVALID_SHAPE if out.shape != q.shape else Status.INVALID_ARGUMENT,
+                f"out is {out.dtype.name}{list(out.shape)}: must be {' or '.join(accepted)}{list(q.shape)}",
+            )
         if not out.flags.writeable:
             raise error_for(Status.INVALID_ARGUMENT, "out is a read-only array: must be writable, or None")
         return out.dtype
@@ -273,8 +325,10 @@ def _host_out_dtype(call: AttentionCall, element: str):
     try:
         from ml_dtypes import bfloat16
     except ImportError as error:
-        raise error_for(Status.FEATURE_UNSUPPORTED, "out=None: must be a float16 array without the package ml_dtypes, "
-                                                    "which has NumPy's bfloat16") from error
+        raise error_for(
+            Status.FEATURE_UNSUPPORTED,
+            "out=None: must be a float16 array without the package ml_dtypes, which has NumPy's bfloat16",
+        ) from error
     return bfloat16
 
 

@@ -8,6 +8,7 @@ Capsules are read here because cuda.core's StridedMemoryView knows no FP8, and B
 the way out it makes the capsules, and only the name of BF16 is put in here. A capsule that was read is not consumed:
 when it is dropped, its producer takes the array back.
 """
+
 import ctypes
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,25 +17,42 @@ from math import prod
 
 from cuda.bindings import driver
 
-from ..runtime.cuda_driver import (checked, current_context, device_made_current, initialise_driver, is_capturing,
-                                   resolve_stream)
+from ..runtime.cuda_driver import (
+    checked,
+    current_context,
+    device_made_current,
+    initialise_driver,
+    is_capturing,
+    resolve_stream,
+)
 from ..contract.status import Status, error_for
 
-LEGACY_STREAM, PER_THREAD_STREAM = 1, 2         # as both protocols count; 0 means the legacy one too, and is forbidden
+LEGACY_STREAM, PER_THREAD_STREAM = 1, 2  # as both protocols count; 0 means the legacy one too, and is forbidden
 DL_HOST, DL_CUDA, DL_PINNED, DL_MANAGED = 1, 2, 3, 13
 DL_BFLOAT = 4
-DL_KINDS = {0: "int", 1: "uint", 2: "float", DL_BFLOAT: "bfloat", 5: "complex", 6: "bool", 10: "float8_e4m3fn",
-            11: "float8_e4m3fnuz", 12: "float8_e5m2", 13: "float8_e5m2fnuz"}
+DL_KINDS = {
+    0: "int",
+    1: "uint",
+    2: "float",
+    DL_BFLOAT: "bfloat",
+    5: "complex",
+    6: "bool",
+    10: "float8_e4m3fn",
+    11: "float8_e4m3fnuz",
+    12: "float8_e5m2",
+    13: "float8_e5m2fnuz",
+}
 CAI_KINDS = {"i": "int", "u": "uint", "f": "float", "c": "complex", "b": "bool", "V": "void"}
 READ_ONLY = 1
-NEWEST_DLPACK = (1, 1)                          # the first with names for FP8
-IMMUTABLE = ("jax", "jaxlib")                   # their arrays must not change, and DLPack does not say so everywhere
+NEWEST_DLPACK = (1, 1)  # the first with names for FP8
+IMMUTABLE = ("jax", "jaxlib")  # their arrays must not change, and DLPack does not say so everywhere
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """An array on a device. Strides are in elements, dtype is a NumPy or ml_dtypes name; `owner` keeps it alive."""
+
     address: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -51,15 +69,18 @@ class Tensor:
 
 # ---- arrays of other libraries ---------------------------------------------------------------------------------------
 
+
 def require_on_device(name: str, array) -> None:
     """Raise TypeError for what is no array, FlashAttentionError for one that no CUDA device holds. Needs no GPU."""
     if _has_dlpack(array):
         place = int(array.__dlpack_device__()[0])
         if place not in (DL_CUDA, DL_MANAGED):
             where = "host memory" if place in (DL_HOST, DL_PINNED) else f"memory of DLPack's device type {place}"
-            raise error_for(Status.INVALID_ARGUMENT,
-                            f"{name} is a {kind_of(array)} in {where}: must be on a CUDA device (or all arrays NumPy "
-                            "arrays, which are computed on the host)")
+            raise error_for(
+                Status.INVALID_ARGUMENT,
+                f"{name} is a {kind_of(array)} in {where}: must be on a CUDA device (or all arrays NumPy "
+                "arrays, which are computed on the host)",
+            )
     elif not hasattr(array, "__cuda_array_interface__"):
         raise TypeError(f"{name} must be an array with DLPack or __cuda_array_interface__, not {kind_of(array)}")
 
@@ -73,12 +94,14 @@ def view(name: str, array, stream: int) -> Tensor:
         return _from_interface(name, array, stream)
     try:
         return _from_capsule(array, _capsule_of(array, _public(stream)))
-    except Exception as error:      # each library has its own; PyTorch's for a tensor that requires grad is BufferError
+    except Exception as error:  # each library has its own; PyTorch's for a tensor that requires grad is BufferError
         # Not every library that has FP8 hands it over.
-        hint = ("; view it as uint8 and say dtype='float8_e4m3fn'"
-                if "float8" in str(getattr(array, "dtype", "")) else "")
-        raise error_for(Status.INVALID_ARGUMENT,
-                        f"{name} is a {kind_of(array)} that cannot be had through DLPack: {error}{hint}") from error
+        hint = (
+            "; view it as uint8 and say dtype='float8_e4m3fn'" if "float8" in str(getattr(array, "dtype", "")) else ""
+        )
+        raise error_for(
+            Status.INVALID_ARGUMENT, f"{name} is a {kind_of(array)} that cannot be had through DLPack: {error}{hint}"
+        ) from error
 
 
 def kind_of(array) -> str:
@@ -94,14 +117,14 @@ def _has_dlpack(array) -> bool:
 def _capsule_of(array, stream: int):
     try:
         return array.__dlpack__(stream=stream, max_version=NEWEST_DLPACK)
-    except TypeError:               # a producer older than DLPack 1.0
+    except TypeError:  # a producer older than DLPack 1.0
         return array.__dlpack__(stream=stream)
 
 
 def _from_capsule(array, capsule) -> Tensor:
     tensor, is_readonly = _tensor_in(capsule)
-    shape = tuple(tensor.shape[:tensor.ndim])
-    strides = tuple(tensor.strides[:tensor.ndim]) if tensor.strides else contiguous(shape)
+    shape = tuple(tensor.shape[: tensor.ndim])
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else contiguous(shape)
     kind = DL_KINDS.get(tensor.code, f"DLPack type {tensor.code} of ")
     dtype = kind if kind.startswith("float8") else f"{kind}{tensor.bits}" if tensor.lanes == 1 else "a vector"
     is_readonly = is_readonly or type(array).__module__.partition(".")[0] in IMMUTABLE
@@ -136,6 +159,7 @@ def _device_of(name: str, address: int) -> int:
 
 # ---- streams ---------------------------------------------------------------------------------------------------------
 
+
 @contextmanager
 def on_device_of(stream):
     """Make a stream's device current; yields (handle, device ordinal). `stream` is what `resolve_stream` takes."""
@@ -160,6 +184,7 @@ def _public(stream: int) -> int:
 
 
 # ---- arrays of ours --------------------------------------------------------------------------------------------------
+
 
 class DeviceArray:
     """A new C-contiguous array on a device, which any array library takes over without a copy.
@@ -232,8 +257,14 @@ class DeviceArray:
     def __cuda_array_interface__(self) -> dict:
         if self.dtype == "bfloat16":
             raise AttributeError("__cuda_array_interface__ has no name for bfloat16: take the array through DLPack")
-        return {"version": 3, "shape": self.shape, "typestr": f"<f{ITEM_BYTES[self.dtype]}", "strides": None,
-                "data": (self.address, False), "stream": self._stream}
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "typestr": f"<f{ITEM_BYTES[self.dtype]}",
+            "strides": None,
+            "data": (self.address, False),
+            "stream": self._stream,
+        }
 
 
 def new_array(name: str, shape: tuple[int, ...], dtype: str, stream, device: int) -> DeviceArray:
@@ -243,13 +274,15 @@ def new_array(name: str, shape: tuple[int, ...], dtype: str, stream, device: int
     """
     handle = resolve_stream(stream)
     if is_capturing(handle):
-        raise error_for(Status.INVALID_ARGUMENT,
-                        f"{name} would be allocated while the stream is capturing a CUDA graph: must not; give out and "
-                        "leave return_lse False")
+        raise error_for(
+            Status.INVALID_ARGUMENT,
+            f"{name} would be allocated while the stream is capturing a CUDA graph: must not; give out and "
+            "leave return_lse False",
+        )
     nbytes = prod(shape) * ITEM_BYTES[dtype]
     try:
         buffer = _allocate(nbytes, stream, handle, device)
-    except Exception as error:      # cuda.core's own type, out of memory for the most part
+    except Exception as error:  # cuda.core's own type, out of memory for the most part
         raise error_for(Status.CUDA_ERROR, f"allocating {nbytes} bytes for {name} failed: {error}") from error
     return DeviceArray(tuple(shape), dtype, buffer, handle, device)
 
@@ -257,8 +290,12 @@ def new_array(name: str, shape: tuple[int, ...], dtype: str, stream, device: int
 def _allocate(nbytes: int, stream, handle: int, device: int):
     """A buffer that keeps alive the stream in whose order it is freed."""
     from cuda.core import LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM, Buffer, Device, Stream
-    special = {0: LEGACY_DEFAULT_STREAM, LEGACY_STREAM: LEGACY_DEFAULT_STREAM,
-               PER_THREAD_STREAM: PER_THREAD_DEFAULT_STREAM}
+
+    special = {
+        0: LEGACY_DEFAULT_STREAM,
+        LEGACY_STREAM: LEGACY_DEFAULT_STREAM,
+        PER_THREAD_STREAM: PER_THREAD_DEFAULT_STREAM,
+    }
     own = stream if isinstance(stream, Stream) else special.get(handle) or Stream.from_handle(handle)
     memory = Device(device).memory_resource.allocate(max(1, nbytes), stream=own)
     # A tuple lets go of its last item first: of the memory before the stream.
@@ -269,27 +306,42 @@ def _view_of(buffer, shape: tuple[int, ...], dtype: str):
     """cuda.core's view of the memory, which it can export; as uint16 in place of bfloat16, which it cannot."""
     from cuda.core.utils import StridedMemoryView
     from numpy import dtype as numpy_dtype
+
     return StridedMemoryView.from_buffer(buffer, shape, dtype=numpy_dtype("uint16" if dtype == "bfloat16" else dtype))
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of a C-contiguous array."""
-    return tuple(prod(shape[dim + 1:]) for dim in range(len(shape)))
-
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 # ---- capsules (dlpack.h, versions 0 and 1) ---------------------------------------------------------------------------
 
+
 class _DLTensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
-                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8),
-                ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
-                ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
 
 
 class _Versioned(ctypes.Structure):
-    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("manager", ctypes.c_void_p),
-                ("deleter", ctypes.c_void_p), ("flags", ctypes.c_uint64), ("tensor", _DLTensor)]
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    ]
 
 
 def _tensor_in(capsule) -> tuple[_DLTensor, bool]:
@@ -300,11 +352,13 @@ def _tensor_in(capsule) -> tuple[_DLTensor, bool]:
         if versioned.major != NEWEST_DLPACK[0]:
             raise BufferError(f"DLPack {versioned.major}.{versioned.minor}: must be version {NEWEST_DLPACK[0]}")
         return versioned.tensor, bool(versioned.flags & READ_ONLY)
-    return _DLTensor.from_address(pointer(capsule, b"dltensor")), False     # ValueError if it is no such capsule
+    return _DLTensor.from_address(pointer(capsule, b"dltensor")), False  # ValueError if it is no such capsule
 
 
 @cache
 def _capsule_functions():
     arguments = ctypes.py_object, ctypes.c_char_p
-    return (ctypes.PYFUNCTYPE(ctypes.c_int, *arguments)(("PyCapsule_IsValid", ctypes.pythonapi)),
-            ctypes.PYFUNCTYPE(ctypes.c_void_p, *arguments)(("PyCapsule_GetPointer", ctypes.pythonapi)))
+    return (
+        ctypes.PYFUNCTYPE(ctypes.c_int, *arguments)(("PyCapsule_IsValid", ctypes.pythonapi)),
+        ctypes.PYFUNCTYPE(ctypes.c_void_p, *arguments)(("PyCapsule_GetPointer", ctypes.pythonapi)),
+    )

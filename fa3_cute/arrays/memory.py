@@ -8,6 +8,7 @@ device. A download sees the result of a kernel only if it is given that kernel's
 synchronised before. Functions return when their work is done, with one exception: a fill on a given stream is only
 enqueued.
 """
+
 import ctypes
 import threading
 
@@ -43,6 +44,7 @@ def open_device(ordinal: int = 0):
     if problem:
         raise RuntimeError(problem)
     from cuda.core import Device
+
     device = Device(ordinal)
     device.set_current()
     return device
@@ -51,6 +53,7 @@ def open_device(ordinal: int = 0):
 def allocate(nbytes: int, *, stream=None):
     """A cuda.core Buffer of `nbytes` bytes (at least 1, so that it has an address), 256-byte aligned, uninitialised."""
     from cuda.core import Device
+
     stream = _or_default(stream)
     buffer = Device().allocate(max(1, nbytes), stream=stream)
     stream.sync()  # allocation is ordered on `stream` only; after this the memory may be used on any
@@ -65,6 +68,7 @@ def address(buffer, offset: int = 0) -> int:
 def window(buffer, offset: int, nbytes: int):
     """The bytes [offset, offset + nbytes) of a buffer, as a buffer; keeps the whole alive, copies nothing."""
     from cuda.core import Buffer
+
     if not 0 <= offset <= offset + nbytes <= buffer.size:
         raise ValueError(f"window [{offset}, {offset + nbytes}) of a buffer of {buffer.size} bytes")
     return Buffer.from_handle(address(buffer, offset), nbytes, owner=buffer)
@@ -89,7 +93,7 @@ def upload(array, target=None, *, stream=None):
     if source.size and target.size != source.size:
         raise ValueError(f"upload of {source.size} bytes into a buffer of {target.size} bytes")
     for start, size, staging, staged in _staged(source.size):
-        staged[:size] = source[start:start + size]
+        staged[:size] = source[start : start + size]
         window(target, start, size).copy_from(window(staging, 0, size), stream=stream)
         stream.sync()
     return target
@@ -103,7 +107,7 @@ def download(buffer, shape, dtype, *, stream=None) -> np.ndarray:
     for start, size, staging, staged in _staged(target.size):
         window(buffer, start, size).copy_to(window(staging, 0, size), stream=stream)
         stream.sync()
-        target[start:start + size] = staged[:size]
+        target[start : start + size] = staged[:size]
     return array
 
 
@@ -119,13 +123,15 @@ def _staged(nbytes: int):
 
 class _Kept(threading.local):
     """A thread's pinned window, kept from copy to copy: to pin memory takes longer than most copies."""
+
     staging = None
 
     def at_least(self, nbytes: int):
         """The window as a buffer of `nbytes` or more, which holds until the next call."""
         from cuda.core import LegacyPinnedMemoryResource
+
         if self.staging is None or self.staging.size < nbytes:
-            self.staging = None     # freed before its successor is there
+            self.staging = None  # freed before its successor is there
             self.staging = LegacyPinnedMemoryResource().allocate(1 << max(16, (nbytes - 1).bit_length()))
         return self.staging
 
@@ -137,4 +143,5 @@ def _or_default(stream):
     if stream is not None:
         return stream
     from cuda.core import Device
+
     return Device().default_stream

@@ -23,6 +23,7 @@ A masked tile is one that the mask or the end of K and V cuts. Units wait for on
 unit close to the first one means that neither will be busy all the time. Loops, addresses and barriers are left out,
 and so are reads of K and V from the L2 cache by the forward kernel: the bytes are stated.
 """
+
 import json
 
 from ..contract.formats import HEAD_DIMS
@@ -42,14 +43,18 @@ def add_arguments(parser) -> None:
     parser.add_argument("--mask", choices=MASKS, default="full", help="default full")
     parser.add_argument("--varlen", action="store_true", help="for packed sequences and used lengths")
     parser.add_argument("--lse", action="store_true", help="with the log-sum-exp")
-    parser.add_argument("--decode", action="store_true",
-                        help="the decode kernel: it always reads lengths and may write the log-sum-exp, and a causal "
-                             "mask is a window to it")
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="the decode kernel: it always reads lengths and may write the log-sum-exp, and a causal "
+        "mask is a window to it",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args) -> int:
     from ..runtime import compiler  # the DSL takes half a second to import
+
     try:
         cfg = config(args)
     except ValueError as error:
@@ -61,9 +66,14 @@ def run(args) -> int:
         print(json.dumps({"name": cfg.name, "problems": [str(error)]}, indent=1) if args.json else error)
         return 1
     facts = report.as_dict() | {
-        "registers_after_setmaxnreg": roles(cfg), "smem_map": smem_map(cfg), "problems": report.problems(),
-        "instruction_mix": instruction_mix(code.opcodes), "kv_tile_bytes": cfg.tile_n * cfg.kv_bytes_per_token,
-        "clocks_per_tile": clocks_per_tile(cfg), "clocks_per_masked_tile": clocks_per_tile(cfg, is_masked=True)}
+        "registers_after_setmaxnreg": roles(cfg),
+        "smem_map": smem_map(cfg),
+        "problems": report.problems(),
+        "instruction_mix": instruction_mix(code.opcodes),
+        "kv_tile_bytes": cfg.tile_n * cfg.kv_bytes_per_token,
+        "clocks_per_tile": clocks_per_tile(cfg),
+        "clocks_per_masked_tile": clocks_per_tile(cfg, is_masked=True),
+    }
     facts["critical"] = critical(facts["clocks_per_tile"])
     if args.json:
         print(json.dumps(facts, indent=1))
@@ -99,11 +109,13 @@ def critical(clocks: dict[str, float]) -> str:
 def print_facts(cfg: FwdConfig | DecodeConfig, facts: dict) -> None:
     shares = facts["registers_after_setmaxnreg"]
     moved = f"; after setmaxnreg {shares['producer']} (producer), {shares['consumer']} (consumer)" if shares else ""
-    print(f"{cfg.name}, tile {cfg.tile_m}x{cfg.tile_n}, {cfg.num_threads} threads\n"
-          f"registers per thread  {facts['registers']}{moved}\n"
-          f"spills                {facts['stack_bytes']} bytes of stack, {facts['spill_stores']} stores, "
-          f"{facts['spill_loads']} loads\n"
-          f"shared memory         {facts['smem_bytes']} bytes of {SMEM_BYTES_PER_CTA}\n")
+    print(
+        f"{cfg.name}, tile {cfg.tile_m}x{cfg.tile_n}, {cfg.num_threads} threads\n"
+        f"registers per thread  {facts['registers']}{moved}\n"
+        f"spills                {facts['stack_bytes']} bytes of stack, {facts['spill_stores']} stores, "
+        f"{facts['spill_loads']} loads\n"
+        f"shared memory         {facts['smem_bytes']} bytes of {SMEM_BYTES_PER_CTA}\n"
+    )
     print_smem(facts)
     print_instructions(facts)
     print_clocks(facts)
@@ -131,5 +143,7 @@ def print_clocks(facts: dict) -> None:
     table = Table((("estimate per K/V tile", 22), ("clocks", 6), ("share", 5), ("masked tile", 11)))
     for unit in sorted(clocks, key=clocks.get, reverse=True):
         table.print_row([unit, f"{clocks[unit]:.0f}", f"{clocks[unit] / longest:.0%}", f"{masked[unit]:.0f}"])
-    print(f"critical: {facts['critical']}, {longest:.0f} clocks; in a masked tile {critical(masked)}\n"
-          f"a tile of K and V: {facts['kv_tile_bytes']} bytes, {facts['kv_tile_bytes'] / longest:.1f} per clock")
+    print(
+        f"critical: {facts['critical']}, {longest:.0f} clocks; in a masked tile {critical(masked)}\n"
+        f"a tile of K and V: {facts['kv_tile_bytes']} bytes, {facts['kv_tile_bytes'] / longest:.1f} per clock"
+    )

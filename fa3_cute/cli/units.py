@@ -4,6 +4,7 @@ The low 9 bits of an instruction name its operation, whatever the form of its op
 NVIDIA documents neither; the numbers were read off nvdisasm's listings of this package's kernels, for sm_90, and a test
 holds them to it.
 """
+
 from collections import Counter
 
 from ..planning.config import DecodeConfig, FwdConfig
@@ -19,42 +20,101 @@ OPERATIONS = {
     "FP32": {"FADD": (0x21,), "FMUL": (0x20,), "FFMA": (0x23,), "FMNMX": (0x09,), "FSETP": (0x0B,), "FSEL": (0x08,)},
     "conversion": {"F2FP": (0x3E,), "F2I": (0x105,), "I2F": (0x106,)},
     "integer": {
-        "IADD3": (0x10,), "IMAD": (0x24, 0x25, 0x27), "ISETP": (0x0C,), "LEA": (0x11,), "LOP3": (0x12,),
-        "PLOP3": (0x1C,), "SHF": (0x19,), "SEL": (0x07,), "MOV": (0x02,), "PRMT": (0x16,), "IABS": (0x13,),
-        "POPC": (0x109,), "VIADD": (0x36,), "VIMNMX": (0x48,), "VIMNMX3": (0x0F,), "VIADDMNMX": (0x46,),
-        "P2R": (0x03,), "CS2R": (0x05,)},
+        "IADD3": (0x10,),
+        "IMAD": (0x24, 0x25, 0x27),
+        "ISETP": (0x0C,),
+        "LEA": (0x11,),
+        "LOP3": (0x12,),
+        "PLOP3": (0x1C,),
+        "SHF": (0x19,),
+        "SEL": (0x07,),
+        "MOV": (0x02,),
+        "PRMT": (0x16,),
+        "IABS": (0x13,),
+        "POPC": (0x109,),
+        "VIADD": (0x36,),
+        "VIMNMX": (0x48,),
+        "VIMNMX3": (0x0F,),
+        "VIADDMNMX": (0x46,),
+        "P2R": (0x03,),
+        "CS2R": (0x05,),
+    },
     "uniform": {
-        "UIADD3": (0x90, 0x97), "UIMAD": (0xA4, 0xA5), "UISETP": (0x8C,), "ULEA": (0x91,), "ULOP3": (0x92,),
-        "USHF": (0x99,), "USEL": (0x87,), "UMOV": (0x82,), "VOTEU": (0x86,), "ULDC": (0xB9,), "UPOPC": (0xBF,),
-        "R2UR": (0xCA,), "S2UR": (0x1C3,)},
+        "UIADD3": (0x90, 0x97),
+        "UIMAD": (0xA4, 0xA5),
+        "UISETP": (0x8C,),
+        "ULEA": (0x91,),
+        "ULOP3": (0x92,),
+        "USHF": (0x99,),
+        "USEL": (0x87,),
+        "UMOV": (0x82,),
+        "VOTEU": (0x86,),
+        "ULDC": (0xB9,),
+        "UPOPC": (0xBF,),
+        "R2UR": (0xCA,),
+        "S2UR": (0x1C3,),
+    },
     "shared memory": {
-        "LDS": (0x184,), "STS": (0x188,), "STSM": (0x44,), "LDSM": (0x3B,), "STAS": (0x1BD,), "SYNCS": (0x1A7, 0x1B2),
-        "SHFL": (0x189,)},
+        "LDS": (0x184,),
+        "STS": (0x188,),
+        "STSM": (0x44,),
+        "LDSM": (0x3B,),
+        "STAS": (0x1BD,),
+        "SYNCS": (0x1A7, 0x1B2),
+        "SHFL": (0x189,),
+    },
     "TMA": {"UTMALDG": (0x1B4,), "UTMASTG": (0x1B5,), "UTMACMDFLUSH": (0x1B7,), "UTMACCTL": (0x1B9,)},
     "other memory": {
-        "LDG": (0x181,), "STG": (0x186,), "ATOMG": (0x1A8,), "LDC": (0x182,), "LDL": (0x183,), "STL": (0x187,),
-        "CCTL": (0x18F,)},
+        "LDG": (0x181,),
+        "STG": (0x186,),
+        "ATOMG": (0x1A8,),
+        "LDC": (0x182,),
+        "LDL": (0x183,),
+        "STL": (0x187,),
+        "CCTL": (0x18F,),
+    },
     "control": {
-        "BRA": (0x147,), "BSSY": (0x145,), "BSYNC": (0x141,), "EXIT": (0x14D,), "NOP": (0x118,), "NANOSLEEP": (0x15D,),
-        "BAR": (0x11D,), "B2R": (0x11C,), "DEPBAR": (0x11A,), "WARPGROUP": (0x1C5,), "USETMAXREG": (0x1C8,),
-        "ELECT": (0x2F,), "VOTE": (0x06,), "S2R": (0x119,), "FENCE": (0x1C6,), "MEMBAR": (0x192,), "ERRBAR": (0x1AB,),
-        "UCGABAR": (0x1C7,), "PREEXIT": (0x2D,), "ACQBULK": (0x2E,)},
+        "BRA": (0x147,),
+        "BSSY": (0x145,),
+        "BSYNC": (0x141,),
+        "EXIT": (0x14D,),
+        "NOP": (0x118,),
+        "NANOSLEEP": (0x15D,),
+        "BAR": (0x11D,),
+        "B2R": (0x11C,),
+        "DEPBAR": (0x11A,),
+        "WARPGROUP": (0x1C5,),
+        "USETMAXREG": (0x1C8,),
+        "ELECT": (0x2F,),
+        "VOTE": (0x06,),
+        "S2R": (0x119,),
+        "FENCE": (0x1C6,),
+        "MEMBAR": (0x192,),
+        "ERRBAR": (0x1AB,),
+        "UCGABAR": (0x1C7,),
+        "PREEXIT": (0x2D,),
+        "ACQBULK": (0x2E,),
+    },
 }
-UNIT_OF = {operation: unit for unit, mnemonics in OPERATIONS.items()
-           for operations in mnemonics.values() for operation in operations}
+UNIT_OF = {
+    operation: unit
+    for unit, mnemonics in OPERATIONS.items()
+    for operations in mnemonics.values()
+    for operation in operations
+}
 
 # Per clock and SM. FLOPs of 16-bit operands, twice as many of FP8 ones; results; lanes; bytes; warp instructions.
 TENSOR_FLOPS = 4096
 MUFU_RESULTS = 16
 FP32_LANES = 128
-ALU_LANES = 64          # minimum, maximum, comparison, selection, conversion to 16 or 8 bits (two values at a time)
+ALU_LANES = 64  # minimum, maximum, comparison, selection, conversion to 16 or 8 bits (two values at a time)
 SHARED_BYTES = 128
 ISSUED = 4
 WARP = 32
-CLOCKS_PER_US = 1830    # at which 132 SMs do NVIDIA's nominal 989 TFLOP/s
-MEMORY_BYTES = RATES[-1][1] / NUM_SMS / CLOCKS_PER_US       # of K and V that lie in no cache
-THREADS_PER_ROW = 4     # that each keep a row's maximum and scale
-MASK_STEPS = {"full": 2, "causal": 2, "local": 3}   # ALU operations per score: comparisons and a selection
+CLOCKS_PER_US = 1830  # at which 132 SMs do NVIDIA's nominal 989 TFLOP/s
+MEMORY_BYTES = RATES[-1][1] / NUM_SMS / CLOCKS_PER_US  # of K and V that lie in no cache
+THREADS_PER_ROW = 4  # that each keep a row's maximum and scale
+MASK_STEPS = {"full": 2, "causal": 2, "local": 3}  # ALU operations per score: comparisons and a selection
 
 
 def instruction_mix(opcodes: Counter) -> dict[str, int]:
@@ -77,7 +137,7 @@ def clocks_per_tile(cfg: FwdConfig | DecodeConfig, is_masked: bool = False) -> d
     on_alu = maxima + scores / 2 + scores * MASK_STEPS[cfg.mask] * is_masked
     kv_bytes = cfg.tile_n * cfg.kv_bytes_per_token
     q_bytes = outputs * cfg.element_bytes
-    transposed_bytes = 2 * cfg.v_slot_bytes * cfg.values.is_transposed       # V, read and written
+    transposed_bytes = 2 * cfg.v_slot_bytes * cfg.values.is_transposed  # V, read and written
     clocks = {
         "tensor": 4 * scores * cfg.head_dim / (TENSOR_FLOPS * 2 / cfg.element_bytes),
         "MUFU": exponentials / MUFU_RESULTS,

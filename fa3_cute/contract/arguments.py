@@ -4,6 +4,7 @@ An entry takes the pointers of the call and of its scratch memory, the strides, 
 of its own (the number of SMs, splits), the scale and the stream. Strides are in elements; absent pointers are 0;
 seqlen_q and seqlen_k are the tensors' rows (packed: total_q, total_k); windows are in [0, UNBOUNDED_WINDOW].
 """
+
 from dataclasses import dataclass
 
 from .params import ARGUMENTS, DECODE, FORWARD
@@ -20,6 +21,7 @@ class Entry:
     per_call    those that are other ones in every call, in the order of the fields, then scratch and stream
     fp8_only    those that 16-bit kernels never read
     """
+
     arguments: tuple[tuple[str, str], ...]
     per_call: tuple[str, ...]
     fp8_only: frozenset[str]
@@ -28,13 +30,15 @@ class Entry:
 def entry_of(kernel: str, scratch: tuple[str, ...], counts: tuple[str, ...]) -> Entry:
     """The entry of "forward" or "decode"; scratch memory and counts are what the launch adds."""
     taken = {argument.entry or name: argument for name, argument in ARGUMENTS.items() if kernel in argument.takers}
-    by_kind = {kind: [(name, KINDS[kind]) for name, argument in taken.items() if argument.kind == kind]
-               for kind in KINDS}
+    by_kind = {
+        kind: [(name, KINDS[kind]) for name, argument in taken.items() if argument.kind == kind] for kind in KINDS
+    }
     added = {"pointer": [(name, "pointer") for name in scratch], "count": [(name, "int32") for name in counts]}
     return Entry(
         arguments=(*(row for kind in KINDS for row in (*by_kind[kind], *added.get(kind, ()))), ("stream", "stream")),
         per_call=(*(name for name, argument in taken.items() if argument.changes), *scratch, "stream"),
-        fp8_only=frozenset(name for name, argument in taken.items() if argument.is_fp8))
+        fp8_only=frozenset(name for name, argument in taken.items() if argument.is_fp8),
+    )
 
 
 def pointer_facts(name: str) -> tuple[str, int]:

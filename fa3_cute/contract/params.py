@@ -1,4 +1,5 @@
 """FlashAttentionParams: one forward call as data, and how the value of a field is read. Pure Python."""
+
 import operator
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
@@ -9,6 +10,7 @@ from .status import Status
 
 class DataType(IntEnum):
     """Element type of q, k and v, and of out."""
+
     FP16 = 0
     BF16 = 1
     FP8_E4M3 = 2
@@ -16,6 +18,7 @@ class DataType(IntEnum):
 
 class AttentionMode(IntEnum):
     """How the sequences lie in memory and how many queries each has."""
+
     PREFILL = 0
     DECODE = 1
     VARLEN_PREFILL = 2
@@ -23,7 +26,7 @@ class AttentionMode(IntEnum):
 
 # ---- what a field holds ----------------------------------------------------------------------------------------------
 
-FORWARD, DECODE = "forward", "decode"       # the kernels
+FORWARD, DECODE = "forward", "decode"  # the kernels
 BOTH = (FORWARD, DECODE)
 
 
@@ -41,6 +44,7 @@ class Argument:
     refused     the status of a call that sets it: part of the interface but of nothing that this library does
     instead     what to do then
     """
+
     kind: str
     element: str = ""
     alignment: int = 1
@@ -89,6 +93,7 @@ class FlashAttentionParams:
     Strides are in elements, None is contiguous in the shapes below; lengths are in tokens. Fields hold what the caller
     wrote: `explain(params)` says what is wrong with them, nothing is checked here.
     """
+
     # [batch, seqlen_q, num_heads, head_dim] q and out, [batch, seqlen_k, num_heads_k, head_dim] k and v; packed
     # [total_q, num_heads, head_dim] and [total_k, num_heads_k, head_dim]. 16-byte aligned, last dimension contiguous.
     q: int | None = _tensor()
@@ -99,7 +104,7 @@ class FlashAttentionParams:
     softmax_lse: int | None = _tensor("float32", 4)
 
     batch_size: int = _size()
-    seqlen_q: int = _size()     # ignored, like seqlen_k, when cu_seqlens_q and cu_seqlens_k are given
+    seqlen_q: int = _size()  # ignored, like seqlen_k, when cu_seqlens_q and cu_seqlens_k are given
     seqlen_k: int = _size()
     num_heads: int = _size()
     num_heads_k: int = _size()  # divides num_heads: MHA if equal, MQA if 1, else GQA
@@ -119,8 +124,8 @@ class FlashAttentionParams:
     out_head_stride: int | None = _stride()
 
     dtype: DataType = _field(DataType.FP16, "choice")
-    out_dtype: DataType | None = _field(None, "choice")         # None: dtype, BF16 for FP8_E4M3
-    softmax_scale: float | None = _field(None, "number", takers=BOTH)       # None: 1/sqrt(head_dim)
+    out_dtype: DataType | None = _field(None, "choice")  # None: dtype, BF16 for FP8_E4M3
+    softmax_scale: float | None = _field(None, "number", takers=BOTH)  # None: 1/sqrt(head_dim)
 
     # Bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q.
     is_causal: bool = _field(False, "flag")
@@ -129,11 +134,11 @@ class FlashAttentionParams:
     window_size_right: int = _field(-1, "count", takers=BOTH)
     mode: AttentionMode = _field(AttentionMode.PREFILL, "choice")
 
-    cu_seqlens_q: int | None = _lengths(FORWARD)        # int32 [batch + 1], with cu_seqlens_k, total_q and total_k
+    cu_seqlens_q: int | None = _lengths(FORWARD)  # int32 [batch + 1], with cu_seqlens_k, total_q and total_k
     cu_seqlens_k: int | None = _lengths(FORWARD)
     total_q: int = _field(0, "size")
     total_k: int = _field(0, "size")
-    seqused_q: int | None = _lengths(*BOTH)             # int32 [batch]
+    seqused_q: int | None = _lengths(*BOTH)  # int32 [batch]
     seqused_k: int | None = _lengths(*BOTH)
 
     # FP8 only. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by sequence,
@@ -148,8 +153,8 @@ class FlashAttentionParams:
     v_descale_batch_stride: int = _stride(0)
     v_descale_head_stride: int = _stride(0)
 
-    num_splits: int = _field(0, "count")                # 0 automatic, 1 never (batch-invariant), n exactly n
-    pack_gqa: bool | None = _field(None, "flag")        # None: automatic
+    num_splits: int = _field(0, "count")  # 0 automatic, 1 never (batch-invariant), n exactly n
+    pack_gqa: bool | None = _field(None, "flag")  # None: automatic
     workspace: int | None = _field(None, "pointer", element="bytes", alignment=16)  # scratch for split-KV; None: ours
     workspace_bytes: int = _field(0, "count")
 
@@ -163,8 +168,9 @@ class FlashAttentionParams:
     p_dropout: float = _refused(Status.FEATURE_UNSUPPORTED, 0.0, "number")
     rng_state: int | None = _refused(Status.FEATURE_UNSUPPORTED)
     attn_mask: int | None = _refused(Status.FEATURE_UNSUPPORTED)
-    leftpad_k: int | None = _refused(Status.FEATURE_UNSUPPORTED,
-                                     instead="seqused_k gives the used length of each sequence")
+    leftpad_k: int | None = _refused(
+        Status.FEATURE_UNSUPPORTED, instead="seqused_k gives the used length of each sequence"
+    )
     k_new: int | None = _refused(Status.FEATURE_UNSUPPORTED, instead="append to k and v before the call")
     v_new: int | None = _refused(Status.FEATURE_UNSUPPORTED, instead="append to k and v before the call")
     seqlen_knew: int = _refused(Status.FEATURE_UNSUPPORTED, 0, "count", "append to k and v before the call")
@@ -175,26 +181,29 @@ ARGUMENTS: dict[str, Argument] = {item.name: item.metadata["argument"] for item 
 
 def names(**facts) -> tuple[str, ...]:
     """The fields whose description has all of these facts, in order."""
-    return tuple(name for name, argument in ARGUMENTS.items()
-                 if all(getattr(argument, fact) == value for fact, value in facts.items()))
+    return tuple(
+        name
+        for name, argument in ARGUMENTS.items()
+        if all(getattr(argument, fact) == value for fact, value in facts.items())
+    )
 
 
-TENSORS = names(element="input") + names(element="output")      # q, k, v, out
+TENSORS = names(element="input") + names(element="output")  # q, k, v, out
 DESCALES = names(kind="pointer", is_fp8=True)
 # What changes with every call, and what changes with the shape at most.
 POINTERS = tuple(name for name in names(changes=True) if name not in DESCALES)
 SHAPE = names(changes=False)
 
-DTYPE_NAMES = ("fp16", "bf16", "fp8_e4m3")      # by DataType, as configs call them
-OFF = frozenset((None, 0))      # what switches a field off
-CONSTANTS = frozenset((int, float, bool, type(None), DataType, AttentionMode))      # types without inner state
+DTYPE_NAMES = ("fp16", "bf16", "fp8_e4m3")  # by DataType, as configs call them
+OFF = frozenset((None, 0))  # what switches a field off
+CONSTANTS = frozenset((int, float, bool, type(None), DataType, AttentionMode))  # types without inner state
 
 
 def is_off(value) -> bool:
     """None and zero switch a field off."""
     try:
         return value in OFF
-    except Exception:       # unhashable (an array, a list) or of a class that will not be compared
+    except Exception:  # unhashable (an array, a list) or of a class that will not be compared
         return False
 
 
@@ -204,7 +213,7 @@ def integer(value) -> int | None:
         return value
     try:
         return None if isinstance(value, bool) else operator.index(value)
-    except Exception:       # a foreign class's __index__ may raise anything
+    except Exception:  # a foreign class's __index__ may raise anything
         return None
 
 
@@ -218,7 +227,7 @@ def address(value) -> int | None:
     try:
         if _holds_address(kind):
             return int(value)
-    except Exception:       # a foreign class's __int__ may raise anything
+    except Exception:  # a foreign class's __int__ may raise anything
         return None
     return 0 if is_off(value) else None
 
@@ -253,7 +262,7 @@ def is_true(value) -> bool | None:
     """A flag's truth (True, False, 1, 0, NumPy's bools); None if the value is no flag."""
     try:
         return bool(value) if value in (0, 1) else None
-    except Exception:       # an array of several elements has no truth
+    except Exception:  # an array of several elements has no truth
         return None
 
 

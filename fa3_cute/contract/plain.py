@@ -3,15 +3,27 @@
 NumPy's integers, pointer objects, 1 for True and 2 for DataType.FP8_E4M3 mean what they say here once; where a value
 means nothing, its field holds BAD, and the rules say so in words.
 """
+
 from collections.abc import Callable
 from operator import attrgetter
 
-from .params import (ARGUMENTS, AttentionMode, DataType, FlashAttentionParams, address, integer, is_given, is_off,
-                     is_true, member)
+from .params import (
+    ARGUMENTS,
+    AttentionMode,
+    DataType,
+    FlashAttentionParams,
+    address,
+    integer,
+    is_given,
+    is_off,
+    is_true,
+    member,
+)
 
 
 class _Bad:
     """No value of its field's kind."""
+
     __slots__ = ()
 
     def __repr__(self) -> str:
@@ -21,16 +33,27 @@ class _Bad:
 BAD = _Bad()
 ENUMS = {"dtype": DataType, "out_dtype": DataType, "mode": AttentionMode}
 # Fields that None switches off, besides pointers, and the value that they have then.
-OFF_AS_ZERO = frozenset(("workspace_bytes", *(name for name, argument in ARGUMENTS.items()
-                                              if argument.kind == "stride" and argument.is_fp8)))
+OFF_AS_ZERO = frozenset(
+    (
+        "workspace_bytes",
+        *(name for name, argument in ARGUMENTS.items() if argument.kind == "stride" and argument.is_fp8),
+    )
+)
 _NONE = type(None)
-_TYPES = {"pointer": {int, _NONE}, "size": {int}, "count": {int}, "number": {int, float, _NONE}, "flag": {bool},
-          "stride": {int, _NONE}}
+_TYPES = {
+    "pointer": {int, _NONE},
+    "size": {int},
+    "count": {int},
+    "number": {int, float, _NONE},
+    "flag": {bool},
+    "stride": {int, _NONE},
+}
 _read = attrgetter(*ARGUMENTS)
 
 
 class Plain(FlashAttentionParams):
     """A call whose values are plain; `raw` is the caller's."""
+
     __slots__ = ("raw",)
     raw: FlashAttentionParams
 
@@ -69,7 +92,7 @@ def _number(name: str, value):
         return BAD
     try:
         return float(value)
-    except Exception:       # a foreign class's __float__
+    except Exception:  # a foreign class's __float__
         return BAD
 
 
@@ -87,8 +110,15 @@ def _choice(name: str, value):
     return BAD if found is None else found
 
 
-_READERS: dict[str, Callable] = {"pointer": _pointer, "size": _integer, "count": _integer, "stride": _stride,
-                                 "number": _number, "flag": _flag, "choice": _choice}
+_READERS: dict[str, Callable] = {
+    "pointer": _pointer,
+    "size": _integer,
+    "count": _integer,
+    "stride": _stride,
+    "number": _number,
+    "flag": _flag,
+    "choice": _choice,
+}
 
 
 def _accepted(name: str) -> frozenset[type]:
@@ -102,7 +132,7 @@ def _accepted(name: str) -> frozenset[type]:
 
 
 _ACCEPTED = tuple(map(_accepted, ARGUMENTS))
-_plain_types: set[tuple[type, ...]] = set()      # tuples that were found to be accepted: calls have few of them
+_plain_types: set[tuple[type, ...]] = set()  # tuples that were found to be accepted: calls have few of them
 
 
 def plain(params: FlashAttentionParams) -> FlashAttentionParams:

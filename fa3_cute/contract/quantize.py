@@ -3,13 +3,14 @@
 For arrays on the host. Users of CuPy, JAX and PyTorch quantise on the device with their own library, in the same three
 steps: descale = amax / 448; x / descale, clipped to +-448; cast.
 """
+
 from typing import Any
 
 import numpy as np
 
 from .reference import as_float, used_rows
 
-LARGEST = 448.0                 # of E4M3, which has no infinity
+LARGEST = 448.0  # of E4M3, which has no infinity
 # A descale that a GPU flushes to zero would take all values with it: none is below the normal numbers of FP32.
 SMALLEST_DESCALE = 2.0**-126
 # Granularity -> the axes of amax [batch, heads] that share a descale.
@@ -46,9 +47,9 @@ def quantize_fp8(x, granularity: str = "tensor", *, descale=None, cu_seqlens=Non
     descale, of_head = _per_head(descale, len(sequences), x.shape[-2])
     fp8 = np.zeros(x.shape, float8)
     for sequence, rows, values in _chunks(x, sequences):
-        with np.errstate(over="ignore"):        # by a small given descale: saturated all the same
+        with np.errstate(over="ignore"):  # by a small given descale: saturated all the same
             scaled = values / of_head[sequence, :, None]
-        fp8[rows] = np.clip(scaled, -LARGEST, LARGEST).astype(float8)       # the cast alone makes NaN of 465
+        fp8[rows] = np.clip(scaled, -LARGEST, LARGEST).astype(float8)  # the cast alone makes NaN of 465
     return fp8, descale
 
 
@@ -72,6 +73,7 @@ def dequantize_fp8(fp8, descale, *, cu_seqlens=None):
 
 
 # ---- descales --------------------------------------------------------------------------------------------------------
+
 
 def _shared_axes(x, granularity: str, cu_seqlens) -> tuple[int, ...]:
     if granularity not in SHARED_AXES:
@@ -103,11 +105,14 @@ def _per_head(descale, batch: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         return descale, np.broadcast_to(descale, (batch, heads))
     except ValueError as error:
-        raise ValueError(f"descale {descale.shape}: must broadcast to [batch, heads] = [{batch}, {heads}]; packed "
-                         "sequences are told apart by cu_seqlens") from error
+        raise ValueError(
+            f"descale {descale.shape}: must broadcast to [batch, heads] = [{batch}, {heads}]; packed "
+            "sequences are told apart by cu_seqlens"
+        ) from error
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
+
 
 def _sequences(x, cu_seqlens, seqused) -> list[tuple]:
     """Per sequence, the index of its used rows; packed rows without cu_seqlens are one sequence."""
@@ -145,8 +150,14 @@ def _check(name: str, array, dtypes: tuple[str, ...], cu_seqlens) -> None:
     if array.ndim == 4:
         raise ValueError(f"cu_seqlens with {name} {array.shape}: packed rows are [total, heads, head_dim]")
     offsets = np.asarray(cu_seqlens)
-    if (offsets.ndim != 1 or not offsets.size or offsets.dtype.kind not in "iu" or offsets[0] < 0
-            or (np.diff(offsets.astype(np.int64)) < 0).any() or offsets[-1] > len(array)):
+    if (
+        offsets.ndim != 1
+        or not offsets.size
+        or offsets.dtype.kind not in "iu"
+        or offsets[0] < 0
+        or (np.diff(offsets.astype(np.int64)) < 0).any()
+        or offsets[-1] > len(array)
+    ):
         raise ValueError(f"cu_seqlens {offsets.tolist()}: must be integers that never fall, of 0 to {len(array)} rows")
 
 

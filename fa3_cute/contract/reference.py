@@ -23,6 +23,7 @@ arrays returned here.
 16-bit floats that NumPy lacks: BF16 arrays are ml_dtypes.bfloat16 arrays, or uint16 arrays of the bits; FP8 arrays are
 ml_dtypes.float8_e4m3fn arrays, or uint8 arrays of the bits. `as_float` reads them all, `to_bits` makes the bits.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ FP8_P_SCALE = 256.0
 
 
 # ---- number formats ------------------------------------------------------------------------------------------------
+
 
 def bf16_bits(values) -> np.ndarray:
     """The BF16 nearest to each value (ties to even), as uint16 bits; overflow gives inf, every NaN gives 0x7FFF."""
@@ -68,8 +70,11 @@ def e4m3_bits(values) -> np.ndarray:
 def to_bits(values, dtype: str) -> np.ndarray:
     """Values rounded to `dtype` in the array a kernel's buffer holds: "fp16" float16, "bf16" uint16 bits, "fp8_e4m3"
     uint8 bits (saturated at +-448)."""
-    return {"fp16": lambda: np.asarray(values).astype(np.float16), "bf16": lambda: bf16_bits(values),
-            "fp8_e4m3": lambda: e4m3_bits(values)}[dtype]()
+    return {
+        "fp16": lambda: np.asarray(values).astype(np.float16),
+        "bf16": lambda: bf16_bits(values),
+        "fp8_e4m3": lambda: e4m3_bits(values),
+    }[dtype]()
 
 
 def round_to(values, dtype: str) -> np.ndarray:
@@ -111,7 +116,7 @@ def _rounded_to_odd(values) -> np.ndarray:
 def _e4m3_rounded_bits() -> np.ndarray:
     """`e4m3_bits` of each of the 2^14 numbers of 14 bits: a look-up takes a fifth of the time of the arithmetic."""
     numbers = (np.arange(1 << 14, dtype=np.uint32) << 18).view(np.float32)
-    saturated = np.fmin(np.abs(numbers), 448)      # NaN too, for now
+    saturated = np.fmin(np.abs(numbers), 448)  # NaN too, for now
     step = np.ldexp(np.float32(1), np.maximum(np.frexp(saturated)[1] - 1, -6) - 3)
     magnitude = np.searchsorted(_E4M3_VALUES[:0x7F], np.rint(saturated / step) * step)
     return np.where(np.isnan(numbers), 0x7F, magnitude + 0x80 * np.signbit(numbers)).astype(np.uint8)
@@ -125,9 +130,11 @@ _ROUND = {"fp16": _round_fp16, "bf16": _round_bf16, "fp8_e4m3": _round_e4m3}
 
 # ---- what is computed, and where it is rounded ----------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Arithmetic:
     """Precision of one evaluation: `accumulate` is the dtype of products and sums; the hooks round inputs, P and O."""
+
     accumulate: type
     round_input: Callable = lambda x: x
     round_p: Callable = lambda p: p
@@ -154,6 +161,7 @@ class Options:
     q_, k_, v_descale  scalar, [heads], [batch, 1] or [batch, heads]: real value = stored value * descale; heads are
                        query heads for q, KV heads for k and v; None: 1
     """
+
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
     softmax_scale: float | None = None
@@ -221,7 +229,8 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
         for head in range(kv_head * group, (kv_head + 1) * group):
             scale = softmax_scale * q_descale[b, head] * k_descale[b, kv_head]
             out[*outer, rows, head], lse[*outer, head, rows] = _one_head(
-                arithmetic, operand(q, q_rows[b], head), k_head, v_head, window, scale, v_descale[b, kv_head])
+                arithmetic, operand(q, q_rows[b], head), k_head, v_head, window, scale, v_descale[b, kv_head]
+            )
     return out, lse
 
 
@@ -314,8 +323,10 @@ def _check(q, k, v, options: Options) -> None:
         (lambda: k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0, f"{shapes}: num_heads a multiple of num_heads_k"),
         (lambda: packed or len(q) == len(k), f"{shapes}: q and k must have the same batch size"),
         (lambda: not packed or len(cu_seqlens_q) == len(cu_seqlens_k), "cu_seqlens_q, cu_seqlens_k: lengths differ"),
-        (lambda: not packed or _are_offsets(cu_seqlens_q, len(q)) and _are_offsets(cu_seqlens_k, len(k)),
-         "cu_seqlens must never fall and stay within the packed rows"),
+        (
+            lambda: not packed or _are_offsets(cu_seqlens_q, len(q)) and _are_offsets(cu_seqlens_k, len(k)),
+            "cu_seqlens must never fall and stay within the packed rows",
+        ),
         (lambda: len(window) == 2, f"window_size {window}: must be (left, right)"),
         (lambda: not options.causal or max(window) < 0, f"window_size {window} together with causal"),
     )

@@ -7,25 +7,39 @@ all in about 10 us.
 A value of the wrong type is a problem like any other, not an exception: it gets the status of its field, and
 INVALID_ARGUMENT where the field has none. Integers are whatever has `__index__`, except bool.
 """
+
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from .formats import FP8_HEAD_DIMS, HEAD_DIMS, MAX_SPLITS
-from .limits import (DIMS, LARGEST_SCALE, MAX_SIZE, MAX_TILES, MAX_WINDOW, SMALLEST_SCALE, SMALLEST_TILE_M,
-                     TMA_ALIGNMENT, TMA_STRIDE_BYTES)
+from .limits import (
+    DIMS,
+    LARGEST_SCALE,
+    MAX_SIZE,
+    MAX_TILES,
+    MAX_WINDOW,
+    SMALLEST_SCALE,
+    SMALLEST_TILE_M,
+    TMA_ALIGNMENT,
+    TMA_STRIDE_BYTES,
+)
 from .params import ARGUMENTS, DESCALES, OFF, TENSORS, AttentionMode, DataType, is_packed, names, tensor_sizes
 from .plain import BAD, plain
 from .status import Problem, Status, shown
 
 # Alignment in bytes of every pointer field that is read or written.
-ALIGNMENT = {name: argument.alignment for name, argument in ARGUMENTS.items()
-             if argument.kind == "pointer" and not argument.refused}
+ALIGNMENT = {
+    name: argument.alignment
+    for name, argument in ARGUMENTS.items()
+    if argument.kind == "pointer" and not argument.refused
+}
 _STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
 _DESCALE_STRIDES = names(kind="stride", is_fp8=True)
 _CONTIGUOUS, _CONTIGUOUS_OUT = (None,) * len(_STRIDES), (None,) * len(DIMS)
 _COMMON_DESCALES = (0,) * len(_DESCALE_STRIDES)
-_read_tensors, _read_strides, _read_descale_strides = (attrgetter(*fields)
-                                                       for fields in (TENSORS, _STRIDES, _DESCALE_STRIDES))
+_read_tensors, _read_strides, _read_descale_strides = (
+    attrgetter(*fields) for fields in (TENSORS, _STRIDES, _DESCALE_STRIDES)
+)
 _read_by_16, _read_by_4 = (attrgetter(*(name for name in ALIGNMENT if ALIGNMENT[name] == n)) for n in (16, 4))
 _read_descales = attrgetter(*DESCALES)
 
@@ -41,6 +55,7 @@ def _must(p, name: str, accepted: str) -> str:
 
 
 # ---- the rules -------------------------------------------------------------------------------------------------------
+
 
 def _pointers_present(p) -> Sentences:
     if all(_read_tensors(p)):
@@ -77,17 +92,22 @@ def _heads(p) -> Sentences:
 def _causal_window(p) -> Sentences:
     if p.is_causal is not True:
         return ()
-    return [_must(p, name, "negative (unbounded) with is_causal=True")
-            for name in ("window_size_left", "window_size_right")
-            if type(size := getattr(p, name)) is int and size >= 0]
+    return [
+        _must(p, name, "negative (unbounded) with is_causal=True")
+        for name in ("window_size_left", "window_size_right")
+        if type(size := getattr(p, name)) is int and size >= 0
+    ]
 
 
 def _varlen(p) -> Sentences:
     totals_missing = p.total_q in OFF and p.total_k in OFF
     if not is_packed(p):
         return () if totals_missing else [f"{_totals(p)}: must be 0 without cu_seqlens_q and cu_seqlens_k"]
-    found = [_must(p, name, "a device address: packed sequences need cu_seqlens_q and cu_seqlens_k")
-             for name in ("cu_seqlens_q", "cu_seqlens_k") if not getattr(p, name)]
+    found = [
+        _must(p, name, "a device address: packed sequences need cu_seqlens_q and cu_seqlens_k")
+        for name in ("cu_seqlens_q", "cu_seqlens_k")
+        if not getattr(p, name)
+    ]
     if totals_missing:
         found.append(f"{_totals(p)}: must be the rows of packed q and of packed k and v; one of them may be 0")
     if p.mode is not AttentionMode.VARLEN_PREFILL and p.mode is not BAD:
@@ -104,11 +124,17 @@ def _sizes(p) -> Sentences:
     packed = is_packed(p)
     rows_q, rows_k, fewest = ("total_q", "total_k", 0) if packed else ("seqlen_q", "seqlen_k", 1)
     batch, rows, heads = p.batch_size, getattr(p, rows_q), p.num_heads
-    if not (_is_int(batch, 1, MAX_SIZE) and _is_int(rows, fewest, MAX_SIZE)
-            and _is_int(getattr(p, rows_k), fewest, MAX_SIZE)):
+    if not (
+        _is_int(batch, 1, MAX_SIZE)
+        and _is_int(rows, fewest, MAX_SIZE)
+        and _is_int(getattr(p, rows_k), fewest, MAX_SIZE)
+    ):
         least = {"batch_size": 1, rows_q: fewest, rows_k: fewest}
-        return [_must(p, name, f"an int from {least[name]} to {MAX_SIZE}")
-                for name in least if not _is_int(getattr(p, name), least[name], MAX_SIZE)]
+        return [
+            _must(p, name, f"an int from {least[name]} to {MAX_SIZE}")
+            for name in least
+            if not _is_int(getattr(p, name), least[name], MAX_SIZE)
+        ]
     if type(heads) is not int or heads < 1:
         return ()
     # Every packed sequence may end in a partly filled tile of its own.
@@ -117,8 +143,12 @@ def _sizes(p) -> Sentences:
     if heads * tiles * splits <= MAX_TILES:
         return ()
     times = f", num_splits={splits}" if splits > 1 else ""
-    return [(f"batch_size={batch}, num_heads={heads}, {rows_q}={rows}{times}: must make at most {MAX_TILES} tiles of "
-             f"{SMALLEST_TILE_M} rows, not {heads * tiles * splits}")]
+    return [
+        (
+            f"batch_size={batch}, num_heads={heads}, {rows_q}={rows}{times}: must make at most {MAX_TILES} tiles of "
+            f"{SMALLEST_TILE_M} rows, not {heads * tiles * splits}"
+        )
+    ]
 
 
 def _strides(p) -> Sentences:
@@ -130,51 +160,65 @@ def _strides(p) -> Sentences:
             stride = getattr(p, name)
             # As with the tensors' strides, that of a dimension of size 1 means nothing.
             if type(stride) is not int or size != 1 and not 0 <= stride <= MAX_SIZE:
-                found.append(_must(p, name, f"an int from 0 to {MAX_SIZE}, in elements; 0: one descale for all along "
-                                            "it"))
+                found.append(
+                    _must(p, name, f"an int from 0 to {MAX_SIZE}, in elements; 0: one descale for all along it")
+                )
     return found
 
 
 def _are_common(p, strides: tuple) -> bool:
     """At a glance: TMA takes all of these strides, whatever the sizes, and out is contiguous. False says nothing."""
     head_dim, (_, rows_q, heads), (_, rows_k, heads_k) = p.head_dim, tensor_sizes(p, "q"), tensor_sizes(p, "k")
-    if not (head_dim in HEAD_DIMS and type(rows_q) is type(rows_k) is type(heads) is type(heads_k) is int
-            and 0 <= rows_q * heads * head_dim < TMA_STRIDE_BYTES // 2
-            and 0 <= rows_k * heads_k * head_dim < TMA_STRIDE_BYTES // 2):
+    if not (
+        head_dim in HEAD_DIMS
+        and type(rows_q) is type(rows_k) is type(heads) is type(heads_k) is int
+        and 0 <= rows_q * heads * head_dim < TMA_STRIDE_BYTES // 2
+        and 0 <= rows_k * heads_k * head_dim < TMA_STRIDE_BYTES // 2
+    ):
         return False
     if strides == _CONTIGUOUS:
         return True
     bits = 0
-    for stride in strides[:-len(DIMS)]:
+    for stride in strides[: -len(DIMS)]:
         if stride is not None:
             if type(stride) is not int:
                 return False
             bits |= stride
     fit = not bits & TMA_ALIGNMENT - 1 and 0 <= bits < TMA_STRIDE_BYTES // 2
-    return fit and strides[-len(DIMS):] == _CONTIGUOUS_OUT
+    return fit and strides[-len(DIMS) :] == _CONTIGUOUS_OUT
 
 
 def _strides_of(p, tensor: str) -> Sentences:
     fields = [f"{tensor}_{dim}_stride" for dim in DIMS]
     given = [getattr(p, name) for name in fields]
     if BAD in given:
-        return [_must(p, name, "None (contiguous) or an int, in elements")
-                for name, stride in zip(fields, given, strict=True) if stride is BAD]
+        return [
+            _must(p, name, "None (contiguous) or an int, in elements")
+            for name, stride in zip(fields, given, strict=True)
+            if stride is BAD
+        ]
     sizes, head_dim = tensor_sizes(p, tensor), p.head_dim
     if head_dim not in HEAD_DIMS or not all(_is_int(size, 1, MAX_SIZE) for size in sizes):
-        return ()           # an empty tensor has no strides, and those of an impossible one mean nothing
+        return ()  # an empty tensor has no strides, and those of an impossible one mean nothing
     _, rows, heads = sizes
     contiguous = (rows * heads * head_dim, heads * head_dim, head_dim)
     # Along a dimension of size 1 nothing ever moves: its stride means nothing, and frameworks leave any number there.
-    moving = [(f"{name}=None (contiguous: {default})", default, size) if stride is None else
-              (f"{name}={stride}", stride, size)
-              for name, stride, default, size in zip(fields, given, contiguous, sizes, strict=True) if size > 1]
+    moving = [
+        (f"{name}=None (contiguous: {default})", default, size)
+        if stride is None
+        else (f"{name}={stride}", stride, size)
+        for name, stride, default, size in zip(fields, given, contiguous, sizes, strict=True)
+        if size > 1
+    ]
     is_fp8 = tensor != "out" and p.dtype is DataType.FP8_E4M3
     multiple, limit = (TMA_ALIGNMENT, TMA_STRIDE_BYTES) if is_fp8 else (TMA_ALIGNMENT // 2, TMA_STRIDE_BYTES // 2)
     least, why = (head_dim, " (head_dim: rows must not overlap)") if tensor == "out" else (0, "")
-    found = [f"{stated}: must be at least {least}{why}, below {limit} and a multiple of {multiple} elements "
-             f"({TMA_ALIGNMENT} bytes, for TMA)"
-             for stated, stride, _ in moving if not least <= stride < limit or stride % multiple]
+    found = [
+        f"{stated}: must be at least {least}{why}, below {limit} and a multiple of {multiple} elements "
+        f"({TMA_ALIGNMENT} bytes, for TMA)"
+        for stated, stride, _ in moving
+        if not least <= stride < limit or stride % multiple
+    ]
     return [*found, *_overlaps(moving, head_dim)] if tensor == "out" else found
 
 
@@ -182,11 +226,13 @@ def _overlaps(moving: list[tuple[str, int, int]], head_dim: int) -> Iterator[str
     """One step of a large stride against steps of a smaller one: finds the usual mistakes, never a false one."""
     by_stride = sorted((dim for dim in moving if dim[1] >= head_dim), key=lambda dim: dim[1])
     for index, (small_stated, small, size) in enumerate(by_stride):
-        for large_stated, large, _ in by_stride[index + 1:]:
+        for large_stated, large, _ in by_stride[index + 1 :]:
             steps, rest = divmod(large, small)
             if (rest < head_dim and steps < size) or (small - rest < head_dim and steps + 1 < size):
-                yield (f"{small_stated}, {large_stated}: must keep the rows of out apart; {size} steps of {small} run "
-                       f"into one of {large}")
+                yield (
+                    f"{small_stated}, {large_stated}: must keep the rows of out apart; {size} steps of {small} run "
+                    f"into one of {large}"
+                )
 
 
 def _decode(p) -> Sentences:
@@ -210,8 +256,14 @@ def _alignment(p) -> Sentences:
     for name, alignment in ALIGNMENT.items():
         value = getattr(p, name) or 0
         if value is BAD:
-            found.append(_must(p, name, "an int device address or have __int__; an array or buffer is passed by its "
-                                        "address (array.data.ptr, tensor.data_ptr(), buffer.handle)"))
+            found.append(
+                _must(
+                    p,
+                    name,
+                    "an int device address or have __int__; an array or buffer is passed by its "
+                    "address (array.data.ptr, tensor.data_ptr(), buffer.handle)",
+                )
+            )
         elif value % alignment or not 0 <= value < 2**64:
             found.append(f"{name}={value:#x}: must be a device address aligned to {alignment} bytes")
     return found
@@ -235,9 +287,11 @@ def _choices(p) -> Sentences:
 
 
 def _numbers(p) -> Sentences:
-    found = [_must(p, name, f"an int up to {MAX_WINDOW}; negative is unbounded")
-             for name in ("window_size_left", "window_size_right")
-             if type(size := getattr(p, name)) is not int or size > MAX_WINDOW]
+    found = [
+        _must(p, name, f"an int up to {MAX_WINDOW}; negative is unbounded")
+        for name in ("window_size_left", "window_size_right")
+        if type(size := getattr(p, name)) is not int or size > MAX_WINDOW
+    ]
     scale = p.softmax_scale
     if scale is not None and (scale is BAD or not SMALLEST_SCALE <= scale <= LARGEST_SCALE):
         accepted = f"a number from {SMALLEST_SCALE:.8g} to {LARGEST_SCALE:.8g}"
@@ -256,8 +310,11 @@ def _numbers(p) -> Sentences:
 def _descales(p) -> Sentences:
     if p.dtype is DataType.FP8_E4M3 or p.dtype is BAD or not any(_read_descales(p)):
         return ()
-    return [_must(p, name, f"None with dtype={p.dtype.name}: descales belong to FP8_E4M3")
-            for name in DESCALES if getattr(p, name)]
+    return [
+        _must(p, name, f"None with dtype={p.dtype.name}: descales belong to FP8_E4M3")
+        for name in DESCALES
+        if getattr(p, name)
+    ]
 
 
 def _num_splits(p) -> Sentences:
@@ -268,31 +325,49 @@ def _num_splits(p) -> Sentences:
 
 def _off(status: Status):
     """The rule for fields that are part of the interface but of nothing that this library does."""
-    refused = {name: f"; {argument.instead}" if argument.instead else "" for name, argument in ARGUMENTS.items()
-               if argument.refused is status}
+    refused = {
+        name: f"; {argument.instead}" if argument.instead else ""
+        for name, argument in ARGUMENTS.items()
+        if argument.refused is status
+    }
     read = attrgetter(*refused) if len(refused) > 1 else lambda p: (getattr(p, next(iter(refused))),)
 
     def refused_is_off(p) -> Sentences:
         if OFF.issuperset(read(p)):
             return ()
-        return [_must(p, name, f"None or 0: {name} is not supported{instead}")
-                for name, instead in refused.items() if getattr(p, name) not in OFF]
+        return [
+            _must(p, name, f"None or 0: {name} is not supported{instead}")
+            for name, instead in refused.items()
+            if getattr(p, name) not in OFF
+        ]
+
     return refused_is_off
 
 
 # Valid by the contract, no kernel yet: (field, when the call asks for the feature, the feature, accepted meanwhile).
 # Each row leaves with the kernel that makes it true.
 PENDING = (
-    ("num_splits", lambda p: is_packed(p) and type(p.num_splits) is int and p.num_splits >= 2,
-     "split-KV of packed sequences", "0 or 1 with cu_seqlens_q and cu_seqlens_k"),
-    ("pack_gqa", lambda p: is_packed(p) and p.pack_gqa is True, "packed heads of packed sequences",
-     "None or False with cu_seqlens_q and cu_seqlens_k"),
+    (
+        "num_splits",
+        lambda p: is_packed(p) and type(p.num_splits) is int and p.num_splits >= 2,
+        "split-KV of packed sequences",
+        "0 or 1 with cu_seqlens_q and cu_seqlens_k",
+    ),
+    (
+        "pack_gqa",
+        lambda p: is_packed(p) and p.pack_gqa is True,
+        "packed heads of packed sequences",
+        "None or False with cu_seqlens_q and cu_seqlens_k",
+    ),
 )
 
 
 def _pending(p) -> Sentences:
-    return [_must(p, name, f"{accepted}: {feature} not implemented yet")
-            for name, asks, feature, accepted in PENDING if asks(p)]
+    return [
+        _must(p, name, f"{accepted}: {feature} not implemented yet")
+        for name, asks, feature, accepted in PENDING
+        if asks(p)
+    ]
 
 
 CONTRACT_RULES = (
@@ -322,6 +397,7 @@ _RULES_IF_OFF = tuple(row for row in RULES if row[1].__name__ != "refused_is_off
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
+
 
 def contract_problems(params) -> list[Problem]:
     """What the contract objects to; nothing about kernels that are not implemented yet, nor how large a workspace must

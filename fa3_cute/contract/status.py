@@ -3,6 +3,7 @@
 `forward` returns a `Status` as a C API would; `Status.check()` raises instead. Both tell the same story: the code says
 which row of the table, the detail (kept per thread, `last_error()`) which field, its value and what is accepted.
 """
+
 import threading
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 class Status(IntEnum):
     """What became of a call. 0 is success, -1 to -16 a refusal (nothing was launched), -100 and below a failure."""
+
     OK = 0
     NULL_POINTER = -1
     UNSUPPORTED_HEAD_DIM = -2
@@ -74,6 +76,7 @@ _MEANING = {
 
 class Problem(NamedTuple):
     """One reason why a call is refused; prints as a sentence."""
+
     status: Status
     detail: str
 
@@ -85,7 +88,7 @@ def get_error_string(status: int) -> str:
     """The general sentence of a status code, known or not; never raises. `last_error()` has the particulars."""
     try:
         known = Status(status)
-    except Exception:   # any object may come in: an unhashable one raises TypeError, a foreign class what it likes
+    except Exception:  # any object may come in: an unhashable one raises TypeError, a foreign class what it likes
         return f"unknown status {shown(status)}"
     return f"{known.name}: {_MEANING[known]}"
 
@@ -150,6 +153,7 @@ def error_for(status: Status, detail: str | None = None) -> FlashAttentionError:
 @dataclass(frozen=True, slots=True)
 class ErrorRecord:
     """One refusal or failure: its status, the sentence, and the exception behind it if there was one."""
+
     status: Status
     detail: str
     cause: BaseException | None = None
@@ -178,6 +182,6 @@ def shown(value) -> str:
         return f"{type(value).__name__}.{value.name}"
     try:
         text = " ".join(repr(value).split())
-    except Exception:   # a foreign class's __repr__ may raise anything
+    except Exception:  # a foreign class's __repr__ may raise anything
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."

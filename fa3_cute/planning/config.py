@@ -3,6 +3,7 @@
 A config is frozen, hashable and made of plain ints, bools and strings: it *is* the compile-cache key. Nothing in it
 depends on a length, a pointer or a stride; those are run-time arguments (`FORWARD_ARGUMENTS`).
 """
+
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,12 @@ from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_byte
 from .strategies import Output, Steps, Values
 
 REGISTERS_PER_SM = 65536
-SMEM_BYTES_PER_CTA = 232448          # 227 KiB: the most one CTA may ask for on compute capability 9.0
-SMEM_BYTES_PER_SM = 233472           # shared by its CTAs, each of which costs SMEM_BYTES_RESERVED more than it asks for
+SMEM_BYTES_PER_CTA = 232448  # 227 KiB: the most one CTA may ask for on compute capability 9.0
+SMEM_BYTES_PER_SM = 233472  # shared by its CTAs, each of which costs SMEM_BYTES_RESERVED more than it asks for
 SMEM_BYTES_RESERVED = 1024
-ROWS_PER_WARPGROUP = 64              # M of one WGMMA
-NUM_TRANSPOSE_WARPS = 2              # of the producer warpgroup, where there are any
-MAX_CLUSTER_SIZE = 16                # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
+ROWS_PER_WARPGROUP = 64  # M of one WGMMA
+NUM_TRANSPOSE_WARPS = 2  # of the producer warpgroup, where there are any
+MAX_CLUSTER_SIZE = 16  # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
 
 FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
 
@@ -30,17 +31,19 @@ class KernelConfig:
     dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
     head_dim   of Q, K and V
     """
+
     dtype: str
     head_dim: int
 
     # What a kernel has only if its config says so; the fields of both kernels are tile_n, num_kv_stages, out_dtype.
     use_pingpong = False
     rescale_before_pv = False
-    packs_heads = False             # consecutive rows of a tile are heads of one query
-    takes_max_of_bits = False       # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
+    packs_heads = False  # consecutive rows of a tile are heads of one query
+    takes_max_of_bits = False  # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
     uses_setmaxnreg = False
 
-    if TYPE_CHECKING:       # what the configs of both kernels have: fields, rules, rings and roles
+    if TYPE_CHECKING:  # what the configs of both kernels have: fields, rules, rings and roles
+
         def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self):
@@ -58,11 +61,15 @@ class KernelConfig:
         out_dtypes = FP8_OUT_DTYPES if self.is_fp8 else (None,)
         return (
             (self.dtype in ELEMENT_BYTES, f"dtype={self.dtype!r}: must be one of {', '.join(ELEMENT_BYTES)}"),
-            (self.out_dtype in out_dtypes,
-             f"out_dtype={self.out_dtype!r}: must be one of {out_dtypes} with dtype={self.dtype!r}"),
+            (
+                self.out_dtype in out_dtypes,
+                f"out_dtype={self.out_dtype!r}: must be one of {out_dtypes} with dtype={self.dtype!r}",
+            ),
             (self.head_dim in head_dims, f"head_dim={self.head_dim}: must be one of {head_dims}"),
-            (self.tile_n % k_of_pv == 0 and k_of_pv <= self.tile_n <= 256,
-             f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA"),
+            (
+                self.tile_n % k_of_pv == 0 and k_of_pv <= self.tile_n <= 256,
+                f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA",
+            ),
         )
 
     def transposes_in_blocks(self, num_warps: int) -> bool:
@@ -170,6 +177,7 @@ class FwdConfig(KernelConfig):
     is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
     out_dtype            of O where Q, K and V are FP8: "bf16" or "fp16"; None: dtype
     """
+
     is_causal: bool
     has_lse: bool
     tile_m: int
@@ -193,13 +201,19 @@ class FwdConfig(KernelConfig):
         """As common_rules: what this kernel asks besides."""
         return (
             (self.tile_m in (64, 128, 192), f"tile_m={self.tile_m}: must be 64, 128 or 192"),
-            (not self.is_fp8 or self.transposes_in_blocks(NUM_TRANSPOSE_WARPS),
-             f"tile_n={self.tile_n}: not divisible among {NUM_TRANSPOSE_WARPS} warps that transpose V"),
-            (not (self.rescale_before_pv and self.steps is Steps.SERIAL),
-             "rescale_before_pv: not with FP8, where O is rescaled as PV is added to it"),
+            (
+                not self.is_fp8 or self.transposes_in_blocks(NUM_TRANSPOSE_WARPS),
+                f"tile_n={self.tile_n}: not divisible among {NUM_TRANSPOSE_WARPS} warps that transpose V",
+            ),
+            (
+                not (self.rescale_before_pv and self.steps is Steps.SERIAL),
+                "rescale_before_pv: not with FP8, where O is rescaled as PV is added to it",
+            ),
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
-            (self.smem_bytes <= SMEM_BYTES_PER_CTA,
-             f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}"),
+            (
+                self.smem_bytes <= SMEM_BYTES_PER_CTA,
+                f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}",
+            ),
         )
 
     @property
@@ -250,8 +264,11 @@ class FwdConfig(KernelConfig):
             helpers = (Role("schedule", range(1, 2), producer), Role("transpose", range(2, first), producer))
         else:
             helpers = Role("store", range(1, 2), producer), Role("schedule", range(2, 3), producer)
-        return (Role("load", range(1), producer), *helpers,
-                Role("consume", range(first, first + self.num_consumer_warps), consumer))
+        return (
+            Role("load", range(1), producer),
+            *helpers,
+            Role("consume", range(first, first + self.num_consumer_warps), consumer),
+        )
 
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
@@ -262,11 +279,14 @@ class FwdConfig(KernelConfig):
         vt = Ring("vt", self.num_kv_stages, self.v_slot_bytes, NUM_TRANSPOSE_WARPS, warps, "V transposed")
         v_readers = NUM_TRANSPOSE_WARPS if self.values.has_ring else warps
         return (
-            o, Ring("q", self.num_q_stages, self.q_slot_bytes, 1, 1, "Q" if has_own else "Q and O"),
+            o,
+            Ring("q", self.num_q_stages, self.q_slot_bytes, 1, 1, "Q" if has_own else "Q and O"),
             Ring("k", self.num_kv_stages, self.k_slot_bytes, 1, warps, "K"),
-            Ring("v", self.num_kv_stages, self.v_slot_bytes, 1, v_readers, "V"), *[vt] * self.values.has_ring,
+            Ring("v", self.num_kv_stages, self.v_slot_bytes, 1, v_readers, "V"),
+            *[vt] * self.values.has_ring,
             # Each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles.
-            Ring("tiles", 1, 0, WARP, WARP * (producers + warps)))
+            Ring("tiles", 1, 0, WARP, WARP * (producers + warps)),
+        )
 
 
 @dataclass(frozen=True)
@@ -281,6 +301,7 @@ class DecodeConfig(KernelConfig):
     num_kv_stages     depth of the K ring and of the V ring
     ctas_per_sm       how many CTAs can share an SM
     """
+
     is_local: bool
     tile_n: int
     num_kv_stages: int
@@ -300,12 +321,18 @@ class DecodeConfig(KernelConfig):
         """As common_rules: what this kernel asks besides."""
         budget = (SMEM_BYTES_PER_SM // max(1, self.ctas_per_sm)) - SMEM_BYTES_RESERVED
         return (
-            (self.smem_bytes <= budget,
-             f"{self.smem_bytes} bytes of shared memory: {self.ctas_per_sm} CTAs per SM have {budget} each"),
-            (not self.is_fp8 or self.transposes_in_blocks(4),
-             f"tile_n={self.tile_n}: not divisible among 4 warps that transpose V"),
-            (self.kv_ring_bytes >= self.partial_bytes,
-             f"K and V rings of {self.kv_ring_bytes} bytes cannot hold partial results of {self.partial_bytes}"),
+            (
+                self.smem_bytes <= budget,
+                f"{self.smem_bytes} bytes of shared memory: {self.ctas_per_sm} CTAs per SM have {budget} each",
+            ),
+            (
+                not self.is_fp8 or self.transposes_in_blocks(4),
+                f"tile_n={self.tile_n}: not divisible among 4 warps that transpose V",
+            ),
+            (
+                self.kv_ring_bytes >= self.partial_bytes,
+                f"K and V rings of {self.kv_ring_bytes} bytes cannot hold partial results of {self.partial_bytes}",
+            ),
         )
 
     @property
@@ -343,6 +370,8 @@ class DecodeConfig(KernelConfig):
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory; q is one slot without mbarriers, filled by its readers."""
         warps = self.num_consumer_warps
-        return (Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
-                Ring("k", self.num_kv_stages, self.k_slot_bytes, 1, warps, "K"),
-                Ring("v", self.num_kv_stages, self.v_slot_bytes, 1, warps, "V"))
+        return (
+            Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
+            Ring("k", self.num_kv_stages, self.k_slot_bytes, 1, warps, "K"),
+            Ring("v", self.num_kv_stages, self.v_slot_bytes, 1, warps, "V"),
+        )

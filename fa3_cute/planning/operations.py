@@ -3,6 +3,7 @@
 The only place that knows one kind of config from another: what differs between the kernels on the host is asked of a
 Launch.
 """
+
 from typing import Any, NamedTuple
 
 from ..contract.arguments import Entry
@@ -26,6 +27,7 @@ class Launch(NamedTuple):
     scratch   what it needs of the library's memory: "tile_counter", "splits" or "none"
     plan      of split-KV (a SplitPlan), None where K and V are never split
     """
+
     config: Config
     reason: str
     scratch: str
@@ -43,6 +45,7 @@ class Launch(NamedTuple):
 
 class Operation(NamedTuple):
     """What a call does: its launches, one after the other."""
+
     launches: tuple[Launch, ...]
 
     @property
@@ -56,8 +59,7 @@ def operation_of(shape: ProblemShape) -> Operation:
     if is_decode(shape):
         cfg = decode_config(shape.dtype, shape.head_dim, is_windowed(shape), shape.out_dtype)
     else:
-        cfg = forward_config(shape.dtype, shape.head_dim, shape.mask, shape.has_lse, shape.has_lengths,
-                             shape.out_dtype)
+        cfg = forward_config(shape.dtype, shape.head_dim, shape.mask, shape.has_lse, shape.has_lengths, shape.out_dtype)
     return Operation((launch_of(cfg, shape),))
 
 
@@ -103,5 +105,7 @@ def _workspace_problem(p, shape: ProblemShape) -> Problem | None:
     needed = operation_of(shape).workspace_bytes
     if not shape.workspace or p.workspace_bytes >= needed:
         return None
-    return Problem(Status.INVALID_ARGUMENT,
-                   f"workspace_bytes={shown(p.workspace_bytes)}: must be at least workspace_size(params)={needed}")
+    return Problem(
+        Status.INVALID_ARGUMENT,
+        f"workspace_bytes={shown(p.workspace_bytes)}: must be at least workspace_size(params)={needed}",
+    )

@@ -3,14 +3,14 @@
 Masks, lengths, strides and types mean here what kernels take: whoever chooses a kernel, plans splits or fills an
 argument buffer reads this and no field of FlashAttentionParams. Pure Python.
 """
+
 import math
 from operator import attrgetter
 from typing import NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW
 from ..contract.limits import DIMS
-from ..contract.params import (DTYPE_NAMES, TENSORS, AttentionMode, DataType, FlashAttentionParams, names,
-                               tensor_sizes)
+from ..contract.params import DTYPE_NAMES, TENSORS, AttentionMode, DataType, FlashAttentionParams, names, tensor_sizes
 
 LENGTHS = names(kind="pointer", element="int32")
 STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
@@ -19,8 +19,9 @@ _CONTIGUOUS = (None,) * len(STRIDES)
 # Of these reaches; every other pair of them is a window.
 _MASKS = {(UNBOUNDED_WINDOW, UNBOUNDED_WINDOW): "full", (UNBOUNDED_WINDOW, 0): "causal"}
 _NO_STRIDES = (0,) * len(DESCALE_STRIDES)
-_read_lengths, _read_strides, _read_descale_strides = (attrgetter(*fields)
-                                                       for fields in (LENGTHS, STRIDES, DESCALE_STRIDES))
+_read_lengths, _read_strides, _read_descale_strides = (
+    attrgetter(*fields) for fields in (LENGTHS, STRIDES, DESCALE_STRIDES)
+)
 
 
 class ProblemShape(NamedTuple):
@@ -35,6 +36,7 @@ class ProblemShape(NamedTuple):
     strides             in elements, in the order of STRIDES and then, of FP8, of DESCALE_STRIDES
     workspace           address of the caller's, 0 if there is none
     """
+
     dtype: str
     out_dtype: str | None
     head_dim: int
@@ -79,12 +81,27 @@ class ProblemShape(NamedTuple):
         strides = _strides_of(p)
         scale = p.softmax_scale
         return ProblemShape(
-            dtype, out_dtype, p.head_dim, mask, is_packed, bool(p.softmax_lse), p.mode is AttentionMode.DECODE,
-            p.batch_size, p.total_q if is_packed else p.seqlen_q, p.total_k if is_packed else p.seqlen_k, p.num_heads,
-            p.num_heads_k, left, right, 1.0 / math.sqrt(p.head_dim) if scale is None else scale,
+            dtype,
+            out_dtype,
+            p.head_dim,
+            mask,
+            is_packed,
+            bool(p.softmax_lse),
+            p.mode is AttentionMode.DECODE,
+            p.batch_size,
+            p.total_q if is_packed else p.seqlen_q,
+            p.total_k if is_packed else p.seqlen_k,
+            p.num_heads,
+            p.num_heads_k,
+            left,
+            right,
+            1.0 / math.sqrt(p.head_dim) if scale is None else scale,
             tuple([address or 0 for address in _read_lengths(p)]),
-            strides if out_dtype is None else strides + _descale_strides_of(p), p.num_splits, p.pack_gqa,
-            p.workspace or 0)
+            strides if out_dtype is None else strides + _descale_strides_of(p),
+            p.num_splits,
+            p.pack_gqa,
+            p.workspace or 0,
+        )
 
 
 def _strides_of(p) -> tuple[int, ...]:
@@ -101,8 +118,12 @@ def _strides_of(p) -> tuple[int, ...]:
     if given == _CONTIGUOUS:
         return contiguous
     sizes_q, sizes_k = (batches, rows_q, heads), (batches, rows_k, heads_k)
-    return tuple([default if stride is None or size == 1 else stride for stride, default, size
-                  in zip(given, contiguous, sizes_q + sizes_k + sizes_k + sizes_q, strict=True)])
+    return tuple(
+        [
+            default if stride is None or size == 1 else stride
+            for stride, default, size in zip(given, contiguous, sizes_q + sizes_k + sizes_k + sizes_q, strict=True)
+        ]
+    )
 
 
 def _descale_strides_of(p) -> tuple[int, ...]:
@@ -111,6 +132,9 @@ def _descale_strides_of(p) -> tuple[int, ...]:
     if given == _NO_STRIDES:
         return given
     batch, heads, heads_k = p.batch_size, p.num_heads, p.num_heads_k
-    return tuple([0 if size == 1 else stride for stride, size
-                  in zip(given, (batch, heads, batch, heads_k, batch, heads_k), strict=True)])
-
+    return tuple(
+        [
+            0 if size == 1 else stride
+            for stride, size in zip(given, (batch, heads, batch, heads_k, batch, heads_k), strict=True)
+        ]
+    )

@@ -1,9 +1,10 @@
 """Rings and roles of a kernel as data: threads, arrival counts and shared memory follow from it. Pure Python."""
+
 from typing import NamedTuple
 
 WARP = 32
 WARPS_PER_WARPGROUP = 4
-HEAD_BYTES = 1024       # mbarriers and small tensors before the first slot, which is aligned to so much
+HEAD_BYTES = 1024  # mbarriers and small tensors before the first slot, which is aligned to so much
 
 
 class Ring(NamedTuple):
@@ -13,6 +14,7 @@ class Ring(NamedTuple):
     slot_bytes     of shared memory; 0 where a slot lies in another ring's or in the first HEAD_BYTES
     label          of its memory in a map
     """
+
     name: str
     slots: int
     slot_bytes: int
@@ -28,6 +30,7 @@ class Ring(NamedTuple):
 
 class Role(NamedTuple):
     """What some warps of the CTA do; registers per thread after setmaxnreg, None without one."""
+
     name: str
     warps: range
     registers: int | None = None

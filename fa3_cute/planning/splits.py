@@ -15,6 +15,7 @@ one CTA per SM asks for so much shared memory that no SM gets two, else the hard
 The plan is for the 132 SMs of H100 and H200 wherever it runs: it depends on the call alone, so that the same call gives
 the same bits everywhere. Pure Python.
 """
+
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,20 +26,29 @@ from .problem import ProblemShape
 from .tables import decode_row
 
 NUM_SMS = 132
-MAX_DECODE_ROWS = 64     # of a KV head: one M tile
+MAX_DECODE_ROWS = 64  # of a KV head: one M tile
 # {cluster size: CTAs that run at once with one CTA per SM, with two} (cuOccupancyMaxActiveClusters, H200)
-CLUSTER_SLOTS = {1: (132, 264), 2: (132, 264), 3: (117, 237), 4: (120, 248), 5: (110, 235), 6: (102, 234),
-                 7: (105, 224), 8: (120, 240), 16: (112, 224)}
-MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)    # of a cluster size that are tried as num_splits, besides the largest
-LONE_SIZES = (1, 3, 5, 6, 7)                      # cluster sizes that are not tried with several clusters per item
+CLUSTER_SLOTS = {
+    1: (132, 264),
+    2: (132, 264),
+    3: (117, 237),
+    4: (120, 248),
+    5: (110, 235),
+    6: (102, 234),
+    7: (105, 224),
+    8: (120, 240),
+    16: (112, 224),
+}
+MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a cluster size that are tried as num_splits, besides the largest
+LONE_SIZES = (1, 3, 5, 6, 7)  # cluster sizes that are not tried with several clusters per item
 
 # Microseconds, and bytes per microsecond, fitted to measurements of BF16 on an H200, 2026-11-22 (docs/performance.md).
 # (K and V up to so many bytes, bandwidth, bandwidth of one SM): they may lie in L2 still, in part, or not.
 RATES = ((40e6, 6.0e6, 6.0e6), (80e6, 5.0e6, 48e3), (math.inf, 4.6e6, 43e3))
-WAVE_TIME = 2.0                           # to start and to end a round of CTAs
-CLUSTER_TIME = {1: 0.0, 16: 1.1}          # a merge within a cluster; of other sizes OTHER_CLUSTER_TIME
+WAVE_TIME = 2.0  # to start and to end a round of CTAs
+CLUSTER_TIME = {1: 0.0, 16: 1.1}  # a merge within a cluster; of other sizes OTHER_CLUSTER_TIME
 OTHER_CLUSTER_TIME = 0.4
-CLUSTERS_TIME, ROUND_TIME = 1.3, 0.6      # a merge of clusters, in rounds of so many partial results:
+CLUSTERS_TIME, ROUND_TIME = 1.3, 0.6  # a merge of clusters, in rounds of so many partial results:
 ROUND = 16
 # Two CTAs per SM, unless there are many and each does all of an item: a tile's latency, and its transfer, times this.
 PACKED_LATENCY, PACKED_LOSS = 1.5, 1.15
@@ -52,6 +62,7 @@ class SplitPlan(NamedTuple):
     partial_bytes   scratch memory for the clusters' results; 0 if one cluster does all of an item
     num_arrivals    int32 arrival counts, 0 likewise
     """
+
     packed_heads: int
     num_splits: int
     cluster_size: int
@@ -78,13 +89,29 @@ def is_windowed(shape: ProblemShape) -> bool:
 
 def plan_of(cfg: DecodeConfig, shape: ProblemShape) -> "SplitPlan":
     """The plan of a problem that the decode kernel serves."""
-    return plan(cfg, shape.batch_size, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.num_heads_k,
-                shape.window_left + shape.window_right + 1, (shape.pack_gqa, shape.num_splits))
+    return plan(
+        cfg,
+        shape.batch_size,
+        shape.seqlen_q,
+        shape.seqlen_k,
+        shape.num_heads,
+        shape.num_heads_k,
+        shape.window_left + shape.window_right + 1,
+        (shape.pack_gqa, shape.num_splits),
+    )
 
 
 @lru_cache(maxsize=4096)
-def plan(cfg: DecodeConfig, batch_size: int, seqlen_q: int, seqlen_k: int, num_heads: int, num_heads_k: int,
-         reach: int, choices: tuple[bool | None, int]) -> SplitPlan:
+def plan(
+    cfg: DecodeConfig,
+    batch_size: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_heads: int,
+    num_heads_k: int,
+    reach: int,
+    choices: tuple[bool | None, int],
+) -> SplitPlan:
     """The plan of a call.
 
     reach     tokens from the first key that a query sees to its last, at most
@@ -106,14 +133,20 @@ def plan(cfg: DecodeConfig, batch_size: int, seqlen_q: int, seqlen_k: int, num_h
     is_spread = num_items * num_splits <= CLUSTER_SLOTS[cluster_size][0]
     num_clusters = num_splits // cluster_size
     partials = num_items * num_clusters * min(rows, cfg.tile_m) if num_clusters > 1 else 0
-    return SplitPlan(packed_heads, num_splits, cluster_size,
-                     SMEM_BYTES_PER_CTA if is_spread else cfg.smem_bytes,
-                     4 * partials * (cfg.head_dim + 1), num_items * cluster_size if partials else 0)
+    return SplitPlan(
+        packed_heads,
+        num_splits,
+        cluster_size,
+        SMEM_BYTES_PER_CTA if is_spread else cfg.smem_bytes,
+        4 * partials * (cfg.head_dim + 1),
+        num_items * cluster_size if partials else 0,
+    )
 
 
 @lru_cache(maxsize=4096)
 def fastest(cfg: DecodeConfig, num_items: int, n_blocks: int, rates: tuple[float, float]) -> tuple[int, int]:
     """(num_splits, cluster_size) of the shortest time; of equal ones the fewest CTAs."""
+
     def cost(plan: tuple[int, int]) -> tuple[float, int]:
         return round(time_of(cfg, num_items, n_blocks, *plan, rates), 1), num_items * plan[0]
 
@@ -127,14 +160,15 @@ def candidates(cfg: DecodeConfig, num_items: int, n_blocks: int):
             yield cluster_size, cluster_size
         if cluster_size in LONE_SIZES:
             continue
-        for num_slots in slots[:cfg.ctas_per_sm]:
+        for num_slots in slots[: cfg.ctas_per_sm]:
             most = min(num_slots // num_items, n_blocks, MAX_SPLITS) // cluster_size
             for multiple in filter(range(2, most + 1).__contains__, {*MULTIPLES, most}):
                 yield multiple * cluster_size, cluster_size
 
 
-def time_of(cfg: DecodeConfig, num_items: int, n_blocks: int, num_splits: int, cluster_size: int,
-            rates: tuple[float, float]) -> float:
+def time_of(
+    cfg: DecodeConfig, num_items: int, n_blocks: int, num_splits: int, cluster_size: int, rates: tuple[float, float]
+) -> float:
     """The model: microseconds, without what every call costs."""
     num_ctas, tiles = num_items * num_splits, -(-n_blocks // num_splits)
     slots = CLUSTER_SLOTS[cluster_size][0]

@@ -1,4 +1,5 @@
 """What a kernel can do in more than one way: its config chooses, device code asks. Pure Python."""
+
 import enum
 
 
@@ -10,6 +11,7 @@ class Steps(enum.Enum):
                  accumulator of FP8 WGMMA keeps too few bits for a sum over all keys. S and T share registers, and
                  warpgroups or CTAs overlap one another.
     """
+
     OVERLAPPED = enum.auto()
     SERIAL = enum.auto()
 
@@ -21,6 +23,7 @@ class Values(enum.Enum):
     TRANSPOSED_BY_WARPS  two warps of the producer warpgroup bring V to a ring of V^T
     TRANSPOSED_IN_PLACE  the consumers do it, within V's slot
     """
+
     AS_STORED = enum.auto()
     TRANSPOSED_BY_WARPS = enum.auto()
     TRANSPOSED_IN_PLACE = enum.auto()
@@ -43,5 +46,6 @@ class Output(enum.Enum):
     OWN_SLOT    in one of its own, where O is wider than Q: one warpgroup's rows of O would cover rows of Q that another
                 still reads
     """
+
     IN_Q_SLOT = enum.auto()
     OWN_SLOT = enum.auto()

@@ -4,6 +4,7 @@ A buffer holds first what changes with every call, then what changes with the sh
 among the latter, for all layers of a model share them; those of descales among the former, for each layer has its own.
 What a 16-bit kernel takes of descales, which it never reads, is one zero behind all that.
 """
+
 import struct
 from functools import cache
 
@@ -29,7 +30,8 @@ class Layout:
         self.per_shape = tuple(name for name in codes if name not in self.per_call + self.absent)
         self.lengths = tuple(LENGTHS.index(name) for name in self.per_shape if name in LENGTHS)
         self.per_call_struct, self.per_shape_struct = (
-            struct.Struct("".join(codes[name] for name in names)) for names in (self.per_call, self.per_shape))
+            struct.Struct("".join(codes[name] for name in names)) for names in (self.per_call, self.per_shape)
+        )
         self.per_shape_offset = self.per_call_struct.size
         self.zero_offset = self.per_shape_offset + -(-self.per_shape_struct.size // 8) * 8
         self.error_offset = self.zero_offset + 8
@@ -47,9 +49,19 @@ class Layout:
         counts   what the launch adds (Launch.counts)
         """
         lengths = shape.lengths
-        return (*[lengths[index] for index in self.lengths], *shape.strides, shape.batch_size, shape.seqlen_q,
-                shape.seqlen_k, shape.num_heads, shape.num_heads_k, shape.window_left, shape.window_right, *counts,
-                shape.softmax_scale)
+        return (
+            *[lengths[index] for index in self.lengths],
+            *shape.strides,
+            shape.batch_size,
+            shape.seqlen_q,
+            shape.seqlen_k,
+            shape.num_heads,
+            shape.num_heads_k,
+            shape.window_left,
+            shape.window_right,
+            *counts,
+            shape.softmax_scale,
+        )
 
     def pack(self, shape: ProblemShape, counts: tuple[int, ...]) -> bytes:
         """The bytes of per_shape."""

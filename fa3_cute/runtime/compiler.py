@@ -6,6 +6,7 @@ way in is less to test than two.
 
 Environment: FA3_CUTE_CACHE_DIR moves the disk cache; FA3_CUTE_DISABLE_JIT=1 turns a compile into a CompileError.
 """
+
 import ctypes
 import hashlib
 import json
@@ -36,12 +37,20 @@ from . import disk_cache
 from .cubin import CubinKernel, read_cubin
 from .disk_cache import cache_dir
 
-__all__ = ["CompileError", "Report", "cache_dir", "compile_and_read", "compile_report", "get_kernel", "source_hash",
-           "typed_arguments"]
+__all__ = [
+    "CompileError",
+    "Report",
+    "cache_dir",
+    "compile_and_read",
+    "compile_report",
+    "get_kernel",
+    "source_hash",
+    "typed_arguments",
+]
 
 ARCH = "sm_90a"
 SCALAR_TYPES = {"int64": Int64, "int32": Int32, "float32": Float32, "stream": CUstream}
-POINTED_TYPES = {"float32": Float32, "int32": Int32}       # others are the config's own
+POINTED_TYPES = {"float32": Float32, "int32": Int32}  # others are the config's own
 
 # Settings of the DSL that change the code it generates; they are part of the cache key.
 CODE_SETTINGS = ("CUTE_DSL_LINEINFO", "CUTE_DSL_DEBUG", "CUTE_DSL_COMPILER_OPT", "CUTE_DSL_ENABLE_ASSERTIONS")
@@ -56,7 +65,7 @@ UNACCEPTABLE_REMARKS = {
 
 log = logging.getLogger("fa3_cute")
 
-_lock = threading.Lock()                      # concurrent compiles crash the DSL
+_lock = threading.Lock()  # concurrent compiles crash the DSL
 _kernels: dict[Config, Any] = {}
 
 
@@ -86,8 +95,9 @@ def _typed(cfg: Config, name: str, kind: str, value) -> Any:
         return SCALAR_TYPES[kind](value)
     element, alignment = pointer_facts(name)
     own_type = ELEMENT_TYPES[cfg.element_out if element == "output" else cfg.dtype]
-    return cute.runtime.make_ptr(POINTED_TYPES.get(element, own_type), value, cute.AddressSpace.gmem,
-                                 assumed_align=alignment)
+    return cute.runtime.make_ptr(
+        POINTED_TYPES.get(element, own_type), value, cute.AddressSpace.gmem, assumed_align=alignment
+    )
 
 
 def dsl_version() -> str:
@@ -125,7 +135,7 @@ def _find_on_disk(cfg: Config) -> Any | None:
     path = disk_cache.find(cfg.name, cache_key(cfg))
     try:
         return path and _load(path, cfg.name)
-    except Exception as error:                # whatever an object with a good checksum does wrong: compile it again
+    except Exception as error:  # whatever an object with a good checksum does wrong: compile it again
         log.warning("ignoring %s: %s", path, _plain(error))
         return None
 
@@ -139,7 +149,7 @@ def _compile_and_store(cfg: Config) -> Any:
         with tempfile.TemporaryDirectory(prefix="fa3_cute_") as folder:
             path = _export(compiled, cfg.name, Path(folder))
             kernel = _load(disk_cache.store(cfg.name, cache_key(cfg), path.read_bytes()) or path, cfg.name)
-    except Exception as error:                # no folder to write to at all: what the DSL returned must do
+    except Exception as error:  # no folder to write to at all: what the DSL returned must do
         log.warning("%s could not be exported: %s", cfg.name, _plain(error))
         kernel = compiled
     log.info("compiled %s in %.2f s", cfg.name, time.perf_counter() - start)
@@ -149,7 +159,7 @@ def _compile_and_store(cfg: Config) -> Any:
 def _compile(cfg: Config, options: str = "") -> Any:
     """One run of the DSL's compiler; the caller holds the lock."""
     module, _, name = cfg.kernel.rpartition(".")
-    kernel = getattr(import_module(module), name)(cfg)      # traced code: imported only where it will be compiled
+    kernel = getattr(import_module(module), name)(cfg)  # traced code: imported only where it will be compiled
     stand_ins = typed_arguments(cfg, [0] * len(cfg.arguments))
     try:
         return cute.compile(kernel, *stand_ins, options=f"--gpu-arch {ARCH} {options}")
@@ -187,6 +197,7 @@ class Report:
     notes              {code: times} of ptxas's other remarks, such as C7517, a wait that it added
     seconds            of the compile, which runs ptxas twice (see compile_report)
     """
+
     name: str
     config: Config
     registers: int
@@ -208,12 +219,16 @@ class Report:
         spilled = (self.stack_bytes, self.spill_store_bytes, self.spill_load_bytes, self.spill_stores, self.spill_loads)
         budget = min(self.config.smem_bytes, SMEM_BYTES_PER_CTA)
         rules = (
-            (not any(spilled),
-             f"spills: {self.stack_bytes} bytes of stack, {self.spill_stores} stores, {self.spill_loads} loads"),
+            (
+                not any(spilled),
+                f"spills: {self.stack_bytes} bytes of stack, {self.spill_stores} stores, {self.spill_loads} loads",
+            ),
             (0 < self.smem_bytes <= budget, f"{self.smem_bytes} bytes of shared memory: the config allows {budget}"),
             (self.wgmmas > 0, "no WGMMA instruction"),
-            (self.setmaxnregs >= 2 or not self.config.uses_setmaxnreg,
-             f"{self.setmaxnregs} setmaxnreg: producer and consumers need one each"),
+            (
+                self.setmaxnregs >= 2 or not self.config.uses_setmaxnreg,
+                f"{self.setmaxnregs} setmaxnreg: producer and consumers need one each",
+            ),
         )
         return [sentence for holds, sentence in rules if not holds] + list(self.warnings)
 
@@ -240,16 +255,23 @@ def compile_and_read(cfg: Config) -> tuple[Report, CubinKernel]:
         compiled = _compile(cfg, f"--keep-cubin --dump-dir {folder} --remark-output {remarks} --remark-filter .*")
         seconds = time.perf_counter() - start
         text = remarks.read_text() if remarks.exists() else ""
-    kernel, = read_cubin(compiled.__cubin__).values()
+    (kernel,) = read_cubin(compiled.__cubin__).values()
     return _report(cfg, kernel, text, seconds), kernel
 
 
 def _report(cfg: Config, kernel: CubinKernel, remarks: str, seconds: float) -> Report:
     return Report(
-        name=cfg.name, config=cfg, registers=kernel.registers, spill_stores=kernel.count("STL"),
-        spill_loads=kernel.count("LDL"), wgmmas=kernel.count("HGMMA") + kernel.count("QGMMA"),
-        setmaxnregs=kernel.count("USETMAXREG"), instructions=kernel.opcodes.total(), seconds=seconds,
-        **_parse_remarks(cfg.name, remarks))
+        name=cfg.name,
+        config=cfg,
+        registers=kernel.registers,
+        spill_stores=kernel.count("STL"),
+        spill_loads=kernel.count("LDL"),
+        wgmmas=kernel.count("HGMMA") + kernel.count("QGMMA"),
+        setmaxnregs=kernel.count("USETMAXREG"),
+        instructions=kernel.opcodes.total(),
+        seconds=seconds,
+        **_parse_remarks(cfg.name, remarks),
+    )
 
 
 def _parse_remarks(name: str, remarks: str) -> dict:
@@ -261,7 +283,10 @@ def _parse_remarks(name: str, remarks: str) -> dict:
     stack, stores, loads = map(int, spills.groups())
     codes = Counter(re.findall(r"\((C\d{4})\)", remarks))
     return {
-        "stack_bytes": stack, "spill_store_bytes": stores, "spill_load_bytes": loads, "smem_bytes": int(smem[1]),
+        "stack_bytes": stack,
+        "spill_store_bytes": stores,
+        "spill_load_bytes": loads,
+        "smem_bytes": int(smem[1]),
         "warnings": tuple(f"{code}: {meaning}" for code, meaning in UNACCEPTABLE_REMARKS.items() if code in codes),
         "notes": {code: times for code, times in sorted(codes.items()) if code not in UNACCEPTABLE_REMARKS},
     }

@@ -5,33 +5,34 @@ A cubin is a 64-bit ELF file. Per kernel it holds a `.text.<kernel>` section of 
 NVIDIA documents neither attributes nor opcodes: the numbers below were found by comparing kernels with what
 `cuobjdump -res-usage` and `nvdisasm` say of them, for sm_90.
 """
+
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-EM_CUDA = 190                    # ELF e_machine
+EM_CUDA = 190  # ELF e_machine
 SHT_NOBITS = 8
 INSTRUCTION_BYTES = 16
-OPCODE_MASK = 0xFFF              # the low 12 bits of an instruction are its opcode and operand form
+OPCODE_MASK = 0xFFF  # the low 12 bits of an instruction are its opcode and operand form
 
 # Attribute numbers of .nv.info sections.
-ATTRIBUTE_FRAME_SIZE = 0x11      # stack bytes per thread: zero exactly when nothing spills and no local array exists
+ATTRIBUTE_FRAME_SIZE = 0x11  # stack bytes per thread: zero exactly when nothing spills and no local array exists
 ATTRIBUTE_REQUIRED_THREADS = 0x10
 ATTRIBUTE_PARAMETER = 0x17
-ATTRIBUTE_REGISTERS = 0x2F       # per thread at launch, before setmaxnreg moves them between warpgroups
+ATTRIBUTE_REGISTERS = 0x2F  # per thread at launch, before setmaxnreg moves them between warpgroups
 
 # Encodings of an instruction on sm_90: one per form of its operands.
 OPCODES = {
-    "HGMMA": (0x9F0, 0xDF0),     # wgmma with 16-bit operands: A from registers or shared memory
-    "QGMMA": (0x9F3, 0xDF3),     # wgmma with 8-bit floating-point operands
-    "USETMAXREG": (0x9C8,),      # setmaxnreg: absent where ptxas ignored it
-    "UTMALDG": (0x5B4,),         # TMA load
-    "UTMASTG": (0x3B5,),         # TMA store
-    "STL": (0x387,),             # store to local memory: a spill, or an array that is indexed at run time
-    "LDL": (0x983,),             # load from local memory
-    "MUFU": (0x308,),            # special functions: exp2, reciprocal, log2
+    "HGMMA": (0x9F0, 0xDF0),  # wgmma with 16-bit operands: A from registers or shared memory
+    "QGMMA": (0x9F3, 0xDF3),  # wgmma with 8-bit floating-point operands
+    "USETMAXREG": (0x9C8,),  # setmaxnreg: absent where ptxas ignored it
+    "UTMALDG": (0x5B4,),  # TMA load
+    "UTMASTG": (0x3B5,),  # TMA store
+    "STL": (0x387,),  # store to local memory: a spill, or an array that is indexed at run time
+    "LDL": (0x983,),  # load from local memory
+    "MUFU": (0x308,),  # special functions: exp2, reciprocal, log2
 }
 
 
@@ -46,6 +47,7 @@ class CubinKernel:
     opcodes      how often each 12-bit opcode occurs in the code
     code         the instructions, 16 bytes each
     """
+
     name: str
     registers: int
     stack_bytes: int
@@ -80,14 +82,16 @@ def _read(data: bytes) -> dict[str, CubinKernel]:
 
 
 def _kernel(name: str, facts: dict, code: bytes) -> CubinKernel:
-    words = struct.iter_unpack("<H14x", code[:len(code) // INSTRUCTION_BYTES * INSTRUCTION_BYTES])
+    words = struct.iter_unpack("<H14x", code[: len(code) // INSTRUCTION_BYTES * INSTRUCTION_BYTES])
     return CubinKernel(
         name=name,
         registers=facts.get(ATTRIBUTE_REGISTERS, 0),
         stack_bytes=facts.get(ATTRIBUTE_FRAME_SIZE, 0),
         block=facts.get(ATTRIBUTE_REQUIRED_THREADS),
         parameters=tuple(place for _, place in sorted(facts.get(ATTRIBUTE_PARAMETER, {}).items())),
-        opcodes=Counter(word & OPCODE_MASK for word, in words), code=code)
+        opcodes=Counter(word & OPCODE_MASK for (word,) in words),
+        code=code,
+    )
 
 
 def _shared_attributes(sections: dict[str, bytes]) -> dict[str, dict]:
@@ -107,7 +111,7 @@ def _kernel_attributes(content: bytes) -> dict:
     for attribute, payload in _attributes(content):
         if attribute == ATTRIBUTE_PARAMETER:
             _, index, offset, packed = struct.unpack("<IHHI", payload)
-            facts[ATTRIBUTE_PARAMETER][index] = (offset, packed >> 18)     # the size sits above 18 bits of flags
+            facts[ATTRIBUTE_PARAMETER][index] = (offset, packed >> 18)  # the size sits above 18 bits of flags
         elif attribute == ATTRIBUTE_REQUIRED_THREADS:
             facts[ATTRIBUTE_REQUIRED_THREADS] = struct.unpack("<3I", payload[:12])
     return facts
@@ -127,7 +131,7 @@ def _sections(data: bytes) -> dict[str, bytes]:
     """ELF sections by name, bytes only for those that occupy the file."""
     if data[:5] != b"\x7fELF\x02" or struct.unpack_from("<H", data, 18) != (EM_CUDA,):
         raise ValueError("not a cubin: no 64-bit CUDA ELF header")
-    table, = struct.unpack_from("<Q", data, 40)
+    (table,) = struct.unpack_from("<Q", data, 40)
     entry_bytes, count, names_index = struct.unpack_from("<HHH", data, 58)
     headers = [struct.unpack_from("<IIQQQQ24x", data, table + i * entry_bytes) for i in range(count)]
 
@@ -137,7 +141,7 @@ def _sections(data: bytes) -> dict[str, bytes]:
             return b""
         if offset + size > len(data):
             raise ValueError(f"damaged cubin: a section ends at byte {offset + size} of {len(data)}")
-        return data[offset:offset + size]
+        return data[offset : offset + size]
 
     names = content(headers[names_index])
     return {_text(names, header[0]): content(header) for header in headers}
@@ -145,7 +149,7 @@ def _sections(data: bytes) -> dict[str, bytes]:
 
 def _symbol_names(sections: dict[str, bytes]) -> list[str]:
     names = sections.get(".strtab", b"")
-    return [_text(names, offset) for offset, in struct.iter_unpack("<I20x", sections.get(".symtab", b""))]
+    return [_text(names, offset) for (offset,) in struct.iter_unpack("<I20x", sections.get(".symtab", b""))]
 
 
 def _text(table: bytes, start: int) -> str:

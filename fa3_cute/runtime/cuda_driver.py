@@ -2,6 +2,7 @@
 
 The device of a launch is its stream's. Compute capability and SM count are asked once per device.
 """
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 from cuda.bindings import driver, runtime
 from cuda.bindings.driver import CUdevice_attribute, CUresult, CUstreamCaptureStatus
 
-LAST_SPECIAL_STREAM = 2          # 0, 1 and 2 are the default streams: they belong to whichever device is current
+LAST_SPECIAL_STREAM = 2  # 0, 1 and 2 are the default streams: they belong to whichever device is current
 SUPPORTED_CAPABILITY = (9, 0)
 
 
@@ -38,7 +39,7 @@ def resolve_stream(stream) -> int:
     if stream is None:
         return 0
     if protocol := getattr(stream, "__cuda_stream__", None):
-        _, stream = protocol()                # (version of the protocol, handle)
+        _, stream = protocol()  # (version of the protocol, handle)
     if isinstance(stream, (bool, float)) or not hasattr(stream, "__int__"):
         raise TypeError(f"stream must be an int handle, None or have __cuda_stream__, not {type(stream).__name__}")
     return int(stream)
@@ -48,8 +49,8 @@ def resolve_stream(stream) -> int:
 def initialise_driver() -> None:
     """Start the driver; raises UnsupportedDevice with its reason where there is none, or no device."""
     try:
-        failed, = driver.cuInit(0)
-    except RuntimeError as error:             # the library itself is missing
+        (failed,) = driver.cuInit(0)
+    except RuntimeError as error:  # the library itself is missing
         raise UnsupportedDevice(f"no CUDA driver: {error}") from error
     if failed:
         raise UnsupportedDevice("no usable CUDA device: cuInit returned {}, {}".format(*_driver_error(failed)))
@@ -83,8 +84,11 @@ def device_made_current(stream: int) -> Iterator[int]:
     """
     if not shared_context(stream):
         is_special = stream <= LAST_SPECIAL_STREAM
-        wanted = (_primary_context(0) if is_special else
-                  checked(driver.cuStreamGetCtx(stream), "finding the stream's context"))
+        wanted = (
+            _primary_context(0)
+            if is_special
+            else checked(driver.cuStreamGetCtx(stream), "finding the stream's context")
+        )
         if current_context():
             checked(driver.cuCtxPushCurrent(wanted), "switching to the stream's device")
             try:
@@ -116,9 +120,12 @@ def num_sms(device: int) -> int:
     """Number of SMs of a device; raises UnsupportedDevice unless it is of compute capability 9.0."""
     major, minor, sms = (
         checked(driver.cuDeviceGetAttribute(attribute, device), f"reading the attributes of device {device}")
-        for attribute in (CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                          CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-                          CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT))
+        for attribute in (
+            CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        )
+    )
     if (major, minor) != SUPPORTED_CAPABILITY:
         raise UnsupportedDevice(f"device {device} is of compute capability {major}.{minor}, not 9.0 (Hopper)")
     return sms
@@ -129,7 +136,7 @@ def is_capturing(stream: int) -> bool:
     failed, state = driver.cuStreamIsCapturing(stream)
     if not failed:
         return state is not CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
-    if failed == CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:     # the legacy stream, while another stream captures
+    if failed == CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:  # the legacy stream, while another stream captures
         return True
     raise CudaFailure(int(failed), *_driver_error(failed), "asking whether the stream is capturing")
 
@@ -143,8 +150,10 @@ def checked(result: tuple, action: str) -> Any:
 
 
 def _driver_error(failed: CUresult) -> tuple[str, str]:
-    name, text = (words.decode() if words else "unknown" for _, words in (
-        driver.cuGetErrorName(failed), driver.cuGetErrorString(failed)))
+    name, text = (
+        words.decode() if words else "unknown"
+        for _, words in (driver.cuGetErrorName(failed), driver.cuGetErrorString(failed))
+    )
     return name, text
 
 
@@ -155,6 +164,6 @@ def check_runtime_error(code: int, action: str) -> None:
     try:
         error = runtime.cudaError_t(code)
         name, text = (ask(error)[1].decode() for ask in (runtime.cudaGetErrorName, runtime.cudaGetErrorString))
-    except ValueError:                        # a code newer than these bindings
+    except ValueError:  # a code newer than these bindings
         name, text = "cudaError_t", "unknown"
     raise CudaFailure(code, name, text, action)

@@ -8,6 +8,7 @@ Code that is loaded must come from its own user: a folder or a file that belongs
 others may write to, counts as absent. Whatever goes wrong here is a miss, logged, never an error: the kernel is
 compiled again, or kept in memory only.
 """
+
 import hashlib
 import logging
 import os
@@ -21,10 +22,10 @@ from typing import NamedTuple
 MAGIC = b"fa3cute1"
 TRAILER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-KEY_DIGITS = 32                  # of the key, in a file's name
+KEY_DIGITS = 32  # of the key, in a file's name
 ENTRY_NAME = re.compile(rf"(\w+)-[0-9a-f]{{{KEY_DIGITS}}}\.o")
 LEFTOVER_NAME = re.compile(r"\.\w+\.tmp")
-LEFTOVER_SECONDS = 3600          # a temporary file so old was left behind by a process that died
+LEFTOVER_SECONDS = 3600  # a temporary file so old was left behind by a process that died
 
 log = logging.getLogger("fa3_cute")
 
@@ -37,7 +38,7 @@ def cache_dir() -> Path | None:
     if own := os.environ.get("FA3_CUTE_CACHE_DIR"):
         return Path(own).absolute()
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(shared):                     # the XDG specification: ignore a relative path
+    if not os.path.isabs(shared):  # the XDG specification: ignore a relative path
         shared = os.path.expanduser("~/.cache")
     return Path(shared, "fa3_cute") if os.path.isabs(shared) else None
 
@@ -76,6 +77,7 @@ def store(name: str, key: str, code: bytes) -> Path | None:
 
 class Entry(NamedTuple):
     """A file of the cache: `name` is its kernel's, None for a temporary file that a dead process left behind."""
+
     path: Path
     name: str | None
     nbytes: int
@@ -123,7 +125,7 @@ def folder_problem() -> str | None:
 def _entry(file: os.DirEntry) -> Entry | None:
     try:
         facts = file.stat(follow_symlinks=False)
-    except OSError:                                   # removed in between
+    except OSError:  # removed in between
         return None
     age = max(0.0, time.time() - facts.st_mtime)
     match = ENTRY_NAME.fullmatch(file.name)

@@ -5,6 +5,7 @@ Each thread keeps one such buffer per kernel and rewrites it in place, what chan
 argument objects cost 20 to 40 us of host time per launch against 1. The buffer may be reused at once: a launch copies
 its arguments. Where the DSL lacks one of its private names, the kernel does not load (CompileError).
 """
+
 import ctypes
 import threading
 from operator import attrgetter
@@ -34,15 +35,25 @@ from .cuda_driver import (
 )
 from .scratch import Memory, Workspace, stream_key
 
-__all__ = ["Call", "CudaFailure", "NotWarmedUp", "UnsupportedDevice", "addresses_of", "ensure_loaded", "launch",
-           "launch_through", "prepare_workspace", "resolve_stream"]
+__all__ = [
+    "Call",
+    "CudaFailure",
+    "NotWarmedUp",
+    "UnsupportedDevice",
+    "addresses_of",
+    "ensure_loaded",
+    "launch",
+    "launch_through",
+    "prepare_workspace",
+    "resolve_stream",
+]
 
 NO_STREAM = -1
 PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
 
-_lock = threading.Lock()                      # loading is not thread-safe
+_lock = threading.Lock()  # loading is not thread-safe
 _kernels: dict[Config, "Kernel"] = {}
-_memory: dict[int, Memory] = {}               # by context
+_memory: dict[int, Memory] = {}  # by context
 _read_pointers, _read_descales = attrgetter(*POINTERS), attrgetter(*DESCALES)
 
 
@@ -90,7 +101,8 @@ def prepare_workspace(step: Launch, shape: ProblemShape, stream=None) -> None:
         handle = resolve_stream(stream)
         with device_made_current(handle):
             _memory[current_context()].workspaces.prepare(
-                stream_key(handle), handle, step.plan.partial_bytes, step.plan.num_arrivals)
+                stream_key(handle), handle, step.plan.partial_bytes, step.plan.num_arrivals
+            )
 
 
 class Kernel:
@@ -115,8 +127,10 @@ class Kernel:
             if device not in self.num_sms or context not in _memory:
                 sms = num_sms(device)
                 if stream is not None and is_capturing(stream):
-                    raise NotWarmedUp(f"{self.cfg.name} is not loaded on device {device} and the stream is capturing a "
-                                      "CUDA graph: call warmup() before the capture")
+                    raise NotWarmedUp(
+                        f"{self.cfg.name} is not loaded on device {device} and the stream is capturing a "
+                        "CUDA graph: call warmup() before the capture"
+                    )
                 self.compiled = self.compiled or get_kernel(self.cfg)
                 self.require_private_names()
                 if device not in self.num_sms:
@@ -130,8 +144,10 @@ class Kernel:
         """CompileError if the DSL's compiled function lacks one."""
         missing = [name for name in PRIVATE_NAMES if not hasattr(self.compiled, name)]
         if missing:
-            raise CompileError(f"{self.cfg.name} cannot be launched: what nvidia-cutlass-dsl {dsl_version()} compiles "
-                               f"has no {', '.join(missing)}")
+            raise CompileError(
+                f"{self.cfg.name} cannot be launched: what nvidia-cutlass-dsl {dsl_version()} compiles "
+                f"has no {', '.join(missing)}"
+            )
 
     def _load_code(self, device: int) -> None:
         # The DSL's own `to()` loads on every device of the machine, and fails if one of them is not a Hopper GPU.
@@ -159,7 +175,7 @@ class Buffer:
         self.error = ctypes.c_int32.from_buffer(self.memory, offsets[-1])
         self.pack = self.layout.per_call_struct.pack_into
         start = self.layout.per_shape_offset
-        self.per_shape = memoryview(self.memory).cast("B")[start:start + self.layout.per_shape_struct.size]
+        self.per_shape = memoryview(self.memory).cast("B")[start : start + self.layout.per_shape_struct.size]
         base = ctypes.addressof(self.memory)
         self.addresses = (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
         self.argument = ctypes.addressof(self.addresses)
@@ -167,6 +183,7 @@ class Buffer:
 
 class Call:
     """One thread's way to launch one kernel with one shape, again and again."""
+
     __slots__ = "buffer", "step", "shape", "packed", "context", "stream", "scratch"
 
     def __init__(self, buffer: Buffer, step: Launch, shape: ProblemShape):
@@ -190,7 +207,7 @@ class Call:
             self.packed = self.buffer.layout.pack(self.shape, self.step.counts(num_sms))
             self.buffer.filled_by = None
             self.context = context
-        self.stream = NO_STREAM       # until this launch has gone well, there is nothing to repeat
+        self.stream = NO_STREAM  # until this launch has gone well, there is nothing to repeat
         self.scratch = SCRATCH[self.step.scratch](_memory[context], handle, self.step.plan, self.shape.workspace)
         self.enqueue((*addresses, *self.scratch.addresses(), handle))
         self.stream = handle
@@ -202,7 +219,7 @@ class Call:
             return False
         try:
             self.enqueue((*addresses, *self.scratch.addresses(), handle))
-        except CudaFailure:     # the handle may by now be that of a stream elsewhere: `launch` looks, and tells
+        except CudaFailure:  # the handle may by now be that of a stream elsewhere: `launch` looks, and tells
             return False
         return True
 
@@ -259,8 +276,9 @@ class SplitScratch:
 
     def own_workspace(self) -> Workspace:
         """The library's of this stream."""
-        return self.memory.workspaces.of_stream(stream_key(self.stream), self.stream,
-                                                0 if self.given else self.plan.partial_bytes, self.plan.num_arrivals)
+        return self.memory.workspaces.of_stream(
+            stream_key(self.stream), self.stream, 0 if self.given else self.plan.partial_bytes, self.plan.num_arrivals
+        )
 
 
 # By Launch.scratch.

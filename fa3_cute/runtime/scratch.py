@@ -7,6 +7,7 @@ stream's. A captured launch may be replayed on any stream, at any time: it gets 
 The partial results of split-KV lie in the stream's workspace, also those of a captured launch: graphs that were
 captured on one stream must not be replayed at the same time, unless each launch was given a workspace by the caller.
 """
+
 import threading
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from cuda.bindings import driver
 
 from .cuda_driver import NotWarmedUp, checked, is_capturing
 
-PER_THREAD_STREAM = 2        # one handle for many streams: every thread has its own behind it
+PER_THREAD_STREAM = 2  # one handle for many streams: every thread has its own behind it
 NUM_COUNTERS = 1 << 16
-SPACING = 32                 # bytes: one memory sector each
+SPACING = 32  # bytes: one memory sector each
 INTS_PER_COUNTER = SPACING // 4
 
 
@@ -54,6 +55,7 @@ class Counters:
 
 class Workspace(NamedTuple):
     """A stream's scratch memory for split-KV: addresses and sizes."""
+
     partials: int
     partial_bytes: int
     arrivals: int
@@ -86,8 +88,10 @@ class Workspaces:
                 found = self.by_stream[stream] = self.spare
                 self.spare = None
             else:
-                raise NotWarmedUp("the stream is capturing a CUDA graph and has no workspace of "
-                                  f"{partial_bytes} bytes: call warmup() before the capture, or give a workspace")
+                raise NotWarmedUp(
+                    "the stream is capturing a CUDA graph and has no workspace of "
+                    f"{partial_bytes} bytes: call warmup() before the capture, or give a workspace"
+                )
         return found
 
     def prepare(self, stream, handle: int, partial_bytes: int, num_arrivals: int) -> None:
@@ -101,11 +105,17 @@ class Workspaces:
     def make(outgrown: Workspace | None, partial_bytes: int, num_arrivals: int) -> Workspace:
         """A workspace of at least these sizes, and twice the outgrown one's: few of them are ever made."""
         if outgrown is not None:
-            partial_bytes, num_arrivals = (max(partial_bytes, 2 * outgrown.partial_bytes),
-                                           max(num_arrivals, 2 * outgrown.num_arrivals))
+            partial_bytes, num_arrivals = (
+                max(partial_bytes, 2 * outgrown.partial_bytes),
+                max(num_arrivals, 2 * outgrown.num_arrivals),
+            )
         partial_bytes = max(partial_bytes, SPACING)
-        return Workspace(allocate(partial_bytes, "a workspace"), partial_bytes,
-                         allocate(4 * num_arrivals, "a workspace"), num_arrivals)
+        return Workspace(
+            allocate(partial_bytes, "a workspace"),
+            partial_bytes,
+            allocate(4 * num_arrivals, "a workspace"),
+            num_arrivals,
+        )
 
 
 class Memory:

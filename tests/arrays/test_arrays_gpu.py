@@ -1,4 +1,5 @@
 """attention over arrays of CuPy, PyTorch, JAX and cuda.core on the GPU. A library that is not installed is left out."""
+
 import os
 from types import SimpleNamespace
 
@@ -76,9 +77,12 @@ def check(qkv, out, lse=None, options=None):
     error = np.abs(np.asarray(out, np.float64) - exact).max()
     assert error <= allowed, f"largest error {error:.2e}, allowed {allowed:.2e}"
     if lse is not None:
-        largest = HEAD_DIM**-0.5 * np.prod([     # |q| |k|, as the scores have it
-            np.linalg.norm(as_float(tensor), axis=-1).max() * np.max(options.get(f"{name}_descale", 1))
-            for name, tensor in zip("qk", qkv, strict=False)])
+        largest = HEAD_DIM**-0.5 * np.prod(
+            [  # |q| |k|, as the scores have it
+                np.linalg.norm(as_float(tensor), axis=-1).max() * np.max(options.get(f"{name}_descale", 1))
+                for name, tensor in zip("qk", qkv, strict=False)
+            ]
+        )
         np.testing.assert_allclose(lse, exact_lse, rtol=0, atol=1e-4 + is_fp8 * largest * FP8_SCORE_ERROR)
 
 
@@ -139,7 +143,7 @@ def test_streams_are_ordered(is_object, stream):
     qkv = inputs((2, 200), (2, 300))
     q, k, v = map(library.put, qkv)
     late = torch.zeros_like(q)
-    attention(q, k, v, causal=True, stream=stream)          # compiles and loads, so that the next call is quick
+    attention(q, k, v, causal=True, stream=stream)  # compiles and loads, so that the next call is quick
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(50_000_000)
@@ -178,6 +182,7 @@ def test_capture_by_pytorch(device):
 def test_arrays_without_a_library(stream):
     """cuda.core's own views in, our buffers out; and a result as the next call's input."""
     from cuda.core.utils import StridedMemoryView
+
     qkv = inputs((2, 200), (2, 300))
     q, k, v = (StridedMemoryView.from_buffer(cuda.upload(x, stream=stream), x.shape, dtype=x.dtype) for x in qkv)
     out, lse = attention(q, k, v, causal=True, stream=stream, return_lse=True)
@@ -199,16 +204,21 @@ def test_array_interface_in_and_out(device):
 
 # ---- FP8 -----------------------------------------------------------------------------------------------------------
 
+
 def fp8_inputs(rows_q, rows_k):
     """Real values are 1/32, 1/16 and twice what is stored: by head and sequence they may differ, by descales."""
-    return [(x * factor).astype(ml_dtypes.float8_e4m3fn)
-            for x, factor in zip(inputs(rows_q, rows_k, np.float32), (32, 16, 0.5), strict=True)]
+    return [
+        (x * factor).astype(ml_dtypes.float8_e4m3fn)
+        for x, factor in zip(inputs(rows_q, rows_k, np.float32), (32, 16, 0.5), strict=True)
+    ]
 
 
 def fp8_descales(shapes=((), (), ())) -> dict:
     """FP32 arrays for `fp8_inputs` of these shapes for q, k and v; their values lie within a factor of 4."""
-    return {f"{name}_descale": np.asarray(one * spread("q", shape), np.float32)
-            for name, one, shape in zip("qkv", (1 / 32, 1 / 16, 2), shapes, strict=True)}
+    return {
+        f"{name}_descale": np.asarray(one * spread("q", shape), np.float32)
+        for name, one, shape in zip("qkv", (1 / 32, 1 / 16, 2), shapes, strict=True)
+    }
 
 
 def bytes_of(library, qkv):
@@ -250,9 +260,13 @@ def test_fp8_as_itself(name, device):
 
 
 # Of q, k and v.
-DESCALE_SHAPES = {"one": ((), (), ()), "per head": ((HEADS,), (HEADS_K,), (HEADS_K,)),
-                  "per batch": ((2, 1),) * 3, "per batch and head": ((2, HEADS), (2, HEADS_K), (2, HEADS_K)),
-                  "each its own": ((2, HEADS), (2, 1), (HEADS_K,))}
+DESCALE_SHAPES = {
+    "one": ((), (), ()),
+    "per head": ((HEADS,), (HEADS_K,), (HEADS_K,)),
+    "per batch": ((2, 1),) * 3,
+    "per batch and head": ((2, HEADS), (2, HEADS_K), (2, HEADS_K)),
+    "each its own": ((2, HEADS), (2, 1), (HEADS_K,)),
+}
 
 
 @pytest.mark.parametrize("shapes", DESCALE_SHAPES.values(), ids=DESCALE_SHAPES.keys())

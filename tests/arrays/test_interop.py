@@ -1,4 +1,5 @@
 """attention over arrays on a device, with stand-ins for the arrays, the driver and the launch. No GPU."""
+
 import ctypes
 import struct
 from contextlib import contextmanager
@@ -17,14 +18,25 @@ from fa3_cute.runtime.launch import CudaFailure, NotWarmedUp, UnsupportedDevice
 
 A = 0x7F00_0000_0000
 # (DLDataTypeCode, bits)
-CODES = {"float16": (2, 16), "bfloat16": (4, 16), "float32": (2, 32), "int32": (0, 32), "int64": (0, 64),
-         "uint8": (1, 8), "float8_e4m3fn": (10, 8), "float8_e5m2": (12, 8), "float8_e4m3fnuz": (11, 8)}
+CODES = {
+    "float16": (2, 16),
+    "bfloat16": (4, 16),
+    "float32": (2, 32),
+    "int32": (0, 32),
+    "int64": (0, 64),
+    "uint8": (1, 8),
+    "float8_e4m3fn": (10, 8),
+    "float8_e5m2": (12, 8),
+    "float8_e4m3fnuz": (11, 8),
+}
 new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
-    ("PyCapsule_New", ctypes.pythonapi))
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 
 
 class DLArray:
     """An array with DLPack: what a library says of it; `asked` lists the streams that it was asked to order."""
+
     place, flags, lanes, version, offset, strides = (2, 0), 0, 1, (1, 0), 0, None
 
     def __init__(self, *shape, dtype="float16", address=A, **facts):
@@ -42,8 +54,9 @@ class DLArray:
         self.sizes = (ctypes.c_int64 * ndim)(*self.shape)
         self.steps = (ctypes.c_int64 * ndim)(*self.strides) if self.strides else None
         pointers = ctypes.addressof(self.sizes), ctypes.addressof(self.steps) if self.steps else 0
-        tensor = struct.pack("<QiiiBBHQQQ", self.address, *self.place, ndim, *CODES[self.dtype], self.lanes, *pointers,
-                             self.offset)
+        tensor = struct.pack(
+            "<QiiiBBHQQQ", self.address, *self.place, ndim, *CODES[self.dtype], self.lanes, *pointers, self.offset
+        )
         head = struct.pack("<IIQQQ", *self.version, 0, 0, self.flags) if self.version else b""
         self.memory = ctypes.create_string_buffer(head + tensor)
         name = b"dltensor_versioned" if self.version else b"dltensor"
@@ -59,9 +72,15 @@ class OldDLArray(DLArray):
 
 class CAIArray:
     """An array with __cuda_array_interface__ only."""
+
     def __init__(self, *shape, typestr="<f2", address=A, **facts):
-        self.__cuda_array_interface__ = {"shape": shape, "typestr": typestr, "data": (address, False), "version": 3,
-                                         **facts}
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": typestr,
+            "data": (address, False),
+            "version": 3,
+            **facts,
+        }
 
 
 class Stubborn(DLArray):
@@ -85,18 +104,25 @@ def gpu(monkeypatch):
         return SimpleNamespace(handle=A + 0x1000 * len(seen.allocated))
 
     for name, stand_in in {
-            "initialise_driver": lambda: None, "device_made_current": device_made_current,
-            "is_capturing": lambda stream: seen.is_capturing, "current_context": lambda: 7,
-            "order": lambda before, after: seen.orders.append((before, after)),
-            "_device_of": lambda name, address: 0, "_allocate": allocate}.items():
+        "initialise_driver": lambda: None,
+        "device_made_current": device_made_current,
+        "is_capturing": lambda stream: seen.is_capturing,
+        "current_context": lambda: 7,
+        "order": lambda before, after: seen.orders.append((before, after)),
+        "_device_of": lambda name, address: 0,
+        "_allocate": allocate,
+    }.items():
         monkeypatch.setattr(interop, name, stand_in)
     launcher = SimpleNamespace(
         addresses_of=lambda params: params,
         launch=lambda step, shape, params, stream: seen.launches.append((params, stream)),
-        CudaFailure=CudaFailure, UnsupportedDevice=UnsupportedDevice, NotWarmedUp=NotWarmedUp)
+        CudaFailure=CudaFailure,
+        UnsupportedDevice=UnsupportedDevice,
+        NotWarmedUp=NotWarmedUp,
+    )
     monkeypatch.setattr(api, "_launcher", lambda: launcher)
     monkeypatch.setattr(api, "_thread", api._Thread())
-    monkeypatch.setattr(api._Thread, "remember", lambda *_: None)      # each call comes with all of its params
+    monkeypatch.setattr(api._Thread, "remember", lambda *_: None)  # each call comes with all of its params
     return seen
 
 
@@ -117,15 +143,19 @@ OFFSETS = {"cu_seqlens_q": lengths(3), "cu_seqlens_k": lengths(3)}
 
 # ---- the call --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stream, asked, handle", [
-    (None, 1, 0), (0, 1, 0), (1, 1, 1), (2, 2, 2), (0x5550, 0x5550, 0x5550)])
+
+@pytest.mark.parametrize(
+    "stream, asked, handle", [(None, 1, 0), (0, 1, 0), (1, 1, 1), (2, 2, 2), (0x5550, 0x5550, 0x5550)]
+)
 def test_arrays_become_params_and_libraries_are_told_the_stream(gpu, stream, asked, handle):
     q, k, v = DLArray(2, 5, 4, 64), DLArray(2, 9, 2, 64, address=2 * A), DLArray(2, 9, 2, 64, address=3 * A)
     out = DLArray(2, 5, 4, 64, address=4 * A)
     used = lengths(2, address=5 * A)
-    assert attention(q, k, v, out=out, stream=stream, window_size=(3, 1), softmax_scale=0.5, num_splits=2,
-                     seqused_k=used) is out
-    (p, launched_on), = gpu.launches
+    assert (
+        attention(q, k, v, out=out, stream=stream, window_size=(3, 1), softmax_scale=0.5, num_splits=2, seqused_k=used)
+        is out
+    )
+    ((p, launched_on),) = gpu.launches
     assert launched_on == handle and [array.asked for array in (q, k, v, out, used)] == [[asked]] * 5
     assert (p.q, p.k, p.v, p.out, p.seqused_k) == (A, 2 * A, 3 * A, 4 * A, 5 * A)
     assert (p.batch_size, p.seqlen_q, p.seqlen_k, p.num_heads, p.num_heads_k, p.head_dim) == (2, 5, 9, 4, 2, 64)
@@ -282,26 +312,38 @@ def test_without_a_gpu():
 
 # ---- arrays of ours --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype, storage", [("float16", np.float16), ("bfloat16", np.uint16), ("float32", np.float32)])
 @pytest.mark.parametrize("max_version", [None, (1, 0), (1, 1)])
 def test_the_capsule_of_a_new_array(gpu, monkeypatch, dtype, storage, max_version):
     """cuda.core makes it, over host memory here; BF16 gets its own name."""
     memory = np.zeros((2, 3), storage)
-    monkeypatch.setattr(interop, "_view_of", lambda buffer, shape, dtype: StridedMemoryView.from_any_interface(
-        memory, stream_ptr=-1))
+    monkeypatch.setattr(
+        interop, "_view_of", lambda buffer, shape, dtype: StridedMemoryView.from_any_interface(memory, stream_ptr=-1)
+    )
     array = interop.DeviceArray((2, 3), dtype, SimpleNamespace(handle=A), 0, 0)
     tensor = interop._from_capsule(array, array.__dlpack__(stream=-1, max_version=max_version))
     assert (tensor.shape, tensor.strides, tensor.dtype) == ((2, 3), (3, 1), dtype)
     assert tensor.address == memory.ctypes.data and not tensor.is_readonly
-    taken = StridedMemoryView.from_dlpack(SimpleNamespace(
-        __dlpack_device__=lambda: (1, 0), __dlpack__=lambda **options: array.__dlpack__(max_version=max_version)), -1)
+    taken = StridedMemoryView.from_dlpack(
+        SimpleNamespace(
+            __dlpack_device__=lambda: (1, 0), __dlpack__=lambda **options: array.__dlpack__(max_version=max_version)
+        ),
+        -1,
+    )
     assert taken.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else storage) and taken.ptr == memory.ctypes.data
 
 
 def test_consumers_wait_for_our_stream(gpu, monkeypatch):
     monkeypatch.setattr(interop, "checked", lambda result, action: result)
-    monkeypatch.setattr(interop, "driver", SimpleNamespace(cuCtxPushCurrent=lambda context: gpu.orders.append(context),
-                                                           cuCtxPopCurrent=lambda: gpu.orders.append("pop")))
+    monkeypatch.setattr(
+        interop,
+        "driver",
+        SimpleNamespace(
+            cuCtxPushCurrent=lambda context: gpu.orders.append(context),
+            cuCtxPopCurrent=lambda: gpu.orders.append("pop"),
+        ),
+    )
     monkeypatch.setattr(interop, "_view_of", lambda *facts: SimpleNamespace(__dlpack__=lambda **options: "capsule"))
     array = interop.DeviceArray((2, 3), "float16", SimpleNamespace(handle=A), 0x5550, 3)
     for stream in (-1, 0x5550):
@@ -315,15 +357,27 @@ def test_consumers_wait_for_our_stream(gpu, monkeypatch):
 
 def test_what_a_new_array_says_of_itself(gpu):
     array = interop.DeviceArray((2, 3, 4), "float32", SimpleNamespace(handle=A), 0, 1)
-    assert array.__cuda_array_interface__ == {"version": 3, "shape": (2, 3, 4), "typestr": "<f4", "strides": None,
-                                              "data": (A, False), "stream": 1}
+    assert array.__cuda_array_interface__ == {
+        "version": 3,
+        "shape": (2, 3, 4),
+        "typestr": "<f4",
+        "strides": None,
+        "data": (A, False),
+        "stream": 1,
+    }
     assert (array.ndim, array.size, array.nbytes, array.strides) == (3, 24, 96, (12, 4, 1))
     assert array.__dlpack_device__() == (2, 1) and repr(array) == "DeviceArray(float32[2, 3, 4] on device 1)"
-    assert not hasattr(interop.DeviceArray((2,), "bfloat16", SimpleNamespace(handle=A), 0, 0),
-                       "__cuda_array_interface__")
+    assert not hasattr(
+        interop.DeviceArray((2,), "bfloat16", SimpleNamespace(handle=A), 0, 0), "__cuda_array_interface__"
+    )
 
 
 def test_the_call_has_the_arguments_of_attention():
     import inspect
+
     assert list(inspect.signature(attention).parameters) == [
-        "q", "k", "v", *[name for name in AttentionCall.__dataclass_fields__ if name not in "qkv"]]
+        "q",
+        "k",
+        "v",
+        *[name for name in AttentionCall.__dataclass_fields__ if name not in "qkv"],
+    ]

@@ -1,4 +1,5 @@
 """attention over FP8 arrays on a device, and their descales, on the stand-ins of test_interop.py. No GPU."""
+
 # ruff: noqa: F811
 import pytest
 from test_interop import OFFSETS, A, CAIArray, DLArray, K, OldDLArray, Q, Stubborn, V, dense, gpu, packed  # noqa: F401
@@ -6,13 +7,21 @@ from test_interop import OFFSETS, A, CAIArray, DLArray, K, OldDLArray, Q, Stubbo
 from fa3_cute import DataType, FlashAttentionError, api, attention
 
 FP8 = DataType.FP8_E4M3
-BYTES = {"dtype": "float8_e4m3fn"}      # what uint8 arrays hold
+BYTES = {"dtype": "float8_e4m3fn"}  # what uint8 arrays hold
 
 
-@pytest.mark.parametrize("qkv, options", [
-    (dense(dtype="float8_e4m3fn"), {}), (dense(dtype="float8_e4m3fn"), BYTES), (dense(dtype="uint8"), BYTES),
-    (dense(OldDLArray, dtype="float8_e4m3fn"), {}), (dense(OldDLArray, dtype="uint8"), BYTES),
-    (dense(CAIArray, typestr="|u1"), BYTES)], ids=["FP8", "FP8 said twice", "bytes", "old FP8", "old bytes", "CAI"])
+@pytest.mark.parametrize(
+    "qkv, options",
+    [
+        (dense(dtype="float8_e4m3fn"), {}),
+        (dense(dtype="float8_e4m3fn"), BYTES),
+        (dense(dtype="uint8"), BYTES),
+        (dense(OldDLArray, dtype="float8_e4m3fn"), {}),
+        (dense(OldDLArray, dtype="uint8"), BYTES),
+        (dense(CAIArray, typestr="|u1"), BYTES),
+    ],
+    ids=["FP8", "FP8 said twice", "bytes", "old FP8", "old bytes", "CAI"],
+)
 def test_fp8_arrays(gpu, qkv, options):
     out = attention(*qkv, **options)
     p, _ = gpu.launches[0]
@@ -38,16 +47,30 @@ def test_strides_of_fp8_bytes_are_elements(gpu):
         assert (p.q_batch_stride, p.q_row_stride, p.q_head_stride) == (1280, 64, 320)
 
 
-@pytest.mark.parametrize("shape, strides, expected", [
-    ((), (), (0, 0)), ((1,), (1,), (0, 0)), ((1, 1), (9, 9), (0, 0)), ((4,), (3,), (0, 3)), ((4,), (0,), (0, 0)),
-    ((1, 4), (7, 2), (0, 2)), ((2, 1), (5, 1), (5, 0)), ((2, 4), (4, 1), (4, 1)), ((2, 4), (1, 2), (1, 2))])
+@pytest.mark.parametrize(
+    "shape, strides, expected",
+    [
+        ((), (), (0, 0)),
+        ((1,), (1,), (0, 0)),
+        ((1, 1), (9, 9), (0, 0)),
+        ((4,), (3,), (0, 3)),
+        ((4,), (0,), (0, 0)),
+        ((1, 4), (7, 2), (0, 2)),
+        ((2, 1), (5, 1), (5, 0)),
+        ((2, 4), (4, 1), (4, 1)),
+        ((2, 4), (1, 2), (1, 2)),
+    ],
+)
 @pytest.mark.parametrize("kind", [DLArray, CAIArray])
 @pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
 def test_descales(gpu, name, kind, shape, strides, expected):
     """Of four query heads and two KV heads; the two strides are those of the sequence and of the head."""
     shape = tuple(2 if size == 4 and name != "q_descale" else size for size in shape)
-    facts = {"dtype": "float32", "strides": strides} if kind is DLArray else {
-        "typestr": "<f4", "strides": tuple(4 * stride for stride in strides)}
+    facts = (
+        {"dtype": "float32", "strides": strides}
+        if kind is DLArray
+        else {"typestr": "<f4", "strides": tuple(4 * stride for stride in strides)}
+    )
     attention(*dense(dtype="uint8"), **BYTES, **{name: kind(*shape, address=9 * A, **facts)})
     p, _ = gpu.launches[0]
     assert tuple(getattr(p, f"{name}_{what}") for what in ("ptr", "batch_stride", "head_stride")) == (9 * A, *expected)
@@ -56,8 +79,12 @@ def test_descales(gpu, name, kind, shape, strides, expected):
 
 def test_descales_of_packed_sequences(gpu):
     """Their batch is the number of sequences."""
-    attention(*packed(dtype="float8_e4m3fn"), **OFFSETS, q_descale=DLArray(2, 4, dtype="float32"),
-              v_descale=DLArray(2, 1, dtype="float32", strides=(6, 1)))
+    attention(
+        *packed(dtype="float8_e4m3fn"),
+        **OFFSETS,
+        q_descale=DLArray(2, 4, dtype="float32"),
+        v_descale=DLArray(2, 1, dtype="float32", strides=(6, 1)),
+    )
     p, _ = gpu.launches[0]
     assert (p.q_descale_batch_stride, p.q_descale_head_stride) == (4, 1)
     assert (p.v_descale_batch_stride, p.v_descale_head_stride, p.k_descale_ptr) == (6, 0, None)
@@ -75,21 +102,49 @@ REFUSED = [
     (-9, dense(CAIArray, typestr="|i1"), BYTES, "dtype='float8_e4m3fn' with arrays of int8"),
     (-9, dense(dtype="float8_e5m2"), {}, "dtype=None with arrays of float8_e5m2"),
     (-9, dense(dtype="float8_e4m3fnuz"), BYTES, "with arrays of float8_e4m3fnuz"),
-    (-9, (DLArray(2, 5, 4, 64, dtype="float8_e4m3fn"), *dense(dtype="uint8")[1:]), BYTES,
-     "dtypes float8_e4m3fn, uint8, uint8 of q, k, v: must be the same"),
+    (
+        -9,
+        (DLArray(2, 5, 4, 64, dtype="float8_e4m3fn"), *dense(dtype="uint8")[1:]),
+        BYTES,
+        "dtypes float8_e4m3fn, uint8, uint8 of q, k, v: must be the same",
+    ),
     (-9, (Q, K, V), BYTES, "dtype='float8_e4m3fn' with arrays of float16"),
-    (-9, dense(Stubborn, dtype="torch.float8_e4m3fn", words="not in dlpack"), {},
-     "q is a .*Stubborn .*DLPack: not in dlpack; view it as uint8 and say dtype='float8_e4m3fn'"),
-    (-9, dense(dtype="uint8"), {**BYTES, "out": DLArray(2, 5, 4, 64, dtype="uint8")},
-     "out is uint8: must be bfloat16 or float16"),
-    (-9, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(4, dtype="float16")},
-     "q_descale is float16: must be float32"),
-    (-9, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(dtype="float32", address=A + 2)},
-     "q_descale_ptr=0x7f0000000002: must be a device address aligned to 4 bytes"),
-    (-9, dense(dtype="uint8"), {**BYTES, "k_descale": DLArray(2, dtype="float32", place=(2, 1))},
-     "k_descale is on device 1"),
-    (-7, dense(dtype="uint8"), {**BYTES, "k_descale": DLArray(2, 4, dtype="float32")},
-     r"k_descale.shape=\(2, 4\): must be \(\), \(2,\), \(2, 1\) or \(2, 2\)"),
+    (
+        -9,
+        dense(Stubborn, dtype="torch.float8_e4m3fn", words="not in dlpack"),
+        {},
+        "q is a .*Stubborn .*DLPack: not in dlpack; view it as uint8 and say dtype='float8_e4m3fn'",
+    ),
+    (
+        -9,
+        dense(dtype="uint8"),
+        {**BYTES, "out": DLArray(2, 5, 4, 64, dtype="uint8")},
+        "out is uint8: must be bfloat16 or float16",
+    ),
+    (
+        -9,
+        dense(dtype="uint8"),
+        {**BYTES, "q_descale": DLArray(4, dtype="float16")},
+        "q_descale is float16: must be float32",
+    ),
+    (
+        -9,
+        dense(dtype="uint8"),
+        {**BYTES, "q_descale": DLArray(dtype="float32", address=A + 2)},
+        "q_descale_ptr=0x7f0000000002: must be a device address aligned to 4 bytes",
+    ),
+    (
+        -9,
+        dense(dtype="uint8"),
+        {**BYTES, "k_descale": DLArray(2, dtype="float32", place=(2, 1))},
+        "k_descale is on device 1",
+    ),
+    (
+        -7,
+        dense(dtype="uint8"),
+        {**BYTES, "k_descale": DLArray(2, 4, dtype="float32")},
+        r"k_descale.shape=\(2, 4\): must be \(\), \(2,\), \(2, 1\) or \(2, 2\)",
+    ),
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(4, 2, dtype="float32")}, r"q_descale.shape=\(4, 2\)"),
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(2, 4, 1, dtype="float32")}, "q_descale.shape="),
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(0, 4, dtype="float32")}, r"q_descale.shape=\(0, 4\)"),

@@ -1,4 +1,5 @@
 """The benchmark: its order and arithmetic, what it prints and writes; other libraries are called as they expect."""
+
 import json
 import sys
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ def test_bench_without_a_gpu(capsys):
     if hopper_device_problem() is None:
         pytest.skip("this machine has a Hopper GPU")
     assert main(["bench"]) == 2
-    line, = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("bench needs a Hopper GPU: ")
 
 
@@ -30,14 +31,19 @@ def test_rounds_interleave(monkeypatch):
             stream.now += milliseconds
             if order[-1:] != [name]:
                 order.append(name)
+
         return run
+
     stopwatch = fake_stopwatch(stream, monkeypatch)
     works = {name: Work(launch(name, milliseconds)) for name, milliseconds in (("a", 1.0), ("b", 4.0), ("c", 100.0))}
     batches = stopwatch.rounds(works, 3, batch_ms=40)
     assert {name: [batch.milliseconds for batch in list_] for name, list_ in batches.items()} == {
-        "a": pytest.approx([1] * 3), "b": pytest.approx([4] * 3), "c": pytest.approx([100] * 3)}
+        "a": pytest.approx([1] * 3),
+        "b": pytest.approx([4] * 3),
+        "c": pytest.approx([100] * 3),
+    }
     assert batches["a"][0].clock_mhz == 1500 and batches["a"][0].power_watts == 600
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"    # calibration, the unrecorded round, three rounds
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"  # calibration, the unrecorded round, three rounds
 
 
 def test_a_graph_is_many_calls(monkeypatch):
@@ -45,11 +51,12 @@ def test_a_graph_is_many_calls(monkeypatch):
     stopwatch = fake_stopwatch(stream, monkeypatch)
     work = stopwatch.capture(lambda: captured.append(0.01))
     assert len(captured) == CALLS_PER_GRAPH and not stream.is_capturing
-    batch, = stopwatch.rounds({"graph": work}, 1, batch_ms=2)["graph"]
+    (batch,) = stopwatch.rounds({"graph": work}, 1, batch_ms=2)["graph"]
     assert batch.milliseconds == pytest.approx(1 / CALLS_PER_GRAPH)
 
     def fails():
         raise RuntimeError("not now")
+
     with pytest.raises(RuntimeError):
         stopwatch.capture(fails)
     assert not stream.is_capturing
@@ -84,10 +91,21 @@ def test_result_is_a_median_of_ratios():
 
 
 def test_row_prints_with_and_without_clocks_and_peers():
-    result = {"ms": 0.5, "tflops": 600.04, "peak": None, "clock_mhz": None, "power_watts": None, "ratio": 1.0,
-              "host_bound": False}
-    row = {"name": "case", "host_us": 5.25, "errors": {bench.OURS: 2e-3},
-           "results": {bench.OURS: result, "fa3": result | {"peak": 0.75, "ratio": 1.25}}}
+    result = {
+        "ms": 0.5,
+        "tflops": 600.04,
+        "peak": None,
+        "clock_mhz": None,
+        "power_watts": None,
+        "ratio": 1.0,
+        "host_bound": False,
+    }
+    row = {
+        "name": "case",
+        "host_us": 5.25,
+        "errors": {bench.OURS: 2e-3},
+        "results": {bench.OURS: result, "fa3": result | {"peak": 0.75, "ratio": 1.25}},
+    }
     cells = bench.cells(row, ["fa3", "cudnn"])
     assert len(cells) == len(bench.columns(["fa3", "cudnn"]))
     assert cells == ["case", "600.0", "500.0", "-", "-", "-", "5.2", "2.0e-03", "600.0", "1.250", "-", "-"]
@@ -98,15 +116,32 @@ def fake_gpu(monkeypatch):
     return install(monkeypatch)
 
 
-BENCH = ["bench", "--head-dim", "64", "--seqlen", "96", "--batch-size", "2", "--num-heads", "4", "--num-heads-k", "2",
-         "--rounds", "3"]
+BENCH = [
+    "bench",
+    "--head-dim",
+    "64",
+    "--seqlen",
+    "96",
+    "--batch-size",
+    "2",
+    "--num-heads",
+    "4",
+    "--num-heads-k",
+    "2",
+    "--rounds",
+    "3",
+]
 
 
 def test_bench_from_end_to_end(fake_gpu, tmp_path, monkeypatch, capsys):
     def make_peer(case, pointers):
         return lambda: setattr(fake_gpu.stream, "now", fake_gpu.stream.now + 15)
-    monkeypatch.setitem(peers.PEERS, "fa3", lambda: SimpleNamespace(
-        version="fa3-fwd 0", launch=make_peer, error=lambda case, pointers, launch: 1e-3))
+
+    monkeypatch.setitem(
+        peers.PEERS,
+        "fa3",
+        lambda: SimpleNamespace(version="fa3-fwd 0", launch=make_peer, error=lambda case, pointers, launch: 1e-3),
+    )
     monkeypatch.setitem(peers.PEERS, "cudnn", lambda: (_ for _ in ()).throw(ImportError("no torch here")))
     monkeypatch.setattr(peers, "use_stream", lambda handle: None)
     file = tmp_path / "rows.json"
@@ -129,8 +164,26 @@ def test_bench_of_packed_sequences_and_windows(fake_gpu, tmp_path, monkeypatch, 
     fake_gpu.milliseconds = 0.01
     for suite, count in (("varlen", 2), ("window", 1)):
         file = tmp_path / f"{suite}.json"
-        assert main(["bench", "--suite", suite, "--head-dim", "64", "--num-heads", "2", "--rounds", "2", "--batch-ms",
-                     "2", "--json", str(file)]) == 0
+        assert (
+            main(
+                [
+                    "bench",
+                    "--suite",
+                    suite,
+                    "--head-dim",
+                    "64",
+                    "--num-heads",
+                    "2",
+                    "--rounds",
+                    "2",
+                    "--batch-ms",
+                    "2",
+                    "--json",
+                    str(file),
+                ]
+            )
+            == 0
+        )
         written = json.loads(file.read_text())
         said = capsys.readouterr().out.splitlines()
         assert said[-count:] == written["conclusions"] and len(written["conclusions"]) == count
@@ -146,8 +199,12 @@ def test_a_short_call_that_cannot_be_captured_is_marked(fake_gpu, tmp_path, monk
 
     def make_peer(case, pointers):
         return lambda: setattr(fake_gpu.stream, "now", fake_gpu.stream.now + 15)
-    monkeypatch.setitem(peers.PEERS, "fa3", lambda: SimpleNamespace(
-        version="fa3-fwd 0", launch=make_peer, error=lambda case, pointers, launch: 1e-3))
+
+    monkeypatch.setitem(
+        peers.PEERS,
+        "fa3",
+        lambda: SimpleNamespace(version="fa3-fwd 0", launch=make_peer, error=lambda case, pointers, launch: 1e-3),
+    )
     monkeypatch.setattr(peers, "use_stream", lambda handle: None)
     monkeypatch.setattr(peers, "capture", refuse)
     fake_gpu.milliseconds = 0.01
@@ -161,8 +218,11 @@ def test_bench_fails_on_a_wrong_result(fake_gpu, monkeypatch, capsys):
     """A kernel that writes nothing leaves NaN behind."""
     monkeypatch.setattr(fake_gpu, "forward", lambda params, stream: setattr(fake_gpu.stream, "now", 1.0) or Status.OK)
     monkeypatch.setattr(Stopwatch, "is_short", lambda self, work: False)
-    monkeypatch.setattr(Stopwatch, "rounds", lambda self, works, rounds, batch_ms: {
-        name: [Batch(1.0, 1.0, None, None)] for name in works})
+    monkeypatch.setattr(
+        Stopwatch,
+        "rounds",
+        lambda self, works, rounds, batch_ms: {name: [Batch(1.0, 1.0, None, None)] for name in works},
+    )
     assert main([*BENCH, "--causal"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "bf16 d64 causal h4:2 2x96: fa3_cute is off by nan"
 
@@ -170,6 +230,7 @@ def test_bench_fails_on_a_wrong_result(fake_gpu, monkeypatch, capsys):
 def test_missing_peer_is_one_line(monkeypatch):
     def load():
         raise ImportError("no module\nand a traceback")
+
     monkeypatch.setitem(peers.PEERS, "fa3", load)
     with pytest.raises(peers.PeerMissing, match=r"^fa3 is not available here \(no module\)$"):
         peers.load("fa3")
@@ -179,13 +240,19 @@ PACKED = Case("bf16", 128, True, 40, 40, 2, 16, 2, lengths=(3, 40), label="3+40"
 DENSE = Case("bf16", 64, False, 50, 70, 3, 16, 16, window=(9, 0))
 
 
-@pytest.mark.parametrize("case, name, shapes", [
-    (PACKED, "flash_attn_varlen_func", [(43, 16, 128), (43, 2, 128), (43, 2, 128), (3,), (3,), 40, 40]),
-    (DENSE, "flash_attn_func", [(3, 50, 16, 64), (3, 70, 16, 64), (3, 70, 16, 64)])])
+@pytest.mark.parametrize(
+    "case, name, shapes",
+    [
+        (PACKED, "flash_attn_varlen_func", [(43, 16, 128), (43, 2, 128), (43, 2, 128), (3,), (3,), 40, 40]),
+        (DENSE, "flash_attn_func", [(3, 50, 16, 64), (3, 70, 16, 64), (3, 70, 16, 64)]),
+    ],
+)
 def test_fa3_is_called_as_it_expects(case, name, shapes, monkeypatch):
     calls = []
-    fake = {each: lambda *args, each=each, **options: calls.append((each, list(args), options)) or ("out", "lse")
-            for each in ("flash_attn_func", "flash_attn_varlen_func")}
+    fake = {
+        each: lambda *args, each=each, **options: calls.append((each, list(args), options)) or ("out", "lse")
+        for each in ("flash_attn_func", "flash_attn_varlen_func")
+    }
     monkeypatch.setitem(sys.modules, "fa3_fwd_interface", SimpleNamespace(**fake))
     monkeypatch.setattr(peers.metadata, "version", lambda name: "0")
     monkeypatch.setattr(peers, "view", lambda pointer, shape, dtype: shape)
@@ -221,8 +288,26 @@ def test_bench_replays_short_calls(suite, tmp_path, monkeypatch):
     monkeypatch.setattr(window, "SEQLENS", (512,))
     monkeypatch.setattr(measure, "SHORT_MS", 1.0)
     file = tmp_path / "rows.json"
-    assert main(["bench", "--suite", suite, "--head-dim", "64", "--num-heads", "4", "--rounds", "2", "--batch-ms", "2",
-                 "--json", str(file)]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "--suite",
+                suite,
+                "--head-dim",
+                "64",
+                "--num-heads",
+                "4",
+                "--rounds",
+                "2",
+                "--batch-ms",
+                "2",
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
     for row in json.loads(file.read_text())["rows"]:
         ours = row["results"][bench.OURS]
         assert row["errors"][bench.OURS] < bench.limit("bf16", bench.OURS) and ours["replayed"] and ours["ms"] > 0

@@ -1,4 +1,5 @@
 """The benchmark's suites and cases: sizes, names, FLOPs, tiles, random numbers, what a suite concludes."""
+
 from argparse import ArgumentParser
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,8 +29,24 @@ def test_prefill_cases():
 
 
 def test_prefill_cases_narrowed():
-    case, = prefill.cases(parsed(bench, "--head-dim", "128", "--seqlen", "1000", "--causal", "--dtype", "fp16",
-                                 "--batch-size", "3", "--num-heads", "8", "--num-heads-k", "2"))
+    (case,) = prefill.cases(
+        parsed(
+            bench,
+            "--head-dim",
+            "128",
+            "--seqlen",
+            "1000",
+            "--causal",
+            "--dtype",
+            "fp16",
+            "--batch-size",
+            "3",
+            "--num-heads",
+            "8",
+            "--num-heads-k",
+            "2",
+        )
+    )
     assert case == Case("fp16", 128, True, 1000, 1000, 3, 8, 2)
     assert case.name == "fp16 d128 causal h8:2 3x1000"
     assert case.flops == 4 * 3 * 8 * 1000 * 1000 * 128 / 2
@@ -43,7 +60,7 @@ def test_varlen_cases():
     first = by_label["256+512+128"]
     assert first.name == "bf16 d128 causal h16 256+512+128"
     assert (first.q_shape, first.batch_size, first.seqlen_q) == ((896, 16, 128), 3, 512)
-    assert first.flops == 4 * (256 ** 2 + 512 ** 2 + 128 ** 2) * 16 * 128 / 2
+    assert first.flops == 4 * (256**2 + 512**2 + 128**2) * 16 * 128 / 2
     mixed, tiny = by_label["64 of 64..4096"].lengths, by_label[varlen.PER_SEQUENCE].lengths
     assert len(mixed) == 64 and set(mixed) <= set(range(64, 4097))
     assert len(tiny) == 10_000 and set(tiny) == set(range(1, 41))
@@ -53,7 +70,7 @@ def test_varlen_cases():
 def test_varlen_conclusions():
     cases = varlen.cases(parsed(bench, "--head-dim", "64", "--full"))
     times = {case: 3.0 if case.label == varlen.PER_SEQUENCE else 2.0 for case in cases}
-    line, = varlen.conclusions(times)
+    (line,) = varlen.conclusions(times)
     tiny, long = (next(case for case in cases if case.label == label) for label in (varlen.PER_SEQUENCE, varlen.IN_2K))
     assert " 1.50x the time" in line and f" {1.5 * long.flops / tiny.flops:.1f}x per visible FLOP" in line
 
@@ -64,20 +81,36 @@ def test_window_cases_and_conclusions():
     assert {(case.batch_size, case.seqlen_q, case.num_heads) for case in cases} == {(1, 16384, 16)}
     causal, left, _ = cases
     share = window.visible_tiles(left) / window.visible_tiles(causal)
-    line, = window.conclusions({causal: 10.0, left: 12.5 * share})
+    (line,) = window.conclusions({causal: 10.0, left: 12.5 * share})
     assert line.startswith(f"{left.name}: 1.25x the time of its tiles")
 
 
-@pytest.mark.parametrize("suite, option", [("varlen", "--seqlen=512"), ("varlen", "--batch-size=2"),
-                                           ("window", "--causal"), ("decode", "--batch-size=2"),
-                                           ("decode", "--full")])
+@pytest.mark.parametrize(
+    "suite, option",
+    [
+        ("varlen", "--seqlen=512"),
+        ("varlen", "--batch-size=2"),
+        ("window", "--causal"),
+        ("decode", "--batch-size=2"),
+        ("decode", "--full"),
+    ],
+)
 def test_what_a_suite_decides_is_no_option(suite, option, capsys):
     assert main(["bench", "--suite", suite, option]) == 2
     assert capsys.readouterr().out.startswith(f"the {suite} suite has its own ")
 
 
-BANDS = [(1, 1, -1, -1), (70, 70, -1, 0), (300, 500, 40, 0), (500, 300, 40, 0), (300, 1000, 0, 0), (257, 400, 30, 70),
-         (500, 100, 5, 5), (100, 500, 600, -1), (130, 300, 1 << 30, 1 << 30)]
+BANDS = [
+    (1, 1, -1, -1),
+    (70, 70, -1, 0),
+    (300, 500, 40, 0),
+    (500, 300, 40, 0),
+    (300, 1000, 0, 0),
+    (257, 400, 30, 70),
+    (500, 100, 5, 5),
+    (100, 500, 600, -1),
+    (130, 300, 1 << 30, 1 << 30),
+]
 
 
 @pytest.mark.parametrize("seqlen_q, seqlen_k, left, right", BANDS)
@@ -88,8 +121,10 @@ def test_visible_pairs_and_tiles_against_brute_force(seqlen_q, seqlen_k, left, r
     monkeypatch.setattr(window, "forward_config", lambda *_, **__: SimpleNamespace(tile_m=64, tile_n=48))
     case = Case("bf16", 128, False, seqlen_q, seqlen_k, 1, 1, 1, (left, right))
     assert window.visible_tiles(case) == sum(
-        seen[row:row + 64, column:column + 48].any()
-        for row in range(0, seqlen_q, 64) for column in range(0, seqlen_k, 48))
+        seen[row : row + 64, column : column + 48].any()
+        for row in range(0, seqlen_q, 64)
+        for column in range(0, seqlen_k, 48)
+    )
     if max(left, right) >= 0:
         assert case.flops == case.visible_flops == 4 * 128 * seen.sum()
 

@@ -1,4 +1,5 @@
 """The benchmark of decode: its problems, warm and cold calls, bandwidths beside a copy's, what is printed."""
+
 import json
 import sys
 from argparse import ArgumentParser
@@ -25,6 +26,7 @@ def parsed(*argv: str):
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
+
 def test_cases():
     cases = decode.cases(parsed())
     assert len(cases) == 2 * 13 and len(set(cases)) == len(cases)
@@ -33,10 +35,18 @@ def test_cases():
     assert {case.head_dim for case in cases if case.kv_bytes > decode.LARGE_BYTES} == {64, 128, 256}
     narrowed = decode.cases(parsed("--head-dim", "128", "--dtype", "fp16"))
     assert [case.name for case in narrowed[:2]] == [
-        "fp16 d128 full h16:2 1x(1:2048) warm", "fp16 d128 full h16:2 1x(1:2048) cold"]
+        "fp16 d128 full h16:2 1x(1:2048) warm",
+        "fp16 d128 full h16:2 1x(1:2048) cold",
+    ]
     assert [f"{case.layout} {case.heads}" for case in narrowed[::2]] == [
-        "1x(1:2048) 16:2", "4x(1:2048) 16:2", "1x(1:32768) 16:2", "1x(1:131072) 16:2", "16x(1:8192) 16:2",
-        "64x(1:4096) 16:1", "64x(1:8192) 32:8"]
+        "1x(1:2048) 16:2",
+        "4x(1:2048) 16:2",
+        "1x(1:32768) 16:2",
+        "1x(1:131072) 16:2",
+        "16x(1:8192) 16:2",
+        "64x(1:4096) 16:1",
+        "64x(1:8192) 32:8",
+    ]
 
 
 def test_bytes_and_sets():
@@ -74,10 +84,13 @@ def test_a_set_lies_behind_the_other(monkeypatch):
         tensors.poison_out()
         gpu.forward(params, 1)
         assert [tensors.error_of_last_rows(case, kv_set) < 5e-3 for kv_set in range(2)] == [
-            params is first, params is second]
+            params is first,
+            params is second,
+        ]
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
@@ -103,8 +116,12 @@ def fake_peer(gpu, monkeypatch, name: str):
             launch()
         builder.end_building()
         return Work(lambda: setattr(gpu.stream, "now", gpu.stream.now + 2), calls)
-    monkeypatch.setitem(peers.PEERS, name, lambda: SimpleNamespace(
-        version=f"{name} 0", launch=make_launch, error=lambda case, pointers, launch: 1e-3))
+
+    monkeypatch.setitem(
+        peers.PEERS,
+        name,
+        lambda: SimpleNamespace(version=f"{name} 0", launch=make_launch, error=lambda case, pointers, launch: 1e-3),
+    )
     monkeypatch.setattr(peers, "use_stream", lambda handle: None)
     monkeypatch.setattr(peers, "capture", capture)
     return captured
@@ -152,9 +169,13 @@ def test_decode_that_is_not_captured_is_marked(fake_gpu, tmp_path, monkeypatch, 
 
     def make_launch(case, pointers):
         return lambda: setattr(fake_gpu.stream, "now", fake_gpu.stream.now + 0.01)
+
     monkeypatch.setattr(peers, "capture", refuse)
-    monkeypatch.setitem(peers.PEERS, "fa3", lambda: SimpleNamespace(
-        version="fa3 0", launch=make_launch, error=lambda case, pointers, launch: 1e-3))
+    monkeypatch.setitem(
+        peers.PEERS,
+        "fa3",
+        lambda: SimpleNamespace(version="fa3 0", launch=make_launch, error=lambda case, pointers, launch: 1e-3),
+    )
     assert main([*ARGV, "--peers", "fa3"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[2].split()[-2] == "10.0*" and said[-1] == "fa3 cannot be captured into a CUDA graph: no capture"
@@ -187,40 +208,62 @@ def test_bandwidths_are_medians_over_the_rounds():
 
 def test_fa3_splits_by_its_own_heuristic(monkeypatch):
     calls = []
-    fake = {name: lambda *args, **options: calls.append((list(args), options)) or "out"
-            for name in ("flash_attn_func", "flash_attn_varlen_func")}
+    fake = {
+        name: lambda *args, **options: calls.append((list(args), options)) or "out"
+        for name in ("flash_attn_func", "flash_attn_varlen_func")
+    }
     monkeypatch.setitem(sys.modules, "fa3_fwd_interface", SimpleNamespace(**fake))
     monkeypatch.setattr(peers.metadata, "version", lambda name: "0")
     monkeypatch.setattr(peers, "view", lambda pointer, shape, dtype: (pointer, prod(shape)))
     case = Case("bf16", 128, False, 1, 8192, 4, 16, 2, l2="cold")
     peers.load("fa3").launch(case, {"q": 1, "k": 2, "v": 3})
-    assert calls == [([(1, 8192), (2, 1 << 23), (3, 1 << 23)],
-                      {"causal": False, "window_size": (-1, -1), "num_splits": 0})]
+    assert calls == [
+        ([(1, 8192), (2, 1 << 23), (3, 1 << 23)], {"causal": False, "window_size": (-1, -1), "num_splits": 0})
+    ]
 
 
 # ---- what is concluded and rendered ----------------------------------------------------------------------------------
 
+
 def result(ratio: float = 1.0, **other) -> dict:
-    return {"ms": 0.0345, "tflops": 1.0, "peak": None, "gbs": 3890.4, "of_copy": 0.912, "ratio": ratio,
-            "host_bound": False} | other
+    return {
+        "ms": 0.0345,
+        "tflops": 1.0,
+        "peak": None,
+        "gbs": 3890.4,
+        "of_copy": 0.912,
+        "ratio": ratio,
+        "host_bound": False,
+    } | other
 
 
 def rows_of(cases, *peer_results: dict) -> list[dict]:
-    return [{"name": case.name, "case": case.as_dict(), "results": {shown.OURS: result(), **theirs}}
-            for case, theirs in zip(cases, peer_results, strict=True)]
+    return [
+        {"name": case.name, "case": case.as_dict(), "results": {shown.OURS: result(), **theirs}}
+        for case, theirs in zip(cases, peer_results, strict=True)
+    ]
 
 
 def test_conclusions():
     cases = decode.cases(parsed("--head-dim", "256"))
     assert [case.kv_bytes > decode.LARGE_BYTES for case in cases] == [True] * 4
-    rows = rows_of(cases, {"fa3": result(1.2), "cudnn": result(0.98)}, {"fa3": result(1.01)},
-                   {"fa3": result(0.5, host_bound=True)}, {})
+    rows = rows_of(
+        cases,
+        {"fa3": result(1.2), "cudnn": result(0.98)},
+        {"fa3": result(1.01)},
+        {"fa3": result(0.5, host_bound=True)},
+        {},
+    )
     lines = decode.conclusions(dict.fromkeys(cases, 1.0), rows)
-    assert lines[0] == ("slower than the better peer in 1 of 2 rows (its time over ours): "
-                        "bf16 d256 full h16:2 16x(1:8192) warm (cudnn 0.980)")
-    assert lines[1:] == [f"bf16 d256 full {case}: {gigabytes} GB of K and V, at 91.2% warm and 91.2% cold of the "
-                         "bandwidth of a copy on the device"
-                         for case, gigabytes in (("h16:2 16x(1:8192)", "0.27"), ("h32:8 32x(1:8192)", "2.15"))]
+    assert lines[0] == (
+        "slower than the better peer in 1 of 2 rows (its time over ours): "
+        "bf16 d256 full h16:2 16x(1:8192) warm (cudnn 0.980)"
+    )
+    assert lines[1:] == [
+        f"bf16 d256 full {case}: {gigabytes} GB of K and V, at 91.2% warm and 91.2% cold of the "
+        "bandwidth of a copy on the device"
+        for case, gigabytes in (("h16:2 16x(1:8192)", "0.27"), ("h32:8 32x(1:8192)", "2.15"))
+    ]
     small = decode.cases(parsed("--head-dim", "96"))
     assert decode.conclusions(dict.fromkeys(small, 1.0), rows_of(small, {}, {})) == []
 
@@ -229,9 +272,18 @@ def decode_run(tmp_path, suite: str = "decode"):
     """A file of one problem's results."""
     cases = decode.cases(parsed("--head-dim", "192"))
     rows = rows_of(cases, {"fa3": result(1.25, ms=0.043)}, {"fa3": result(1.5, ms=0.0521, host_bound=True)})
-    known = {"suite": suite, "command": f"python -m fa3_cute bench --suite {suite}", "gpu": "NVIDIA H200", "sms": 132,
-             "clock_problem": "none", "dsl": "4.8.1", "dsl_cuda": "12.9", "sources": "0123456789abcdef",
-             "peers": {"fa3": "fa3-fwd 0.0.3"}, "date": "2026-11-22T12:00:00"}
+    known = {
+        "suite": suite,
+        "command": f"python -m fa3_cute bench --suite {suite}",
+        "gpu": "NVIDIA H200",
+        "sms": 132,
+        "clock_problem": "none",
+        "dsl": "4.8.1",
+        "dsl_cuda": "12.9",
+        "sources": "0123456789abcdef",
+        "peers": {"fa3": "fa3-fwd 0.0.3"},
+        "date": "2026-11-22T12:00:00",
+    }
     file = tmp_path / f"{suite}.json"
     file.write_text(json.dumps({"environment": known, "rows": rows, "conclusions": ["so it is"]}))
     return file
@@ -242,8 +294,9 @@ def test_report_puts_warm_and_cold_side_by_side(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"### {decode.TITLE}\n\nIn a cell: warm / cold.\n") and "\n- so it is\n" in said
     assert "| sequences | us | GB/s | of copy | FA3 us | FA3 time / ours |\n" in said
-    assert ("\n| BF16 | 192 | 16:2 | 16x(1:8192) | 34.5 / 34.5 | 3890 / 3890 | 91% / 91% | 43.0 / 52.1* | 1.25 / 1.50 "
-            "|\n") in said
+    assert (
+        "\n| BF16 | 192 | 16:2 | 16x(1:8192) | 34.5 / 34.5 | 3890 / 3890 | 91% / 91% | 43.0 / 52.1* | 1.25 / 1.50 |\n"
+    ) in said
 
 
 def test_report_into_the_place_of_a_suite(tmp_path, capsys):
@@ -273,6 +326,7 @@ def test_report_into_the_place_of_a_suite(tmp_path, capsys):
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.gpu
 def test_bench_runs_on_a_gpu(tmp_path, monkeypatch, capsys):

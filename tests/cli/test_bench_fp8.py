@@ -1,4 +1,5 @@
 """The benchmark in FP8: its suite, bytes and limits, our BF16 kernel beside it, where its tables go."""
+
 import json
 from argparse import ArgumentParser
 from dataclasses import replace
@@ -31,6 +32,7 @@ def parsed(*argv: str):
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
+
 def test_cases():
     cases = fp8.cases(parsed())
     assert len(set(cases)) == len(cases) == 3 * 2 * 4 + 2 + 2 * 4 and {case.dtype for case in cases} == {FP8}
@@ -40,15 +42,19 @@ def test_cases():
     assert {case.batch_size * case.seqlen_q for case in dense} == {16384}
     assert [case.name for case in grouped] == ["fp8_e4m3 d128 full h64:8 1x8192", "fp8_e4m3 d128 causal h64:8 1x8192"]
     assert [(case.layout, case.mask, case.head_dim, case.heads) for case in packed] == [
-        (f"packed {label}", mask, 128, "16") for mask in ("full", "causal")
-        for label in ("256+512+128", "8x2048", "64 of 64..4096", "16384+64x128")]
-    assert [case.lengths for case in packed[:4]] == [varlen.LAYOUTS[case.label.removeprefix("packed ")]
-                                                     for case in packed[:4]]
+        (f"packed {label}", mask, 128, "16")
+        for mask in ("full", "causal")
+        for label in ("256+512+128", "8x2048", "64 of 64..4096", "16384+64x128")
+    ]
+    assert [case.lengths for case in packed[:4]] == [
+        varlen.LAYOUTS[case.label.removeprefix("packed ")] for case in packed[:4]
+    ]
 
 
 def test_cases_narrowed():
     assert [case.name for case in fp8.cases(parsed("--head-dim", "64", "--seqlen", "2048", "--causal"))] == [
-        "fp8_e4m3 d64 causal h32 8x2048"]
+        "fp8_e4m3 d64 causal h32 8x2048"
+    ]
     assert {case.head_dim for case in fp8.cases(parsed("--head-dim", "64,96"))} == {64, 96}
     assert {case.mask for case in fp8.cases(parsed("--full"))} == {"full"}
 
@@ -62,11 +68,17 @@ def test_other_suites_in_fp8(suite, count):
         assert len(window.conclusions(dict.fromkeys(cases, 1.0))) == 2
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--suite", "fp8", "--dtype", "bf16"], "the fp8 suite has its own dtype"),
-    (["--suite", "fp8", "--num-heads", "4"], "the fp8 suite has its own num_heads"),
-    (["--suite", "decode", "--dtype", FP8, "--head-dim", "192"],
-     "there are no kernels for fp8_e4m3 d192 full h16:2 16x(1:8192) warm")])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--suite", "fp8", "--dtype", "bf16"], "the fp8 suite has its own dtype"),
+        (["--suite", "fp8", "--num-heads", "4"], "the fp8 suite has its own num_heads"),
+        (
+            ["--suite", "decode", "--dtype", FP8, "--head-dim", "192"],
+            "there are no kernels for fp8_e4m3 d192 full h16:2 16x(1:8192) warm",
+        ),
+    ],
+)
 def test_what_cannot_be(argv, said, capsys):
     assert main(["bench", *argv]) == 2
     assert capsys.readouterr().out == f"{said}\n"
@@ -89,14 +101,17 @@ def test_bytes():
 def test_peak_and_limits():
     case = Case(FP8, 128, False, 1024, 1024, 1, 16, 16)
     batches = [Batch(1.0, 1.0, 1500, None)]
-    eight, sixteen = (bench.Bench.result(SimpleNamespace(num_sms=132), each, batches, batches)["peak"]
-                      for each in bench.own(case).values())
+    eight, sixteen = (
+        bench.Bench.result(SimpleNamespace(num_sms=132), each, batches, batches)["peak"]
+        for each in bench.own(case).values()
+    )
     assert eight == pytest.approx(case.flops / 1e-3 / (132 * 8192 * 1500e6)) and sixteen == pytest.approx(2 * eight)
     limits = [bench.limit(FP8, name) for name in (OURS, "fa3", OURS_16)] + [bench.limit("fp16", OURS)]
     assert limits == [6e-2, 6e-2, 1e-2, 1e-2]
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def gpu(monkeypatch):
@@ -136,7 +151,7 @@ def test_bench_beside_our_own_bf16(gpu, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[1].endswith("ours bf16  vs ours bf16")
     assert said[2].split()[-1] == "2.000" and "; ;" not in said[0]
-    assert not written["conclusions"]       # of sequences as short as these
+    assert not written["conclusions"]  # of sequences as short as these
 
 
 def test_a_wrong_bf16_result_fails(gpu, monkeypatch, capsys):
@@ -147,6 +162,7 @@ def test_a_wrong_bf16_result_fails(gpu, monkeypatch, capsys):
         if params.dtype is DataType.BF16:
             gpu.buffers[params.out >> OFFSET_BITS].bytes[:] = 0
         return status
+
     monkeypatch.setattr(gpu, "forward", forward)
     monkeypatch.setattr(prefill, "TOKENS", 96)
     assert main([*ARGV, "--full"]) == 1
@@ -160,8 +176,10 @@ def test_decode_in_fp8(gpu, tmp_path, monkeypatch, capsys):
     for module in (case_module, bench):
         monkeypatch.setattr(module, "COPIED_BYTES", 300_000)
     file = tmp_path / "rows.json"
-    assert main(["bench", "--suite", "decode", "--dtype", FP8, "--rounds", "2", "--batch-ms", "2", "--json",
-                 str(file)]) == 0
+    assert (
+        main(["bench", "--suite", "decode", "--dtype", FP8, "--rounds", "2", "--batch-ms", "2", "--json", str(file)])
+        == 0
+    )
     warm, cold = json.loads(file.read_text())["rows"]
     assert (warm["case"]["kv_sets"], cold["case"]["kv_sets"]) == (1, 4)
     kv_bytes = 2 * 2 * 1024 * 2 * 64
@@ -185,18 +203,29 @@ def test_conclusions():
 
     def row(case, ratio, peer, host_bound=False):
         result = {"host_bound": False}
-        return {"name": case.name, "case": case.as_dict(), "results": {
-            OURS: result | {"ratio": 1.0}, OURS_16: result | {"ratio": ratio},
-            "fa3": {"host_bound": host_bound, "ratio": peer}}}
+        return {
+            "name": case.name,
+            "case": case.as_dict(),
+            "results": {
+                OURS: result | {"ratio": 1.0},
+                OURS_16: result | {"ratio": ratio},
+                "fa3": {"host_bound": host_bound, "ratio": peer},
+            },
+        }
+
     rows = [row(cases[0], 0.9, 1.1), row(cases[1], 0.95, 0.8, True), row(cases[2], 1.2, 0.99)]
     assert fp8.conclusions({}, rows) == [
         "slower than the better peer in 1 of 2 rows (its time over ours): fp8_e4m3 d128 full h16 4x4096 (fa3 0.990)",
-        ("slower than ours bf16 in 1 of 2 rows from 1024 tokens up (its time over ours): "
-         "fp8_e4m3 d128 full h16 16x1024 (0.950)")]
+        (
+            "slower than ours bf16 in 1 of 2 rows from 1024 tokens up (its time over ours): "
+            "fp8_e4m3 d128 full h16 16x1024 (0.950)"
+        ),
+    ]
 
 
-@pytest.mark.parametrize("question", [Question(FP8, 64, "causal", seqlens=(256,)),
-                                      Question(FP8, 64, is_decode=True, seqlens=(512,))])
+@pytest.mark.parametrize(
+    "question", [Question(FP8, 64, "causal", seqlens=(256,)), Question(FP8, 64, is_decode=True, seqlens=(512,))]
+)
 def test_dev_checks_fp8(question, gpu, monkeypatch):
     monkeypatch.setattr(case_module, "COLD_BYTES", 1_000_000)
     monkeypatch.setattr(prefill, "TOKENS", 512)
@@ -211,30 +240,54 @@ def test_dev_checks_fp8(question, gpu, monkeypatch):
 
 # ---- report ----------------------------------------------------------------------------------------------------------
 
+
 def run_of(suite: str, cases) -> dict:
     """A file of results, with a column of our BF16 kernel's and one of a peer's."""
-    result = {"ms": 0.5, "tflops": 800.0, "peak": 0.5, "gbs": 3000.0, "of_copy": 0.75, "ratio": 1.0,
-              "host_bound": False}
-    results = {OURS: result, OURS_16: result | {"ms": 0.75, "tflops": 533.3, "ratio": 1.5},
-               "fa3": result | {"tflops": 720.0, "ratio": 1.11}}
+    result = {
+        "ms": 0.5,
+        "tflops": 800.0,
+        "peak": 0.5,
+        "gbs": 3000.0,
+        "of_copy": 0.75,
+        "ratio": 1.0,
+        "host_bound": False,
+    }
+    results = {
+        OURS: result,
+        OURS_16: result | {"ms": 0.75, "tflops": 533.3, "ratio": 1.5},
+        "fa3": result | {"tflops": 720.0, "ratio": 1.11},
+    }
     rows = [{"name": case.name, "case": case.as_dict(), "results": results} for case in cases]
-    known = {"suite": suite, "command": f"python -m fa3_cute bench --suite {suite}", "gpu": "NVIDIA H200", "sms": 132,
-             "clock_problem": "none", "dsl": "4.8.1", "dsl_cuda": "12.9", "sources": "0123456789abcdef",
-             "peers": {OURS_16: "", "fa3": "fa3-fwd 0.0.3"}, "date": "2026-11-22T12:00:00"}
+    known = {
+        "suite": suite,
+        "command": f"python -m fa3_cute bench --suite {suite}",
+        "gpu": "NVIDIA H200",
+        "sms": 132,
+        "clock_problem": "none",
+        "dsl": "4.8.1",
+        "dsl_cuda": "12.9",
+        "sources": "0123456789abcdef",
+        "peers": {OURS_16: "", "fa3": "fa3-fwd 0.0.3"},
+        "date": "2026-11-22T12:00:00",
+    }
     return {"environment": known, "rows": rows, "conclusions": ["so it is"]}
 
 
 def test_report_into_the_place_of_fp8(tmp_path, capsys):
     """Whatever suite it is of; what was measured in 16 bits stays."""
-    runs = {"fp8.json": run_of("fp8", fp8.cases(parsed("--head-dim", "128", "--seqlen", "4096"))),
-            "fp8-decode.json": run_of("decode", decode.cases(parsed("--head-dim", "96", "--dtype", FP8))),
-            "decode.json": run_of("decode", decode.cases(parsed("--head-dim", "96")))}
+    runs = {
+        "fp8.json": run_of("fp8", fp8.cases(parsed("--head-dim", "128", "--seqlen", "4096"))),
+        "fp8-decode.json": run_of("decode", decode.cases(parsed("--head-dim", "96", "--dtype", FP8))),
+        "decode.json": run_of("decode", decode.cases(parsed("--head-dim", "96"))),
+    }
     for name, run in runs.items():
         (tmp_path / name).write_text(json.dumps(run))
     begin, end = "<!-- performance of fp8: begin -->", "<!-- performance of fp8: end -->"
-    marks = [f"{report.BEGIN}\nall\n{report.END}",
-             "<!-- performance of decode: begin -->\nformer\n<!-- performance of decode: end -->",
-             f"{begin}\nformer FP8\n{end}"]
+    marks = [
+        f"{report.BEGIN}\nall\n{report.END}",
+        "<!-- performance of decode: begin -->\nformer\n<!-- performance of decode: end -->",
+        f"{begin}\nformer FP8\n{end}",
+    ]
     document = tmp_path / "document.md"
     document.write_text("\n".join(marks) + "\n")
     files = [str(tmp_path / name) for name in ("fp8.json", "fp8-decode.json")]
@@ -242,11 +295,13 @@ def test_report_into_the_place_of_fp8(tmp_path, capsys):
         assert main(["report", "--into", str(document), *files]) == 0
     text = document.read_text()
     assert text.startswith("\n".join(marks[:2])) and "former FP8" not in text
-    own = text[text.index(begin):text.index(end)]
+    own = text[text.index(begin) : text.index(end)]
     assert own.index(f"### {fp8.TITLE}") < own.index(f"### {decode.TITLE}") and own.count("### ") == 2
     assert "| of peak | BF16 TFLOP/s | BF16 time / ours | FA3 TFLOP/s | FA3 time / ours |\n" in own
-    assert ("\n| FP8_E4M3 | 128 | 16 | 4x4096 | 500.0 / 500.0 | 800.0 / 800.0 | 50% / 50% | 533.3 / 533.3 | "
-            "1.50 / 1.50 | 720.0 / 720.0 | 1.11 / 1.11 |\n") in own
+    assert (
+        "\n| FP8_E4M3 | 128 | 16 | 4x4096 | 500.0 / 500.0 | 800.0 / 800.0 | 50% / 50% | 533.3 / 533.3 | "
+        "1.50 / 1.50 | 720.0 / 720.0 | 1.11 / 1.11 |\n"
+    ) in own
     assert "for CUDA 12.9; fa3-fwd 0.0.3; 2026" in own
     assert main(["report", "--into", str(document), str(tmp_path / "decode.json")]) == 0
     text = document.read_text()
@@ -263,6 +318,7 @@ def test_bars_of_fp8(tmp_path):
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.gpu
 def test_bench_runs_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(prefill, "TOKENS", 2048)
@@ -270,8 +326,12 @@ def test_bench_runs_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(fp8, "SEQLENS", (1024,))
     monkeypatch.setattr(fp8, "GROUPED_SEQLEN", 512)
     file = tmp_path / "rows.json"
-    assert main(["bench", "--suite", "fp8", "--head-dim", "64,128", "--rounds", "2", "--batch-ms", "2", "--json",
-                 str(file)]) == 0
+    assert (
+        main(
+            ["bench", "--suite", "fp8", "--head-dim", "64,128", "--rounds", "2", "--batch-ms", "2", "--json", str(file)]
+        )
+        == 0
+    )
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 2 * 2 + 2 + 2
     for row in rows:

@@ -1,4 +1,5 @@
 """The command line: what is compiled, what is rendered, what is printed, which exit status."""
+
 import json
 from argparse import ArgumentTypeError
 
@@ -14,6 +15,7 @@ from fa3_cute.planning.tables import all_forward_configs
 
 # ---- main, tables, lists ---------------------------------------------------------------------------------------------
 
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -22,9 +24,20 @@ def test_help_names_every_command(capsys):
     assert all(name in said and summary.split()[0] in said for name, summary in COMMANDS.items())
 
 
-@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["compile", "--head-dim", "80"], ["bench", "--peers", "fa9"],
-                                  ["bench", "--causal", "--full"], ["compile", "--local", "--full"], ["report"],
-                                  ["compile", "--out-dtype", "fp8_e4m3"], ["inspect", "--dtype", "fp8"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["no-such-command"],
+        ["compile", "--head-dim", "80"],
+        ["bench", "--peers", "fa9"],
+        ["bench", "--causal", "--full"],
+        ["compile", "--local", "--full"],
+        ["report"],
+        ["compile", "--out-dtype", "fp8_e4m3"],
+        ["inspect", "--dtype", "fp8"],
+    ],
+)
 def test_bad_command_line(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
@@ -48,38 +61,62 @@ def test_table_aligns_and_keeps_wide_cells(capsys):
 
 # ---- compile ---------------------------------------------------------------------------------------------------------
 
+
 def test_compile_prints_json_and_fills_the_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FA3_CUTE_CACHE_DIR", str(tmp_path))
     from fa3_cute.runtime import compiler
+
     monkeypatch.setattr(compiler, "_kernels", {})
     assert main(["compile", "--head-dim", "64", "--dtype", "fp16", "--full", "--jobs", "1", "--json"]) == 0
-    row, = json.loads(capsys.readouterr().out)
+    (row,) = json.loads(capsys.readouterr().out)
     assert (row["config"]["head_dim"], row["config"]["dtype"], row["config"]["is_causal"]) == (64, "fp16", False)
     assert row["problems"] == [] and row["stack_bytes"] == 0 and row["registers"] > 0 and row["wgmmas"] > 0
     assert [path for path in tmp_path.rglob("*") if row["name"] in path.name]
 
 
-@pytest.mark.parametrize("argv, count", [
-    ([], 48), (["--all"], 224), (["--causal"], 16), (["--local"], 16), (["--full", "--all"], 80), (["--varlen"], 48),
-    (["--decode"], 32), (["--decode", "--local", "--dtype", "fp16"], 5),
-    (["--varlen", "--all", "--local"], 32), (["--head-dim", "64,96", "--dtype", "bf16"], 6),
-    (["--dtype", "fp8_e4m3"], 18), (["--dtype", "fp8_e4m3", "--out-dtype", "fp16"], 9), (["--out-dtype", "bf16"], 39),
-    (["--decode", "--dtype", "fp8_e4m3", "--head-dim", "128,256"], 4)])
+@pytest.mark.parametrize(
+    "argv, count",
+    [
+        ([], 48),
+        (["--all"], 224),
+        (["--causal"], 16),
+        (["--local"], 16),
+        (["--full", "--all"], 80),
+        (["--varlen"], 48),
+        (["--decode"], 32),
+        (["--decode", "--local", "--dtype", "fp16"], 5),
+        (["--varlen", "--all", "--local"], 32),
+        (["--head-dim", "64,96", "--dtype", "bf16"], 6),
+        (["--dtype", "fp8_e4m3"], 18),
+        (["--dtype", "fp8_e4m3", "--out-dtype", "fp16"], 9),
+        (["--out-dtype", "bf16"], 39),
+        (["--decode", "--dtype", "fp8_e4m3", "--head-dim", "128,256"], 4),
+    ],
+)
 def test_compile_selects(argv, count, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(compile_command, "compile_row", lambda cfg: seen.append(cfg) or clean_row(cfg))
     assert main(["compile", "--jobs", "1", *argv]) == 0
     assert len(set(seen)) == len(seen) == count
     assert {isinstance(cfg, DecodeConfig) for cfg in seen} == (
-        {True} if "--decode" in argv else {False, "--all" in argv and "--varlen" not in argv})
+        {True} if "--decode" in argv else {False, "--all" in argv and "--varlen" not in argv}
+    )
     assert {cfg.is_varlen for cfg in seen if isinstance(cfg, FwdConfig)} == (
-        set() if "--decode" in argv else {True} if "--varlen" in argv else {False, "--all" in argv})
+        set() if "--decode" in argv else {True} if "--varlen" in argv else {False, "--all" in argv}
+    )
     assert capsys.readouterr().out.splitlines()[-1] == f"{count} kernels, all clean"
 
 
 def clean_row(cfg) -> dict:
-    return {"name": cfg.name, "registers": 168, "stack_bytes": 0, "smem_bytes": 1, "wgmmas": 32, "seconds": 1.0,
-            "problems": []}
+    return {
+        "name": cfg.name,
+        "registers": 168,
+        "stack_bytes": 0,
+        "smem_bytes": 1,
+        "wgmmas": 32,
+        "seconds": 1.0,
+        "problems": [],
+    }
 
 
 def test_compile_fails_on_a_problem(monkeypatch, capsys):
@@ -88,9 +125,12 @@ def test_compile_fails_on_a_problem(monkeypatch, capsys):
     def fails_or_spills(cfg):
         if cfg.is_causal:
             raise compiler.CompileError("does not lower")
-        fields = {name: () if name == "warnings" else {} if name == "notes" else 1
-                  for name in compiler.Report.__dataclass_fields__}
+        fields = {
+            name: () if name == "warnings" else {} if name == "notes" else 1
+            for name in compiler.Report.__dataclass_fields__
+        }
         return compiler.Report(**fields | {"name": cfg.name, "config": cfg, "stack_bytes": 8})
+
     monkeypatch.setattr(compiler, "get_kernel", lambda cfg: None)
     monkeypatch.setattr(compiler, "compile_report", fails_or_spills)
     assert main(["compile", "--head-dim", "64", "--dtype", "fp16", "--jobs", "1"]) == 1
@@ -102,13 +142,17 @@ def test_compile_fails_on_a_problem(monkeypatch, capsys):
 def test_compile_in_processes(tmp_path, monkeypatch, capfd):
     """Rows come back from spawned processes in the order of the configs."""
     monkeypatch.setenv("FA3_CUTE_CACHE_DIR", str(tmp_path))
-    configs = [cfg for cfg in all_forward_configs()
-               if (cfg.dtype, cfg.head_dim, cfg.has_lse, cfg.mask) == ("fp16", 64, False, "full")]
+    configs = [
+        cfg
+        for cfg in all_forward_configs()
+        if (cfg.dtype, cfg.head_dim, cfg.has_lse, cfg.mask) == ("fp16", 64, False, "full")
+    ]
     rows = spread(compile_command.compile_row, configs, jobs=2)
     assert [row["name"] for row in rows] == [cfg.name for cfg in configs]
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
+
 
 def result(ms: float, **other) -> dict:
     return {"ms": ms, "tflops": 1 / ms, "peak": 0.5, "host_bound": False, "ratio": 1.0} | other
@@ -120,12 +164,23 @@ def case_row(head_dim: int, mask: str, **results) -> dict:
 
 
 RESULTS = {
-    "environment": {"suite": "window", "command": "python -m fa3_cute bench --suite window", "gpu": "NVIDIA H200",
-                    "sms": 132, "clock_problem": "none to be had", "dsl": "4.8.1", "dsl_cuda": "12.9",
-                    "sources": "0123456789abcdef", "peers": {"fa3": "fa3-fwd 0.0.3"}, "date": "2026-11-22T12:00:00"},
-    "rows": [case_row(128, "causal", fa3_cute=result(0.002), fa3=result(0.0025, host_bound=True, ratio=1.25)),
-             case_row(128, "window(9,0)", fa3_cute=result(0.001, peak=None)),
-             case_row(64, "causal", fa3_cute=result(0.004))],
+    "environment": {
+        "suite": "window",
+        "command": "python -m fa3_cute bench --suite window",
+        "gpu": "NVIDIA H200",
+        "sms": 132,
+        "clock_problem": "none to be had",
+        "dsl": "4.8.1",
+        "dsl_cuda": "12.9",
+        "sources": "0123456789abcdef",
+        "peers": {"fa3": "fa3-fwd 0.0.3"},
+        "date": "2026-11-22T12:00:00",
+    },
+    "rows": [
+        case_row(128, "causal", fa3_cute=result(0.002), fa3=result(0.0025, host_bound=True, ratio=1.25)),
+        case_row(128, "window(9,0)", fa3_cute=result(0.001, peak=None)),
+        case_row(64, "causal", fa3_cute=result(0.004)),
+    ],
     "conclusions": ["it is so"],
 }
 
@@ -160,14 +215,16 @@ def test_report_replaces_its_part_of_a_document(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("results, document", [
-    ("{}", None), ("not JSON", None), (None, None), (json.dumps(RESULTS), "no marks\n"), (json.dumps(RESULTS), None)])
+@pytest.mark.parametrize(
+    "results, document",
+    [("{}", None), ("not JSON", None), (None, None), (json.dumps(RESULTS), "no marks\n"), (json.dumps(RESULTS), None)],
+)
 def test_report_that_cannot_be(results, document, tmp_path, capsys):
     paths = tmp_path / "results.json", tmp_path / "document.md"
     for path, text in zip(paths, (results, document), strict=True):
         if text is not None:
             path.write_text(text)
     assert main(["report", "--into", str(paths[1]), str(paths[0])]) == 2
-    line, = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("report: ")
     assert document is None or paths[1].read_text() == document

@@ -1,4 +1,5 @@
 """The command cache, and the listing and clearing of the disk cache behind it."""
+
 import json
 import os
 import time
@@ -66,13 +67,19 @@ def test_cache_clear(folder, capsys):
     nbytes = 2 * (4 + disk_cache.TRAILER_BYTES) + 5
     assert capsys.readouterr().out == f"removed 3 files, {nbytes} bytes from {folder}\n"
     assert {path.name for path in folder.iterdir()} == {
-        ".being_written.tmp", "notes.txt", "fwd-short.o", f"folder-{KEY[:32]}.o", f"link-{KEY[:32]}.o"}
+        ".being_written.tmp",
+        "notes.txt",
+        "fwd-short.o",
+        f"folder-{KEY[:32]}.o",
+        f"link-{KEY[:32]}.o",
+    }
     assert answer(capsys, "cache", "clear") == (0, {"path": str(folder), "files": 0, "bytes": 0, "left": 0})
 
 
 def test_cache_clear_says_what_is_left(folder, monkeypatch, capsys):
     def refuses(path):
         raise PermissionError("no")
+
     disk_cache.store("fwd", KEY, b"code")
     monkeypatch.setattr(disk_cache.Path, "unlink", refuses)
     assert main(["cache", "clear"]) == 1
@@ -102,7 +109,17 @@ def test_folder_problem(folder):
     assert "others may write" in disk_cache.folder_problem()
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0 s"), (119, "119 s"), (121, "2 min"), (2 * 3600, "2 h"),
-                                           (47 * 3600, "47 h"), (72 * 3600, "3 d"), (800 * 86400, "800 d")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0 s"),
+        (119, "119 s"),
+        (121, "2 min"),
+        (2 * 3600, "2 h"),
+        (47 * 3600, "47 h"),
+        (72 * 3600, "3 d"),
+        (800 * 86400, "800 d"),
+    ],
+)
 def test_age(seconds, text):
     assert age(seconds) == text

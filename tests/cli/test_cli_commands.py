@@ -1,4 +1,5 @@
 """The commands doctor, explain and inspect: what they find, what they print, which exit status."""
+
 import ctypes
 import json
 import os
@@ -34,6 +35,7 @@ def answer(capsys, *argv: str) -> tuple[int, dict]:
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
+
 
 class FakeDriver:
     """libcuda with the GPUs that are given: (name, major, minor)."""
@@ -79,15 +81,18 @@ def examined(monkeypatch, driver, *names: str) -> list[doctor.Finding]:
     return [doctor.finding(name, doctor.CHECKS[name]) for name in names]
 
 
-@pytest.mark.parametrize("driver, are_right, words", [
-    (FakeDriver(H200), (True, True), "0: NVIDIA H200, compute capability 9.0, 132 SMs"),
-    (FakeDriver(A100, H200), (True, True), "1: NVIDIA H200"),
-    (FakeDriver(A100), (True, False), "8.0, 132 SMs: forward needs"),
-    (FakeDriver(), (True, False), "none: forward needs"),
-    (FakeDriver(H200, version=11080), (False, True), "NVIDIA H200"),
-    (FakeDriver(H200, init=100), (True, False), "cuInit failed with 100"),
-    (None, (False, False), "no CUDA driver"),
-])
+@pytest.mark.parametrize(
+    "driver, are_right, words",
+    [
+        (FakeDriver(H200), (True, True), "0: NVIDIA H200, compute capability 9.0, 132 SMs"),
+        (FakeDriver(A100, H200), (True, True), "1: NVIDIA H200"),
+        (FakeDriver(A100), (True, False), "8.0, 132 SMs: forward needs"),
+        (FakeDriver(), (True, False), "none: forward needs"),
+        (FakeDriver(H200, version=11080), (False, True), "NVIDIA H200"),
+        (FakeDriver(H200, init=100), (True, False), "cuInit failed with 100"),
+        (None, (False, False), "no CUDA driver"),
+    ],
+)
 def test_driver_and_gpus(driver, are_right, words, monkeypatch):
     found = examined(monkeypatch, driver, "driver", "GPUs")
     assert tuple(finding.is_right for finding in found) == are_right
@@ -116,9 +121,14 @@ def test_self_test_compares_with_the_reference(factor, is_right, monkeypatch):
         return Status.OK
 
     gpu = SimpleNamespace(name="NVIDIA H200", create_stream=lambda: None)
-    fakes = {"open_device": lambda ordinal: gpu, "upload": upload, "address": lambda buffer: buffer,
-             "allocate": lambda nbytes, stream: upload(None, stream), "fill": lambda buffer, byte, stream: None,
-             "download": lambda buffer, shape, dtype, stream: memory[buffer - 1].astype(dtype)}
+    fakes = {
+        "open_device": lambda ordinal: gpu,
+        "upload": upload,
+        "address": lambda buffer: buffer,
+        "allocate": lambda nbytes, stream: upload(None, stream),
+        "fill": lambda buffer, byte, stream: None,
+        "download": lambda buffer, shape, dtype, stream: memory[buffer - 1].astype(dtype),
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(device, name, fake)
     monkeypatch.setattr(fa3_cute, "forward", forward)
@@ -135,8 +145,10 @@ def test_self_test_on_the_gpu():
 
 def test_everything_right(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "CHECKS", {"this": lambda: ("is well", {"size": 1})})
-    assert answer(capsys, "doctor") == (0, {"is_right": True, "findings": [
-        {"name": "this", "is_right": True, "text": "is well", "facts": {"size": 1}}]})
+    assert answer(capsys, "doctor") == (
+        0,
+        {"is_right": True, "findings": [{"name": "this", "is_right": True, "text": "is well", "facts": {"size": 1}}]},
+    )
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out == "ok     this          is well\n\nall is right\n"
 
@@ -145,49 +157,85 @@ def test_whatever_a_check_raises_is_a_finding(monkeypatch, capsys):
     def breaks(error):
         def check():
             raise error
+
         return check
-    monkeypatch.setattr(doctor, "CHECKS", {
-        "a": breaks(OSError("libsomething.so: cannot open\nsecond line")), "b": breaks(ValueError()),
-        "c": breaks(doctor.Wrong("is ill", code=7)), "d": lambda: ("is well", {})})
+
+    monkeypatch.setattr(
+        doctor,
+        "CHECKS",
+        {
+            "a": breaks(OSError("libsomething.so: cannot open\nsecond line")),
+            "b": breaks(ValueError()),
+            "c": breaks(doctor.Wrong("is ill", code=7)),
+            "d": lambda: ("is well", {}),
+        },
+    )
     status, said = answer(capsys, "doctor")
     assert (status, said["is_right"]) == (1, False)
     assert [found["text"] for found in said["findings"]] == [
-        "OSError: libsomething.so: cannot open", "ValueError: no further word", "is ill", "is well"]
+        "OSError: libsomething.so: cannot open",
+        "ValueError: no further word",
+        "is ill",
+        "is well",
+    ]
     assert said["findings"][2]["facts"] == {"code": 7}
     assert main(["doctor"]) == 1
     assert capsys.readouterr().out.endswith("\n\nwrong: a, b, c\n")
 
 
-@pytest.mark.parametrize("blocked, wrong", [
-    ("cutlass", {"CuTe DSL", "launch", "self-test"}), ("cuda.bindings", {"cuda-python", "launch", "self-test"}),
-    ("cuda", {"cuda-python", "cuda-core", "launch", "self-test"}), ("numpy", {"NumPy"}), ("ml_dtypes", set())])
+@pytest.mark.parametrize(
+    "blocked, wrong",
+    [
+        ("cutlass", {"CuTe DSL", "launch", "self-test"}),
+        ("cuda.bindings", {"cuda-python", "launch", "self-test"}),
+        ("cuda", {"cuda-python", "cuda-core", "launch", "self-test"}),
+        ("numpy", {"NumPy"}),
+        ("ml_dtypes", set()),
+    ],
+)
 def test_a_missing_package_is_a_finding(blocked, wrong, tmp_path):
     """In a process that cannot import it, and without a GPU; the other checks go on."""
-    script = ("import sys\n"
-              "class Block:\n"
-              "    def find_spec(self, name, path=None, target=None):\n"
-              f"        if name == {blocked!r} or name.startswith({blocked + '.'!r}):\n"
-              "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-              "sys.meta_path.insert(0, Block())\n"
-              "from fa3_cute.cli import doctor, main\n"
-              "def no_driver(): raise doctor.Wrong('no driver')\n"
-              "doctor.load_driver = no_driver\n"
-              "sys.exit(main(['doctor', '--json']))\n")
-    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                         env={**os.environ, "FA3_CUTE_CACHE_DIR": str(tmp_path)})
+    script = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {blocked!r} or name.startswith({blocked + '.'!r}):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from fa3_cute.cli import doctor, main\n"
+        "def no_driver(): raise doctor.Wrong('no driver')\n"
+        "doctor.load_driver = no_driver\n"
+        "sys.exit(main(['doctor', '--json']))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FA3_CUTE_CACHE_DIR": str(tmp_path)},
+    )
     # A C extension that misses NumPy prints a traceback of its own, which is none of this package.
     assert ran.returncode == 1 and "fa3_cute" not in ran.stderr, ran.stderr
     findings = json.loads(ran.stdout)["findings"]
     assert [found["name"] for found in findings] == list(doctor.CHECKS)
     assert {found["name"] for found in findings if not found["is_right"]} >= wrong | {"driver", "GPUs"}
     assert all(found["is_right"] for found in findings if found["name"] in ("Python", "cache"))
-    ml_dtypes, = (found for found in findings if found["name"] == "ml_dtypes")
-    assert ml_dtypes["is_right"] == (blocked != "numpy"), ml_dtypes         # it needs NumPy; itself it is optional
+    (ml_dtypes,) = (found for found in findings if found["name"] == "ml_dtypes")
+    assert ml_dtypes["is_right"] == (blocked != "numpy"), ml_dtypes  # it needs NumPy; itself it is optional
 
 
-@pytest.mark.parametrize("wants, version, is_right", [
-    ("==4.8.1", "4.8.1", True), ("==4.8.1", "4.9.0", False), (">=12.9", "12.8.0", False), (">=12.9", "13.0", True),
-    (">=1.26", "1.26.4", True), (">=0.5", "0.5rc1", True), ("", "1", True)])
+@pytest.mark.parametrize(
+    "wants, version, is_right",
+    [
+        ("==4.8.1", "4.8.1", True),
+        ("==4.8.1", "4.9.0", False),
+        (">=12.9", "12.8.0", False),
+        (">=12.9", "13.0", True),
+        (">=1.26", "1.26.4", True),
+        (">=0.5", "0.5rc1", True),
+        ("", "1", True),
+    ],
+)
 def test_versions_must_suit(wants, version, is_right, monkeypatch):
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["numpy>=2", f"a-package{wants}", "a-package-2"])
     found = doctor.finding("it", lambda: doctor.must_suit("a-package", version, version, {}))
@@ -197,6 +245,7 @@ def test_versions_must_suit(wants, version, is_right, monkeypatch):
 def test_versions_of_a_source_tree(monkeypatch):
     def not_installed(name):
         raise doctor.metadata.PackageNotFoundError(name)
+
     monkeypatch.setattr(doctor.metadata, "requires", not_installed)
     assert doctor.requirement("numpy") == ("", "")
 
@@ -211,28 +260,47 @@ def test_cache_that_cannot_be_used(tmp_path, monkeypatch):
 
 # ---- explain ---------------------------------------------------------------------------------------------------------
 
+
 def test_explain_names_every_problem(capsys):
     argv = ["explain", "--head-dim", "80", "--num-heads", "6", "--num-heads-k", "4", "--causal", "--window", "1,-1"]
     status, said = answer(capsys, *argv)
     assert status == 1 and set(said) == {"problems"}
     assert [problem["status"] for problem in said["problems"]] == [
-        "UNSUPPORTED_HEAD_DIM", "INVALID_HEADS", "CAUSAL_WINDOW_CONFLICT"]
+        "UNSUPPORTED_HEAD_DIM",
+        "INVALID_HEADS",
+        "CAUSAL_WINDOW_CONFLICT",
+    ]
     assert main(argv) == 1
     assert "  INVALID_HEADS (-4): num_heads=6: must be a multiple of num_heads_k=4\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv, cfg", [
-    ([], forward_config("bf16", 128, "full", False, False)),
-    (["--causal", "--lse", "--dtype", "fp16", "--head-dim", "64"], forward_config("fp16", 64, "causal", True, False)),
-    (["--window=100,-1"], forward_config("bf16", 128, "local", False, False)),
-    (["--window=-1,0"], forward_config("bf16", 128, "causal", False, False)),
-    (["--mode", "varlen", "--batch-size", "4", "--head-dim", "96"], forward_config("bf16", 96, "full", False, True)),
-    (["--seqused"], forward_config("bf16", 128, "full", False, True)),
-    (["--mode", "decode", "--head-dim", "256"], decode_config("bf16", 256, False)),
-    (["--num-splits", "4", "--seqlen-q", "100", "--seqlen-k", "9000", "--causal"], decode_config("bf16", 128, True)),
-    (["--dtype", "fp8_e4m3", "--head-dim", "96"], forward_config("fp8_e4m3", 96, "full", False, False, "bf16")),
-    (["--dtype", "fp8_e4m3", "--out-dtype", "fp16", "--mode", "decode"], decode_config("fp8_e4m3", 128, False, "fp16")),
-])
+@pytest.mark.parametrize(
+    "argv, cfg",
+    [
+        ([], forward_config("bf16", 128, "full", False, False)),
+        (
+            ["--causal", "--lse", "--dtype", "fp16", "--head-dim", "64"],
+            forward_config("fp16", 64, "causal", True, False),
+        ),
+        (["--window=100,-1"], forward_config("bf16", 128, "local", False, False)),
+        (["--window=-1,0"], forward_config("bf16", 128, "causal", False, False)),
+        (
+            ["--mode", "varlen", "--batch-size", "4", "--head-dim", "96"],
+            forward_config("bf16", 96, "full", False, True),
+        ),
+        (["--seqused"], forward_config("bf16", 128, "full", False, True)),
+        (["--mode", "decode", "--head-dim", "256"], decode_config("bf16", 256, False)),
+        (
+            ["--num-splits", "4", "--seqlen-q", "100", "--seqlen-k", "9000", "--causal"],
+            decode_config("bf16", 128, True),
+        ),
+        (["--dtype", "fp8_e4m3", "--head-dim", "96"], forward_config("fp8_e4m3", 96, "full", False, False, "bf16")),
+        (
+            ["--dtype", "fp8_e4m3", "--out-dtype", "fp16", "--mode", "decode"],
+            decode_config("fp8_e4m3", 128, False, "fp16"),
+        ),
+    ],
+)
 def test_explain_names_the_kernel(argv, cfg, capsys):
     status, said = answer(capsys, "explain", *argv)
     assert (status, said["problems"], said["kernel"]) == (0, [], cfg.name)
@@ -244,8 +312,13 @@ def test_explain_names_the_kernel(argv, cfg, capsys):
     assert ("for V transposed" in printed) == (cfg.is_fp8 and not cfg.packs_heads)
 
 
-@pytest.mark.parametrize("argv, status", [(["--dtype", "fp8_e4m3", "--head-dim", "256"], "FP8_HEAD_DIM"),
-                                          (["--dtype", "bf16", "--out-dtype", "fp16"], "INVALID_ARGUMENT")])
+@pytest.mark.parametrize(
+    "argv, status",
+    [
+        (["--dtype", "fp8_e4m3", "--head-dim", "256"], "FP8_HEAD_DIM"),
+        (["--dtype", "bf16", "--out-dtype", "fp16"], "INVALID_ARGUMENT"),
+    ],
+)
 def test_explain_refuses_types_that_do_not_go_together(argv, status, capsys):
     code, said = answer(capsys, "explain", *argv)
     assert code == 1 and [problem["status"] for problem in said["problems"]] == [status]
@@ -253,8 +326,21 @@ def test_explain_refuses_types_that_do_not_go_together(argv, status, capsys):
 
 @pytest.mark.parametrize("batch, splits, ctas_per_sm", [(1, 16, 1), (64, 1, 2)])
 def test_explain_says_how_decode_is_laid_out(batch, splits, ctas_per_sm, capsys):
-    argv = ["explain", "--mode", "decode", "--batch-size", str(batch), "--seqlen-k", "8192", "--num-heads", "32",
-            "--num-heads-k", "4", "--num-splits", str(splits)]
+    argv = [
+        "explain",
+        "--mode",
+        "decode",
+        "--batch-size",
+        str(batch),
+        "--seqlen-k",
+        "8192",
+        "--num-heads",
+        "32",
+        "--num-heads-k",
+        "4",
+        "--num-splits",
+        str(splits),
+    ]
     _, said = answer(capsys, *argv)
     plan = said["plan"]
     assert (plan["packed_heads"], plan["num_splits"], plan["ctas_per_sm"]) == (8, splits, ctas_per_sm)
@@ -282,10 +368,18 @@ def test_kernel_config_refuses_what_forward_refuses():
 
 # ---- inspect ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("argv, cfg, tensor_clocks", [
-    (["--head-dim", "64", "--mask", "causal", "--lse", "--varlen", "--dtype", "fp16"],
-     forward_config("fp16", 64, "causal", True, True), 1536),
-    (["--decode", "--mask", "causal"], decode_config("bf16", 128, True), 512)])
+
+@pytest.mark.parametrize(
+    "argv, cfg, tensor_clocks",
+    [
+        (
+            ["--head-dim", "64", "--mask", "causal", "--lse", "--varlen", "--dtype", "fp16"],
+            forward_config("fp16", 64, "causal", True, True),
+            1536,
+        ),
+        (["--decode", "--mask", "causal"], decode_config("bf16", 128, True), 512),
+    ],
+)
 def test_inspect(argv, cfg, tensor_clocks, capsys):
     status, said = answer(capsys, "inspect", *argv)
     assert (status, said["name"], said["problems"], said["stack_bytes"]) == (0, cfg.name, [], 0)
@@ -299,9 +393,13 @@ def test_inspect(argv, cfg, tensor_clocks, capsys):
     assert f"critical: {said['critical']}, " in printed and all(f"\n{unit} " in printed for unit in mix)
 
 
-@pytest.mark.parametrize("argv, cfg", [
-    (["--out-dtype", "fp16", "--varlen"], forward_config("fp8_e4m3", 128, "full", False, True, "fp16")),
-    (["--decode"], decode_config("fp8_e4m3", 128, False, "bf16"))])
+@pytest.mark.parametrize(
+    "argv, cfg",
+    [
+        (["--out-dtype", "fp16", "--varlen"], forward_config("fp8_e4m3", 128, "full", False, True, "fp16")),
+        (["--decode"], decode_config("fp8_e4m3", 128, False, "bf16")),
+    ],
+)
 def test_inspect_of_fp8(argv, cfg, capsys):
     status, said = answer(capsys, "inspect", "--dtype", "fp8_e4m3", *argv)
     assert (status, said["name"], said["problems"]) == (0, cfg.name, [])
@@ -317,8 +415,13 @@ def test_map_of_shared_memory(cfg):
     assert sum(part["bytes"] for part in parts) == cfg.smem_bytes and parts[0]["bytes"] == 1024
 
 
-@pytest.mark.parametrize("argv, said", [(["--dtype", "fp8_e4m3", "--head-dim", "192"], "fp8_e4m3 has 64, 96, 128"),
-                                        (["--out-dtype", "fp16"], "O is bf16, as Q, K and V are")])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--dtype", "fp8_e4m3", "--head-dim", "192"], "fp8_e4m3 has 64, 96, 128"),
+        (["--out-dtype", "fp16"], "O is bf16, as Q, K and V are"),
+    ],
+)
 def test_inspect_of_what_does_not_exist(argv, said, capsys):
     assert main(["inspect", *argv]) == 2 and said in capsys.readouterr().out
 
@@ -328,6 +431,7 @@ def test_inspect_fails_on_a_problem(monkeypatch, capsys):
 
     def fails(cfg):
         raise compiler.CompileError("does not lower")
+
     monkeypatch.setattr(compiler, "compile_and_read", fails)
     status, said = answer(capsys, "inspect")
     assert (status, said["problems"]) == (1, ["does not lower"])
@@ -341,8 +445,9 @@ def test_stated_bandwidth():
 
 
 def test_operations_are_of_one_unit_each():
-    operations = [number for mnemonics in units.OPERATIONS.values() for numbers in mnemonics.values()
-                  for number in numbers]
+    operations = [
+        number for mnemonics in units.OPERATIONS.values() for numbers in mnemonics.values() for number in numbers
+    ]
     assert len(operations) == len(set(operations)) and max(operations) <= units.OPERATION_MASK
 
 
@@ -360,8 +465,7 @@ def test_clocks_are_those_of_the_inner_loop():
 def test_clocks_of_fp8():
     """Half the clocks of the GEMMs and half the bytes, plus V through shared memory twice more, to transpose it."""
     cfg = forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
-    eight, sixteen = (units.clocks_per_tile(each) for each in (
-        cfg, replace(cfg, dtype="bf16", out_dtype=None)))
+    eight, sixteen = (units.clocks_per_tile(each) for each in (cfg, replace(cfg, dtype="bf16", out_dtype=None)))
     assert eight["tensor"] == sixteen["tensor"] / 2
     assert eight["shared memory"] == sixteen["shared memory"] / 2 + 2 * cfg.tile_n * 128 / 128
     assert {unit for unit in eight if eight[unit] != sixteen[unit]} == {"tensor", "shared memory"}
@@ -375,10 +479,16 @@ def test_masked_tiles_cost_more(cfg):
 
 
 @pytest.mark.skipif(nvdisasm() is None, reason="needs the nvidia-cuda-nvdisasm wheel")
-@pytest.mark.parametrize("cfg", [
-    forward_config("fp16", 64, "local", True, True), decode_config("bf16", 64, True),
-    forward_config("fp8_e4m3", 64, "causal", True, True, "fp16"), decode_config("fp8_e4m3", 64, True, "bf16")],
-                         ids=lambda cfg: cfg.name)
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        forward_config("fp16", 64, "local", True, True),
+        decode_config("bf16", 64, True),
+        forward_config("fp8_e4m3", 64, "causal", True, True, "fp16"),
+        decode_config("fp8_e4m3", 64, True, "bf16"),
+    ],
+    ids=lambda cfg: cfg.name,
+)
 def test_units_agree_with_nvdisasm(cfg, tmp_path):
     from fa3_cute.runtime import compiler
     from fa3_cute.runtime.cubin import read_cubin
@@ -386,7 +496,7 @@ def test_units_agree_with_nvdisasm(cfg, tmp_path):
     path = tmp_path / "kernel.cubin"
     path.write_bytes(compiler._compile(cfg, f"--keep-cubin --dump-dir {tmp_path}").__cubin__)
     listing = subprocess.run([nvdisasm(), "-c", path], capture_output=True, text=True, check=True).stdout
-    kernel, = read_cubin(path.read_bytes()).values()
+    (kernel,) = read_cubin(path.read_bytes()).values()
     mnemonics = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\w+)", listing, re.MULTILINE)
     unit_of = {mnemonic: unit for unit, names in units.OPERATIONS.items() for mnemonic in names}
     unit_of |= dict.fromkeys(("CGAERRBAR", "UCGABAR_ARV", "UCGABAR_WAIT"), "control")

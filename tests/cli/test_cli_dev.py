@@ -1,4 +1,5 @@
 """What a kernel developer runs: `dev`, `tune` and the benchmark's pictures."""
+
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ ROW = heuristics.forward_config("bf16", 128, "causal", False, False)
 
 # ---- the config of one's choice --------------------------------------------------------------------------------------
 
+
 def test_no_change_is_the_row():
     assert Question("bf16", 128, "causal").config() == ROW
     assert isinstance(Question("bf16", 128, is_decode=True).config(), DecodeConfig)
@@ -35,7 +37,8 @@ def test_fp8():
     assert Question("fp8_e4m3", 64, is_decode=True, out_dtype="fp16").config().element_out == "fp16"
     for question in (Question("fp8_e4m3", 128, out_dtype="fp16"), Question("fp8_e4m3", 64, is_decode=True)):
         assert {case.element_out for case in [question.small_case(), *question.cases()]} == {
-            question.config().element_out}
+            question.config().element_out
+        }
 
 
 def test_changes_have_the_types_of_their_fields():
@@ -46,35 +49,39 @@ def test_changes_have_the_types_of_their_fields():
     assert label(cfg) == f"{cfg.tile_m}x112 q1 kv2 without ping-pong rescaling before PV"
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--set", "tile_n=100"], "tile_n=100: must be a multiple of 16"),
-    (["--set", "tile_n=256"], "bytes of shared memory: a CTA has"),
-    (["--set", "tilen=64"], "tilen: not one of tile_m, tile_n, "),
-    (["--set", "head_dim=64"], "head_dim: not one of "),
-    (["--set", "tile_n"], "tile_n='': must be an integer"),
-    (["--set", "use_pingpong=2"], "use_pingpong='2': must be 0 or 1"),
-    (["--decode", "--set", "num_kv_stages=9"], "bytes of shared memory: "),
-    (["--decode", "--local"], "--decode times a query that sees every key"),
-    (["--dtype", "fp8_e4m3", "--set", "tile_n=112"], "tile_n=112: must be a multiple of 32"),
-    (["--dtype", "fp8_e4m3", "--head-dim", "192"], "head_dim=192: fp8_e4m3 has 64, 96, 128"),
-    (["--out-dtype", "fp16"], "out_dtype=fp16: O is bf16, as Q, K and V are"),
-    (["--dtype", "fp8_e4m3", "--set", "out_dtype=fp16"], "out_dtype: not one of tile_m, tile_n, "),
-])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--set", "tile_n=100"], "tile_n=100: must be a multiple of 16"),
+        (["--set", "tile_n=256"], "bytes of shared memory: a CTA has"),
+        (["--set", "tilen=64"], "tilen: not one of tile_m, tile_n, "),
+        (["--set", "head_dim=64"], "head_dim: not one of "),
+        (["--set", "tile_n"], "tile_n='': must be an integer"),
+        (["--set", "use_pingpong=2"], "use_pingpong='2': must be 0 or 1"),
+        (["--decode", "--set", "num_kv_stages=9"], "bytes of shared memory: "),
+        (["--decode", "--local"], "--decode times a query that sees every key"),
+        (["--dtype", "fp8_e4m3", "--set", "tile_n=112"], "tile_n=112: must be a multiple of 32"),
+        (["--dtype", "fp8_e4m3", "--head-dim", "192"], "head_dim=192: fp8_e4m3 has 64, 96, 128"),
+        (["--out-dtype", "fp16"], "out_dtype=fp16: O is bf16, as Q, K and V are"),
+        (["--dtype", "fp8_e4m3", "--set", "out_dtype=fp16"], "out_dtype: not one of tile_m, tile_n, "),
+    ],
+)
 def test_dev_refuses(options, said, capsys):
     assert main(["dev", "--once", *options]) == 2
-    line, = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().out.splitlines()
     assert said in line
 
 
 def test_problems():
     assert [case.name for case in Question("bf16", 128, "local").cases()] == ["bf16 d128 window(1024,0) h16 4x4096"]
-    case, = Question("fp16", 96, is_decode=True, seqlens=(4096,)).cases()
+    (case,) = Question("fp16", 96, is_decode=True, seqlens=(4096,)).cases()
     assert case.is_decode and case.l2 == "cold" and case.seqlen_k == 4096
     assert trial.rate(case, 0.05) == f"50.0 us, {case.nbytes / 5e4:.0f} GB/s"
     assert Question("bf16", 64, "causal").small_case().visible_bounds == (-1, 0)
 
 
 # ---- check and time --------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def gpu(monkeypatch):
@@ -88,9 +95,14 @@ def gpu(monkeypatch):
     return fake
 
 
-@pytest.mark.parametrize("question", [Question("bf16", 64, "causal", seqlens=(256, 512)),
-                                      Question("bf16", 64, "local", seqlens=(512,)),
-                                      Question("bf16", 64, is_decode=True, seqlens=(512,))])
+@pytest.mark.parametrize(
+    "question",
+    [
+        Question("bf16", 64, "causal", seqlens=(256, 512)),
+        Question("bf16", 64, "local", seqlens=(512,)),
+        Question("bf16", 64, is_decode=True, seqlens=(512,)),
+    ],
+)
 def test_a_right_config_is_timed(question, gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FA3_CUTE_CACHE_DIR", str(tmp_path / "cache"))
     found = dev.measure_task(question)()
@@ -112,13 +124,22 @@ def test_a_wrong_config_is_told(gpu, tmp_path, monkeypatch, capsys):
     rig = trial.Rig(Question("bf16", 64, seqlens=(512,)))
     error = rig.error(ROW)
     assert not error < rig.wrong
-    assert not dev.print_measured({"worst_row": error, "wrong": rig.wrong, "checked": "it", "gpu": "g", "label": "l",
-                                   "rows": [{"name": "case", "rate": "fast", "ms": 1.0}]})
+    assert not dev.print_measured(
+        {
+            "worst_row": error,
+            "wrong": rig.wrong,
+            "checked": "it",
+            "gpu": "g",
+            "label": "l",
+            "rows": [{"name": "case", "rate": "fast", "ms": 1.0}],
+        }
+    )
     assert capsys.readouterr().out.startswith("WRONG: ")
     assert not dev.last_runs()
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
+
 
 def dies(question):
     os._exit(3)
@@ -143,8 +164,13 @@ def test_dev_watches_and_outlives_errors(tmp_path):
     text = watched.read_text()
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "FA3_CUTE_CACHE_DIR": str(tmp_path / "cache")}
     with open(log, "w") as file:
-        process = subprocess.Popen([sys.executable, "-m", "fa3_cute", "dev", "--head-dim", "64", "--dtype", "fp16"],
-                                   cwd=tmp_path, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fa3_cute", "dev", "--head-dim", "64", "--dtype", "fp16"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
     try:
         assert "no spills" in after_rounds(log, 1, process)
         watched.write_text(text + "\ndef broken(:\n")
@@ -174,6 +200,7 @@ def after_rounds(log, count: int, process) -> str:
 def test_an_error_says_which_lines_led_to_it(monkeypatch):
     """What the compiler says of an error in traced code may lack the place: the chain of causes has it."""
     from fa3_cute.kernels.forward import kernel
+
     monkeypatch.delattr(kernel, "FwdParams")
     said = trial.compiled(ROW)["error"]
     assert "CompileError: fwd_bf16_d128_causal" in said and "\n  at kernel.py:" in said
@@ -181,19 +208,26 @@ def test_an_error_says_which_lines_led_to_it(monkeypatch):
 
 def test_once_fails_on_a_spill(tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "FA3_CUTE_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", "fa3_cute", "dev", "--once", "--head-dim", "64", "--full", "--set",
-                           "tile_n=160"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "fa3_cute", "dev", "--once", "--head-dim", "64", "--full", "--set", "tile_n=160"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1 and "spills: " in done.stdout, done
 
 
 # ---- tune ------------------------------------------------------------------------------------------------------------
 
+
 def test_candidates_are_legal_and_the_row_comes_first():
     found = tune.candidates(ROW, tune.TILE_MS, tune.TILE_NS)
     assert found[0] == ROW and len(set(found)) == len(found) > 50
     assert {cfg.tile_m for cfg in found} == set(tune.TILE_MS)
-    assert all((cfg.dtype, cfg.head_dim, cfg.mask) == ("bf16", 128, "causal") and cfg.first_problem() is None
-               for cfg in found)
+    assert all(
+        (cfg.dtype, cfg.head_dim, cfg.mask) == ("bf16", 128, "causal") and cfg.first_problem() is None for cfg in found
+    )
     assert not any(cfg.use_pingpong for cfg in found if cfg.tile_m == 64)
     assert tune.candidates(ROW, (64,), (64,))[0] == ROW
 
@@ -211,7 +245,7 @@ def test_row_of_fp8():
     row = heuristics.forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
     best = replace(row, num_kv_stages=3, tile_n=96)
     line = tune.heuristics_row([best, row], {best: [900.0], row: [800.0]}, "TFLOP/s")
-    (key, made), = eval(f"{{{line}}}", {"Row": heuristics.Row}).items()
+    ((key, made),) = eval(f"{{{line}}}", {"Row": heuristics.Row}).items()
     assert key == (1, 128, "full") and (made.tile_n, made.num_kv_stages, made.use_pingpong) == (96, 3, False)
 
 
@@ -246,29 +280,55 @@ def test_tune_with_a_gpu(gpu, monkeypatch, capsys):
     def run(params, cfg, stream):
         gpu.milliseconds = 2.0 if cfg == slow else 1.0
         gpu.forward(params, stream)
+
     monkeypatch.setattr(launch, "launch_through", run)
     assert main(TUNE) == 0
     table, row = capsys.readouterr().out.split("\n1.000 is ")
     assert table.splitlines()[-1].split()[-1] == "1.000" and "2.000" in table
     name, line = row.split("\n\n")
     assert "the row in force" in name and max(map(len, line.splitlines())) <= 120
-    (key, made), = eval(f"{{{line}}}", {"Row": heuristics.Row}).items()
+    ((key, made),) = eval(f"{{{line}}}", {"Row": heuristics.Row}).items()
     assert key == (2, 64, "causal") and "TFLOP/s at 256 / 512 tokens, fake, 2" in made.reason
-    FwdConfig("bf16", 64, True, False, made.tile_m, made.tile_n, made.num_q_stages, use_pingpong=made.use_pingpong,
-              rescale_before_pv=made.rescale_before_pv)
+    FwdConfig(
+        "bf16",
+        64,
+        True,
+        False,
+        made.tile_m,
+        made.tile_n,
+        made.num_q_stages,
+        use_pingpong=made.use_pingpong,
+        rescale_before_pv=made.rescale_before_pv,
+    )
 
 
 # ---- plot ------------------------------------------------------------------------------------------------------------
 
+
 def results(suite: str, *cases: dict) -> dict:
     """A run of the benchmark with one peer, as JSON."""
     ours = {"tflops": 600.0, "peak": 0.75, "host_bound": False, "gbs": 3000.0, "of_copy": 0.75}
-    rows = [{"case": {"dtype": "bf16", "head_dim": 128, "heads": "16:2", "layout": "2x512", "mask": "full"} | case,
-             "results": {"fa3_cute": ours, "fa3": ours | {"tflops": 500.0, "gbs": 2000.0, "host_bound": True}}}
-            for case in cases]
-    return {"environment": {"suite": suite, "gpu": "NVIDIA H200", "sms": 132, "clock_problem": "none", "dsl": "4.8.1",
-                            "dsl_cuda": "12.9", "peers": {"fa3": "fa3-fwd 0.0.3"}, "date": "2026-11-22"},
-            "rows": rows, "conclusions": []}
+    rows = [
+        {
+            "case": {"dtype": "bf16", "head_dim": 128, "heads": "16:2", "layout": "2x512", "mask": "full"} | case,
+            "results": {"fa3_cute": ours, "fa3": ours | {"tflops": 500.0, "gbs": 2000.0, "host_bound": True}},
+        }
+        for case in cases
+    ]
+    return {
+        "environment": {
+            "suite": suite,
+            "gpu": "NVIDIA H200",
+            "sms": 132,
+            "clock_problem": "none",
+            "dsl": "4.8.1",
+            "dsl_cuda": "12.9",
+            "peers": {"fa3": "fa3-fwd 0.0.3"},
+            "date": "2026-11-22",
+        },
+        "rows": rows,
+        "conclusions": [],
+    }
 
 
 def test_report_plots(tmp_path, capsys):
@@ -288,13 +348,17 @@ def test_report_plots(tmp_path, capsys):
 def test_bars_and_roofline(is_memory, unit, height, roof):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
+
     panel = Figure().subplots()
     plot.draw(panel, results("prefill", {}, {})["rows"], ["fa3_cute", "fa3"], is_memory)
     assert panel.get_ylabel() == unit
     _, theirs = panel.containers
     assert [bar.get_height() for bar in theirs] == [height] * 2
-    lines, = [item for item in panel.collections if item.get_label() in [
-        text.get_text() for text in panel.get_legend().get_texts()]]
+    (lines,) = [
+        item
+        for item in panel.collections
+        if item.get_label() in [text.get_text() for text in panel.get_legend().get_texts()]
+    ]
     assert [segment[0][1] for segment in lines.get_segments()] == [roof] * 2
     assert "*" in [text.get_text() for text in panel.texts]
 
@@ -312,7 +376,7 @@ def test_long_panels_go_on_in_the_next():
 def test_without_matplotlib(argv, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*argv, "--plot", "out.png"]) == 2
-    line, = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("--plot needs matplotlib") and "fa3_cute[plot]" in line
 
 
@@ -320,6 +384,24 @@ def test_bench_plots_what_it_measured(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     install(monkeypatch)
     picture = tmp_path / "out.png"
-    assert main(["bench", "--head-dim", "64", "--seqlen", "96", "--batch-size", "1", "--num-heads", "2", "--rounds",
-                 "2", "--plot", str(picture)]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "--head-dim",
+                "64",
+                "--seqlen",
+                "96",
+                "--batch-size",
+                "1",
+                "--num-heads",
+                "2",
+                "--rounds",
+                "2",
+                "--plot",
+                str(picture),
+            ]
+        )
+        == 0
+    )
     assert picture.stat().st_size > 1000

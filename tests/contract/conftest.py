@@ -1,4 +1,5 @@
 """A stand-in for the launcher."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -27,11 +28,18 @@ def launches(monkeypatch):
         return stub.call
 
     stub = SimpleNamespace(
-        call=Call(), launch=launch, addresses_of=addresses_of, resolve_stream=resolve_stream,
+        call=Call(),
+        launch=launch,
+        addresses_of=addresses_of,
+        resolve_stream=resolve_stream,
         ensure_loaded=lambda cfg, stream: calls.append(("load", cfg, stream)),
         prepare_workspace=lambda step, shape, stream: calls.extend(
-            [("prepare", step.config, stream)] * (step.scratch == "splits")),
-        CudaFailure=CudaFailure, UnsupportedDevice=UnsupportedDevice, NotWarmedUp=NotWarmedUp)
+            [("prepare", step.config, stream)] * (step.scratch == "splits")
+        ),
+        CudaFailure=CudaFailure,
+        UnsupportedDevice=UnsupportedDevice,
+        NotWarmedUp=NotWarmedUp,
+    )
     monkeypatch.setattr(api, "_launcher", lambda: stub)
     monkeypatch.setattr(api, "_thread", api._Thread())
     return SimpleNamespace(calls=calls, stub=stub)

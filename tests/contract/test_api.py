@@ -1,4 +1,5 @@
 """forward, warmup, explain, workspace_size over a stub of launch.py. No GPU."""
+
 import os
 import subprocess
 import sys
@@ -12,8 +13,18 @@ from calls import GOOD, GOOD_FP8, PACKED, A
 from cuda.bindings.driver import CUdeviceptr
 
 import fa3_cute
-from fa3_cute import (AttentionMode, DataType, FlashAttentionError, FlashAttentionParams, Status, explain,
-                      forward, last_error, warmup, workspace_size)
+from fa3_cute import (
+    AttentionMode,
+    DataType,
+    FlashAttentionError,
+    FlashAttentionParams,
+    Status,
+    explain,
+    forward,
+    last_error,
+    warmup,
+    workspace_size,
+)
 from fa3_cute.api import kernel_config
 from fa3_cute.runtime.compiler import CompileError
 from fa3_cute.planning.tables import decode_config, forward_config
@@ -26,20 +37,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # ---- the package -----------------------------------------------------------------------------------------------------
 
+
 def test_public_names():
     assert set(fa3_cute.__all__) <= set(dir(fa3_cute))
     assert all(getattr(fa3_cute, name) is not None for name in fa3_cute.__all__)
-    contract = ("FlashAttentionParams DataType AttentionMode Status FlashAttentionError forward get_error_string "
-                "last_error explain warmup workspace_size attention")
+    contract = (
+        "FlashAttentionParams DataType AttentionMode Status FlashAttentionError forward get_error_string "
+        "last_error explain warmup workspace_size attention"
+    )
     assert set(contract.split()) <= set(fa3_cute.__all__)
     with pytest.raises(AttributeError, match="flash_attention"):
         fa3_cute.flash_attention  # noqa: B018 (the access is the test)
 
 
 def test_refusals_and_explanations_import_nothing_heavy():
-    script = ("import sys; from fa3_cute import FlashAttentionParams, explain, forward, get_error_string, last_error;"
-              "p = FlashAttentionParams(); assert forward(p) == -1 and explain(p) and last_error();"
-              "print(*sorted({'cutlass', 'cuda', 'numpy'} & {name.split('.')[0] for name in sys.modules}))")
+    script = (
+        "import sys; from fa3_cute import FlashAttentionParams, explain, forward, get_error_string, last_error;"
+        "p = FlashAttentionParams(); assert forward(p) == -1 and explain(p) and last_error();"
+        "print(*sorted({'cutlass', 'cuda', 'numpy'} & {name.split('.')[0] for name in sys.modules}))"
+    )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
 
@@ -57,30 +73,40 @@ def test_params_are_a_record():
 
 # ---- forward and its relatives ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("base, changes, config", [
-    (GOOD, {}, ("fp16", 128, "full", False, False)),
-    (GOOD, {"dtype": DataType.BF16, "is_causal": True, "softmax_lse": A}, ("bf16", 128, "causal", True, False)),
-    (GOOD, {"dtype": 1, "head_dim": np.int64(64), "is_causal": np.True_}, ("bf16", 64, "causal", False, False)),
-    (GOOD, {"seqused_q": A}, ("fp16", 128, "full", False, True)),
-    (GOOD, {"seqused_k": A, "window_size_left": 9}, ("fp16", 128, "local", False, True)),
-    (GOOD, {"seqused_q": 0, "seqused_k": CUdeviceptr(0)}, ("fp16", 128, "full", False, False)),
-    (GOOD, {"seqused_k": CUdeviceptr(A)}, ("fp16", 128, "full", False, True)),
-    (PACKED, {}, ("fp16", 128, "full", False, True)),
-    (PACKED, {"is_causal": True, "softmax_lse": A}, ("fp16", 128, "causal", True, True)),
-    (PACKED, {"total_k": 0, "mode": 2}, ("fp16", 128, "full", False, True)),
-    (GOOD, {"dtype": DataType.BF16, "out_dtype": DataType.BF16}, ("bf16", 128, "full", False, False)),
-    (GOOD_FP8, {}, ("fp8_e4m3", 128, "full", False, False, "bf16")),
-    (GOOD_FP8, {"out_dtype": DataType.BF16, "is_causal": True}, ("fp8_e4m3", 128, "causal", False, False, "bf16")),
-    (GOOD_FP8, {"out_dtype": DataType.FP16, "head_dim": 64, "softmax_lse": A},
-     ("fp8_e4m3", 64, "full", True, False, "fp16")),
-    (GOOD_FP8, {"dtype": 2, "out_dtype": np.int64(0), "head_dim": 96, "window_size_left": 3},
-     ("fp8_e4m3", 96, "local", False, False, "fp16")),
-    (PACKED, {"dtype": DataType.FP8_E4M3, "seqused_k": A}, ("fp8_e4m3", 128, "full", False, True, "bf16")),
-])
+
+@pytest.mark.parametrize(
+    "base, changes, config",
+    [
+        (GOOD, {}, ("fp16", 128, "full", False, False)),
+        (GOOD, {"dtype": DataType.BF16, "is_causal": True, "softmax_lse": A}, ("bf16", 128, "causal", True, False)),
+        (GOOD, {"dtype": 1, "head_dim": np.int64(64), "is_causal": np.True_}, ("bf16", 64, "causal", False, False)),
+        (GOOD, {"seqused_q": A}, ("fp16", 128, "full", False, True)),
+        (GOOD, {"seqused_k": A, "window_size_left": 9}, ("fp16", 128, "local", False, True)),
+        (GOOD, {"seqused_q": 0, "seqused_k": CUdeviceptr(0)}, ("fp16", 128, "full", False, False)),
+        (GOOD, {"seqused_k": CUdeviceptr(A)}, ("fp16", 128, "full", False, True)),
+        (PACKED, {}, ("fp16", 128, "full", False, True)),
+        (PACKED, {"is_causal": True, "softmax_lse": A}, ("fp16", 128, "causal", True, True)),
+        (PACKED, {"total_k": 0, "mode": 2}, ("fp16", 128, "full", False, True)),
+        (GOOD, {"dtype": DataType.BF16, "out_dtype": DataType.BF16}, ("bf16", 128, "full", False, False)),
+        (GOOD_FP8, {}, ("fp8_e4m3", 128, "full", False, False, "bf16")),
+        (GOOD_FP8, {"out_dtype": DataType.BF16, "is_causal": True}, ("fp8_e4m3", 128, "causal", False, False, "bf16")),
+        (
+            GOOD_FP8,
+            {"out_dtype": DataType.FP16, "head_dim": 64, "softmax_lse": A},
+            ("fp8_e4m3", 64, "full", True, False, "fp16"),
+        ),
+        (
+            GOOD_FP8,
+            {"dtype": 2, "out_dtype": np.int64(0), "head_dim": 96, "window_size_left": 3},
+            ("fp8_e4m3", 96, "local", False, False, "fp16"),
+        ),
+        (PACKED, {"dtype": DataType.FP8_E4M3, "seqused_k": A}, ("fp8_e4m3", 128, "full", False, True, "bf16")),
+    ],
+)
 def test_forward_launches_the_config_of_the_params(launches, base, changes, config):
     params = replace(base, **changes)
     assert forward(params, 7) is Status.OK
-    (_, addresses, cfg, stream), = launches.calls
+    ((_, addresses, cfg, stream),) = launches.calls
     assert addresses[:5] == (A, A, A, A, params.softmax_lse or 0) and cfg is forward_config(*config) and stream == 7
     assert [type(value) for value in (cfg.head_dim, cfg.has_lse, cfg.is_varlen)] == [int, bool, bool]
 
@@ -88,12 +114,26 @@ def test_forward_launches_the_config_of_the_params(launches, base, changes, conf
 LARGEST, UNBOUNDED = 2**31 - 256, 2**30
 
 
-@pytest.mark.parametrize("left, right, mask", [
-    (-1, -1, "full"), (-9, LARGEST, "full"), (UNBOUNDED, -1, "full"), (LARGEST, UNBOUNDED, "full"),
-    (-1, 0, "causal"), (UNBOUNDED, 0, "causal"), (LARGEST, np.int64(0), "causal"),
-    (0, 0, "local"), (0, -1, "local"), (-1, 1, "local"), (UNBOUNDED - 1, -1, "local"), (-1, UNBOUNDED - 1, "local"),
-    (4096, 0, "local"), (LARGEST, 7, "local"), (np.int32(5), LARGEST, "local"),
-])
+@pytest.mark.parametrize(
+    "left, right, mask",
+    [
+        (-1, -1, "full"),
+        (-9, LARGEST, "full"),
+        (UNBOUNDED, -1, "full"),
+        (LARGEST, UNBOUNDED, "full"),
+        (-1, 0, "causal"),
+        (UNBOUNDED, 0, "causal"),
+        (LARGEST, np.int64(0), "causal"),
+        (0, 0, "local"),
+        (0, -1, "local"),
+        (-1, 1, "local"),
+        (UNBOUNDED - 1, -1, "local"),
+        (-1, UNBOUNDED - 1, "local"),
+        (4096, 0, "local"),
+        (LARGEST, 7, "local"),
+        (np.int32(5), LARGEST, "local"),
+    ],
+)
 def test_the_window_chooses_the_mask(launches, left, right, mask):
     """An unbounded side costs nothing, and a window from the diagonal on to the left is causal."""
     assert forward(replace(GOOD, window_size_left=left, window_size_right=right)) is Status.OK
@@ -145,6 +185,7 @@ FAILURES = [
 def test_failure(launches, call, entry, failure, status):
     def fail(*_):
         raise failure
+
     setattr(launches.stub, entry, fail)
     assert call(GOOD) is status
     assert (last_error().status, last_error().detail, last_error().cause) == (status, str(failure), failure)
@@ -156,6 +197,7 @@ def test_failure(launches, call, entry, failure, status):
 def test_a_bug_is_no_status(launches):
     def fail(*_):
         raise RuntimeError("a bug")
+
     launches.stub.launch = fail
     with pytest.raises(RuntimeError, match="a bug"):
         forward(GOOD)
@@ -177,6 +219,7 @@ def test_stream_of_another_type(stream):
 def test_subclass_of_params(launches):
     class Mine(FlashAttentionParams):
         pass
+
     assert forward(Mine(**{name: getattr(GOOD, name) for name in GOOD.__dataclass_fields__})) is Status.OK
 
 
@@ -186,15 +229,18 @@ def test_explain_tells_everything():
     assert explain(GOOD) == []
 
 
-@pytest.mark.parametrize("changes, is_local", [
-    ({"seqlen_q": 1, "mode": AttentionMode.DECODE, "softmax_lse": 0}, False),
-    ({"seqlen_q": 1, "is_causal": True}, False),            # the last query sees every key
-    ({"seqlen_q": 1, "window_size_right": 5}, False),
-    ({"seqlen_q": 1, "window_size_left": 5}, True),
-    ({"seqlen_q": 2, "is_causal": True}, True),
-    ({"num_splits": 2}, False),
-    ({"pack_gqa": True, "window_size_right": 0}, True),
-])
+@pytest.mark.parametrize(
+    "changes, is_local",
+    [
+        ({"seqlen_q": 1, "mode": AttentionMode.DECODE, "softmax_lse": 0}, False),
+        ({"seqlen_q": 1, "is_causal": True}, False),  # the last query sees every key
+        ({"seqlen_q": 1, "window_size_right": 5}, False),
+        ({"seqlen_q": 1, "window_size_left": 5}, True),
+        ({"seqlen_q": 2, "is_causal": True}, True),
+        ({"num_splits": 2}, False),
+        ({"pack_gqa": True, "window_size_right": 0}, True),
+    ],
+)
 def test_forward_launches_the_decode_config_of_the_params(launches, changes, is_local):
     assert forward(replace(GOOD, **changes), 7) is Status.OK
     assert launches.calls[0][2] is decode_config("fp16", 128, is_local)
@@ -207,7 +253,7 @@ def test_forward_launches_the_decode_config_of_the_params(launches, changes, is_
 def test_workspace_size():
     """Of what cannot be merged within clusters; a workspace that is smaller is refused."""
     decode = replace(GOOD, seqlen_q=1, num_splits=32, q=None)
-    rows = 2 * decode.num_heads             # 2 clusters of 16 CTAs
+    rows = 2 * decode.num_heads  # 2 clusters of 16 CTAs
     needed = 4 * decode.batch_size * rows * (decode.head_dim + 1)
     assert workspace_size(decode) == workspace_size(replace(decode, workspace=A, workspace_bytes=1)) == needed
     assert workspace_size(GOOD) == workspace_size(replace(decode, num_splits=16)) == 0
@@ -217,12 +263,14 @@ def test_workspace_size():
         workspace_size(replace(decode, dtype=DataType.FP8_E4M3, head_dim=192))
     small, enough = (replace(decode, q=A, workspace=A, workspace_bytes=needed - less) for less in (1, 0))
     assert [str(problem) for problem in explain(small)] == [
-        f"INVALID_ARGUMENT (-9): workspace_bytes={needed - 1}: must be at least workspace_size(params)={needed}"]
+        f"INVALID_ARGUMENT (-9): workspace_bytes={needed - 1}: must be at least workspace_size(params)={needed}"
+    ]
     assert explain(enough) == []
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"num_splits": 32}, {"seqlen_k": 2**17, "batch_size": 1}, {"seqlen_k": 20_000}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_splits": 32}, {"seqlen_k": 2**17, "batch_size": 1}, {"seqlen_k": 20_000}]
+)
 def test_workspace_size_of_fp8(changes):
     """Of the plan of the very kernel that is launched: what one byte less is refused for."""
     decode = replace(GOOD_FP8, seqlen_q=1, **changes)

@@ -1,4 +1,5 @@
 """attention over NumPy arrays: the reference, rounded; and what it refuses. No GPU."""
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,25 +19,44 @@ OFFSETS = {"cu_seqlens_q": np.array([0, 3, 5], np.int32), "cu_seqlens_k": np.arr
 E4M3 = ml_dtypes.float8_e4m3fn
 
 
-@pytest.mark.parametrize("qkv, options, result", [
-    ((Q, K, V), {}, np.float16),
-    ((Q, K, V), {"causal": True, "softmax_scale": 0.3, "num_splits": 1}, np.float16),
-    ((Q, K, V), {"window_size": (2, 1), "seqused_k": np.array([4, 0], np.int32)}, np.float16),
-    ((Q[:, :0], K, V), {}, np.float16),
-    ((Q.astype(np.float32), K.astype(np.float32), V.astype(np.float32)), {}, np.float32),
-    ([x.astype(ml_dtypes.bfloat16) for x in (Q, K, V)], {}, ml_dtypes.bfloat16),
-    ([x.astype(E4M3) for x in (Q, K, V)], {"q_descale": np.float32([[2], [3]]), "v_descale": 0.5}, ml_dtypes.bfloat16),
-    ([x.astype(E4M3).view(np.uint8) for x in (Q, K, V)], {"dtype": "float8_e4m3fn"}, ml_dtypes.bfloat16),
-    ([x.astype(E4M3) for x in (Q, K, V)], {"dtype": "float8_e4m3fn", "k_descale": np.float32([3, 5]), "q_descale":
-     np.full((2, 4), 0.25, np.float32)[::-1], "v_descale": np.float32(2)}, ml_dtypes.bfloat16),
-    ([x.astype(E4M3) for x in (PACKED_Q, PACKED_K, PACKED_V)], {**OFFSETS, "v_descale": np.float32([[2, 4], [1, 3]])},
-     ml_dtypes.bfloat16),
-    ((PACKED_Q, PACKED_K, PACKED_V), {**OFFSETS, "causal": True}, np.float16),
-])
+@pytest.mark.parametrize(
+    "qkv, options, result",
+    [
+        ((Q, K, V), {}, np.float16),
+        ((Q, K, V), {"causal": True, "softmax_scale": 0.3, "num_splits": 1}, np.float16),
+        ((Q, K, V), {"window_size": (2, 1), "seqused_k": np.array([4, 0], np.int32)}, np.float16),
+        ((Q[:, :0], K, V), {}, np.float16),
+        ((Q.astype(np.float32), K.astype(np.float32), V.astype(np.float32)), {}, np.float32),
+        ([x.astype(ml_dtypes.bfloat16) for x in (Q, K, V)], {}, ml_dtypes.bfloat16),
+        (
+            [x.astype(E4M3) for x in (Q, K, V)],
+            {"q_descale": np.float32([[2], [3]]), "v_descale": 0.5},
+            ml_dtypes.bfloat16,
+        ),
+        ([x.astype(E4M3).view(np.uint8) for x in (Q, K, V)], {"dtype": "float8_e4m3fn"}, ml_dtypes.bfloat16),
+        (
+            [x.astype(E4M3) for x in (Q, K, V)],
+            {
+                "dtype": "float8_e4m3fn",
+                "k_descale": np.float32([3, 5]),
+                "q_descale": np.full((2, 4), 0.25, np.float32)[::-1],
+                "v_descale": np.float32(2),
+            },
+            ml_dtypes.bfloat16,
+        ),
+        (
+            [x.astype(E4M3) for x in (PACKED_Q, PACKED_K, PACKED_V)],
+            {**OFFSETS, "v_descale": np.float32([[2, 4], [1, 3]])},
+            ml_dtypes.bfloat16,
+        ),
+        ((PACKED_Q, PACKED_K, PACKED_V), {**OFFSETS, "causal": True}, np.float16),
+    ],
+)
 def test_attention_is_the_reference_rounded(qkv, options, result):
     out, lse = attention(*qkv, return_lse=True, **options)
     exact, exact_lse = attention_reference(
-        *qkv, **{name: value for name, value in options.items() if name not in ("dtype", "num_splits")})
+        *qkv, **{name: value for name, value in options.items() if name not in ("dtype", "num_splits")}
+    )
     assert out.dtype == result and lse.dtype == np.float32
     # As float64: where no sequence uses a row it is NaN, which NumPy does not know in other libraries' types.
     np.testing.assert_array_equal(out.astype(np.float64), exact.astype(result).astype(np.float64))
@@ -82,8 +102,12 @@ REFUSED = [
     (-9, [x.astype(np.int32) for x in (Q, K, V)], {}, "arrays of int32"),
     (-9, (Q, K, V), {"q_descale": 2.0}, "q_descale_ptr=.*FP8_E4M3"),
     (-9, [x.view(np.uint8) for x in FP8], {}, "dtype=None with arrays of uint8"),
-    (-9, [FP8[0], *(x.view(np.uint8) for x in FP8[1:])], {"dtype": "float8_e4m3fn"},
-     "float8_e4m3fn, uint8, uint8 of q, k, v"),
+    (
+        -9,
+        [FP8[0], *(x.view(np.uint8) for x in FP8[1:])],
+        {"dtype": "float8_e4m3fn"},
+        "float8_e4m3fn, uint8, uint8 of q, k, v",
+    ),
     (-9, [x.astype(ml_dtypes.float8_e5m2) for x in FP8], {}, "arrays of float8_e5m2"),
     (-9, FP8, {"out": np.empty(Q.shape, E4M3)}, "out is float8_e4m3fn.*must be bfloat16 or float16"),
     (-7, FP8, {"k_descale": np.ones((2, 4), np.float32)}, r"descale \(2, 4\): must broadcast to .* = \[2, 2\]"),
@@ -107,8 +131,10 @@ def test_attention_refuses(code, qkv, options, words):
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("qkv, options", [
-    ((Q.tolist(), K, V), {}), ((Q, K, None), {}), ((Q, K, V), {"q_descale": "1"}), ((Q, K, V), {"seqused_k": [1, 2]})])
+@pytest.mark.parametrize(
+    "qkv, options",
+    [((Q.tolist(), K, V), {}), ((Q, K, None), {}), ((Q, K, V), {"q_descale": "1"}), ((Q, K, V), {"seqused_k": [1, 2]})],
+)
 def test_attention_of_no_array(qkv, options):
     with pytest.raises(TypeError, match="must be an? (NumPy )?array"):
         attention(*qkv, **options)

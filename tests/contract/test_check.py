@@ -1,4 +1,5 @@
 """The judge of the GPU tests is itself judged: the tolerance rule passes what it should and names what it refuses."""
+
 import hashlib
 from contextlib import nullcontext
 from dataclasses import replace
@@ -47,12 +48,15 @@ def test_the_twin_passes(attended):
     assert_out(ref, ref, twin)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda out: np.where(np.indices(out.shape).sum(0) == 70, out + 0.02, out), "max error"),
-    (lambda out: out * 1.01, "mean error"),
-    (lambda out: np.where(np.indices(out.shape)[1] == 30, NAN, out), "128 elements are NaN or infinite"),
-    (lambda out: np.roll(out, 1, axis=2), "worst at"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda out: np.where(np.indices(out.shape).sum(0) == 70, out + 0.02, out), "max error"),
+        (lambda out: out * 1.01, "mean error"),
+        (lambda out: np.where(np.indices(out.shape)[1] == 30, NAN, out), "128 elements are NaN or infinite"),
+        (lambda out: np.roll(out, 1, axis=2), "worst at"),
+    ],
+)
 def test_a_damaged_output_is_refused(attended, damage, words):
     ref, twin = attended
     with pytest.raises(AssertionError, match=words):
@@ -66,9 +70,16 @@ def test_a_lost_nan_is_refused(attended):
         assert_out(twin, ref, twin)
 
 
-@pytest.mark.parametrize("lse, words", [
-    ([1.0002, -INF, NAN], "LSE at"), ([INF, -INF, NAN], "LSE at"), ([1.0, NAN, NAN], "LSE NaN"),
-    ([1.0, -INF, -INF], "LSE NaN"), ([1.0, -80.0, NAN], "LSE -inf")])
+@pytest.mark.parametrize(
+    "lse, words",
+    [
+        ([1.0002, -INF, NAN], "LSE at"),
+        ([INF, -INF, NAN], "LSE at"),
+        ([1.0, NAN, NAN], "LSE NaN"),
+        ([1.0, -INF, -INF], "LSE NaN"),
+        ([1.0, -80.0, NAN], "LSE -inf"),
+    ],
+)
 def test_a_wrong_lse_is_refused(lse, words):
     ref = np.array([1.0, -INF, NAN])[None, None]
     assert_lse(ref + 5e-5, ref, LSE_TOLERANCE)
@@ -82,10 +93,14 @@ def packed():
     layout = Layout((40, 1, 0, 3), (30, 2, 5, 3), before=2, after=1)
     case = Case("bf16", 64, True, 2, 1, layout.total_q, layout.total_k, batch=4)
     rng = np.random.default_rng(0)
-    q, k, v = (Tensor(None, to_bits(rng.standard_normal((rows, heads, 64)), "bf16"))
-               for rows, heads in ((case.seqlen_q, 2), (case.seqlen_k, 1), (case.seqlen_k, 1)))
-    lengths = {name: Tensor(None, np.array(values, np.int32))
-               for name, values in {**layout.cu_seqlens, "seqused_q": [38, 1, 0, 3]}.items()}
+    q, k, v = (
+        Tensor(None, to_bits(rng.standard_normal((rows, heads, 64)), "bf16"))
+        for rows, heads in ((case.seqlen_q, 2), (case.seqlen_k, 1), (case.seqlen_k, 1))
+    )
+    lengths = {
+        name: Tensor(None, np.array(values, np.int32))
+        for name, values in {**layout.cu_seqlens, "seqused_q": [38, 1, 0, 3]}.items()
+    }
     problem = Problem(case, q, k, v, None, None, lengths=lengths)
     out, lse = low_precision_twin(*problem.inputs, "bf16", **problem.options)
     out, lse = to_bits(out, "bf16"), lse.astype(np.float32)
@@ -124,13 +139,18 @@ def test_a_wrong_row_is_refused_in_its_sequence(packed, row, words):
 
 # ---- FP8 -----------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Device memory on the host, in which problems can be made."""
     gpu = FakeGpu()
-    fakes = {"allocate": gpu.allocate, "upload": gpu.upload, "download": gpu.download,
-             "address": lambda buffer, offset=0: buffer.handle + offset,
-             "fill": lambda buffer, byte, stream=None: buffer.bytes.fill(byte)}
+    fakes = {
+        "allocate": gpu.allocate,
+        "upload": gpu.upload,
+        "download": gpu.download,
+        "address": lambda buffer, offset=0: buffer.handle + offset,
+        "fill": lambda buffer, byte, stream=None: buffer.bytes.fill(byte),
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(cuda, name, fake)
     return gpu
@@ -234,8 +254,10 @@ def test_weights_rounded_without_their_scale_are_refused(gpu, monkeypatch):
         check(problem, out, lse)
 
 
-@pytest.mark.parametrize("error, exact_scores, words", [
-    (5e-4, False, None), (5e-4, True, "LSE at"), (5e-5, True, None), (0.05, False, "LSE at")])
+@pytest.mark.parametrize(
+    "error, exact_scores, words",
+    [(5e-4, False, None), (5e-4, True, "LSE at"), (5e-5, True, None), (0.05, False, "LSE at")],
+)
 def test_the_lse_of_fp8_may_be_off_as_its_scores_may(gpu, error, exact_scores, words):
     problem = replace(fp8_problem(), exact_scores=exact_scores)
     out, lse = twin_result(problem)
@@ -254,8 +276,10 @@ def test_descales_reach_the_call(gpu, layout):
         assert bool(pointer) == (name in problem.descales)
         if pointer:
             expected = problem.options[name]
-            got = [[gpu.read(pointer + 4 * int(np.dot((b, h), strides)), (1,), np.float32)[0] for h in range(heads)]
-                   for b in range(2)]
+            got = [
+                [gpu.read(pointer + 4 * int(np.dot((b, h), strides)), (1,), np.float32)[0] for h in range(heads)]
+                for b in range(2)
+            ]
             assert np.array_equal(got, expected) and np.isfinite(expected).all()
             low, high = descales.RANGES[name[0]]
             assert low * 0.999 <= expected.min() and expected.max() <= high * 1.001

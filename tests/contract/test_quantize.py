@@ -1,4 +1,5 @@
 """quantize_fp8: the nearest E4M3 number, saturated, a descale for each tensor, head or head of a sequence; and back."""
+
 import sys
 
 import ml_dtypes
@@ -19,7 +20,7 @@ granularities = pytest.mark.parametrize("granularity", SHARED_AXES)
 shapes = array_shapes(min_dims=4, max_dims=4, min_side=0, max_side=4)
 floats = arrays(np.float32, shapes, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
 LENGTHS = (3, 0, 5)
-OFFSETS = np.array([1, 4, 4, 9], np.int32)      # of LENGTHS, in 11 packed rows
+OFFSETS = np.array([1, 4, 4, 9], np.int32)  # of LENGTHS, in 11 packed rows
 
 
 def normal(*shape, dtype=np.float32):
@@ -28,8 +29,11 @@ def normal(*shape, dtype=np.float32):
 
 def spread(descale, granularity: str):
     """The descale of every element of a [batch, seqlen, heads, head_dim] array."""
-    return {"tensor": lambda: descale, "head": lambda: descale[:, None],
-            "batch_head": lambda: descale[:, None, :, None]}[granularity]()
+    return {
+        "tensor": lambda: descale,
+        "head": lambda: descale[:, None],
+        "batch_head": lambda: descale[:, None, :, None],
+    }[granularity]()
 
 
 def half_step(values):
@@ -39,6 +43,7 @@ def half_step(values):
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
+
 
 @granularities
 @given(x=floats)
@@ -56,9 +61,8 @@ def test_every_value_comes_back_within_half_a_step(granularity, x):
 def test_descale_is_amax_over_448_in_its_shape(granularity, x):
     _, descale = quantize_fp8(x, granularity)
     amax = np.abs(x).max(axis=SHARED_AXES[granularity], initial=0).astype(np.float64)
-    assert isinstance(descale, np.ndarray)      # [] too: attention() takes no NumPy scalars
-    np.testing.assert_array_equal(
-        descale, np.where(amax == 0, 1, np.maximum(np.float32(amax / 448), SMALLEST_DESCALE)))
+    assert isinstance(descale, np.ndarray)  # [] too: attention() takes no NumPy scalars
+    np.testing.assert_array_equal(descale, np.where(amax == 0, 1, np.maximum(np.float32(amax / 448), SMALLEST_DESCALE)))
     assert descale.shape == {"tensor": (), "head": x.shape[2:3], "batch_head": x.shape[::2]}[granularity]
 
 
@@ -78,8 +82,12 @@ def test_rounds_to_nearest_and_ties_to_even():
     numbers = np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float32)
     middle = (numbers[1:] + numbers[:-1]) / 2
     even, below, above = np.where(np.arange(126) % 2, numbers[1:], numbers[:-1]), numbers[:-1], numbers[1:]
-    for x, nearest in ((numbers, numbers), (middle, even), (np.nextafter(middle, 0, dtype=np.float32), below),
-                       (np.nextafter(middle, 448, dtype=np.float32), above)):
+    for x, nearest in (
+        (numbers, numbers),
+        (middle, even),
+        (np.nextafter(middle, 0, dtype=np.float32), below),
+        (np.nextafter(middle, 448, dtype=np.float32), above),
+    ):
         for sign in (1, -1):
             fp8, _ = quantize_fp8(sign * x.reshape(1, -1, 1, 1), descale=1)
             np.testing.assert_array_equal(fp8.ravel().astype(np.float32), sign * nearest)
@@ -124,6 +132,7 @@ def test_the_largest_float32_comes_back():
 
 # ---- who shares a descale --------------------------------------------------------------------------------------------
 
+
 @given(x=floats, factor=st.floats(2.0**-20, 2.0**20), data=st.data())
 @settings(max_examples=50)
 def test_heads_are_independent(x, factor, data):
@@ -142,8 +151,10 @@ def test_heads_are_independent(x, factor, data):
 
 def test_a_loud_head_costs_the_others_nothing_per_head_and_much_per_tensor():
     x = normal(2, 32, 4, 16) * np.float32([1e-4, 1, 1, 1e3])[:, None]
-    error = {granularity: np.abs(dequantize_fp8(*quantize_fp8(x, granularity)) - x)[:, :, 0].max() / 1e-4
-             for granularity in SHARED_AXES}
+    error = {
+        granularity: np.abs(dequantize_fp8(*quantize_fp8(x, granularity)) - x)[:, :, 0].max() / 1e-4
+        for granularity in SHARED_AXES
+    }
     assert error["batch_head"] < 0.3 and error["head"] < 0.3 and error["tensor"] > 1
 
 
@@ -161,8 +172,8 @@ def test_packed_sequences_are_quantised_as_each_alone():
     fp8, descale = quantize_fp8(x, "batch_head", cu_seqlens=OFFSETS)
     assert descale.shape == (3, 3)
     for sequence, (first, length) in enumerate(zip(OFFSETS, LENGTHS, strict=False)):
-        alone, its_descale = quantize_fp8(x[None, first:first + length], "batch_head")
-        np.testing.assert_array_equal(fp8[first:first + length], alone[0])
+        alone, its_descale = quantize_fp8(x[None, first : first + length], "batch_head")
+        np.testing.assert_array_equal(fp8[first : first + length], alone[0])
         np.testing.assert_array_equal(descale[sequence], its_descale[0])
     back = dequantize_fp8(fp8, descale, cu_seqlens=OFFSETS)
     assert (back[0] == 0).all() and (back[9:] == 0).all()
@@ -206,8 +217,13 @@ def test_empty_arrays(shape, granularity):
 @granularities
 def test_strides_in_are_free_and_the_result_is_contiguous(granularity):
     x = normal(2, 6, 3, 8)
-    for view in (x[:, ::-1, :, ::2], x.swapaxes(1, 2), np.broadcast_to(x[:, :1], x.shape), np.asfortranarray(x),
-                 x.astype(">f4")):
+    for view in (
+        x[:, ::-1, :, ::2],
+        x.swapaxes(1, 2),
+        np.broadcast_to(x[:, :1], x.shape),
+        np.asfortranarray(x),
+        x.astype(">f4"),
+    ):
         fp8, descale = quantize_fp8(view, granularity)
         assert fp8.flags.c_contiguous and dequantize_fp8(np.asfortranarray(fp8), descale).flags.c_contiguous
         expected, expected_descale = quantize_fp8(np.ascontiguousarray(view, np.float32), granularity)
@@ -216,7 +232,7 @@ def test_strides_in_are_free_and_the_result_is_contiguous(granularity):
 
 
 def test_many_rows_are_read_to_the_end():
-    x = np.zeros((1, 3000, 2, 64), np.float32)      # of several chunks
+    x = np.zeros((1, 3000, 2, 64), np.float32)  # of several chunks
     x[0, -1, 1, -1], x[0, 1500, 0, 0] = 7, -3
     fp8, descale = quantize_fp8(x, "head")
     np.testing.assert_array_equal(descale, np.float32([3 / 448, 7 / 448]))
@@ -225,20 +241,30 @@ def test_many_rows_are_read_to_the_end():
 
 # ---- with attention --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("granularity", SHARED_AXES)
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_attention_takes_what_comes_out(granularity, is_packed):
     cu_seqlens = OFFSETS if is_packed else None
     rows = (11,) if is_packed else (2, 5)
     loudness = np.float32(2.0) ** np.arange(4)[:, None]
-    x = {"q": normal(*rows, 4, 64) * loudness / 8, "k": normal(*rows, 2, 64) * loudness[1:3],
-         "v": normal(*rows, 2, 64) * loudness[2:]}
+    x = {
+        "q": normal(*rows, 4, 64) * loudness / 8,
+        "k": normal(*rows, 2, 64) * loudness[1:3],
+        "v": normal(*rows, 2, 64) * loudness[2:],
+    }
     stored = {name: quantize_fp8(array, granularity, cu_seqlens=cu_seqlens) for name, array in x.items()}
     packing = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-    out, lse = attention(*(fp8 for fp8, _ in stored.values()), return_lse=True, causal=True, **packing,
-                         **{f"{name}_descale": descale for name, (_, descale) in stored.items()})
+    out, lse = attention(
+        *(fp8 for fp8, _ in stored.values()),
+        return_lse=True,
+        causal=True,
+        **packing,
+        **{f"{name}_descale": descale for name, (_, descale) in stored.items()},
+    )
     exact, exact_lse = attention_reference(
-        *(dequantize_fp8(*pair, cu_seqlens=cu_seqlens) for pair in stored.values()), causal=True, **packing)
+        *(dequantize_fp8(*pair, cu_seqlens=cu_seqlens) for pair in stored.values()), causal=True, **packing
+    )
     used = slice(1, 9) if is_packed else slice(None)
     assert out.dtype == ml_dtypes.bfloat16
     np.testing.assert_allclose(out[used].astype(np.float64), exact[used], rtol=2**-8, atol=1e-5)
@@ -254,9 +280,21 @@ def test_the_docstring_s_strides_reach_every_descale():
             element = descale.ravel()[b * strides[0] + h * strides[1]]
             np.testing.assert_array_equal(dequantize_fp8(fp8, descale)[b, :, h], fp8[b, :, h].astype("f4") * element)
         batch, head = (f"k_descale_{dim}_stride" for dim in ("batch", "head"))
-        params = FlashAttentionParams(q=16, k=16, v=16, out=16, batch_size=3, seqlen_q=4, seqlen_k=4, num_heads=2,
-                                      num_heads_k=2, head_dim=64, dtype=DataType.FP8_E4M3, k_descale_ptr=16,
-                                      **{batch: strides[0], head: strides[1]})
+        params = FlashAttentionParams(
+            q=16,
+            k=16,
+            v=16,
+            out=16,
+            batch_size=3,
+            seqlen_q=4,
+            seqlen_k=4,
+            num_heads=2,
+            num_heads_k=2,
+            head_dim=64,
+            dtype=DataType.FP8_E4M3,
+            k_descale_ptr=16,
+            **{batch: strides[0], head: strides[1]},
+        )
         assert not [problem for problem in explain(params) if "descale" in problem.detail]
 
 
@@ -280,40 +318,46 @@ def test_refuses_what_is_not_finite_and_names_it(value, dtype):
             quantize_fp8(x, **options)
 
 
-@pytest.mark.parametrize("x, options, words", [
-    (X, {"granularity": "token"}, "granularity='token': must be one of tensor, head, batch_head"),
-    (X.astype(np.int32), {}, "x is int32: must be one of float16"),
-    (X.astype(E4M3), {}, "x is float8_e4m3fn"),
-    (X[0, 0], {}, r"x \(3, 8\): must be \[batch"),
-    (X.astype(np.float64) * 1e300, {}, "values up to 1.0e\\+300"),
-    (PACKED, {"granularity": "batch_head"}, "cu_seqlens must say"),
-    (X, {"cu_seqlens": [0, 4]}, "packed rows are"),
-    (PACKED, {"cu_seqlens": [0, 9]}, "cu_seqlens .* of 0 to 8 rows"),
-    (PACKED, {"cu_seqlens": [0, 5, 4]}, "never fall"),
-    (PACKED, {"cu_seqlens": np.array([5, 4], np.uint32)}, "never fall"),
-    (PACKED, {"cu_seqlens": [-1, 4]}, "never fall"),
-    (PACKED, {"cu_seqlens": [0.0, 8.0]}, "must be integers"),
-    (PACKED, {"cu_seqlens": []}, "must be integers"),
-    (X, {"seqused": [4]}, "seqused"),
-    (X, {"seqused": [4, 5]}, "seqused"),
-    (X, {"descale": 0.0}, "descale: must be positive and finite"),
-    (X, {"descale": -1.0}, "positive"),
-    (X, {"descale": np.nan}, "positive"),
-    (X, {"descale": 1e-60}, "positive and finite in float32"),
-    (X, {"descale": 1e60}, "positive and finite in float32"),
-    (X, {"descale": np.ones(2)}, r"descale \(2,\): must broadcast to \[batch, heads\] = \[2, 3\]"),
-    (PACKED, {"descale": np.ones((2, 3))}, "told apart by cu_seqlens"),
-])
+@pytest.mark.parametrize(
+    "x, options, words",
+    [
+        (X, {"granularity": "token"}, "granularity='token': must be one of tensor, head, batch_head"),
+        (X.astype(np.int32), {}, "x is int32: must be one of float16"),
+        (X.astype(E4M3), {}, "x is float8_e4m3fn"),
+        (X[0, 0], {}, r"x \(3, 8\): must be \[batch"),
+        (X.astype(np.float64) * 1e300, {}, "values up to 1.0e\\+300"),
+        (PACKED, {"granularity": "batch_head"}, "cu_seqlens must say"),
+        (X, {"cu_seqlens": [0, 4]}, "packed rows are"),
+        (PACKED, {"cu_seqlens": [0, 9]}, "cu_seqlens .* of 0 to 8 rows"),
+        (PACKED, {"cu_seqlens": [0, 5, 4]}, "never fall"),
+        (PACKED, {"cu_seqlens": np.array([5, 4], np.uint32)}, "never fall"),
+        (PACKED, {"cu_seqlens": [-1, 4]}, "never fall"),
+        (PACKED, {"cu_seqlens": [0.0, 8.0]}, "must be integers"),
+        (PACKED, {"cu_seqlens": []}, "must be integers"),
+        (X, {"seqused": [4]}, "seqused"),
+        (X, {"seqused": [4, 5]}, "seqused"),
+        (X, {"descale": 0.0}, "descale: must be positive and finite"),
+        (X, {"descale": -1.0}, "positive"),
+        (X, {"descale": np.nan}, "positive"),
+        (X, {"descale": 1e-60}, "positive and finite in float32"),
+        (X, {"descale": 1e60}, "positive and finite in float32"),
+        (X, {"descale": np.ones(2)}, r"descale \(2,\): must broadcast to \[batch, heads\] = \[2, 3\]"),
+        (PACKED, {"descale": np.ones((2, 3))}, "told apart by cu_seqlens"),
+    ],
+)
 def test_refuses(x, options, words):
     with pytest.raises(ValueError, match=words):
         quantize_fp8(x, **options)
 
 
-@pytest.mark.parametrize("fp8, descale, words", [
-    (X, 1.0, "fp8 is float32: must be one of float8_e4m3fn, uint8"),
-    (X.astype(E4M3), 0.0, "descale: must be positive"),
-    (X.astype(E4M3), np.ones((3, 3)), "must broadcast"),
-])
+@pytest.mark.parametrize(
+    "fp8, descale, words",
+    [
+        (X, 1.0, "fp8 is float32: must be one of float8_e4m3fn, uint8"),
+        (X.astype(E4M3), 0.0, "descale: must be positive"),
+        (X.astype(E4M3), np.ones((3, 3)), "must broadcast"),
+    ],
+)
 def test_dequantize_refuses(fp8, descale, words):
     with pytest.raises(ValueError, match=words):
         dequantize_fp8(fp8, descale)

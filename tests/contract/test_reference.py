@@ -1,4 +1,5 @@
 """The reference against cases worked out by hand, and against a second formulation: loops over rows in pure Python."""
+
 import math
 
 import ml_dtypes
@@ -50,7 +51,7 @@ def test_which_keys_a_row_sees(n_q, n_k, options, seen):
         if keys is None:
             expected = math.nan, math.nan
         elif keys:
-            expected = sum(2.0 ** j for j in keys) / len(keys), math.log(len(keys))
+            expected = sum(2.0**j for j in keys) / len(keys), math.log(len(keys))
         else:
             expected = 0.0, -INF
         np.testing.assert_allclose((out[0, row, 0, 0], lse[0, 0, row]), expected, rtol=1e-14)
@@ -80,8 +81,9 @@ def test_query_head_i_reads_kv_head_i_over_the_group_size():
 def test_packed_sequences_by_hand():
     """Lengths q 1, 0, 2 and k 2, 1, 0: means of the own keys, an unused sequence, rows without keys; layout of LSE."""
     v = np.array([1.0, 3.0, 50.0]).reshape(3, 1, 1)
-    out, lse = attention_reference(np.zeros((3, 2, 1)), np.zeros((3, 1, 1)), v,
-                                   cu_seqlens_q=[0, 1, 1, 3], cu_seqlens_k=[0, 2, 3, 3])
+    out, lse = attention_reference(
+        np.zeros((3, 2, 1)), np.zeros((3, 1, 1)), v, cu_seqlens_q=[0, 1, 1, 3], cu_seqlens_k=[0, 2, 3, 3]
+    )
     assert out[:, 0, 0].tolist() == [2, 0, 0]
     assert lse.shape == (2, 3)
     np.testing.assert_allclose(lse[1], [math.log(2), -INF, -INF])
@@ -93,6 +95,7 @@ def test_huge_scores_do_not_overflow():
 
 
 # ---- NaN and infinity ----------------------------------------------------------------------------------------------
+
 
 def test_nan_stays_nan_and_stays_in_its_row():
     q = one_head([[1.0], [math.nan], [2.0]])
@@ -109,8 +112,8 @@ def test_unseen_keys_contribute_nothing(poison, dtype):
     options = {"cu_seqlens_q": [0, 3, 6], "cu_seqlens_k": [0, 4, 6], "seqused_k": [3, 2], "causal": True}
     attend = attention_reference if dtype is None else lambda *qkv, **kw: low_precision_twin(*qkv, dtype, **kw)
     clean = attend(q, k, v, **options)
-    k[3] = v[3] = poison            # past seqused_k of sequence 0
-    k[5] = v[5] = poison            # sequence 1: seen by its last row only
+    k[3] = v[3] = poison  # past seqused_k of sequence 0
+    k[5] = v[5] = poison  # sequence 1: seen by its last row only
     for before, after in zip(clean, attend(q, k, v, **options), strict=True):
         rows = np.arange(5) if before.ndim == 3 else (slice(None), np.arange(5))
         np.testing.assert_array_equal(before[rows], after[rows])
@@ -125,6 +128,7 @@ def test_all_scores_minus_infinity_read_as_an_empty_row():
 
 
 # ---- the independent formulation -----------------------------------------------------------------------------------
+
 
 def attention_by_loops(q_row, keys, values, scale):
     """Output and LSE of one row over the keys it sees: exact sums (fsum) of Python floats, nothing shared."""
@@ -156,8 +160,17 @@ def problems(draw):
     heads_k = draw(st.integers(1, 2))
     masks = [{}, {"causal": True}, {"window_size": (draw(st.integers(-1, 8)), draw(st.integers(-1, 8)))}]
     options = {"softmax_scale": draw(st.sampled_from([None, 0.3, 2.0])), **draw(st.sampled_from(masks))}
-    return (lengths_q, lengths_k, used_q, used_k, heads_k * draw(st.integers(1, 3)), heads_k, draw(st.integers(1, 5)),
-            options, draw(st.integers(0, 2**32 - 1)))
+    return (
+        lengths_q,
+        lengths_k,
+        used_q,
+        used_k,
+        heads_k * draw(st.integers(1, 3)),
+        heads_k,
+        draw(st.integers(1, 5)),
+        options,
+        draw(st.integers(0, 2**32 - 1)),
+    )
 
 
 def assert_matches_loops(problem, packed: bool):
@@ -182,7 +195,8 @@ def assert_matches_loops(problem, packed: bool):
             seen = [j for j in range(used_k[b]) if is_seen(i, j, used_q[b], used_k[b], options)]
             row = starts_q[b] + i
             expected_out[row, h], expected_lse[h, row] = attention_by_loops(
-                q[row, h].tolist(), [keys[j] for j in seen], [values[j] for j in seen], scale)
+                q[row, h].tolist(), [keys[j] for j in seen], [values[j] for j in seen], scale
+            )
     np.testing.assert_allclose(out, expected_out, rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-12, atol=1e-12)
 
@@ -212,6 +226,7 @@ def test_chunks_of_rows_meet_seamlessly(options, monkeypatch):
 
 # ---- descales ------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("per", ["scalar", "head", "batch", "batch and head"])
 def test_descales_equal_scaled_inputs(per):
     rng = np.random.default_rng(4)
@@ -220,13 +235,16 @@ def test_descales_equal_scaled_inputs(per):
     shape = {"scalar": (), "head": (-1,), "batch": (2, 1), "batch and head": (2, -1)}[per]
     scales = [rng.uniform(0.5, 2, [heads if n == -1 else n for n in shape]) for heads in (6, 3, 3)]
     got = attention_reference(*bits, causal=True, q_descale=scales[0], k_descale=scales[1], v_descale=scales[2])
-    scaled = [x.astype(E4M3).astype(np.float64) * np.broadcast_to(s, (2, x.shape[2]))[:, None, :, None]
-              for x, s in zip((q, k, v), scales, strict=True)]
+    scaled = [
+        x.astype(E4M3).astype(np.float64) * np.broadcast_to(s, (2, x.shape[2]))[:, None, :, None]
+        for x, s in zip((q, k, v), scales, strict=True)
+    ]
     for a, b in zip(got, attention_reference(*scaled, causal=True), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 # ---- number formats and the twin -----------------------------------------------------------------------------------
+
 
 def float32_samples():
     """Random bit patterns of float32, every BF16 and the midpoints between neighbours, with their neighbours."""
@@ -267,10 +285,42 @@ def test_e4m3_bits_match_ml_dtypes(samples):
 
 
 def test_e4m3_bits_by_hand():
-    values = [0.0, -0.0, 1.0, -1.0, 448.0, 449.0, 1e30, INF, -INF, math.nan, -math.nan, 2.0**-9, 2.0**-10, 3 * 2.0**-10,
-              17.0, 19.0]       # the last two are ties, of 16 and 18, and of 18 and 20
+    values = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        448.0,
+        449.0,
+        1e30,
+        INF,
+        -INF,
+        math.nan,
+        -math.nan,
+        2.0**-9,
+        2.0**-10,
+        3 * 2.0**-10,
+        17.0,
+        19.0,
+    ]  # the last two are ties, of 16 and 18, and of 18 and 20
     assert to_bits(values, "fp8_e4m3").tolist() == [
-        0x00, 0x80, 0x38, 0xB8, 0x7E, 0x7E, 0x7E, 0x7E, 0xFE, 0x7F, 0x7F, 0x01, 0x00, 0x02, 0x58, 0x5A]
+        0x00,
+        0x80,
+        0x38,
+        0xB8,
+        0x7E,
+        0x7E,
+        0x7E,
+        0x7E,
+        0xFE,
+        0x7F,
+        0x7F,
+        0x01,
+        0x00,
+        0x02,
+        0x58,
+        0x5A,
+    ]
     assert round_to([1e9, -500.0], "fp8_e4m3").tolist() == [448, -448]
 
 
@@ -297,9 +347,16 @@ def test_bits_and_typed_arrays_are_the_same_input(dtype, ml_dtype):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("dtype, ulp, out_dtype", [
-    ("fp16", 2**-11, None), ("bf16", 2**-8, None), ("fp8_e4m3", 2**-4, None), ("fp8_e4m3", 2**-4, "bf16"),
-    ("fp8_e4m3", 2**-4, "fp16")])
+@pytest.mark.parametrize(
+    "dtype, ulp, out_dtype",
+    [
+        ("fp16", 2**-11, None),
+        ("bf16", 2**-8, None),
+        ("fp8_e4m3", 2**-4, None),
+        ("fp8_e4m3", 2**-4, "bf16"),
+        ("fp8_e4m3", 2**-4, "fp16"),
+    ],
+)
 @pytest.mark.parametrize("options", [{}, {"causal": True}])
 def test_twin_error_is_what_the_format_explains(dtype, ulp, out_dtype, options):
     """Errors of the order of one rounding of P and one of O: not zero, not many; LSE is not rounded at all."""
@@ -327,9 +384,16 @@ def test_twin_of_fp8_differs_by_o_alone():
         low_precision_twin(q, k, v, "fp8_e4m3", out_dtype="fp32")
 
 
-@pytest.mark.parametrize("p, rounded", [
-    (1.1 * 2.0**-13, 1.125 * 2.0**-13), (2.0**-17, 2.0**-17), (1.6 * 2.0**-17, 2.0**-16), (1.1 * 2.0**-18, 2.0**-17),
-    (0.9 * 2.0**-18, 0.0)])
+@pytest.mark.parametrize(
+    "p, rounded",
+    [
+        (1.1 * 2.0**-13, 1.125 * 2.0**-13),
+        (2.0**-17, 2.0**-17),
+        (1.6 * 2.0**-17, 2.0**-16),
+        (1.1 * 2.0**-18, 2.0**-17),
+        (0.9 * 2.0**-18, 0.0),
+    ],
+)
 def test_twin_of_fp8_rounds_256_times_p(p, rounded):
     """So that P relative to the row maximum is lost below 2^-18 only, not below 2^-10. O = P / (1 + P), which is P."""
     q, k, v = one_head([[1.0]]), one_head([[0.0], [-1.0]]), one_head([[0.0], [1.0]])

@@ -1,4 +1,5 @@
 """forward's short cut for a call like the last one: what it takes and what it leaves to the full way. No GPU."""
+
 from dataclasses import fields, replace
 
 import numpy as np
@@ -49,9 +50,17 @@ def test_descales_of_a_repeated_launch(launches):
     assert [call[0] for call in launches.calls] == ["launch"] + ["repeat"] * 4
 
 
-@pytest.mark.parametrize("address, status", [(A + 2, Status.INVALID_ARGUMENT), (-4, Status.INVALID_ARGUMENT),
-                                             (2**64, Status.INVALID_ARGUMENT), ("x", Status.INVALID_ARGUMENT),
-                                             (True, Status.INVALID_ARGUMENT), (CUdeviceptr(A), Status.OK)])
+@pytest.mark.parametrize(
+    "address, status",
+    [
+        (A + 2, Status.INVALID_ARGUMENT),
+        (-4, Status.INVALID_ARGUMENT),
+        (2**64, Status.INVALID_ARGUMENT),
+        ("x", Status.INVALID_ARGUMENT),
+        (True, Status.INVALID_ARGUMENT),
+        (CUdeviceptr(A), Status.OK),
+    ],
+)
 @pytest.mark.parametrize("name", ["q_descale_ptr", "k_descale_ptr", "v_descale_ptr"])
 def test_descales_of_a_repeated_launch_are_checked(launches, name, address, status):
     forward(GOOD_FP8, 7)
@@ -60,10 +69,16 @@ def test_descales_of_a_repeated_launch_are_checked(launches, name, address, stat
     assert [call[0] for call in launches.calls] == ["launch"] * (1 + (status is Status.OK))
 
 
-@pytest.mark.parametrize("first, second, status", [
-    (GOOD_FP8, replace(GOOD, q_descale_ptr=A), Status.INVALID_ARGUMENT), (GOOD_FP8, GOOD, Status.OK),
-    (GOOD, GOOD_FP8, Status.OK), (GOOD, replace(GOOD, v_descale_ptr=A), Status.INVALID_ARGUMENT),
-    (GOOD_FP8, replace(GOOD_FP8, out_dtype=DataType.FP16), Status.OK)])
+@pytest.mark.parametrize(
+    "first, second, status",
+    [
+        (GOOD_FP8, replace(GOOD, q_descale_ptr=A), Status.INVALID_ARGUMENT),
+        (GOOD_FP8, GOOD, Status.OK),
+        (GOOD, GOOD_FP8, Status.OK),
+        (GOOD, replace(GOOD, v_descale_ptr=A), Status.INVALID_ARGUMENT),
+        (GOOD_FP8, replace(GOOD_FP8, out_dtype=DataType.FP16), Status.OK),
+    ],
+)
 def test_another_dtype_is_no_repeated_launch(launches, first, second, status):
     forward(first, 7)
     launches.stub.call.can_repeat = True
@@ -91,6 +106,7 @@ def test_no_field_escapes_a_repeated_launch(launches, name, base):
 
 class Movable:
     """A pointer object that `+=` moves, as CuPy's: the same object, another address."""
+
     def __init__(self, at):
         self.at = at
 
@@ -110,8 +126,15 @@ def test_what_can_change_in_place_is_never_repeated(launches, base, name):
     assert [call[0] for call in launches.calls] == ["launch", "launch"]
 
 
-@pytest.mark.parametrize("address, status", [(None, Status.NULL_POINTER), (A + 8, Status.INVALID_ARGUMENT),
-                                             (-A, Status.INVALID_ARGUMENT), (2**64, Status.INVALID_ARGUMENT)])
+@pytest.mark.parametrize(
+    "address, status",
+    [
+        (None, Status.NULL_POINTER),
+        (A + 8, Status.INVALID_ARGUMENT),
+        (-A, Status.INVALID_ARGUMENT),
+        (2**64, Status.INVALID_ARGUMENT),
+    ],
+)
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])
 def test_addresses_of_a_repeated_launch_are_checked(launches, name, address, status):
     forward(GOOD, 7)

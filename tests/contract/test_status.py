@@ -1,4 +1,5 @@
 """Status codes, their exceptions, the last error of each thread."""
+
 import copy
 import pickle
 import threading
@@ -10,20 +11,37 @@ from fa3_cute.contract import status
 
 # The table of the API: any change of a name, a number or the order is a change of the interface.
 TABLE = {
-    "OK": 0, "NULL_POINTER": -1, "UNSUPPORTED_HEAD_DIM": -2, "FP8_HEAD_DIM": -3, "INVALID_HEADS": -4,
-    "CAUSAL_WINDOW_CONFLICT": -5, "VARLEN_MISMATCH": -6, "INVALID_SHAPE": -7, "MODE_MISMATCH": -8,
+    "OK": 0,
+    "NULL_POINTER": -1,
+    "UNSUPPORTED_HEAD_DIM": -2,
+    "FP8_HEAD_DIM": -3,
+    "INVALID_HEADS": -4,
+    "CAUSAL_WINDOW_CONFLICT": -5,
+    "VARLEN_MISMATCH": -6,
+    "INVALID_SHAPE": -7,
+    "MODE_MISMATCH": -8,
     "INVALID_ARGUMENT": -9,
-    "BF16_UNSUPPORTED": -10, "SOFTCAP_UNSUPPORTED": -11, "PACK_GQA_UNSUPPORTED": -12, "SPLIT_KV_UNSUPPORTED": -13,
-    "PAGED_KV_UNSUPPORTED": -14, "ROTARY_UNSUPPORTED": -15, "FEATURE_UNSUPPORTED": -16, "CUDA_ERROR": -100,
-    "UNSUPPORTED_DEVICE": -101, "COMPILE_ERROR": -102, "NOT_WARMED_UP": -103,
+    "BF16_UNSUPPORTED": -10,
+    "SOFTCAP_UNSUPPORTED": -11,
+    "PACK_GQA_UNSUPPORTED": -12,
+    "SPLIT_KV_UNSUPPORTED": -13,
+    "PAGED_KV_UNSUPPORTED": -14,
+    "ROTARY_UNSUPPORTED": -15,
+    "FEATURE_UNSUPPORTED": -16,
+    "CUDA_ERROR": -100,
+    "UNSUPPORTED_DEVICE": -101,
+    "COMPILE_ERROR": -102,
+    "NOT_WARMED_UP": -103,
 }
 REFUSALS = [code for code in Status if code is not Status.OK]
 
 
 class Hostile:
     """Every conversion fails, in its own way."""
+
     def __repr__(self):
         raise OSError
+
     __eq__ = __hash__ = __index__ = __int__ = __repr__
 
 
@@ -37,8 +55,9 @@ def test_error_string_names_the_code(code):
     assert get_error_string(int(code)).startswith(f"{code.name}: ")
 
 
-@pytest.mark.parametrize("value", [1, -17, -99, 2**70, None, "x", 0.5, [], {}, Hostile()],
-                         ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [1, -17, -99, 2**70, None, "x", 0.5, [], {}, Hostile()], ids=lambda value: type(value).__name__
+)
 def test_error_string_never_raises(value):
     assert get_error_string(value).startswith("unknown status ")
 
@@ -57,8 +76,10 @@ def test_check_raises_the_class_of_the_code(code):
     assert isinstance(error, RuntimeError)
     assert isinstance(error, ValueError) == (-9 <= code <= -1)
     assert isinstance(error, NotImplementedError) == (-16 <= code <= -10)
-    assert (type(error) in (status.CudaError, status.UnsupportedDeviceError, status.KernelCompileError,
-                            status.NotWarmedUpError)) == (code <= -100)
+    assert (
+        type(error)
+        in (status.CudaError, status.UnsupportedDeviceError, status.KernelCompileError, status.NotWarmedUpError)
+    ) == (code <= -100)
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert (type(twin), twin.code, twin.detail, str(twin)) == (type(error), code, error.detail, str(error))
 
@@ -99,7 +120,9 @@ def test_last_error_belongs_to_its_thread():
     assert str(last_error()) == "INVALID_SHAPE (-7): of this thread"
 
 
-@pytest.mark.parametrize("value, text", [
-    (Status.OK, "Status.OK"), ("a\n b", r"'a\n b'"), ("x" * 200, "'" + "x" * 76 + "..."), (Hostile(), "<Hostile>")])
+@pytest.mark.parametrize(
+    "value, text",
+    [(Status.OK, "Status.OK"), ("a\n b", r"'a\n b'"), ("x" * 200, "'" + "x" * 76 + "..."), (Hostile(), "<Hostile>")],
+)
 def test_shown(value, text):
     assert status.shown(value) == text

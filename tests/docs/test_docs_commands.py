@@ -1,6 +1,7 @@
 """docs/command-line.md has every command, options and kernels that exist, and outputs that are printed; the documents'
 calls of attention() fit its signature.
 """
+
 import argparse
 import ast
 import inspect
@@ -42,8 +43,11 @@ def options_of(command: str) -> set[str]:
 def command_lines(text: str) -> list[list[str]]:
     """Arguments of every `python -m fa3_cute` that begins a line of a shell block, comments left out."""
     lines = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)).splitlines()
-    return [words[3:] for words in (shlex.split(line, comments=True) for line in lines)
-            if words[:3] == ["python", "-m", "fa3_cute"]]
+    return [
+        words[3:]
+        for words in (shlex.split(line, comments=True) for line in lines)
+        if words[:3] == ["python", "-m", "fa3_cute"]
+    ]
 
 
 def wrong_options(command: str, text: str) -> set[str]:
@@ -52,6 +56,7 @@ def wrong_options(command: str, text: str) -> set[str]:
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
+
 
 def test_every_command_has_a_section_and_a_row():
     assert re.findall(r"^## (\w+)$", TEXT, re.MULTILINE) == list(COMMANDS)
@@ -82,7 +87,7 @@ def test_quoted_commands_are_accepted(document):
 
 
 def test_a_wrong_command_is_found():
-    (command, *words), = command_lines("```sh\npython -m fa3_cute cache empty   # wrong\n```\n")
+    ((command, *words),) = command_lines("```sh\npython -m fa3_cute cache empty   # wrong\n```\n")
     with pytest.raises(argparse.ArgumentError):
         parser_of(command).parse_args(words)
 
@@ -94,10 +99,12 @@ def test_readme_names_every_command():
 
 # ---- outputs -------------------------------------------------------------------------------------------------------
 
+
 def printed(command: str) -> list[tuple[list[str], str]]:
     """(arguments, output) of each shell block that its output follows."""
-    found = re.findall(r"^```sh\npython -m fa3_cute ([^\n]*)\n```\n\n```text\n(.*?)^```$", section(command),
-                       re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        r"^```sh\npython -m fa3_cute ([^\n]*)\n```\n\n```text\n(.*?)^```$", section(command), re.DOTALL | re.MULTILINE
+    )
     return [(shlex.split(words), output) for words, output in found]
 
 
@@ -118,8 +125,11 @@ def test_kernels_exist():
 
 def test_doctor_s_lines_are_its_checks():
     from fa3_cute.cli.doctor import CHECKS
-    on_hopper, elsewhere = (re.findall(r"^(?:ok|WRONG) +(.*?)  ", block, re.MULTILINE)
-                            for block in re.findall(r"```text\n(.*?)```", section("doctor"), re.DOTALL))
+
+    on_hopper, elsewhere = (
+        re.findall(r"^(?:ok|WRONG) +(.*?)  ", block, re.MULTILINE)
+        for block in re.findall(r"```text\n(.*?)```", section("doctor"), re.DOTALL)
+    )
     assert on_hopper == elsewhere == list(CHECKS)
 
 
@@ -129,10 +139,14 @@ def test_no_cache_folder_of_a_machine():
 
 # ---- calls of attention() --------------------------------------------------------------------------------------------
 
+
 def calls_of_attention(text: str) -> list[ast.Call]:
-    return [node for code in re.findall(r"^```py(?:thon)?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-            for node in ast.walk(ast.parse(code))
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "attention"]
+    return [
+        node
+        for code in re.findall(r"^```py(?:thon)?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "attention"
+    ]
 
 
 def bind(call: ast.Call) -> None:
@@ -152,6 +166,6 @@ def test_there_are_calls_of_attention():
 
 @pytest.mark.parametrize("code", ["attention(q, k)", "attention(q, k, v, is_causal=True)"])
 def test_a_wrong_call_is_found(code):
-    call, = calls_of_attention(f"```py\n{code}\n```\n")
+    (call,) = calls_of_attention(f"```py\n{code}\n```\n")
     with pytest.raises(TypeError):
         bind(call)

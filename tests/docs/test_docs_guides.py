@@ -1,4 +1,5 @@
 """docs/migration.md and docs/serving.md are true: fields, codes, variables, commands, numbers, and every snippet."""
+
 import argparse
 import ast
 import inspect
@@ -51,9 +52,10 @@ def names(cell: str) -> list[str]:
 
 # ---- migration: fields and codes -------------------------------------------------------------------------------------
 
+
 def fields_named(text: str) -> list[str]:
     """Everywhere: in the tables' columns and in the C++ snippets."""
-    in_tables = [name for cell, in rows(text, "FlashAttentionParams") for name in names(cell)]
+    in_tables = [name for (cell,) in rows(text, "FlashAttentionParams") for name in names(cell)]
     return in_tables + re.findall(r"\bparams\.(\w+)", "".join(blocks(text, "cpp")))
 
 
@@ -85,7 +87,13 @@ def asked_for(cell: str) -> FlashAttentionParams:
     known |= dict.fromkeys(re.findall(r"\w+_ptr", cell), ADDRESS)
     changes = eval(f"dict({cell.strip('`')})", known)
     good = dict.fromkeys(("q", "k", "v", "out"), ADDRESS) | {
-        "batch_size": 4, "seqlen_q": 1, "seqlen_k": 2048, "num_heads": 16, "num_heads_k": 2, "head_dim": 128}
+        "batch_size": 4,
+        "seqlen_q": 1,
+        "seqlen_k": 2048,
+        "num_heads": 16,
+        "num_heads_k": 2,
+        "head_dim": 128,
+    }
     return FlashAttentionParams(**good | changes)
 
 
@@ -99,30 +107,39 @@ def test_what_is_said_to_be_refused_is():
     refused = {cell: int(code) for cell, code in rows(MIGRATION.read_text(), "refused", "code")}
     assert len(refused) >= 7
     assert {cell: [problem.status for problem in explain(asked_for(cell))] for cell in refused} == {
-        cell: [Status(code)] for cell, code in refused.items()}
+        cell: [Status(code)] for cell, code in refused.items()
+    }
 
 
 def test_attention_arguments_exist():
     known = inspect.signature(fa3_cute.attention).parameters
-    named = [name for cell, in rows(MIGRATION.read_text(), "`attention()`") for name in names(cell)]
+    named = [name for (cell,) in rows(MIGRATION.read_text(), "`attention()`") for name in names(cell)]
     assert len(named) > 15 and set(named) <= set(known)
 
 
-@pytest.mark.parametrize("old, new", [("| -9 | INVALID_ARGUMENT |", "| -9 | INVALID_ARGUMENTS |"),
-                                      ("| -14 | PAGED", "| -41 | PAGED"), ("| -103 | NOT", "| -104 | NOT")])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("| -9 | INVALID_ARGUMENT |", "| -9 | INVALID_ARGUMENTS |"),
+        ("| -14 | PAGED", "| -41 | PAGED"),
+        ("| -103 | NOT", "| -104 | NOT"),
+    ],
+)
 def test_a_wrong_code_is_found(old, new):
     text = MIGRATION.read_text()
     assert old in text and statuses(text.replace(old, new)) != statuses(text)
 
 
-@pytest.mark.parametrize("old, new", [("| `rng_state` | `rng_state` |", "| `rng_state` | `rng` |"),
-                                      ("params.head_dim", "params.headdim")])
+@pytest.mark.parametrize(
+    "old, new", [("| `rng_state` | `rng_state` |", "| `rng_state` | `rng` |"), ("params.head_dim", "params.headdim")]
+)
 def test_a_wrong_field_is_found(old, new):
     text = MIGRATION.read_text()
     assert old in text and set(fields_named(text.replace(old, new))) != set(DEFAULTS)
 
 
 # ---- serving: variables, commands, numbers ---------------------------------------------------------------------------
+
 
 def variables(text: str) -> set[str]:
     """Environment variables: words in capitals with a prefix that the library or the DSL uses."""
@@ -172,6 +189,7 @@ def test_settings_in_the_key_are_all_listed():
 
 # ---- snippets --------------------------------------------------------------------------------------------------------
 
+
 def faults(code: str) -> list[str]:
     """Imports and keyword arguments in a snippet that the library does not have."""
     functions = {name: getattr(fa3_cute, name) for name in fa3_cute.__all__ if callable(getattr(fa3_cute, name))}
@@ -194,9 +212,16 @@ def test_snippets_name_what_exists(guide):
         assert not faults(code), code
 
 
-@pytest.mark.parametrize("code", ["from fa3_cute import flash", "FlashAttentionParams(head_dims=64)",
-                                  "attention(q, k, v, is_causal=True)", "replace(params, seqlens_k=1)",
-                                  "warmup(params, streams=0)"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from fa3_cute import flash",
+        "FlashAttentionParams(head_dims=64)",
+        "attention(q, k, v, is_causal=True)",
+        "replace(params, seqlens_k=1)",
+        "warmup(params, streams=0)",
+    ],
+)
 def test_a_wrong_snippet_is_found(code):
     assert faults(code)
 
@@ -211,7 +236,7 @@ class Tensor:
         return ADDRESS
 
     def stride(self, dim: int) -> int:
-        return math.prod(self.shape[dim + 1:])
+        return math.prod(self.shape[dim + 1 :])
 
 
 class Stream:
@@ -248,9 +273,16 @@ def calls(monkeypatch):
 DENSE = {"q": Tensor(2, 5, 16, 128), "k": Tensor(2, 9, 2, 128), "v": Tensor(2, 9, 2, 128), "out": Tensor(2, 5, 16, 128)}
 PACKED = {"q": Tensor(10, 16, 128), "k": Tensor(18, 2, 128), "v": Tensor(18, 2, 128), "out": Tensor(10, 16, 128)}
 GIVEN = {
-    **DENSE, "lse": Tensor(2, 16, 5), "k_cache": DENSE["k"], "v_cache": DENSE["v"], "cache_seqlens": Tensor(2),
-    "cu_seqlens_q": Tensor(3), "cu_seqlens_k": Tensor(3), **{f"packed_{name}": PACKED[name] for name in "qkv"},
-    **dict.fromkeys(("d_q", "d_k", "d_v", "d_out"), ADDRESS)}
+    **DENSE,
+    "lse": Tensor(2, 16, 5),
+    "k_cache": DENSE["k"],
+    "v_cache": DENSE["v"],
+    "cache_seqlens": Tensor(2),
+    "cu_seqlens_q": Tensor(3),
+    "cu_seqlens_k": Tensor(3),
+    **{f"packed_{name}": PACKED[name] for name in "qkv"},
+    **dict.fromkeys(("d_q", "d_k", "d_v", "d_out"), ADDRESS),
+}
 
 
 def run(guide: Path, **given) -> dict:
@@ -266,7 +298,7 @@ def test_migration_snippets_make_good_calls(calls):
     run(MIGRATION)
     params = [call for call in calls if isinstance(call, FlashAttentionParams)]
     assert [explain(call) for call in params] == [[]] * 5
-    assert len(calls) - len(params) == 3        # of attention()
+    assert len(calls) - len(params) == 3  # of attention()
     prefill, decode, dense, packed, cache = params
     assert prefill.is_causal and prefill.num_heads_k == 16 and decode.num_heads_k == 2 and decode.seqlen_k == 2048
     assert (dense.q_row_stride, dense.k_row_stride, dense.q_batch_stride) == (2048, 256, 5 * 2048)

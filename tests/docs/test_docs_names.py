@@ -1,4 +1,5 @@
 """Modules, configs, files and headings that the documents name are there; the README lists every module."""
+
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path:
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
+
 def test_layer_table_has_every_kernel_file():
     table = CONTRACT.read_text().partition("## Layers")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| \d [^|]*\| ([^|]*) \|", table, re.MULTILINE)
@@ -29,8 +31,10 @@ def test_readme_layout_has_every_module_outside_kernels_and_cli():
     assert layout_in(README.read_text()) == modules_of_rooms()
 
 
-@pytest.mark.parametrize("old, new", [("  splits.py  ", "  split.py  "), ("planning/\n  problem", "plans/\n  problem"),
-                                      ("  cubin.py  ", "  the cubin")])
+@pytest.mark.parametrize(
+    "old, new",
+    [("  splits.py  ", "  split.py  "), ("planning/\n  problem", "plans/\n  problem"), ("  cubin.py  ", "  the cubin")],
+)
 def test_a_wrong_layout_is_found(old, new):
     text = README.read_text()
     assert old in text and layout_in(text.replace(old, new)) != modules_of_rooms()
@@ -55,20 +59,25 @@ def layout_in(text: str) -> set[tuple[str, str]]:
 
 def test_readme_links_every_example():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(
-        re.findall(r"\]\(examples/([^)]*)\)", README.read_text()))
+        re.findall(r"\]\(examples/([^)]*)\)", README.read_text())
+    )
 
 
 @every_document
 def test_names_with_a_module_exist(document):
     """What a document calls `module.name` or `module.py`, of the package's own modules, is there."""
-    modules: dict[str, str] = {}        # by name; a name that several folders have stands for the texts of all of them
+    modules: dict[str, str] = {}  # by name; a name that several folders have stands for the texts of all of them
     for path in PACKAGE.rglob("[a-z]*.py"):
-        if path.stem != "params":           # the documents' name for what a call is given
+        if path.stem != "params":  # the documents' name for what a call is given
             modules[path.stem] = modules.get(path.stem, "") + path.read_text()
-    words = re.findall(r"`(\w+)\.(\w+)[\w.]*`", re.sub(r"^```.*?^```$", "", document.read_text(),
-                                                     flags=re.DOTALL | re.MULTILINE))
-    missing = [f"{module}.{name}" for module, name in words if module in modules and name not in ("py", "md")
-               and not re.search(rf"\b{name}\b", modules[module])]
+    words = re.findall(
+        r"`(\w+)\.(\w+)[\w.]*`", re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    )
+    missing = [
+        f"{module}.{name}"
+        for module, name in words
+        if module in modules and name not in ("py", "md") and not re.search(rf"\b{name}\b", modules[module])
+    ]
     assert not missing
 
 
@@ -91,8 +100,11 @@ def absent_paths(text: str) -> list[str]:
     """Paths like `planning/tables.py` that lead to no file, from the package, the kernels, the tests or the root; names
     without a folder that no module has."""
     known = [path for folder in (PACKAGE, ROOT / "tests", ROOT / "examples") for path in folder.rglob("*.py")]
-    return [name for name in re.findall(r"`([\w/]+\.py)`", text)
-            if not any(f"/{path}".endswith(f"/{name}") for path in known)]
+    return [
+        name
+        for name in re.findall(r"`([\w/]+\.py)`", text)
+        if not any(f"/{path}".endswith(f"/{name}") for path in known)
+    ]
 
 
 @every_document
@@ -106,6 +118,7 @@ def test_an_absent_module_is_found(name):
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
+
 
 def anchors(text: str) -> set[str]:
     """Those that GitHub gives a document's headings."""

@@ -1,4 +1,5 @@
 """What a user meets first: the top level, the metadata, make's targets, the README's promises."""
+
 import ast
 import re
 import shutil
@@ -15,16 +16,36 @@ from fa3_cute.contract.status import Status
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TOP_LEVEL = {".ci", ".editorconfig", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md",
-             "LICENSE", "Makefile", "README.md", "SECURITY.md", "docs", "examples", "fa3_cute", "pyproject.toml",
-             "tests", "typings"}
+TOP_LEVEL = {
+    ".ci",
+    ".editorconfig",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "SECURITY.md",
+    "docs",
+    "examples",
+    "fa3_cute",
+    "pyproject.toml",
+    "tests",
+    "typings",
+}
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
 def test_top_level():
     assert {path.name for path in ROOT.iterdir()} >= TOP_LEVEL
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                            capture_output=True, text=True) if shutil.which("git") else None
+    listed = (
+        subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        )
+        if shutil.which("git")
+        else None
+    )
     if listed is None or listed.returncode:
         pytest.skip("not a git checkout: what else lies here is nobody's claim")
     assert {line.split("/")[0] for line in listed.stdout.splitlines()} == TOP_LEVEL
@@ -48,8 +69,9 @@ def test_installed_metadata_is_this_project():
     except metadata.PackageNotFoundError:
         pytest.skip("run from the sources, not installed")
     import fa3_cute
+
     assert installed.version == PROJECT["project"]["version"] == fa3_cute.__version__
-    command, = (entry for entry in installed.entry_points if entry.name == "fa3-cute")
+    (command,) = (entry for entry in installed.entry_points if entry.name == "fa3-cute")
     assert command.load() is __import__("fa3_cute.cli", fromlist=["main"]).main
 
 
@@ -61,6 +83,7 @@ def test_source_distribution_has_the_top_level():
 def test_type_checkers_see_the_public_names():
     """py.typed is there, and the names under TYPE_CHECKING come from where __getattr__ fetches them."""
     import fa3_cute
+
     assert (ROOT / "fa3_cute" / "py.typed").exists()
     assert declared((ROOT / "fa3_cute" / "__init__.py").read_text()) == fa3_cute._MODULE_OF
 
@@ -68,13 +91,14 @@ def test_type_checkers_see_the_public_names():
 @pytest.mark.parametrize("old, new", [("explain, forward,", "explain,"), ("from .contract.quantize", "from .api")])
 def test_a_wrong_declaration_is_found(old, new):
     import fa3_cute
+
     text = (ROOT / "fa3_cute" / "__init__.py").read_text()
     assert old in text and declared(text.replace(old, new)) != fa3_cute._MODULE_OF
 
 
 def declared(text: str) -> dict[str, str]:
     """Name -> module of the imports under `if TYPE_CHECKING:`."""
-    block, = (node for node in ast.parse(text).body if isinstance(node, ast.If))
+    (block,) = (node for node in ast.parse(text).body if isinstance(node, ast.If))
     return {alias.name: node.module for node in block.body for alias in node.names}
 
 
@@ -140,11 +164,14 @@ def test_readme_modules_exist():
 
 def test_readme_example_is_a_valid_call(monkeypatch):
     import fa3_cute
+
     calls = []
     monkeypatch.setattr(fa3_cute, "forward", lambda params, stream: calls.append(params) or Status.OK)
-    example, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(example, {f"{tensor}_ptr": 1 << 20 + number for number, tensor in enumerate(("q", "k", "v", "out"))}
-         | {"stream": 0})
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(
+        example,
+        {f"{tensor}_ptr": 1 << 20 + number for number, tensor in enumerate(("q", "k", "v", "out"))} | {"stream": 0},
+    )
     assert len(calls) == 2 and fa3_cute.explain(calls[0]) == []
 
 

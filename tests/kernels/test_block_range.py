@@ -1,4 +1,5 @@
 """kernels/common/block_range.py against brute force over every (row, key) pair, on Python ints."""
+
 import itertools
 from dataclasses import replace
 
@@ -34,7 +35,7 @@ def check(cfg, window, seqlen_q, seqlen_k, m_block):
         own = module.warpgroup_range(cfg, window, blocks, m_block, wg_idx, seqlen_q, seqlen_k)
         if blocks.n_block_min < blocks.n_block_max:
             assert blocks.n_block_min <= own.n_block_min <= own.n_block_max <= blocks.n_block_max
-        own_rows = rows[ROWS_PER_WARPGROUP * wg_idx:ROWS_PER_WARPGROUP * (wg_idx + 1)]
+        own_rows = rows[ROWS_PER_WARPGROUP * wg_idx : ROWS_PER_WARPGROUP * (wg_idx + 1)]
         assert own_rows[0] < seqlen_q or own.n_block_min == own.n_block_max
         visited_and_full = min(own.n_block_full_max, own.n_block_max)
         check_rows(cfg, window, seqlen_q, seqlen_k, own_rows, replace(own, n_block_full_max=visited_and_full))
@@ -83,19 +84,24 @@ def test_no_visible_key_is_an_empty_range():
 @pytest.mark.parametrize("m_block", [0, 1, 8_000_000])
 def test_lengths_near_the_limit_stay_within_int32(m_block):
     """2^30 tokens: no intermediate value leaves int32 (Python ints would not show it, so every operand is watched)."""
+
     class Watched(int):
         def _watch(name):
             def operate(self, other):
                 value = getattr(int, name)(int(self), int(other))
-                assert -2**31 <= value < 2**31, (name, self, other)
+                assert -(2**31) <= value < 2**31, (name, self, other)
                 return Watched(value)
+
             return operate
+
         for name in ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__floordiv__"):
             locals()[name] = _watch(name)
 
     cfg = next(cfg for cfg in all_forward_configs() if cfg.is_local and cfg.tile_m == 128)
     length = Watched(2**30 - 128)
-    for window in (module.Window(Watched(UNBOUNDED_WINDOW), Watched(0)),
-                   module.Window(Watched(5), Watched(UNBOUNDED_WINDOW))):
+    for window in (
+        module.Window(Watched(UNBOUNDED_WINDOW), Watched(0)),
+        module.Window(Watched(5), Watched(UNBOUNDED_WINDOW)),
+    ):
         blocks = module.block_range(cfg, window, Watched(m_block), length, length)
         assert blocks.n_block_max > blocks.n_block_min

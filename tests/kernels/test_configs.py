@@ -3,6 +3,7 @@
 Each row of the tables once, its options in turn: `selection` sees every option of a kernel beside every other. All
 configs: `make fingerprints`, or `python tests/support/fingerprints.py --check`.
 """
+
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
 from fa3_cute.planning.tables import DTYPES, all_configs, all_decode_configs, all_forward_configs
 
-PROCESSES = min(4, os.cpu_count() or 1)       # a compile takes 3 s of one core and 300 MB
+PROCESSES = min(4, os.cpu_count() or 1)  # a compile takes 3 s of one core and 300 MB
 
 
 def selection() -> list:
@@ -28,8 +29,11 @@ def selection() -> list:
     for row, variants in chosen.items():
         is_varlen, has_lse, number = next(options)
         types = list(dict.fromkeys((cfg.dtype, cfg.out_dtype) for cfg in variants))
-        chosen[row] = next(cfg for cfg in variants if (cfg.is_varlen, cfg.has_lse) == (is_varlen, has_lse)
-                           and (cfg.dtype, cfg.out_dtype) == types[number])
+        chosen[row] = next(
+            cfg
+            for cfg in variants
+            if (cfg.is_varlen, cfg.has_lse) == (is_varlen, has_lse) and (cfg.dtype, cfg.out_dtype) == types[number]
+        )
     decode = {}
     for number, cfg in enumerate(all_decode_configs()):
         decode.setdefault((cfg.element_bytes, cfg.head_dim, cfg.is_local), []).append((number, cfg))

@@ -1,4 +1,5 @@
 """The decode kernel on the GPU: every number of splits over contexts, masks, head ratios, used lengths and layouts."""
+
 from dataclasses import replace
 from itertools import product
 
@@ -23,9 +24,16 @@ from fa3_cute.contract.reference import as_float, to_bits
 pytestmark = pytest.mark.gpu
 
 # Fields of a case. A window of (100, 0) is a causal mask with a bound.
-MASKS = {"full": {}, "causal": {"is_causal": True}, "diagonal": {"window": (0, 0)}, "narrow": {"window": (5, 3)},
-         "bounded": {"window": (100, 0)}, "left": {"window": (64, -1)}, "right": {"window": (-1, 2)}}
-SOME = DECODE[::2]      # every head_dim, both dtypes
+MASKS = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "diagonal": {"window": (0, 0)},
+    "narrow": {"window": (5, 3)},
+    "bounded": {"window": (100, 0)},
+    "left": {"window": (64, -1)},
+    "right": {"window": (-1, 2)},
+}
+SOME = DECODE[::2]  # every head_dim, both dtypes
 
 
 def check_splits(problem, stream, splits=SPLITS, lse_rtol=0.0, **overrides) -> None:
@@ -116,16 +124,20 @@ def test_head_ratios(family, heads, seqlen_q, mask, stream):
     run_each_and_check(make_problem(case), stream, [{**choice, "mode": mode} for choice in HEAD_CHOICES])
 
 
-@pytest.mark.parametrize("lengths", [None, {"seqused_q": (57, 0, 1), "seqused_k": (333, 200, 65)}],
-                         ids=["whole", "used"])
+@pytest.mark.parametrize(
+    "lengths", [None, {"seqused_q": (57, 0, 1), "seqused_k": (333, 200, 65)}], ids=["whole", "used"]
+)
 @pytest.mark.parametrize("mask", ["full", "causal", "bounded"])
 @pytest.mark.parametrize("seqlen_q", [100, 200])
 @pytest.mark.parametrize("family", SOME, ids=str)
 def test_several_m_tiles(family, seqlen_q, mask, lengths, stream):
     """Three heads of a query may lie in two M tiles; past seqused_q there are M tiles without a row."""
     case = replace(family, batch=3, seqlen_q=seqlen_q, seqlen_k=333, **MASKS[mask])
-    run_each_and_check(make_problem(case, lengths=lengths), stream,
-                       [{"num_splits": n, "pack_gqa": pack} for n, pack in product((0, 1, 3, 24), (None, True, False))])
+    run_each_and_check(
+        make_problem(case, lengths=lengths),
+        stream,
+        [{"num_splits": n, "pack_gqa": pack} for n, pack in product((0, 1, 3, 24), (None, True, False))],
+    )
 
 
 @pytest.mark.parametrize("splits", [0, 1, 3, 24])
@@ -135,8 +147,12 @@ def test_one_query_has_one_meaning(family, splits, stream):
     problem = make_problem(family)
     first = run(problem, stream, num_splits=splits, mode=AttentionMode.DECODE)
     check(problem, *first)
-    for overrides in ({"mode": AttentionMode.PREFILL}, {"is_causal": True}, {"window_size_right": 0},
-                      {"mode": AttentionMode.DECODE, "is_causal": True}):
+    for overrides in (
+        {"mode": AttentionMode.PREFILL},
+        {"is_causal": True},
+        {"window_size_right": 0},
+        {"mode": AttentionMode.DECODE, "is_causal": True},
+    ):
         problem.poison_outputs(stream)
         assert_same_bits(run(problem, stream, num_splits=splits, **overrides), first)
 
@@ -174,8 +190,7 @@ def test_used_lengths_of_several_queries(family, mask, stream):
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("family", SOME, ids=str)
 def test_rows_without_a_key_are_zero(family, splits, stream):
-    problem = make_problem(replace(family, batch=3, seqlen_q=4, is_causal=True),
-                           lengths={"seqused_k": (0, 2, 385)})
+    problem = make_problem(replace(family, batch=3, seqlen_q=4, is_causal=True), lengths={"seqused_k": (0, 2, 385)})
     out, lse = run(problem, stream, num_splits=splits)
     for batch, num_empty in ((0, 4), (1, 2), (2, 0)):
         assert not out[batch, :num_empty].view(np.uint16).any()
@@ -183,6 +198,7 @@ def test_rows_without_a_key_are_zero(family, splits, stream):
 
 
 # ---- the same bits every time --------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("mask", [{}, {"seqlen_q": 4, "is_causal": True}], ids=["one query", "causal"])
 @pytest.mark.parametrize("family", DECODE, ids=str)
@@ -200,13 +216,22 @@ def test_twenty_runs_agree_bit_for_bit(family, mask, stream):
 
 def alone(problem, index) -> dict:
     """Overrides that make a call of one batch entry of a contiguous problem."""
-    tensors = [("q", problem.q), ("k", problem.k), ("v", problem.v), ("out", problem.out), ("softmax_lse", problem.lse),
-               *problem.lengths.items()]
+    tensors = [
+        ("q", problem.q),
+        ("k", problem.k),
+        ("v", problem.v),
+        ("out", problem.out),
+        ("softmax_lse", problem.lse),
+        *problem.lengths.items(),
+    ]
     return {"batch_size": 1, **{name: tensor.address + index * tensor.array.strides[0] for name, tensor in tensors}}
 
 
-@pytest.mark.parametrize("mask", [{}, {"seqlen_q": 4, "is_causal": True}, {"seqlen_q": 4, "window": (100, 3)}],
-                         ids=["one query", "causal", "window"])
+@pytest.mark.parametrize(
+    "mask",
+    [{}, {"seqlen_q": 4, "is_causal": True}, {"seqlen_q": 4, "window": (100, 3)}],
+    ids=["one query", "causal", "window"],
+)
 @pytest.mark.parametrize("family", DECODE, ids=str)
 def test_without_splits_an_entry_gives_the_same_bits_in_any_company(family, mask, stream):
     """Alone, among others, and among the same with other used lengths."""
@@ -232,6 +257,7 @@ def test_without_splits_an_entry_gives_the_same_bits_in_any_company(family, mask
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("used", [None, {"seqused_q": (3, 1), "seqused_k": (200, 385)}], ids=["whole", "used"])
 @pytest.mark.parametrize("place", [padded, heads_before_rows], ids=lambda place: place.__name__)
@@ -259,6 +285,7 @@ def test_absent_lse_is_not_written(family, splits, stream):
 
 # ---- extreme scores ------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0])
 @pytest.mark.parametrize("family", SOME, ids=str)
 def test_softmax_scale(family, scale, stream):
@@ -283,7 +310,7 @@ def test_scores_of_ten_thousand(family, order, stream):
 
 # ---- NaN and infinity ----------------------------------------------------------------------------------------------
 
-LAST = DECODE[0].seqlen_k - 1       # alone in its K/V tile: with many splits alone in its split
+LAST = DECODE[0].seqlen_k - 1  # alone in its K/V tile: with many splits alone in its split
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 4])

@@ -1,4 +1,5 @@
 """The decode kernel's scratch memory on the GPU: arrival counts, workspaces, streams, CUDA graphs."""
+
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,8 +26,8 @@ from fa3_cute.arrays import memory as cuda
 
 pytestmark = pytest.mark.gpu
 
-SOME = DECODE[::2]      # every head_dim, both dtypes
-SEVERAL_CLUSTERS = 24   # splits: 3 clusters of 8
+SOME = DECODE[::2]  # every head_dim, both dtypes
+SEVERAL_CLUSTERS = 24  # splits: 3 clusters of 8
 
 
 # ---- arrival counts ------------------------------------------------------------------------------------------------
@@ -60,6 +61,7 @@ def test_shapes_and_splits_alternate(stream):
 
 # ---- workspaces ----------------------------------------------------------------------------------------------------
 
+
 class Workspace:
     """Scratch memory of so many bytes, aligned to 16 and no more, full of NaN, between guard bands."""
 
@@ -77,7 +79,7 @@ class Workspace:
         """(the bytes around it, its own) after the work on `stream`."""
         whole = cuda.download(self.buffer, (self.buffer.size,), np.uint8, stream=stream)
         end = self.start + self.nbytes
-        return np.concatenate([whole[:self.start], whole[end:]]), whole[self.start:end]
+        return np.concatenate([whole[: self.start], whole[end:]]), whole[self.start : end]
 
 
 @pytest.mark.parametrize("splits", [SEVERAL_CLUSTERS, 128, 255])
@@ -88,7 +90,7 @@ def test_workspace_of_the_caller(family, splits, stream):
     params = params_of(problem, num_splits=splits)
     expected = run(problem, stream, num_splits=splits)
     workspace = Workspace(workspace_size(params))
-    for _ in range(2):      # the second time over what the first one left
+    for _ in range(2):  # the second time over what the first one left
         problem.poison_outputs(stream)
         assert_same_bits(run(problem, stream, num_splits=splits, **workspace.fields), expected)
     around, own = workspace.parts(stream)
@@ -145,9 +147,11 @@ def test_a_workspace_without_need_is_left_alone(splits, stream):
 
 NUM_LAUNCHES = 60
 # Some ten microseconds each, on less than half of the SMs: launches on two streams run at the same time.
-STREAMED = [(Case("bf16", 128, False, 16, 2, 1, 20_000), SEVERAL_CLUSTERS),
-            (Case("bf16", 128, False, 8, 1, 2, 30_000), 48),
-            (Case("fp16", 64, False, 16, 2, 1, 25_000), 32)]
+STREAMED = [
+    (Case("bf16", 128, False, 16, 2, 1, 20_000), SEVERAL_CLUSTERS),
+    (Case("bf16", 128, False, 8, 1, 2, 30_000), 48),
+    (Case("fp16", 64, False, 16, 2, 1, 25_000), 32),
+]
 
 
 def hold(*streams):
@@ -162,6 +166,7 @@ def hold(*streams):
 @dataclass
 class Launches:
     """Many launches of one call, each into an output of its own; and the memory that they use."""
+
     problem: Problem
     workspace: Workspace | None
     expected: bytes
@@ -179,8 +184,9 @@ class Launches:
         fields |= workspace.fields if workspace else {}
         outs = Image((NUM_LAUNCHES, out.size), case.dtype)
         outs.upload()
-        calls = [params_of(problem, out=outs.tensor(outs.whole[index]).address, **fields)
-                 for index in range(NUM_LAUNCHES)]
+        calls = [
+            params_of(problem, out=outs.tensor(outs.whole[index]).address, **fields) for index in range(NUM_LAUNCHES)
+        ]
         return Launches(problem, workspace, out.tobytes(), outs, calls)
 
     def assert_right(self, stream) -> None:
@@ -237,8 +243,10 @@ def test_a_call_reads_what_the_one_before_wrote(family, seqlen_q, even, odd, str
     """
     problem = make_problem(replace(family, seqlen_q=seqlen_q, has_lse=False), softmax_scale=2.0)
     ends = [problem.q.address, problem.out.address]
-    calls = [params_of(problem, q=ends[0], out=ends[1], num_splits=even),
-             params_of(problem, q=ends[1], out=ends[0], num_splits=odd)]
+    calls = [
+        params_of(problem, q=ends[0], out=ends[1], num_splits=even),
+        params_of(problem, q=ends[1], out=ends[0], num_splits=odd),
+    ]
     for call in calls:
         warmup(call, stream).check()
 
@@ -258,6 +266,7 @@ def test_a_call_reads_what_the_one_before_wrote(family, seqlen_q, even, odd, str
 
 
 # ---- graphs --------------------------------------------------------------------------------------------------------
+
 
 def captured(stream, *calls):
     """`forward` of these params as a graph."""
@@ -322,8 +331,10 @@ def test_a_call_in_a_graph_reads_what_the_one_before_wrote(device):
     stream = device.create_stream()
     case = Case("bf16", 128, False, 16, 2, 1, 3000)
     first, second = make_problem(case), make_problem(case)
-    params = [params_of(first, num_splits=SEVERAL_CLUSTERS),
-              params_of(second, num_splits=SEVERAL_CLUSTERS, q=first.out.address)]
+    params = [
+        params_of(first, num_splits=SEVERAL_CLUSTERS),
+        params_of(second, num_splits=SEVERAL_CLUSTERS, q=first.out.address),
+    ]
     warmup(params[0], stream).check()
     captured(stream, *params).launch(stream)
     out, lse = results(first, stream)

@@ -1,4 +1,5 @@
 """Forward on the GPU: every kernel over the grid of lengths and head ratios, and inputs at the edge of arithmetic."""
+
 import numpy as np
 import pytest
 from cases import FAMILIES, GRID, MANY_TILES
@@ -28,6 +29,7 @@ def test_softmax_scale(case, scale, stream):
 
 
 # ---- extreme scores ------------------------------------------------------------------------------------------------
+
 
 def set_values(problem, **values):
     """Overwrite inputs (rounded to the problem's dtype; shapes broadcast) and upload again."""
@@ -81,6 +83,7 @@ def test_rows_whose_maximum_turns_positive_late(case, stream):
 
 
 # ---- NaN and infinity ----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("case", FAMILIES, ids=str)

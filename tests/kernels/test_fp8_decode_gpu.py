@@ -1,4 +1,5 @@
 """The FP8 decode kernel on the GPU: splits, contexts, masks, head ratios, used lengths, the same bits every time."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -32,8 +33,10 @@ def descaled(case, **options):
 # ---- lengths and masks ---------------------------------------------------------------------------------------------
 
 CONTEXTS = (1, 2, 64, 65, 128, 129, 1000, 4097)
-LONG = [Case(FP8, 64, False, 8, 1, 1, 131_072, out_dtype="bf16"),
-        Case(FP8, 128, True, 16, 2, 2, 65_537, out_dtype="fp16")]
+LONG = [
+    Case(FP8, 64, False, 8, 1, 1, 131_072, out_dtype="bf16"),
+    Case(FP8, 128, True, 16, 2, 2, 65_537, out_dtype="fp16"),
+]
 
 
 @pytest.mark.parametrize("index, seqlen_k", list(enumerate(CONTEXTS)))
@@ -64,9 +67,19 @@ def test_every_remainder_of_the_last_tile(family, window, stream):
     check_splits(descaled(case, lengths={"seqused_k": lengths}), stream, FP8_SPLITS)
 
 
-@pytest.mark.parametrize("seqlen_q, seqlen_k, mask", [
-    (2, 1029, "causal"), (3, 300, "narrow"), (4, 70, "left"), (5, 1029, "bounded"), (6, 300, "right"),
-    (7, 3, "causal"), (8, 1029, "full"), (1, 300, "diagonal")])
+@pytest.mark.parametrize(
+    "seqlen_q, seqlen_k, mask",
+    [
+        (2, 1029, "causal"),
+        (3, 300, "narrow"),
+        (4, 70, "left"),
+        (5, 1029, "bounded"),
+        (6, 300, "right"),
+        (7, 3, "causal"),
+        (8, 1029, "full"),
+        (1, 300, "diagonal"),
+    ],
+)
 @pytest.mark.parametrize("family", FP8_DECODE_SOME, ids=str)
 def test_masks(family, seqlen_q, seqlen_k, mask, stream):
     """Also more queries than keys: the first ones see none, in every split."""
@@ -78,8 +91,9 @@ def test_masks(family, seqlen_q, seqlen_k, mask, stream):
 @pytest.mark.parametrize("family", FP8_DECODE_SOME, ids=str)
 def test_head_ratios(family, heads, stream):
     """Packed into however many M tiles it takes, and every query head by itself."""
-    variants = [{"num_splits": n, "pack_gqa": pack, "mode": AttentionMode.DECODE}
-                for n in FP8_SPLITS for pack in (None, False)]
+    variants = [
+        {"num_splits": n, "pack_gqa": pack, "mode": AttentionMode.DECODE} for n in FP8_SPLITS for pack in (None, False)
+    ]
     run_each_and_check(descaled(with_heads(family, heads)), stream, variants)
 
 
@@ -111,6 +125,7 @@ def test_strided(family, place, stream):
 
 # ---- values --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("slope", [0.125, -0.125, 48.0])
 @pytest.mark.parametrize("family", FP8_DECODE_SOME, ids=str)
 def test_scores_that_rise_and_fall_along_the_keys(family, slope, stream):
@@ -131,6 +146,7 @@ def test_nan_stays_where_it_reaches(family, name, stream):
 
 
 # ---- the same bits every time --------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("family", FP8_DECODE_SOME, ids=str)
 def test_twenty_runs_agree_bit_for_bit(family, stream):
@@ -164,8 +180,9 @@ def test_without_splits_an_entry_gives_the_same_bits_in_any_company(family, mask
         other_out, other_lse = run(problem, stream, num_splits=1)
         assert_same_bits((other_out[b], other_lse[b]), (out[b], lse[b]))
         problem.poison_outputs(stream)
-        own_descales = {f"{name}_ptr": tensor.address + b * tensor.array.strides[0]
-                        for name, tensor in problem.descales.items()}
+        own_descales = {
+            f"{name}_ptr": tensor.address + b * tensor.array.strides[0] for name, tensor in problem.descales.items()
+        }
         own_out, own_lse = run(problem, stream, num_splits=1, **alone(problem, b), **own_descales)
         assert_same_bits((own_out[b], own_lse[b]), (out[b], lse[b]))
 

@@ -1,4 +1,5 @@
 """Descales of FP8 on the GPU: every layout in every mode, scales of unlike size, and none that reaches another head."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ each_layout = pytest.mark.parametrize("descale", LAYOUTS.values(), ids=LAYOUTS.k
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------
+
 
 @each_layout
 @pytest.mark.parametrize("family", FP8_FEW, ids=str)
@@ -57,6 +59,7 @@ def test_head_ratios(kind, heads, stream):
 
 # ---- values --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("case", FP8_SOME + FP8_DECODE_SOME, ids=str)
 def test_heads_of_unlike_scale(case, stream):
     """Real values of one KV head up to 448, of the other up to 1e-3, and q's the other way round: each wrong scale is
@@ -84,7 +87,7 @@ def test_descales_of_zero(case, name, stream):
     """Of one head in two: as zeros in its values. Masked scores stay masked, and O is the mean of V, or 0."""
     problem = make_problem(case, descale=per_batch_and_head)
     problem.descales[f"{name}_descale"].array[:, ::2] = 0
-    v = np.random.default_rng(1).integers(-4, 5, problem.v.array.shape) / 4      # sums up exactly
+    v = np.random.default_rng(1).integers(-4, 5, problem.v.array.shape) / 4  # sums up exactly
     run_and_check(set_values(problem, v=v), stream)
 
 

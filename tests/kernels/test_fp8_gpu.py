@@ -1,5 +1,6 @@
 """FP8 forward on the GPU: lengths, masks, ratios and layouts of dense sequences, values at the edge of the format, and
 sums of any length. Descales, packed sequences and decode have modules of their own."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -31,9 +32,22 @@ def test_grid(case, stream):
     run_and_check(make_problem(case, descale=None if case.num_heads == 2 else per_batch_and_head), stream)
 
 
-WINDOWED = [Case(FP8, head_dim, False, 6, 2, *LENGTHS[(i + j) % 3], batch=2, has_lse=(i + j) % 2 == 0,
-                 window=window, out_dtype=FP8_OUT_DTYPES[i // 2 % 2])
-            for j, head_dim in enumerate(FP8_HEAD_DIMS) for i, window in enumerate(WINDOWS[:9])]
+WINDOWED = [
+    Case(
+        FP8,
+        head_dim,
+        False,
+        6,
+        2,
+        *LENGTHS[(i + j) % 3],
+        batch=2,
+        has_lse=(i + j) % 2 == 0,
+        window=window,
+        out_dtype=FP8_OUT_DTYPES[i // 2 % 2],
+    )
+    for j, head_dim in enumerate(FP8_HEAD_DIMS)
+    for i, window in enumerate(WINDOWS[:9])
+]
 
 
 @pytest.mark.parametrize("case", WINDOWED, ids=str)
@@ -84,6 +98,7 @@ def test_head_dims_without_a_kernel_are_refused(head_dim, stream):
 
 # ---- the ends of the format ----------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("signs, is_descaled", [("random", True), ("random", False), ("alike", False)])
 @pytest.mark.parametrize("case", FP8_FEW, ids=str)
 def test_saturated_values(case, signs, is_descaled, stream):
@@ -113,8 +128,12 @@ def test_subnormal_values(case, stream):
     """All values are up to 7 times 2^-9 and the descales bring them back: nothing may flush them to zero."""
     problem = make_problem(case, descale=fixed(q=2.0**7, k=2.0**8, v=2.0**9))
     rng = np.random.default_rng(3)
-    values = {name: rng.choice((-1, 1), getattr(problem, name).array.shape) * 2.0**-9
-              * rng.integers(1, 8, getattr(problem, name).array.shape) for name in "qkv"}
+    values = {
+        name: rng.choice((-1, 1), getattr(problem, name).array.shape)
+        * 2.0**-9
+        * rng.integers(1, 8, getattr(problem, name).array.shape)
+        for name in "qkv"
+    }
     # Dot products are integers of 13 bits, times 2^-18.
     run_and_check(set_values(replace(problem, exact_scores=True), **values), stream)
 
@@ -132,6 +151,7 @@ def test_heads_of_unlike_size(case, stream):
 
 
 # ---- scores and weights --------------------------------------------------------------------------------------------
+
 
 def along_two_dimensions(numbers, head_dim) -> np.ndarray:
     """[rows] -> [rows, 1, head_dim]: integers from -224 to 224 as sums of two E4M3 numbers, and zeros."""
@@ -189,6 +209,7 @@ def test_small_weights_count(case, stream):
 
 # ---- sums of any length --------------------------------------------------------------------------------------------
 
+
 def relative_rmse(problem, out) -> float:
     ref, _ = attention_reference(*problem.inputs, **problem.options)
     return float(np.sqrt(np.mean((as_float(out, np.float64) - ref) ** 2) / np.mean(ref**2)))
@@ -209,6 +230,7 @@ def test_sums_of_values_of_one_sign(head_dim, seqlen_q, heads, seqlen_k, stream)
 
 
 # ---- NaN -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("case", FP8_SOME, ids=str)
 def test_nan_in_q_stays_in_its_rows(case, stream):

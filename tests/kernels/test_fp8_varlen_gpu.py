@@ -1,4 +1,5 @@
 """FP8 on the GPU over packed sequences and used lengths: layouts, isolation from NaN, graphs, repetition."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +38,7 @@ WINDOWED = [replace(family, window=(50, 20), is_causal=False) for family in FP8_
 
 
 # ---- against the reference -----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("index, name", list(enumerate(LAYOUTS)), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("number", range(3), ids=("d64", "d96", "d128"))
@@ -94,6 +96,7 @@ def test_random_layouts(family, stream):
 
 # ---- used lengths --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("used", ["both", "more queries than keys", "none of k", "nothing"])
 @pytest.mark.parametrize("family", FP8_FEW, ids=str)
 def test_used_lengths_of_dense_sequences(family, used, stream):
@@ -108,6 +111,7 @@ def test_used_lengths_of_packed_sequences(family, used, stream):
 
 
 # ---- isolation -----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("value", ["poison", np.nan], ids=str)
 @pytest.mark.parametrize("family", FP8_SOME + WINDOWED, ids=str)
@@ -125,14 +129,18 @@ def test_dense_sequences_do_not_see_each_other(family, value, stream):
     assert_isolated(problem, value, stream)
 
 
-@pytest.mark.parametrize("layout", [Layout((0, 0), (30, 40), after=50), Layout((5, 200), (0, 0)),
-                                    Layout((5, 200), (0, 0), after=50)], ids=["no queries", "no key rows", "no keys"])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout((0, 0), (30, 40), after=50), Layout((5, 200), (0, 0)), Layout((5, 200), (0, 0), after=50)],
+    ids=["no queries", "no key rows", "no keys"],
+)
 def test_only_empty_sequences(layout, stream):
     """Rows of no sequence stay untouched; queries without keys give 0 and -inf."""
     run_and_check(packed_problem(FP8_FEW[1], layout, descale=per_batch_and_head), stream)
 
 
 # ---- graphs --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("family", FP8_FEW, ids=str)
 def test_graph_replay_with_other_offsets(family, device):

@@ -1,4 +1,5 @@
 """Rings and roles of the configs (planning/rings.py) are the ones in the tables of kernels/README.md."""
+
 import re
 from pathlib import Path
 
@@ -28,8 +29,11 @@ def count_in(cell: str, is_fp8: bool, n: int) -> int | None:
     return sum(int(term.rstrip("n") or 1) * (n if term.endswith("n") else 1) for term in terms)
 
 
-@pytest.mark.parametrize("configs, text", [(all_forward_configs(), FORWARD_TEXT), (all_decode_configs(), DECODE_TEXT)],
-                         ids=["forward", "decode"])
+@pytest.mark.parametrize(
+    "configs, text",
+    [(all_forward_configs(), FORWARD_TEXT), (all_decode_configs(), DECODE_TEXT)],
+    ids=["forward", "decode"],
+)
 def test_arrival_counts_are_the_contract_s(configs, text):
     rows = ring_rows(text)
     for cfg in configs:
@@ -53,4 +57,4 @@ def test_every_warp_has_one_role_at_most():
     for cfg in all_configs():
         warps = [warp for role in cfg.roles for warp in role.warps]
         assert len(warps) == len(set(warps)) and (max(warps) + 1) * WARP == cfg.num_threads
-        assert by_name(cfg.roles)["consume"].warps[0] % 4 == 0      # setmaxnreg and WGMMA are a warpgroup's
+        assert by_name(cfg.roles)["consume"].warps[0] % 4 == 0  # setmaxnreg and WGMMA are a warpgroup's

@@ -1,4 +1,5 @@
 """kernels/forward/order.py on Python ints: every tile once, longest first, sections that share L2, balanced work."""
+
 import heapq
 import itertools
 
@@ -33,14 +34,18 @@ def test_causal_runs_longest_first_within_a_section():
     assert [head // 20 for head in heads] == sorted(head // 20 for head in heads)
 
 
-@pytest.mark.parametrize("num_heads, group, seqlen_k, expected", [
-    (16, 1, 16384, 16),        # fewer heads than the least section
-    (64, 1, 4096, 32),         # 16 would share L2, but the least section is 32
-    (256, 1, 1024, 64),        # 32 MB of K and V
-    (256, 8, 1024, 256),       # the same with 8 query heads per KV head
-    (65, 1, 4096, 22),         # three sections of about equal size, not 32 + 32 + 1
-    (7, 1, 0, 7), (1, 1, 1, 1),
-])
+@pytest.mark.parametrize(
+    "num_heads, group, seqlen_k, expected",
+    [
+        (16, 1, 16384, 16),  # fewer heads than the least section
+        (64, 1, 4096, 32),  # 16 would share L2, but the least section is 32
+        (256, 1, 1024, 64),  # 32 MB of K and V
+        (256, 8, 1024, 256),  # the same with 8 query heads per KV head
+        (65, 1, 4096, 22),  # three sections of about equal size, not 32 + 32 + 1
+        (7, 1, 0, 7),
+        (1, 1, 1, 1),
+    ],
+)
 def test_heads_per_section(num_heads, group, seqlen_k, expected):
     """At head_dim 128 in 16 bits: 512 bytes of K and V per token."""
     assert scheduler.heads_per_section(num_heads, group, seqlen_k, 512) == expected
@@ -55,7 +60,7 @@ def test_causal_balance(num_m_blocks, batch, least):
     section = scheduler.heads_per_section(16 * batch, 1, num_m_blocks * 128, 512)
     work = [m_block + 2 for m_block, _, _ in order(True, scheduler.TileGrid(num_m_blocks, 16, batch, section))]
     queue = iter(work)
-    ctas = [(0, cta, next(queue)) for cta in range(NUM_SMS)]       # (time, CTA, the tile it has taken)
+    ctas = [(0, cta, next(queue)) for cta in range(NUM_SMS)]  # (time, CTA, the tile it has taken)
     end = 0
     while ctas:
         now, cta, taken = heapq.heappop(ctas)

@@ -1,4 +1,5 @@
 """kernels/common/block_range.py for the decode kernel, on Python ints: parts of split-KV, packed heads as rows."""
+
 import random
 from itertools import product
 
@@ -12,6 +13,7 @@ MAX_SPLITS = 256
 
 
 # ---- split_range ---------------------------------------------------------------------------------------------------
+
 
 def parts_of(blocks, num_splits):
     return [module.split_range(blocks, split, num_splits) for split in range(num_splits)]
@@ -113,8 +115,10 @@ def check_blocks(cfg, window, seqlen_q, seqlen_k, packed_heads):
 @pytest.mark.parametrize("packed_heads", PACKED_HEADS)
 def test_windows_of_packed_heads(packed_heads, tile_n):
     cfg = config(True, tile_n)
-    num_full = sum(check_blocks(cfg, window, seqlen_q, seqlen_k, packed_heads)
-                   for window, seqlen_q, seqlen_k in product(WINDOWS, QUERIES, KEYS))
+    num_full = sum(
+        check_blocks(cfg, window, seqlen_q, seqlen_k, packed_heads)
+        for window, seqlen_q, seqlen_k in product(WINDOWS, QUERIES, KEYS)
+    )
     assert num_full > 0, "the unmasked loop would never run"
 
 

@@ -1,4 +1,5 @@
 """The house rules (style_rules.py) hold, catch what they are for, and the package stays light to import."""
+
 import re
 import subprocess
 import sys
@@ -14,8 +15,11 @@ OTHER_FILES = sorted(path for folder in ("tests", "examples") for path in (ROOT 
 
 
 def breaches(files: list[Path], rule) -> str:
-    return "\n".join(f"{path.relative_to(ROOT)}:{line}: {sentence}" for path in files
-                     for line, sentence in rule(Source(path, path.read_text())))
+    return "\n".join(
+        f"{path.relative_to(ROOT)}:{line}: {sentence}"
+        for path in files
+        for line, sentence in rule(Source(path, path.read_text()))
+    )
 
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
@@ -104,20 +108,37 @@ def test_rule_allows(rule, name, text):
 
 def test_no_machine_paths():
     """Nothing names a folder of some developer's machine or a package index: pip's own configuration decides that."""
-    private = re.compile(r"(?<![\w.$}~/-])/(?:work|root|opt|mnt|scratch|(?:home|Users)(?!/someone))/"
-                         r"|/simple\b|--(?:extra-)?index-url")
-    texts = [*PACKAGE_FILES, *OTHER_FILES, *PACKAGE.rglob("*.md"), *(ROOT / "docs").rglob("*.md"),
-             *(ROOT / name for name in ("Makefile", "pyproject.toml", "README.md", ".ci/run"))]
-    found = [f"{path.relative_to(ROOT)}: {match[0]}" for path in texts if path != Path(__file__)
-             for match in private.finditer(path.read_text())]
+    private = re.compile(
+        r"(?<![\w.$}~/-])/(?:work|root|opt|mnt|scratch|(?:home|Users)(?!/someone))/"
+        r"|/simple\b|--(?:extra-)?index-url"
+    )
+    texts = [
+        *PACKAGE_FILES,
+        *OTHER_FILES,
+        *PACKAGE.rglob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / name for name in ("Makefile", "pyproject.toml", "README.md", ".ci/run")),
+    ]
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in texts
+        if path != Path(__file__)
+        for match in private.finditer(path.read_text())
+    ]
     assert not found, "\n".join(found)
 
 
 def test_import_is_light():
     """`import fa3_cute` loads neither the DSL nor CUDA nor NumPy and takes under 0.1 s (the best of five processes)."""
-    script = ("import sys, time; start = time.perf_counter(); import fa3_cute; print(time.perf_counter() - start,"
-              "*sorted({'cutlass', 'cuda', 'numpy', 'torch'} & {name.split('.')[0] for name in sys.modules}))")
-    runs = [subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-            .stdout.split() for _ in range(5)]
+    script = (
+        "import sys, time; start = time.perf_counter(); import fa3_cute; print(time.perf_counter() - start,"
+        "*sorted({'cutlass', 'cuda', 'numpy', 'torch'} & {name.split('.')[0] for name in sys.modules}))"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(5)
+    ]
     assert not runs[0][1:], f"import fa3_cute also imports {', '.join(runs[0][1:])}"
     assert min(float(seconds) for seconds, *_ in runs) < 0.1

@@ -1,4 +1,5 @@
 """Packed sequences and used lengths on the GPU: fixed and random layouts, isolation, graphs, repetition."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +53,7 @@ def assert_same_bits(got, expected) -> None:
 
 
 # ---- against the reference -----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("index, name", list(enumerate(LAYOUTS)), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -113,8 +115,11 @@ def layouts(draw) -> tuple[Layout, dict[str, list[int]]]:
     batch = draw(st.sampled_from((1, 2, 3, 5, 8, 33, 40)))
     length = st.integers(0, 60) if batch > 8 else st.one_of(st.integers(0, 2), st.integers(0, 130), st.integers(0, 600))
     lengths_q, lengths_k = (tuple(draw(st.lists(length, min_size=batch, max_size=batch))) for _ in "qk")
-    used = {name: [draw(st.integers(0, n)) for n in lengths]
-            for name, lengths in (("seqused_q", lengths_q), ("seqused_k", lengths_k)) if draw(st.booleans())}
+    used = {
+        name: [draw(st.integers(0, n)) for n in lengths]
+        for name, lengths in (("seqused_q", lengths_q), ("seqused_k", lengths_k))
+        if draw(st.booleans())
+    }
     # One query row at least: calls without any have a test of their own.
     layout = Layout((*lengths_q, 1), (*lengths_k, 1), draw(st.integers(0, 3)), draw(st.sampled_from((0, 1, 200))))
     return layout, {name: [*values, 1] for name, values in used.items()}
@@ -241,6 +246,7 @@ def test_a_sequence_gives_the_same_bits_in_any_company(family, stream):
 
 # ---- nothing to do -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("family", FAMILIES[::3], ids=str)
 def test_no_query_rows_at_all(family, stream):
     problem = packed_problem(family, Layout((0, 0, 0), (5, 0, 100)))
@@ -248,8 +254,11 @@ def test_no_query_rows_at_all(family, stream):
     assert problem.out.is_untouched(stream) and problem.lse.is_untouched(stream)
 
 
-@pytest.mark.parametrize("layout", [Layout((0, 0), (30, 40), after=50), Layout((5, 200), (0, 0)),
-                                    Layout((5, 200), (0, 0), after=50)], ids=["no queries", "no key rows", "no keys"])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout((0, 0), (30, 40), after=50), Layout((5, 200), (0, 0)), Layout((5, 200), (0, 0), after=50)],
+    ids=["no queries", "no key rows", "no keys"],
+)
 @pytest.mark.parametrize("family", FAMILIES[::3], ids=str)
 def test_only_empty_sequences(family, layout, stream):
     """Rows of no sequence stay untouched; queries without keys give 0 and -inf."""
@@ -257,6 +266,7 @@ def test_only_empty_sequences(family, layout, stream):
 
 
 # ---- graphs and repetition -----------------------------------------------------------------------------------------
+
 
 def captured(problem, stream):
     """`forward` of the problem as a graph."""
@@ -275,12 +285,14 @@ def replay(problem, graph, lengths: dict, stream) -> None:
     check(problem, *results(problem, stream))
 
 
-REPLAYED = (Layout((300, 100, 0, 200), (0, 250, 400, 50)),
-            Layout((150, 150, 150, 150), (175, 175, 175, 175)),    # the same totals
-            Layout((0, 600, 0, 0), (0, 700, 0, 0)),
-            Layout((1, 2, 3, 4), (4, 3, 2, 1), before=30),         # fewer rows
-            Layout((0, 0, 0, 0), (0, 0, 0, 0)),
-            Layout((200, 200, 100, 100), (300, 0, 200, 200)))
+REPLAYED = (
+    Layout((300, 100, 0, 200), (0, 250, 400, 50)),
+    Layout((150, 150, 150, 150), (175, 175, 175, 175)),  # the same totals
+    Layout((0, 600, 0, 0), (0, 700, 0, 0)),
+    Layout((1, 2, 3, 4), (4, 3, 2, 1), before=30),  # fewer rows
+    Layout((0, 0, 0, 0), (0, 0, 0, 0)),
+    Layout((200, 200, 100, 100), (300, 0, 200, 200)),
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -299,8 +311,10 @@ def test_graph_replay_with_other_used_lengths(family, device):
     """Dense and packed; longer and shorter than at the capture."""
     stream = device.create_stream()
     whole = {"seqused_q": (300, 64), "seqused_k": (420, 128)}
-    for problem in (make_problem(family, lengths={**whole, "seqused_q": (300, 300), "seqused_k": (420, 420)}),
-                    packed_problem(family, USED_LAYOUT, used=whole)):
+    for problem in (
+        make_problem(family, lengths={**whole, "seqused_q": (300, 300), "seqused_k": (420, 420)}),
+        packed_problem(family, USED_LAYOUT, used=whole),
+    ):
         graph = captured(problem, stream)
         for used in USED.values():
             replay(problem, graph, {**whole, **used}, stream)
@@ -322,9 +336,14 @@ def test_runs_agree_bit_for_bit(family, stream):
 def test_lengths_and_offsets_alternate_on_one_config(stream):
     """Calls of one kernel with offsets, with used lengths and with both, in turn: no pointer of the last call stays."""
     family = FAMILIES[4]
-    problems = [make_problem(family, lengths=USED["k"]), packed_problem(family, USED_LAYOUT),
-                packed_problem(family, USED_LAYOUT, used=USED["q"]), make_problem(family, lengths=USED["q"]),
-                packed_problem(family, USED_LAYOUT, used=USED["both"]), make_problem(family)]
+    problems = [
+        make_problem(family, lengths=USED["k"]),
+        packed_problem(family, USED_LAYOUT),
+        packed_problem(family, USED_LAYOUT, used=USED["q"]),
+        make_problem(family, lengths=USED["q"]),
+        packed_problem(family, USED_LAYOUT, used=USED["both"]),
+        make_problem(family),
+    ]
     for _ in range(2):
         for problem in problems:
             problem.upload()

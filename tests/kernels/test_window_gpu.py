@@ -1,4 +1,5 @@
 """Sliding windows on the GPU: every kind of band over dense and packed sequences, and the two that are causal masks."""
+
 from dataclasses import replace
 from itertools import product
 
@@ -13,16 +14,16 @@ INT32_MAX = 2**31 - 1
 
 # (left, right). What each is for:
 WINDOWS = (
-    (0, 0),                     # the diagonal alone
-    (5, 3),                     # far narrower than a tile
-    (64, 64),                   # about a tile
-    (200, 50),                  # several tiles, unlike sides
-    (30, -1),                   # one side each
+    (0, 0),  # the diagonal alone
+    (5, 3),  # far narrower than a tile
+    (64, 64),  # about a tile
+    (200, 50),  # several tiles, unlike sides
+    (30, -1),  # one side each
     (-1, 30),
-    (0, -1),                    # only the keys from the diagonal on
-    (257, 0),                   # causal, with a bound
-    (1000, 1000),               # wider than the sequence
-    (INT32_MAX, 17),            # bounds that overflow if added to
+    (0, -1),  # only the keys from the diagonal on
+    (257, 0),  # causal, with a bound
+    (1000, 1000),  # wider than the sequence
+    (INT32_MAX, 17),  # bounds that overflow if added to
     (17, INT32_MAX),
     (INT32_MAX, INT32_MAX),
 )
@@ -35,8 +36,10 @@ def sized(family: Case, lengths: tuple[int, int], window: tuple[int, int], **cha
     return replace(family, seqlen_q=lengths[0], seqlen_k=lengths[1], window=window, **changes)
 
 
-GRID = [sized(family, lengths, window, has_lse=(i + j) % 2 == 0)
-        for family, (i, window), (j, lengths) in product(FAMILIES, enumerate(WINDOWS), enumerate(LENGTHS))]
+GRID = [
+    sized(family, lengths, window, has_lse=(i + j) % 2 == 0)
+    for family, (i, window), (j, lengths) in product(FAMILIES, enumerate(WINDOWS), enumerate(LENGTHS))
+]
 
 
 @pytest.mark.parametrize("case", GRID, ids=str)

@@ -3,6 +3,7 @@
 `plan` is a model that is fitted anew now and then: these tests hold it to what the kernel relies on, to the sense of
 its choices, and to a few calls whose best plan was measured.
 """
+
 import math
 import random
 from dataclasses import replace
@@ -30,7 +31,7 @@ def shape_of(params: FlashAttentionParams) -> ProblemShape:
 
 
 def launch_of(params: FlashAttentionParams):
-    launch, = operation_of(shape_of(params)).launches
+    (launch,) = operation_of(shape_of(params)).launches
     return launch
 
 
@@ -39,10 +40,21 @@ def plan_of(params: FlashAttentionParams):
 
 
 PREFILL, DECODE, VARLEN = AttentionMode
-ONE_TOKEN = FlashAttentionParams(q=A, k=A, v=A, out=A, batch_size=4, seqlen_q=1, seqlen_k=8192, num_heads=16,
-                                 num_heads_k=2, head_dim=128, mode=DECODE)
+ONE_TOKEN = FlashAttentionParams(
+    q=A,
+    k=A,
+    v=A,
+    out=A,
+    batch_size=4,
+    seqlen_q=1,
+    seqlen_k=8192,
+    num_heads=16,
+    num_heads_k=2,
+    head_dim=128,
+    mode=DECODE,
+)
 PROMPT = replace(ONE_TOKEN, seqlen_q=1000, mode=PREFILL)
-UNBOUNDED = 2 * UNBOUNDED_WINDOW + 1        # the reach of a query that sees every key
+UNBOUNDED = 2 * UNBOUNDED_WINDOW + 1  # the reach of a query that sees every key
 CFG = decode_config("bf16", 128, False)
 LOCAL = decode_config("bf16", 128, True)
 TWO_PER_SM = [cfg for cfg in all_decode_configs() if cfg.ctas_per_sm == 2]
@@ -50,60 +62,83 @@ TWO_PER_SM = [cfg for cfg in all_decode_configs() if cfg.ctas_per_sm == 2]
 
 # ---- which calls -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("base, changes, expected", [
-    (ONE_TOKEN, {}, True),
-    (ONE_TOKEN, {"mode": PREFILL}, True),
-    (ONE_TOKEN, {"num_splits": 1}, True),
-    (ONE_TOKEN, {"num_splits": 256, "pack_gqa": False}, True),
-    (ONE_TOKEN, {"is_causal": True, "seqused_k": A}, True),
-    # 64 rows per KV head: 8 query heads of 8 queries, or, each by itself, 64 queries
-    (PROMPT, {"seqlen_q": 8}, True),
-    (PROMPT, {"seqlen_q": 9}, False),
-    (PROMPT, {"seqlen_q": 9, "num_heads": 14}, True),
-    (PROMPT, {"seqlen_q": 64, "num_heads_k": 16}, True),
-    (PROMPT, {"seqlen_q": 65, "num_heads_k": 16}, False),
-    (PROMPT, {"seqlen_q": 64, "pack_gqa": False}, True),
-    (PROMPT, {"seqlen_q": 65, "pack_gqa": False}, False),
-    (PROMPT, {"seqlen_q": 64, "pack_gqa": 0}, True),
-    (PROMPT, {"seqlen_q": 1, "num_heads": 130}, False),
-    (PROMPT, {"seqlen_q": 1, "num_heads": 130, "mode": DECODE}, True),
-    # any number of rows
-    (PROMPT, {}, False),
-    (PROMPT, {"num_splits": 1}, False),
-    (PROMPT, {"num_splits": 2}, True),
-    (PROMPT, {"num_splits": 2, "pack_gqa": False}, True),
-    (PROMPT, {"pack_gqa": True}, True),
-    (PROMPT, {"pack_gqa": np.True_}, True),
-    (PROMPT, {"pack_gqa": np.False_}, False),
-    (PROMPT, {"seqused_q": A, "seqused_k": A}, False),
-    # packed sequences have the other kernel, however short they are
-    *((PROMPT, {"seqlen_q": 1, "cu_seqlens_q": A, "cu_seqlens_k": A, "mode": VARLEN, "total_q": 5, "total_k": 5,
-                "num_splits": n, "pack_gqa": pack}, False) for n, pack in ((0, None), (1, False))),
-    (ONE_TOKEN, {"cu_seqlens_q": 0}, True),
-])
+
+@pytest.mark.parametrize(
+    "base, changes, expected",
+    [
+        (ONE_TOKEN, {}, True),
+        (ONE_TOKEN, {"mode": PREFILL}, True),
+        (ONE_TOKEN, {"num_splits": 1}, True),
+        (ONE_TOKEN, {"num_splits": 256, "pack_gqa": False}, True),
+        (ONE_TOKEN, {"is_causal": True, "seqused_k": A}, True),
+        # 64 rows per KV head: 8 query heads of 8 queries, or, each by itself, 64 queries
+        (PROMPT, {"seqlen_q": 8}, True),
+        (PROMPT, {"seqlen_q": 9}, False),
+        (PROMPT, {"seqlen_q": 9, "num_heads": 14}, True),
+        (PROMPT, {"seqlen_q": 64, "num_heads_k": 16}, True),
+        (PROMPT, {"seqlen_q": 65, "num_heads_k": 16}, False),
+        (PROMPT, {"seqlen_q": 64, "pack_gqa": False}, True),
+        (PROMPT, {"seqlen_q": 65, "pack_gqa": False}, False),
+        (PROMPT, {"seqlen_q": 64, "pack_gqa": 0}, True),
+        (PROMPT, {"seqlen_q": 1, "num_heads": 130}, False),
+        (PROMPT, {"seqlen_q": 1, "num_heads": 130, "mode": DECODE}, True),
+        # any number of rows
+        (PROMPT, {}, False),
+        (PROMPT, {"num_splits": 1}, False),
+        (PROMPT, {"num_splits": 2}, True),
+        (PROMPT, {"num_splits": 2, "pack_gqa": False}, True),
+        (PROMPT, {"pack_gqa": True}, True),
+        (PROMPT, {"pack_gqa": np.True_}, True),
+        (PROMPT, {"pack_gqa": np.False_}, False),
+        (PROMPT, {"seqused_q": A, "seqused_k": A}, False),
+        # packed sequences have the other kernel, however short they are
+        *(
+            (
+                PROMPT,
+                {
+                    "seqlen_q": 1,
+                    "cu_seqlens_q": A,
+                    "cu_seqlens_k": A,
+                    "mode": VARLEN,
+                    "total_q": 5,
+                    "total_k": 5,
+                    "num_splits": n,
+                    "pack_gqa": pack,
+                },
+                False,
+            )
+            for n, pack in ((0, None), (1, False))
+        ),
+        (ONE_TOKEN, {"cu_seqlens_q": 0}, True),
+    ],
+)
 def test_is_decode(base, changes, expected):
     assert splits.is_decode(shape_of(replace(base, **changes))) is expected
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({}, False),
-    ({"window_size_left": 4096}, True),
-    ({"window_size_left": 0}, True),
-    ({"window_size_left": UNBOUNDED_WINDOW}, False),
-    ({"window_size_left": UNBOUNDED_WINDOW - 1}, True),
-    # nothing lies to the right of the last query, and a single one is the last
-    ({"window_size_right": 0}, False),
-    ({"is_causal": True}, False),
-    ({"is_causal": True, "seqlen_q": 2}, True),
-    ({"window_size_right": 0, "seqlen_q": 2}, True),
-    ({"window_size_right": UNBOUNDED_WINDOW, "seqlen_q": 2}, False),
-    ({"window_size_left": 7, "window_size_right": 7}, True),
-])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, False),
+        ({"window_size_left": 4096}, True),
+        ({"window_size_left": 0}, True),
+        ({"window_size_left": UNBOUNDED_WINDOW}, False),
+        ({"window_size_left": UNBOUNDED_WINDOW - 1}, True),
+        # nothing lies to the right of the last query, and a single one is the last
+        ({"window_size_right": 0}, False),
+        ({"is_causal": True}, False),
+        ({"is_causal": True, "seqlen_q": 2}, True),
+        ({"window_size_right": 0, "seqlen_q": 2}, True),
+        ({"window_size_right": UNBOUNDED_WINDOW, "seqlen_q": 2}, False),
+        ({"window_size_left": 7, "window_size_right": 7}, True),
+    ],
+)
 def test_is_windowed(changes, expected):
     assert splits.is_windowed(shape_of(replace(ONE_TOKEN, mode=PREFILL, **changes))) is expected
 
 
 # ---- the number of splits that was asked for -------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("seqlen_k", [1, 100, 8192, 2**20])
 def test_exactly_as_many_splits_as_asked_for(seqlen_k):
@@ -131,13 +166,21 @@ def check_memory(cfg, found, batch_size, seqlen_q, num_heads):
 
 # ---- automatic plans -------------------------------------------------------------------------------------------------
 
+
 def random_call(rng):
     """(batch_size, seqlen_q, seqlen_k, num_heads, num_heads_k, reach, pack_gqa)"""
     heads_k = rng.choice((1, 2, 3, 4, 8, 16, 32))
     seqlen_k = rng.choice((rng.randint(1, 300), rng.randint(1, 2**14), rng.randint(1, 2**21)))
     reach = rng.choice((1, rng.randint(1, 5000), UNBOUNDED_WINDOW + 1, UNBOUNDED))
-    return (rng.choice((1, 2, 3, 7, 16, 64, 133, 512, 5000)), rng.choice((1, 1, 1, 2, 8, 70, 3000)), seqlen_k,
-            heads_k * rng.choice((1, 2, 4, 5, 7, 8, 16, 80)), heads_k, reach, rng.choice((None, None, True, False)))
+    return (
+        rng.choice((1, 2, 3, 7, 16, 64, 133, 512, 5000)),
+        rng.choice((1, 1, 1, 2, 8, 70, 3000)),
+        seqlen_k,
+        heads_k * rng.choice((1, 2, 4, 5, 7, 8, 16, 80)),
+        heads_k,
+        reach,
+        rng.choice((None, None, True, False)),
+    )
 
 
 @pytest.mark.parametrize("cfg", all_decode_configs(), ids=lambda cfg: cfg.name)
@@ -165,8 +208,11 @@ def test_the_plan_depends_on_the_call_alone():
     assert plans(calls, "fp16") == plans(calls[::-1], "fp16")[::-1] == plans(calls, "bf16")
 
 
-@pytest.mark.parametrize("changes", [
-    {"num_splits": 0}, {"num_splits": 256, "batch_size": 4096, "seqlen_q": 8, "seqlen_k": 65536}], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_splits": 0}, {"num_splits": 256, "batch_size": 4096, "seqlen_q": 8, "seqlen_k": 65536}],
+    ids=["one", "many"],
+)
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16], ids=lambda kind: kind.__name__)
 def test_sizes_of_numpy_are_numbers(kind, changes):
     """They count as ints, also where a product leaves their range."""
@@ -174,7 +220,7 @@ def test_sizes_of_numpy_are_numbers(kind, changes):
     fields = ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")
     narrow = {name: kind(value) for name in fields if (value := getattr(params, name)) <= np.iinfo(kind).max}
     expected = plan_of(params)
-    splits.plan.cache_clear()                   # equal sizes are equal keys
+    splits.plan.cache_clear()  # equal sizes are equal keys
     try:
         assert plan_of(replace(params, **narrow)) == expected
     finally:
@@ -183,6 +229,7 @@ def test_sizes_of_numpy_are_numbers(kind, changes):
 
 def test_plans_of_params():
     """plan_of reads what plan is told: the mask's reach, the heads that share a tile, the splits."""
+
     def told(is_local, reach, *choices, seqlen_q=1):
         return plan(decode_config("fp16", 128, is_local), 4, seqlen_q, 8192, 16, 2, reach, choices)
 
@@ -196,14 +243,26 @@ def test_plans_of_params():
 FP8 = DataType.FP8_E4M3
 
 
-@pytest.mark.parametrize("changes, config", [
-    ({}, ("fp16", 128, False)),
-    ({"dtype": DataType.BF16, "out_dtype": DataType.BF16, "window_size_left": 7}, ("bf16", 128, True)),
-    ({"dtype": FP8}, ("fp8_e4m3", 128, False, "bf16")),
-    ({"dtype": 2, "out_dtype": 1, "head_dim": np.int64(64)}, ("fp8_e4m3", 64, False, "bf16")),
-    ({"dtype": FP8, "out_dtype": DataType.FP16, "is_causal": True, "seqlen_q": 2, "mode": PREFILL, "head_dim": 96},
-     ("fp8_e4m3", 96, True, "fp16")),
-])
+@pytest.mark.parametrize(
+    "changes, config",
+    [
+        ({}, ("fp16", 128, False)),
+        ({"dtype": DataType.BF16, "out_dtype": DataType.BF16, "window_size_left": 7}, ("bf16", 128, True)),
+        ({"dtype": FP8}, ("fp8_e4m3", 128, False, "bf16")),
+        ({"dtype": 2, "out_dtype": 1, "head_dim": np.int64(64)}, ("fp8_e4m3", 64, False, "bf16")),
+        (
+            {
+                "dtype": FP8,
+                "out_dtype": DataType.FP16,
+                "is_causal": True,
+                "seqlen_q": 2,
+                "mode": PREFILL,
+                "head_dim": 96,
+            },
+            ("fp8_e4m3", 96, True, "fp16"),
+        ),
+    ],
+)
 def test_config_of_params(changes, config):
     assert launch_of(replace(ONE_TOKEN, **changes)).config == decode_config(*config)
 
@@ -211,18 +270,33 @@ def test_config_of_params(changes, config):
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_fp8_has_plans_of_its_own(head_dim):
     """By its own rows of the heuristics and its own bytes; O's element type has no part in it."""
+
     def plans(dtype, out_dtype=None):
         calls = product((1, 3, 16, 64), (1, 200, 2000, 8192, 2**15, 2**17))
-        return [plan_of(replace(ONE_TOKEN, dtype=dtype, out_dtype=out_dtype, head_dim=head_dim, batch_size=batch_size,
-                                seqlen_k=seqlen_k)) for batch_size, seqlen_k in calls]
+        return [
+            plan_of(
+                replace(
+                    ONE_TOKEN,
+                    dtype=dtype,
+                    out_dtype=out_dtype,
+                    head_dim=head_dim,
+                    batch_size=batch_size,
+                    seqlen_k=seqlen_k,
+                )
+            )
+            for batch_size, seqlen_k in calls
+        ]
 
     cfg = decode_config("fp8_e4m3", head_dim, False, "bf16")
-    told = [plan(cfg, batch_size, 1, seqlen_k, 16, 2, UNBOUNDED, (None, 0))
-            for batch_size, seqlen_k in product((1, 3, 16, 64), (1, 200, 2000, 8192, 2**15, 2**17))]
+    told = [
+        plan(cfg, batch_size, 1, seqlen_k, 16, 2, UNBOUNDED, (None, 0))
+        for batch_size, seqlen_k in product((1, 3, 16, 64), (1, 200, 2000, 8192, 2**15, 2**17))
+    ]
     assert plans(FP8) == plans(FP8, DataType.FP16) == told != plans(DataType.BF16)
 
 
 # ---- do they make sense ----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_a_single_long_context_takes_the_whole_gpu(head_dim):
@@ -242,8 +316,10 @@ def test_plenty_of_items_are_not_split(cfg):
 @pytest.mark.parametrize("seqlen_q, window", [(1, 500), (4, 1024), (1, 4096)])
 def test_a_window_is_planned_for_what_it_shows(seqlen_q, window, batch_size):
     """However long the context behind it is; and without splits that have nothing to read."""
-    plans = {plan(LOCAL, batch_size, seqlen_q, seqlen_k, 16, 2, window + 1, (None, 0))
-             for seqlen_k in (8192, 2**15, 2**17, 2**20)}
+    plans = {
+        plan(LOCAL, batch_size, seqlen_q, seqlen_k, 16, 2, window + 1, (None, 0))
+        for seqlen_k in (8192, 2**15, 2**17, 2**20)
+    }
     assert max(found.num_splits for found in plans) <= (window + seqlen_q) // LOCAL.tile_n + 2
     assert len(plans) == 1, plans
 
@@ -256,9 +332,14 @@ def test_short_contexts_are_not_split_further_than_their_tiles():
 
 
 # Measured: the fastest, or within the noise of it.
-@pytest.mark.parametrize("batch_size, seqlen_k, heads, splits_and_cluster", [
-    (1, 2048, (16, 2), (16, 16)), (4, 2048, (16, 2), (8, 8)), (64, 8192, (32, 8), (1, 1)),
-])
+@pytest.mark.parametrize(
+    "batch_size, seqlen_k, heads, splits_and_cluster",
+    [
+        (1, 2048, (16, 2), (16, 16)),
+        (4, 2048, (16, 2), (8, 8)),
+        (64, 8192, (32, 8), (1, 1)),
+    ],
+)
 def test_pinned_plans(batch_size, seqlen_k, heads, splits_and_cluster):
     found = plan(CFG, batch_size, 1, seqlen_k, *heads, UNBOUNDED, (None, 0))
     assert (found.num_splits, found.cluster_size) == splits_and_cluster
@@ -274,7 +355,7 @@ def test_the_model_is_a_time(cfg):
             times = {choice: splits.time_of(cfg, num_items, n_blocks, *choice, rates) for choice in candidates}
             assert all(time > 0 and math.isfinite(time) for time in times.values())
             chosen = splits.fastest(cfg, num_items, n_blocks, tuple(rates))
-            assert times[chosen] <= min(times.values()) + 0.1        # it rounds to tenths
+            assert times[chosen] <= min(times.values()) + 0.1  # it rounds to tenths
         for num_splits, cluster_size in candidates:
             assert num_splits % cluster_size == 0 and num_splits <= min(MAX_SPLITS, max(n_blocks, 1))
             assert num_splits == cluster_size or num_items * num_splits <= max(CLUSTER_SLOTS[cluster_size])
@@ -289,23 +370,30 @@ def test_more_work_never_takes_less_time():
 
 # ---- kernels/split.py ------------------------------------------------------------------------------------------------
 
+
 class Number(int):
     """kernels/split.Divisor without the DSL."""
+
     @property
     def divisor(self):
         return int(self)
 
 
-@pytest.mark.parametrize("batch_size, seqlen_q, num_heads, num_heads_k, packed_heads", [
-    (1, 1, 1, 1, 1), (3, 1, 16, 2, 8), (2, 9, 16, 2, 8), (2, 130, 6, 3, 2), (2, 130, 6, 3, 1), (3, 5, 80, 1, 80)])
+@pytest.mark.parametrize(
+    "batch_size, seqlen_q, num_heads, num_heads_k, packed_heads",
+    [(1, 1, 1, 1, 1), (3, 1, 16, 2, 8), (2, 9, 16, 2, 8), (2, 130, 6, 3, 2), (2, 130, 6, 3, 1), (3, 5, 80, 1, 80)],
+)
 @pytest.mark.parametrize("num_splits, cluster_size", [(1, 1), (6, 6), (11, 1), (24, 8)])
-def test_every_split_of_every_tile_has_one_cta(monkeypatch, batch_size, seqlen_q, num_heads, num_heads_k, packed_heads,
-                                               num_splits, cluster_size):
+def test_every_split_of_every_tile_has_one_cta(
+    monkeypatch, batch_size, seqlen_q, num_heads, num_heads_k, packed_heads, num_splits, cluster_size
+):
     """Also the grid's size is plan's idea of it, and a cluster works on one item."""
     from fa3_cute.kernels.decode import split as module
+
     monkeypatch.setattr(module, "Divisor", Number)
-    grid = module.SplitGrid.create(64, batch_size, seqlen_q, num_heads, num_heads // num_heads_k, packed_heads,
-                                   num_splits, cluster_size)
+    grid = module.SplitGrid.create(
+        64, batch_size, seqlen_q, num_heads, num_heads // num_heads_k, packed_heads, num_splits, cluster_size
+    )
     pack = packed_heads > 1 or num_heads == num_heads_k
     found = plan(CFG, batch_size, seqlen_q, 4096, num_heads, num_heads_k, UNBOUNDED, (pack, num_splits))
     assert grid.num_items == check_memory(CFG, found, batch_size, seqlen_q, num_heads)
@@ -316,7 +404,7 @@ def test_every_split_of_every_tile_has_one_cta(monkeypatch, batch_size, seqlen_q
     work = [(batch, group, m_block, split) for _, split, m_block, group, batch in places]
     assert sorted(work) == list(product(*map(range, (batch_size, groups, m_blocks, num_splits))))
     for start in range(0, len(places), cluster_size):
-        cluster = places[start:start + cluster_size]
+        cluster = places[start : start + cluster_size]
         assert len({item for item, *_ in cluster}) == 1
         assert [split % cluster_size for _, split, *_ in cluster] == list(range(cluster_size))
     kv_heads = [group // grid.groups_per_kv_head for group in range(groups)]

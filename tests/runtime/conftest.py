@@ -1,4 +1,5 @@
 """A process whose CUDA is a fake that records: what the launch tests run their scripts in."""
+
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ def fake_cuda(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fake_cuda")
     library = folder / "libcute_dsl_runtime.so"
     subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", "-o", library, SUPPORT / "fake_cuda.c", "-ldl"], check=True)
-    os.link(library, folder / "libcuda.so.1")     # one file under both names: one copy of its variables
+    os.link(library, folder / "libcuda.so.1")  # one file under both names: one copy of its variables
     return folder
 
 
@@ -30,12 +31,20 @@ def run(fake_cuda):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("FA3_CUTE", "CUTE_DSL"))}
     libraries = f"{fake_cuda}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     environment = clean | {
-        "LD_LIBRARY_PATH": libraries, "CUTE_DSL_LIBS": str(fake_cuda / "libcute_dsl_runtime.so"),
-        "FA3_CUTE_CACHE_DIR": str(fake_cuda / "cache"), "PYTHONPATH": f"{SUPPORT}:{SUPPORT.parents[1]}"}
+        "LD_LIBRARY_PATH": libraries,
+        "CUTE_DSL_LIBS": str(fake_cuda / "libcute_dsl_runtime.so"),
+        "FA3_CUTE_CACHE_DIR": str(fake_cuda / "cache"),
+        "PYTHONPATH": f"{SUPPORT}:{SUPPORT.parents[1]}",
+    }
 
     def run_script(script: str, **changes: str) -> dict:
-        done = subprocess.run([sys.executable, "-c", "from fake_cuda import *\n" + script], env=environment | changes,
-                              text=True, capture_output=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", "from fake_cuda import *\n" + script],
+            env=environment | changes,
+            text=True,
+            capture_output=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout.split("RESULT")[1])
 

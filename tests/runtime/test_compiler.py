@@ -1,4 +1,5 @@
 """Compiling without a GPU, and the cache: in memory, on disk, between threads and processes, and damaged."""
+
 import importlib
 import inspect
 import json
@@ -41,8 +42,14 @@ except compiler.CompileError as error:
 def start_process(script: str, **environment: str) -> subprocess.Popen:
     """A fresh interpreter on this checkout; in its environment only what is given has to do with us or the DSL."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("FA3_CUTE", "CUTE_DSL"))}
-    return subprocess.Popen([sys.executable, "-c", script], env=clean | environment, cwd=REPOSITORY, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=clean | environment,
+        cwd=REPOSITORY,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def output_of(process: subprocess.Popen) -> str:
@@ -75,11 +82,12 @@ def compiles(compiled, monkeypatch):
 
 
 def entry(folder: Path) -> Path:
-    path, = folder.iterdir()
+    (path,) = folder.iterdir()
     return path
 
 
 # ---- the disk cache: bytes in, bytes out -----------------------------------------------------------------------------
+
 
 def test_disk_round_trip(empty_cache):
     assert disk_cache.find("fwd", KEY) is None
@@ -99,14 +107,25 @@ def test_store_replaces(empty_cache):
 
 
 def flipped(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: b"", lambda data: data[:10], lambda data: data[:len(data) // 2], lambda data: data[:-1],
-    lambda data: data + b"\0", lambda data: data[:-disk_cache.TRAILER_BYTES], lambda data: flipped(data, 0),
-    lambda data: flipped(data, 700), lambda data: flipped(data, len(data) - 1), lambda data: bytes(len(data)),
-], ids=["empty", "10 bytes", "half", "one short", "one more", "no trailer", "first bit", "a bit", "last bit", "zeros"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:10],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data + b"\0",
+        lambda data: data[: -disk_cache.TRAILER_BYTES],
+        lambda data: flipped(data, 0),
+        lambda data: flipped(data, 700),
+        lambda data: flipped(data, len(data) - 1),
+        lambda data: bytes(len(data)),
+    ],
+    ids=["empty", "10 bytes", "half", "one short", "one more", "no trailer", "first bit", "a bit", "last bit", "zeros"],
+)
 def test_damaged_entry_is_a_miss(damage, caplog):
     path = disk_cache.store("fwd", KEY, CODE)
     path.write_bytes(damage(path.read_bytes()))
@@ -131,7 +150,7 @@ def test_entry_that_is_no_file_of_ours_is_a_miss(empty_cache, tmp_path, monkeypa
     path.unlink()
     path.mkdir()
     assert disk_cache.find("fwd", KEY) is None
-    assert disk_cache.store("fwd", KEY, CODE) is None         # no file can take a folder's place: memory only
+    assert disk_cache.store("fwd", KEY, CODE) is None  # no file can take a folder's place: memory only
     assert not list(empty_cache.glob(".*"))
 
 
@@ -175,29 +194,48 @@ def test_cache_dir_follows_the_environment(monkeypatch):
 
 # ---- the key ---------------------------------------------------------------------------------------------------------
 
+
 def test_key_depends_on_every_field_and_on_nothing_of_a_call():
-    changed = {"dtype": "fp16", "head_dim": 96, "is_causal": True, "is_local": True, "is_varlen": True,
-               "has_lse": False, "tile_m": 128, "tile_n": 112, "num_q_stages": CFG.num_q_stages + 1,
-               "num_kv_stages": CFG.num_kv_stages - 1,
-               "use_pingpong": not CFG.use_pingpong, "rescale_before_pv": not CFG.rescale_before_pv}
-    changed_fp8 = {"out_dtype": "fp16"}      # what only FP8 can change
-    small = replace(CFG, tile_n=64, is_causal=False)      # leaves room to change one field at a time
+    changed = {
+        "dtype": "fp16",
+        "head_dim": 96,
+        "is_causal": True,
+        "is_local": True,
+        "is_varlen": True,
+        "has_lse": False,
+        "tile_m": 128,
+        "tile_n": 112,
+        "num_q_stages": CFG.num_q_stages + 1,
+        "num_kv_stages": CFG.num_kv_stages - 1,
+        "use_pingpong": not CFG.use_pingpong,
+        "rescale_before_pv": not CFG.rescale_before_pv,
+    }
+    changed_fp8 = {"out_dtype": "fp16"}  # what only FP8 can change
+    small = replace(CFG, tile_n=64, is_causal=False)  # leaves room to change one field at a time
     small_fp8 = replace(small, dtype="fp8_e4m3", out_dtype="bf16")
     assert changed.keys() | changed_fp8.keys() == {field.name for field in fields(CFG)}
-    cfgs = [small, small_fp8, *(replace(small, **{name: value}) for name, value in changed.items()),
-            *(replace(small_fp8, **{name: value}) for name, value in changed_fp8.items())]
+    cfgs = [
+        small,
+        small_fp8,
+        *(replace(small, **{name: value}) for name, value in changed.items()),
+        *(replace(small_fp8, **{name: value}) for name, value in changed_fp8.items()),
+    ]
     assert len({compiler.cache_key(cfg) for cfg in cfgs}) == len(cfgs)
     assert {type(value) for cfg in (CFG, small_fp8) for value in cfg.as_dict().values()} <= {int, bool, str, type(None)}
 
 
-@pytest.mark.parametrize("change", [
-    lambda patch: patch.setattr(compiler, "source_hash", lambda: "other"),
-    lambda patch: patch.setattr(compiler.cutlass, "__version__", "0"),
-    lambda patch: patch.setattr(compiler.cutlass, "CUDA_VERSION", SimpleNamespace(major=99, minor=0)),
-    lambda patch: patch.setattr(compiler.sys, "version_info", (3, 99)),
-    lambda patch: patch.setattr(compiler, "ARCH", "sm_0"),
-    lambda patch: patch.setenv("CUTE_DSL_LINEINFO", "1"),
-], ids=["sources", "DSL version", "flavour", "Python", "arch", "DSL setting"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(compiler, "source_hash", lambda: "other"),
+        lambda patch: patch.setattr(compiler.cutlass, "__version__", "0"),
+        lambda patch: patch.setattr(compiler.cutlass, "CUDA_VERSION", SimpleNamespace(major=99, minor=0)),
+        lambda patch: patch.setattr(compiler.sys, "version_info", (3, 99)),
+        lambda patch: patch.setattr(compiler, "ARCH", "sm_0"),
+        lambda patch: patch.setenv("CUTE_DSL_LINEINFO", "1"),
+    ],
+    ids=["sources", "DSL version", "flavour", "Python", "arch", "DSL setting"],
+)
 def test_key_depends_on_what_compiles_it(change, monkeypatch):
     before = compiler.cache_key(CFG)
     change(monkeypatch)
@@ -216,23 +254,42 @@ def test_arguments_follow_the_table(cfg):
 
 
 def test_pointers_have_their_type_and_no_more_alignment_than_validation_asks_for(monkeypatch):
-    monkeypatch.setattr(compiler.cute.runtime, "make_ptr", lambda element, value, space, assumed_align:
-                        (element.__name__, assumed_align))
+    monkeypatch.setattr(
+        compiler.cute.runtime,
+        "make_ptr",
+        lambda element, value, space, assumed_align: (element.__name__, assumed_align),
+    )
     arguments = {}
     for cfg in (CFG, DECODE_CFG):
         arguments |= zip(dict(cfg.arguments), compiler.typed_arguments(cfg, [0] * len(cfg.arguments)), strict=True)
-    elements = {"q": "BFloat16", "k": "BFloat16", "v": "BFloat16", "out": "BFloat16", "softmax_lse": "Float32",
-                "cu_seqlens_q": "Int32", "cu_seqlens_k": "Int32", "seqused_q": "Int32", "seqused_k": "Int32",
-                "tile_counter": "Int32", "arrivals": "Int32", "partials": "Float32",
-                **dict.fromkeys(DESCALES, "Float32")}
-    alignment = ALIGNMENT | {name: ALIGNMENT[f"{name}_ptr"] for name in DESCALES} | {
-        "tile_counter": 4, "arrivals": 4, "partials": ALIGNMENT["workspace"]}
+    elements = {
+        "q": "BFloat16",
+        "k": "BFloat16",
+        "v": "BFloat16",
+        "out": "BFloat16",
+        "softmax_lse": "Float32",
+        "cu_seqlens_q": "Int32",
+        "cu_seqlens_k": "Int32",
+        "seqused_q": "Int32",
+        "seqused_k": "Int32",
+        "tile_counter": "Int32",
+        "arrivals": "Int32",
+        "partials": "Float32",
+        **dict.fromkeys(DESCALES, "Float32"),
+    }
+    alignment = (
+        ALIGNMENT
+        | {name: ALIGNMENT[f"{name}_ptr"] for name in DESCALES}
+        | {"tile_counter": 4, "arrivals": 4, "partials": ALIGNMENT["workspace"]}
+    )
     pointers = dict.fromkeys(name for cfg in (CFG, DECODE_CFG) for name, kind in cfg.arguments if kind == "pointer")
     assert {name: arguments[name] for name in pointers} == {
-        name: (element, alignment[name]) for name, element in elements.items()}
+        name: (element, alignment[name]) for name, element in elements.items()
+    }
 
 
 # ---- get_kernel ------------------------------------------------------------------------------------------------------
+
 
 def test_memory_then_disk_then_compile(compiles, empty_cache, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "fa3_cute")
@@ -257,13 +314,16 @@ def test_damaged_object_is_compiled_again(compiles, empty_cache, monkeypatch):
 
 
 def test_object_that_does_not_load_is_compiled_again(compiles, monkeypatch):
-    disk_cache.store(CFG.name, compiler.cache_key(CFG), CODE)       # a good checksum over code that is none
+    disk_cache.store(CFG.name, compiler.cache_key(CFG), CODE)  # a good checksum over code that is none
     assert compiler.get_kernel(CFG) is not None
     assert compiles == [CFG]
 
 
-@pytest.mark.parametrize("make", [lambda path: path.write_text("a file"), lambda path: path.mkdir(mode=0o777)],
-                         ids=["no folder", "writable by all"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda path: path.write_text("a file"), lambda path: path.mkdir(mode=0o777)],
+    ids=["no folder", "writable by all"],
+)
 def test_without_a_disk_the_kernel_stays_in_memory(make, compiles, empty_cache):
     make(empty_cache)
     if empty_cache.is_dir():
@@ -337,6 +397,7 @@ def test_the_users_architecture_setting_does_not_matter(empty_cache):
 
 # ---- compile_report --------------------------------------------------------------------------------------------------
 
+
 def test_report_shows_what_a_bad_compile_costs(monkeypatch):
     def unoptimised(cfg, options, good=compiler._compile):
         return good(cfg, options + " --opt-level 0")
@@ -352,8 +413,14 @@ def test_report_shows_what_a_bad_compile_costs(monkeypatch):
 def test_report_problems_name_each_rule():
     good = compiler.Report(CFG.name, CFG, 128, 0, 0, 0, 0, 0, CFG.smem_bytes, 48, 2, 2000, (), {}, 2.0)
     assert good.problems() == []
-    for change in ({"stack_bytes": 8}, {"spill_loads": 1}, {"smem_bytes": CFG.smem_bytes + 1}, {"wgmmas": 0},
-                   {"setmaxnregs": 0}, {"warnings": ("C7508: setmaxnreg is ignored",)}):
+    for change in (
+        {"stack_bytes": 8},
+        {"spill_loads": 1},
+        {"smem_bytes": CFG.smem_bytes + 1},
+        {"wgmmas": 0},
+        {"setmaxnregs": 0},
+        {"warnings": ("C7508: setmaxnreg is ignored",)},
+    ):
         assert len(replace(good, **change).problems()) == 1
 
 
@@ -363,13 +430,16 @@ def test_remarks_without_facts_are_an_error(compiled):
 
 
 def test_remarks_are_told_apart():
-    remarks = compiler._parse_remarks("fwd", """'Shared memory allocated: 197632 bytes'
+    remarks = compiler._parse_remarks(
+        "fwd",
+        """'Shared memory allocated: 197632 bytes'
         (C7508) setmaxnreg ignored
         (C7517) wait injected around line 1  (C7517) wait injected around line 2
-        16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads""")
+        16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads""",
+    )
     assert remarks["smem_bytes"] == 197632 and remarks["notes"] == {"C7517": 2}
     assert (remarks["stack_bytes"], remarks["spill_store_bytes"], remarks["spill_load_bytes"]) == (16, 24, 32)
-    warning, = remarks["warnings"]
+    (warning,) = remarks["warnings"]
     assert warning.startswith("C7508")
 
 

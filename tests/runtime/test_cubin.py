@@ -1,4 +1,5 @@
 """The cubin reader: a hand-made cubin, damaged ones, and a real one against NVIDIA's disassembler."""
+
 import re
 import struct
 import subprocess
@@ -30,8 +31,23 @@ def make_cubin(sections: dict[str, bytes], machine: int = cubin.EM_CUDA) -> byte
         start = names.index(name.encode() + b"\0") if name else 0
         headers += struct.pack("<IIQQQQIIQQ", start, kind, 0, 0, 64 + len(body), len(content), 0, 0, 0, 0)
         body += b"" if kind == cubin.SHT_NOBITS else content
-    header = struct.pack("<5s11xHHIQQQIHHHHHH", b"\x7fELF\x02", 2, machine, 1, 0, 0, 64 + len(body), 0,
-                         64, 0, 0, 64, len(sections), len(sections) - 1)
+    header = struct.pack(
+        "<5s11xHHIQQQIHHHHHH",
+        b"\x7fELF\x02",
+        2,
+        machine,
+        1,
+        0,
+        0,
+        64 + len(body),
+        0,
+        64,
+        0,
+        0,
+        64,
+        len(sections),
+        len(sections) - 1,
+    )
     return header + body + headers
 
 
@@ -41,10 +57,12 @@ def kernel_sections(name: str = "fwd") -> dict[str, bytes]:
         ".strtab": b"\0" + name.encode() + b"\0",
         ".symtab": symbols,
         ".nv.info": attribute(0x2F, struct.pack("<II", 1, 168)) + attribute(0x11, struct.pack("<II", 1, 48)),
-        f".nv.info.{name}": (struct.pack("<BBH", 3, 0x1B, 255)                                # an inline attribute
-                             + attribute(0x17, struct.pack("<IHHI", 0, 1, 128, 8 << 18 | 3))   # parameters, last first
-                             + attribute(0x17, struct.pack("<IHHI", 0, 0, 0, 128 << 18))
-                             + attribute(0x10, struct.pack("<3I", 384, 1, 1))),
+        f".nv.info.{name}": (
+            struct.pack("<BBH", 3, 0x1B, 255)  # an inline attribute
+            + attribute(0x17, struct.pack("<IHHI", 0, 1, 128, 8 << 18 | 3))  # parameters, last first
+            + attribute(0x17, struct.pack("<IHHI", 0, 0, 0, 128 << 18))
+            + attribute(0x10, struct.pack("<3I", 384, 1, 1))
+        ),
         f".text.{name}": instruction(HGMMA) + instruction(0xDF0, 3) + instruction(STL) + instruction(EXIT),
         f".nv.shared.{name}": bytes(1024),
     }
@@ -67,8 +85,11 @@ def test_no_kernel():
     assert cubin.read_cubin(make_cubin({})) == {}
 
 
-@pytest.mark.parametrize("data", [b"", b"\x7fELF", bytes(64), make_cubin(kernel_sections(), machine=62)],
-                         ids=["empty", "magic only", "zeros", "x86"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x7fELF", bytes(64), make_cubin(kernel_sections(), machine=62)],
+    ids=["empty", "magic only", "zeros", "x86"],
+)
 def test_not_a_cubin(data):
     with pytest.raises(ValueError, match="cubin"):
         cubin.read_cubin(data)
@@ -91,7 +112,7 @@ def test_counts_agree_with_nvdisasm(tmp_path):
     path = tmp_path / "kernel.cubin"
     path.write_bytes(compiled.__cubin__)
     listing = subprocess.run([nvdisasm(), "-c", path], capture_output=True, text=True, check=True).stdout
-    kernel, = cubin.read_cubin(compiled.__cubin__).values()
+    (kernel,) = cubin.read_cubin(compiled.__cubin__).values()
     for mnemonic in cubin.OPCODES:
         listed = len(re.findall(rf"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?{mnemonic}\b", listing, re.MULTILINE))
         assert kernel.count(mnemonic) == listed, mnemonic

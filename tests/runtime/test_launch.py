@@ -3,6 +3,7 @@
 fake_cuda.c stands in for libcuda and for the DSL's runtime library in a process of its own, where fake_cuda.py reads
 what it records: what the kernel would have been given, TMA descriptors included.
 """
+
 import ctypes
 
 import pytest
@@ -159,9 +160,14 @@ tell(steps=steps, failed=failed)
     heads_and_batches, tile_m = 8 * 2, forward_config("bf16", 128, "causal", True, False).tile_m
     whole, short = (heads_and_batches * -(-rows // tile_m) for rows in (1000, 200))
     assert told["steps"] == [
-        [0, min(whole, 132), 0x100000010, 1], [0, min(whole, 132), 0x1000, 2], [0, min(short, 132), 0x1000, 5],
-        [0, min(whole, 132), 0x1000, 6], [1, min(whole, 114), 0x2000, 7], [0, min(whole, 132), 0x3000, 8],
-        [0, min(whole, 132), 0x5000, 10]]
+        [0, min(whole, 132), 0x100000010, 1],
+        [0, min(whole, 132), 0x1000, 2],
+        [0, min(short, 132), 0x1000, 5],
+        [0, min(whole, 132), 0x1000, 6],
+        [1, min(whole, 114), 0x2000, 7],
+        [0, min(whole, 132), 0x3000, 8],
+        [0, min(whole, 132), 0x5000, 10],
+    ]
     assert told["failed"] == [Status.CUDA_ERROR, 4]
 
 
@@ -190,8 +196,13 @@ step()
 tell(steps=steps)
 """)
     assert told["steps"] == [
-        [True, True, True, 1, 1], [False, True, True, 1, 2], [True, False, True, 2, 3], [True, True, False, 3, 4],
-        [True, True, False, 3, 4], [True, True, True, 3, 5]]
+        [True, True, True, 1, 1],
+        [False, True, True, 1, 2],
+        [True, False, True, 2, 3],
+        [True, True, False, 3, 4],
+        [True, True, False, 3, 4],
+        [True, True, True, 3, 5],
+    ]
 
 
 def test_the_device_is_the_streams(run):
@@ -307,7 +318,6 @@ tell(status=forward(prefill_params(), STREAM[0]), said=last_error().detail, coun
 """)
     assert (told["status"], told["count"]) == (Status.COMPILE_ERROR, 0)
     assert "renamed_in_a_later_release" in told["said"] and "capi_func" not in told["said"]
-
 
 
 def test_no_driver():

@@ -1,4 +1,5 @@
 """What reaches the decode kernel, and which one it is. On the fake CUDA of conftest.py."""
+
 import pytest
 
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
@@ -36,11 +37,17 @@ tell(sent=[sent(num_splits=n) for n in (1, 2, 7, 11, 16, 48, 256)], early=last.m
      many=sent(num_splits=3, batch_size=50), stream=last.stream, device=last.device)
 """)
     assert found["sent"] == [
-        launched(4, 1, 1), launched(4, 2, 2), launched(4, 7, 7), launched(4, 11, 1), launched(4, 16, 16),
-        launched(4, 48, 16, CFG.smem_bytes), launched(4, 256, 16, CFG.smem_bytes)]
+        launched(4, 1, 1),
+        launched(4, 2, 2),
+        launched(4, 7, 7),
+        launched(4, 11, 1),
+        launched(4, 16, 16),
+        launched(4, 48, 16, CFG.smem_bytes),
+        launched(4, 256, 16, CFG.smem_bytes),
+    ]
     assert found["early"] == 1, "must be allowed to start while the kernel before it ends"
     assert found["unpacked"] == launched(32, 3, 3)
-    assert found["rows"] == launched(12, 1, 1)          # 17 queries of 8 heads: three tiles of 64 rows
+    assert found["rows"] == launched(12, 1, 1)  # 17 queries of 8 heads: three tiles of 64 rows
     assert found["many"] == launched(100, 3, 3, CFG.smem_bytes)
     assert (found["stream"], found["device"]) == ((1 << 32) + 0x7770, 0)
 
@@ -98,7 +105,7 @@ def memory(**changes):
 tell(few=memory(num_splits=11), many=memory(num_splits=256, batch_size=64, num_heads_k=16), allocations=allocations(),
      again=memory(num_splits=256, batch_size=64, num_heads_k=16), freed=number("num_freed"))
 """)
-    few, many = 4 * 11 * 8, 64 * 16 * 16        # rows of partial results
+    few, many = 4 * 11 * 8, 64 * 16 * 16  # rows of partial results
     assert found["few"][:3] == [4 * few * 129, 4 * few * 129, 4 * few * 128]
     assert found["few"][3][0] >= 4 * 4
     assert found["many"][:3] == [4 * many * 129, 4 * many * 129, 4 * many * 128]
@@ -180,9 +187,17 @@ tell(steps=steps)
     steps = found["steps"]
     assert [step[0] for step in steps] == [1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 7, 7, 7, 7, 7]
     plain, of_32 = (launched(4, num_splits, 16, CFG.smem_bytes) for num_splits in (48, 32))
-    of_16 = launched(4, 16, 16)                             # 112 CTAs run at once, one per SM, and these are 64
-    assert [step[1] for step in steps] == [plain, plain, of_32, *[plain] * 4, of_16, of_16,
-                                           launched(6, 48, 16, CFG.smem_bytes), *[plain] * 5]
+    of_16 = launched(4, 16, 16)  # 112 CTAs run at once, one per SM, and these are 64
+    assert [step[1] for step in steps] == [
+        plain,
+        plain,
+        of_32,
+        *[plain] * 4,
+        of_16,
+        of_16,
+        launched(6, 48, 16, CFG.smem_bytes),
+        *[plain] * 5,
+    ]
     q, used, mine, other = ([step[i] for step in steps] for i in (2, 3, 4, 5))
     assert [i for i, there in enumerate(q) if not there] == [1, 2, 3, 5, 8]
     assert [i for i, there in enumerate(used) if not there] == [10]

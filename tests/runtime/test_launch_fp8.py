@@ -1,4 +1,5 @@
 """What reaches the FP8 kernels: their tensors, their descales. On the fake CUDA of conftest.py."""
+
 import pytest
 
 # `given` is what arrived of the descales, and how many calls so far were looked at in full.
@@ -48,8 +49,9 @@ tell(everything=everything, nothing=nothing, alone=alone, one=one, one_head=one_
     assert found["nothing"] == there(checked=2)
     assert found["alone"] == [there(name, checked=2) for name in POINTERS]
     assert found["one"] == there(*POINTERS, *(name for name in STRIDES if "head" in name), checked=3)
-    assert found["one_head"] == there(*POINTERS, *(name for name in STRIDES if name[0] == "q" or "batch" in name),
-                                      checked=4)
+    assert found["one_head"] == there(
+        *POINTERS, *(name for name in STRIDES if name[0] == "q" or "batch" in name), checked=4
+    )
     assert found["objects"] == there(*POINTERS, checked=5)
 
 
@@ -69,8 +71,13 @@ tell(first=first, steps=steps, behind=behind)
     ours, none, theirs = there(*POINTERS), [False] * 3, [True] * 3
     assert found["first"] == ours and found["behind"] == theirs
     assert found["steps"] == [
-        [there(), theirs], [ours, none], [there("q_descale_ptr", "v_descale_ptr"), none], [ours, none],
-        [ours | {"checked": 2}, none], [there(*POINTERS, *STRIDES, checked=3), none]]
+        [there(), theirs],
+        [ours, none],
+        [there("q_descale_ptr", "v_descale_ptr"), none],
+        [ours, none],
+        [ours | {"checked": 2}, none],
+        [there(*POINTERS, *STRIDES, checked=3), none],
+    ]
 
 
 def test_tensors_of_one_byte_elements(run):
@@ -85,8 +92,10 @@ tell(units={w[0] | w[1] << 32: sorted({*w[3:7]} - {0}) for w in words},
      sizes={at: sorted(sizes) for at, sizes in descriptors(places).items()}, pointers=POINTERS, threads=last.block[0],
      smem=last.smem, expected=[FP8_CFG.num_threads, FP8_CFG.smem_bytes])
 """)
-    units, sizes = ({name: found[what][str(found["pointers"][name])] for name in ("q", "k", "v", "out")}
-                    for what in ("units", "sizes"))
+    units, sizes = (
+        {name: found[what][str(found["pointers"][name])] for name in ("q", "k", "v", "out")}
+        for what in ("units", "sizes")
+    )
     assert set(units["q"]) == {128 // 16, 4096 // 16, 1000 * 8 * 128 // 16}
     assert set(units["k"]) == {160 // 16, 2 * 128 // 16, 1100 * 2 * 128 // 16}
     assert set(units["v"]) == {128 // 16, 2 * 128 // 16, (2**33 + 1024) // 16}

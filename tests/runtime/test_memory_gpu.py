@@ -1,4 +1,5 @@
 """What forward reads and writes: strides of every kind, guard bands, 64-bit offsets, and nothing on a refused call."""
+
 from dataclasses import replace
 from math import prod
 
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.gpu
 
 
 # ---- layouts of dense tensors, besides check.py's -------------------------------------------------------------------
+
 
 def rows_before_batch(name, shape, dtype):
     """[row, batch, head, head_dim] in memory: the batch stride is the smaller."""
@@ -100,6 +102,7 @@ def test_strides_of_dimensions_of_size_one_mean_nothing(dtype, head_dim, seqlen_
 
 # ---- what is not asked for is not written ---------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("case", FAMILIES, ids=str)
 def test_absent_lse_is_not_written(case, stream):
     problem = make_problem(case)
@@ -143,6 +146,7 @@ def test_misaligned_pointers_are_refused(stream):
 
 # ---- more than 2^31 elements ---------------------------------------------------------------------------------------
 
+
 class Huge:
     """A tensor too large for an image on the host: its device block is poisoned, and written and read in pieces."""
 
@@ -170,15 +174,17 @@ def huge_strides(shape, huge_dim: int) -> tuple[int, ...]:
     strides, packed = [0] * len(shape), 1
     for dim in reversed(range(len(shape))):
         if dim == huge_dim:
-            strides[dim] = -(-2**31 // (shape[dim] - 1)) // 64 * 64 + 64
+            strides[dim] = -(-(2**31) // (shape[dim] - 1)) // 64 * 64 + 64
         else:
             strides[dim], packed = packed, packed * shape[dim]
     return tuple(strides)
 
 
-HUGE_CASES = [Case("fp16", 64, False, 4, 2, 130, 150, batch=3, has_lse=False),
-              Case("bf16", 128, True, 4, 2, 130, 150, batch=3, has_lse=False),
-              Case("bf16", 256, True, 4, 2, 130, 150, batch=3, has_lse=False)]
+HUGE_CASES = [
+    Case("fp16", 64, False, 4, 2, 130, 150, batch=3, has_lse=False),
+    Case("bf16", 128, True, 4, 2, 130, 150, batch=3, has_lse=False),
+    Case("bf16", 256, True, 4, 2, 130, 150, batch=3, has_lse=False),
+]
 
 
 HUGE_DECODE = [replace(case, seqlen_q=2) for case in HUGE_CASES]
@@ -197,12 +203,23 @@ def test_offsets_beyond_31_bits(case, huge_dim, stream):
     for name, array in inputs.items():
         for index in np.ndindex(array.shape[:3]):
             tensors[name].write(index, array[index])
-    strides = {f"{name}_{dim}_stride": stride for name, tensor in tensors.items()
-               for dim, stride in zip(("batch", "row", "head"), tensor.strides, strict=False)}
+    strides = {
+        f"{name}_{dim}_stride": stride
+        for name, tensor in tensors.items()
+        for dim, stride in zip(("batch", "row", "head"), tensor.strides, strict=False)
+    }
     params = FlashAttentionParams(
-        **{name: tensor.address for name, tensor in tensors.items()}, **strides, batch_size=case.batch,
-        seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k, num_heads=case.num_heads, num_heads_k=case.num_heads_k,
-        head_dim=case.head_dim, dtype=DATA_TYPES[case.dtype], is_causal=case.is_causal)
+        **{name: tensor.address for name, tensor in tensors.items()},
+        **strides,
+        batch_size=case.batch,
+        seqlen_q=case.seqlen_q,
+        seqlen_k=case.seqlen_k,
+        num_heads=case.num_heads,
+        num_heads_k=case.num_heads_k,
+        head_dim=case.head_dim,
+        dtype=DATA_TYPES[case.dtype],
+        is_causal=case.is_causal,
+    )
     forward(params, stream).check()
     out = np.stack([tensors["out"].read(index, (case.head_dim,), stream) for index in np.ndindex(q_shape[:3])])
     judge(out.reshape(q_shape), inputs, case)
@@ -213,35 +230,59 @@ def test_offsets_beyond_31_bits(case, huge_dim, stream):
 def test_packed_offsets_beyond_31_bits(case, huge_dim, stream):
     """The same for packed sequences of unlike lengths."""
     cu_seqlens = {"cu_seqlens_q": [0, 50, 51, 130], "cu_seqlens_k": [0, 20, 140, 150]}
-    shapes = {name: (rows, heads, case.head_dim) for name, rows, heads in (
-        ("q", 130, case.num_heads), ("k", 150, case.num_heads_k), ("v", 150, case.num_heads_k),
-        ("out", 130, case.num_heads))}
+    shapes = {
+        name: (rows, heads, case.head_dim)
+        for name, rows, heads in (
+            ("q", 130, case.num_heads),
+            ("k", 150, case.num_heads_k),
+            ("v", 150, case.num_heads_k),
+            ("out", 130, case.num_heads),
+        )
+    }
     tensors = {name: Huge(shape, huge_strides(shape, huge_dim), case.dtype) for name, shape in shapes.items()}
     rng = np.random.default_rng(0)
     inputs = {name: to_bits(rng.standard_normal(shapes[name], np.float32), case.dtype) for name in "qkv"}
     for name, array in inputs.items():
         for index in np.ndindex(array.shape[:2]):
             tensors[name].write(index, array[index])
-    strides = {f"{name}_{dim}_stride": stride for name, tensor in tensors.items()
-               for dim, stride in zip(("row", "head"), tensor.strides, strict=False)}
+    strides = {
+        f"{name}_{dim}_stride": stride
+        for name, tensor in tensors.items()
+        for dim, stride in zip(("row", "head"), tensor.strides, strict=False)
+    }
     offsets = {name: cuda.upload(np.array(values, np.int32)) for name, values in cu_seqlens.items()}
     params = FlashAttentionParams(
-        **{name: tensor.address for name, tensor in tensors.items()}, **strides, batch_size=3, total_q=130, total_k=150,
-        **{name: cuda.address(buffer) for name, buffer in offsets.items()}, mode=AttentionMode.VARLEN_PREFILL,
-        num_heads=case.num_heads, num_heads_k=case.num_heads_k, head_dim=case.head_dim,
-        dtype=DATA_TYPES[case.dtype], is_causal=case.is_causal)
+        **{name: tensor.address for name, tensor in tensors.items()},
+        **strides,
+        batch_size=3,
+        total_q=130,
+        total_k=150,
+        **{name: cuda.address(buffer) for name, buffer in offsets.items()},
+        mode=AttentionMode.VARLEN_PREFILL,
+        num_heads=case.num_heads,
+        num_heads_k=case.num_heads_k,
+        head_dim=case.head_dim,
+        dtype=DATA_TYPES[case.dtype],
+        is_causal=case.is_causal,
+    )
     forward(params, stream).check()
     out = np.stack([tensors["out"].read(index, (case.head_dim,), stream) for index in np.ndindex(shapes["out"][:2])])
     judge(out.reshape(shapes["out"]), inputs, case, **cu_seqlens)
 
 
-@pytest.mark.parametrize("case", [Case("fp16", 128, False, 128, 128, 1024, 1024, batch=129),
-                                  Case("bf16", 128, True, 128, 128, 1024, 1024, batch=129)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("fp16", 128, False, 128, 128, 1024, 1024, batch=129),
+        Case("bf16", 128, True, 128, 128, 1024, 1024, batch=129),
+    ],
+    ids=str,
+)
 def test_contiguous_tensors_of_more_than_2_31_elements(case, stream):
     """Four tensors of 4.3 GB, zeros but for some batches, which are compared head by head; zeros must give zeros."""
     shape = (case.batch, case.seqlen_q, case.num_heads, case.head_dim)
     assert prod(shape) > 2**31
-    strides = tuple(prod(shape[i + 1:]) for i in range(4))
+    strides = tuple(prod(shape[i + 1 :]) for i in range(4))
     tensors = {name: Huge(shape, strides, case.dtype, byte=0) for name in "qkv"}
     tensors["out"] = Huge(shape, strides, case.dtype)
     lse = Huge((case.batch, case.num_heads, case.seqlen_q), (case.num_heads * case.seqlen_q, case.seqlen_q, 1), "fp32")
@@ -252,9 +293,17 @@ def test_contiguous_tensors_of_more_than_2_31_elements(case, stream):
         for name, array in written[batch].items():
             tensors[name].write((batch,), array)
     params = FlashAttentionParams(
-        **{name: tensor.address for name, tensor in tensors.items()}, softmax_lse=lse.address, batch_size=case.batch,
-        seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k, num_heads=case.num_heads, num_heads_k=case.num_heads_k,
-        head_dim=case.head_dim, dtype=DATA_TYPES[case.dtype], is_causal=case.is_causal)
+        **{name: tensor.address for name, tensor in tensors.items()},
+        softmax_lse=lse.address,
+        batch_size=case.batch,
+        seqlen_q=case.seqlen_q,
+        seqlen_k=case.seqlen_k,
+        num_heads=case.num_heads,
+        num_heads_k=case.num_heads_k,
+        head_dim=case.head_dim,
+        dtype=DATA_TYPES[case.dtype],
+        is_causal=case.is_causal,
+    )
     forward(params, stream).check()
     heads = [0, 77, case.num_heads - 1]
     for batch, inputs in written.items():

@@ -1,4 +1,5 @@
 """Order and concurrency on the GPU: streams, threads, graphs, repeated runs, fresh processes."""
+
 import json
 import os
 import subprocess
@@ -21,9 +22,11 @@ from fa3_cute.runtime import launch
 pytestmark = pytest.mark.gpu
 
 # More tiles than SMs, so that any race between tiles, stages or warpgroups has its chance.
-BUSY = [Case(dtype, head_dim, is_causal, 8, 2, 900, 1100, batch=4)
-        for dtype, head_dim in (("fp16", 64), ("bf16", 96), ("bf16", 128), ("fp16", 192), ("bf16", 256))
-        for is_causal in (False, True)]
+BUSY = [
+    Case(dtype, head_dim, is_causal, 8, 2, 900, 1100, batch=4)
+    for dtype, head_dim in (("fp16", 64), ("bf16", 96), ("bf16", 128), ("fp16", 192), ("bf16", 256))
+    for is_causal in (False, True)
+]
 
 
 @pytest.mark.parametrize("case", BUSY, ids=str)
@@ -40,6 +43,7 @@ def test_a_hundred_runs_agree_bit_for_bit(case, stream):
 
 
 # ---- streams -------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("spelling", ["none", "zero", "handle", "object", "foreign object"])
 def test_every_spelling_of_a_stream(spelling, device):
@@ -103,6 +107,7 @@ def test_many_launches_before_one_wait(stream):
 
 # ---- graphs --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("case", FAMILIES, ids=str)
 def test_graph_replay(case, device):
     """Captured after warmup; replays read the tensors' contents of the time, and capture itself launches nothing."""
@@ -141,6 +146,7 @@ def test_two_calls_in_one_graph(device):
 
 # ---- fresh processes -----------------------------------------------------------------------------------------------
 
+
 def fresh_process(verb: str, cache_dir: Path) -> dict:
     """Run a verb of fresh_process.py with a kernel cache of its own; its JSON answer and the process's own seconds."""
     script = Path(__file__).parents[1] / "support" / "fresh_process.py"
@@ -169,8 +175,10 @@ def test_cold_and_warm_start(device, tmp_path, timing):
 
 def test_lengths_need_no_new_kernel(stream, monkeypatch, timing):
     """After one warmup, forwards of any lengths and ratios of that config compile and load nothing."""
-    problems = [make_problem(Case("fp16", 64, False, heads, 2, n, 2 * n, batch=b))
-                for heads, n, b in ((2, 117, 1), (4, 130, 2), (8, 257, 3))]
+    problems = [
+        make_problem(Case("fp16", 64, False, heads, 2, n, 2 * n, batch=b))
+        for heads, n, b in ((2, 117, 1), (4, 130, 2), (8, 257, 3))
+    ]
     assert len({kernel_config(params_of(problem)) for problem in problems}) == 1
     warmup(params_of(problems[0]), stream).check()
     monkeypatch.setattr(launch, "get_kernel", None)

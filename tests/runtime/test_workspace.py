@@ -2,6 +2,7 @@
 
 scratch.py by itself over memory that only counts; then whole calls on the fake CUDA of conftest.py.
 """
+
 import pytest
 
 from fa3_cute.runtime import scratch as module
@@ -34,10 +35,11 @@ def capturing(monkeypatch):
 
 # ---- Counters --------------------------------------------------------------------------------------------------------
 
+
 def test_taken_counters_are_apart(memory):
     """So many int32 in a row, in memory sectors that hold nobody else's."""
     counters = Counters()
-    (base, size), = memory.items()
+    ((base, size),) = memory.items()
     wanted = [1, 1, 2, 7, 8, 9, 16, 17, 264, 1000, 1]
     spans = [(counters.take(count), 4 * count) for count in wanted]
     assert all(at % module.SPACING == 0 and base <= at and at + nbytes <= base + size for at, nbytes in spans)
@@ -68,6 +70,7 @@ def test_a_request_that_is_too_large_takes_nothing(memory):
 
 
 # ---- Workspaces ------------------------------------------------------------------------------------------------------
+
 
 def spans_of(workspace):
     """(address, bytes) of its two parts."""
@@ -171,7 +174,7 @@ tell(eager=eager, captured=captured, again=again, threads=threads)
 """)
     first, repeated, second, elsewhere, last = told["eager"]
     assert first == repeated == last == told["again"] and len({first, second, elsewhere}) == 3
-    assert elsewhere - first >= 1 << 31      # the other device's memory
+    assert elsewhere - first >= 1 << 31  # the other device's memory
     assert len({first, second, *told["captured"], *told["threads"]}) == 7
 
 
@@ -191,7 +194,9 @@ GIVEN = "workspace=0x7F3300000010, workspace_bytes=1 << 20"
 
 def test_each_stream_and_thread_has_its_workspace(run):
     """Threads have default streams of their own behind one handle; on any other stream they meet."""
-    told = run(SPLIT + """
+    told = run(
+        SPLIT
+        + """
 found = {f"{i}": memory(STREAM[0] + 8 * i) for i in range(3)}
 found |= {"device 1": memory(STREAM[1]), "legacy": memory(0), "per thread": memory(2)}
 threads, shared = [], []
@@ -203,7 +208,8 @@ smaller = memory(num_splits=32)
 larger = memory(batch_size=16)
 tell(found=found, threads=threads, shared=shared, again=[memory(), memory(2)], smaller=smaller, larger=larger,
      freed=number("num_freed"))
-""")
+"""
+    )
     found, threads = told["found"], told["threads"]
     assert threads[0] == threads[1] and threads[2] == threads[3]
     apart = [*found.values(), threads[0], threads[2]]
@@ -217,7 +223,9 @@ tell(found=found, threads=threads, shared=shared, again=[memory(), memory(2)], s
 
 def test_captures_need_a_workspace(run):
     """The stream's own, from a call or a warm-up; to grow it within the capture is refused, and nothing is launched."""
-    told = run(SPLIT + """
+    told = run(
+        SPLIT
+        + """
 fresh, warmed, used = STREAM[0] + 8, STREAM[0] + 16, STREAM[0] + 24
 eager = memory(used)
 warm(warmed)
@@ -232,7 +240,8 @@ grown = len(allocations()) - made
 capturing(False)
 tell(eager=eager, refused=refused, captured=captured, unneeded=unneeded, grown=grown, after=memory(used),
      fresh=status(fresh))
-""")
+"""
+    )
     eager, captured = told["eager"], told["captured"]
     assert told["refused"] == [-103, -103, -103, 0]
     # A captured launch's arrival counts are among the counters, which were made first: they lie below its (O, LSE).
@@ -243,7 +252,9 @@ tell(eager=eager, refused=refused, captured=captured, unneeded=unneeded, grown=g
 
 def test_the_first_capture_takes_the_spare_workspace(run):
     """That of a framework which makes a stream for the capture; the next such stream needs another warm-up."""
-    told = run(SPLIT + """
+    told = run(
+        SPLIT
+        + """
 fresh, second = STREAM[0] + 8, STREAM[0] + 16
 warm()
 made = len(allocations())
@@ -257,7 +268,8 @@ capturing(True)
 third = memory(second)
 capturing(False)
 tell(default=default, first=first, refused=refused, third=third, eager=memory(fresh), made=len(allocations()) - made)
-""")
+"""
+    )
     first, second = told["first"]
     assert first[1:] == second[1:] and first[0] != second[0]
     assert told["refused"] == [-103, -103]
@@ -269,14 +281,17 @@ tell(default=default, first=first, refused=refused, third=third, eager=memory(fr
 @pytest.mark.parametrize("stream", ["STREAM[0] + 8", "2"], ids=["own", "per thread"])
 def test_a_warm_stream_captures(run, stream):
     """Nothing ran on it before, and the first launch of the process may be a captured one."""
-    told = run(SPLIT + f"""
+    told = run(
+        SPLIT
+        + f"""
 warm({stream}, batch_size=4)
 made = len(allocations())
 capturing(True)
 captured = [memory({stream}, batch_size=batch) for batch in (1, 2, 4)]
 capturing(False)
 tell(captured=captured, made=len(allocations()) - made, count=last.count)
-""")
+"""
+    )
     assert told["made"] == 0 and told["count"] == 3
     assert len({addresses[1] for addresses in told["captured"]}) == 1
     assert len({addresses[0] for addresses in told["captured"]}) == 3
@@ -284,7 +299,9 @@ tell(captured=captured, made=len(allocations()) - made, count=last.count)
 
 def test_the_callers_workspace_needs_no_warm_stream(run):
     """In a capture only arrival counts are the library's, and these no two captured launches share."""
-    told = run(SPLIT + f"""
+    told = run(
+        SPLIT
+        + f"""
 warm({GIVEN})
 capturing(True)
 steps = []
@@ -298,7 +315,8 @@ again = memory(STREAM[0] + 8, {GIVEN}, q=0x7F5500000000)
 capturing(True)
 late = memory(STREAM[0] + 8, {GIVEN}, q=0x7F5500000010)
 tell(steps=steps, without=without, eager=eager, again=again, late=late)
-""")
+"""
+    )
     assert all(there and len(arrivals) == 1 for arrivals, there in told["steps"])
     everyone = [*(arrivals[0] for arrivals, _ in told["steps"]), told["eager"][0], told["late"][0]]
     assert len(set(everyone)) == 5 and told["again"] == told["eager"]
@@ -307,7 +325,9 @@ tell(steps=steps, without=without, eager=eager, again=again, late=late)
 
 def test_many_captured_launches_run_out_of_counters(run):
     """Then a capture says so, and what does not go into a graph runs on."""
-    told = run(SPLIT + """
+    told = run(
+        SPLIT
+        + """
 warm(STREAM[0], batch_size=64, num_splits=32)
 memory()
 capturing(True)
@@ -316,5 +336,6 @@ module._memory[last_context()].counters.num_taken = (1 << 16) - 300
 steps += [status(batch_size=64, num_splits=32) for _ in range(2)]
 capturing(False)
 tell(steps=steps, eager=status(batch_size=64, num_splits=32))
-""")
+"""
+    )
     assert told == {"steps": [0, 0, 0, -103], "eager": 0}

@@ -1,4 +1,5 @@
 """The forward problems that the GPU tests run, as data. Pure Python."""
+
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 
@@ -13,19 +14,19 @@ HEADS = {"mha": (2, 2), "gqa3": (6, 2), "gqa8": (16, 2), "mqa": (5, 1)}
 
 # (seqlen_q, seqlen_k). What each is for:
 LENGTHS = (
-    (1, 1),         # the smallest problem
-    (1, 333),       # one query row (decoding) over partial key tiles
-    (64, 128),      # whole tiles only
-    (113, 203),     # neither length a multiple of anything
-    (113, 128),     # partial query tile, whole key tile
-    (128, 217),     # the reverse
-    (239, 1),       # one key; causal: 238 rows without any
-    (799, 3),       # causal: whole query tiles without a key
-    (108, 256),     # diagonal far from the tile corner
-    (256, 512),     # whole tiles, twice as many keys
-    (512, 256),     # causal: half of the rows without a key
-    (640, 128),     # causal: most query tiles without a key
-    (384, 385),     # one key into the next tile
+    (1, 1),  # the smallest problem
+    (1, 333),  # one query row (decoding) over partial key tiles
+    (64, 128),  # whole tiles only
+    (113, 203),  # neither length a multiple of anything
+    (113, 128),  # partial query tile, whole key tile
+    (128, 217),  # the reverse
+    (239, 1),  # one key; causal: 238 rows without any
+    (799, 3),  # causal: whole query tiles without a key
+    (108, 256),  # diagonal far from the tile corner
+    (256, 512),  # whole tiles, twice as many keys
+    (512, 256),  # causal: half of the rows without a key
+    (640, 128),  # causal: most query tiles without a key
+    (384, 385),  # one key into the next tile
 )
 # The same with more tiles than a pipeline has stages, one row off in each direction.
 LONG_LENGTHS = ((1023, 1024), (1024, 1023), (1024, 1024))
@@ -40,6 +41,7 @@ class Case:
     Packed sequences: seqlen_q and seqlen_k are the rows of the tensors, batch is the number of sequences.
     out_dtype is for FP8 only.
     """
+
     dtype: str
     head_dim: int
     is_causal: bool
@@ -64,15 +66,18 @@ class Case:
         return "causal" if self.is_causal else "full"
 
     def __str__(self) -> str:
-        return (f"{self.dtype}{f'-{self.out_dtype}' if self.out_dtype else ''}-d{self.head_dim}-{self.mask}"
-                f"-{self.num_heads}over{self.num_heads_k}heads-{self.seqlen_q}x{self.seqlen_k}"
-                f"{f'-batch{self.batch}' if self.batch > 1 else ''}{'-lse' if self.has_lse else ''}")
+        return (
+            f"{self.dtype}{f'-{self.out_dtype}' if self.out_dtype else ''}-d{self.head_dim}-{self.mask}"
+            f"-{self.num_heads}over{self.num_heads_k}heads-{self.seqlen_q}x{self.seqlen_k}"
+            f"{f'-batch{self.batch}' if self.batch > 1 else ''}{'-lse' if self.has_lse else ''}"
+        )
 
 
 @dataclass(frozen=True)
 class Layout:
     """Lengths of packed sequences, and how many rows of q, k, v and out belong to none, before the first and after
     the last."""
+
     q: tuple[int, ...]
     k: tuple[int, ...]
     before: int = 0
@@ -88,8 +93,10 @@ class Layout:
 
     @property
     def cu_seqlens(self) -> dict[str, list[int]]:
-        return {f"cu_seqlens_{side}": list(accumulate(lengths, initial=self.before))
-                for side, lengths in (("q", self.q), ("k", self.k))}
+        return {
+            f"cu_seqlens_{side}": list(accumulate(lengths, initial=self.before))
+            for side, lengths in (("q", self.q), ("k", self.k))
+        }
 
 
 def with_heads(case: Case, heads: tuple[int, int]) -> Case:
@@ -102,26 +109,44 @@ def _grid() -> list[Case]:
     cases = []
     for dtype, head_dim, is_causal in product(DTYPES, HEAD_DIMS, (False, True)):
         for (i, (heads, heads_k)), (j, (seqlen_q, seqlen_k)) in product(
-                enumerate(HEADS.values()), enumerate(LENGTHS + LONG_LENGTHS)):
+            enumerate(HEADS.values()), enumerate(LENGTHS + LONG_LENGTHS)
+        ):
             is_long = (seqlen_q, seqlen_k) in LONG_LENGTHS
-            cases.append(Case(dtype, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k,
-                              batch=1 if is_long else 2, has_lse=(i + j) % 2 == 0))
-        cases += [Case(dtype, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k, has_lse=True)
-                  for seqlen_q, seqlen_k, heads, heads_k in LONGEST]
+            cases.append(
+                Case(
+                    dtype,
+                    head_dim,
+                    is_causal,
+                    heads,
+                    heads_k,
+                    seqlen_q,
+                    seqlen_k,
+                    batch=1 if is_long else 2,
+                    has_lse=(i + j) % 2 == 0,
+                )
+            )
+        cases += [
+            Case(dtype, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k, has_lse=True)
+            for seqlen_q, seqlen_k, heads, heads_k in LONGEST
+        ]
     return cases
 
 
 GRID = _grid()
 
 # One case per compiled config family: where a property does not depend on lengths or ratios, these stand for all.
-FAMILIES = [Case(dtype, head_dim, is_causal, 6, 2, 300, 420, batch=2)
-            for dtype, head_dim, is_causal in product(DTYPES, HEAD_DIMS, (False, True))]
+FAMILIES = [
+    Case(dtype, head_dim, is_causal, 6, 2, 300, 420, batch=2)
+    for dtype, head_dim, is_causal in product(DTYPES, HEAD_DIMS, (False, True))
+]
 
 # More tiles than 3 * 132 SMs, so that every CTA of a persistent kernel computes several, of unlike lengths.
-MANY_TILES = [Case(dtype, head_dim, is_causal, 16, 4, seqlen_q, seqlen_k, batch=6)
-              for (dtype, head_dim), is_causal, (seqlen_q, seqlen_k) in product(
-                  (("fp16", 64), ("bf16", 128), ("fp16", 192), ("bf16", 256)), (False, True),
-                  ((1300, 700), (900, 1100)))]
+MANY_TILES = [
+    Case(dtype, head_dim, is_causal, 16, 4, seqlen_q, seqlen_k, batch=6)
+    for (dtype, head_dim), is_causal, (seqlen_q, seqlen_k) in product(
+        (("fp16", 64), ("bf16", 128), ("fp16", 192), ("bf16", 256)), (False, True), ((1300, 700), (900, 1100))
+    )
+]
 
 # One case per dtype and head_dim of the decode kernel, over a partly filled last K/V tile.
 DECODE = [Case(dtype, head_dim, False, 6, 2, 1, 385, batch=2) for dtype, head_dim in product(DTYPES, HEAD_DIMS)]
@@ -134,6 +159,7 @@ MORE_SPLITS = (4, 5, 6, 8, 10, 11, 15, 16, 17, 24, 27, 34, 64, 251, 255, 256)
 
 # ---- FP8 -----------------------------------------------------------------------------------------------------------
 
+
 def _fp8_grid() -> list[Case]:
     """Every head_dim, mask and length. Each head_dim and mask meets every combination of head ratio, out_dtype and LSE
     in some length, each length some of them: to cross all four would make 16 times as many cases."""
@@ -142,30 +168,51 @@ def _fp8_grid() -> list[Case]:
     for i, (head_dim, is_causal) in enumerate(product(FP8_HEAD_DIMS, (False, True))):
         for j, (seqlen_q, seqlen_k) in enumerate(LENGTHS + LONG_LENGTHS):
             (heads, heads_k), out_dtype, has_lse = choices[(j + 5 * i) % len(choices)]
-            cases.append(Case(FP8, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k, out_dtype=out_dtype,
-                              batch=1 if (seqlen_q, seqlen_k) in LONG_LENGTHS else 2, has_lse=has_lse))
-        cases += [Case(FP8, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k, out_dtype=FP8_OUT_DTYPES[i % 2])
-                  for k, (seqlen_q, seqlen_k, heads, heads_k) in enumerate(LONGEST) if (i + k) % 2]
+            cases.append(
+                Case(
+                    FP8,
+                    head_dim,
+                    is_causal,
+                    heads,
+                    heads_k,
+                    seqlen_q,
+                    seqlen_k,
+                    out_dtype=out_dtype,
+                    batch=1 if (seqlen_q, seqlen_k) in LONG_LENGTHS else 2,
+                    has_lse=has_lse,
+                )
+            )
+        cases += [
+            Case(FP8, head_dim, is_causal, heads, heads_k, seqlen_q, seqlen_k, out_dtype=FP8_OUT_DTYPES[i % 2])
+            for k, (seqlen_q, seqlen_k, heads, heads_k) in enumerate(LONGEST)
+            if (i + k) % 2
+        ]
     return cases
 
 
 FP8_GRID = _fp8_grid()
 
 # As FAMILIES.
-FP8_FAMILIES = [Case(FP8, head_dim, is_causal, 6, 2, 300, 420, batch=2, out_dtype=out_dtype)
-                for head_dim, is_causal, out_dtype in product(FP8_HEAD_DIMS, (False, True), FP8_OUT_DTYPES)]
+FP8_FAMILIES = [
+    Case(FP8, head_dim, is_causal, 6, 2, 300, 420, batch=2, out_dtype=out_dtype)
+    for head_dim, is_causal, out_dtype in product(FP8_HEAD_DIMS, (False, True), FP8_OUT_DTYPES)
+]
 # One per head_dim and mask, with each out_dtype in turn: where O's element type does not matter.
 FP8_SOME = [FP8_FAMILIES[index] for index in (0, 3, 5, 6, 8, 11)]
 # One per head_dim, of both masks and out_dtypes: where the mask does not matter either.
 FP8_FEW = [FP8_FAMILIES[index] for index in (0, 6, 11)]
 
-FP8_MANY_TILES = [Case(FP8, head_dim, is_causal, 16, 4, seqlen_q, seqlen_k, batch=6, out_dtype=out_dtype)
-                  for (head_dim, is_causal), (out_dtype, (seqlen_q, seqlen_k)) in zip(
-                      product(FP8_HEAD_DIMS, (False, True)),
-                      3 * (("bf16", (1300, 700)), ("fp16", (900, 1100))), strict=True)]
+FP8_MANY_TILES = [
+    Case(FP8, head_dim, is_causal, 16, 4, seqlen_q, seqlen_k, batch=6, out_dtype=out_dtype)
+    for (head_dim, is_causal), (out_dtype, (seqlen_q, seqlen_k)) in zip(
+        product(FP8_HEAD_DIMS, (False, True)), 3 * (("bf16", (1300, 700)), ("fp16", (900, 1100))), strict=True
+    )
+]
 
 # As DECODE; then one per head_dim.
-FP8_DECODE = [Case(FP8, head_dim, False, 6, 2, 1, 385, batch=2, out_dtype=out_dtype)
-              for head_dim, out_dtype in product(FP8_HEAD_DIMS, FP8_OUT_DTYPES)]
+FP8_DECODE = [
+    Case(FP8, head_dim, False, 6, 2, 1, 385, batch=2, out_dtype=out_dtype)
+    for head_dim, out_dtype in product(FP8_HEAD_DIMS, FP8_OUT_DTYPES)
+]
 FP8_DECODE_SOME = FP8_DECODE[1::3] + FP8_DECODE[2:3]
 FP8_SPLITS = (0, 1, 2, 3, 7)

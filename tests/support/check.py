@@ -1,4 +1,5 @@
 """Run a forward problem on the GPU and judge the result: poisoned memory, the tolerance rule, numbers on failure."""
+
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,13 @@ from fa3_cute.contract.reference import as_float, attention_reference, low_preci
 # All ones: a NaN in every format, and no value that a kernel computes (its NaN is 0x7FFF, 0x7FFFFFFF).
 POISON = 0xFF
 GUARD_BYTES = 64 << 10
-STORAGE = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), FP8: np.dtype(np.uint8),
-           "fp32": np.dtype(np.float32), "int32": np.dtype(np.int32)}
+STORAGE = {
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+    FP8: np.dtype(np.uint8),
+    "fp32": np.dtype(np.float32),
+    "int32": np.dtype(np.int32),
+}
 DATA_TYPES = {"fp16": DataType.FP16, "bf16": DataType.BF16, FP8: DataType.FP8_E4M3}
 
 RULE_16_BIT = Rule(max_factor=2.0, mean_factor=1.5)
@@ -38,6 +44,7 @@ POOL = ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1) // int(os.environ.
 
 # ---- device memory -------------------------------------------------------------------------------------------------
 
+
 class Image:
     """A block of device memory, poisoned but for the tensors placed in it, and its image on the host.
 
@@ -48,7 +55,7 @@ class Image:
     def __init__(self, shape, dtype: str, guard: int = GUARD_BYTES):
         nbytes = prod(shape) * STORAGE[dtype].itemsize
         self.host = np.full(guard + nbytes + guard, POISON, np.uint8)
-        self.whole = self.host[guard:guard + nbytes].view(STORAGE[dtype]).reshape(shape)
+        self.whole = self.host[guard : guard + nbytes].view(STORAGE[dtype]).reshape(shape)
         self.buffer = cuda.allocate(self.host.size)
 
     def tensor(self, view: np.ndarray) -> "Tensor":
@@ -64,6 +71,7 @@ class Image:
 @dataclass(frozen=True)
 class Tensor:
     """A view of an image's host array, standing for the same bytes on the device."""
+
     image: Image
     array: np.ndarray
 
@@ -91,8 +99,10 @@ class Tensor:
         values = view.copy()
         view.view(np.uint8)[...] = POISON
         touched = np.flatnonzero(after != POISON)
-        assert not touched.size, (f"{touched.size} bytes written outside the output, the first at "
-                                  f"{touched[0] - self.offset} bytes from its start")
+        assert not touched.size, (
+            f"{touched.size} bytes written outside the output, the first at "
+            f"{touched[0] - self.offset} bytes from its start"
+        )
         return values
 
     def is_untouched(self, stream) -> bool:
@@ -100,6 +110,7 @@ class Tensor:
 
 
 # ---- layouts: place(name, shape, dtype) functions for make_problem -------------------------------------------------
+
 
 def contiguous(name: str, shape, dtype: str) -> Tensor:
     """C-contiguous, between guard bands."""
@@ -109,7 +120,7 @@ def contiguous(name: str, shape, dtype: str) -> Tensor:
 
 def padded(name: str, shape, dtype: str) -> Tensor:
     """Gaps (poisoned) after every batch, row, head and vector; the base and rows aligned to 16 bytes and no more."""
-    gaps = (1, 3, 2, 16 // STORAGE[dtype].itemsize)[-len(shape):]
+    gaps = (1, 3, 2, 16 // STORAGE[dtype].itemsize)[-len(shape) :]
     image = Image([n + gap for n, gap in zip(shape, gaps, strict=True)], dtype, guard=GUARD_BYTES + 16)
     return image.tensor(image.whole[tuple(slice(n) for n in shape)])
 
@@ -123,6 +134,7 @@ def heads_before_rows(name: str, shape, dtype: str) -> Tensor:
 
 # ---- problems ------------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Problem:
     """A case with its tensors on the device, dense or packed.
@@ -133,6 +145,7 @@ class Problem:
     descales       those of q_descale, k_descale, v_descale, by name: FP32 [batch, heads] of any strides
     exact_scores   FP8's scores need so few bits that the LSE is judged as that of 16-bit inputs
     """
+
     case: object
     q: Tensor
     k: Tensor
@@ -151,8 +164,12 @@ class Problem:
     @property
     def options(self) -> dict:
         """The reference's options."""
-        return {"causal": self.case.is_causal, "window_size": self.case.window, "softmax_scale": self.softmax_scale,
-                **{name: tensor.array for name, tensor in (self.lengths | self.descales).items()}}
+        return {
+            "causal": self.case.is_causal,
+            "window_size": self.case.window,
+            "softmax_scale": self.softmax_scale,
+            **{name: tensor.array for name, tensor in (self.lengths | self.descales).items()},
+        }
 
     def options_of(self, heads: slice, kv_heads: slice) -> dict:
         """The reference's options for some of the heads."""
@@ -197,20 +214,33 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
     outer = () if "cu_seqlens_q" in lengths else (case.batch,)
     q_shape = (*outer, case.seqlen_q, case.num_heads, case.head_dim)
     k_shape = (*outer, case.seqlen_k, case.num_heads_k, case.head_dim)
-    q, k, v, out = (place(name, shape, dtype) for name, shape, dtype in (
-        ("q", q_shape, case.dtype), ("k", k_shape, case.dtype), ("v", k_shape, case.dtype),
-        ("out", q_shape, case.element_out)))
+    q, k, v, out = (
+        place(name, shape, dtype)
+        for name, shape, dtype in (
+            ("q", q_shape, case.dtype),
+            ("k", k_shape, case.dtype),
+            ("v", k_shape, case.dtype),
+            ("out", q_shape, case.element_out),
+        )
+    )
     lse = contiguous("lse", (*outer, case.num_heads, case.seqlen_q), "fp32") if case.has_lse else None
     on_device = {name: contiguous(name, (len(values),), "int32") for name, values in lengths.items()}
     for name, tensor in on_device.items():
         tensor.array[...] = lengths[name]
-    descales = {f"{name}_descale": descale(name, (case.batch, heads)) for name, heads in
-                (("q", case.num_heads), ("k", case.num_heads_k), ("v", case.num_heads_k)) if descale}
-    problem = Problem(case, q, k, v, out, lse, softmax_scale, on_device,
-                      {name: tensor for name, tensor in descales.items() if tensor})
+    descales = {
+        f"{name}_descale": descale(name, (case.batch, heads))
+        for name, heads in (("q", case.num_heads), ("k", case.num_heads_k), ("v", case.num_heads_k))
+        if descale
+    }
+    problem = Problem(
+        case, q, k, v, out, lse, softmax_scale, on_device, {name: tensor for name, tensor in descales.items() if tensor}
+    )
     rngs = np.random.default_rng(zlib.crc32(str(case).encode())).spawn(3)
-    list(POOL.map(lambda array, rng, side: fill(array, case.dtype, rng, problem.is_used(side)),
-                  problem.inputs, rngs, "qkk"))
+    list(
+        POOL.map(
+            lambda array, rng, side: fill(array, case.dtype, rng, problem.is_used(side)), problem.inputs, rngs, "qkk"
+        )
+    )
     problem.upload()
     return problem
 
@@ -239,20 +269,32 @@ def params_of(problem: Problem, **overrides) -> FlashAttentionParams:
     tensors = {"q": problem.q, "k": problem.k, "v": problem.v, "out": problem.out}
     is_packed = problem.q.array.ndim == 3
     dims = ("row", "head") if is_packed else ("batch", "row", "head")
-    strides = {f"{name}_{dim}_stride": stride for name, tensor in tensors.items() if not tensor.array.flags.c_contiguous
-               for dim, stride in zip(dims, tensor.strides, strict=False)}
+    strides = {
+        f"{name}_{dim}_stride": stride
+        for name, tensor in tensors.items()
+        if not tensor.array.flags.c_contiguous
+        for dim, stride in zip(dims, tensor.strides, strict=False)
+    }
     for name, tensor in problem.descales.items():
         strides |= dict(zip((f"{name}_batch_stride", f"{name}_head_stride"), tensor.strides, strict=True))
-    sizes = ({"mode": AttentionMode.VARLEN_PREFILL, "total_q": case.seqlen_q, "total_k": case.seqlen_k} if is_packed
-             else {"seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k})
+    sizes = (
+        {"mode": AttentionMode.VARLEN_PREFILL, "total_q": case.seqlen_q, "total_k": case.seqlen_k}
+        if is_packed
+        else {"seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+    )
     fields = {
         **{name: tensor.address for name, tensor in (tensors | problem.lengths).items()},
         **{f"{name}_ptr": tensor.address for name, tensor in problem.descales.items()},
         "softmax_lse": problem.lse and problem.lse.address,
-        "batch_size": case.batch, **sizes,
-        "num_heads": case.num_heads, "num_heads_k": case.num_heads_k, "head_dim": case.head_dim,
-        "dtype": DATA_TYPES[case.dtype], "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype],
-        "is_causal": case.is_causal, "softmax_scale": problem.softmax_scale,
+        "batch_size": case.batch,
+        **sizes,
+        "num_heads": case.num_heads,
+        "num_heads_k": case.num_heads_k,
+        "head_dim": case.head_dim,
+        "dtype": DATA_TYPES[case.dtype],
+        "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype],
+        "is_causal": case.is_causal,
+        "softmax_scale": problem.softmax_scale,
         **dict(zip(("window_size_left", "window_size_right"), case.window, strict=True)),
         **strides,
     }
@@ -286,19 +328,25 @@ def check_all(problem: Problem, by_name: dict[str, tuple], lse_rtol: float = 0.0
     step = group if case.seqlen_q <= FEW_QUERIES else 1
     groups = [slice(head, head + step) for head in range(0, case.num_heads, step)]
     kv_heads = [slice(heads.start // group, heads.start // group + 1) for heads in groups]
-    inputs = [(q[..., heads, :], k[..., kv_head, :], v[..., kv_head, :])
-              for heads, kv_head in zip(groups, kv_heads, strict=True)]
+    inputs = [
+        (q[..., heads, :], k[..., kv_head, :], v[..., kv_head, :])
+        for heads, kv_head in zip(groups, kv_heads, strict=True)
+    ]
     options = [problem.options_of(*pair) for pair in zip(groups, kv_heads, strict=True)]
     rounding = {"out_dtype": case.out_dtype} if case.out_dtype else {}
-    twins = [POOL.submit(low_precision_twin, *arrays, case.dtype, **own, **rounding)
-             for arrays, own in zip(inputs, options, strict=True)]
+    twins = [
+        POOL.submit(low_precision_twin, *arrays, case.dtype, **own, **rounding)
+        for arrays, own in zip(inputs, options, strict=True)
+    ]
     unit = unit_of_out(problem)
 
     def judge(index: int):
         ref, ref_lse = attention_reference(*inputs[index], **options[index])
         twin, _ = twins[index].result()
-        return [errors(as_float(out[..., groups[index], :], np.float64), ref, twin, unit[..., groups[index], :])
-                for out, _ in by_name.values()], ref_lse
+        return [
+            errors(as_float(out[..., groups[index], :], np.float64), ref, twin, unit[..., groups[index], :])
+            for out, _ in by_name.values()
+        ], ref_lse
 
     judged, ref_lse = zip(*POOL.map(judge, range(len(groups))), strict=True)
     ref_lse = np.concatenate(ref_lse, axis=-2)
@@ -363,8 +411,10 @@ def assert_poison_outside(problem: Problem, out: np.ndarray, lse: np.ndarray | N
     for name, array in rows.items():
         is_written = np.ascontiguousarray(array).view(np.uint8) != POISON
         written = is_written.any(axis=tuple(range(1, is_written.ndim)))
-        assert not written.any(), (f"{name}: {np.count_nonzero(written)} rows written that no sequence uses, the "
-                                   f"first {np.argwhere(unused)[written][:4].tolist()}")
+        assert not written.any(), (
+            f"{name}: {np.count_nonzero(written)} rows written that no sequence uses, the "
+            f"first {np.argwhere(unused)[written][:4].tolist()}"
+        )
 
 
 def run_and_check(problem: Problem, stream, lse_rtol: float = 0.0) -> None:

@@ -1,4 +1,5 @@
 """Descales in memory: `descale(name, shape)` functions for make_problem, which return a Tensor of [batch, heads]."""
+
 import zlib
 
 import numpy as np
@@ -13,7 +14,7 @@ def spread(name: str, shape) -> np.ndarray:
     low, high = np.log(RANGES[name])
     steps = np.linspace(low, high, max(2, int(np.prod(shape))))
     order = np.random.default_rng(zlib.crc32(f"{name}{shape}".encode())).permutation(len(steps))
-    return np.exp(steps[order][:int(np.prod(shape))]).astype(np.float32).reshape(shape)
+    return np.exp(steps[order][: int(np.prod(shape))]).astype(np.float32).reshape(shape)
 
 
 def _placed(name: str, shape, image: Image, part: np.ndarray) -> Tensor:
@@ -71,10 +72,12 @@ def different(name, shape) -> Tensor:
 
 def fixed(**values: float):
     """Given values of q, k and v, for all sequences and heads."""
+
     def descale(name, shape) -> Tensor:
         tensor = for_all(name, shape)
         tensor.image.whole[...] = values[name]
         return tensor
+
     return descale
 
 
@@ -83,7 +86,16 @@ def only(name: str):
     return lambda tensor, shape: per_batch_and_head(tensor, shape) if tensor == name else None
 
 
-LAYOUTS = {"for all": for_all, "per head": per_head, "per batch": per_batch,
-           "per batch and head": per_batch_and_head, "heads first": heads_first, "spaced": spaced,
-           "spaced heads": spaced_heads, "different": different, "only q": only("q"), "only k": only("k"),
-           "only v": only("v")}
+LAYOUTS = {
+    "for all": for_all,
+    "per head": per_head,
+    "per batch": per_batch,
+    "per batch and head": per_batch_and_head,
+    "heads first": heads_first,
+    "spaced": spaced,
+    "spaced heads": spaced_heads,
+    "different": different,
+    "only q": only("q"),
+    "only k": only("k"),
+    "only v": only("v"),
+}

@@ -1,4 +1,5 @@
 """NVIDIA's disassembler, which the cubin reader and `inspect` are held against."""
+
 import importlib.util
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """A GPU, torch's tensors and cuDNN's graphs for the tests of the benchmark in FP8, over NumPy."""
+
 from math import prod
 
 import fake_gpu
@@ -89,6 +90,7 @@ class Described:
 
 class FakeCudnnGraph:
     """cuDNN's graph, which reads and writes the memory that it is told of, as it is described, by NumPy."""
+
     made, refusal = [], None
 
     def __init__(self, **options):
@@ -116,11 +118,25 @@ class FakeCudnnGraph:
         self.executed.append(memory)
         out, *_ = self.outputs
         assert {tensor.name for tensor in memory} == {
-            "q", "k", "v", "descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o", "o", "amax_s",
-            "amax_o"} and all(tensor.is_output for tensor in self.outputs)
+            "q",
+            "k",
+            "v",
+            "descale_q",
+            "descale_k",
+            "descale_v",
+            "descale_s",
+            "scale_s",
+            "scale_o",
+            "o",
+            "amax_s",
+            "amax_o",
+        } and all(tensor.is_output for tensor in self.outputs)
         q, k, v = (memory[self.arguments[name]].in_memory(self.arguments[name]).swapaxes(1, 2) for name in "qkv")
-        scales = [memory[self.arguments[name]].array.item() for name in (
-            "descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")]
-        exact, _ = attention_reference(q, k, v, causal=self.arguments["use_causal_mask"],
-                                       softmax_scale=self.arguments["attn_scale"])
+        scales = [
+            memory[self.arguments[name]].array.item()
+            for name in ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
+        ]
+        exact, _ = attention_reference(
+            q, k, v, causal=self.arguments["use_causal_mask"], softmax_scale=self.arguments["attn_scale"]
+        )
         memory[out].in_memory(out)[...] = to_bits(prod(scales) * exact, FP8).swapaxes(1, 2)

@@ -1,4 +1,5 @@
 """A GPU for the benchmark's tests: buffers are NumPy bytes, the forward is the reference, time is what launches add."""
+
 from math import prod
 from types import SimpleNamespace
 
@@ -12,11 +13,12 @@ from fa3_cute.contract.reference import attention_reference, to_bits
 from fa3_cute.contract.status import Status
 
 COPY_MS = 2.0
-OFFSET_BITS = 32        # of an address; above them is the number of its buffer
+OFFSET_BITS = 32  # of an address; above them is the number of its buffer
 
 
 class FakeStream:
     """A stream whose events read a clock that launches move: `now` in milliseconds."""
+
     handle = 1
     now = 0.0
     is_capturing = False
@@ -53,6 +55,7 @@ class FakeBuilder:
 
 class FakeEvent:
     """An event that is always done and holds the time at which it was recorded."""
+
     is_done = True
 
     def __sub__(self, other):
@@ -83,7 +86,7 @@ class FakeGpu:
         return self.buffers[-1]
 
     def window_of(self, buffer, offset, nbytes):
-        return FakeBuffer(self.stream, buffer.handle + offset, buffer.bytes[offset:offset + nbytes])
+        return FakeBuffer(self.stream, buffer.handle + offset, buffer.bytes[offset : offset + nbytes])
 
     def upload(self, array, target=None, stream=None):
         target = self.allocate(array.nbytes) if target is None else target
@@ -91,7 +94,7 @@ class FakeGpu:
         return target
 
     def download(self, buffer, shape, dtype, stream=None):
-        return buffer.bytes[:prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+        return buffer.bytes[: prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
 
     def read(self, pointer, shape, dtype=np.uint16):
         """The array at an address."""
@@ -104,34 +107,47 @@ class FakeGpu:
         if self.stream.is_capturing:
             self.captured_k.append(p.k)
         out_bytes = self.buffers[p.out >> OFFSET_BITS].bytes
-        if (out_bytes != 0xFF).any():      # not poisoned since the last call: computed already
+        if (out_bytes != 0xFF).any():  # not poisoned since the last call: computed already
             return Status.OK
         packing, rows = {}, ((p.batch_size, p.seqlen_q), (p.batch_size, p.seqlen_k))
         if p.mode == AttentionMode.VARLEN_PREFILL:
-            packing = {name: self.read(getattr(p, name), (p.batch_size + 1,), np.int32)
-                       for name in ("cu_seqlens_q", "cu_seqlens_k")}
+            packing = {
+                name: self.read(getattr(p, name), (p.batch_size + 1,), np.int32)
+                for name in ("cu_seqlens_q", "cu_seqlens_k")
+            }
             rows = ((p.total_q,), (p.total_k,))
         q_shape, kv_shape = (*rows[0], p.num_heads, p.head_dim), (*rows[1], p.num_heads_k, p.head_dim)
         q, k, v = (self.read(pointer, shape) for pointer, shape in ((p.q, q_shape), (p.k, kv_shape), (p.v, kv_shape)))
-        exact, _ = attention_reference(q, k, v, causal=p.is_causal, **packing,
-                                       window_size=(p.window_size_left, p.window_size_right))
+        exact, _ = attention_reference(
+            q, k, v, causal=p.is_causal, **packing, window_size=(p.window_size_left, p.window_size_right)
+        )
         out = to_bits(exact, "bf16").reshape(-1)
-        out_bytes[:out.nbytes] = out.view(np.uint8)
+        out_bytes[: out.nbytes] = out.view(np.uint8)
         return Status.OK
 
 
 def install(monkeypatch) -> FakeGpu:
     """Makes the benchmark run on a new fake GPU."""
     gpu = FakeGpu()
-    device = SimpleNamespace(name="fake", properties=SimpleNamespace(multiprocessor_count=132), pci_bus_id="",
-                             create_stream=lambda: gpu.stream, create_event=lambda options: FakeEvent())
+    device = SimpleNamespace(
+        name="fake",
+        properties=SimpleNamespace(multiprocessor_count=132),
+        pci_bus_id="",
+        create_stream=lambda: gpu.stream,
+        create_event=lambda options: FakeEvent(),
+    )
     monkeypatch.setattr(bench, "hopper_device_problem", lambda: None)
     monkeypatch.setattr(bench, "open_device", lambda: device)
     monkeypatch.setattr(bench, "forward", lambda params, stream: gpu.forward(params, stream))
     monkeypatch.setattr(Stopwatch.host_microseconds, "__defaults__", (2, 1))
-    fakes = {"address": lambda buffer, offset=0: buffer.handle + offset, "window_of": gpu.window_of,
-             "allocate": gpu.allocate, "upload": gpu.upload, "download": gpu.download,
-             "fill": lambda buffer, byte, stream: buffer.bytes.fill(byte)}
+    fakes = {
+        "address": lambda buffer, offset=0: buffer.handle + offset,
+        "window_of": gpu.window_of,
+        "allocate": gpu.allocate,
+        "upload": gpu.upload,
+        "download": gpu.download,
+        "fill": lambda buffer, byte, stream: buffer.bytes.fill(byte),
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(case_module, name, fake)
     return gpu

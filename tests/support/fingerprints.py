@@ -6,6 +6,7 @@
 A fingerprint is registers, bytes of stack, of spill stores and loads, of shared memory, instructions, and a hash of the
 instructions in order, without the places of kernel parameters in constant memory. Keyed by DSL version and flavour.
 """
+
 import hashlib
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ CONSTANT_OFFSET = 0xFFFF << 38
 def fingerprint(cfg) -> tuple:
     """(Report, fingerprint) of one config, compiled past every cache."""
     from fa3_cute.runtime.compiler import compile_and_read
+
     report, kernel = compile_and_read(cfg)
     return report, [*(getattr(report, field) for field in FIELDS), code_hash(kernel.code)]
 
@@ -32,7 +34,7 @@ def code_hash(code: bytes) -> str:
     """16 digits of SHA-256 over the instructions, whatever lies where in constant memory."""
     digest = hashlib.sha256()
     for start in range(0, len(code), 16):
-        low, high = code[start:start + 8], code[start + 8:start + 16]
+        low, high = code[start : start + 8], code[start + 8 : start + 16]
         word = int.from_bytes(low, "little")
         if word >> 8 & 0xF in CONSTANT_FORMS:
             low = (word & ~CONSTANT_OFFSET).to_bytes(8, "little")
@@ -43,6 +45,7 @@ def code_hash(code: bytes) -> str:
 def environment() -> str:
     """The key of this machine's compiler."""
     import cutlass
+
     return f"DSL {cutlass.__version__}, CUDA {cutlass.CUDA_VERSION.major}.{cutlass.CUDA_VERSION.minor}"
 
 
@@ -53,6 +56,7 @@ def known() -> dict[str, list]:
 
 def main(check: bool) -> int:
     from fa3_cute.planning.tables import all_configs
+
     configs = all_configs()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         found = {cfg.name: made for cfg, (_, made) in zip(configs, pool.map(fingerprint, configs), strict=True)}
@@ -66,9 +70,12 @@ def main(check: bool) -> int:
         return 1 if changed else 0
     everything = json.loads(FILE.read_text()) if FILE.exists() else {}
     everything[environment()] = found
-    lines = (f"{json.dumps(key)}: {{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(made)}"
-                                                     for name, made in kernels.items()) + "\n}"
-             for key, kernels in everything.items())
+    lines = (
+        f"{json.dumps(key)}: {{\n"
+        + ",\n".join(f"  {json.dumps(name)}: {json.dumps(made)}" for name, made in kernels.items())
+        + "\n}"
+        for key, kernels in everything.items()
+    )
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"{len(found)} kernels written to {FILE.name}")
     return 0

@@ -1,4 +1,5 @@
 """What only a process that has loaded no kernel can show. test_streams_gpu.py runs it: VERB in, JSON out."""
+
 import json
 import sys
 from time import perf_counter

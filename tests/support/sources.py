@@ -1,4 +1,5 @@
 """Which sources a record speaks of."""
+
 import hashlib
 from pathlib import Path
 

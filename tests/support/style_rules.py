@@ -1,4 +1,5 @@
 """The house rules that a machine can check. A rule takes a Source and yields (line, sentence) for every breach."""
+
 import ast
 import re
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "fa3_cute"
 
 MAX_FILE, MAX_PARAMETERS, MAX_NESTING = 400, 8, 3
-MAX_FUNCTION, MAX_FUNCTION_ELSEWHERE = 60, 80       # of the package; of tests and examples
+MAX_FUNCTION, MAX_FUNCTION_ELSEWHERE = 60, 80  # of the package; of tests and examples
 
 # From the ground up: a folder's modules may import those of their own folder and of the folders before it. "" is the
 # package's own __init__.py. The command line uses the package as anyone does, hence its place at the end.
@@ -18,8 +19,11 @@ KERNELS = {"common": {"common"}, "forward": {"common", "forward"}, "decode": {"c
 FRAMEWORKS = {"torch", "cupy", "jax", "tensorflow", "triton"}
 DEVICE = {"cutlass", "cuda"}
 # What a folder may not import. A call's meaning and its plan are known where there is neither the DSL nor CUDA.
-BANNED = {"contract": FRAMEWORKS | DEVICE, "planning": FRAMEWORKS | DEVICE,
-          "kernels": FRAMEWORKS | {"numpy", "ctypes", "os", "subprocess"}}
+BANNED = {
+    "contract": FRAMEWORKS | DEVICE,
+    "planning": FRAMEWORKS | DEVICE,
+    "kernels": FRAMEWORKS | {"numpy", "ctypes", "os", "subprocess"},
+}
 PIPELINE_STATE = re.compile(r"\b(PipelineState|\w*Producer|\w*Consumer)\b")
 
 # Signatures fixed from outside: attention() has flash-attn's names.
@@ -29,6 +33,7 @@ WIDE_SIGNATURES = {("api", "attention")}
 @dataclass(frozen=True)
 class Source:
     """One source file: its path and its text."""
+
     path: Path
     text: str
 
@@ -42,7 +47,7 @@ class Source:
 
     @property
     def module(self) -> str:
-        """"cli.bench" for cli/bench.py, "cli" for cli/__init__.py, "" for the package's own __init__.py."""
+        """ "cli.bench" for cli/bench.py, "cli" for cli/__init__.py, "" for the package's own __init__.py."""
         if PACKAGE not in self.path.parents:
             return self.path.stem
         parts = self.path.relative_to(PACKAGE).with_suffix("").parts
@@ -67,7 +72,7 @@ def project_imports(source: Source):
     for node in source.nodes(ast.ImportFrom):
         names = node.module.split(".") if node.module else []
         if node.level:
-            names = [*package[:len(package) + 1 - node.level], *names]
+            names = [*package[: len(package) + 1 - node.level], *names]
         elif names[0] == "fa3_cute":
             names = names[1:]
         else:
@@ -103,7 +108,7 @@ def knows(here: str, there: str) -> bool:
 
 
 def kernels_folder(module: str) -> str:
-    """"common" of "kernels.common.tma"."""
+    """ "common" of "kernels.common.tma"."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -137,15 +142,21 @@ def loop_in_state_method(source: Source):
         if not is_dataclass(node, frozen=False):
             continue
         for method in (item for item in node.body if isinstance(item, ast.FunctionDef)):
-            yield from ((loop.lineno, f"{node.name}.{method.name}: run-time loop in a state method")
-                        for loop in ast.walk(method) if is_run_time_loop(loop))
+            yield from (
+                (loop.lineno, f"{node.name}.{method.name}: run-time loop in a state method")
+                for loop in ast.walk(method)
+                if is_run_time_loop(loop)
+            )
 
 
 def phase(source: Source):
     """The DSL's handles own the pipeline phase: device code never spells it."""
     if source.top == "kernels":
-        yield from ((number, "the word 'phase'") for number, line in enumerate(source.text.splitlines(), 1)
-                    if "phase" in line.lower())
+        yield from (
+            (number, "the word 'phase'")
+            for number, line in enumerate(source.text.splitlines(), 1)
+            if "phase" in line.lower()
+        )
 
 
 def docstrings(source: Source):
@@ -169,8 +180,11 @@ def sizes(source: Source):
             ("parameters", parameter_count(source, function), MAX_PARAMETERS),
             ("levels of nesting", nesting(function), MAX_NESTING),
         )
-        yield from ((function.lineno, f"{function.name}: {size} {what}, at most {limit}")
-                    for what, size, limit in measured if size > limit)
+        yield from (
+            (function.lineno, f"{function.name}: {size} {what}, at most {limit}")
+            for what, size, limit in measured
+            if size > limit
+        )
 
 
 RULES = (layering, foreign_imports, frozen_pipeline_state, loop_in_state_method, phase, docstrings, sizes)

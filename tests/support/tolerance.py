@@ -1,4 +1,5 @@
 """The tolerance rule: how far from float64 a result may lie, in terms of the distance of the low-precision twin."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ FP8_SCORE_ERROR = 2.0**-12
 @dataclass(frozen=True)
 class Rule:
     """max|out-ref| <= max_factor max|twin-ref| + max_slack, and the same of the means."""
+
     max_factor: float
     mean_factor: float
     max_slack: float = 1e-5
@@ -43,7 +45,8 @@ def assert_errors(rule: Rule, error: np.ndarray, twin_error: np.ndarray, part: s
     wrong_kind = np.argwhere(np.isinf(error))
     assert not len(wrong_kind), (
         f"out{part}: {np.count_nonzero(error == np.inf)} elements are NaN or infinite and should not be, "
-        f"{np.count_nonzero(error == -np.inf)} should be NaN and are not, first {wrong_kind[:4].tolist()}")
+        f"{np.count_nonzero(error == -np.inf)} should be NaN and are not, first {wrong_kind[:4].tolist()}"
+    )
     twin_max, twin_mean = twin_error[known].max(), twin_error[known].mean(dtype=np.float64)
     limit, mean_limit = rule.max_factor * twin_max + rule.max_slack, rule.mean_factor * twin_mean + rule.mean_slack
     worst = np.unravel_index(np.nanargmax(error), error.shape)
@@ -51,7 +54,8 @@ def assert_errors(rule: Rule, error: np.ndarray, twin_error: np.ndarray, part: s
     assert error[worst] <= limit and mean <= mean_limit, (
         f"out{part}: max error {error[worst]:.3e} (limit {limit:.3e}, twin {twin_max:.3e}), mean error {mean:.3e} "
         f"(limit {mean_limit:.3e}, twin {twin_mean:.3e}); worst at {tuple(int(i) for i in worst)}; "
-        f"rows [.., row, head] beyond the limit: {np.unique(np.argwhere(error > limit)[:, :-1], axis=0)[:4].tolist()}")
+        f"rows [.., row, head] beyond the limit: {np.unique(np.argwhere(error > limit)[:, :-1], axis=0)[:4].tolist()}"
+    )
 
 
 def assert_lse(lse: np.ndarray, ref: np.ndarray, tolerance, rtol: float = 0.0) -> None:
@@ -64,22 +68,26 @@ def assert_lse(lse: np.ndarray, ref: np.ndarray, tolerance, rtol: float = 0.0) -
     worst = np.unravel_index(np.argmax(excess), excess.shape)
     assert excess[worst] <= 0, (
         f"LSE at {tuple(int(i) for i in worst)} [batch, head, row]: {lse[worst]:.7g}, expected {ref[worst]:.7g}; "
-        f"{np.count_nonzero(excess > 0)} of {excess.size} beyond {tolerance[worst]:.3g}")
+        f"{np.count_nonzero(excess > 0)} of {excess.size} beyond {tolerance[worst]:.3g}"
+    )
 
 
 def _assert_same_places(what: str, got: np.ndarray, expected: np.ndarray) -> None:
     differ = np.argwhere(got != expected)
     assert not len(differ), (
         f"{what}: {np.count_nonzero(got)} places, expected {np.count_nonzero(expected)}; "
-        f"{len(differ)} differ, first {differ[:4].tolist()}")
+        f"{len(differ)} differ, first {differ[:4].tolist()}"
+    )
 
 
 def score_errors(problem) -> np.ndarray:
     """[batch, heads, rows], packed [heads, rows]: what the scores and the LSE of an FP8 problem's rows may be off."""
     case = problem.case
     q_rows, k_rows = problem.sequences("q"), problem.sequences("k")
-    q_descale, k_descale = (problem.descales[name].array if name in problem.descales else np.ones((len(q_rows), 1))
-                            for name in ("q_descale", "k_descale"))
+    q_descale, k_descale = (
+        problem.descales[name].array if name in problem.descales else np.ones((len(q_rows), 1))
+        for name in ("q_descale", "k_descale")
+    )
     factor = FP8_SCORE_ERROR * (case.head_dim**-0.5 if problem.softmax_scale is None else problem.softmax_scale)
     most = np.zeros(problem.q.array.shape[:-1])
     for b, (q, k) in enumerate(zip(q_rows, k_rows, strict=True)):
