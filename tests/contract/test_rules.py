@@ -1,0 +1,160 @@
+"""The table of the rules: its order, and that any value whatever is a problem and no exception."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule_calls import (
+    A,
+    DECODE,
+    DENSE,
+    DENSE_FP8,
+    DESCALES,
+    FP8,
+    ONE_ROW,
+    PACKED,
+    PACKED_FP8,
+    PER_HEAD,
+    first_problem,
+    VALUES,
+)
+
+from fa3_cute.contract import rules
+from fa3_cute.contract.params import FlashAttentionParams
+from fa3_cute.contract.status import Status
+from fa3_cute.contract.rules import contract_problems
+from fa3_cute.planning.operations import problems
+
+
+# Right by the contract, so the kernel that is missing is the only problem; a landed kernel moves its row to ACCEPTED.
+@pytest.mark.parametrize(
+    "base, changes, feature",
+    [
+        (PACKED, {"num_splits": 256}, "split-KV of packed sequences"),
+        (PACKED, {"pack_gqa": True}, "packed heads of packed sequences"),
+        (PACKED_FP8, {"num_splits": 2}, "split-KV of packed sequences"),
+        (PACKED_FP8, {"pack_gqa": True}, "packed heads of packed sequences"),
+    ],
+)
+def test_pending_features_are_named(base, changes, feature):
+    params = replace(base, **changes)
+    found = problems(params)
+    assert {problem.status for problem in found} == {Status.FEATURE_UNSUPPORTED}
+    assert all(f"{feature} not implemented yet" in problem.detail for problem in found)
+    assert contract_problems(params) == []
+
+
+def test_first_problem_follows_the_table():
+    """A call that breaks every rule is refused for each in turn, as one after the other is mended."""
+    params = FlashAttentionParams(
+        k=A,
+        v=A,
+        out=A + 1,
+        head_dim=80,
+        num_heads=6,
+        num_heads_k=4,
+        is_causal=True,
+        window_size_left=1,
+        mode=DECODE,
+        cu_seqlens_q=A,
+        softcap=1,
+        num_splits=300,
+        page_table=A,
+        rotary_dim=8,
+        p_dropout=0.5,
+        dtype=FP8,
+    )
+    mending = [
+        (-1, {"q": A}),
+        (-2, {"head_dim": 192}),
+        (-3, {"head_dim": 128}),
+        (-4, {"num_heads": 8}),
+        (-5, {"is_causal": False}),
+        (-6, {"cu_seqlens_q": None}),
+        (-7, {"batch_size": 1, "seqlen_q": 2, "seqlen_k": 1}),
+        (-8, {"seqlen_q": 1}),
+        (-9, {"out": A}),
+        (-11, {"softcap": 0}),
+        (-13, {"num_splits": 0}),
+        (-14, {"page_table": None}),
+        (-15, {"rotary_dim": 0}),
+        (-16, {"p_dropout": 0}),
+    ]
+    for status, change in mending:
+        assert first_problem(params).status == status, (first_problem(params), change)
+        params = replace(params, **change)
+    assert first_problem(params) is None
+
+
+def test_rules_are_in_the_order_of_the_table():
+    statuses = [status for status, _ in rules.RULES]
+    assert statuses == sorted(statuses, reverse=True)
+
+
+def test_problem_prints_as_a_sentence():
+    assert str(first_problem(replace(DENSE, head_dim=80))) == (
+        "UNSUPPORTED_HEAD_DIM (-2): head_dim=80: must be 64, 96, 128, 192 or 256"
+    )
+
+
+# By number: hypothesis wants to print what it draws.
+CHANGES = st.dictionaries(
+    st.sampled_from([field.name for field in fields(FlashAttentionParams)]), st.integers(0, len(VALUES) - 1), max_size=6
+)
+
+
+@settings(max_examples=800, deadline=None)
+@given(
+    st.sampled_from(
+        [
+            DENSE,
+            PACKED,
+            ONE_ROW,
+            replace(DENSE, seqused_k=A, window_size_left=8),
+            replace(DENSE_FP8, **DESCALES, **PER_HEAD),
+            PACKED_FP8,
+            replace(ONE_ROW, dtype=FP8),
+        ]
+    ),
+    CHANGES,
+)
+def test_any_value_is_a_problem_and_no_exception(base, changes):
+    params = replace(base, **{name: VALUES[number] for name, number in changes.items()})
+    found = problems(params)
+    assert first_problem(params) == (found or [None])[0]
+    assert [problem.status for problem in found] == sorted((problem.status for problem in found), reverse=True)
+    assert all(problem.detail.isprintable() for problem in found)
+
+
+STRIDE = st.sampled_from([None, 0, 8, 64, 128, 136, 256, 264, 384, 512, 1024, 4096, 3, -8])
+SIZE = st.integers(1, 5)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from([DENSE, PACKED]), st.tuples(SIZE, SIZE, SIZE), st.tuples(STRIDE, STRIDE, STRIDE))
+def test_strides_of_out_against_brute_force(base, sizes, strides):
+    """No layout whose rows are apart is refused."""
+    batch, rows, heads = sizes
+    params = replace(
+        base,
+        batch_size=batch,
+        num_heads=heads,
+        num_heads_k=1,
+        out_batch_stride=strides[0],
+        out_row_stride=strides[1],
+        out_head_stride=strides[2],
+        **{"seqlen_q" if base is DENSE else "total_q": rows},
+    )
+    sizes = (batch if base is DENSE else 1, rows, heads)
+    contiguous = (rows * heads * 128, heads * 128, 128)
+    real = [default if stride is None else stride for stride, default in zip(strides, contiguous, strict=True)]
+    fit = all(size == 1 or stride >= 128 and stride % 8 == 0 for stride, size in zip(real, sizes, strict=True))
+    starts = sorted(sum(i * stride for i, stride in zip(index, real, strict=True)) for index in np.ndindex(*sizes))
+    apart = fit and all(b - a >= 128 for a, b in zip(starts, starts[1:], strict=False))
+    assert first_problem(params) == (problems(params) or [None])[0]
+    if apart:
+        assert problems(params) == []
+    if not fit:
+        assert problems(params)
