@@ -9,23 +9,9 @@ import descales
 import numpy as np
 import pytest
 from cases import FP8, FP8_GRID, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEADS, Case, Layout, with_heads
-from check import (
-    LSE_TOLERANCE,
-    POISON,
-    Problem,
-    Tensor,
-    assert_out,
-    check,
-    contiguous,
-    cuda,
-    heads_before_rows,
-    make_problem,
-    packed_problem,
-    padded,
-    params_of,
-    poison_of,
-)
+from check import LSE_TOLERANCE, Problem, assert_out, check, make_problem, packed_problem, params_of, poison_of
 from fake_gpu import FakeGpu
+from images import POISON, Tensor, contiguous, cuda, heads_before_rows, padded
 from sources import ROOT, source_hash
 from tolerance import assert_lse
 

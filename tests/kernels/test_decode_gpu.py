@@ -6,17 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 from cases import DECODE, MORE_SPLITS, SPLITS, Case, with_heads
-from check import (
-    assert_same_bits,
-    check,
-    check_all,
-    heads_before_rows,
-    make_problem,
-    padded,
-    params_of,
-    run,
-    run_each_and_check,
-)
+from check import assert_same_bits, check, check_all, make_problem, params_of, run, run_each_and_check
+from images import heads_before_rows, padded
 
 from fa3_cute import AttentionMode, forward
 from fa3_cute.contract.reference import as_float, to_bits

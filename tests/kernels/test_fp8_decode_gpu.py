@@ -5,18 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import FP8, FP8_DECODE, FP8_DECODE_SOME, FP8_SPLITS, MORE_SPLITS, Case, with_heads
-from check import (
-    assert_same_bits,
-    check,
-    check_all,
-    heads_before_rows,
-    make_problem,
-    padded,
-    params_of,
-    run,
-    run_each_and_check,
-)
+from check import assert_same_bits, check, check_all, make_problem, params_of, run, run_each_and_check
 from descales import per_batch_and_head
+from images import heads_before_rows, padded
 from test_decode_gpu import LAST, MASKS, USED, alone, check_splits, set_bits
 from test_decode_graph_gpu import captured, give_lengths
 from test_fp8_gpu import score_problem

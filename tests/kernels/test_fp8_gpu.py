@@ -6,17 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import FP8, FP8_FAMILIES, FP8_FEW, FP8_GRID, FP8_HEAD_DIMS, FP8_MANY_TILES, FP8_OUT_DTYPES, FP8_SOME, Case
-from check import (
-    assert_same_bits,
-    check,
-    heads_before_rows,
-    make_problem,
-    padded,
-    params_of,
-    run,
-    run_and_check,
-)
+from check import assert_same_bits, check, make_problem, params_of, run, run_and_check
 from descales import fixed, per_batch_and_head
+from images import heads_before_rows, padded
 from test_forward_gpu import set_values
 from test_window_gpu import LENGTHS, WINDOWS
 

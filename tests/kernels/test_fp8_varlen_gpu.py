@@ -5,19 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import FP8_FEW, FP8_SOME, Layout, with_heads
-from check import (
-    assert_same_bits,
-    check,
-    heads_before_rows,
-    make_problem,
-    packed_problem,
-    padded,
-    run,
-    run_and_check,
-)
+from check import assert_same_bits, check, make_problem, packed_problem, run, run_and_check
 from descales import per_batch_and_head
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from images import heads_before_rows, padded
 from test_varlen_gpu import (
     ISOLATED,
     ISOLATED_USED,

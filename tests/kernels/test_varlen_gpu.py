@@ -5,20 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import FAMILIES, HEADS, Layout, with_heads
-from check import (
-    check,
-    heads_before_rows,
-    make_problem,
-    packed_problem,
-    padded,
-    params_of,
-    poison_of,
-    results,
-    run,
-    run_and_check,
-)
+from check import check, make_problem, packed_problem, params_of, poison_of, results, run, run_and_check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from images import heads_before_rows, padded
 
 from fa3_cute import Status, forward, warmup
 from fa3_cute.contract.reference import to_bits

@@ -6,22 +6,8 @@ from math import prod
 import numpy as np
 import pytest
 from cases import FAMILIES, Case
-from check import (
-    DATA_TYPES,
-    GUARD_BYTES,
-    POISON,
-    STORAGE,
-    Image,
-    assert_out,
-    contiguous,
-    heads_before_rows,
-    make_problem,
-    padded,
-    params_of,
-    results,
-    run,
-    run_and_check,
-)
+from check import DATA_TYPES, assert_out, make_problem, params_of, results, run, run_and_check
+from images import GUARD_BYTES, POISON, STORAGE, Image, contiguous, heads_before_rows, padded
 
 from fa3_cute import AttentionMode, FlashAttentionParams, Status, forward
 from fa3_cute.arrays import memory as cuda

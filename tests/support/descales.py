@@ -3,7 +3,7 @@
 import zlib
 
 import numpy as np
-from check import Image, Tensor
+from images import Image, Tensor
 
 # Real values of Q and K that make scores of a few units, and of V whose heads differ by orders of magnitude.
 RANGES = {"q": (0.5, 2.0), "k": (0.5, 2.0), "v": (1 / 16, 16.0)}

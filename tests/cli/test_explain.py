@@ -1,0 +1,116 @@
+"""The command explain: what it says of a problem, which kernel it names, which exit status."""
+
+import pytest
+from commands import answer
+
+from fa3_cute.api import kernel_config
+from fa3_cute.cli import main
+from fa3_cute.planning.config import DecodeConfig
+from fa3_cute.planning.tables import decode_config, forward_config
+from fa3_cute.contract.params import FlashAttentionParams
+from fa3_cute.contract.status import FlashAttentionError, Status
+
+
+def test_explain_names_every_problem(capsys):
+    argv = ["explain", "--head-dim", "80", "--num-heads", "6", "--num-heads-k", "4", "--causal", "--window", "1,-1"]
+    status, said = answer(capsys, *argv)
+    assert status == 1 and set(said) == {"problems"}
+    assert [problem["status"] for problem in said["problems"]] == [
+        "UNSUPPORTED_HEAD_DIM",
+        "INVALID_HEADS",
+        "CAUSAL_WINDOW_CONFLICT",
+    ]
+    assert main(argv) == 1
+    assert "  INVALID_HEADS (-4): num_heads=6: must be a multiple of num_heads_k=4\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, cfg",
+    [
+        ([], forward_config("bf16", 128, "full", False, False)),
+        (
+            ["--causal", "--lse", "--dtype", "fp16", "--head-dim", "64"],
+            forward_config("fp16", 64, "causal", True, False),
+        ),
+        (["--window=100,-1"], forward_config("bf16", 128, "local", False, False)),
+        (["--window=-1,0"], forward_config("bf16", 128, "causal", False, False)),
+        (
+            ["--mode", "varlen", "--batch-size", "4", "--head-dim", "96"],
+            forward_config("bf16", 96, "full", False, True),
+        ),
+        (["--seqused"], forward_config("bf16", 128, "full", False, True)),
+        (["--mode", "decode", "--head-dim", "256"], decode_config("bf16", 256, False)),
+        (
+            ["--num-splits", "4", "--seqlen-q", "100", "--seqlen-k", "9000", "--causal"],
+            decode_config("bf16", 128, True),
+        ),
+        (["--dtype", "fp8_e4m3", "--head-dim", "96"], forward_config("fp8_e4m3", 96, "full", False, False, "bf16")),
+        (
+            ["--dtype", "fp8_e4m3", "--out-dtype", "fp16", "--mode", "decode"],
+            decode_config("fp8_e4m3", 128, False, "fp16"),
+        ),
+    ],
+)
+def test_explain_names_the_kernel(argv, cfg, capsys):
+    status, said = answer(capsys, "explain", *argv)
+    assert (status, said["problems"], said["kernel"]) == (0, [], cfg.name)
+    assert said["config"] == cfg.as_dict() | {"tile_m": cfg.tile_m}
+    assert (said["plan"] is not None) == isinstance(cfg, DecodeConfig)
+    assert main(["explain", *argv]) == 0
+    printed = capsys.readouterr().out
+    assert f"kernel    {cfg.name}\n" in printed and said["reason"] in printed
+    assert ("for V transposed" in printed) == (cfg.is_fp8 and not cfg.packs_heads)
+
+
+@pytest.mark.parametrize(
+    "argv, status",
+    [
+        (["--dtype", "fp8_e4m3", "--head-dim", "256"], "FP8_HEAD_DIM"),
+        (["--dtype", "bf16", "--out-dtype", "fp16"], "INVALID_ARGUMENT"),
+    ],
+)
+def test_explain_refuses_types_that_do_not_go_together(argv, status, capsys):
+    code, said = answer(capsys, "explain", *argv)
+    assert code == 1 and [problem["status"] for problem in said["problems"]] == [status]
+
+
+@pytest.mark.parametrize("batch, splits, ctas_per_sm", [(1, 16, 1), (64, 1, 2)])
+def test_explain_says_how_decode_is_laid_out(batch, splits, ctas_per_sm, capsys):
+    argv = [
+        "explain",
+        "--mode",
+        "decode",
+        "--batch-size",
+        str(batch),
+        "--seqlen-k",
+        "8192",
+        "--num-heads",
+        "32",
+        "--num-heads-k",
+        "4",
+        "--num-splits",
+        str(splits),
+    ]
+    _, said = answer(capsys, *argv)
+    plan = said["plan"]
+    assert (plan["packed_heads"], plan["num_splits"], plan["ctas_per_sm"]) == (8, splits, ctas_per_sm)
+    assert plan["cluster_size"] <= splits and said["workspace_bytes"] == plan["partial_bytes"]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert f"splits    {splits} of K and V, 1 cluster of" in printed
+    assert ("one per SM" if ctas_per_sm == 1 else "up to two per SM") in printed
+
+
+@pytest.mark.parametrize("text", ["1", "1,2,3", "a,b", ""])
+def test_bad_window(text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["explain", f"--window={text}"])
+    assert stop.value.code == 2 and "must be two ints" in capsys.readouterr().err
+
+
+def test_kernel_config_refuses_what_forward_refuses():
+    with pytest.raises(FlashAttentionError) as caught:
+        kernel_config(FlashAttentionParams())
+    assert caught.value.code is Status.NULL_POINTER
+    with pytest.raises(TypeError):
+        kernel_config({})

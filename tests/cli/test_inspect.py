@@ -1,0 +1,150 @@
+"""The command inspect, and the units of an SM that it counts by."""
+
+import re
+import subprocess
+from dataclasses import replace
+
+import pytest
+from commands import answer
+from disassembler import nvdisasm
+
+from fa3_cute.cli import main, units
+from fa3_cute.cli import inspect as inspect_command
+from fa3_cute.planning.config import DecodeConfig
+from fa3_cute.planning.tables import all_configs, decode_config, forward_config
+
+
+@pytest.mark.parametrize(
+    "argv, cfg, tensor_clocks",
+    [
+        (
+            ["--head-dim", "64", "--mask", "causal", "--lse", "--varlen", "--dtype", "fp16"],
+            forward_config("fp16", 64, "causal", True, True),
+            1536,
+        ),
+        (["--decode", "--mask", "causal"], decode_config("bf16", 128, True), 512),
+    ],
+)
+def test_inspect(argv, cfg, tensor_clocks, capsys):
+    status, said = answer(capsys, "inspect", *argv)
+    assert (status, said["name"], said["problems"], said["stack_bytes"]) == (0, cfg.name, [], 0)
+    assert sum(part["bytes"] for part in said["smem_map"]) == cfg.smem_bytes
+    mix = said["instruction_mix"]
+    assert sum(mix.values()) == said["instructions"] and mix["tensor"] == said["wgmmas"] and units.OTHER not in mix
+    assert said["clocks_per_tile"]["tensor"] == tensor_clocks
+    assert said["critical"] == ("memory" if isinstance(cfg, DecodeConfig) else "MUFU")
+    assert main(["inspect", *argv]) == 0
+    printed = capsys.readouterr().out
+    assert f"critical: {said['critical']}, " in printed and all(f"\n{unit} " in printed for unit in mix)
+
+
+@pytest.mark.parametrize(
+    "argv, cfg",
+    [
+        (["--out-dtype", "fp16", "--varlen"], forward_config("fp8_e4m3", 128, "full", False, True, "fp16")),
+        (["--decode"], decode_config("fp8_e4m3", 128, False, "bf16")),
+    ],
+)
+def test_inspect_of_fp8(argv, cfg, capsys):
+    status, said = answer(capsys, "inspect", "--dtype", "fp8_e4m3", *argv)
+    assert (status, said["name"], said["problems"]) == (0, cfg.name, [])
+    rings = ["Q", "K", "V"] if cfg.packs_heads else ["O", "Q", "K", "V", "V transposed"]
+    assert [part["name"] for part in said["smem_map"]] == ["barriers", *rings]
+    assert said["instruction_mix"]["tensor"] == said["wgmmas"] and units.OTHER not in said["instruction_mix"]
+
+
+@pytest.mark.parametrize("cfg", all_configs(), ids=lambda cfg: cfg.name)
+def test_map_of_shared_memory(cfg):
+    """Its parts are all of it, and what the barriers and the decode kernel's LSE are padded to is left for them."""
+    parts = inspect_command.smem_map(cfg)
+    assert sum(part["bytes"] for part in parts) == cfg.smem_bytes and parts[0]["bytes"] == 1024
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--dtype", "fp8_e4m3", "--head-dim", "192"], "fp8_e4m3 has 64, 96, 128"),
+        (["--out-dtype", "fp16"], "O is bf16, as Q, K and V are"),
+    ],
+)
+def test_inspect_of_what_does_not_exist(argv, said, capsys):
+    assert main(["inspect", *argv]) == 2 and said in capsys.readouterr().out
+
+
+def test_inspect_fails_on_a_problem(monkeypatch, capsys):
+    from fa3_cute.runtime import compiler
+
+    def fails(cfg):
+        raise compiler.CompileError("does not lower")
+
+    monkeypatch.setattr(compiler, "compile_and_read", fails)
+    status, said = answer(capsys, "inspect")
+    assert (status, said["problems"]) == (1, ["does not lower"])
+    assert main(["inspect"]) == 1 and capsys.readouterr().out == "does not lower\n"
+
+
+def test_stated_bandwidth():
+    assert "4.6 TB/s over 132 SMs at 1830 MHz" in inspect_command.__doc__
+    bytes_per_us = units.MEMORY_BYTES * units.NUM_SMS * units.CLOCKS_PER_US
+    assert abs(bytes_per_us - 4.6e6) < 1
+
+
+def test_operations_are_of_one_unit_each():
+    operations = [
+        number for mnemonics in units.OPERATIONS.values() for numbers in mnemonics.values() for number in numbers
+    ]
+    assert len(operations) == len(set(operations)) and max(operations) <= units.OPERATION_MASK
+
+
+def test_clocks_are_those_of_the_inner_loop():
+    """What nvdisasm shows of one: per thread and tile 80 scores and 64 elements of O (bf16, d128, 128x160)."""
+    clocks = units.clocks_per_tile(forward_config("bf16", 128, "full", False, False))
+    warps = 8
+    assert clocks["tensor"] == 2560
+    assert clocks["MUFU"] == 82 * 32 * warps / 16
+    assert clocks["FP32"] == (80 + 80 + 64) * 32 * warps / 128
+    assert clocks["ALU"] == (40 + 40) * 32 * warps / 64
+    assert clocks["issue"] == (82 + 80 + 80 + 64 + 40 + 40) * warps / 4
+
+
+def test_clocks_of_fp8():
+    """Half the clocks of the GEMMs and half the bytes, plus V through shared memory twice more, to transpose it."""
+    cfg = forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
+    eight, sixteen = (units.clocks_per_tile(each) for each in (cfg, replace(cfg, dtype="bf16", out_dtype=None)))
+    assert eight["tensor"] == sixteen["tensor"] / 2
+    assert eight["shared memory"] == sixteen["shared memory"] / 2 + 2 * cfg.tile_n * 128 / 128
+    assert {unit for unit in eight if eight[unit] != sixteen[unit]} == {"tensor", "shared memory"}
+
+
+@pytest.mark.parametrize("cfg", all_configs(), ids=lambda cfg: cfg.name)
+def test_masked_tiles_cost_more(cfg):
+    clocks, masked = (units.clocks_per_tile(cfg, is_masked) for is_masked in (False, True))
+    assert {unit for unit in clocks if masked[unit] > clocks[unit]} == {"ALU", "issue"}
+    assert ("memory" in clocks) == isinstance(cfg, DecodeConfig)
+
+
+@pytest.mark.skipif(nvdisasm() is None, reason="needs the nvidia-cuda-nvdisasm wheel")
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        forward_config("fp16", 64, "local", True, True),
+        decode_config("bf16", 64, True),
+        forward_config("fp8_e4m3", 64, "causal", True, True, "fp16"),
+        decode_config("fp8_e4m3", 64, True, "bf16"),
+    ],
+    ids=lambda cfg: cfg.name,
+)
+def test_units_agree_with_nvdisasm(cfg, tmp_path):
+    from fa3_cute.runtime import compiler
+    from fa3_cute.runtime.cubin import read_cubin
+
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(compiler._compile(cfg, f"--keep-cubin --dump-dir {tmp_path}").__cubin__)
+    listing = subprocess.run([nvdisasm(), "-c", path], capture_output=True, text=True, check=True).stdout
+    (kernel,) = read_cubin(path.read_bytes()).values()
+    mnemonics = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\w+)", listing, re.MULTILINE)
+    unit_of = {mnemonic: unit for unit, names in units.OPERATIONS.items() for mnemonic in names}
+    unit_of |= dict.fromkeys(("CGAERRBAR", "UCGABAR_ARV", "UCGABAR_WAIT"), "control")
+    assert not set(mnemonics) - unit_of.keys()
+    mix = units.instruction_mix(kernel.opcodes)
+    assert mix == {unit: sum(unit_of[name] == unit for name in mnemonics) for unit in mix}

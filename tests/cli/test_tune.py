@@ -1,0 +1,93 @@
+"""The command tune: its candidates, what it prints of them, the row that it proposes."""
+
+from dataclasses import replace
+
+import pytest
+
+from fa3_cute.planning import tables as heuristics
+from fa3_cute.runtime import launch
+from fa3_cute.cli import main, tune
+from fa3_cute.planning.config import FwdConfig
+
+ROW = heuristics.forward_config("bf16", 128, "causal", False, False)
+
+
+def test_candidates_are_legal_and_the_row_comes_first():
+    found = tune.candidates(ROW, tune.TILE_MS, tune.TILE_NS)
+    assert found[0] == ROW and len(set(found)) == len(found) > 50
+    assert {cfg.tile_m for cfg in found} == set(tune.TILE_MS)
+    assert all(
+        (cfg.dtype, cfg.head_dim, cfg.mask) == ("bf16", 128, "causal") and cfg.first_problem() is None for cfg in found
+    )
+    assert not any(cfg.use_pingpong for cfg in found if cfg.tile_m == 64)
+    assert tune.candidates(ROW, (64,), (64,))[0] == ROW
+
+
+def test_candidates_of_fp8():
+    row = heuristics.forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
+    found = tune.candidates(row, tune.TILE_MS, tune.TILE_NS)
+    assert found[0] == row and {cfg.out_dtype for cfg in found} == {"bf16"}
+    assert {cfg.tile_n % 32 for cfg in found} == {0}
+    assert {cfg.num_kv_stages for cfg in found} == {2, 3}
+
+
+def test_row_of_fp8():
+    """The line to paste makes the config that won."""
+    row = heuristics.forward_config("fp8_e4m3", 128, "full", False, False, "bf16")
+    best = replace(row, num_kv_stages=3, tile_n=96)
+    line = tune.heuristics_row([best, row], {best: [900.0], row: [800.0]}, "TFLOP/s")
+    ((key, made),) = eval(f"{{{line}}}", {"Row": heuristics.Row}).items()
+    assert key == (1, 128, "full") and (made.tile_n, made.num_kv_stages, made.use_pingpong) == (96, 3, False)
+
+
+@pytest.mark.parametrize("argv", [["--dtype", "fp8_e4m3", "--head-dim", "256"], ["--out-dtype", "fp16"]])
+def test_tune_refuses(argv, capsys):
+    assert main(["tune", *argv]) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+TUNE = ["tune", "--head-dim", "64", "--causal", "--limit", "4", "--jobs", "1", "--seqlen", "256,512", "--rounds", "2"]
+
+
+def test_tune_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "hopper_device_problem", lambda: "none here")
+    found = {"registers": 168, "smem_bytes": 9, "problems": []}
+    answers = iter([{"error": "no"}, found | {"problems": ["spills"]}, found, found])
+    monkeypatch.setattr(tune, "compiled", lambda cfg: next(answers))
+    assert main(TUNE) == 0
+    *_, summary, end = said = capsys.readouterr().out.splitlines()
+    assert summary.startswith("2 of 4 survive")
+    assert end == "no times: none here" and "4 are compiled" in said[0]
+    monkeypatch.setattr(tune, "compiled", lambda cfg: {"error": "no"})
+    assert main(TUNE) == 1
+
+
+def test_tune_with_a_gpu(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "hopper_device_problem", lambda: None)
+    monkeypatch.setattr(tune, "compiled", lambda cfg: {"registers": 168, "smem_bytes": 9, "problems": []})
+    monkeypatch.setattr(tune, "get_kernel", lambda cfg: None)
+    slow = heuristics.forward_config("bf16", 64, "causal", False, False)
+
+    def run(params, cfg, stream):
+        gpu.milliseconds = 2.0 if cfg == slow else 1.0
+        gpu.forward(params, stream)
+
+    monkeypatch.setattr(launch, "launch_through", run)
+    assert main(TUNE) == 0
+    table, row = capsys.readouterr().out.split("\n1.000 is ")
+    assert table.splitlines()[-1].split()[-1] == "1.000" and "2.000" in table
+    name, line = row.split("\n\n")
+    assert "the row in force" in name and max(map(len, line.splitlines())) <= 120
+    ((key, made),) = eval(f"{{{line}}}", {"Row": heuristics.Row}).items()
+    assert key == (2, 64, "causal") and "TFLOP/s at 256 / 512 tokens, fake, 2" in made.reason
+    FwdConfig(
+        "bf16",
+        64,
+        True,
+        False,
+        made.tile_m,
+        made.tile_n,
+        made.num_q_stages,
+        use_pingpong=made.use_pingpong,
+        rescale_before_pv=made.rescale_before_pv,
+    )
