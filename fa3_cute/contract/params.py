@@ -157,6 +157,9 @@ class FlashAttentionParams:
     pack_gqa: bool | None = _field(None, "flag")  # None: automatic
     workspace: int | None = _field(None, "pointer", element="bytes", alignment=16)  # scratch for split-KV; None: ours
     workspace_bytes: int = _field(0, "count")
+    # int32 on the device that are 0, and 0 again after the call; None: ours. One of them, and for split-KV
+    # workspace_size(params) / 8 bytes. Launches that may run at the same time must not share them.
+    tile_counter: int | None = _field(None, "pointer", element="int32", alignment=4)
 
     # Known by name, refused while set.
     softcap: float = _refused(Status.SOFTCAP_UNSUPPORTED, 0.0, "number")

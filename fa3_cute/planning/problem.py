@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW
 from ..contract.limits import DIMS
-from ..contract.params import DTYPE_NAMES, TENSORS, AttentionMode, DataType, FlashAttentionParams, names, tensor_sizes
+from ..contract.params import ARGUMENTS, DTYPE_NAMES, TENSORS, AttentionMode, DataType, FlashAttentionParams, names, tensor_sizes
 
-LENGTHS = names(kind="pointer", element="int32")
+LENGTHS = tuple(name for name in names(kind="pointer", element="int32") if ARGUMENTS[name].takers)
 STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
 DESCALE_STRIDES = names(kind="stride", is_fp8=True)
 _CONTIGUOUS = (None,) * len(STRIDES)
@@ -34,7 +34,7 @@ class ProblemShape(NamedTuple):
                         mask is (UNBOUNDED_WINDOW, 0)
     lengths             addresses on the device, 0 if absent, in the order of LENGTHS
     strides             in elements, in the order of STRIDES and then, of FP8, of DESCALE_STRIDES
-    workspace           address of the caller's, 0 if there is none
+    workspace, tile_counter   addresses of the caller's, 0 if there is none
     """
 
     dtype: str
@@ -57,6 +57,7 @@ class ProblemShape(NamedTuple):
     num_splits: int
     pack_gqa: bool | None
     workspace: int
+    tile_counter: int
 
     @property
     def element_bytes(self) -> int:
@@ -101,6 +102,7 @@ class ProblemShape(NamedTuple):
             p.num_splits,
             p.pack_gqa,
             p.workspace or 0,
+            p.tile_counter or 0,
         )
 
 
