@@ -26,7 +26,10 @@ _ANY_ADDRESS = 16
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """The arguments of attention(), as given."""
+    """The arguments of attention(), as given.
+
+    numbers   the scale and features that are numbers, by their names in FlashAttentionParams and in the reference
+    """
 
     q: Any
     k: Any
@@ -35,7 +38,7 @@ class AttentionCall:
     stream: Any
     causal: Any
     window_size: Any
-    softmax_scale: Any
+    numbers: dict[str, Any]
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     seqused_k: Any
@@ -71,7 +74,7 @@ class AttentionCall:
             "is_causal": self.causal,
             "window_size_left": left,
             "window_size_right": right,
-            "softmax_scale": self.softmax_scale,
+            **self.numbers,
             "num_splits": self.num_splits,
             "mode": AttentionMode.VARLEN_PREFILL if self.is_packed else AttentionMode.PREFILL,
         }
@@ -253,7 +256,7 @@ def attention_on_host(call: AttentionCall):
     element = call.element_type(q.dtype.name, k.dtype.name, v.dtype.name, HOST_DTYPES)
     _check_host_call(call, element)
     out_dtype = _host_out_dtype(call, element)
-    options = {name: getattr(call, name) for name in ("causal", "window_size", "softmax_scale", *LENGTHS, *DESCALES)}
+    options = {name: getattr(call, name) for name in ("causal", "window_size", *LENGTHS, *DESCALES)} | call.numbers
     try:
         exact, lse = attention_reference(q, k, v, **options)
     except ValueError as error:

@@ -4,6 +4,7 @@ A config is frozen, hashable and made of plain ints, bools and strings: it *is* 
 depends on a length, a pointer or a stride; those are run-time arguments (`FORWARD_ARGUMENTS`).
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ NUM_TRANSPOSE_WARPS = 2  # of the producer warpgroup, where there are any
 MAX_CLUSTER_SIZE = 16  # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
 
 FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
+
+# What a call may ask for that changes the inner loop: {flag of both configs: whether a ProblemShape asks for it}.
+FEATURES: dict[str, Callable[[Any], bool]] = {}
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,11 @@ class KernelConfig:
         """The dtypes in a name: that of Q, K and V, and O's where it is another."""
         return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
 
+    @property
+    def feature_names(self) -> str:
+        """The features in a name."""
+        return "".join(flag.replace("has", "", 1) for flag in FEATURES if getattr(self, flag))
+
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""
         return asdict(self)
@@ -219,7 +228,7 @@ class FwdConfig(KernelConfig):
     @property
     def name(self) -> str:
         """Short and unique among the rows of tables.py: names cache entries, kernels and table rows."""
-        flags = "_varlen" * self.is_varlen + "_lse" * self.has_lse
+        flags = "_varlen" * self.is_varlen + "_lse" * self.has_lse + self.feature_names
         return f"fwd_{self.dtype_name}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
 
     @property
@@ -338,7 +347,8 @@ class DecodeConfig(KernelConfig):
     @property
     def name(self) -> str:
         """Short and unique among the rows of tables.py: names cache entries, kernels and table rows."""
-        return f"decode_{self.dtype_name}_d{self.head_dim}_{self.mask}_{self.tile_m}x{self.tile_n}"
+        features = self.feature_names
+        return f"decode_{self.dtype_name}_d{self.head_dim}_{self.mask}{features}_{self.tile_m}x{self.tile_n}"
 
     @property
     def kv_ring_bytes(self) -> int:

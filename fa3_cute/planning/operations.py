@@ -11,7 +11,7 @@ from ..contract.params import FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import CONTRACT_RULES, first_problem, walk
 from ..contract.status import Problem, Status, shown
-from .config import DecodeConfig, FwdConfig
+from .config import FEATURES, DecodeConfig, FwdConfig
 from .problem import ProblemShape
 from .splits import is_decode, is_windowed, plan_of
 from .tables import decode_config, decode_row, forward_config, forward_row
@@ -56,10 +56,12 @@ class Operation(NamedTuple):
 
 def operation_of(shape: ProblemShape) -> Operation:
     """The operation that serves a problem."""
+    dtype, head_dim, out_dtype = shape.dtype, shape.head_dim, shape.out_dtype
+    features = frozenset([flag for flag, is_asked in FEATURES.items() if is_asked(shape)])
     if is_decode(shape):
-        cfg = decode_config(shape.dtype, shape.head_dim, is_windowed(shape), shape.out_dtype)
+        cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, features)
     else:
-        cfg = forward_config(shape.dtype, shape.head_dim, shape.mask, shape.has_lse, shape.has_lengths, shape.out_dtype)
+        cfg = forward_config(dtype, head_dim, shape.mask, shape.has_lse, shape.has_lengths, out_dtype, features)
     return Operation((launch_of(cfg, shape),))
 
 

@@ -10,7 +10,17 @@ from typing import NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW
 from ..contract.limits import DIMS
-from ..contract.params import ARGUMENTS, DTYPE_NAMES, TENSORS, AttentionMode, DataType, FlashAttentionParams, names, tensor_sizes
+from ..contract.params import (
+    ARGUMENTS,
+    DTYPE_NAMES,
+    NUMBERS,
+    TENSORS,
+    AttentionMode,
+    DataType,
+    FlashAttentionParams,
+    names,
+    tensor_sizes,
+)
 
 LENGTHS = tuple(name for name in names(kind="pointer", element="int32") if ARGUMENTS[name].takers)
 STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
@@ -32,6 +42,7 @@ class ProblemShape(NamedTuple):
     is_packed           the sequences are packed: seqlen_q and seqlen_k are the rows of all, strides along batches 0
     window_left, window_right   how far a query sees from its diagonal, in tokens, at most UNBOUNDED_WINDOW; a causal
                         mask is (UNBOUNDED_WINDOW, 0)
+    numbers             features, in the order of NUMBERS; 0 where they are off
     lengths             addresses on the device, 0 if absent, in the order of LENGTHS
     strides             in elements, in the order of STRIDES and then, of FP8, of DESCALE_STRIDES
     workspace, tile_counter   addresses of the caller's, 0 if there is none
@@ -52,6 +63,7 @@ class ProblemShape(NamedTuple):
     window_left: int
     window_right: int
     softmax_scale: float
+    numbers: tuple[float, ...]
     lengths: tuple[int, ...]
     strides: tuple[int, ...]
     num_splits: int
@@ -68,6 +80,10 @@ class ProblemShape(NamedTuple):
     def has_lengths(self) -> bool:
         """Offsets or lengths of the sequences are on the device."""
         return any(self.lengths)
+
+    def number(self, name: str) -> float:
+        """One of `numbers`."""
+        return self.numbers[NUMBERS.index(name)]
 
     @staticmethod
     def of(p: FlashAttentionParams) -> "ProblemShape":
@@ -97,6 +113,7 @@ class ProblemShape(NamedTuple):
             left,
             right,
             1.0 / math.sqrt(p.head_dim) if scale is None else scale,
+            _numbers_of(p),
             tuple([address or 0 for address in _read_lengths(p)]),
             strides if out_dtype is None else strides + _descale_strides_of(p),
             p.num_splits,
@@ -104,6 +121,10 @@ class ProblemShape(NamedTuple):
             p.workspace or 0,
             p.tile_counter or 0,
         )
+
+
+def _numbers_of(p) -> tuple[float, ...]:
+    return tuple([getattr(p, name) or 0.0 for name in NUMBERS])
 
 
 def _strides_of(p) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
-from .config import DecodeConfig, FwdConfig
+from .config import FEATURES, DecodeConfig, FwdConfig
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ DECODE = {
                                         "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256"),
 }
 
+# Sets of features that kernels are made for: none, and each alone.
+NONE: frozenset[str] = frozenset()
+EACH_FEATURE = (NONE, *(frozenset({flag}) for flag in FEATURES))
 # (dtype, out_dtype) of every config.
 DTYPES = (("fp16", None), ("bf16", None), *((FP8, out) for out in FP8_OUT_DTYPES))
 
@@ -116,17 +119,19 @@ def interned(cfg: Any) -> Any:
 
 @cache
 def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varlen: bool,
-                   out_dtype: str | None = None) -> FwdConfig:
+                   out_dtype: str | None = None, features: frozenset[str] = NONE) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
     row = forward_row(dtype, head_dim, mask)
     return interned(FwdConfig(dtype, head_dim, mask == "causal", has_lse, row.tile_m, row.tile_n, row.num_q_stages,
-                     row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype))
+                     row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype,
+                     **dict.fromkeys(features, True)))
 
 
 def all_forward_configs() -> list[FwdConfig]:
     """Every config that some supported call can need."""
-    return [forward_config(dtype, head_dim, mask, has_lse, is_varlen, out_dtype)
-            for dtype, out_dtype in DTYPES for size, head_dim, mask in FORWARD if size == ELEMENT_BYTES[dtype]
+    return [forward_config(dtype, head_dim, mask, has_lse, is_varlen, out_dtype, features)
+            for features in EACH_FEATURE for dtype, out_dtype in DTYPES
+            for size, head_dim, mask in FORWARD if size == ELEMENT_BYTES[dtype]
             for is_varlen in (False, True) for has_lse in (False, True)]
 
 
@@ -137,15 +142,18 @@ def decode_row(dtype: str, head_dim: int) -> DecodeRow:
 
 
 @cache
-def decode_config(dtype: str, head_dim: int, is_local: bool, out_dtype: str | None = None) -> DecodeConfig:
+def decode_config(dtype: str, head_dim: int, is_local: bool, out_dtype: str | None = None,
+                  features: frozenset[str] = NONE) -> DecodeConfig:
     """The config that serves a decode problem."""
     row = decode_row(dtype, head_dim)
-    return interned(DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm, out_dtype))
+    return interned(DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm, out_dtype,
+                                 **dict.fromkeys(features, True)))
 
 
 def all_decode_configs() -> list[DecodeConfig]:
     """Every decode config that some supported call can need."""
-    return [decode_config(dtype, head_dim, is_local, out_dtype) for dtype, out_dtype in DTYPES
+    return [decode_config(dtype, head_dim, is_local, out_dtype, features)
+            for features in EACH_FEATURE for dtype, out_dtype in DTYPES
             for size, head_dim in DECODE if size == ELEMENT_BYTES[dtype] for is_local in (False, True)]
 
 

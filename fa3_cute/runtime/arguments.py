@@ -44,7 +44,8 @@ class Layout:
         self.offsets = [*(places[name] for name in codes), self.error_offset]
 
     def values(self, shape: ProblemShape, counts: tuple[int, ...]) -> tuple:
-        """The values of per_shape, in its order: an entry has pointers, strides, sizes, counts, then the scale.
+        """The values of per_shape, in its order: an entry has pointers, strides, sizes, counts, then the scale
+        and the numbers of features.
 
         counts   what the launch adds (Launch.counts)
         """
@@ -61,6 +62,7 @@ class Layout:
             shape.window_right,
             *counts,
             shape.softmax_scale,
+            *shape.numbers,
         )
 
     def pack(self, shape: ProblemShape, counts: tuple[int, ...]) -> bytes:

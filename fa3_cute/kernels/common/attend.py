@@ -16,13 +16,13 @@ from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
 from ...planning.config import KernelConfig
 from ...planning.strategies import Steps, Values
-from .arithmetic import maximum
 from .barriers import all_agree, pass_turn, sync_warpgroup, wait_turn
-from .block_range import BlockRange
+from .block_range import BlockRange, first_key
 from .copies import clear_rows
 from .fp8 import Descales
 from .layout import ROW_STEP, as_operand_a, convert, fragment_row
 from .row_end import end_rows, end_rows_without_keys
+from .scores import ScoreTransform
 from .softmax import OnlineSoftmax, Scores
 from .tiles import Tile
 from .transpose import transpose_in_place
@@ -41,6 +41,7 @@ class Attend:
     tOrP: cute.Tensor
     acc_O: cute.Tensor
     softmax: OnlineSoftmax
+    scores: ScoreTransform
     k_consumer: pipeline.PipelineConsumer
     v_consumer: pipeline.PipelineConsumer
     wg_idx: Int32
@@ -50,8 +51,8 @@ class Attend:
     value_factor: Optional[Float32]
 
     @cute.jit
-    def start_tile(self, descales: Optional[Descales], scale: Float32, tile: Tile, packed_heads: Int32 | int = 1):
-        """FP8: read what the tile's scores and values are to be multiplied with; scale: of scores of real values."""
+    def start_tile(self, descales: Optional[Descales], tile: Tile, packed_heads: Int32 | int = 1):
+        """FP8: read what the tile's scores and values are to be multiplied with."""
         if const_expr(self.cfg.is_fp8):
             self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
             for r in cutlass.range_constexpr(cute.size(self.softmax.scale_log2)):
@@ -59,37 +60,40 @@ class Attend:
                 if const_expr(self.cfg.packs_heads):
                     row = tile.m_block * self.cfg.tile_m + fragment_row(cute.arch.thread_idx()[0]) + ROW_STEP * r
                     head = head + row % packed_heads
-                self.softmax.scale_log2[r] = descales.score_factor(scale, head, tile.kv_head, tile.sequence)
+                self.softmax.scale_log2[r] = descales.score_factor(
+                    self.scores.scale_log2, head, tile.kv_head, tile.sequence)
 
     @cute.jit
     def first_qk(self, mask: Mask, n_block: Int32):
         """S[last] alone, there is no P to overlap with yet. P = exp(S), O = 0."""
         acc_S = self.qk_alone()
+        self.scores.apply(self.cfg, acc_S, mask.place(n_block))
         mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, Scores.FIRST)
         convert(as_operand_a(self.cfg, acc_S), self.tOrP)
         self.acc_O.fill(0.0)
 
     @cute.jit
-    def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores] = Scores.ANY):
+    def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], known: Constexpr[Scores] = Scores.ANY):
         """S[n] and O += P[n+1] V[n+1] in flight together or one after the other; then P[n] = exp(S[n])."""
         if const_expr(self.cfg.steps is Steps.SERIAL):
-            self.step_serial(mask, n_block, is_masked, scores)
+            self.step_serial(mask, n_block, is_masked, known)
         else:
-            self.step_overlapped(mask, n_block, is_masked, scores)
+            self.step_overlapped(mask, n_block, is_masked, known)
 
     @cute.jit
-    def step_serial(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores]):
+    def step_serial(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], known: Constexpr[Scores]):
         """`step` one after the other: S and T may share registers."""
         self.add_pv()
         acc_S = self.qk_alone()
+        self.scores.apply(self.cfg, acc_S, mask.place(n_block))
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
-        self.softmax.update(acc_S, scores)
+        self.softmax.update(acc_S, known)
         convert(as_operand_a(self.cfg, acc_S), self.tOrP)
 
     @cute.jit
-    def step_overlapped(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], scores: Constexpr[Scores]):
+    def step_overlapped(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], known: Constexpr[Scores]):
         """`step` as it says."""
         acc_S = self.new_acc_S()
         k = self.k_consumer.wait_and_advance()
@@ -99,9 +103,10 @@ class Attend:
         pass_turn(self.cfg, self.wg_idx)
         in_flight(1)                     # S[n] is complete, PV[n+1] may still run
         k.release()
+        self.scores.apply(self.cfg, acc_S, mask.place(n_block))
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
-        self.softmax.update(acc_S, scores)
+        self.softmax.update(acc_S, known)
         in_flight(0)                     # PV[n+1] is complete: acc_PV and tOrP are ours again
         self.release_v(v)
         convert(as_operand_a(self.cfg, acc_S), self.tOrP)
@@ -181,7 +186,7 @@ class Attend:
         return cute.make_rmem_tensor(self.mmas.qk.partition_shape_C((self.cfg.tile_m, self.cfg.tile_n)), Float32)
 
 
-def make_attend(cfg: KernelConfig, scale_log2: Float32, mmas: Mmas, smem, pipes, wg_idx: Int32,
+def make_attend(cfg: KernelConfig, scores: ScoreTransform, mmas: Mmas, smem, pipes, wg_idx: Int32,
                 num_used: Optional[Int32] = None) -> Attend:
     """Fragments and state of consumer warpgroup `wg_idx`; smem and pipes: either kernel's bundles of sQ, sK, sV, sVt
     and of the rings k and vt; num_used: see OnlineSoftmax.create."""
@@ -194,8 +199,8 @@ def make_attend(cfg: KernelConfig, scale_log2: Float32, mmas: Mmas, smem, pipes,
         tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.sK)),
         tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(smem.sVt)),
         tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),
-        acc_O=acc_O,
-        softmax=OnlineSoftmax.create(cfg, scale_log2, acc_O.shape[0][0] * acc_O.shape[1], num_used),
+        acc_O=acc_O, scores=scores,
+        softmax=OnlineSoftmax.create(cfg, scores.scale_log2, acc_O.shape[0][0] * acc_O.shape[1], num_used),
         k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
         sV=smem.sV, sVt=smem.sVt,
         value_factor=Float32(1.0) if cfg.is_fp8 else None)
@@ -224,28 +229,28 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
     if n_block >= blocks.n_block_min:
         attend.first_qk(mask, n_block)
         if const_expr(cfg.is_varlen and not cfg.values.has_ring):
-            num_used = mask.seqlen_k - n_block * cfg.tile_n
+            num_used = mask.tile.seqlen_k - first_key(cfg, n_block)
             if num_used < cfg.tile_n:
                 clear_unused_rows(cfg, sV, attend.v_consumer, num_used, tidx)
         # Three ranges, so that the middle one, where the time goes, carries no mask code: tiles cut by the right end of
         # what the rows see, tiles that they all see, tiles cut by the left end. And nearly all of the middle one has
         # rows whose maxima are not negative any more, which max_of_bits can go on with.
         if const_expr(cfg.mask != "full"):
-            num_right = maximum(n_block - maximum(blocks.n_block_full_max, blocks.n_block_min), 0)
+            num_right = blocks.num_cut_right(n_block)
             for i in cutlass.range(num_right, unroll=1):
                 attend.step(mask, n_block - 1 - i, is_masked=True)
             n_block -= num_right
         num_full = n_block - blocks.n_block_min
         if const_expr(cfg.is_local):
-            num_full = maximum(n_block - maximum(blocks.n_block_full_min, blocks.n_block_min), 0)
+            num_full = blocks.num_full(n_block)
         if const_expr(cfg.takes_max_of_bits):
             while (num_full > 0) & attend.has_negative_row():
                 attend.step(mask, n_block - 1, is_masked=False)
                 n_block -= 1
                 num_full -= 1
-        scores = Scores.NONNEGATIVE if const_expr(cfg.takes_max_of_bits) else Scores.ANY
+        known = Scores.NONNEGATIVE if const_expr(cfg.takes_max_of_bits) else Scores.ANY
         for i in cutlass.range(num_full, unroll=1):
-            attend.step(mask, n_block - 1 - i, is_masked=False, scores=scores)
+            attend.step(mask, n_block - 1 - i, is_masked=False, known=known)
         if const_expr(cfg.is_local):
             n_block -= num_full
             for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):

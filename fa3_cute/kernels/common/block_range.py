@@ -28,6 +28,19 @@ class BlockRange:
     n_block_full_min: Int32
     n_block_full_max: Int32
 
+    def num_cut_right(self, n_block: Int32) -> Int32:
+        """How many of the tiles from n_block - 1 down end behind what some row sees."""
+        return maximum(n_block - maximum(self.n_block_full_max, self.n_block_min), 0)
+
+    def num_full(self, n_block: Int32) -> Int32:
+        """How many of the tiles from n_block - 1 down come before the first that starts left of what some row sees."""
+        return maximum(n_block - maximum(self.n_block_full_min, self.n_block_min), 0)
+
+
+def first_key(cfg: KernelConfig, n_block: Int32) -> Int32:
+    """The key, counted from the sequence's first, that K/V tile n_block starts with."""
+    return n_block * cfg.tile_n
+
 
 def block_range(cfg: KernelConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32,
                 packed_heads: Int32 = 1, tile_m: int | None = None) -> BlockRange:

@@ -1,4 +1,9 @@
-"""Where tiles of K and V come from, and in which order a load warp brings them to shared memory with TMA."""
+"""Where K and V come from, and in which order a load warp brings tiles of them to shared memory.
+
+A tile starts at any row of its sequence and fills one slot of a ring: consumers see tile_n rows in a
+slot, whatever the source. How many rows a sequence may have here (`capacity`) is not how many it uses (Tile.seqlen_k):
+what lies behind those is anybody's.
+"""
 from dataclasses import dataclass
 from typing import Optional
 
@@ -8,36 +13,47 @@ import cutlass.pipeline as pipeline
 from cutlass import Int32, Int64
 
 from ...planning.config import KernelConfig
-from .block_range import BlockRange
+from .block_range import BlockRange, first_key
 from .tiles import Tile, rows_from
 from .tma import TmaOperand, tma_views
 
 
 @dataclass(frozen=True)
 class KeyValueSource:
-    """K or V of one KV head as TMA sees it: gmem (box, tile), smem (box, slot); policy: of L2, None is the default."""
-    atom: cute.CopyAtom
-    gmem: cute.Tensor
-    smem: cute.Tensor
+    """K or V of one KV head and sequence, by TMA.
+
+    rows     (row, column) of the sequence, in TMA's coordinates
+    ring     (tile_n, column, slot) in shared memory
+    policy   of L2; None is the default
+    """
+    op: TmaOperand
+    rows: cute.Tensor
+    ring: cute.Tensor
     policy: Optional[Int64]
+
+
+def capacity(op: TmaOperand) -> Int32:
+    """Rows that every sequence of a dense K or V has."""
+    return op.tensor.shape[0]
 
 
 def source_of(cfg: KernelConfig, op: TmaOperand, ring: cute.Tensor, tile: Tile,
               policy: Optional[Int64] = None) -> KeyValueSource:
-    """The tiles of the KV head that `tile` reads."""
-    mX = rows_from(cfg, tile.offset_k, op.tensor[None, None, tile.kv_head, tile.batch])
-    smem, gmem = tma_views(op, cute.local_tile(mX, (cfg.tile_n, mX.shape[1]), (None, 0)), ring)
-    return KeyValueSource(op.atom, gmem, smem, policy)
+    """The rows that `tile` reads."""
+    rows = rows_from(cfg, tile.offset_k, op.tensor[None, None, tile.kv_head, tile.batch])
+    return KeyValueSource(op, rows, ring, policy)
 
 
-def copy_tile(source: KeyValueSource, n_block: Int32, slot: pipeline.PipelineProducer.ImmutableResourceHandle):
-    """Start to fill a slot that was acquired."""
-    cute.copy(source.atom, source.gmem[None, n_block], source.smem[None, slot.index], tma_bar_ptr=slot.barrier,
-              cache_policy=source.policy)
+def copy_tile(source: KeyValueSource, slot: pipeline.PipelineProducer.ImmutableResourceHandle, key: Int32):
+    """Start to fill a slot that was acquired with the rows from `key` on; zeros behind the tensor's last row."""
+    box = tuple(cute.size(source.ring, mode=[mode]) for mode in (0, 1))
+    tile = cute.local_tile(cute.domain_offset((key, 0), source.rows), box, (0, 0))
+    smem, gmem = tma_views(source.op, tile, source.ring)
+    cute.copy(source.op.atom, gmem, smem[None, slot.index], tma_bar_ptr=slot.barrier, cache_policy=source.policy)
 
 
 @cute.jit
-def load_after_first(k: KeyValueSource, v: KeyValueSource, blocks: BlockRange,
+def load_after_first(cfg: KernelConfig, k: KeyValueSource, v: KeyValueSource, blocks: BlockRange,
                      k_producer: pipeline.PipelineProducer, v_producer: pipeline.PipelineProducer):
     """After K[last] the pairs (K[n], V[n+1]) downwards, then V[first]: K one tile ahead of V, as consumers need them.
 
@@ -45,7 +61,7 @@ def load_after_first(k: KeyValueSource, v: KeyValueSource, blocks: BlockRange,
     """
     n_block = blocks.n_block_max - 1
     for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
-        copy_tile(k, n_block - 1 - i, k_producer.acquire_and_advance())
-        copy_tile(v, n_block - i, v_producer.acquire_and_advance())
-    copy_tile(v, blocks.n_block_min, v_producer.acquire_and_advance())
+        copy_tile(k, k_producer.acquire_and_advance(), first_key(cfg, n_block - 1 - i))
+        copy_tile(v, v_producer.acquire_and_advance(), first_key(cfg, n_block - i))
+    copy_tile(v, v_producer.acquire_and_advance(), first_key(cfg, blocks.n_block_min))
     return k_producer, v_producer

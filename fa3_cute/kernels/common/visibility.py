@@ -1,51 +1,84 @@
-"""Set masked scores to -inf, in registers, before softmax."""
+"""Which keys the rows of a Q tile see: the K/V tiles to visit, and the scores to set to -inf in those that need it.
+
+Each is wrong without the other, so both come from one object. `tiles` walk downwards: those cut by the right end of
+what the rows see, those that every row sees, which carry no mask code, those cut by the left end (BlockRange).
+"""
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
-from ...planning.config import KernelConfig
 from .arithmetic import minimum
-from .block_range import Window
+from .block_range import BlockRange, Window, block_range, first_key, warpgroup_range
 from .layout import ROW_STEP, as_rows_cols, col_offset, fragment_col, fragment_row
+from .scores import Place
 from .tiles import Tile
 
 
 @dataclass(frozen=True)
+class Visibility:
+    """Of one Q tile; if cfg.packs_heads, packed_heads consecutive rows are heads of one query."""
+    cfg: Constexpr
+    window: Window
+    tile: Tile
+    packed_heads: Int32 | int = 1
+
+    def tiles(self) -> BlockRange:
+        """K/V tiles that hold a key visible to some row."""
+        tile = self.tile
+        return block_range(self.cfg, self.window, tile.m_block, tile.seqlen_q, tile.seqlen_k, self.packed_heads)
+
+    def tiles_of_warpgroup(self, tiles: BlockRange, wg_idx: Int32) -> BlockRange:
+        """Those among `tiles` that rows of one consumer warpgroup see."""
+        tile = self.tile
+        return warpgroup_range(self.cfg, self.window, tiles, tile.m_block, wg_idx, tile.seqlen_q, tile.seqlen_k)
+
+    def of_thread(self, tidx: Int32) -> "Mask":
+        """The keys that the rows of consumer thread `tidx` see."""
+        first_row = fragment_row(tidx)
+        row = self.tile.m_block * self.cfg.tile_m + first_row
+        next_row = row + ROW_STEP
+        if const_expr(self.cfg.packs_heads):
+            row, next_row = row // self.packed_heads, next_row // self.packed_heads
+        to_diagonal = self.tile.seqlen_k - self.tile.seqlen_q
+        return Mask(self.cfg, self.window, self.tile, first_row, fragment_col(tidx), row + to_diagonal,
+                    next_row + to_diagonal)
+
+
+@dataclass(frozen=True)
 class Mask:
-    """Which keys the rows of one Q tile see, from one thread's point of view.
+    """Visibility from one thread's point of view.
 
     Causal needs no test against seqlen_k: no row below seqlen_q sees a key past it, and the rows past seqlen_q are
     never stored.
     """
     cfg: Constexpr
     window: Window
-    first_col: Int32       # this thread's first column
+    tile: Tile
+    first_row: Int32       # this thread's first row, of the tile
+    first_col: Int32       # and its first column
     diagonal: Int32        # key on the diagonal of this thread's first row
     next_diagonal: Int32   # and of its second row; used if cfg.packs_heads
-    seqlen_k: Int32
 
-    @staticmethod
-    def create(cfg: KernelConfig, window: Window, tidx: Int32, tile: Tile, packed_heads: Int32 = 1) -> "Mask":
-        """For consumer thread `tidx`; if cfg.packs_heads, packed_heads consecutive rows are heads of one query."""
-        row = tile.m_block * cfg.tile_m + fragment_row(tidx)
-        next_row = row + ROW_STEP
-        if const_expr(cfg.packs_heads):
-            row, next_row = row // packed_heads, next_row // packed_heads
-        to_diagonal = tile.seqlen_k - tile.seqlen_q
-        return Mask(cfg, window, fragment_col(tidx), row + to_diagonal, next_row + to_diagonal, tile.seqlen_k)
+    def origin(self, n_block: Int32) -> Int32:
+        """The key of the thread's first column in a K/V tile."""
+        return first_key(self.cfg, n_block) + self.first_col
+
+    def place(self, n_block: Int32) -> Place:
+        """Of the thread's scores in a K/V tile."""
+        return Place(self.tile, self.first_row, self.origin(n_block))
 
     @cute.jit
     def apply(self, acc_S: cute.Tensor, n_block: Int32):
-        """acc_S[i, j] = -inf where row i does not see key n_block * tile_n + j."""
+        """acc_S[i, j] = -inf where row i does not see the j-th key of K/V tile n_block."""
         S = as_rows_cols(acc_S)
-        origin = n_block * self.cfg.tile_n + self.first_col   # key of this thread's first column
+        origin = self.origin(n_block)
         for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
             diagonal = self.diagonal + r * ROW_STEP
             if const_expr(self.cfg.packs_heads and r == 1):
                 diagonal = self.next_diagonal
-            end = self.seqlen_k - origin            # a row sees the columns [start, end), counted from origin
+            end = self.tile.seqlen_k - origin         # a row sees the columns [start, end), counted from origin
             if const_expr(self.cfg.mask == "causal"):
                 end = diagonal + 1 - origin
             if const_expr(self.cfg.is_local):

@@ -4,10 +4,11 @@ from typing import Optional
 
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32, Int32, Int64
+from cutlass import Int32, Int64
 
 from ..common.block_range import Window
 from ..common.fp8 import Descales
+from ..common.scores import ScoreTransform
 from ..common.sequences import UsedLengths
 from ..common.tma import TmaOperand
 from .split import SplitGrid, SplitScratch
@@ -24,7 +25,7 @@ class DecodeParams:
     lengths: UsedLengths
     descales: Optional[Descales]   # None unless cfg.is_fp8
     scratch: SplitScratch
-    softmax_scale_log2: Float32
+    scores: ScoreTransform
     window: Window                 # used if cfg.is_local
     grid: SplitGrid
     num_clusters: Int32            # num_splits / cluster_size

@@ -9,7 +9,7 @@ from ..common.attend import attend_to, make_attend
 from ..common.barriers import sync_warpgroup
 from ..common.copies import row_copy, row_piece
 from ..common.layout import element_type
-from ..common.visibility import Mask
+from ..common.visibility import Visibility
 from ..common.wgmma import Mmas
 from .bundles import DecodeParams, DecodePipelines, DecodeSmem
 from .merge import expect_partials, merge_cluster, merge_clusters, send_partial
@@ -29,9 +29,9 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: Mmas, smem: Dec
     read_Q(cfg, params, smem, work, tidx)
     warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16      # fragment_row's first one in this warp, then 8 by 8
     num_used = ceil_div(work.num_rows - warp_row, 8)
-    attend = make_attend(cfg, params.softmax_scale_log2, mmas, smem, pipes, Int32(0), num_used)
-    mask = Mask.create(cfg, params.window, tidx, work.tile, params.grid.packed_heads)
-    attend.start_tile(params.descales, params.softmax_scale_log2, work.tile, params.grid.packed_heads)
+    attend = make_attend(cfg, params.scores, mmas, smem, pipes, Int32(0), num_used)
+    mask = Visibility(cfg, params.window, work.tile, params.grid.packed_heads).of_thread(tidx)
+    attend.start_tile(params.descales, work.tile, params.grid.packed_heads)
     attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)
     cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
     send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)

@@ -12,15 +12,18 @@ from cutlass.cute.nvgpu import cpasync
 
 from ...planning.config import DECODE_ARGUMENTS, DecodeConfig
 from ...planning.rings import by_name
-from ..common.arithmetic import LOG2_E, maximum, minimum
-from ..common.block_range import Window, block_range, split_range
+from ..common.arithmetic import maximum, minimum
+from ..common.block_range import Window, split_range
 from ..common.cluster import sync_cluster
 from ..common.entry import flat_entry
 from ..common.fp8 import Descales
+from ..common.keys_values import capacity
 from ..common.layout import element_type, lse_view, smem_ring, tensor_view, transposed, view_as
+from ..common.scores import ScoreTransform
 from ..common.sequences import UsedLengths
 from ..common.tiles import Tile
 from ..common.tma import kv_policy, tma_load
+from ..common.visibility import Visibility
 from ..common.wgmma import Mmas, make_mmas
 from .bundles import DecodeLayouts, DecodeParams, DecodePipelines, DecodeSmem
 from .consume import consume_split
@@ -62,7 +65,7 @@ class FlashAttentionDecode:
             mLSE=lse_view(a, a.batch_size), lengths=UsedLengths.create(a),
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             scratch=self.scratch(grid, num_clusters, a.partials, a.arrivals),
-            softmax_scale_log2=a.softmax_scale * LOG2_E, window=Window(a.window_size_left, a.window_size_right),
+            scores=ScoreTransform.create(a), window=Window(a.window_size_left, a.window_size_right),
             grid=grid, num_clusters=num_clusters,
             kv_policy=kv_policy(Int64(a.batch_size) * a.seqlen_k * a.num_heads_k * cfg.kv_bytes_per_token))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
@@ -111,12 +114,12 @@ class FlashAttentionDecode:
         cluster, rank = divmod(split, grid.cluster_size)
         kv_head = group // grid.groups_per_kv_head
         cute.arch.griddepcontrol_wait()
-        seqlen_q, seqlen_k = params.lengths.of(batch, params.mQ.shape[0], params.k.tensor.shape[0])
+        seqlen_q, seqlen_k = params.lengths.of(batch, params.mQ.shape[0], capacity(params.k))
         tile = Tile(m_block, group * packed_heads, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch)
-        blocks = block_range(cfg, params.window, m_block, seqlen_q, seqlen_k, grid.packed_heads)
+        tiles = Visibility(cfg, params.window, tile, grid.packed_heads).tiles()
         num_rows = minimum(maximum(seqlen_q * packed_heads - m_block * cfg.tile_m, 0), cfg.tile_m)
         num_own_rows = (num_rows + grid.cluster_size.divisor - 1 - rank) // grid.cluster_size
-        return SplitWork(tile, split_range(blocks, split, grid.num_splits), item, cluster, rank, num_rows, num_own_rows)
+        return SplitWork(tile, split_range(tiles, split, grid.num_splits), item, cluster, rank, num_rows, num_own_rows)
 
     @cute.jit
     def allocate(self, layouts: DecodeLayouts):

@@ -2,6 +2,7 @@
 import cutlass.cute as cute
 
 from ...planning.config import DecodeConfig
+from ..common.block_range import first_key
 from ..common.keys_values import copy_tile, load_after_first, source_of
 from .bundles import DecodeParams, DecodePipelines, DecodeSmem
 from .split import SplitWork
@@ -17,5 +18,5 @@ def load_split(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, pipes:
     k = source_of(cfg, params.k, smem.sK, work.tile, params.kv_policy)
     v = source_of(cfg, params.v, smem.sV, work.tile, params.kv_policy)
     if work.blocks.n_block_max > work.blocks.n_block_min:
-        copy_tile(k, work.blocks.n_block_max - 1, k_producer.acquire_and_advance())
-        k_producer, v_producer = load_after_first(k, v, work.blocks, k_producer, v_producer)
+        copy_tile(k, k_producer.acquire_and_advance(), first_key(cfg, work.blocks.n_block_max - 1))
+        k_producer, v_producer = load_after_first(cfg, k, v, work.blocks, k_producer, v_producer)

@@ -8,10 +8,11 @@ from typing import Optional
 
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32, Int32
+from cutlass import Int32
 
 from ..common.block_range import Window
 from ..common.fp8 import Descales
+from ..common.scores import ScoreTransform
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
 from .order import TileGrid
@@ -27,7 +28,7 @@ class FwdParams:
     mO: cute.Tensor                # the same tensor as o, for tiles that end within the next sequence's rows
     mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
     descales: Optional[Descales]   # None unless cfg.is_fp8
-    softmax_scale_log2: Float32
+    scores: ScoreTransform
     window: Window                 # used if cfg.is_local
     grid: TileGrid                 # used unless cfg.is_varlen
     sequences: Sequences           # used if cfg.is_varlen

@@ -7,9 +7,8 @@ from ...planning.rings import WARP, by_name
 from ...planning.strategies import Output
 from ..common.attend import attend_to, make_attend, skip_tiles
 from ..common.barriers import open_turnstile
-from ..common.block_range import block_range, warpgroup_range
 from ..common.layout import unhoisted
-from ..common.visibility import Mask
+from ..common.visibility import Visibility
 from ..common.wgmma import Mmas
 from .bundles import FwdParams, FwdPipelines, FwdSmem
 from .store import write_lse, write_O
@@ -25,7 +24,7 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
     """
     tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
-    attend = make_attend(cfg, params.softmax_scale_log2, mmas, smem, pipes, wg_idx)
+    attend = make_attend(cfg, params.scores, mmas, smem, pipes, wg_idx)
     q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()
     open_turnstile(cfg, wg_idx)
 
@@ -34,14 +33,14 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
         tile = reader.tile
         if const_expr(cfg.is_fp8):
             tidx = unhoisted(tidx)
-        mask = Mask.create(cfg, params.window, tidx, tile)
-        blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
+        visible = Visibility(cfg, params.window, tile)
+        mask, blocks = visible.of_thread(tidx), visible.tiles()
         q = q_consumer.wait_and_advance()
         attend.q_slot = q.index
-        attend.start_tile(params.descales, params.softmax_scale_log2, tile)
+        attend.start_tile(params.descales, tile)
         own = blocks
         if const_expr(cfg.skips_per_warpgroup):
-            own = warpgroup_range(cfg, params.window, blocks, tile.m_block, wg_idx, tile.seqlen_q, tile.seqlen_k)
+            own = visible.tiles_of_warpgroup(blocks, wg_idx)
             attend = skip_tiles(attend, blocks.n_block_max - own.n_block_max)
         attend = attend_to(cfg, attend, mask, own, smem.sV, tidx)
         if const_expr(cfg.skips_per_warpgroup and cfg.is_local):

@@ -8,11 +8,12 @@ from cutlass.cute.nvgpu import cpasync
 from ...planning.config import FORWARD_ARGUMENTS, FwdConfig
 from ...planning.rings import by_name
 from ...planning.strategies import Output
-from ..common.arithmetic import LOG2_E, ceil_div, minimum
+from ..common.arithmetic import ceil_div, minimum
 from ..common.block_range import Window
 from ..common.entry import flat_entry
 from ..common.fp8 import Descales
 from ..common.layout import element_type, lse_view, out_type, smem_ring, tensor_view, transposed, view_as
+from ..common.scores import ScoreTransform
 from ..common.sequences import Sequences
 from ..common.tma import tma_load, tma_store
 from ..common.wgmma import Mmas, make_mmas
@@ -62,7 +63,7 @@ class FlashAttentionForward:
             v=tma_load(mV, layouts.sV, cfg.tile_n), o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO,
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
-            softmax_scale_log2=a.softmax_scale * LOG2_E, window=Window(a.window_size_left, a.window_size_right),
+            scores=ScoreTransform.create(a), window=Window(a.window_size_left, a.window_size_right),
             grid=grid, sequences=sequences, tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
             num_heads=a.num_heads, num_heads_k=a.num_heads_k)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)

@@ -2,10 +2,11 @@
 import cutlass.cute as cute
 
 from ...planning.config import FwdConfig
-from ..common.block_range import block_range
+from ..common.block_range import first_key
 from ..common.keys_values import copy_tile, load_after_first, source_of
 from ..common.tiles import rows_from
 from ..common.tma import tma_views
+from ..common.visibility import Visibility
 from .bundles import FwdParams, FwdPipelines, FwdSmem
 from .tile_ring import TileReader
 
@@ -25,11 +26,11 @@ def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
         mQ = rows_from(cfg, tile.offset_q, params.q.tensor[None, None, tile.head, tile.batch])
         tQsQ, tQgQ = tma_views(params.q, cute.local_tile(mQ, (cfg.tile_m, cfg.dim_qk), (tile.m_block, 0)), smem.sQ)
         k, v = source_of(cfg, params.k, smem.sK, tile), source_of(cfg, params.v, smem.sV, tile)
-        blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
+        blocks = Visibility(cfg, params.window, tile).tiles()
         if blocks.n_block_max > blocks.n_block_min:
-            copy_tile(k, blocks.n_block_max - 1, k_producer.acquire_and_advance())
+            copy_tile(k, k_producer.acquire_and_advance(), first_key(cfg, blocks.n_block_max - 1))
         slot = q_producer.acquire_and_advance()
         cute.copy(params.q.atom, tQgQ, tQsQ[None, slot.index], tma_bar_ptr=slot.barrier)
         if blocks.n_block_max > blocks.n_block_min:
-            k_producer, v_producer = load_after_first(k, v, blocks, k_producer, v_producer)
+            k_producer, v_producer = load_after_first(cfg, k, v, blocks, k_producer, v_producer)
         reader.advance()

@@ -9,9 +9,10 @@ from cutlass import Int32, const_expr
 
 from ...planning.config import NUM_TRANSPOSE_WARPS, FwdConfig
 from ...planning.rings import WARP, by_name
-from ..common.block_range import block_range
+from ..common.block_range import first_key
 from ..common.layout import unhoisted
 from ..common.transpose import Share, clear_share, read_block, rows_of_lane, write_block
+from ..common.visibility import Visibility
 from .bundles import FwdParams, FwdPipelines, FwdSmem
 from .tile_ring import TileReader
 
@@ -28,8 +29,8 @@ def transpose(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipeli
     reader = TileReader.create(smem.sTiles, pipes.tiles)
     while reader.has_tile():
         tile = reader.tile
-        blocks = block_range(cfg, params.window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
-        num_used = tile.seqlen_k - (blocks.n_block_max - 1) * cfg.tile_n
+        blocks = Visibility(cfg, params.window, tile).tiles()
+        num_used = tile.seqlen_k - first_key(cfg, blocks.n_block_max - 1)
         for i in cutlass.range(blocks.n_block_max - blocks.n_block_min, unroll=1):
             v = v_consumer.wait_and_advance()
             slot_V = smem.sV[None, None, v.index]
