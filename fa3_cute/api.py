@@ -296,7 +296,7 @@ def attention(
         stream,
         causal,
         window_size,
-        softmax_scale,
+        {"softmax_scale": softmax_scale},
         cu_seqlens_q,
         cu_seqlens_k,
         seqused_k,
