@@ -34,7 +34,7 @@ class ScoreTransform:
     scale_log2: Float32
 
     @staticmethod
-    def create(a) -> "ScoreTransform":
+    def create(cfg: KernelConfig, a) -> "ScoreTransform":
         """From a kernel's arguments, on the host: what is constant over a launch is computed here, not per score."""
         return ScoreTransform(a.softmax_scale * LOG2_E)
 

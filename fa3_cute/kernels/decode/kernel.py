@@ -65,7 +65,7 @@ class FlashAttentionDecode:
             mLSE=lse_view(a, a.batch_size), lengths=UsedLengths.create(a),
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             scratch=self.scratch(grid, num_clusters, a.partials, a.arrivals),
-            scores=ScoreTransform.create(a), window=Window(a.window_size_left, a.window_size_right),
+            scores=ScoreTransform.create(cfg, a), window=Window(a.window_size_left, a.window_size_right),
             grid=grid, num_clusters=num_clusters,
             kv_policy=kv_policy(Int64(a.batch_size) * a.seqlen_k * a.num_heads_k * cfg.kv_bytes_per_token))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)

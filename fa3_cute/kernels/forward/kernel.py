@@ -63,7 +63,7 @@ class FlashAttentionForward:
             v=tma_load(mV, layouts.sV, cfg.tile_n), o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO,
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
-            scores=ScoreTransform.create(a), window=Window(a.window_size_left, a.window_size_right),
+            scores=ScoreTransform.create(cfg, a), window=Window(a.window_size_left, a.window_size_right),
             grid=grid, sequences=sequences, tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
             num_heads=a.num_heads, num_heads_k=a.num_heads_k)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
