@@ -5,13 +5,14 @@ needs it: validation, `explain` and refusals work on any machine.
 """
 
 import threading
+from dataclasses import replace
 from functools import cache
 from operator import attrgetter
 from typing import Any
 
 from .arrays.call import AttentionCall, attention_on_device, attention_on_host
-from .contract.params import DESCALES, POINTERS, SHAPE, AttentionMode, DataType, FlashAttentionParams
-from .contract.plain import plain
+from .contract.params import DESCALES, POINTERS, AttentionMode, DataType, FlashAttentionParams
+from .contract.plain import plain, read_shape
 from .contract.status import FlashAttentionError, Problem, Status, error_for, record_error
 from .planning import operations
 from .planning.operations import Config, operation_of
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 _OK, _FP8 = Status.OK, DataType.FP8_E4M3
-_read_pointers, _read_descales, _read_shape = attrgetter(*POINTERS), attrgetter(*DESCALES), attrgetter(*SHAPE)
+_read_pointers, _read_descales = attrgetter(*POINTERS), attrgetter(*DESCALES)
 _ADDRESSES = frozenset((int, type(None)))  # types of plain addresses
 MAX_SHAPES = 512  # that a thread remembers; the next one starts anew
 
@@ -46,7 +47,7 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
     Source: FlashAttention-3 (Shah et al. 2024), algorithms 1 and 2.
     """
     try:
-        values = _read_shape(params) if type(params) is FlashAttentionParams else None
+        values = read_shape(params) if type(params) is FlashAttentionParams else None
         known = _thread.known_for(values)
         if known is not None and known.repeat(params, stream):
             return _OK
@@ -57,17 +58,21 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
 
 def _first_call(params, values: tuple | None, stream) -> Status:
     """`forward` of a shape that this thread has not launched yet, or in another way."""
-    p = _plain(params)
-    shape = operations.checked(p)
+    p = _plain(params) if values is None else plain(params, values)
+    if p is not params:  # values that are not plain may change and still be the same objects
+        values = None
+    shape = operations.checked(p, values)
     if isinstance(shape, Problem):
         return record_error(*shape)
     if shape.seqlen_q == 0:
         return _OK  # packed: no row to write
+    if shape.seqlen_k == 0:  # nothing of k and v is read, but TMA's descriptors are made: of an address that is one
+        p = replace(p, k=p.k or p.q, v=p.v or p.q)
     launcher = _launcher()
     addresses, call = launcher.addresses_of(p), None
     for step in operation_of(shape).launches:
         call = launcher.launch(step, shape, addresses, stream)
-    if p is params and values is not None:  # of plain values, which cannot change and still be the same objects
+    if values is not None:
         _thread.remember(values, _Repeatable(values, call, shape))
     return _OK
 

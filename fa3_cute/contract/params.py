@@ -41,6 +41,7 @@ class Argument:
     entry       its name there; "" where it is the field's
     is_fp8      only FP8 has it: 16-bit kernels take it and never read it
     changes     an address that is another one in every call; all else changes with the shape at most
+    varies      other shapes have other values of it, as of lengths; what neither changes nor varies is a choice
     refused     the status of a call that sets it: part of the interface but of nothing that this library does
     instead     what to do then
     """
@@ -52,6 +53,7 @@ class Argument:
     entry: str = ""
     is_fp8: bool = False
     changes: bool = False
+    varies: bool = False
     refused: Status | None = None
     instead: str = ""
 
@@ -65,7 +67,7 @@ def _tensor(element: str = "input", alignment: int = 16):
 
 
 def _lengths(*takers: str):
-    return _field(None, "pointer", element="int32", alignment=4, takers=takers)
+    return _field(None, "pointer", element="int32", alignment=4, takers=takers, varies=True)
 
 
 def _descale(entry: str):
@@ -74,11 +76,11 @@ def _descale(entry: str):
 
 def _stride(default: int | None = None):
     """None: contiguous. Those of descales, which FP8 alone has, are 0 by default: one for all."""
-    return _field(default, "stride", takers=BOTH, is_fp8=default == 0)
+    return _field(default, "stride", takers=BOTH, is_fp8=default == 0, varies=default is None)
 
 
-def _size():
-    return _field(0, "size", takers=BOTH)
+def _size(*takers: str, varies: bool = True):
+    return _field(0, "size", takers=takers, varies=varies)
 
 
 def _refused(status: Status, default=None, kind: str = "pointer", instead: str = ""):
@@ -103,12 +105,12 @@ class FlashAttentionParams:
     # FP32 output, natural logarithm, contiguous: [batch, num_heads, seqlen_q], packed [num_heads, total_q].
     softmax_lse: int | None = _tensor("float32", 4)
 
-    batch_size: int = _size()
-    seqlen_q: int = _size()  # ignored, like seqlen_k, when cu_seqlens_q and cu_seqlens_k are given
-    seqlen_k: int = _size()
-    num_heads: int = _size()
-    num_heads_k: int = _size()  # divides num_heads: MHA if equal, MQA if 1, else GQA
-    head_dim: int = _field(0, "size")
+    batch_size: int = _size(*BOTH)
+    seqlen_q: int = _size(*BOTH)  # ignored, like seqlen_k, when cu_seqlens_q and cu_seqlens_k are given
+    seqlen_k: int = _size(*BOTH)
+    num_heads: int = _size(*BOTH, varies=False)
+    num_heads_k: int = _size(*BOTH, varies=False)  # divides num_heads: MHA if equal, MQA if 1, else GQA
+    head_dim: int = _size(varies=False)
 
     q_batch_stride: int | None = _stride()
     q_row_stride: int | None = _stride()
@@ -125,7 +127,7 @@ class FlashAttentionParams:
 
     dtype: DataType = _field(DataType.FP16, "choice")
     out_dtype: DataType | None = _field(None, "choice")  # None: dtype, BF16 for FP8_E4M3
-    softmax_scale: float | None = _field(None, "number", takers=BOTH)  # None: 1/sqrt(head_dim)
+    softmax_scale: float | None = _field(None, "number", takers=BOTH, varies=True)  # None: 1/sqrt(head_dim)
 
     # Bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q.
     is_causal: bool = _field(False, "flag")
@@ -136,8 +138,8 @@ class FlashAttentionParams:
 
     cu_seqlens_q: int | None = _lengths(FORWARD)  # int32 [batch + 1], with cu_seqlens_k, total_q and total_k
     cu_seqlens_k: int | None = _lengths(FORWARD)
-    total_q: int = _field(0, "size")
-    total_k: int = _field(0, "size")
+    total_q: int = _size()
+    total_k: int = _size()
     seqused_q: int | None = _lengths(*BOTH)  # int32 [batch]
     seqused_k: int | None = _lengths(*BOTH)
 
@@ -155,11 +157,12 @@ class FlashAttentionParams:
 
     num_splits: int = _field(0, "count")  # 0 automatic, 1 never (batch-invariant), n exactly n
     pack_gqa: bool | None = _field(None, "flag")  # None: automatic
-    workspace: int | None = _field(None, "pointer", element="bytes", alignment=16)  # scratch for split-KV; None: ours
+    # Scratch memory for split-KV; None: ours.
+    workspace: int | None = _field(None, "pointer", element="bytes", alignment=16, varies=True)
     workspace_bytes: int = _field(0, "count")
     # int32 on the device that are 0, and 0 again after the call; None: ours. One of them, and for split-KV
     # workspace_size(params) / 8 bytes. Launches that may run at the same time must not share them.
-    tile_counter: int | None = _field(None, "pointer", element="int32", alignment=4)
+    tile_counter: int | None = _field(None, "pointer", element="int32", alignment=4, varies=True)
 
     # Known by name, refused while set.
     softcap: float = _refused(Status.SOFTCAP_UNSUPPORTED, 0.0, "number")
@@ -193,9 +196,12 @@ def names(**facts) -> tuple[str, ...]:
 
 TENSORS = names(element="input") + names(element="output")  # q, k, v, out
 DESCALES = names(kind="pointer", is_fp8=True)
+# Features that are a number, 0 where they are off; the scale, which every call has, is none.
+NUMBERS = tuple(name for name in names(kind="number", refused=None) if name != "softmax_scale")
 # What changes with every call, and what changes with the shape at most.
 POINTERS = tuple(name for name in names(changes=True) if name not in DESCALES)
-SHAPE = names(changes=False)
+CHOICES = names(changes=False, varies=False)
+SHAPE = CHOICES + names(varies=True)
 
 DTYPE_NAMES = ("fp16", "bf16", "fp8_e4m3")  # by DataType, as configs call them
 OFF = frozenset((None, 0))  # what switches a field off

@@ -9,6 +9,7 @@ from operator import attrgetter
 
 from .params import (
     ARGUMENTS,
+    SHAPE,
     AttentionMode,
     DataType,
     FlashAttentionParams,
@@ -18,6 +19,7 @@ from .params import (
     is_off,
     is_true,
     member,
+    names,
 )
 
 
@@ -48,7 +50,8 @@ _TYPES = {
     "flag": {bool},
     "stride": {int, _NONE},
 }
-_read = attrgetter(*ARGUMENTS)
+_FIELDS = SHAPE + names(changes=True)
+read_shape, _read_addresses = attrgetter(*SHAPE), attrgetter(*names(changes=True))
 
 
 class Plain(FlashAttentionParams):
@@ -131,13 +134,13 @@ def _accepted(name: str) -> frozenset[type]:
     return frozenset(_TYPES[kind] | ({_NONE} if name == "pack_gqa" else set()))
 
 
-_ACCEPTED = tuple(map(_accepted, ARGUMENTS))
+_ACCEPTED = tuple(map(_accepted, _FIELDS))
 _plain_types: set[tuple[type, ...]] = set()  # tuples that were found to be accepted: calls have few of them
 
 
-def plain(params: FlashAttentionParams) -> FlashAttentionParams:
-    """The params themselves if every value is plain, else a copy in which it is."""
-    values = _read(params)
+def plain(params: FlashAttentionParams, shape: tuple | None = None) -> FlashAttentionParams:
+    """The params themselves if every value is plain, else a copy in which it is; shape is `read_shape(params)`."""
+    values = (read_shape(params) if shape is None else shape) + _read_addresses(params)
     types = tuple(map(type, values))
     if types in _plain_types:
         return params
@@ -146,6 +149,7 @@ def plain(params: FlashAttentionParams) -> FlashAttentionParams:
         return params
     copy = Plain()
     copy.raw = params
-    for (name, argument), value in zip(ARGUMENTS.items(), values, strict=True):
+    for name, value in zip(_FIELDS, values, strict=True):
+        argument = ARGUMENTS[name]
         setattr(copy, name, _refused(value) if argument.refused else _READERS[argument.kind](name, value))
     return copy

@@ -4,19 +4,22 @@ The only place that knows one kind of config from another: what differs between 
 Launch.
 """
 
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 from ..contract.arguments import Entry
-from ..contract.params import FlashAttentionParams
+from ..contract.params import CHOICES, FlashAttentionParams
 from ..contract.plain import plain
-from ..contract.rules import CONTRACT_RULES, first_problem, walk
+from ..contract.rules import RULES, RULES_OF_LENGTHS, first_problem, walk
 from ..contract.status import Problem, Status, shown
 from .config import FEATURES, DecodeConfig, FwdConfig
-from .problem import ProblemShape
+from .problem import Chosen, ProblemShape, chosen_by
 from .splits import is_decode, is_windowed, plan_of
 from .tables import decode_config, decode_row, forward_config, forward_row
 
 Config = FwdConfig | DecodeConfig
+MAX_CHOICES = 512  # that are remembered; the next ones start anew
 
 
 class Launch(NamedTuple):
@@ -60,27 +63,48 @@ def operation_of(shape: ProblemShape) -> Operation:
     features = frozenset([flag for flag, is_asked in FEATURES.items() if is_asked(shape)])
     if is_decode(shape):
         cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, features)
-    else:
-        cfg = forward_config(dtype, head_dim, shape.mask, shape.has_lse, shape.has_lengths, out_dtype, features)
-    return Operation((launch_of(cfg, shape),))
+        return Operation((launch_of(cfg, shape),))
+    return _forward(dtype, head_dim, shape.mask, shape.has_lse, shape.has_lengths, out_dtype, features)
+
+
+@cache
+def _forward(dtype: str, head_dim: int, mask: str, *facts) -> Operation:
+    """That of forward_config(dtype, head_dim, mask, *facts), for problems of all lengths."""
+    return Operation((_forward_launch(forward_config(dtype, head_dim, mask, *facts)),))
+
+
+def _forward_launch(cfg: FwdConfig) -> Launch:
+    return Launch(cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask).reason, "tile_counter")
 
 
 def launch_of(cfg: Config, shape: ProblemShape) -> Launch:
     """The launch of a problem through a config, that of the tables or any other one that can serve it."""
-    if isinstance(cfg, DecodeConfig):
-        plan = plan_of(cfg, shape)
-        return Launch(cfg, decode_row(cfg.dtype, cfg.head_dim).reason, "splits" if plan.partial_bytes else "none", plan)
-    return Launch(cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask).reason, "tile_counter")
+    if isinstance(cfg, FwdConfig):
+        return _forward_launch(cfg)
+    plan = plan_of(cfg, shape)
+    return Launch(cfg, decode_row(cfg.dtype, cfg.head_dim).reason, "splits" if plan.partial_bytes else "none", plan)
 
 
-def checked(p: FlashAttentionParams) -> Problem | ProblemShape:
-    """Of plain params: the first problem where `forward` refuses them, else their shape."""
-    problem = first_problem(p)
+_good_choices: dict[tuple, Chosen] = {}  # {values of CHOICES, in plain params that were good: chosen_by them}
+
+
+def checked(p: FlashAttentionParams, values: tuple | None = None) -> Problem | ProblemShape:
+    """Of plain params: the first problem where `forward` refuses them, else their shape.
+
+    values   of params.SHAPE, in its order, where they are known: a call of known choices is asked less
+    """
+    choices = () if values is None else values[: len(CHOICES)]
+    chosen = _good_choices.get(choices)
+    problem = first_problem(p, RULES_OF_LENGTHS if chosen else RULES)
     if problem is not None:
         return problem
-    shape = ProblemShape.of(p)
+    shape = ProblemShape.of(p, chosen)
     if shape.workspace and (problem := _workspace_problem(p, shape)):
         return problem
+    if choices and not chosen:
+        if len(_good_choices) >= MAX_CHOICES:
+            _good_choices.clear()
+        _good_choices[choices] = chosen_by(p)
     return shape
 
 
@@ -95,8 +119,8 @@ def problems(params: FlashAttentionParams) -> list[Problem]:
 
 def workspace_bytes(params: FlashAttentionParams) -> int | Problem:
     """What a workspace must hold for these params, whatever their tensors and workspace are; else what is wrong."""
-    p = plain(params)
-    for problem in walk(p, CONTRACT_RULES):
+    p = plain(replace(params, workspace=None, workspace_bytes=0))
+    for problem in walk(p, RULES):
         if problem.status is not Status.NULL_POINTER:
             return problem
     return operation_of(ProblemShape.of(p)).workspace_bytes

@@ -9,29 +9,31 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW
-from ..contract.limits import DIMS
 from ..contract.params import (
     ARGUMENTS,
     DTYPE_NAMES,
     NUMBERS,
-    TENSORS,
     AttentionMode,
     DataType,
     FlashAttentionParams,
+    is_packed,
     names,
-    tensor_sizes,
 )
+from ..contract.strides import DESCALE_STRIDES, STRIDES
 
 LENGTHS = tuple(name for name in names(kind="pointer", element="int32") if ARGUMENTS[name].takers)
-STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
-DESCALE_STRIDES = names(kind="stride", is_fp8=True)
 _CONTIGUOUS = (None,) * len(STRIDES)
 # Of these reaches; every other pair of them is a window.
 _MASKS = {(UNBOUNDED_WINDOW, UNBOUNDED_WINDOW): "full", (UNBOUNDED_WINDOW, 0): "causal"}
 _NO_STRIDES = (0,) * len(DESCALE_STRIDES)
+_ABSENT, _NO_LENGTHS = (None,) * len(LENGTHS), (0,) * len(LENGTHS)
 _read_lengths, _read_strides, _read_descale_strides = (
     attrgetter(*fields) for fields in (LENGTHS, STRIDES, DESCALE_STRIDES)
 )
+
+
+# The first fields of a ProblemShape.
+Chosen = tuple[str, str | None, int, str, bool, int, int, int, int, int, bool | None, tuple[float, ...]]
 
 
 class ProblemShape(NamedTuple):
@@ -52,22 +54,22 @@ class ProblemShape(NamedTuple):
     out_dtype: str | None
     head_dim: int
     mask: str
-    is_packed: bool
-    has_lse: bool
     is_decode_mode: bool
-    batch_size: int
-    seqlen_q: int
-    seqlen_k: int
     num_heads: int
     num_heads_k: int
     window_left: int
     window_right: int
-    softmax_scale: float
-    numbers: tuple[float, ...]
-    lengths: tuple[int, ...]
-    strides: tuple[int, ...]
     num_splits: int
     pack_gqa: bool | None
+    numbers: tuple[float, ...]
+    is_packed: bool
+    has_lse: bool
+    batch_size: int
+    seqlen_q: int
+    seqlen_k: int
+    softmax_scale: float
+    lengths: tuple[int, ...]
+    strides: tuple[int, ...]
     workspace: int
     tile_counter: int
 
@@ -86,61 +88,66 @@ class ProblemShape(NamedTuple):
         return self.numbers[NUMBERS.index(name)]
 
     @staticmethod
-    def of(p: FlashAttentionParams) -> "ProblemShape":
-        """Of plain params (contract/plain.py) that the rules accept."""
-        dtype = DTYPE_NAMES[p.dtype]
-        out_dtype = None if dtype != FP8 else DTYPE_NAMES[DataType.BF16 if p.out_dtype is None else p.out_dtype]
-        is_packed = bool(p.cu_seqlens_q)
-        left, right = p.window_size_left, p.window_size_right
-        left = left if 0 <= left < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
-        right = 0 if p.is_causal else right if 0 <= right < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
-        mask = _MASKS.get((left, right), "local")
-        strides = _strides_of(p)
-        scale = p.softmax_scale
+    def of(p: FlashAttentionParams, chosen: Chosen | None = None) -> "ProblemShape":
+        """Of plain params (contract/plain.py) that the rules accept; chosen is `chosen_by` them, if that is known."""
+        chosen = chosen or chosen_by(p)
+        packed, lengths, scale = is_packed(p), _read_lengths(p), p.softmax_scale
+        batch, rows_q, rows_k = p.batch_size, p.seqlen_q, p.seqlen_k
+        if packed:
+            rows_q, rows_k = p.total_q, p.total_k
+        strides = _strides_of(p, 0 if packed else batch, rows_q, rows_k)
         return ProblemShape(
-            dtype,
-            out_dtype,
-            p.head_dim,
-            mask,
-            is_packed,
+            *chosen,
+            packed,
             bool(p.softmax_lse),
-            p.mode is AttentionMode.DECODE,
-            p.batch_size,
-            p.total_q if is_packed else p.seqlen_q,
-            p.total_k if is_packed else p.seqlen_k,
-            p.num_heads,
-            p.num_heads_k,
-            left,
-            right,
+            batch,
+            rows_q,
+            rows_k,
             1.0 / math.sqrt(p.head_dim) if scale is None else scale,
-            _numbers_of(p),
-            tuple([address or 0 for address in _read_lengths(p)]),
-            strides if out_dtype is None else strides + _descale_strides_of(p),
-            p.num_splits,
-            p.pack_gqa,
+            _NO_LENGTHS if lengths == _ABSENT else tuple([address or 0 for address in lengths]),
+            strides if p.dtype is not DataType.FP8_E4M3 else strides + _descale_strides_of(p),
             p.workspace or 0,
             p.tile_counter or 0,
         )
 
 
-def _numbers_of(p) -> tuple[float, ...]:
-    return tuple([getattr(p, name) or 0.0 for name in NUMBERS])
+def chosen_by(p: FlashAttentionParams) -> Chosen:
+    """The fields of a ProblemShape, its first ones, that follow from choices (params.CHOICES) alone."""
+    dtype = DTYPE_NAMES[p.dtype]
+    out_dtype = None if dtype != FP8 else DTYPE_NAMES[DataType.BF16 if p.out_dtype is None else p.out_dtype]
+    left, right = p.window_size_left, p.window_size_right
+    left = left if 0 <= left < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
+    right = 0 if p.is_causal else right if 0 <= right < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
+    return (
+        dtype,
+        out_dtype,
+        p.head_dim,
+        _MASKS.get((left, right), "local"),
+        p.mode is AttentionMode.DECODE,
+        p.num_heads,
+        p.num_heads_k,
+        left,
+        right,
+        p.num_splits,
+        p.pack_gqa,
+        tuple([getattr(p, name) or 0.0 for name in NUMBERS]),
+    )
 
 
-def _strides_of(p) -> tuple[int, ...]:
-    """The strides with defaults where they are None.
+def _strides_of(p, batch: int, rows_q: int, rows_k: int) -> tuple[int, ...]:
+    """The strides with defaults where they are None; batch is 0 for packed tensors, which have one.
 
     The stride of a dimension of size 1 never addresses memory and array libraries put anything there, but TMA wants a
     multiple of 16 bytes: the kernel gets the contiguous one.
     """
-    head_dim, (batches, rows_q, heads), (_, rows_k, heads_k) = p.head_dim, tensor_sizes(p, "q"), tensor_sizes(p, "k")
-    row_q, row_k, is_packed = heads * head_dim, heads_k * head_dim, p.cu_seqlens_q
-    q = (0 if is_packed else rows_q * row_q, row_q, head_dim)
-    k = (0 if is_packed else rows_k * row_k, row_k, head_dim)
-    contiguous, given = q + k + k + q, _read_strides(p)
+    head_dim, heads, heads_k, given = p.head_dim, p.num_heads, p.num_heads_k, _read_strides(p)
+    row_q, row_k = heads * head_dim, heads_k * head_dim
+    q = (rows_q * row_q if batch else 0, row_q, head_dim)
+    k = (rows_k * row_k if batch else 0, row_k, head_dim)
+    contiguous = q + k + k + q
     if given == _CONTIGUOUS:
         return contiguous
-    sizes_q, sizes_k = (batches, rows_q, heads), (batches, rows_k, heads_k)
+    sizes_q, sizes_k = (batch or 1, rows_q, heads), (batch or 1, rows_k, heads_k)
     return tuple(
         [
             default if stride is None or size == 1 else stride

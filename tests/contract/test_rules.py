@@ -23,7 +23,11 @@ from rule_calls import (
 
 from fa3_cute.contract import rules
 from fa3_cute.contract.params import FlashAttentionParams
-from fa3_cute.contract.status import Status
+from fa3_cute.contract.params import CHOICES
+from fa3_cute.contract.plain import plain, read_shape
+from fa3_cute.contract.status import Problem, Status
+from fa3_cute.planning import operations
+from fa3_cute.planning.operations import checked
 from fa3_cute.contract.rules import contract_problems
 from fa3_cute.planning.operations import problems
 
@@ -89,8 +93,72 @@ def test_first_problem_follows_the_table():
 
 
 def test_rules_are_in_the_order_of_the_table():
-    statuses = [status for status, _ in rules.RULES]
+    statuses = [rule.status for rule in rules.RULES]
     assert statuses == sorted(statuses, reverse=True)
+
+
+# By number: hypothesis wants to print what it draws.
+CHANGES = st.dictionaries(
+    st.sampled_from([field.name for field in fields(FlashAttentionParams)]), st.integers(0, len(VALUES) - 1), max_size=6
+)
+BASES = st.sampled_from(
+    [
+        DENSE,
+        PACKED,
+        ONE_ROW,
+        replace(DENSE, seqused_k=A, window_size_left=8),
+        replace(DENSE_FP8, **DESCALES, **PER_HEAD),
+        PACKED_FP8,
+        replace(ONE_ROW, dtype=FP8),
+    ]
+)
+
+
+class Recorded:
+    """Params that list which of their fields are read."""
+
+    def __init__(self, params):
+        self.params, self.read = params, set()
+
+    def __getattr__(self, name):
+        if name == "raw":
+            raise AttributeError(name)
+        self.read.add(name)
+        return getattr(self.params, name)
+
+
+@settings(max_examples=300, deadline=None)
+@given(BASES, CHANGES)
+def test_a_rule_of_choices_reads_choices_alone(base, changes):
+    """So what it says of one call holds for all that make the same choices."""
+    params = plain(replace(base, **{name: VALUES[number] for name, number in changes.items()}))
+    for rule in rules.RULES:
+        call = Recorded(params)
+        assert list(rule.objections(call)) is not None
+        assert not rule.of_choices or call.read <= set(CHOICES), rule
+
+
+def test_known_choices_are_asked_less_and_say_the_same(monkeypatch):
+    monkeypatch.setattr(operations, "_good_choices", {})
+    for base in (DENSE, PACKED, DENSE_FP8, replace(DENSE, seqlen_q=1)):
+        fresh = checked(base)
+        assert checked(base, read_shape(base)) == checked(base, read_shape(base)) == fresh
+        for change in ({"batch_size": 0}, {"q": 0}, {"seqused_k": A + 1}, {"softmax_scale": 0.0}):
+            wrong = replace(base, **change)
+            assert isinstance(checked(wrong), Problem) and checked(wrong, read_shape(wrong)) == checked(wrong)
+        for change in ({"num_heads": 5}, {"is_causal": True, "window_size_left": 1}, {"page_table": A}):
+            wrong = replace(base, **change)
+            assert isinstance(checked(wrong, read_shape(wrong)), Problem)
+    assert len(operations._good_choices) == 3
+
+
+def test_so_many_choices_are_remembered(monkeypatch):
+    monkeypatch.setattr(operations, "_good_choices", {})
+    monkeypatch.setattr(operations, "MAX_CHOICES", 4)
+    for heads in range(1, 20):
+        params = replace(DENSE, num_heads=4 * heads)
+        assert checked(params, read_shape(params)).num_heads == 4 * heads
+        assert len(operations._good_choices) <= 4
 
 
 def test_problem_prints_as_a_sentence():
@@ -99,27 +167,8 @@ def test_problem_prints_as_a_sentence():
     )
 
 
-# By number: hypothesis wants to print what it draws.
-CHANGES = st.dictionaries(
-    st.sampled_from([field.name for field in fields(FlashAttentionParams)]), st.integers(0, len(VALUES) - 1), max_size=6
-)
-
-
 @settings(max_examples=800, deadline=None)
-@given(
-    st.sampled_from(
-        [
-            DENSE,
-            PACKED,
-            ONE_ROW,
-            replace(DENSE, seqused_k=A, window_size_left=8),
-            replace(DENSE_FP8, **DESCALES, **PER_HEAD),
-            PACKED_FP8,
-            replace(ONE_ROW, dtype=FP8),
-        ]
-    ),
-    CHANGES,
-)
+@given(BASES, CHANGES)
 def test_any_value_is_a_problem_and_no_exception(base, changes):
     params = replace(base, **{name: VALUES[number] for name, number in changes.items()})
     found = problems(params)
