@@ -35,13 +35,14 @@ from . import plot
 from .case import COPIED_BYTES, Case, Tensors
 from .dtypes import head_dims
 from .measure import Batch, Stopwatch, Work, in_turn
+from .options import cannot_run, count, milliseconds, one_or_more
 from .shown import ARITHMETIC, OURS, OURS_16, Shown
 from .suites import decode
 from .suites import fp8
 from .suites import prefill
 from .suites import varlen
 from .suites import window
-from .table import Table, one_or_more
+from .table import Table
 
 SUITES = {"prefill": prefill, "varlen": varlen, "window": window, "decode": decode, "fp8": fp8}
 COPY = "copy"
@@ -55,14 +56,14 @@ WRONG = {1: 6e-2, 2: 1e-2}
 def add_arguments(parser) -> None:
     parser.add_argument("--suite", choices=SUITES, default="prefill")
     parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), metavar="D,..", help="default: the suite's")
-    parser.add_argument("--seqlen", type=one_or_more(int), metavar="S,..", help="default: the suite's")
+    parser.add_argument("--seqlen", type=one_or_more(count), metavar="S,..", help="default: the suite's")
     parser.add_argument("--dtype", choices=ELEMENT_BYTES, help="default bf16, which every peer has; fp8 has its own")
     mask = parser.add_mutually_exclusive_group()
     mask.add_argument("--causal", action="store_const", const=[True], dest="masks", help="only causal cases")
     mask.add_argument("--full", action="store_const", const=[False], dest="masks", help="only cases without a mask")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="default: the suite's, like the heads")
-    parser.add_argument("--num-heads", type=int, metavar="H")
-    parser.add_argument("--num-heads-k", type=int, metavar="H", help="default: as many as query heads")
+    parser.add_argument("--batch-size", type=count, metavar="B", help="default: the suite's, like the heads")
+    parser.add_argument("--num-heads", type=count, metavar="H")
+    parser.add_argument("--num-heads-k", type=count, metavar="H", help="default: as many as query heads")
     parser.add_argument(
         "--peers",
         type=one_or_more(str, peers.PEERS),
@@ -70,8 +71,8 @@ def add_arguments(parser) -> None:
         metavar="P,..",
         help=f"of {', '.join(peers.PEERS)}; those that are not installed are left out",
     )
-    parser.add_argument("--rounds", type=int, default=7, metavar="N")
-    parser.add_argument("--batch-ms", type=float, default=40, metavar="MS", help="length of one timed batch")
+    parser.add_argument("--rounds", type=count, default=7, metavar="N")
+    parser.add_argument("--batch-ms", type=milliseconds, default=40, metavar="MS", help="length of one timed batch")
     parser.add_argument("--json", metavar="FILE", help="also write environment, rows and conclusions to FILE")
     parser.add_argument("--plot", metavar="PNG", help="also draw bars and the roofline into PNG; needs matplotlib")
 
@@ -79,18 +80,16 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     suite = SUITES[args.suite]
     if args.plot and (missing := plot.problem()):
-        print(missing)
-        return 2
+        return cannot_run(missing)
     if fixed := [name for name in suite.FIXED if getattr(args, name) is not None]:
-        print(f"the {args.suite} suite has its own {', '.join(fixed)}")
-        return 2
+        return cannot_run(f"the {args.suite} suite has its own {', '.join(fixed)}")
     cases = suite.cases(args)
     if unserved := [case.name for case in cases if case.head_dim not in head_dims(case.dtype)]:
-        print(f"there are no kernels for {unserved[0]}")
-        return 2
+        return cannot_run(f"there are no kernels for {unserved[0]}")
+    if uneven := [case.name for case in cases if case.num_heads % case.num_heads_k]:
+        return cannot_run(f"{uneven[0]}: the query heads must be a multiple of the KV heads")
     if problem := hopper_device_problem():
-        print(f"bench needs a Hopper GPU: {problem}")
-        return 2
+        return cannot_run(f"bench needs a Hopper GPU: {problem}")
     bench = Bench(args, open_device(), cases)
     compared = bench.environment["peers"]
     print(environment.sentence(bench.environment))

@@ -1,6 +1,6 @@
 """Compiles kernels for sm_90a and prints what the compiler made of them: registers, spills, shared memory,
 WGMMA instructions, seconds. Needs no GPU, and leaves the kernels in the disk cache, where the first launch finds them.
-Exit status 1 if a kernel spills, draws a compiler warning or does not compile.
+Exit status 1 if a kernel spills, draws a compiler warning or does not compile, 2 if there are no such kernels.
 """
 
 import json
@@ -8,10 +8,11 @@ import os
 from dataclasses import asdict
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS
-from ..planning.config import DecodeConfig, FwdConfig
+from ..planning.operations import Config
 from ..planning.tables import all_configs
+from .options import cannot_run, count, counted, one_or_more
 from .processes import spread
-from .table import Table, one_or_more
+from .table import Table
 
 NAME_WIDTH = 39  # at least
 COLUMNS = (("registers", 9), ("spilled bytes", 13), ("smem bytes", 10), ("WGMMA", 5), ("seconds", 7), ("", 0))
@@ -49,7 +50,7 @@ def add_arguments(parser) -> None:
     )
     for name, kind in MASKS.items():
         mask.add_argument(f"--{name}", action="store_const", const=[name], dest="masks", help=f"only kernels {kind}")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
     parser.add_argument("--json", action="store_true", help="print one JSON list and no table")
     parser.set_defaults(masks=list(MASKS))
 
@@ -64,7 +65,11 @@ def run(args) -> int:
         and cfg.out_dtype in (None, *args.out_dtype)
         and is_chosen(cfg, args)
     ]
-    width = max((len(cfg.name) for cfg in configs), default=0)
+    if not configs:
+        return cannot_run(
+            "there are no such kernels: explain says which head dims, element types and masks go together"
+        )
+    width = max(len(cfg.name) for cfg in configs)
     table = None if args.json else Table((("kernel", max(NAME_WIDTH, width)), *COLUMNS))
     rows = []
     for row in spread(compile_row, configs, args.jobs):
@@ -75,19 +80,19 @@ def run(args) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        print(f"{len(rows)} kernels, {len(failed)} with problems" if failed else f"{len(rows)} kernels, all clean")
+        print(f"{counted(len(rows), 'kernel')}, {f'{len(failed)} with problems' if failed else 'all clean'}")
     return 1 if failed else 0
 
 
-def is_chosen(cfg: FwdConfig | DecodeConfig, args) -> bool:
+def is_chosen(cfg: Config, args) -> bool:
     """Whether the options ask for this variant."""
-    if isinstance(cfg, DecodeConfig):
+    if cfg.packs_heads:
         return args.decode or args.all and not args.varlen
     layouts = (True,) if args.varlen else (False, True) if args.all else (False,)
     return not args.decode and cfg.is_varlen in layouts and (args.all or not cfg.has_lse)
 
 
-def compile_row(cfg: FwdConfig | DecodeConfig) -> dict:
+def compile_row(cfg: Config) -> dict:
     """Compiles one config, once for the disk cache, once to look inside. Its Report's fields, and "problems"."""
     from ..runtime import compiler
 

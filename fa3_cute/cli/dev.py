@@ -1,6 +1,6 @@
 """The loop of someone who edits a kernel: compile one config, check it, time it, and again on every save.
 
-The config is heuristics' row for the problem, with the fields of --set replaced. It is compiled and checked against the
+The config is the tables' row for the problem, with the fields of --set replaced. It is compiled and checked against the
 reference on a small problem, every row; then problems of fixed size are timed: 16384 tokens of prefill, or 16 sequences
 of decode whose keys are in no cache. The change is against the last run of the same problem on the same GPU, in this
 session or an earlier one. Watched are the package's kernels/ and planning/; after a change to
@@ -13,9 +13,6 @@ Exit status of --once: 1 if the kernel does not compile, spills or is wrong. 2 i
 """
 
 import json
-import multiprocessing
-import signal
-import sys
 import time
 from pathlib import Path
 
@@ -23,12 +20,12 @@ from ..contract.formats import HEAD_DIMS
 from ..arrays.memory import hopper_device_problem
 from ..runtime.disk_cache import cache_dir
 from .dtypes import add_dtypes
-from .table import one_or_more
-from .trial import PACKAGE, Question, Rig, compiled, label, rate, said, times
+from .options import cannot_run, count, one_or_more
+from .trial import PACKAGE, Question, Rig, compiled, label, rate, times
+from .worker import Worker
 
 WATCHED = ("kernels/*/*.py", "planning/*.py")
 POLL_SECONDS = 0.1
-HUNG_SECONDS = 90  # a kernel that deadlocks never returns
 ROUNDS, BATCH_MS = 5, 30
 LAST_RUNS = "dev.json"  # in the cache folder
 
@@ -54,7 +51,7 @@ def add_problem(parser) -> None:
     mask = parser.add_mutually_exclusive_group()
     for name in ("full", "causal", "local"):
         mask.add_argument(f"--{name}", action="store_const", const=name, dest="mask")
-    parser.add_argument("--seqlen", type=one_or_more(int), default=[], metavar="S,..", help="lengths to time")
+    parser.add_argument("--seqlen", type=one_or_more(count), default=[], metavar="S,..", help="lengths to time")
     parser.set_defaults(mask="full")
 
 
@@ -66,8 +63,7 @@ def run(args) -> int:
             raise ValueError("--decode times a query that sees every key, without --local")
         question.config()
     except ValueError as error:
-        print(error)
-        return 2
+        return cannot_run(error)
     problem = hopper_device_problem()
     if problem:
         print(f"compile, registers and spills only, nothing checked or timed: {problem}")
@@ -105,7 +101,7 @@ class Loop:
         """Starts the processes of the next round: the compiler's report in one, while the other checks and times."""
         self.stop()
         tasks = (report_task, measure_task) if self.has_gpu else (report_task,)
-        self.workers = [Worker(task, self.question) for task in tasks]
+        self.workers = [Worker(task, self.question, is_fresh=True) for task in tasks]
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -130,7 +126,7 @@ class Loop:
     def round(self) -> bool:
         """One round; whether all is well."""
         for worker in self.workers:
-            worker.go()
+            worker.send()
         report, *others = self.workers
         found = report.result()
         is_good = print_report(found)
@@ -212,60 +208,6 @@ def keep_last_runs(runs: dict) -> None:
 
 
 # ---- the processes of a round ----------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A fresh process that prepares a task, waits for `go` and sends one result, a dict with "error" if it failed."""
-
-    def __init__(self, task, question: Question):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(task, question, theirs), daemon=True)
-        self.process.start()
-        theirs.close()  # else the end of the process would not end the connection
-
-    def go(self) -> None:
-        try:
-            self.connection.send("go")
-        except OSError:  # it died; `result` says so
-            pass
-
-    def result(self) -> dict:
-        try:
-            if self.connection.poll(HUNG_SECONDS):
-                return self.connection.recv()
-            return {"error": f"no result after {HUNG_SECONDS} s, given up: does the kernel hang?"}
-        except (EOFError, OSError):
-            self.process.join()
-            return {"error": f"the process ended without a result, exit status {self.process.exitcode}"}
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.join()
-
-
-def serve(task, question: Question, connection) -> None:
-    """The life of a worker: prepare, wait, import the package anew, work. Python files may be saved twice a second,
-    which the time in a .pyc cannot tell apart: none is written."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.dont_write_bytecode = True
-    try:
-        work = task(question)
-        connection.recv()
-        forget_package()
-        found = work()
-    except EOFError:  # the loop is gone
-        return
-    except Exception as error:  # a kernel that is being written fails in any way there is
-        found = {"error": said(error)}
-    connection.send(found)
-
-
-def forget_package() -> None:
-    """The next import of any module of the package reads its file. Objects made before keep what they were made of."""
-    package = __name__.partition(".")[0]
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-        del sys.modules[name]
 
 
 def report_task(question: Question):

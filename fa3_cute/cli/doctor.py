@@ -9,6 +9,7 @@ say so. The optional package ml_dtypes and the slower way to launch are mentione
 
 import ctypes
 import json
+import operator
 import re
 import sys
 from collections.abc import Callable
@@ -24,12 +25,17 @@ TOKENS, HEAD_DIM = 128, 128
 WRONG = 1e-2  # relative error (norm); rounding to FP16 leaves about 3e-4
 
 OLDEST_PYTHON = (3, 11)
-OLDEST_CUDA = (12, 0)
+# What a driver must be for, by the CUDA of the DSL's flavour: for 12.9 NVIDIA names 575.51.03; for 13.x 580 will do,
+# since drivers of a major version load what a later minor one has assembled.
+OLDEST_CUDA = {12: (12, 9), 13: (13, 0)}
+FLAVOURS = {f"cu{major}": f"nvidia-cutlass-dsl-libs-cu{major}" for major in OLDEST_CUDA}
 HOPPER = (9, 0)
 # CUdevice_attribute
 MAJOR, MINOR, NUM_SMS = 75, 76, 16
 DRIVER_VERSION_FILE = Path("/sys/module/nvidia/version")
 WITHOUT_GPU = "forward cannot run here; compiling needs no GPU"
+# Of version specifiers; those of two letters first, as they are read.
+HOLDS = {"==": operator.eq, "!=": operator.ne, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 class Wrong(Exception):
@@ -94,9 +100,26 @@ def check_python():
 def check_dsl():
     cutlass = import_module("cutlass")
     cuda = cutlass.CUDA_VERSION
-    facts = {"version": cutlass.__version__, "flavour": f"cu{cuda.major}", "cuda": f"{cuda.major}.{cuda.minor}"}
-    text = "{version} for CUDA {cuda} ({flavour})".format_map(facts)
-    return must_suit("nvidia-cutlass-dsl", cutlass.__version__, text, facts)
+    facts = {
+        "version": cutlass.__version__,
+        "flavour": f"cu{cuda.major}",
+        "cuda": f"{cuda.major}.{cuda.minor}",
+        "installed": installed_flavours(),
+    }
+    unused = [flavour for flavour in facts["installed"] if flavour != facts["flavour"]]
+    text = "{version} for CUDA {cuda} ({flavour}".format_map(facts) + f" in use, {', '.join(unused)} too" * bool(unused)
+    return must_suit("nvidia-cutlass-dsl", cutlass.__version__, f"{text})", facts)
+
+
+def installed_flavours() -> dict[str, str]:
+    """Version by flavour of the DSL's libraries; which of several the DSL takes is its own choice."""
+    found = {}
+    for flavour, distribution in FLAVOURS.items():
+        try:
+            found[flavour] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def check_package(distribution: str, module: str):
@@ -117,26 +140,30 @@ def check_ml_dtypes():
 
 def must_suit(distribution: str, version: str, text: str, facts: dict):
     """(text, facts), or Wrong if the installed package's requirements ask for another version."""
-    operator, wanted = requirement(distribution)
-    has, wants = numbers(version), numbers(wanted)
-    if operator == "==" and has != wants or operator == ">=" and has < wants:
-        raise Wrong(f"{text}: must be {operator}{wanted}", **facts)
+    wanted = requirement(distribution)
+    if not all(HOLDS[sign](numbers(version), numbers(bound)) for sign, bound in wanted):
+        raise Wrong(f"{text}: must be {','.join(map(''.join, wanted))}", **facts)
     return text, facts
 
 
-def requirement(distribution: str) -> tuple[str, str]:
-    """("==" or ">=", version) of a package that this one needs; ("", "") if it says nothing or is not installed."""
+def requirement(distribution: str) -> list[tuple[str, str]]:
+    """(operator, version) of each bound on a package that this one needs, the lowest first; [] if it names none, or
+    is not installed itself."""
     try:
         lines = metadata.requires("fa3_cute") or []
     except metadata.PackageNotFoundError:
-        return "", ""
-    found = (re.match(rf"{re.escape(distribution)}\s*(==|>=)\s*([\d.]+)", line) for line in lines)
-    return next(((match[1], match[2]) for match in found if match), ("", ""))
+        return []
+    found = (re.match(rf"{re.escape(distribution)}(?![\w.-])(?:\[[^]]*\])?\s*\(?([^;)]*)", line) for line in lines)
+    bounds = next((match[1] for match in found if match), "")
+    return sorted(re.findall(rf"({'|'.join(HOLDS)})\s*([\d.]+)", bounds), key=lambda bound: numbers(bound[1]))
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """ "13.4.4" as (13, 4, 4); what follows the numbers is left out."""
-    return tuple(map(int, re.findall(r"\d+", version[: len(version) - len(version.lstrip("0123456789."))])))
+    """ "13.4.4" as (13, 4, 4), and "13.0" as (13,); what follows the numbers is left out."""
+    found = tuple(map(int, re.findall(r"\d+", version[: len(version) - len(version.lstrip("0123456789."))])))
+    while found[-1:] == (0,):
+        found = found[:-1]
+    return found
 
 
 # ---- driver and GPUs -------------------------------------------------------------------------------------------------
@@ -167,9 +194,18 @@ def check_driver():
     cuda = (version // 1000, version % 1000 // 10)
     facts = {"cuda": "{}.{}".format(*cuda), "version": kernel_driver_version()}
     text = f"{facts['version'] or 'of unknown version'}, for CUDA {facts['cuda']}"
-    if cuda < OLDEST_CUDA:
-        raise Wrong("{}: must be for CUDA {}.{} or newer".format(text, *OLDEST_CUDA), **facts)
+    oldest = oldest_cuda()
+    if cuda < oldest:
+        raise Wrong("{}: must be for CUDA {}.{} or newer".format(text, *oldest), **facts)
     return text, facts
+
+
+def oldest_cuda() -> tuple[int, int]:
+    """What a driver must be for, by the DSL's flavour in use; the least of all where there is no DSL to ask."""
+    try:
+        return OLDEST_CUDA[import_module("cutlass").CUDA_VERSION.major]
+    except Exception:  # the DSL's own finding
+        return min(OLDEST_CUDA.values())
 
 
 def kernel_driver_version() -> str | None:

@@ -27,10 +27,12 @@ and so are reads of K and V from the L2 cache by the forward kernel: the bytes a
 import json
 
 from ..contract.formats import HEAD_DIMS
-from ..planning.config import SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
+from ..planning.config import SMEM_BYTES_PER_CTA
+from ..planning.operations import Config
 from ..planning.rings import HEAD_BYTES
 from ..planning.tables import decode_config, forward_config
 from .dtypes import add_dtypes, out_dtype_of
+from .options import cannot_run
 from .table import Table
 from .units import clocks_per_tile, instruction_mix
 
@@ -58,8 +60,7 @@ def run(args) -> int:
     try:
         cfg = config(args)
     except ValueError as error:
-        print(error)
-        return 2
+        return cannot_run(error)
     try:
         report, code = compiler.compile_and_read(cfg)
     except compiler.CompileError as error:
@@ -82,7 +83,7 @@ def run(args) -> int:
     return 1 if facts["problems"] else 0
 
 
-def config(args) -> FwdConfig | DecodeConfig:
+def config(args) -> Config:
     """The config asked for; ValueError if there is none."""
     out_dtype = out_dtype_of(args.dtype, args.head_dim, args.out_dtype)
     if args.decode:
@@ -90,12 +91,12 @@ def config(args) -> FwdConfig | DecodeConfig:
     return forward_config(args.dtype, args.head_dim, args.mask, args.lse, args.varlen, out_dtype)
 
 
-def roles(cfg: FwdConfig | DecodeConfig) -> dict[str, int] | None:
+def roles(cfg: Config) -> dict[str, int] | None:
     """Registers per thread after setmaxnreg; None for a kernel that has none."""
     return dict(zip(("producer", "consumer"), cfg.registers, strict=True)) if cfg.uses_setmaxnreg else None
 
 
-def smem_map(cfg: FwdConfig | DecodeConfig) -> list[dict]:
+def smem_map(cfg: Config) -> list[dict]:
     """The parts of a CTA's shared memory in their order: name, slots, bytes."""
     parts = [{"name": ring.label, "slots": ring.slots, "bytes": ring.nbytes} for ring in cfg.rings if ring.nbytes]
     return [{"name": "barriers", "slots": 1, "bytes": HEAD_BYTES}, *parts]
@@ -106,7 +107,7 @@ def critical(clocks: dict[str, float]) -> str:
     return max(clocks, key=lambda unit: clocks[unit])
 
 
-def print_facts(cfg: FwdConfig | DecodeConfig, facts: dict) -> None:
+def print_facts(cfg: Config, facts: dict) -> None:
     shares = facts["registers_after_setmaxnreg"]
     moved = f"; after setmaxnreg {shares['producer']} (producer), {shares['consumer']} (consumer)" if shares else ""
     print(

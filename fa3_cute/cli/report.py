@@ -20,8 +20,9 @@ from ..contract.formats import FP8, HEAD_DIMS
 from . import environment
 from . import plot
 from .bench import SUITES
+from .options import cannot_run, one_or_more
 from .shown import OURS, OURS_16, Shown
-from .table import markdown, one_or_more
+from .table import markdown
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 OWN = "performance of {}:"  # what "performance:" is in the lines of one suite
@@ -45,8 +46,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     if args.plot and (missing := plot.problem()):
-        print(missing)
-        return 2
+        return cannot_run(missing)
     try:
         runs = [json.loads(Path(file).read_text()) for file in args.files]
         if args.plot:
@@ -59,8 +59,7 @@ def run(args) -> int:
         else:
             print("\n\n".join(text for _, text in sections))
     except (OSError, KeyError, ValueError) as error:
-        print(f"report: {type(error).__name__}: {error}")
-        return 2
+        return cannot_run(f"report: {type(error).__name__}: {error}")
     return 0
 
 

@@ -1,7 +1,6 @@
-"""Tables, plain and in markdown, and the parsing of comma-separated options."""
+"""Tables, plain and in markdown."""
 
-import argparse
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 
 
 class Table:
@@ -25,19 +24,3 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
-
-
-def one_or_more(kind: Callable, choices: Collection | None = None) -> Callable[[str], list]:
-    """An argparse type: "a,b,c" to a list of `kind`, each one of `choices` if given."""
-
-    def parse(text: str) -> list:
-        try:
-            values = [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: {kind.__name__} values, separated by commas") from None
-        for value in values:
-            if choices is not None and value not in choices:
-                raise argparse.ArgumentTypeError(f"{value!r}: must be one of {', '.join(map(str, choices))}")
-        return values
-
-    return parse

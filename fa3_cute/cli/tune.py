@@ -1,15 +1,15 @@
 """Sweeps the tiles and stages of one problem and prints the row of tables.py that the numbers speak for.
 
 Candidates are all that FwdConfig allows: tile_m, tile_n, num_q_stages, use_pingpong and rescale_before_pv, of FP8 also
-num_kv_stages (2 or 3), the nearest to the row in force first. What does not compile, spills or
-makes the compiler serialise WGMMA is left out. The others are checked against the reference, every row of a small
-problem, and timed in interleaved rounds; a number is the median over them. The best has the highest geometric mean of
-the rates over the lengths. A row is worth changing if it is ahead by more than the numbers scatter: try the best few
-again with --limit or --tile-n and more --rounds.
+num_kv_stages (2 or 3), the nearest to the row in force first. What does not compile, spills or makes the compiler
+serialise WGMMA is left out. The others are checked against the reference, every row of a small problem, in a process
+that is given up if a kernel hangs; the right ones are timed in interleaved rounds, and a number is the median over
+them. The best has the highest geometric mean of the rates over the lengths. A row is worth changing if it is ahead by
+more than the numbers scatter: try the best few again with --limit or --tile-n and more --rounds.
 
 Without a Hopper GPU: the survivors with registers and shared memory, no times.
 
-Exit status 1 if nothing survives or a survivor is wrong, 2 if there are no such kernels.
+Exit status 1 if nothing survives or a survivor is wrong or hangs, 2 if there are no such kernels.
 """
 
 import os
@@ -26,9 +26,11 @@ from ..planning.config import FwdConfig
 from ..arrays.memory import hopper_device_problem
 from ..planning.tables import Row
 from .dev import add_problem
+from .options import cannot_run, count, counted, milliseconds, one_or_more
 from .processes import spread
-from .table import Table, one_or_more
+from .table import Table
 from .trial import Question, Rig, compiled, label, times
+from .worker import HUNG_SECONDS, Worker
 
 KV_STAGES_OF_FP8 = (2, 3)
 TILE_MS, TILE_NS, Q_STAGES = (64, 128, 192), tuple(range(32, 257, 16)), (1, 2)
@@ -41,15 +43,15 @@ def add_arguments(parser) -> None:
     parser.add_argument("--tile-m", type=one_or_more(int, TILE_MS), default=TILE_MS, metavar="M,..")
     parser.add_argument(
         "--tile-n",
-        type=one_or_more(int),
+        type=one_or_more(int, TILE_NS),
         default=TILE_NS,
         metavar="N,..",
         help="default: every multiple of 16, FP8 32, from 32 to 256",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the N candidates nearest to the row in force")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--batch-ms", type=float, default=20, metavar="MS", help="length of one timed batch")
+    parser.add_argument("--limit", type=count, metavar="N", help="only the N candidates nearest to the row in force")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(), metavar="N", help="processes (about 300 MB each)")
+    parser.add_argument("--rounds", type=count, default=5, metavar="N")
+    parser.add_argument("--batch-ms", type=milliseconds, default=20, metavar="MS", help="length of one timed batch")
 
 
 def run(args) -> int:
@@ -59,13 +61,12 @@ def run(args) -> int:
     try:
         row = cast(FwdConfig, question.config())  # no decode kernel is asked for
     except ValueError as error:
-        print(error)
-        return 2
+        return cannot_run(error)
     configs = candidates(row, args.tile_m, args.tile_n)
     chosen = configs[: args.limit]
     problem = hopper_device_problem()
     print(
-        f"{len(configs)} legal configs"
+        counted(len(configs), "legal config")
         + f", of which {len(chosen)}" * (len(chosen) < len(configs))
         + f" are compiled, {args.jobs} at a time",
         flush=True,
@@ -77,11 +78,15 @@ def run(args) -> int:
         print(f"no times: {problem}")
         return 0
     list(spread(stored, survivors, args.jobs))  # the launches find them on disk
-    rig = Rig(question)
-    right = [cfg for cfg in survivors if is_right(rig, cfg)]
-    if right:
-        print_best(rig, row, measured(rig, right, args))
-    return 0 if len(right) == len(survivors) else 1
+    watched = Watched(question)
+    try:
+        right = [cfg for cfg in survivors if is_right(watched, cfg)]
+        rates = watched.rates(right, args) if right else {}
+    finally:
+        watched.stop()
+    if rates:
+        print_best(watched, row, rates)
+    return 0 if len(rates) == len(survivors) else 1
 
 
 def candidates(base: FwdConfig, tile_ms, tile_ns) -> list[FwdConfig]:
@@ -139,40 +144,91 @@ def stored(cfg: FwdConfig) -> None:
         print(error)
 
 
-def is_right(rig: Rig, cfg: FwdConfig) -> bool:
-    """Whether a config's result is right; says so if not."""
-    error = rig.error(cfg)
-    if not error < rig.wrong:
-        print(f"{label(cfg)} is WRONG: relative error {error:.1e} in the worst row of {rig.small.name}")
-    return error < rig.wrong
+def rig_task(question: Question):
+    """The task of a worker: checks one config, or times some that are right."""
+    rig = Rig(question)
+
+    def work(configs: list[FwdConfig], rounds: int = 0, batch_ms: float = 0.0) -> dict:
+        if rounds:
+            return {"gpu": rig.gpu, "rates": list(measured(rig, configs, rounds, batch_ms).values())}
+        (cfg,) = configs
+        error = rig.error(cfg)
+        if error < rig.wrong:  # a kernel may hang in a long problem alone
+            for case in rig.cases:
+                rig.work(cfg, case)
+        return {"worst_row": error}
+
+    return work
 
 
-def measured(rig: Rig, configs: list[FwdConfig], args) -> dict[FwdConfig, list[float]]:
+class Watched:
+    """A process with a rig. A config that hangs or kills it is reported, and the next one gets a new process."""
+
+    def __init__(self, question: Question):
+        self.question, self.cases, self.gpu = question, question.cases(), ""
+        self.worker = Worker(rig_task, question)
+
+    def ask(self, *request, seconds: float = HUNG_SECONDS) -> dict:
+        found = self.worker.ask(*request, seconds=seconds)
+        if "error" in found:  # whatever happened, its CUDA context may be unusable from now on
+            self.worker.stop()
+            self.worker = Worker(rig_task, self.question)
+        return found
+
+    def rates(self, configs: list[FwdConfig], args) -> dict[FwdConfig, list[float]]:
+        """TFLOP/s of each config for each case; says so if there are none to be had."""
+        batches = len(configs) * len(self.cases) * (args.rounds + 3)  # with calibration and the unrecorded round
+        seconds = HUNG_SECONDS + batches * (1 + 4 * args.batch_ms / 1000)
+        found = self.ask(configs, args.rounds, args.batch_ms, seconds=seconds)
+        if "error" in found:
+            print(f"not timed: {found['error']}")
+            return {}
+        self.gpu = found["gpu"]
+        return dict(zip(configs, found["rates"], strict=True))
+
+    def stop(self) -> None:
+        self.worker.stop()
+
+
+def is_right(watched: Watched, cfg: FwdConfig) -> bool:
+    """Whether a config's result is right; says so if not, or if there is none."""
+    found, limit = watched.ask([cfg]), watched.question.wrong
+    checked = watched.question.small_case().name
+    if "error" in found:
+        print(f"{label(cfg)}: {found['error']}", flush=True)
+        return False
+    error = found["worst_row"]
+    if not error < limit:
+        print(f"{label(cfg)} is WRONG: relative error {error:.1e} in the worst row of {checked}")
+    return error < limit
+
+
+def measured(rig: Rig, configs: list[FwdConfig], rounds: int, batch_ms: float) -> dict[FwdConfig, list[float]]:
     """TFLOP/s of each config for each case, all of them interleaved."""
     rates = {cfg: [] for cfg in configs}
     for case in rig.cases:
         works = {cfg: rig.work(cfg, case) for cfg in configs}
-        for cfg, batches in rig.stopwatch.rounds(works, args.rounds, args.batch_ms).items():
+        for cfg, batches in rig.stopwatch.rounds(works, rounds, batch_ms).items():
             rates[cfg].append(times(case, batches)["tflops"])
     return rates
 
 
-def print_best(rig: Rig, row: FwdConfig, rates: dict[FwdConfig, list[float]]) -> None:
+def print_best(watched: Watched, row: FwdConfig, rates: dict[FwdConfig, list[float]]) -> None:
     """The table of rates, best first, each beside the row in force, and the row to paste."""
     ranked = sorted(rates, key=lambda cfg: -prod(rates[cfg]))
     base = row if row in rates else ranked[0]
-    table = Table((("config", 48), *((f"{case.seqlen_q} TFLOP/s", 13) for case in rig.cases), ("relative", 8)))
+    table = Table((("config", 48), *((f"{case.seqlen_q} TFLOP/s", 13) for case in watched.cases), ("relative", 8)))
     for cfg in ranked:
-        ratio = (prod(rates[cfg]) / prod(rates[base])) ** (1 / len(rig.cases))
+        ratio = (prod(rates[cfg]) / prod(rates[base])) ** (1 / len(watched.cases))
         table.print_row([label(cfg), *(f"{rate:.1f}" for rate in rates[cfg]), f"{ratio:.3f}"])
     print(
         f"\n1.000 is {label(base)}, {'the row in force' if base is row else 'the best: the row in force failed'}. "
         "The best as a row of tables.py:\n\n"
-        + heuristics_row(ranked, rates, f"TFLOP/s at {tokens(rig.cases)} tokens, {rig.gpu}, {datetime.now(UTC):%F}")
+        + table_row(ranked, rates, f"TFLOP/s at {tokens(watched.cases)} tokens, {watched.gpu}, {datetime.now(UTC):%F}")
     )
 
 
-def heuristics_row(ranked: list[FwdConfig], rates: dict[FwdConfig, list[float]], what: str) -> str:
+def table_row(ranked: list[FwdConfig], rates: dict[FwdConfig, list[float]], what: str) -> str:
     """The line of FORWARD for the first of these configs, its reason the rates of it and of the next ones."""
     best, *others = ranked
     numbers = [" / ".join(f"{rate:.0f}" for rate in rates[cfg]) for cfg in ranked]

@@ -7,7 +7,7 @@ holds them to it.
 
 from collections import Counter
 
-from ..planning.config import DecodeConfig, FwdConfig
+from ..planning.operations import Config
 from ..planning.splits import NUM_SMS, RATES
 
 OPERATION_MASK = 0x1FF
@@ -125,7 +125,7 @@ def instruction_mix(opcodes: Counter) -> dict[str, int]:
     return dict(mix.most_common())
 
 
-def clocks_per_tile(cfg: FwdConfig | DecodeConfig, is_masked: bool = False) -> dict[str, float]:
+def clocks_per_tile(cfg: Config, is_masked: bool = False) -> dict[str, float]:
     """Clocks that each unit of an SM is busy with one K/V tile of one CTA; inspect.py says how they are counted.
 
     is_masked   for a tile that the mask or the end of K and V cuts
@@ -146,4 +146,4 @@ def clocks_per_tile(cfg: FwdConfig | DecodeConfig, is_masked: bool = False) -> d
         "issue": (exponentials + on_lanes + on_alu) / (WARP * ISSUED),
         "shared memory": ((1 + cfg.num_consumer_wgs) * kv_bytes + transposed_bytes + q_bytes) / SHARED_BYTES,
     }
-    return clocks | ({"memory": kv_bytes / MEMORY_BYTES} if isinstance(cfg, DecodeConfig) else {})
+    return clocks | ({"memory": kv_bytes / MEMORY_BYTES} if cfg.packs_heads else {})

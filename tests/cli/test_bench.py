@@ -19,7 +19,7 @@ def test_bench_without_a_gpu(capsys):
     if hopper_device_problem() is None:
         pytest.skip("this machine has a Hopper GPU")
     assert main(["bench"]) == 2
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bench needs a Hopper GPU: ")
 
 

@@ -97,7 +97,7 @@ def test_window_cases_and_conclusions():
 )
 def test_what_a_suite_decides_is_no_option(suite, option, capsys):
     assert main(["bench", "--suite", suite, option]) == 2
-    assert capsys.readouterr().out.startswith(f"the {suite} suite has its own ")
+    assert capsys.readouterr().err.startswith(f"the {suite} suite has its own ")
 
 
 BANDS = [

@@ -322,7 +322,7 @@ def test_report_into_the_place_of_a_suite(tmp_path, capsys):
     assert document.read_text().startswith(f"{report.BEGIN}\n### Decode") and "### Dense" in document.read_text()
     document.write_text(begin)
     assert main(["report", "--into", str(document), files[0]]) == 2
-    assert "performance of decode: end" in capsys.readouterr().out
+    assert "performance of decode: end" in capsys.readouterr().err
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

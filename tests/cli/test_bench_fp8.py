@@ -81,7 +81,7 @@ def test_other_suites_in_fp8(suite, count):
 )
 def test_what_cannot_be(argv, said, capsys):
     assert main(["bench", *argv]) == 2
-    assert capsys.readouterr().out == f"{said}\n"
+    assert capsys.readouterr().err == f"{said}\n"
 
 
 def test_bytes():

@@ -8,7 +8,8 @@ import pytest
 from fa3_cute.cli import COMMANDS, main, report
 from fa3_cute.cli import compile as compile_command
 from fa3_cute.cli.processes import spread
-from fa3_cute.cli.table import Table, markdown, one_or_more
+from fa3_cute.cli.options import one_or_more
+from fa3_cute.cli.table import Table, markdown
 from fa3_cute.planning.config import DecodeConfig, FwdConfig
 from fa3_cute.planning.tables import all_forward_configs
 
@@ -225,6 +226,6 @@ def test_report_that_cannot_be(results, document, tmp_path, capsys):
         if text is not None:
             path.write_text(text)
     assert main(["report", "--into", str(paths[1]), str(paths[0])]) == 2
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("report: ")
     assert document is None or paths[1].read_text() == document

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,8 @@ def examined(monkeypatch, driver, *names: str) -> list[doctor.Finding]:
         (FakeDriver(A100, H200), (True, True), "1: NVIDIA H200"),
         (FakeDriver(A100), (True, False), "8.0, 132 SMs: forward needs"),
         (FakeDriver(), (True, False), "none: forward needs"),
-        (FakeDriver(H200, version=11080), (False, True), "NVIDIA H200"),
+        (FakeDriver(H200, version=12080), (False, True), "NVIDIA H200"),
+        (FakeDriver(H200, version=12090), (True, True), "NVIDIA H200"),
         (FakeDriver(H200, init=100), (True, False), "cuInit failed with 100"),
         (None, (False, False), "no CUDA driver"),
     ],
@@ -213,6 +215,11 @@ def test_a_missing_package_is_a_finding(blocked, wrong, tmp_path):
     [
         ("==4.8.1", "4.8.1", True),
         ("==4.8.1", "4.9.0", False),
+        (">=4.8.0,<4.9", "4.8.0", True),
+        (">=4.8.0,<4.9", "4.8.5", True),
+        (">=4.8.0,<4.9", "4.7.9", False),
+        (">=4.8.0,<4.9", "4.9.0", False),
+        (">=4.8.0,<4.9", "4.9", False),
         (">=12.9", "12.8.0", False),
         (">=12.9", "13.0", True),
         (">=1.26", "1.26.4", True),
@@ -221,7 +228,11 @@ def test_a_missing_package_is_a_finding(blocked, wrong, tmp_path):
     ],
 )
 def test_versions_must_suit(wants, version, is_right, monkeypatch):
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["numpy>=2", f"a-package{wants}", "a-package-2"])
+    monkeypatch.setattr(
+        doctor.metadata,
+        "requires",
+        lambda name: ["numpy>=2", "a-package-2==7", f"a-package{wants}; python_version > '3'"],
+    )
     found = doctor.finding("it", lambda: doctor.must_suit("a-package", version, version, {}))
     assert found.is_right == is_right and (is_right or found.text == f"{version}: must be {wants}")
 
@@ -231,7 +242,43 @@ def test_versions_of_a_source_tree(monkeypatch):
         raise doctor.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.metadata, "requires", not_installed)
-    assert doctor.requirement("numpy") == ("", "")
+    assert doctor.requirement("numpy") == []
+
+
+def test_the_range_of_the_dsl_is_known():
+    """As pip wrote it down, which turns bounds around."""
+    assert doctor.requirement("nvidia-cutlass-dsl") == [(">=", "4.8.0"), ("<", "4.9")]
+
+
+@pytest.mark.parametrize("in_use, also, oldest", [(12, "", (12, 9)), (12, "cu13", (12, 9)), (13, "cu12", (13, 0))])
+def test_the_flavour_in_use_is_named(in_use, also, oldest, monkeypatch):
+    """By the DSL itself; its major version decides which drivers will do."""
+    dsl = SimpleNamespace(__version__="4.8.0", CUDA_VERSION=SimpleNamespace(major=in_use, minor=9))
+    monkeypatch.setitem(sys.modules, "cutlass", dsl)
+    installed = {f"cu{in_use}": "4.8.0"} | ({also: "4.8.0"} if also else {})
+    monkeypatch.setattr(doctor, "installed_flavours", lambda: installed)
+    found = doctor.finding("CuTe DSL", doctor.check_dsl)
+    words = f" in use, {also} too" if also else ""
+    assert found.is_right and found.text == f"4.8.0 for CUDA {in_use}.9 (cu{in_use}{words})"
+    assert found.facts["flavour"] == f"cu{in_use}" and found.facts["installed"] == installed
+    assert doctor.oldest_cuda() == oldest
+    driver = FakeDriver(H200, version=1000 * oldest[0] + 10 * oldest[1] - 10)
+    (found,) = examined(monkeypatch, driver, "driver")
+    assert not found.is_right and "must be for CUDA {}.{} or newer".format(*oldest) in found.text
+
+
+def test_installed_flavours_are_found():
+    import cutlass
+
+    assert f"cu{cutlass.CUDA_VERSION.major}" in doctor.installed_flavours()
+
+
+def test_readme_names_the_oldest_drivers():
+    """Once for users, and here for machines."""
+    said = re.search(
+        r"driver for CUDA (\d+)\.(\d+).*?\bcu13.*?(\d+)\.(\d+)", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert {12: tuple(map(int, said.groups()[:2])), 13: tuple(map(int, said.groups()[2:]))} == doctor.OLDEST_CUDA
 
 
 def test_cache_that_cannot_be_used(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_map_of_shared_memory(cfg):
     ],
 )
 def test_inspect_of_what_does_not_exist(argv, said, capsys):
-    assert main(["inspect", *argv]) == 2 and said in capsys.readouterr().out
+    assert main(["inspect", *argv]) == 2 and said in capsys.readouterr().err
 
 
 def test_inspect_fails_on_a_problem(monkeypatch, capsys):

@@ -45,7 +45,7 @@ def test_report_plots(tmp_path, capsys):
     assert main(["report", "--plot", str(picture), *map(str, files)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["report", "--plot", str(picture), "--head-dim", "64", *map(str, files)]) == 2
-    assert "no results to draw" in capsys.readouterr().out
+    assert "no results to draw" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_memory, unit, height, roof", [(False, "TFLOP/s", 500, 800), (True, "GB/s", 2000, 4000)])
@@ -80,7 +80,7 @@ def test_long_panels_go_on_in_the_next():
 def test_without_matplotlib(argv, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*argv, "--plot", "out.png"]) == 2
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("--plot needs matplotlib") and "fa3_cute[plot]" in line
 
 

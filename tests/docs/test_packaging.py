@@ -55,8 +55,16 @@ def test_dependencies():
     assert PROJECT["project"]["requires-python"] == ">=3.11"
     names = {name_of(requirement) for requirement in PROJECT["project"]["dependencies"]}
     assert names == {"nvidia-cutlass-dsl", "cuda-python", "cuda-core", "numpy"}
-    assert "nvidia-cutlass-dsl==4.8.1" in PROJECT["project"]["dependencies"]
-    assert {"test", "dtypes", "plot"} <= PROJECT["project"]["optional-dependencies"].keys()
+    # vLLM and SGLang pin 4.8.0: both can be installed beside this package.
+    assert "nvidia-cutlass-dsl>=4.8.0,<4.9" in PROJECT["project"]["dependencies"]
+
+
+def test_the_test_extra_has_what_tests_ask_for():
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {"test", "dtypes", "plot"} <= extras.keys()
+    names = {name_of(requirement) for requirement in extras["test"]}
+    assert names >= {name_of(requirement) for extra in ("dtypes", "plot") for requirement in extras[extra]}
+    assert names >= {"pytest", "pytest-xdist", "hypothesis", "nvidia-cuda-nvdisasm"}
 
 
 def name_of(requirement: str) -> str:

@@ -1,0 +1,54 @@
+"""A process that works on request: whatever happens to it is an answer."""
+
+import os
+import time
+
+import pytest
+
+from fa3_cute.cli.worker import Worker
+
+
+def adds(number):
+    return lambda other: {"sum": number + other}
+
+
+def dies(number):
+    os._exit(number)
+
+
+def cannot_prepare(number):
+    raise LookupError("nothing to prepare")
+
+
+def raises(number):
+    return lambda: [][number]
+
+
+def hangs(number):
+    return lambda: time.sleep(600)
+
+
+@pytest.fixture
+def start():
+    workers = []
+    yield lambda task: workers.append(Worker(task, 3)) or workers[-1]
+    for worker in workers:
+        worker.stop()
+
+
+def test_answers_more_than_once(start):
+    worker = start(adds)
+    assert [worker.ask(number)["sum"] for number in (1, 2)] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    "task, said", [(dies, "exit status 3"), (raises, "IndexError"), (cannot_prepare, "LookupError: nothing to prepare")]
+)
+def test_a_failure_is_an_answer(task, said, start):
+    assert said in start(task).ask()["error"]
+
+
+def test_one_that_hangs_is_ended(start):
+    worker = start(hangs)
+    assert "no result after 1 s, given up" in worker.ask(seconds=1)["error"]
+    assert not worker.process.is_alive()
