@@ -97,6 +97,7 @@ def test_no_cache(folder, monkeypatch, capsys):
     assert main(["cache", "list"]) == 2 and "cannot be read" in capsys.readouterr().err
     assert "is not a folder" in disk_cache.folder_problem()
     monkeypatch.setattr(disk_cache, "cache_dir", lambda: None)
+    monkeypatch.delenv("FA3_CUTE_CACHE_DIR")
     assert main(["cache", "list"]) == 2 and "no home folder" in capsys.readouterr().err
     assert disk_cache.entries() == []
 
