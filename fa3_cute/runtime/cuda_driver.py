@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from cuda.bindings import driver, runtime
-from cuda.bindings.driver import CUdevice_attribute, CUresult, CUstreamCaptureStatus
+from cuda.bindings.driver import CUdevice_attribute, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus
 
 LAST_SPECIAL_STREAM = 2  # 0, 1 and 2 are the default streams: they belong to whichever device is current
 SUPPORTED_CAPABILITY = (9, 0)
@@ -70,9 +70,14 @@ def shared_context(stream: int) -> int:
 
 
 def is_current(context: int) -> bool:
-    """Whether this context (a handle, not 0) is the thread's current one."""
-    failed, current = driver.cuCtxGetCurrent()
-    return int(current) == context and not failed
+    """Whether the context of this id is the thread's current one."""
+    failed, current = driver.cuCtxGetId(None)
+    return current == context and not failed
+
+
+def context_id() -> int:
+    """Of the current context: no other one of the process ever has it, while a handle comes back after a reset."""
+    return int(checked(driver.cuCtxGetId(None), "finding the current context"))
 
 
 @contextmanager
@@ -110,8 +115,7 @@ def current_device() -> int:
     return int(checked(driver.cuCtxGetDevice(), "finding the current device"))
 
 
-@cache
-def _primary_context(device: int):
+def _primary_context(device: int):  # each time anew: it may have been reset
     return checked(driver.cuDevicePrimaryCtxRetain(device), f"using device {device}")
 
 
@@ -141,11 +145,39 @@ def is_capturing(stream: int) -> bool:
     raise CudaFailure(int(failed), *_driver_error(failed), "asking whether the stream is capturing")
 
 
-def checked(result: tuple, action: str) -> Any:
-    """The value of a driver call's (CUresult, value), or None; raises CudaFailure if the call failed."""
+def capture_of(stream: int) -> tuple[int, Any]:
+    """(id, graph) of the capture that the stream is in; no other capture of the process ever has the id."""
+    _, capture, graph, *_ = checked_all(driver.cuStreamGetCaptureInfo(stream), "finding the stream's capture")
+    return int(capture), graph
+
+
+@contextmanager
+def capture_rules_relaxed() -> Iterator[None]:
+    """Let the thread allocate and load while it, or another one, captures: else CUDA refuses, and ends that capture.
+
+    What is done meanwhile must not be meant for a graph. Nothing may wait for a device or a context even so.
+    """
+    mode = checked(
+        driver.cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED),
+        "relaxing the rules of captures",
+    )
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(mode)
+
+
+def checked_all(result: tuple, action: str) -> list:
+    """The values of a driver call's (CUresult, *values); raises CudaFailure if the call failed."""
     failed, *values = result
     if failed:
         raise CudaFailure(int(failed), *_driver_error(failed), action)
+    return values
+
+
+def checked(result: tuple, action: str) -> Any:
+    """The value of a driver call's (CUresult, value), or None; raises CudaFailure if the call failed."""
+    values = checked_all(result, action)
     return values[0] if values else None
 
 

@@ -22,8 +22,9 @@ from .cuda_driver import (
     CudaFailure,
     NotWarmedUp,
     UnsupportedDevice,
+    capture_rules_relaxed,
     check_runtime_error,
-    current_context,
+    context_id,
     current_device,
     device_made_current,
     initialise_driver,
@@ -33,7 +34,7 @@ from .cuda_driver import (
     resolve_stream,
     shared_context,
 )
-from .scratch import Memory, Workspace, stream_key
+from .scratch import Memory, Workspace, contexts
 
 __all__ = [
     "Call",
@@ -48,12 +49,10 @@ __all__ = [
     "resolve_stream",
 ]
 
-NO_STREAM = -1
+NO_CONTEXT = NO_STREAM = -1
 PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
 
-_lock = threading.Lock()  # loading is not thread-safe
 _kernels: dict[Config, "Kernel"] = {}
-_memory: dict[int, Memory] = {}  # by context
 _read_pointers, _read_descales = attrgetter(*POINTERS), attrgetter(*DESCALES)
 
 
@@ -96,49 +95,56 @@ def ensure_loaded(cfg: Config, stream=None) -> None:
 
 
 def prepare_workspace(step: Launch, shape: ProblemShape, stream=None) -> None:
-    """Make the scratch memory that `launch` would need on this stream, which `ensure_loaded` knows, and a spare one."""
+    """Make the scratch memory that `launch` would need on this stream, which `ensure_loaded` knows."""
     if step.scratch == "splits" and not shape.workspace:
         handle = resolve_stream(stream)
         with device_made_current(handle):
-            _memory[current_context()].workspaces.prepare(
-                stream_key(handle), handle, step.plan.partial_bytes, step.plan.num_arrivals
-            )
+            contexts.memory().workspace(handle, step.plan.partial_bytes, step.plan.num_arrivals)
 
 
 class Kernel:
-    """One kernel and the devices it is loaded on; shared by all threads.
+    """One kernel, and where it is loaded; shared by all threads.
 
-    num_sms  {device: its number of SMs}, for the devices that the kernel is loaded on
+    contexts   ids of the contexts that it can be launched in
+    devices    theirs
     """
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.num_sms: dict[int, int] = {}
+        self.lock = threading.Lock()
+        self.contexts: set[int] = set()
+        self.devices: set[int] = set()
         self.compiled: Any = None
         self.library: ctypes.c_void_p | None = None
+        self.num_gone = 0  # contexts, when the library was loaded
 
     def load(self, device: int, stream: int | None = None) -> int:
-        """Load on a device, which is current, and return its number of SMs; with it comes the context's memory.
+        """Load for the current context, which is the device's, and return its number of SMs; with it comes the
+        context's memory.
 
         NotWarmedUp if that is needed while `stream` is capturing.
         """
-        with _lock:
-            context = current_context()
-            if device not in self.num_sms or context not in _memory:
-                sms = num_sms(device)
-                if stream is not None and is_capturing(stream):
-                    raise NotWarmedUp(
-                        f"{self.cfg.name} is not loaded on device {device} and the stream is capturing a "
-                        "CUDA graph: call warmup() before the capture"
-                    )
-                self.compiled = self.compiled or get_kernel(self.cfg)
-                self.require_private_names()
-                if device not in self.num_sms:
-                    self._load_code(device)
-                if context not in _memory:
-                    _memory[context] = Memory()
-                self.num_sms[device] = sms
-            return self.num_sms[device]
+        context = context_id()
+        if context not in self.contexts:
+            with self.lock:
+                self._load(context, device, stream)
+        return num_sms(device)
+
+    def _load(self, context: int, device: int, stream: int | None) -> None:
+        if context in self.contexts:
+            return
+        num_sms(device)  # before anything is compiled: raises if the kernels cannot run there
+        if stream is not None and is_capturing(stream):
+            raise NotWarmedUp(
+                f"{self.cfg.name} is not loaded on device {device} and the stream is capturing a "
+                "CUDA graph: call warmup() before the capture"
+            )
+        self.compiled = self.compiled or get_kernel(self.cfg)
+        self.require_private_names()
+        with capture_rules_relaxed():  # other threads may be capturing
+            contexts.memory()
+            self._load_code(device)
+        self.contexts.add(context)
 
     def require_private_names(self) -> None:
         """CompileError if the DSL's compiled function lacks one."""
@@ -152,14 +158,20 @@ class Kernel:
     def _load_code(self, device: int) -> None:
         # The DSL's own `to()` loads on every device of the machine, and fails if one of them is not a Hopper GPU.
         initialise, load = self.compiled._get_cuda_init_and_load()
-        library = self.library or ctypes.c_void_p()
-        place, error = ctypes.c_void_p(ctypes.addressof(library)), ctypes.c_int32()
-        if self.library is None:
-            initialise(_addresses(place, error))
+        error = ctypes.c_int32()
+        wanted = {device} - self.devices
+        if self.library is None or self.num_gone != contexts.num_gone:
+            # A reset of a device takes its libraries along, and the compiled code knows one for all devices.
+            library = ctypes.c_void_p()
+            initialise(_addresses(ctypes.c_void_p(ctypes.addressof(library)), error))
             check_runtime_error(error.value, f"loading {self.cfg.name}")
-            self.library = library
-        load(_addresses(place, ctypes.c_int32(device), error))
-        check_runtime_error(error.value, f"loading {self.cfg.name} on device {device}")
+            self.library, self.num_gone = library, contexts.num_gone
+            wanted = {device} | self.devices
+        place = ctypes.c_void_p(ctypes.addressof(self.library))
+        for each in wanted:
+            load(_addresses(place, ctypes.c_int32(each), error))
+            check_runtime_error(error.value, f"loading {self.cfg.name} on device {each}")
+            self.devices.add(each)
 
 
 class Buffer:
@@ -189,26 +201,27 @@ class Call:
     def __init__(self, buffer: Buffer, step: Launch, shape: ProblemShape):
         self.buffer, self.step, self.shape = buffer, step, shape
         self.packed = b""
-        self.context, self.stream = 0, NO_STREAM
+        self.context, self.stream = NO_CONTEXT, NO_STREAM
         self.scratch: Any = None
 
     def launch(self, addresses: tuple[int, ...], handle: int) -> None:
         """Launch on a stream, wherever it is."""
-        if context := shared_context(handle):
-            self._launch(addresses, handle, context)
+        if shared_context(handle):
+            self._launch(addresses, handle)
         else:
             with device_made_current(handle):
-                self._launch(addresses, handle, shared_context(handle))
+                self._launch(addresses, handle)
 
-    def _launch(self, addresses: tuple[int, ...], handle: int, context: int) -> None:
-        """`context` is the current one and the stream's."""
+    def _launch(self, addresses: tuple[int, ...], handle: int) -> None:
+        """The stream is one of the current context."""
+        context = context_id()
         if context != self.context:
             num_sms = self.buffer.kernel.load(current_device(), handle)
             self.packed = self.buffer.layout.pack(self.shape, self.step.counts(num_sms))
             self.buffer.filled_by = None
             self.context = context
         self.stream = NO_STREAM  # until this launch has gone well, there is nothing to repeat
-        self.scratch = SCRATCH[self.step.scratch](_memory[context], handle, self.step.plan, self.shape.workspace)
+        self.scratch = SCRATCH[self.step.scratch](contexts.memories[context], handle, self.step.plan, self.shape)
         self.enqueue((*addresses, *self.scratch.addresses(), handle))
         self.stream = handle
 
@@ -238,7 +251,7 @@ class Call:
 class NoScratch:
     """Of a launch that needs none."""
 
-    def __init__(self, memory: Memory, stream: int, plan: SplitPlan, workspace: int):
+    def __init__(self, memory: Memory, stream: int, plan: SplitPlan, shape: ProblemShape):
         pass
 
     def addresses(self) -> tuple[int, int]:
@@ -247,37 +260,47 @@ class NoScratch:
 
 
 class TileCounter:
-    """The stream's tile counter; for a launch that goes into a CUDA graph one of its own."""
+    """The caller's, or the stream's tile counter; for a launch that goes into a CUDA graph one of its own."""
 
-    def __init__(self, memory: Memory, stream: int, plan: None, workspace: int):
-        self.counters, self.stream = memory.counters, stream
-        self.address = memory.counters.of_stream(stream_key(stream))
+    def __init__(self, memory: Memory, stream: int, plan: None, shape: ProblemShape):
+        self.memory, self.stream, self.given = memory, stream, shape.tile_counter
+        self.address = self.given or memory.tile_counter(stream)
 
     def addresses(self) -> tuple[int]:
         """tile_counter."""
-        return (self.counters.take() if is_capturing(self.stream) else self.address,)
+        if self.given or not is_capturing(self.stream):
+            return (self.address,)
+        return (self.memory.captured(self.stream, 1),)
 
 
 class SplitScratch:
-    """The stream's workspace, or the caller's; a launch that goes into a CUDA graph gets arrival counts of its own."""
+    """The stream's workspace, or the caller's; a launch that goes into a CUDA graph gets arrival counts of its own, or
+    the caller's."""
 
-    def __init__(self, memory: Memory, stream: int, plan: SplitPlan, workspace: int):
-        self.memory, self.stream, self.plan, self.given = memory, stream, plan, workspace
-        self.own: Any = None if workspace else self.own_workspace()
+    def __init__(self, memory: Memory, stream: int, plan: SplitPlan, shape: ProblemShape):
+        self.memory, self.stream, self.plan = memory, stream, plan
+        self.partials, self.arrivals = shape.workspace, shape.tile_counter
+        self.own: Any = None if self.partials else self.own_workspace()
 
     def addresses(self) -> tuple[int, int]:
         """partials, arrivals."""
         if is_capturing(self.stream):
-            arrivals = self.memory.counters.take(self.plan.num_arrivals)
+            if not self.partials:
+                self.own.is_captured = True
+            arrivals = self.arrivals or self.memory.captured(self.stream, self.plan.num_arrivals)
         else:
-            self.own = self.own or self.own_workspace()
-            arrivals = self.own.arrivals
-        return self.given or self.own.partials, arrivals
+            arrivals = self.arrivals or self.own_arrivals()
+        return self.partials or self.own.partials, arrivals
+
+    def own_arrivals(self) -> int:
+        """The stream's."""
+        self.own = self.own or self.own_workspace()
+        return self.own.arrivals
 
     def own_workspace(self) -> Workspace:
         """The library's of this stream."""
-        return self.memory.workspaces.of_stream(
-            stream_key(self.stream), self.stream, 0 if self.given else self.plan.partial_bytes, self.plan.num_arrivals
+        return self.memory.workspace(
+            self.stream, 0 if self.partials else self.plan.partial_bytes, self.plan.num_arrivals
         )
 
 
@@ -303,8 +326,7 @@ def _new_buffer(cfg: Config, stream: int) -> Buffer:
 
 
 def _kernel(cfg: Config) -> Kernel:
-    with _lock:
-        return _kernels.setdefault(cfg, Kernel(cfg))
+    return _kernels.setdefault(cfg, Kernel(cfg))
 
 
 def _addresses(*arguments) -> ctypes.Array:

@@ -2,113 +2,198 @@
 
 Counters (the persistent grid's next tile, split-KV's arrivals) are 0 between launches, the kernels see to that;
 launches that may run at the same time must not share one. Launches on one stream run one after the other and share the
-stream's. A captured launch may be replayed on any stream, at any time: it gets counters of its own, for good.
+stream's. A captured launch may be replayed on any stream, at any time: it gets counters of its own, which come back
+when its graph and all that was made of it are gone.
 
 The partial results of split-KV lie in the stream's workspace, also those of a captured launch: graphs that were
 captured on one stream must not be replayed at the same time, unless each launch was given a workspace by the caller.
+
+A stream is told by its handle. That of a destroyed stream comes back when the device has done its work (cuStreamDestroy
+releases a stream no sooner), and the new stream then has the old one's memory. A thread's default stream has one handle
+with all others': its memory is handed on when the thread has ended and what it enqueued is done. A context is told by
+its id: that of a context which was reset or destroyed is new, and so is its memory.
 """
 
+import bisect
+import ctypes
+import itertools
 import threading
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
 
 from cuda.bindings import driver
 
-from .cuda_driver import NotWarmedUp, checked, is_capturing
+from .cuda_driver import (
+    CudaFailure,
+    NotWarmedUp,
+    capture_of,
+    capture_rules_relaxed,
+    checked,
+    context_id,
+    current_context,
+    is_capturing,
+)
 
 PER_THREAD_STREAM = 2  # one handle for many streams: every thread has its own behind it
 NUM_COUNTERS = 1 << 16
 SPACING = 32  # bytes: one memory sector each
 INTS_PER_COUNTER = SPACING // 4
+SEMAPHORE_BYTES = 64  # at least a sem_t
 
 
 def allocate(nbytes: int, what: str) -> int:
-    """Device memory full of zeros, for good, on the current context; returns its address."""
-    address = int(checked(driver.cuMemAlloc(nbytes), f"allocating {what}"))
-    checked(driver.cuMemsetD8(address, 0, nbytes), f"clearing {what}")
-    checked(driver.cuCtxSynchronize(), f"clearing {what}")
+    """Device memory full of zeros on the current context; returns its address.
+
+    Waits for no stream but one of its own: to wait for the context would end the captures there.
+    """
+    with capture_rules_relaxed():
+        address = int(checked(driver.cuMemAlloc(nbytes), f"allocating {what}"))
+        stream = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), f"clearing {what}")
+        try:
+            checked(driver.cuMemsetD8Async(address, 0, nbytes, stream), f"clearing {what}")
+            checked(driver.cuStreamSynchronize(stream), f"clearing {what}")
+        finally:
+            driver.cuStreamDestroy(stream)
     return address
 
 
+# ---- counters --------------------------------------------------------------------------------------------------------
+
+
 class Counters:
-    """The counters of one CUDA context, 2 MB of device memory; made while it is current, outside of captures."""
+    """The counters of one CUDA context, 2 MB of device memory."""
 
     def __init__(self):
         self.base = allocate(NUM_COUNTERS * SPACING, "the counters")
-        self.lock = threading.Lock()
-        self.num_taken = 0
-        self.by_stream: dict = {}
-
-    def of_stream(self, stream) -> int:
-        """Address of the tile counter of launches on this stream, as `stream_key` names it."""
-        address = self.by_stream.get(stream)
-        return self.by_stream.setdefault(stream, self.take()) if address is None else address
+        self.free = [(0, NUM_COUNTERS)]  # (first, how many), apart, in order
 
     def take(self, num_ints: int = 1) -> int:
-        """Address of so many int32 that nobody else has or will get."""
-        with self.lock:
-            number, needed = self.num_taken, -(-num_ints // INTS_PER_COUNTER)
-            if number + needed > NUM_COUNTERS:
-                raise NotWarmedUp(f"all {NUM_COUNTERS} counters of this device are with streams and captured launches")
-            self.num_taken = number + needed
-        return self.base + number * SPACING
+        """Address of so many int32 that nobody else has; 0 if they are not left."""
+        needed = -(-num_ints // INTS_PER_COUNTER)
+        for place, (first, count) in enumerate(self.free):
+            if count >= needed:
+                self.free[place : place + 1] = [(first + needed, count - needed)] if count > needed else []
+                return self.base + first * SPACING
+        return 0
+
+    def give_back(self, address: int, num_ints: int = 1) -> None:
+        """What was taken is free; nothing runs that uses it."""
+        first, count = (address - self.base) // SPACING, -(-num_ints // INTS_PER_COUNTER)
+        place = bisect.bisect(self.free, (first, count))
+        if place < len(self.free) and self.free[place][0] == first + count:
+            count += self.free.pop(place)[1]
+        if place and sum(self.free[place - 1]) == first:
+            place -= 1
+            before, length = self.free.pop(place)
+            first, count = before, length + count
+        self.free.insert(place, (first, count))
 
 
-class Workspace(NamedTuple):
-    """A stream's scratch memory for split-KV: addresses and sizes."""
+# ---- what streams and captures hold ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Workspace:
+    """Scratch memory for split-KV: addresses and sizes. One that `is_captured` is a graph's, for good."""
 
     partials: int
     partial_bytes: int
     arrivals: int
     num_arrivals: int
+    is_captured: bool = False
 
     def is_enough_for(self, partial_bytes: int, num_arrivals: int) -> bool:
         return self.partial_bytes >= partial_bytes and self.num_arrivals >= num_arrivals
 
 
-class Workspaces:
-    """The workspaces of one CUDA context, one per stream. What a stream outgrows stays: a graph may hold it."""
+@dataclass(slots=True)
+class Holding:
+    """Counters, as (address, int32), and workspaces that are in use until `is_done` says that they are not.
+
+    Of a stream: its tile counter is the first of the counters, its workspace the last; the others it has outgrown.
+    """
+
+    counters: list[tuple[int, int]] = field(default_factory=list)
+    workspaces: list[Workspace] = field(default_factory=list)
+    is_done: Callable[[], bool] = lambda: False
+
+
+class Memory:
+    """All of one context's; made while it is current."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.by_stream: dict = {}
-        self.spare: Workspace | None = None
+        self.counters = Counters()
+        self.spare: list[Workspace] = []
+        self.of_streams: dict[int, Holding] = {}  # by stream_key
+        self.of_captures: dict[int, Holding] = {}  # by the capture's id
+        self.ending: list[Holding] = []  # of threads that have ended
 
-    def of_stream(self, stream, handle: int, partial_bytes: int, num_arrivals: int) -> Workspace:
-        """The stream's workspace (`stream_key` and handle), made or grown if it must be; NotWarmedUp within a capture.
-
-        A capture may take the spare one that `prepare` left.
-        """
-        found = self.by_stream.get(stream)
-        if found is not None and found.is_enough_for(partial_bytes, num_arrivals):
-            return found
+    def tile_counter(self, stream: int) -> int:
+        """Address of the stream's (a handle), for launches that do not go into a graph."""
         with self.lock:
-            if not is_capturing(handle):
-                found = self.by_stream[stream] = self.make(found, partial_bytes, num_arrivals)
-            elif self.spare is not None and self.spare.is_enough_for(partial_bytes, num_arrivals):
-                found = self.by_stream[stream] = self.spare
-                self.spare = None
-            else:
-                raise NotWarmedUp(
-                    "the stream is capturing a CUDA graph and has no workspace of "
-                    f"{partial_bytes} bytes: call warmup() before the capture, or give a workspace"
-                )
-        return found
+            holding = self.of_streams.setdefault(stream_key(stream), Holding())
+            if not holding.counters:
+                holding.counters.append((self._take(1), 1))
+            return holding.counters[0][0]
 
-    def prepare(self, stream, handle: int, partial_bytes: int, num_arrivals: int) -> None:
-        """Make the stream's workspace, and a spare one for a stream that begins its life with a capture."""
-        self.of_stream(stream, handle, partial_bytes, num_arrivals)
+    def captured(self, stream: int, num_ints: int) -> int:
+        """Address of so many int32 of counters for a launch that goes into the graph that the stream is capturing."""
+        capture, graph = capture_of(stream)
+        with self.lock, capture_rules_relaxed():
+            holding = self.of_captures.get(capture)
+            if holding is None:
+                self._reclaim()
+                holding = self.of_captures[capture] = Holding(is_done=end_of(graph))
+            holding.counters.append((self._take(num_ints), num_ints))
+            return holding.counters[-1][0]
+
+    def workspace(self, stream: int, partial_bytes: int, num_arrivals: int) -> Workspace:
+        """The stream's (a handle), made or grown if it must be, within a capture too."""
         with self.lock:
-            if self.spare is None or not self.spare.is_enough_for(partial_bytes, num_arrivals):
-                self.spare = self.make(self.spare, partial_bytes, num_arrivals)
+            own = self.of_streams.setdefault(stream_key(stream), Holding()).workspaces
+            if not own or not own[-1].is_enough_for(partial_bytes, num_arrivals):
+                own.append(self._spare_or_new(own[-1] if own else None, partial_bytes, num_arrivals))
+            return own[-1]
 
-    @staticmethod
-    def make(outgrown: Workspace | None, partial_bytes: int, num_arrivals: int) -> Workspace:
-        """A workspace of at least these sizes, and twice the outgrown one's: few of them are ever made."""
-        if outgrown is not None:
-            partial_bytes, num_arrivals = (
-                max(partial_bytes, 2 * outgrown.partial_bytes),
-                max(num_arrivals, 2 * outgrown.num_arrivals),
+    def thread_ends(self, key: int) -> None:
+        """The calling thread ends, whose default stream has this key."""
+        with self.lock:
+            holding = self.of_streams.pop(key, None)
+            if holding is None or is_capturing(PER_THREAD_STREAM):
+                return
+            self._reclaim()
+            event = checked(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING), "creating an event")
+            checked(driver.cuEventRecord(event, PER_THREAD_STREAM), "recording an event")
+            holding.workspaces = [workspace for workspace in holding.workspaces if not workspace.is_captured]
+            holding.is_done = lambda: is_over(event)
+            self.ending.append(holding)
+
+    def _take(self, num_ints: int) -> int:
+        address = self.counters.take(num_ints)
+        if not address:
+            self._reclaim()
+            address = self.counters.take(num_ints)
+        if not address:
+            raise NotWarmedUp(
+                f"the {NUM_COUNTERS} counters of this context are with streams and captured launches, too few are left "
+                f"for {num_ints} int32: give tile_counter with calls that are captured, or destroy graphs"
             )
+        return address
+
+    def _spare_or_new(self, outgrown: Workspace | None, partial_bytes: int, num_arrivals: int) -> Workspace:
+        """A workspace of at least these sizes, and twice the outgrown one's: few of them are ever made."""
+        self._reclaim()
+        for workspace in self.spare:
+            if workspace.is_enough_for(partial_bytes, num_arrivals):
+                self.spare.remove(workspace)
+                return workspace
+        outgrown = outgrown or max(self.spare, key=lambda spare: spare.partial_bytes, default=None)
+        if outgrown is not None:
+            partial_bytes = max(partial_bytes, 2 * outgrown.partial_bytes)
+            num_arrivals = max(num_arrivals, 2 * outgrown.num_arrivals)
         partial_bytes = max(partial_bytes, SPACING)
         return Workspace(
             allocate(partial_bytes, "a workspace"),
@@ -117,22 +202,126 @@ class Workspaces:
             num_arrivals,
         )
 
+    def _reclaim(self) -> None:
+        """Take back what graphs and threads held that are gone."""
+        with capture_rules_relaxed():
+            gone = [capture for capture, holding in self.of_captures.items() if holding.is_done()]
+            done = [self.of_captures.pop(capture) for capture in gone]
+            left = []
+            for holding in self.ending:
+                (done if holding.is_done() else left).append(holding)
+            self.ending = left
+        for holding in done:
+            for address, num_ints in holding.counters:
+                self.counters.give_back(address, num_ints)
+            self.spare += holding.workspaces
 
-class Memory:
-    """All of one context's; made while it is current, outside of captures."""
+
+def is_over(event) -> bool:
+    """Whether the work before an event is done; the event is destroyed then."""
+    (failed,) = driver.cuEventQuery(event)
+    if failed:
+        return False
+    driver.cuEventDestroy(event)
+    return True
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.calloc.restype = ctypes.c_void_p
+    libc.calloc.argtypes = ctypes.c_size_t, ctypes.c_size_t
+    libc.free.argtypes = libc.sem_trywait.argtypes = (ctypes.c_void_p,)
+    libc.sem_init.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
+    return libc
+
+
+def end_of(graph) -> Callable[[], bool]:
+    """What says whether a graph that is being captured, all its instances and their launches are over.
+
+    The driver tells at any time, on a thread of its own, also when Python has ended: that posts a semaphore, and no
+    Python runs. The semaphore is freed once it was seen.
+    """
+    libc = _libc()
+    semaphore = libc.calloc(1, SEMAPHORE_BYTES)
+    libc.sem_init(semaphore, 0, 0)
+    post = driver.CUhostFn(ctypes.cast(libc.sem_post, ctypes.c_void_p).value)
+    flags = driver.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
+    token = checked(driver.cuUserObjectCreate(semaphore, post, 1, flags), "following a captured graph")
+    move = driver.CUuserObjectRetain_flags.CU_GRAPH_USER_OBJECT_MOVE
+    checked(driver.cuGraphRetainUserObject(graph, token, 1, move), "following a captured graph")
+
+    def is_over() -> bool:
+        if libc.sem_trywait(semaphore):
+            return False
+        libc.free(semaphore)
+        return True
+
+    return is_over
+
+
+# ---- contexts and threads --------------------------------------------------------------------------------------------
+
+
+class Contexts:
+    """The memory of each context, by its id. `num_gone` counts those that are known to be no more."""
 
     def __init__(self):
-        self.counters, self.workspaces = Counters(), Workspaces()
+        self.lock = threading.Lock()
+        self.memories: dict[int, Memory] = {}
+        self.ids: dict[int, int] = {}  # by handle
+        self.num_gone = 0
+
+    def memory(self) -> Memory:
+        """The current context's, made if it is not there: outside of captures of the calling thread."""
+        context = context_id()
+        with self.lock:
+            if context not in self.memories:
+                handle = current_context()
+                before = self.ids.get(handle)
+                if before is not None:  # destroyed or reset: the driver has freed its memory
+                    self.memories.pop(before, None)
+                    self.num_gone += 1
+                self.ids[handle] = context
+                self.memories[context] = Memory()
+            return self.memories[context]
+
+
+contexts = Contexts()
 
 
 class _OfThread(threading.local):
+    """Names the thread's default stream; below all handles."""
+
     def __init__(self):
-        self.key = object()
+        self.key = next(_keys)
+        self.life = _Life()
+        finalizer = weakref.finalize(self.life, _thread_ends, self.key, threading.get_ident())
+        finalizer.atexit = False
+
+
+class _Life:
+    """Ends with its thread."""
+
+
+_keys = itertools.count(-1, -1)
+
+
+def _thread_ends(key: int, thread: int) -> None:
+    """Hand on what a thread's default stream held in the current context, while the stream can be asked for its end."""
+    if threading.get_ident() != thread:
+        return
+    try:
+        memory = contexts.memories.get(context_id())
+        if memory is not None:
+            memory.thread_ends(key)
+    except CudaFailure:  # no context, or it is gone
+        pass
 
 
 _of_thread = _OfThread()
 
 
-def stream_key(stream: int):
+def stream_key(stream: int) -> int:
     """What tells a stream from the others of its context: its handle, or the thread whose default stream it is."""
     return _of_thread.key if stream == PER_THREAD_STREAM else stream

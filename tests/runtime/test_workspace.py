@@ -1,18 +1,22 @@
-"""Counters and workspaces: which launches share them, what a capture does, and that they reach the kernel.
+"""Counters and workspaces: which launches share them, and that they reach the kernel.
 
-scratch.py by itself over memory that only counts; then whole calls on the fake CUDA of conftest.py.
+scratch.py by itself over memory that only counts; then whole calls on the fake CUDA of conftest.py. What captures get
+is in test_captures.py, what contexts and threads leave behind in test_contexts.py.
 """
+
+import random
+from contextlib import nullcontext
 
 import pytest
 
 from fa3_cute.runtime import scratch as module
 from fa3_cute.runtime.cuda_driver import NotWarmedUp
-from fa3_cute.runtime.scratch import Counters, Workspaces
+from fa3_cute.runtime.scratch import Counters, Memory
 
 
 @pytest.fixture
-def memory(monkeypatch):
-    """{address: bytes} of all that was allocated."""
+def allocated(monkeypatch):
+    """{address: bytes} of all that was allocated; there is no CUDA to ask."""
     made = {}
 
     def allocate(nbytes, what):
@@ -22,24 +26,17 @@ def memory(monkeypatch):
         return address
 
     monkeypatch.setattr(module, "allocate", allocate)
+    monkeypatch.setattr(module, "capture_rules_relaxed", nullcontext)
     return made
-
-
-@pytest.fixture
-def capturing(monkeypatch):
-    """Handles of the streams that capture."""
-    handles = set()
-    monkeypatch.setattr(module, "is_capturing", lambda stream: stream in handles)
-    return handles
 
 
 # ---- Counters --------------------------------------------------------------------------------------------------------
 
 
-def test_taken_counters_are_apart(memory):
+def test_taken_counters_are_apart(allocated):
     """So many int32 in a row, in memory sectors that hold nobody else's."""
     counters = Counters()
-    ((base, size),) = memory.items()
+    ((base, size),) = allocated.items()
     wanted = [1, 1, 2, 7, 8, 9, 16, 17, 264, 1000, 1]
     spans = [(counters.take(count), 4 * count) for count in wanted]
     assert all(at % module.SPACING == 0 and base <= at and at + nbytes <= base + size for at, nbytes in spans)
@@ -47,29 +44,45 @@ def test_taken_counters_are_apart(memory):
     assert len(set().union(*sectors)) == sum(map(len, sectors))
 
 
-def test_no_counters_are_left(memory):
-    """All of them can be had, and not one more; what was given out stays good."""
-    counters = Counters()
-    of_stream = counters.of_stream(5)
-    last = counters.take((module.NUM_COUNTERS - 1) * module.INTS_PER_COUNTER)
-    assert last == of_stream + module.SPACING
-    for count in (1, 9):
-        with pytest.raises(NotWarmedUp, match=str(module.NUM_COUNTERS)):
-            counters.take(count)
-    with pytest.raises(NotWarmedUp):
-        counters.of_stream(6)
-    assert counters.of_stream(5) == of_stream
-
-
-def test_a_request_that_is_too_large_takes_nothing(memory):
+def test_no_counters_are_left(allocated):
+    """All of them can be had, and not one more; what is too large takes nothing."""
     counters = Counters()
     first = counters.take()
-    with pytest.raises(NotWarmedUp):
-        counters.take(module.NUM_COUNTERS * module.INTS_PER_COUNTER)
-    assert counters.take() == first + module.SPACING
+    assert counters.take(module.NUM_COUNTERS * module.INTS_PER_COUNTER) == 0
+    assert counters.take((module.NUM_COUNTERS - 1) * module.INTS_PER_COUNTER) == first + module.SPACING
+    assert counters.take(1) == counters.take(9) == 0
 
 
-# ---- Workspaces ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(5))
+def test_counters_come_back(allocated, seed):
+    """In any order, between those that are still taken; in the end the whole is one piece again."""
+    counters, choose, taken = Counters(), random.Random(seed), {}
+    for _ in range(400):
+        if taken and choose.random() < 0.5:
+            address = choose.choice([*taken])
+            counters.give_back(address, taken.pop(address))
+        else:
+            count = choose.choice([1, 8, 9, 100, 5000])
+            taken[counters.take(count)] = count
+        spans = sorted((at, at + 4 * count) for at, count in taken.items())
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    for address, count in taken.items():
+        counters.give_back(address, count)
+    assert counters.free == [(0, module.NUM_COUNTERS)]
+
+
+def test_exhaustion_says_what_to_do(allocated):
+    memory = Memory()
+    mine = memory.tile_counter(5)
+    memory.counters.free.clear()
+    with pytest.raises(NotWarmedUp) as raised:
+        memory.tile_counter(6)
+    assert str(module.NUM_COUNTERS) in str(raised.value) and "give tile_counter" in str(raised.value)
+    assert "warmup" not in str(raised.value)
+    assert memory.tile_counter(5) == mine, "what was given out stays good"
+
+
+# ---- workspaces ------------------------------------------------------------------------------------------------------
 
 
 def spans_of(workspace):
@@ -77,72 +90,45 @@ def spans_of(workspace):
     return {(workspace.partials, workspace.partial_bytes), (workspace.arrivals, 4 * workspace.num_arrivals)}
 
 
-def test_workspaces_grow_and_do_not_shrink(memory, capturing):
-    workspaces = Workspaces()
-    first = workspaces.of_stream(1, 1, 1000, 8)
-    assert first.is_enough_for(1000, 8) and spans_of(first) == {*memory.items()}
-    assert workspaces.of_stream(1, 1, 1000, 8) is workspaces.of_stream(1, 1, 1, 1) is first
-    larger = workspaces.of_stream(1, 1, 1001, 1)
+def test_workspaces_grow_and_do_not_shrink(allocated):
+    memory = Memory()
+    counters = {*allocated.items()}
+    first = memory.workspace(1, 1000, 8)
+    assert first.is_enough_for(1000, 8) and spans_of(first) == {*allocated.items()} - counters
+    assert memory.workspace(1, 1000, 8) is memory.workspace(1, 1, 1) is first
+    larger = memory.workspace(1, 1001, 1)
     assert larger.is_enough_for(2000, 16), "twice as much: few are ever made"
     assert not spans_of(first) & spans_of(larger), "a graph may hold the old one"
-    assert workspaces.of_stream(1, 1, 2000, 16) is workspaces.of_stream(1, 1, 5, 5) is larger
-    most = workspaces.of_stream(1, 1, 5, 1000)
-    assert most.is_enough_for(4000, 1000) and workspaces.of_stream(1, 1, 4000, 1000) is most
-    assert len(memory) == 6
+    assert memory.workspace(1, 2000, 16) is memory.workspace(1, 5, 5) is larger
+    most = memory.workspace(1, 5, 1000)
+    assert most.is_enough_for(4000, 1000) and memory.workspace(1, 4000, 1000) is most
+    assert len(allocated) == 7
 
 
-def test_arrivals_alone(memory, capturing):
+def test_arrivals_alone(allocated):
     """What a launch needs whose partial results lie in the caller's workspace."""
-    workspaces = Workspaces()
-    mine = workspaces.of_stream(1, 1, 0, 8)
-    assert mine.num_arrivals >= 8 and workspaces.of_stream(1, 1, 0, 8) is mine
+    memory = Memory()
+    mine = memory.workspace(1, 0, 8)
+    assert mine.num_arrivals >= 8 and memory.workspace(1, 0, 8) is mine
 
 
-def test_streams_have_workspaces_of_their_own(memory, capturing):
-    workspaces = Workspaces()
-    found = [workspaces.of_stream(stream, stream, 1000, 8) for stream in range(5)]
+def test_streams_have_workspaces_of_their_own(allocated):
+    memory = Memory()
+    found = [memory.workspace(stream, 1000, 8) for stream in range(2, 7)]
     assert len(set().union(*map(spans_of, found))) == 10
-    assert [workspaces.of_stream(stream, stream, 1000, 8) for stream in range(5)] == found
+    assert [memory.workspace(stream, 1000, 8) for stream in range(2, 7)] == found
 
 
-def test_a_capture_allocates_nothing(memory, capturing):
-    workspaces = Workspaces()
-    mine = workspaces.of_stream(1, 1, 1000, 8)
-    capturing |= {1, 2}
-    assert workspaces.of_stream(1, 1, 1000, 8) is mine
-    for stream, nbytes in ((1, 1001), (2, 1)):
-        with pytest.raises(NotWarmedUp, match=rf"{nbytes} bytes: call warmup\(\)"):
-            workspaces.of_stream(stream, stream, nbytes, 8)
-    assert len(memory) == 2
-    assert workspaces.of_stream(1, 1, 1000, 8) is mine, "the refusal leaves it"
-
-
-def test_the_spare_workspace(memory, capturing):
-    """One capture may take it, if it is large enough; from then on it is the stream's. Preparing makes the next."""
-    workspaces = Workspaces()
-    workspaces.prepare(0, 0, 1000, 8)
-    mine, spare = workspaces.of_stream(0, 0, 1000, 8), workspaces.spare
-    assert not spans_of(mine) & spans_of(spare)
-    workspaces.prepare(0, 0, 500, 4)
-    assert workspaces.spare is spare and len(memory) == 4, "is enough"
-    capturing |= {1, 2}
-    with pytest.raises(NotWarmedUp):
-        workspaces.of_stream(1, 1, 1001, 8)
-    assert workspaces.of_stream(1, 1, 1000, 8) is workspaces.of_stream(1, 1, 10, 8) is spare
-    with pytest.raises(NotWarmedUp):
-        workspaces.of_stream(2, 2, 1, 1)
-    workspaces.prepare(0, 0, 1000, 8)
-    assert workspaces.spare not in (None, spare) and workspaces.of_stream(0, 0, 1000, 8) is mine
-    assert workspaces.of_stream(2, 2, 1000, 8) not in (spare, mine)
-
-
-def test_the_spare_workspace_grows(memory, capturing):
-    workspaces = Workspaces()
-    workspaces.prepare(0, 0, 1000, 8)
-    workspaces.prepare(0, 0, 5000, 8)
-    assert workspaces.spare.is_enough_for(5000, 8)
-    capturing.add(1)
-    assert not spans_of(workspaces.of_stream(1, 1, 5000, 8)) & spans_of(workspaces.of_stream(0, 0, 5000, 8))
+def test_a_spare_workspace_is_used_before_another_is_made(allocated):
+    """The smallest need takes it too; where it is too small, the next one is twice as large, so that few are left."""
+    memory = Memory()
+    memory.spare = [memory.workspace(1, 1000, 8)]
+    memory.of_streams.clear()
+    spare, made = memory.spare[0], len(allocated)
+    assert memory.workspace(3, 500, 8) is spare and not memory.spare and len(allocated) == made
+    memory.spare = [spare]
+    larger = memory.workspace(4, 1001, 8)
+    assert larger.is_enough_for(2000, 16) and memory.spare == [spare]
 
 
 # ---- whole calls -----------------------------------------------------------------------------------------------------
@@ -165,11 +151,12 @@ number("capture_state", 1)
 captured = [after(STREAM[0]) for _ in range(3)]
 number("capture_state", 0)
 again = after(STREAM[0])
-threads = []
+threads, lock, both = [], threading.Lock(), threading.Barrier(2)
 def on_thread():
-    threads.append(after(2))       # the per-thread default stream: one handle, a stream for each thread
-for _ in range(2):
-    t = threading.Thread(target=on_thread); t.start(); t.join()
+    with lock: threads.append(after(2))     # the per-thread default stream: one handle, a stream for each thread
+    both.wait()
+workers = [threading.Thread(target=on_thread) for _ in range(2)]
+[t.start() for t in workers]; [t.join() for t in workers]
 tell(eager=eager, captured=captured, again=again, threads=threads)
 """)
     first, repeated, second, elsewhere, last = told["eager"]
@@ -179,17 +166,13 @@ tell(eager=eager, captured=captured, again=again, threads=threads)
 
 
 SPLIT = """
-from fa3_cute import forward, warmup
+from fa3_cute import forward
 places = kernel_parameters(DECODE_CFG)
 def status(stream=STREAM[0], **changes):
     return int(forward(decode_params(**dict(num_splits=48) | changes), stream))
 def memory(stream=STREAM[0], **changes):        # (O, LSE, arrivals) in the order of their addresses, or what is wrong
     return status(stream, **changes) or scratch(places)
-def last_context(): return next(reversed(module._memory))
-def capturing(on): number("capture_state", int(on))
-def warm(stream=None, **changes): warmup(decode_params(**dict(num_splits=48) | changes), stream).check()
 """
-GIVEN = "workspace=0x7F3300000010, workspace_bytes=1 << 20"
 
 
 def test_each_stream_and_thread_has_its_workspace(run):
@@ -199,11 +182,13 @@ def test_each_stream_and_thread_has_its_workspace(run):
         + """
 found = {f"{i}": memory(STREAM[0] + 8 * i) for i in range(3)}
 found |= {"device 1": memory(STREAM[1]), "legacy": memory(0), "per thread": memory(2)}
-threads, shared = [], []
+threads, shared, lock, both = [], [], threading.Lock(), threading.Barrier(2)
 def work():
-    threads.append(memory(2)); threads.append(memory(2, q=0x7F5500000000)); shared.append(memory(STREAM[0]))
-for _ in range(2):
-    t = threading.Thread(target=work); t.start(); t.join()
+    with lock:
+        threads.append(memory(2)); threads.append(memory(2, q=0x7F5500000000)); shared.append(memory(STREAM[0]))
+    both.wait()
+workers = [threading.Thread(target=work) for _ in range(2)]
+[t.start() for t in workers]; [t.join() for t in workers]
 smaller = memory(num_splits=32)
 larger = memory(batch_size=16)
 tell(found=found, threads=threads, shared=shared, again=[memory(), memory(2)], smaller=smaller, larger=larger,
@@ -219,123 +204,3 @@ tell(found=found, threads=threads, shared=shared, again=[memory(), memory(2)], s
     assert [told["smaller"][part] for part in (0, 2)] == [found["0"][part] for part in (0, 2)]
     assert told["larger"][0] != found["0"][0] and told["freed"] == 0
     assert told["again"][0][0] == told["larger"][0] and told["again"][1] == found["per thread"]
-
-
-def test_captures_need_a_workspace(run):
-    """The stream's own, from a call or a warm-up; to grow it within the capture is refused, and nothing is launched."""
-    told = run(
-        SPLIT
-        + """
-fresh, warmed, used = STREAM[0] + 8, STREAM[0] + 16, STREAM[0] + 24
-eager = memory(used)
-warm(warmed)
-module._memory[last_context()].workspaces.spare = None
-made = len(allocations())
-capturing(True)
-launched = last.count
-refused = [status(fresh), status(used, batch_size=16), status(warmed, num_splits=256), last.count - launched]
-captured = [memory(used), memory(used), memory(used, q=0x7F5500000000), memory(warmed)]
-unneeded = status(fresh, num_splits=16)
-grown = len(allocations()) - made
-capturing(False)
-tell(eager=eager, refused=refused, captured=captured, unneeded=unneeded, grown=grown, after=memory(used),
-     fresh=status(fresh))
-"""
-    )
-    eager, captured = told["eager"], told["captured"]
-    assert told["refused"] == [-103, -103, -103, 0]
-    # A captured launch's arrival counts are among the counters, which were made first: they lie below its (O, LSE).
-    assert all(partials == eager[:2] for _, *partials in captured[:3]) and captured[3][1] != eager[0]
-    assert len({eager[2], *(arrivals for arrivals, *_ in captured)}) == 5, "arrival counts of its own"
-    assert told["unneeded"] == told["grown"] == told["fresh"] == 0 and told["after"] == eager
-
-
-def test_the_first_capture_takes_the_spare_workspace(run):
-    """That of a framework which makes a stream for the capture; the next such stream needs another warm-up."""
-    told = run(
-        SPLIT
-        + """
-fresh, second = STREAM[0] + 8, STREAM[0] + 16
-warm()
-made = len(allocations())
-default = memory(0)
-capturing(True)
-first = [memory(fresh), memory(fresh)]
-refused = [status(second), status(second)]
-capturing(False)
-warm()
-capturing(True)
-third = memory(second)
-capturing(False)
-tell(default=default, first=first, refused=refused, third=third, eager=memory(fresh), made=len(allocations()) - made)
-"""
-    )
-    first, second = told["first"]
-    assert first[1:] == second[1:] and first[0] != second[0]
-    assert told["refused"] == [-103, -103]
-    partials = {told["default"][0], first[1], told["third"][1]}
-    assert len(partials) == 3 and told["eager"][0] == first[1]
-    assert told["made"] == 2, "the second spare: partial results and arrival counts"
-
-
-@pytest.mark.parametrize("stream", ["STREAM[0] + 8", "2"], ids=["own", "per thread"])
-def test_a_warm_stream_captures(run, stream):
-    """Nothing ran on it before, and the first launch of the process may be a captured one."""
-    told = run(
-        SPLIT
-        + f"""
-warm({stream}, batch_size=4)
-made = len(allocations())
-capturing(True)
-captured = [memory({stream}, batch_size=batch) for batch in (1, 2, 4)]
-capturing(False)
-tell(captured=captured, made=len(allocations()) - made, count=last.count)
-"""
-    )
-    assert told["made"] == 0 and told["count"] == 3
-    assert len({addresses[1] for addresses in told["captured"]}) == 1
-    assert len({addresses[0] for addresses in told["captured"]}) == 3
-
-
-def test_the_callers_workspace_needs_no_warm_stream(run):
-    """In a capture only arrival counts are the library's, and these no two captured launches share."""
-    told = run(
-        SPLIT
-        + f"""
-warm({GIVEN})
-capturing(True)
-steps = []
-for changes in (dict(), dict(q=0x7F5500000000), dict(batch_size=3)):
-    arrivals = memory(STREAM[0] + 8, {GIVEN}, **changes)
-    steps.append([arrivals, reached(places, mine=0x7F3300000010)["mine"]])
-without = status(STREAM[0] + 8)
-capturing(False)
-eager = memory(STREAM[0] + 8, {GIVEN})
-again = memory(STREAM[0] + 8, {GIVEN}, q=0x7F5500000000)
-capturing(True)
-late = memory(STREAM[0] + 8, {GIVEN}, q=0x7F5500000010)
-tell(steps=steps, without=without, eager=eager, again=again, late=late)
-"""
-    )
-    assert all(there and len(arrivals) == 1 for arrivals, there in told["steps"])
-    everyone = [*(arrivals[0] for arrivals, _ in told["steps"]), told["eager"][0], told["late"][0]]
-    assert len(set(everyone)) == 5 and told["again"] == told["eager"]
-    assert told["without"] == -103
-
-
-def test_many_captured_launches_run_out_of_counters(run):
-    """Then a capture says so, and what does not go into a graph runs on."""
-    told = run(
-        SPLIT
-        + """
-warm(STREAM[0], batch_size=64, num_splits=32)
-memory()
-capturing(True)
-steps = [status(batch_size=64, num_splits=32) for _ in range(2)]
-module._memory[last_context()].counters.num_taken = (1 << 16) - 300
-steps += [status(batch_size=64, num_splits=32) for _ in range(2)]
-capturing(False)
-tell(steps=steps, eager=status(batch_size=64, num_splits=32))
-"""
-    )
-    assert told == {"steps": [0, 0, 0, -103], "eager": 0}

@@ -2,17 +2,27 @@
  * (cuda.bindings) and as libcute_dsl_runtime.so (compiled host code). It runs nothing; it records what would be run.
  *
  * Two Hopper devices and one that is not. A stream of device d has a handle from (d + 1) << 32 on, and the context of
- * device d is the address of contexts[d]. Every result that a test may want to change is a global variable.
+ * device d is the address of contexts[d], whose id changes when it is reset. Every result that a test may want to
+ * change is a global variable. `num_broken` counts the calls that would have ended a capture.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { DEVICES = 3, ALLOCATIONS = 64, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+enum { DEVICES = 3, ALLOCATIONS = 64, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600 };
+enum { RELAXED = 2, GRAPHS = 4096 };
 enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };     /* cudaLaunchAttributeID */
 
 int init_result = 0, capture_result = 0, capture_state = 0, load_result = 0, launch_result = 0;
+int memory_result = 0, event_result = 0;
+int num_broken = 0, num_events = 0;
+uint64_t context_ids[DEVICES] = {1001, 1002, 1003};
+uint64_t capture_stream[DEVICES] = {0};                                     /* the first; 0: every stream captures */
+int capture_id = 1;                                                         /* and the graph's number */
+static __thread int capture_mode = 0;
+static void unsafe(void) { num_broken += capture_state && capture_mode != RELAXED; }
+static void waits(void) { num_broken += capture_state != 0; }
 int major_of[DEVICES] = {9, 9, 8}, sms_of[DEVICES] = {132, 114, 108};
 typedef struct { uint64_t address, bytes, cleared; } allocation;
 allocation allocations[ALLOCATIONS];
@@ -34,9 +44,23 @@ int cuCtxPushCurrent_v2(void *context) { stack[++depth] = context; return 0; }
 int cuCtxPopCurrent_v2(void **context) { *context = stack[depth--]; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = contexts + device; return 0; }
 int cuCtxGetCurrent(void **context) { *context = stack[depth]; return 0; }
+int cuCtxGetId(void *context, uint64_t *id) {
+    int device = context ? (int)((char *)context - contexts) : current_device();
+    if (device < 0) return INVALID_CONTEXT;
+    *id = context_ids[device];
+    return 0;
+}
+int cuThreadExchangeStreamCaptureMode(int *mode) {
+    int before = capture_mode;
+    capture_mode = *mode;
+    *mode = before;
+    return 0;
+}
 int cuStreamGetCtx(void *stream, void **context) { *context = contexts + device_of(stream); return 0; }
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
     int device = current_device();
+    unsafe();
+    if (memory_result) return memory_result;
     if (num_allocations == ALLOCATIONS) return OUT_OF_MEMORY;
     *address = 0x500012300000 + ((uint64_t)device << 32) + used_bytes[device];      /* no half of it is a small int */
     used_bytes[device] += (bytes + 255) / 256 * 256;
@@ -44,13 +68,47 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
     return 0;
 }
 int cuMemFree_v2(uint64_t address) { num_freed++; return 0; }
-int cuMemsetD8_v2(uint64_t address, unsigned char value, size_t count) {
+int cuStreamCreate(void **stream, unsigned flags) { unsafe(); *stream = (void *)-1; return 0; }
+int cuStreamSynchronize(void *stream) { unsafe(); return 0; }
+int cuStreamDestroy_v2(void *stream) { return 0; }
+int cuMemsetD8Async(uint64_t address, unsigned char value, size_t count, void *stream) {
     for (int i = 0; i < num_allocations; i++)
         if (allocations[i].address == address && value == 0) allocations[i].cleared = count;
     return 0;
 }
-int cuCtxSynchronize(void) { return 0; }
-int cuStreamIsCapturing(void *stream, int *state) { *state = capture_state; return capture_result; }
+int cuMemsetD8_v2(uint64_t address, unsigned char value, size_t count) {
+    waits();
+    return cuMemsetD8Async(address, value, count, 0);
+}
+int cuCtxSynchronize(void) { waits(); return 0; }
+int cuEventCreate(void **event, unsigned flags) { *event = (void *)(uintptr_t)++num_events; return 0; }
+int cuEventRecord(void *event, void *stream) { return 0; }
+int cuEventQuery(void *event) { unsafe(); return event_result; }
+int cuEventDestroy_v2(void *event) { return 0; }
+int cuStreamIsCapturing(void *stream, int *state) {
+    *state = !*capture_stream || *capture_stream == (uintptr_t)stream ? capture_state : 0;
+    return capture_result;
+}
+int cuStreamGetCaptureInfo(void *stream, int *state, uint64_t *id, void **graph, void *nodes, void *edges, size_t *n) {
+    *state = capture_state;
+    *id = capture_id;
+    *graph = (void *)(uintptr_t)capture_id;
+    if (n) *n = 0;
+    return 0;
+}
+typedef struct { void (*destroy)(void *); void *argument; } user_object;
+static user_object objects[GRAPHS], of_graphs[GRAPHS];
+static int num_objects = 0;
+int cuUserObjectCreate(void **object, void *argument, void (*destroy)(void *), unsigned count, unsigned flags) {
+    objects[num_objects] = (user_object){destroy, argument};
+    *object = objects + num_objects++;
+    return 0;
+}
+int cuGraphRetainUserObject(void *graph, user_object *object, unsigned count, unsigned flags) {
+    of_graphs[(uintptr_t)graph] = *object;
+    return 0;
+}
+void end_graph(int graph) { of_graphs[graph].destroy(of_graphs[graph].argument); }
 int cuGetErrorName(int code, const char **text) { *text = "CUDA_ERROR_FAKE"; return 0; }
 int cuGetErrorString(int code, const char **text) { *text = "a fake error"; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {

@@ -100,6 +100,11 @@ def numbers(name):
     return list((ctypes.c_int * 3).in_dll(fake, name))
 
 
+def numbers64(name):
+    """A variable of fake_cuda.c with one uint64 per device, to read or to set; of `capture_stream` only the first."""
+    return (ctypes.c_uint64 * 3).in_dll(fake, name)
+
+
 def params(**changes):
     """A good call, some of its fields changed."""
     return FlashAttentionParams(**POINTERS | SIZES | STRIDES | WINDOW | LENGTHS | CHOICES | changes)
