@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from machine_lock import machine_lock
 from sources import source_hash
 
 TIMING = "timing: "  # what a test's properties that are measurements start with
@@ -135,6 +136,22 @@ def device():
 def stream(device):
     """A stream that does not wait for the default stream."""
     return device.create_stream()
+
+
+@pytest.fixture
+def much_memory(device):
+    """For tests of more than 8 GB of device memory, which processes side by side must not have at a time.
+
+    They ask for it before they allocate, and free what they have allocated before it ends; the driver gets that back
+    here, since cuda.core's pool keeps what is freed.
+    """
+    from cuda.bindings import driver
+
+    with machine_lock("gpu-memory"):
+        yield
+        device.sync()
+        error, pool = driver.cuDeviceGetMemPool(device.device_id)
+        assert error == 0 and driver.cuMemPoolTrimTo(pool, 0)[0] == 0
 
 
 @pytest.fixture

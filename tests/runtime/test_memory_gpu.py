@@ -155,6 +155,20 @@ class Huge:
         return cuda.download(self.piece(index, prod(shape)), shape, self.dtype, stream=stream)
 
 
+@pytest.fixture
+def huge(much_memory):
+    """Makes Huge tensors, and frees them: also where a test's failure keeps them alive."""
+    made = []
+
+    def make(*args, **options) -> Huge:
+        made.append(Huge(*args, **options))
+        return made[-1]
+
+    yield make
+    for tensor in made:
+        tensor.buffer.close()
+
+
 def huge_strides(shape, huge_dim: int) -> tuple[int, ...]:
     """Element strides of a shape: contiguous, but for one dimension whose last index lies past 2^31."""
     strides, packed = [0] * len(shape), 1
@@ -178,12 +192,12 @@ HUGE_DECODE = [replace(case, seqlen_q=2) for case in HUGE_CASES]
 
 @pytest.mark.parametrize("huge_dim", [0, 1, 2], ids=["batch", "row", "head"])
 @pytest.mark.parametrize("case", HUGE_CASES + HUGE_DECODE, ids=str)
-def test_offsets_beyond_31_bits(case, huge_dim, stream):
+def test_offsets_beyond_31_bits(case, huge_dim, huge, stream):
     """Strides that put the last batch, row or head more than 2^31 elements from the first, in all four tensors."""
     q_shape = (case.batch, case.seqlen_q, case.num_heads, case.head_dim)
     k_shape = (case.batch, case.seqlen_k, case.num_heads_k, case.head_dim)
     shapes = {"q": q_shape, "k": k_shape, "v": k_shape, "out": q_shape}
-    tensors = {name: Huge(shape, huge_strides(shape, huge_dim), case.dtype) for name, shape in shapes.items()}
+    tensors = {name: huge(shape, huge_strides(shape, huge_dim), case.dtype) for name, shape in shapes.items()}
     rng = np.random.default_rng(0)
     inputs = {name: to_bits(rng.standard_normal(shapes[name], np.float32), case.dtype) for name in "qkv"}
     for name, array in inputs.items():
@@ -213,7 +227,7 @@ def test_offsets_beyond_31_bits(case, huge_dim, stream):
 
 @pytest.mark.parametrize("huge_dim", [0, 1], ids=["row", "head"])
 @pytest.mark.parametrize("case", HUGE_CASES, ids=str)
-def test_packed_offsets_beyond_31_bits(case, huge_dim, stream):
+def test_packed_offsets_beyond_31_bits(case, huge_dim, huge, stream):
     """The same for packed sequences of unlike lengths."""
     cu_seqlens = {"cu_seqlens_q": [0, 50, 51, 130], "cu_seqlens_k": [0, 20, 140, 150]}
     shapes = {
@@ -225,7 +239,7 @@ def test_packed_offsets_beyond_31_bits(case, huge_dim, stream):
             ("out", 130, case.num_heads),
         )
     }
-    tensors = {name: Huge(shape, huge_strides(shape, huge_dim), case.dtype) for name, shape in shapes.items()}
+    tensors = {name: huge(shape, huge_strides(shape, huge_dim), case.dtype) for name, shape in shapes.items()}
     rng = np.random.default_rng(0)
     inputs = {name: to_bits(rng.standard_normal(shapes[name], np.float32), case.dtype) for name in "qkv"}
     for name, array in inputs.items():
@@ -264,14 +278,14 @@ def test_packed_offsets_beyond_31_bits(case, huge_dim, stream):
     ],
     ids=str,
 )
-def test_contiguous_tensors_of_more_than_2_31_elements(case, stream):
+def test_contiguous_tensors_of_more_than_2_31_elements(case, huge, stream):
     """Four tensors of 4.3 GB, zeros but for some batches, which are compared head by head; zeros must give zeros."""
     shape = (case.batch, case.seqlen_q, case.num_heads, case.head_dim)
     assert prod(shape) > 2**31
     strides = tuple(prod(shape[i + 1 :]) for i in range(4))
-    tensors = {name: Huge(shape, strides, case.dtype, byte=0) for name in "qkv"}
-    tensors["out"] = Huge(shape, strides, case.dtype)
-    lse = Huge((case.batch, case.num_heads, case.seqlen_q), (case.num_heads * case.seqlen_q, case.seqlen_q, 1), "fp32")
+    tensors = {name: huge(shape, strides, case.dtype, byte=0) for name in "qkv"}
+    tensors["out"] = huge(shape, strides, case.dtype)
+    lse = huge((case.batch, case.num_heads, case.seqlen_q), (case.num_heads * case.seqlen_q, case.seqlen_q, 1), "fp32")
     rng = np.random.default_rng(0)
     written = {}
     for batch in (0, 65, case.batch - 1):
