@@ -26,7 +26,7 @@ from .params import ARGUMENTS, DESCALES, NUMBERS, OFF, TENSORS, AttentionMode, D
 from .plain import BAD, plain
 from .sentences import Sentences, is_int, listed, must
 from .status import Problem, Status, shown
-from .strides import descale_strides, strides
+from .strides import descale_strides, has_descale_strides, strides
 
 # Alignment in bytes of every pointer field that is read or written.
 ALIGNMENT = {
@@ -132,35 +132,40 @@ def _sizes(p) -> Sentences:
     ]
 
 
+def _is_masked(p) -> bool:
+    bounds = p.window_size_left, p.window_size_right
+    return p.is_causal is True or any(type(bound) is int and bound >= 0 for bound in bounds)
+
+
 def _masked_sizes(p) -> Sentences:
-    left, right = p.window_size_left, p.window_size_right
-    if p.is_causal is not True and (type(left) is not int or left < 0) and (type(right) is not int or right < 0):
-        return ()
     names = ("total_q", "total_k") if is_packed(p) else ("seqlen_q", "seqlen_k")
     rows_q, rows_k = (getattr(p, name) for name in names)
-    if type(rows_q) is not int or type(rows_k) is not int or rows_q + rows_k <= MAX_MASKED_ROWS:
+    if not (is_int(rows_q, 0, MAX_SIZE) and is_int(rows_k, 0, MAX_SIZE)) or rows_q + rows_k <= MAX_MASKED_ROWS:
         return ()
     stated = f"{names[0]}={rows_q}, {names[1]}={rows_k}"
     return [f"{stated}: must add up to at most {MAX_MASKED_ROWS} with is_causal or a window"]
 
 
+def _is_decode(p) -> bool:
+    return p.mode is AttentionMode.DECODE
+
+
 def _decode(p) -> Sentences:
-    if p.mode is not AttentionMode.DECODE or p.seqlen_q == 1:
-        return ()
-    return [must(p, "seqlen_q", "1 with mode=DECODE")]
+    return () if p.seqlen_q == 1 else [must(p, "seqlen_q", "1 with mode=DECODE")]
 
 
 def _alignment(p) -> Sentences:
-    by_16, by_4 = _read_by_16(p), _read_by_4(p)
-    if BAD not in by_16 and BAD not in by_4:
-        bits = 0
-        for value in by_4:
+    bits = 0
+    try:
+        for value in _read_by_4(p):
             bits |= value or 0
         bits <<= 2
-        for value in by_16:
+        for value in _read_by_16(p):
             bits |= value or 0
         if not bits & 15 and not bits >> 64:
             return ()
+    except TypeError:  # BAD
+        pass
     found = []
     for name, alignment in ALIGNMENT.items():
         value = getattr(p, name) or 0
@@ -233,8 +238,12 @@ def _workspace(p) -> Sentences:
     return [f"workspace={shown(getattr(p, 'raw', p).workspace)}, workspace_bytes={size}: must be given together"]
 
 
+def _has_no_descales(p) -> bool:
+    return p.dtype is not DataType.FP8_E4M3 and p.dtype is not BAD
+
+
 def _descales(p) -> Sentences:
-    if p.dtype is DataType.FP8_E4M3 or p.dtype is BAD or not any(_read_descales(p)):
+    if not any(_read_descales(p)):
         return ()
     return [
         must(p, name, f"None with dtype={p.dtype.name}: descales belong to FP8_E4M3")
@@ -299,11 +308,13 @@ class Rule(NamedTuple):
     """A row of the table.
 
     of_choices   it reads choices (params.CHOICES) alone: asked once, it holds for every call that makes the same ones
+    concerns     whether it has anything to say of calls of these choices; it too reads choices alone. None: of all
     """
 
     status: Status
     objections: Callable[..., Sentences]
     of_choices: bool = False
+    concerns: Callable[..., bool] | None = None
 
 
 CONTRACT_RULES = (
@@ -314,17 +325,17 @@ CONTRACT_RULES = (
     Rule(Status.CAUSAL_WINDOW_CONFLICT, _causal_window, of_choices=True),
     Rule(Status.VARLEN_MISMATCH, _varlen),
     Rule(Status.INVALID_SHAPE, _sizes),
-    Rule(Status.INVALID_SHAPE, _masked_sizes),
+    Rule(Status.INVALID_SHAPE, _masked_sizes, concerns=_is_masked),
     Rule(Status.INVALID_SHAPE, strides),
-    Rule(Status.INVALID_SHAPE, descale_strides),
-    Rule(Status.MODE_MISMATCH, _decode),
+    Rule(Status.INVALID_SHAPE, descale_strides, concerns=has_descale_strides),
+    Rule(Status.MODE_MISMATCH, _decode, concerns=_is_decode),
     Rule(Status.INVALID_ARGUMENT, _alignment),
     Rule(Status.INVALID_ARGUMENT, _choices, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _counts, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _scale),
     Rule(Status.INVALID_ARGUMENT, _features, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _workspace),
-    Rule(Status.INVALID_ARGUMENT, _descales),
+    Rule(Status.INVALID_ARGUMENT, _descales, concerns=_has_no_descales),
     Rule(Status.SOFTCAP_UNSUPPORTED, _off(Status.SOFTCAP_UNSUPPORTED), of_choices=True),
     Rule(Status.SPLIT_KV_UNSUPPORTED, _num_splits, of_choices=True),
     Rule(Status.PAGED_KV_UNSUPPORTED, _off(Status.PAGED_KV_UNSUPPORTED), of_choices=True),
@@ -332,8 +343,6 @@ CONTRACT_RULES = (
     Rule(Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED), of_choices=True),
 )
 RULES = (*CONTRACT_RULES, Rule(Status.FEATURE_UNSUPPORTED, _pending))
-# What remains to be asked of a call whose choices are those of a good one.
-RULES_OF_LENGTHS = tuple(rule for rule in RULES if not rule.of_choices)
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -345,16 +354,21 @@ def contract_problems(params) -> list[Problem]:
     return list(walk(plain(params), CONTRACT_RULES))
 
 
-def first_problem(p, rules=RULES) -> Problem | None:
+def first_problem(p) -> Problem | None:
     """The first of the problems of plain params."""
-    for status, objections, _ in rules:
-        for detail in objections(p):
-            return Problem(status, detail)
-    return None
+    return next(walk(p), None)
 
 
 def walk(p, rules=RULES) -> Iterator[Problem]:
     """The problems of plain params, in the order of the rules."""
-    for status, objections, _ in rules:
-        for detail in objections(p):
-            yield Problem(status, detail)
+    for status, objections, _, concerns in rules:
+        if concerns is None or concerns(p):
+            for detail in objections(p):
+                yield Problem(status, detail)
+
+
+def remaining(p) -> tuple[Callable[..., Sentences], ...]:
+    """The rules that remain to be asked of other calls that make the choices of these plain params, which are good."""
+    return tuple(
+        rule.objections for rule in RULES if not rule.of_choices and (rule.concerns is None or rule.concerns(p))
+    )

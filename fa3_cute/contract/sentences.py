@@ -1,10 +1,10 @@
 """How a rule puts what it objects to into words. Pure Python."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from .status import shown
 
-Sentences = Iterable[str]
+Sentences = Sequence[str]
 
 
 def must(p, name: str, accepted: str) -> str:

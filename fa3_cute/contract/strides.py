@@ -26,10 +26,13 @@ def strides(p) -> Sentences:
     return [sentence for tensor in TENSORS for sentence in _strides_of(p, tensor)]
 
 
+def has_descale_strides(p) -> bool:
+    """The descales of a tensor are not one for all."""
+    return _read_descale_strides(p) != _COMMON_DESCALES
+
+
 def descale_strides(p) -> Sentences:
     """The rule of the strides of descales."""
-    if _read_descale_strides(p) == _COMMON_DESCALES:
-        return ()
     found = []
     for tensor, heads in zip("qkv", (p.num_heads, p.num_heads_k, p.num_heads_k), strict=True):
         for name, size in ((f"{tensor}_descale_batch_stride", p.batch_size), (f"{tensor}_descale_head_stride", heads)):

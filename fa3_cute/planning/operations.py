@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..contract.arguments import Entry
 from ..contract.params import CHOICES, FlashAttentionParams
 from ..contract.plain import plain
-from ..contract.rules import RULES, RULES_OF_LENGTHS, first_problem, walk
+from ..contract.rules import first_problem, remaining, walk
 from ..contract.status import Problem, Status, shown
 from .config import FEATURES, DecodeConfig, FwdConfig
 from .problem import Chosen, ProblemShape, chosen_by
@@ -57,10 +57,13 @@ class Operation(NamedTuple):
         return max(launch.plan.partial_bytes if launch.plan else 0 for launch in self.launches)
 
 
+_NONE: frozenset[str] = frozenset()
+
+
 def operation_of(shape: ProblemShape) -> Operation:
     """The operation that serves a problem."""
     dtype, head_dim, out_dtype = shape.dtype, shape.head_dim, shape.out_dtype
-    features = frozenset([flag for flag, is_asked in FEATURES.items() if is_asked(shape)])
+    features = frozenset([flag for flag, is_asked in FEATURES.items() if is_asked(shape)]) if FEATURES else _NONE
     if is_decode(shape):
         cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, features)
         return Operation((launch_of(cfg, shape),))
@@ -85,7 +88,8 @@ def launch_of(cfg: Config, shape: ProblemShape) -> Launch:
     return Launch(cfg, decode_row(cfg.dtype, cfg.head_dim).reason, "splits" if plan.partial_bytes else "none", plan)
 
 
-_good_choices: dict[tuple, Chosen] = {}  # {values of CHOICES, in plain params that were good: chosen_by them}
+# What is known of choices that were good, by the values of CHOICES: chosen_by them, rules that remain.
+_good_choices: dict[tuple, tuple[Chosen, tuple]] = {}
 
 
 def checked(p: FlashAttentionParams, values: tuple | None = None) -> Problem | ProblemShape:
@@ -94,18 +98,27 @@ def checked(p: FlashAttentionParams, values: tuple | None = None) -> Problem | P
     values   of params.SHAPE, in its order, where they are known: a call of known choices is asked less
     """
     choices = () if values is None else values[: len(CHOICES)]
-    chosen = _good_choices.get(choices)
-    problem = first_problem(p, RULES_OF_LENGTHS if chosen else RULES)
-    if problem is not None:
-        return problem
+    known = _good_choices.get(choices)
+    if known is None:
+        return _checked(p, choices)
+    chosen, rules = known
+    for objections in rules:
+        if objections(p):
+            return _checked(p, ())
     shape = ProblemShape.of(p, chosen)
-    if shape.workspace and (problem := _workspace_problem(p, shape)):
+    return _workspace_problem(p, shape) or shape
+
+
+def _checked(p, choices: tuple) -> Problem | ProblemShape:
+    """`checked` by all rules; the choices are remembered, unless ()."""
+    if problem := first_problem(p):
         return problem
-    if choices and not chosen:
+    if choices:
         if len(_good_choices) >= MAX_CHOICES:
             _good_choices.clear()
-        _good_choices[choices] = chosen_by(p)
-    return shape
+        _good_choices[choices] = chosen_by(p), remaining(p)
+    shape = ProblemShape.of(p)
+    return _workspace_problem(p, shape) or shape
 
 
 def problems(params: FlashAttentionParams) -> list[Problem]:
@@ -120,7 +133,7 @@ def problems(params: FlashAttentionParams) -> list[Problem]:
 def workspace_bytes(params: FlashAttentionParams) -> int | Problem:
     """What a workspace must hold for these params, whatever their tensors and workspace are; else what is wrong."""
     p = plain(replace(params, workspace=None, workspace_bytes=0))
-    for problem in walk(p, RULES):
+    for problem in walk(p):
         if problem.status is not Status.NULL_POINTER:
             return problem
     return operation_of(ProblemShape.of(p)).workspace_bytes
@@ -128,8 +141,7 @@ def workspace_bytes(params: FlashAttentionParams) -> int | Problem:
 
 def _workspace_problem(p, shape: ProblemShape) -> Problem | None:
     """The rule that needs a plan: what a workspace must hold is known for a call that is right otherwise."""
-    needed = operation_of(shape).workspace_bytes
-    if not shape.workspace or p.workspace_bytes >= needed:
+    if not shape.workspace or p.workspace_bytes >= (needed := operation_of(shape).workspace_bytes):
         return None
     return Problem(
         Status.INVALID_ARGUMENT,

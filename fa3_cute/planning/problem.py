@@ -96,18 +96,20 @@ class ProblemShape(NamedTuple):
         if packed:
             rows_q, rows_k = p.total_q, p.total_k
         strides = _strides_of(p, 0 if packed else batch, rows_q, rows_k)
-        return ProblemShape(
-            *chosen,
-            packed,
-            bool(p.softmax_lse),
-            batch,
-            rows_q,
-            rows_k,
-            1.0 / math.sqrt(p.head_dim) if scale is None else scale,
-            _NO_LENGTHS if lengths == _ABSENT else tuple([address or 0 for address in lengths]),
-            strides if p.dtype is not DataType.FP8_E4M3 else strides + _descale_strides_of(p),
-            p.workspace or 0,
-            p.tile_counter or 0,
+        return ProblemShape._make(
+            chosen
+            + (
+                packed,
+                bool(p.softmax_lse),
+                batch,
+                rows_q,
+                rows_k,
+                1.0 / math.sqrt(p.head_dim) if scale is None else scale,
+                _NO_LENGTHS if lengths == _ABSENT else tuple([address or 0 for address in lengths]),
+                strides if p.dtype is not DataType.FP8_E4M3 else strides + _descale_strides_of(p),
+                p.workspace or 0,
+                p.tile_counter or 0,
+            )
         )
 
 
