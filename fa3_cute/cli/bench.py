@@ -17,6 +17,9 @@ cold: calls take turns on sets of K and V that are together larger than 300 MB; 
 two rows are the same work. GB/s counts K and V once, Q and O. "copy" is that rate over the one, bytes read plus bytes
 written, at which the driver copies 1 GiB on the device, in the same rounds.
 
+The suite host has no other libraries and no pictures: CPU time of a forward() call, by how shapes change from call to
+call, and the time to a process's first result with and without its kernel on disk.
+
 Exit status 1 if a result is wrong, 2 without a Hopper GPU, where the suite decides an option itself, or if there are no
 kernels for what is asked.
 """
@@ -30,6 +33,7 @@ from .. import forward
 from ..contract.formats import ELEMENT_BYTES, FP8, HEAD_DIMS
 from ..arrays.memory import hopper_device_problem, open_device
 from . import environment
+from . import host
 from . import peers
 from . import plot
 from .case import COPIED_BYTES, Case, Tensors
@@ -45,6 +49,7 @@ from .suites import window
 from .table import Table
 
 SUITES = {"prefill": prefill, "varlen": varlen, "window": window, "decode": decode, "fp8": fp8}
+HOST = "host"  # a suite of its own kind: host.py
 COPY = "copy"
 CASE_WIDTH = 38  # at least
 FLOPS_PER_CLOCK_AND_SM = {1: 8192, 2: 4096}  # dense WGMMA, by the bytes of an operand's element
@@ -54,7 +59,9 @@ WRONG = {1: 6e-2, 2: 1e-2}
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--suite", choices=SUITES, default="prefill")
+    parser.add_argument(
+        "--suite", choices=[*SUITES, HOST], default="prefill", help=f"{HOST}: what a call and a start cost the host"
+    )
     parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), metavar="D,..", help="default: the suite's")
     parser.add_argument("--seqlen", type=one_or_more(count), metavar="S,..", help="default: the suite's")
     parser.add_argument("--dtype", choices=ELEMENT_BYTES, help="default bf16, which every peer has; fp8 has its own")
@@ -78,6 +85,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    if args.suite == HOST:
+        return host.run(args)
     suite = SUITES[args.suite]
     if args.plot and (missing := plot.problem()):
         return cannot_run(missing)

@@ -48,7 +48,7 @@ def run(args) -> int:
     if args.plot and (missing := plot.problem()):
         return cannot_run(missing)
     try:
-        runs = [json.loads(Path(file).read_text()) for file in args.files]
+        runs = [results_in(Path(file)) for file in args.files]
         if args.plot:
             plot.write_plot([chosen(run, args.head_dim) for run in runs], SUITES, args.plot)
             return 0
@@ -61,6 +61,14 @@ def run(args) -> int:
     except (OSError, KeyError, ValueError) as error:
         return cannot_run(f"report: {type(error).__name__}: {error}")
     return 0
+
+
+def results_in(file: Path) -> dict:
+    """What `bench --json` wrote; ValueError if it is of a suite without tables."""
+    results = json.loads(file.read_text())
+    if results["environment"]["suite"] not in SUITES:
+        raise ValueError(f"the {results['environment']['suite']} suite has no tables")
+    return results
 
 
 def chosen(results: dict, head_dims: list[int]) -> dict:
