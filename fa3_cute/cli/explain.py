@@ -2,8 +2,7 @@
 them, else the kernel that serves it, its tile and the measurement behind that choice, and for decode how K and V are
 split. Needs no GPU and compiles nothing; exit status 1 if the problem would be refused.
 
-Tensors are taken to be contiguous. In a tile's reason, a pair like "1.02 / 1.00" is the speed relative to
-FlashAttention-3's C++ at 4k / 16k tokens; windows and decode have microseconds; other tiles follow with theirs
+Tensors are taken to be contiguous. Of a tile's numbers the first are its own, those of other tiles follow
 (planning/tables.py says on which machine). Workspace bytes are scratch memory for the partial results of splits; within
 one cluster of CTAs they stay in shared memory.
 """
@@ -22,6 +21,10 @@ ADDRESS = 1 << 20  # stands for any tensor
 MODES = {"prefill": AttentionMode.PREFILL, "decode": AttentionMode.DECODE, "varlen": AttentionMode.VARLEN_PREFILL}
 PACK_GQA = {"auto": None, "yes": True, "no": False}
 UNBOUNDED = (-1, -1)
+# What the numbers of a tile's reason are.
+RELATIVE = "speed relative to FlashAttention-3's C++ at 4k / 16k tokens"
+WINDOW_US = "us with window (1023, 0) at 16k / (512, 512) at 4x4k tokens"
+DECODE_US = "us by sequences x keys, of a tile tile_n x num_kv_stages x ctas_per_sm"
 
 
 def add_arguments(parser) -> None:
@@ -138,9 +141,17 @@ def served(params: FlashAttentionParams) -> dict:
         "kernel": cfg.name,
         "config": cfg.as_dict() | {"tile_m": cfg.tile_m},
         "reason": launch.reason,
+        "reason_unit": reason_unit(cfg),
         "workspace_bytes": operation.workspace_bytes,
     }
     return facts | {"plan": plan and plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)}}
+
+
+def reason_unit(cfg: Config) -> str:
+    """What the numbers of the reason for a config are."""
+    if cfg.packs_heads:
+        return DECODE_US
+    return WINDOW_US if cfg.mask == "local" else RELATIVE
 
 
 def ctas_per_sm(cfg: Config, plan: SplitPlan) -> int:
@@ -164,6 +175,7 @@ def lines(facts: dict):
         ),
     )
     yield "measured", facts["reason"]
+    yield "", f"({facts['reason_unit']})"
     if plan:
         clusters = plan["num_splits"] // plan["cluster_size"]
         yield "heads", f"{plan['packed_heads']} query heads share a tile"

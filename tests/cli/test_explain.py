@@ -58,7 +58,9 @@ def test_explain_names_the_kernel(argv, cfg, capsys):
     assert (said["plan"] is not None) == isinstance(cfg, DecodeConfig)
     assert main(["explain", *argv]) == 0
     printed = capsys.readouterr().out
-    assert f"kernel    {cfg.name}\n" in printed and said["reason"] in printed
+    assert f"kernel    {cfg.name}\n" in printed and f"{said['reason']}\n" in printed
+    unit = "us by" if cfg.packs_heads else "us with window" if cfg.mask == "local" else "speed relative to"
+    assert said["reason_unit"].startswith(unit) and f"          ({said['reason_unit']})\n" in printed
     assert ("for V transposed" in printed) == (cfg.is_fp8 and not cfg.packs_heads)
 
 

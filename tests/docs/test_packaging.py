@@ -191,3 +191,15 @@ def test_performance_tables_can_be_replaced(document):
     assert sections
     for section in sections:
         assert re.search(r"H[12]00.*\d{4}-\d\d-\d\dT", section) and "    python -m fa3_cute bench " in section
+
+
+def test_performance_names_no_command_but_those_that_were_run():
+    """They stand below the tables, indented, as `report` writes them; shell blocks have what a reader may do."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert text.count("    python -m fa3_cute bench ") >= 5
+    assert not re.findall(r"^python -m fa3_cute bench.*", text, re.MULTILINE)
+
+
+def test_readme_explains_what_its_tables_say():
+    before = (ROOT / "README.md").read_text().partition("## Performance\n")[2].partition(report.BEGIN)[0]
+    assert all(word in before for word in ("of peak", "of copy", "time / ours", "with *", "sources", "**us**"))
