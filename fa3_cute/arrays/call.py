@@ -122,13 +122,13 @@ class AttentionCall:
 
 def attention_on_device(call: AttentionCall, forward):
     """attention() of arrays on a CUDA device: one `forward(params, stream)`."""
-    from . import dlpack as interop
+    from . import dlpack
 
     arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS, *DESCALES)}
     for name, array in arrays.items():
-        interop.require_on_device(name, array)
-    with interop.on_device_of(call.stream) as (handle, device):
-        tensors = {name: interop.view(name, array, handle) for name, array in arrays.items()}
+        dlpack.require_on_device(name, array)
+    with dlpack.on_device_of(call.stream) as (handle, device):
+        tensors = {name: dlpack.view(name, array, handle) for name, array in arrays.items()}
         q, k, v = (tensors[name] for name in "qkv")
         element = call.element_type(q.dtype, k.dtype, v.dtype, DEVICE_DTYPES)
         _check_tensors(call, tensors, element, device)
@@ -138,11 +138,11 @@ def attention_on_device(call: AttentionCall, forward):
             raise error_for(*found)
         out, lse = call.out, None
         if out is None:
-            out = interop.new_array("out", q.shape, _out_dtypes(element)[0], call.stream, device)
+            out = dlpack.new_array("out", q.shape, _out_dtypes(element)[0], call.stream, device)
             params.out = out.address
         if call.return_lse:
             *batch, rows, heads, _ = q.shape
-            lse = interop.new_array("the LSE", (*batch, heads, rows), "float32", call.stream, device)
+            lse = dlpack.new_array("the LSE", (*batch, heads, rows), "float32", call.stream, device)
             params.softmax_lse = lse.address
         if not q.is_empty:
             forward(params, handle).check()

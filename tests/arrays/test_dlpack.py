@@ -11,7 +11,7 @@ import pytest
 from cuda.core.utils import StridedMemoryView
 
 from fa3_cute import AttentionMode, DataType, FlashAttentionError, api, attention
-from fa3_cute.arrays import dlpack as interop
+from fa3_cute.arrays import dlpack
 from fa3_cute.arrays.call import AttentionCall
 from fa3_cute.arrays.memory import hopper_device_problem
 from fa3_cute.runtime.launch import CudaFailure, NotWarmedUp, UnsupportedDevice
@@ -93,26 +93,36 @@ class Stubborn(DLArray):
 @pytest.fixture
 def gpu(monkeypatch):
     """Stands in for the driver, the allocator and launch.py; `launches` are (params, stream), `orders` stream pairs."""
-    seen = SimpleNamespace(launches=[], orders=[], allocated=[], device=0, is_capturing=False)
+    seen = SimpleNamespace(launches=[], orders=[], allocated=[], device=0, is_capturing=False, is_relaxed=False)
 
     @contextmanager
     def device_made_current(stream):
         yield seen.device
 
+    @contextmanager
+    def capture_rules_relaxed():
+        seen.is_relaxed = True
+        try:
+            yield
+        finally:
+            seen.is_relaxed = False
+
     def allocate(nbytes, stream, handle, device):
+        assert seen.is_relaxed, "the capture of another thread would end"
         seen.allocated.append((nbytes, handle, device))
         return SimpleNamespace(handle=A + 0x1000 * len(seen.allocated))
 
     for name, stand_in in {
         "initialise_driver": lambda: None,
         "device_made_current": device_made_current,
+        "capture_rules_relaxed": capture_rules_relaxed,
         "is_capturing": lambda stream: seen.is_capturing,
         "current_context": lambda: 7,
         "order": lambda before, after: seen.orders.append((before, after)),
         "_device_of": lambda name, address: 0,
         "_allocate": allocate,
     }.items():
-        monkeypatch.setattr(interop, name, stand_in)
+        monkeypatch.setattr(dlpack, name, stand_in)
     launcher = SimpleNamespace(
         addresses_of=lambda params: params,
         launch=lambda step, shape, params, stream: seen.launches.append((params, stream)),
@@ -293,11 +303,11 @@ def test_failures_have_their_status(gpu, monkeypatch):
     def fail(*arguments):
         raise CudaFailure(2, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory", "allocating")
 
-    monkeypatch.setattr(interop, "_allocate", fail)
+    monkeypatch.setattr(dlpack, "_allocate", fail)
     with pytest.raises(FlashAttentionError, match="allocating 5120 bytes for out failed.*out of memory") as caught:
         attention(Q, K, V)
     assert caught.value.code == -100 and isinstance(caught.value.__cause__, CudaFailure)
-    monkeypatch.setattr(interop, "is_capturing", fail)
+    monkeypatch.setattr(dlpack, "is_capturing", fail)
     with pytest.raises(FlashAttentionError, match="out of memory") as caught:
         attention(Q, K, V)
     assert caught.value.code == -100
@@ -319,10 +329,10 @@ def test_the_capsule_of_a_new_array(gpu, monkeypatch, dtype, storage, max_versio
     """cuda.core makes it, over host memory here; BF16 gets its own name."""
     memory = np.zeros((2, 3), storage)
     monkeypatch.setattr(
-        interop, "_view_of", lambda buffer, shape, dtype: StridedMemoryView.from_any_interface(memory, stream_ptr=-1)
+        dlpack, "_view_of", lambda buffer, shape, dtype: StridedMemoryView.from_any_interface(memory, stream_ptr=-1)
     )
-    array = interop.DeviceArray((2, 3), dtype, SimpleNamespace(handle=A), 0, 0)
-    tensor = interop._from_capsule(array, array.__dlpack__(stream=-1, max_version=max_version))
+    array = dlpack.DeviceArray((2, 3), dtype, SimpleNamespace(handle=A), 0, 0)
+    tensor = dlpack._from_capsule(array, array.__dlpack__(stream=-1, max_version=max_version))
     assert (tensor.shape, tensor.strides, tensor.dtype) == ((2, 3), (3, 1), dtype)
     assert tensor.address == memory.ctypes.data and not tensor.is_readonly
     taken = StridedMemoryView.from_dlpack(
@@ -335,17 +345,17 @@ def test_the_capsule_of_a_new_array(gpu, monkeypatch, dtype, storage, max_versio
 
 
 def test_consumers_wait_for_our_stream(gpu, monkeypatch):
-    monkeypatch.setattr(interop, "checked", lambda result, action: result)
+    monkeypatch.setattr(dlpack, "checked", lambda result, action: result)
     monkeypatch.setattr(
-        interop,
+        dlpack,
         "driver",
         SimpleNamespace(
             cuCtxPushCurrent=lambda context: gpu.orders.append(context),
             cuCtxPopCurrent=lambda: gpu.orders.append("pop"),
         ),
     )
-    monkeypatch.setattr(interop, "_view_of", lambda *facts: SimpleNamespace(__dlpack__=lambda **options: "capsule"))
-    array = interop.DeviceArray((2, 3), "float16", SimpleNamespace(handle=A), 0x5550, 3)
+    monkeypatch.setattr(dlpack, "_view_of", lambda *facts: SimpleNamespace(__dlpack__=lambda **options: "capsule"))
+    array = dlpack.DeviceArray((2, 3), "float16", SimpleNamespace(handle=A), 0x5550, 3)
     for stream in (-1, 0x5550):
         assert array.__dlpack__(stream=stream) == "capsule"
     assert gpu.orders == []
@@ -356,7 +366,7 @@ def test_consumers_wait_for_our_stream(gpu, monkeypatch):
 
 
 def test_what_a_new_array_says_of_itself(gpu):
-    array = interop.DeviceArray((2, 3, 4), "float32", SimpleNamespace(handle=A), 0, 1)
+    array = dlpack.DeviceArray((2, 3, 4), "float32", SimpleNamespace(handle=A), 0, 1)
     assert array.__cuda_array_interface__ == {
         "version": 3,
         "shape": (2, 3, 4),
@@ -368,7 +378,7 @@ def test_what_a_new_array_says_of_itself(gpu):
     assert (array.ndim, array.size, array.nbytes, array.strides) == (3, 24, 96, (12, 4, 1))
     assert array.__dlpack_device__() == (2, 1) and repr(array) == "DeviceArray(float32[2, 3, 4] on device 1)"
     assert not hasattr(
-        interop.DeviceArray((2,), "bfloat16", SimpleNamespace(handle=A), 0, 0), "__cuda_array_interface__"
+        dlpack.DeviceArray((2,), "bfloat16", SimpleNamespace(handle=A), 0, 0), "__cuda_array_interface__"
     )
 
 
