@@ -1,8 +1,8 @@
-"""attention over FP8 arrays on a device, and their descales, on the stand-ins of test_interop.py. No GPU."""
+"""attention over FP8 arrays on a device, and their descales, on the stand-ins of test_dlpack.py. No GPU."""
 
 # ruff: noqa: F811
 import pytest
-from test_interop import OFFSETS, A, CAIArray, DLArray, K, OldDLArray, Q, Stubborn, V, dense, gpu, packed  # noqa: F401
+from test_dlpack import OFFSETS, A, CAIArray, DLArray, K, OldDLArray, Q, Stubborn, V, dense, gpu, packed  # noqa: F401
 
 from fa3_cute import DataType, FlashAttentionError, api, attention
 
