@@ -18,6 +18,7 @@ from math import prod
 from cuda.bindings import driver
 
 from ..runtime.cuda_driver import (
+    capture_rules_relaxed,
     checked,
     current_context,
     device_made_current,
@@ -281,7 +282,8 @@ def new_array(name: str, shape: tuple[int, ...], dtype: str, stream, device: int
         )
     nbytes = prod(shape) * ITEM_BYTES[dtype]
     try:
-        buffer = _allocate(nbytes, stream, handle, device)
+        with capture_rules_relaxed():  # other threads may be capturing
+            buffer = _allocate(nbytes, stream, handle, device)
     except Exception as error:  # cuda.core's own type, out of memory for the most part
         raise error_for(Status.CUDA_ERROR, f"allocating {nbytes} bytes for {name} failed: {error}") from error
     return DeviceArray(tuple(shape), dtype, buffer, handle, device)

@@ -64,7 +64,7 @@ def launch(step: Launch, shape: ProblemShape, addresses: tuple[int, ...], stream
     loads its kernel. Returns what can repeat the launch. Raises CudaFailure, UnsupportedDevice, NotWarmedUp,
     compiler.CompileError.
     """
-    handle = stream if type(stream) is int else resolve_stream(stream)
+    handle = resolve_stream(stream)
     call = Call(_thread.buffers.get(step.config) or _new_buffer(step.config, handle), step, shape)
     call.launch(addresses, handle)
     return call
@@ -274,34 +274,34 @@ class TileCounter:
 
 
 class SplitScratch:
-    """The stream's workspace, or the caller's; a launch that goes into a CUDA graph gets arrival counts of its own, or
-    the caller's."""
+    """The stream's workspace and arrival counts, or the caller's; a launch that goes into a CUDA graph gets arrival
+    counts of its own."""
 
     def __init__(self, memory: Memory, stream: int, plan: SplitPlan, shape: ProblemShape):
         self.memory, self.stream, self.plan = memory, stream, plan
         self.partials, self.arrivals = shape.workspace, shape.tile_counter
-        self.own: Any = None if self.partials else self.own_workspace()
+        self.own: Any = None  # what a launch needs of the stream's that is not captured
 
     def addresses(self) -> tuple[int, int]:
         """partials, arrivals."""
         if is_capturing(self.stream):
-            if not self.partials:
-                self.own.is_captured = True
-            arrivals = self.arrivals or self.memory.captured(self.stream, self.plan.num_arrivals)
-        else:
-            arrivals = self.arrivals or self.own_arrivals()
-        return self.partials or self.own.partials, arrivals
+            return self.captured()
+        if self.own is None:
+            self.own = self.workspace(0 if self.arrivals else self.plan.num_arrivals)
+        return self.partials or self.own.partials, self.arrivals or self.own.arrivals
 
-    def own_arrivals(self) -> int:
-        """The stream's."""
-        self.own = self.own or self.own_workspace()
-        return self.own.arrivals
+    def captured(self) -> tuple[int, int]:
+        """Those of a launch that goes into a graph."""
+        partials = self.partials
+        if not partials:
+            workspace = self.workspace(0)
+            workspace.is_captured = True
+            partials = workspace.partials
+        return partials, self.arrivals or self.memory.captured(self.stream, self.plan.num_arrivals)
 
-    def own_workspace(self) -> Workspace:
+    def workspace(self, num_arrivals: int) -> Workspace:
         """The library's of this stream."""
-        return self.memory.workspace(
-            self.stream, 0 if self.partials else self.plan.partial_bytes, self.plan.num_arrivals
-        )
+        return self.memory.workspace(self.stream, 0 if self.partials else self.plan.partial_bytes, num_arrivals)
 
 
 # By Launch.scratch.

@@ -44,12 +44,18 @@ SEMAPHORE_BYTES = 64  # at least a sem_t
 
 
 def allocate(nbytes: int, what: str) -> int:
-    """Device memory full of zeros on the current context; returns its address.
+    """Device memory on the current context, within captures too; returns its address."""
+    with capture_rules_relaxed():
+        return int(checked(driver.cuMemAlloc(nbytes), f"allocating {what}"))
+
+
+def allocate_zeros(nbytes: int, what: str) -> int:
+    """The same, full of zeros; outside of captures of the calling thread.
 
     Waits for no stream but one of its own: to wait for the context would end the captures there.
     """
+    address = allocate(nbytes, what)
     with capture_rules_relaxed():
-        address = int(checked(driver.cuMemAlloc(nbytes), f"allocating {what}"))
         stream = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), f"clearing {what}")
         try:
             checked(driver.cuMemsetD8Async(address, 0, nbytes, stream), f"clearing {what}")
@@ -66,7 +72,7 @@ class Counters:
     """The counters of one CUDA context, 2 MB of device memory."""
 
     def __init__(self):
-        self.base = allocate(NUM_COUNTERS * SPACING, "the counters")
+        self.base = allocate_zeros(NUM_COUNTERS * SPACING, "the counters")
         self.free = [(0, NUM_COUNTERS)]  # (first, how many), apart, in order
 
     def take(self, num_ints: int = 1) -> int:
@@ -98,14 +104,11 @@ class Counters:
 class Workspace:
     """Scratch memory for split-KV: addresses and sizes. One that `is_captured` is a graph's, for good."""
 
-    partials: int
-    partial_bytes: int
-    arrivals: int
-    num_arrivals: int
+    partials: int = 0
+    partial_bytes: int = 0
+    arrivals: int = 0
+    num_arrivals: int = 0
     is_captured: bool = False
-
-    def is_enough_for(self, partial_bytes: int, num_arrivals: int) -> bool:
-        return self.partial_bytes >= partial_bytes and self.num_arrivals >= num_arrivals
 
 
 @dataclass(slots=True)
@@ -151,12 +154,16 @@ class Memory:
             return holding.counters[-1][0]
 
     def workspace(self, stream: int, partial_bytes: int, num_arrivals: int) -> Workspace:
-        """The stream's (a handle), made or grown if it must be, within a capture too."""
+        """The stream's (a handle), made or grown if it must be; within a capture without arrival counts only."""
         with self.lock:
             own = self.of_streams.setdefault(stream_key(stream), Holding()).workspaces
-            if not own or not own[-1].is_enough_for(partial_bytes, num_arrivals):
-                own.append(self._spare_or_new(own[-1] if own else None, partial_bytes, num_arrivals))
-            return own[-1]
+            if not own or own[-1].partial_bytes < partial_bytes:
+                own.append(self._spare_or_new(own[-1] if own else None, partial_bytes))
+            found = own[-1]
+            if found.num_arrivals < num_arrivals:
+                count = max(num_arrivals, 2 * found.num_arrivals)
+                found.arrivals, found.num_arrivals = allocate_zeros(4 * count, "arrival counts"), count
+            return found
 
     def thread_ends(self, key: int) -> None:
         """The calling thread ends, whose default stream has this key."""
@@ -183,24 +190,18 @@ class Memory:
             )
         return address
 
-    def _spare_or_new(self, outgrown: Workspace | None, partial_bytes: int, num_arrivals: int) -> Workspace:
-        """A workspace of at least these sizes, and twice the outgrown one's: few of them are ever made."""
+    def _spare_or_new(self, outgrown: Workspace | None, partial_bytes: int) -> Workspace:
+        """A workspace of at least this size, and twice what is too small: few of them are ever made."""
+        if not partial_bytes:
+            return Workspace()
         self._reclaim()
         for workspace in self.spare:
-            if workspace.is_enough_for(partial_bytes, num_arrivals):
+            if workspace.partial_bytes >= partial_bytes:
                 self.spare.remove(workspace)
                 return workspace
-        outgrown = outgrown or max(self.spare, key=lambda spare: spare.partial_bytes, default=None)
-        if outgrown is not None:
-            partial_bytes = max(partial_bytes, 2 * outgrown.partial_bytes)
-            num_arrivals = max(num_arrivals, 2 * outgrown.num_arrivals)
-        partial_bytes = max(partial_bytes, SPACING)
-        return Workspace(
-            allocate(partial_bytes, "a workspace"),
-            partial_bytes,
-            allocate(4 * num_arrivals, "a workspace"),
-            num_arrivals,
-        )
+        too_small = [workspace.partial_bytes for workspace in (*self.spare, *([outgrown] if outgrown else []))]
+        nbytes = max([partial_bytes, *(2 * size for size in too_small)])
+        return Workspace(allocate(nbytes, "a workspace"), nbytes)
 
     def _reclaim(self) -> None:
         """Take back what graphs and threads held that are gone."""
@@ -249,7 +250,9 @@ def end_of(graph) -> Callable[[], bool]:
     flags = driver.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
     token = checked(driver.cuUserObjectCreate(semaphore, post, 1, flags), "following a captured graph")
     move = driver.CUuserObjectRetain_flags.CU_GRAPH_USER_OBJECT_MOVE
-    checked(driver.cuGraphRetainUserObject(graph, token, 1, move), "following a captured graph")
+    (failed,) = driver.cuGraphRetainUserObject(graph, token, 1, move)
+    if failed:  # a graph that cannot be followed keeps what it has
+        return lambda: False
 
     def is_over() -> bool:
         if libc.sem_trywait(semaphore):

@@ -27,7 +27,7 @@ tell(eager=eager, captured=captured, broken=number("num_broken"), after=memory(S
     assert all(first[1:] == second[1:] and third[1] not in partials for first, second, third in told["captured"])
     arrivals = [addresses[0] for capture in told["captured"] for addresses in capture]
     assert len(set(arrivals)) == len(arrivals) == 9
-    assert told["after"][0] == told["captured"][0][2][1], "the stream's own, which the capture has grown"
+    assert told["after"][0] == told["captured"][0][2][1], "the stream's own, grown by the capture"
 
 
 def test_a_captured_launch_keeps_its_streams_workspace(run):

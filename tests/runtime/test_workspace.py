@@ -26,6 +26,7 @@ def allocated(monkeypatch):
         return address
 
     monkeypatch.setattr(module, "allocate", allocate)
+    monkeypatch.setattr(module, "allocate_zeros", allocate)
     monkeypatch.setattr(module, "capture_rules_relaxed", nullcontext)
     return made
 
@@ -94,22 +95,31 @@ def test_workspaces_grow_and_do_not_shrink(allocated):
     memory = Memory()
     counters = {*allocated.items()}
     first = memory.workspace(1, 1000, 8)
-    assert first.is_enough_for(1000, 8) and spans_of(first) == {*allocated.items()} - counters
+    assert spans_of(first) == {*allocated.items()} - counters == {(first.partials, 1000), (first.arrivals, 32)}
     assert memory.workspace(1, 1000, 8) is memory.workspace(1, 1, 1) is first
     larger = memory.workspace(1, 1001, 1)
-    assert larger.is_enough_for(2000, 16), "twice as much: few are ever made"
+    assert larger.partial_bytes >= 2000, "twice as much: few are ever made"
     assert not spans_of(first) & spans_of(larger), "a graph may hold the old one"
-    assert memory.workspace(1, 2000, 16) is memory.workspace(1, 5, 5) is larger
-    most = memory.workspace(1, 5, 1000)
-    assert most.is_enough_for(4000, 1000) and memory.workspace(1, 4000, 1000) is most
-    assert len(allocated) == 7
+    assert memory.workspace(1, 2000, 1) is memory.workspace(1, 5, 0) is larger
+    assert memory.workspace(1, 5, 1000) is larger and larger.num_arrivals >= 1000 and larger.partial_bytes >= 2000
+    assert len(allocated) == 6
 
 
 def test_arrivals_alone(allocated):
     """What a launch needs whose partial results lie in the caller's workspace."""
     memory = Memory()
+    made = len(allocated)
     mine = memory.workspace(1, 0, 8)
-    assert mine.num_arrivals >= 8 and memory.workspace(1, 0, 8) is mine
+    assert mine.num_arrivals >= 8 and memory.workspace(1, 0, 8) is mine and len(allocated) == made + 1
+
+
+def test_partial_results_alone(allocated):
+    """What a captured launch needs, whose arrival counts are among the counters."""
+    memory = Memory()
+    made = len(allocated)
+    mine = memory.workspace(1, 1000, 0)
+    assert mine.partial_bytes >= 1000 and len(allocated) == made + 1
+    assert memory.workspace(1, 1000, 8) is mine and mine.num_arrivals >= 8
 
 
 def test_streams_have_workspaces_of_their_own(allocated):
@@ -120,7 +130,7 @@ def test_streams_have_workspaces_of_their_own(allocated):
 
 
 def test_a_spare_workspace_is_used_before_another_is_made(allocated):
-    """The smallest need takes it too; where it is too small, the next one is twice as large, so that few are left."""
+    """A smaller need takes it too; where it is too small, the next one is twice as large, so that few are left."""
     memory = Memory()
     memory.spare = [memory.workspace(1, 1000, 8)]
     memory.of_streams.clear()
@@ -128,7 +138,7 @@ def test_a_spare_workspace_is_used_before_another_is_made(allocated):
     assert memory.workspace(3, 500, 8) is spare and not memory.spare and len(allocated) == made
     memory.spare = [spare]
     larger = memory.workspace(4, 1001, 8)
-    assert larger.is_enough_for(2000, 16) and memory.spare == [spare]
+    assert larger.partial_bytes >= 2000 and memory.spare == [spare]
 
 
 # ---- whole calls -----------------------------------------------------------------------------------------------------
