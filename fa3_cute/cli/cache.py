@@ -2,14 +2,19 @@
 without asking and says how many files and bytes that were. A kernel is found by its name and a hash of all that it
 depends on: after a change of sources, options or versions, old files stay behind unused.
 
+`export DIR` copies those kernels of the tables that this installation would load, for an image or a wheel: a process
+that names DIR in FA3_CUTE_CACHE_PATH reads them there. `list` and `path` show such folders too, nothing writes to them.
+
 Other files in the folder are left alone, temporary ones of a process that died are cleared after an hour. Exit status
-1 if a file could not be removed, 2 if the folder cannot be read or there is none because the user has no home folder.
-FA3_CUTE_CACHE_DIR moves it.
+1 if a file could not be removed or there is no kernel to copy, 2 if the folder cannot be read or written, or if there
+is none because the user has no home folder. FA3_CUTE_CACHE_DIR moves it.
 """
 
 import json
 import sys
+from pathlib import Path
 
+from ..planning.tables import all_configs
 from ..runtime import disk_cache
 from .table import Table
 
@@ -20,47 +25,78 @@ UNITS = (("s", 60), ("min", 60), ("h", 24))
 
 def add_arguments(parser) -> None:
     parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("dir", nargs="?", type=Path, metavar="DIR", help="of export: the folder to copy to")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(args) -> int:
+    if (args.dir is None) == (args.action == "export"):
+        print("cache: export, and nothing else, takes a folder: cache export DIR", file=sys.stderr)
+        return 2
     folder = disk_cache.cache_dir()
-    if folder is None:
+    if folder is None and args.action != "export":  # which may read from folders that are only read
         print(f"cache: {disk_cache.folder_problem()}", file=sys.stderr)
         return 2
     answer, say = ACTIONS[args.action]
     try:
-        facts = {"path": str(folder)} | answer()
+        facts = {"path": folder and str(folder)} | (answer(args.dir) if args.dir else answer())
     except OSError as error:
-        print(f"cache: {folder} cannot be read: {error}", file=sys.stderr)
+        doing = f"{args.dir} cannot be written" if args.dir else f"{folder} cannot be read"
+        print(f"cache: {doing}: {error}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
         say(facts)
-    return 1 if facts.get("left") else 0
+    return 1 if facts.get("left") or facts.get("files") == 0 and args.action == "export" else 0
 
 
 def path() -> dict:
     folder = disk_cache.cache_dir()
-    return {"exists": folder is not None and folder.is_dir()}
+    return {"exists": folder is not None and folder.is_dir()} | read_only()
 
 
 def list_entries() -> dict:
     found = disk_cache.entries()
-    rows = [
-        {"name": entry.name, "file": entry.path.name, "bytes": entry.nbytes, "seconds_old": round(entry.seconds_old)}
-        for entry in found
-    ]
-    return totals(found) | {"entries": rows}
+    return totals(found) | {"entries": [row(entry) for entry in found]} | read_only()
+
+
+def row(entry: disk_cache.Entry) -> dict:
+    return {
+        "name": entry.name,
+        "file": entry.path.name,
+        "bytes": entry.nbytes,
+        "seconds_old": round(entry.seconds_old),
+    }
+
+
+def read_only() -> dict:
+    """The folders of FA3_CUTE_CACHE_PATH, with what is wrong with them."""
+    found = []
+    for folder in disk_cache.read_only_dirs():
+        problem = disk_cache.read_only_problem(folder)
+        found.append({"path": str(folder), "problem": problem} | totals([] if problem else disk_cache.entries(folder)))
+    return {"read_only": found}
 
 
 def clear() -> dict:
     return totals(disk_cache.clear()) | {"left": len(disk_cache.entries())}
 
 
+def export(folder: Path) -> dict:
+    """Copies of the kernels of the tables; missing are those that were not compiled here."""
+    from ..runtime.compiler import cache_key  # the DSL takes half a second to import
+
+    configs = all_configs()
+    paths = [path for cfg in configs if (path := disk_cache.export(folder, cfg.name, cache_key(cfg)))]
+    nbytes = sum(path.stat().st_size for path in paths)
+    return {"to": str(folder), "files": len(paths), "bytes": nbytes, "missing": len(configs) - len(paths)}
+
+
 def say_path(facts: dict) -> None:
     print(facts["path"])
+    for folder in facts["read_only"]:
+        print(f"{folder['path']} (only read)")
 
 
 def say_entries(facts: dict) -> None:
@@ -69,6 +105,14 @@ def say_entries(facts: dict) -> None:
         for entry in facts["entries"]:
             table.print_row([entry["name"] or LEFTOVER, f"{entry['bytes'] / 1000:.1f}", age(entry["seconds_old"])])
     print(f"{size(facts)} in {facts['path']}")
+    for folder in facts["read_only"]:
+        print(folder["problem"] or f"{size(folder)} in {folder['path']}, which is only read")
+
+
+def say_exported(facts: dict) -> None:
+    print(f"copied {size(facts)} to {facts['to']}")
+    if facts["missing"]:
+        print(f"{facts['missing']} kernels of the tables are not in the cache: `compile` makes them")
 
 
 def say_cleared(facts: dict) -> None:
@@ -78,7 +122,12 @@ def say_cleared(facts: dict) -> None:
 
 
 # By the action's name: what it does and answers, and how that is said.
-ACTIONS = {"list": (list_entries, say_entries), "path": (path, say_path), "clear": (clear, say_cleared)}
+ACTIONS = {
+    "list": (list_entries, say_entries),
+    "path": (path, say_path),
+    "clear": (clear, say_cleared),
+    "export": (export, say_exported),
+}
 
 
 def totals(found: list[disk_cache.Entry]) -> dict:

@@ -97,7 +97,8 @@ def compile_row(cfg: Config) -> dict:
     from ..runtime import compiler
 
     try:
-        compiler.get_kernel(cfg)
+        with compiler.in_this_process():  # which `spread` started for that
+            compiler.get_kernel(cfg)
         report = compiler.compile_report(cfg)
     except compiler.CompileError as error:
         return {"name": cfg.name, "config": cfg.as_dict(), "problems": [str(error)]}

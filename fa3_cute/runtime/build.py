@@ -9,10 +9,10 @@ import threading
 from importlib import import_module
 from typing import Any
 
+from .dsl import cutlass, dsl_settings, runtime_library  # first: kernels/ import the DSL as it is by then
 from ..contract.arguments import pointer_facts
 from ..kernels.common.layout import ELEMENT_TYPES
 from ..planning.config import KernelConfig
-from .dsl import cutlass, dsl_settings, runtime_library
 
 ARCH = "sm_90a"
 # The host code of an object is for every machine of its kind, not for the one that compiles: objects travel.
@@ -74,8 +74,8 @@ def object_of(cfg: KernelConfig) -> bytes:
         with _lock:
             ctypes.CDLL(runtime_library(), mode=ctypes.RTLD_GLOBAL)  # the exporter links against it
             return compiled.dump_to_object(cfg.name)
-    except Exception as error:
-        raise CompileError(f"{cfg.name} could not be exported: {plain_text(error)}") from error
+    except Exception as error:  # the DSL takes a full disk for its own fault: the cause says more
+        raise CompileError(f"{cfg.name} could not be exported: {plain_text(error.__cause__ or error)}") from error
 
 
 def plain_text(error: object) -> str:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fa3_cute.runtime import disk_cache
 from fa3_cute.cli import main
 from fa3_cute.cli.cache import age
+from fa3_cute.planning.tables import all_configs, forward_config
+from fa3_cute.runtime import compiler, disk_cache
 
 KEY = "0123456789abcdef" * 4
+CFG = forward_config("bf16", 64, "causal", True, False)
 
 
 def answer(capsys, *argv: str) -> tuple[int, dict]:
@@ -25,6 +27,7 @@ def folder(tmp_path, monkeypatch):
     """A cache folder that does not exist yet."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("FA3_CUTE_CACHE_DIR", str(folder))
+    monkeypatch.delenv("FA3_CUTE_CACHE_PATH", raising=False)
     return folder
 
 
@@ -50,7 +53,8 @@ def test_entries(folder):
 
 
 def test_cache_list(folder, capsys):
-    assert answer(capsys, "cache", "list") == (0, {"path": str(folder), "files": 0, "bytes": 0, "entries": []})
+    nothing = {"path": str(folder), "files": 0, "bytes": 0, "entries": [], "read_only": []}
+    assert answer(capsys, "cache", "list") == (0, nothing)
     fill(folder)
     status, said = answer(capsys, "cache", "list")
     assert (status, said["files"], said["bytes"]) == (0, 3, 2 * (4 + disk_cache.TRAILER_BYTES) + 5)
@@ -89,7 +93,62 @@ def test_cache_clear_says_what_is_left(folder, monkeypatch, capsys):
 def test_cache_path(folder, capsys):
     assert main(["cache", "path"]) == 0
     assert capsys.readouterr().out == f"{folder}\n"
-    assert answer(capsys, "cache", "path") == (0, {"path": str(folder), "exists": False})
+    assert answer(capsys, "cache", "path") == (0, {"path": str(folder), "exists": False, "read_only": []})
+
+
+def test_cache_export(folder, tmp_path, monkeypatch, capsys):
+    """17: what this installation would load, to where another one reads it."""
+    disk_cache.store(CFG.name, compiler.cache_key(CFG), b"code")
+    disk_cache.store(CFG.name, KEY, b"of other sources")
+    shipped = tmp_path / "shipped"
+    status, said = answer(capsys, "cache", "export", str(shipped))
+    (path,) = shipped.iterdir()
+    missing = len(all_configs()) - 1
+    nbytes = 4 + disk_cache.TRAILER_BYTES
+    assert status == 0 and said["missing"] == missing
+    assert (said["to"], said["files"], said["bytes"]) == (str(shipped), 1, nbytes)
+    assert main(["cache", "export", str(shipped)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"copied 1 file, {nbytes} bytes to {shipped}",
+        f"{missing} kernels of the tables are not in the cache: `compile` makes them",
+    ]
+    assert main(["cache", "clear"]) == 0
+    monkeypatch.setenv("FA3_CUTE_CACHE_PATH", str(shipped))
+    assert disk_cache.find(CFG.name, compiler.cache_key(CFG)) == path
+
+
+def test_cache_export_of_nothing(folder, tmp_path, capsys):
+    assert main(["cache", "export", str(tmp_path / "shipped")]) == 1
+    assert not (tmp_path / "shipped").exists()
+    disk_cache.store(CFG.name, compiler.cache_key(CFG), b"code")
+    (tmp_path / "file").write_text("in the way")
+    capsys.readouterr()
+    assert main(["cache", "export", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["export"], ["list", "somewhere"], ["clear", "somewhere"]])
+def test_a_folder_is_exports(words, folder, capsys):
+    assert main(["cache", *words]) == 2
+    assert "cache export DIR" in capsys.readouterr().err
+
+
+def test_folders_that_are_only_read_are_shown(folder, tmp_path, monkeypatch, capsys):
+    """17."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(mode=0o755)
+    second.mkdir()
+    second.chmod(0o777)
+    (first / f"fwd-{KEY[:32]}.o").write_bytes(b"12345")
+    monkeypatch.setenv("FA3_CUTE_CACHE_PATH", f"{first}{os.pathsep}{second}")
+    assert main(["cache", "list"]) == 0
+    own, good, bad = capsys.readouterr().out.splitlines()
+    assert own == f"0 files, 0 bytes in {folder}" and good == f"1 file, 5 bytes in {first}, which is only read"
+    assert bad.startswith(f"{second} belongs to another user than root, or others may write to it")
+    assert main(["cache", "path"]) == 0
+    assert capsys.readouterr().out == f"{folder}\n{first} (only read)\n{second} (only read)\n"
+    status, said = answer(capsys, "cache", "path")
+    assert [(row["path"], row["files"]) for row in said["read_only"]] == [(str(first), 1), (str(second), 0)]
 
 
 def test_no_cache(folder, monkeypatch, capsys):
