@@ -4,10 +4,10 @@ import inspect
 import re
 
 import pytest
-from documents import API, FIELDS, both_languages
+from documents import API, API_ZH, FIELDS, both_languages
 
 import fa3_cute
-from fa3_cute.contract.params import ARGUMENTS
+from fa3_cute.contract.params import ARGUMENTS, FORWARD
 from fa3_cute.contract.status import Status
 
 
@@ -60,12 +60,22 @@ def test_a_wrong_field_table_is_found(page, old, new):
     assert old in text and sorted(fields_in(text.replace(old, new))) != sorted(FIELDS)
 
 
-# Words of a type column for what a field's description says; "" stands for a cell that is left empty.
-ELEMENT_WORDS = {"input": "", "output": "", "bytes": "", "float32": "FP32", "int32": "int32"}
+# What a row must say of its field's description.
+ELEMENT_WORDS = {"float32": "FP32", "int32": "int32"}
+KIND_WORDS = {
+    "pointer": {"pointer", "指针"},
+    "size": {"int"},
+    "count": {"int"},
+    "stride": {"int"},
+    "number": {"number", "float"},
+    "flag": {"bool"},
+    "choice": {"DataType", "AttentionMode"},
+}
+PACKED_WORDS = {"packed", "变长"}  # of fields that the prefill kernel alone takes
 
 
 def wrong_descriptions(text: str) -> list[str]:
-    """Fields whose row contradicts their description: the code of a refusal, or what a pointer points at."""
+    """Fields whose row contradicts their description: the code of a refusal, kind, element, alignment, takers."""
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `[^`]+` \| ([^|]*)\| ([^|]+) \|$", text, re.MULTILINE)
     told = [(name, kind.strip(), meaning) for names, kind, meaning in rows for name in re.findall(r"\w+", names)]
     return [name for name, kind, meaning in told if is_wrong(ARGUMENTS[name], kind, meaning)]
@@ -74,8 +84,17 @@ def wrong_descriptions(text: str) -> list[str]:
 def is_wrong(argument, kind: str, meaning: str) -> bool:
     if argument.refused:
         return bool(kind) or re.findall(r"(?<!\w)-\d+", meaning) != [str(int(argument.refused))]
-    said_elements = {word for word in ("FP32", "int32") if word in kind}
-    return not kind or said_elements != ({ELEMENT_WORDS.get(argument.element, "")} - {""})
+    words = set(re.findall(r"[A-Za-z]\w*|指针", kind.partition("`")[0]))
+    alignments = [int(number) for number in re.findall(r"(\d+)(?:-byte aligned| 字节对齐)", kind)]
+    element = ELEMENT_WORDS.get(argument.element)
+    return not (
+        words & {word for kinds in KIND_WORDS.values() for word in kinds}
+        in ({word} for word in KIND_WORDS[argument.kind])
+        and words & set(ELEMENT_WORDS.values()) == ({element} if element else set())
+        and alignments == ([argument.alignment] if argument.kind == "pointer" else [])
+        and (not argument.is_fp8 or "FP8" in meaning)
+        and (argument.takers != (FORWARD,) or any(word in meaning for word in PACKED_WORDS))
+    )
 
 
 @both_languages
@@ -87,14 +106,26 @@ def test_field_table_agrees_with_the_descriptions(page):
     "old, new, field",
     [
         ("-14", "-15", "page_table"),
-        ("int32 `[batch]`", "FP32 `[batch]`", "seqused_q"),
         ("| `workspace_bytes` | `0` | int", "| `workspace_bytes` | `0` | int32", "workspace_bytes"),
+        ("| `workspace_bytes` | `0` | int", "| `workspace_bytes` | `0` | bool", "workspace_bytes"),
+        ("`seqused_k` | `None` | {}int32", "`seqused_k` | `None` | {}FP32", "seqused_q"),
+        ("`seqused_k` | `None` | {}int32", "`seqused_k` | `None` | int32", "seqused_q"),
+        ("`v` | `None` | {}16", "`v` | `None` | {}8", "k"),
+        ("| `is_causal` | `False` | bool", "| `is_causal` | `False` | int", "is_causal"),
+        ("FP8", "FP6", "q_descale_head_stride"),
     ],
 )
 @both_languages
 def test_a_wrong_description_is_found(page, old, new, field):
-    text = page.read_text()
+    text, pointer = page.read_text(), "指针，" if page == API_ZH else "pointer, "
+    old, new = old.format(pointer), new.format(pointer)
     assert old in text and field in wrong_descriptions(text.replace(old, new))
+
+
+@both_languages
+def test_a_field_of_packed_calls_that_does_not_say_so_is_found(page):
+    text = re.sub("|".join(PACKED_WORDS), "", page.read_text())
+    assert wrong_descriptions(text) == ["cu_seqlens_q", "cu_seqlens_k"]
 
 
 def test_attention_signature_matches_its_table():
