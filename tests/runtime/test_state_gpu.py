@@ -1,0 +1,203 @@
+"""What launches keep from call to call, on the GPU: for contexts, threads, streams and graphs, and what comes back."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import DECODE, FAMILIES, Case
+from check import check, make_problem, params_of, results, run
+from cuda.bindings import driver
+
+from fa3_cute import attention, forward, warmup, workspace_size
+from fa3_cute.arrays import dlpack
+from fa3_cute.arrays import memory as cuda
+from fa3_cute.runtime import scratch
+from fa3_cute.runtime.cuda_driver import checked
+
+pytestmark = pytest.mark.gpu
+
+SUPPORT = Path(__file__).parents[1] / "support"
+SPLIT = replace(DECODE[0], seqlen_k=900)
+SPLITS = 128  # merge through scratch memory
+
+
+def captured(stream, *calls, mode="global"):
+    """`forward` of these params as a graph; in this mode CUDA forbids the most while it is captured."""
+    builder = stream.create_graph_builder().begin_building(mode)
+    for params in calls:
+        forward(params, builder).check()
+    return builder.end_building().complete()
+
+
+def poison(problem, stream) -> None:
+    problem.out.poison(stream)
+    problem.lse.poison(stream)
+
+
+# ---- contexts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["reset", "destroyed"])
+def test_calls_after_their_context_has_ended(way, device):
+    """In a process of its own: right results in the next context, which mostly has the handle of the last."""
+    paths = [str(SUPPORT.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, str(SUPPORT / "lost_contexts.py"), way]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert not answer["differing"] and max(answer["distances"]) < 0.01
+
+
+# ---- threads and streams ---------------------------------------------------------------------------------------------
+
+
+def test_ended_threads_hand_their_workspaces_on(device, monkeypatch):
+    """30 threads, one after the other, each with its own default stream: not 30 workspaces."""
+    made = []
+    allocate = scratch.allocate
+    monkeypatch.setattr(scratch, "allocate", lambda nbytes, what: made.append(nbytes) or allocate(nbytes, what))
+    problem = make_problem(SPLIT)
+    params = params_of(problem, num_splits=SPLITS)
+    statuses = []
+
+    def work():
+        device.set_current()
+        statuses.append(forward(params, scratch.PER_THREAD_STREAM))
+        checked(driver.cuStreamSynchronize(scratch.PER_THREAD_STREAM), "waiting for the thread's stream")
+
+    for _ in range(30):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert statuses == [0] * 30
+    assert len(made) <= 8, "two pieces of memory each, for a few threads at most"
+    check(problem, *results(problem, device.default_stream))
+
+
+def test_the_handle_of_a_destroyed_stream_comes_back_after_its_work(device):
+    """What counters and workspaces that go by the handle rely on."""
+    size = 4 << 30
+    memory = cuda.allocate(size)
+    flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+
+    def new_stream():
+        return checked(driver.cuStreamCreate(flags), "creating a stream")
+
+    was_pending = []
+    for _ in range(4):
+        stream, event = new_stream(), checked(driver.cuEventCreate(0), "creating an event")
+        for _ in range(64):  # some hundred milliseconds
+            checked(driver.cuMemsetD8Async(cuda.address(memory), 0, size, stream), "filling")
+        checked(driver.cuEventRecord(event, stream), "recording")
+        handle = int(stream)
+        checked(driver.cuStreamDestroy(stream), "destroying")
+        others = [new_stream() for _ in range(16)]
+        was_pending.append(driver.cuEventQuery(event)[0] == driver.CUresult.CUDA_ERROR_NOT_READY)
+        assert not was_pending[-1] or handle not in map(int, others)
+        checked(driver.cuEventSynchronize(event), "waiting")
+        for other in others:
+            checked(driver.cuStreamDestroy(other), "destroying")
+    assert any(was_pending), "the work was too short to show anything"
+
+
+# ---- captures --------------------------------------------------------------------------------------------------------
+
+
+def test_captures_on_new_streams_after_eager_calls(device):
+    """PyTorch's recipe: some calls on a side stream, then a capture on a stream of its own; and another one."""
+    problem = make_problem(SPLIT)
+    params = params_of(problem, num_splits=SPLITS)
+    side, *streams = (device.create_stream() for _ in range(4))
+    for _ in range(3):
+        forward(params, side).check()
+    side.sync()
+    graphs = [captured(stream, params) for stream in streams]
+    for graph, stream in zip(graphs, streams, strict=True):
+        poison(problem, stream)
+        graph.launch(stream)
+        check(problem, *results(problem, stream))
+    forward(params, streams[0]).check()
+    check(problem, *results(problem, streams[0]))
+
+
+def test_calls_beside_the_capture_of_another_thread(device, stream):
+    """First calls on a stream, which allocate, and attention() without out leave that capture alone."""
+    case = Case("fp16", 128, True, 4, 2, 300, 400, has_lse=False)
+    plain, split, recorded = make_problem(case), make_problem(SPLIT), make_problem(case)
+    expected, _ = run(plain, stream)
+    own, capturing = device.create_stream(), device.create_stream()
+    arrays = []
+    for tensor in (plain.q, plain.k, plain.v):
+        array = dlpack.new_array("an input", tensor.array.shape, "float16", own, device.device_id)
+        cuda.upload(tensor.array, array.buffer, stream=own)
+        arrays.append(array)
+    warmup(params_of(split, num_splits=1), own).check()
+
+    def work():
+        forward(params_of(split, num_splits=SPLITS), own).check()
+        return attention(*arrays, causal=True, stream=own)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(device.set_current).result()
+        builder = capturing.create_graph_builder().begin_building("global")
+        forward(params_of(recorded), builder).check()
+        out = pool.submit(work).result()
+    graph = builder.end_building().complete()
+    graph.launch(capturing)
+    check(recorded, *results(recorded, capturing))
+    check(split, *results(split, own))
+    assert cuda.download(out.buffer, out.shape, np.float16, stream=own).tobytes() == expected.tobytes()
+
+
+# ---- counters --------------------------------------------------------------------------------------------------------
+
+
+def test_counters_of_destroyed_graphs_come_back(device):
+    """More captured launches than there are counters, some at a time."""
+    stream, launches = device.create_stream(), 500
+    problem = make_problem(FAMILIES[0])
+    params = params_of(problem)
+    warmup(params, stream).check()
+    for _ in range(scratch.NUM_COUNTERS // launches + 20):
+        graph = captured(stream, *[params] * launches)
+        graph.close()
+    graph = captured(stream, params)
+    graph.launch(stream)
+    check(problem, *results(problem, stream))
+
+
+@pytest.mark.parametrize(
+    "case, choices", [(FAMILIES[0], {}), (SPLIT, {"num_splits": SPLITS})], ids=["prefill", "split decode"]
+)
+def test_the_callers_counters(case, choices, device):
+    """As many as the field asks for; eager, captured and replayed, they are 0 afterwards, and what lies behind is as it
+    was."""
+    stream, other = device.create_stream(), device.create_stream()
+    problem = make_problem(case)
+    params = params_of(problem, **choices)
+    nbytes = max(4, -(-workspace_size(params) // 8))
+    buffer = cuda.allocate(nbytes + 256)
+    cuda.fill(buffer, 0xFF)
+    cuda.fill(cuda.window(buffer, 0, nbytes), 0)
+    params.tile_counter = cuda.address(buffer)
+    forward(params, stream).check()
+    check(problem, *results(problem, stream))
+    graph = captured(stream, params)
+    for _ in range(3):
+        poison(problem, stream)
+        forward(params, stream).check()
+        poison(problem, stream)
+        graph.launch(stream)
+    check(problem, *results(problem, stream))
+    graph.launch(other)
+    other.sync()
+    whole = cuda.download(buffer, (buffer.size,), np.uint8, stream=other)
+    assert not whole[:nbytes].any() and (whole[nbytes:] == 0xFF).all()
