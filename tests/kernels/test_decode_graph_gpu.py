@@ -9,7 +9,6 @@ from images import POISON
 from workspaces import ALTERNATING, SEVERAL_CLUSTERS, SOME, Workspace
 
 from fa3_cute import forward, warmup, workspace_size
-from fa3_cute.arrays import memory as cuda
 
 pytestmark = pytest.mark.gpu
 
