@@ -161,9 +161,9 @@ class _Repeatable:
             if descales is None or not self.is_fp8 and any(descales):
                 return False
             addresses += descales if self.is_fp8 else ()
-        handle = stream if type(stream) is int else _launcher().resolve_stream(stream)
+        handle = stream if type(stream) is int and stream >= 0 else _launcher().resolve_stream(stream)
         if not self.call.repeat(addresses, handle):
-            self.call.launch(addresses, handle)
+            self.call.launch(addresses, _launcher().resolve_stream(handle))
         return True
 
 
@@ -226,6 +226,8 @@ def _launcher():
 
 def _failure(error: RuntimeError) -> Status:
     """Record what a launch raised under its status; what is no row of the table is a bug and goes on up."""
+    if isinstance(error, FlashAttentionError):  # of a stream that is none
+        return record_error(Status(error.code), error.detail)
     from .runtime.compiler import CompileError
 
     launch = _launcher()
@@ -280,7 +282,7 @@ def attention(
 
     On a device: arrays of any library with DLPack or `__cuda_array_interface__`, all on the stream's device (of a
     default stream: the current one). Returns at once, with the work enqueued on the stream behind what the libraries
-    have enqueued on the arrays so far. Without `out` the result is new memory, a DeviceArray (interop.py), which
+    have enqueued on the arrays so far. Without `out` the result is new memory, a DeviceArray (arrays/dlpack.py), which
     libraries take over without a copy: `torch.from_dlpack(out)`; their streams then wait for this one. What uses a
     given `out` on another stream has to wait for this one itself. The arrays must live until the stream has done the
     call's work: those of a library that frees memory in the order of this very stream do. JAX's arrays cannot be out.

@@ -217,11 +217,12 @@ def is_off(value) -> bool:
 
 
 def integer(value) -> int | None:
-    """The value as an int; None if it is no integer (bool counts as none)."""
-    if type(value) is int:
+    """The value as an int; None if it is no integer (bool and arrays count as none)."""
+    kind = type(value)
+    if kind is int:
         return value
     try:
-        return None if isinstance(value, bool) else operator.index(value)
+        return None if kind is bool or is_array(kind) else operator.index(value)
     except Exception:  # a foreign class's __index__ may raise anything
         return None
 
@@ -234,7 +235,7 @@ def address(value) -> int | None:
     if value is None:
         return 0
     try:
-        if _holds_address(kind):
+        if holds_address(kind):
             return int(value)
     except Exception:  # a foreign class's __int__ may raise anything
         return None
@@ -242,11 +243,16 @@ def address(value) -> int | None:
 
 
 @cache
-def _holds_address(kind: type) -> bool:
+def holds_address(kind: type) -> bool:
     """Instances have `__int__` and mean it: not a bool, not a fraction, not an array (whose int is its one element)."""
-    is_array = hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__")
     is_fraction = hasattr(kind, "__float__") and not hasattr(kind, "__index__")
-    return hasattr(kind, "__int__") and kind is not bool and not is_array and not is_fraction
+    return hasattr(kind, "__int__") and kind is not bool and not is_array(kind) and not is_fraction
+
+
+@cache
+def is_array(kind: type) -> bool:
+    """Instances are arrays: no numbers, even of one element, which may lie on a device and is never fetched."""
+    return hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__")
 
 
 def is_given(value) -> bool:
@@ -270,8 +276,8 @@ def member(enum: type[IntEnum], value) -> IntEnum | None:
 def is_true(value) -> bool | None:
     """A flag's truth (True, False, 1, 0, NumPy's bools); None if the value is no flag."""
     try:
-        return bool(value) if value in (0, 1) else None
-    except Exception:  # an array of several elements has no truth
+        return bool(value) if not is_array(type(value)) and value in (0, 1) else None
+    except Exception:  # a foreign class may refuse to be compared
         return None
 
 

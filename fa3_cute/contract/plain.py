@@ -5,6 +5,7 @@ means nothing, its field holds BAD, and the rules say so in words.
 """
 
 from collections.abc import Callable
+from numbers import Complex, Real
 from operator import attrgetter
 
 from .params import (
@@ -15,6 +16,7 @@ from .params import (
     FlashAttentionParams,
     address,
     integer,
+    is_array,
     is_given,
     is_off,
     is_true,
@@ -91,7 +93,9 @@ def _number(name: str, value):
     kind = type(value)
     if kind is float or kind is int or value is None:
         return value
-    if kind is bool or hasattr(kind, "__dlpack__") or not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
+    if kind is bool or is_array(kind) or not (hasattr(kind, "__float__") or hasattr(kind, "__index__")):
+        return BAD
+    if isinstance(value, Complex) and not isinstance(value, Real):  # NumPy's have a float, which is their real part
         return BAD
     try:
         return float(value)

@@ -5,7 +5,7 @@ returns a sentence for each thing it objects to: field, value, what is accepted.
 all in about 10 us.
 
 A value of the wrong type is a problem like any other, not an exception: it gets the status of its field, and
-INVALID_ARGUMENT where the field has none. Integers are whatever has `__index__`, except bool.
+INVALID_ARGUMENT where the field has none. Integers are whatever has `__index__`, except bool and arrays.
 """
 
 from collections.abc import Callable, Iterator
@@ -68,8 +68,8 @@ def _heads(p) -> Sentences:
     if bad:
         return [must(p, name, "a positive int") for name in bad]
     if heads_k > heads:
-        return [must(p, "num_heads_k", f"at most num_heads={heads}")]
-    return [must(p, "num_heads", f"a multiple of num_heads_k={heads_k}")] if heads % heads_k else ()
+        return [must(p, "num_heads_k", f"at most num_heads={shown(heads)}")]
+    return [must(p, "num_heads", f"a multiple of num_heads_k={shown(heads_k)}")] if heads % heads_k else ()
 
 
 def _causal_window(p) -> Sentences:
@@ -123,11 +123,11 @@ def _sizes(p) -> Sentences:
     splits = max(1, p.num_splits) if type(p.num_splits) is int else 1
     if heads * tiles * splits <= MAX_TILES:
         return ()
-    times = f", num_splits={splits}" if splits > 1 else ""
+    times = f", num_splits={shown(splits)}" if splits > 1 else ""
     return [
         (
-            f"batch_size={batch}, num_heads={heads}, {rows_q}={rows}{times}: must make at most {MAX_TILES} tiles of "
-            f"{SMALLEST_TILE_M} rows, not {heads * tiles * splits}"
+            f"batch_size={batch}, num_heads={shown(heads)}, {rows_q}={rows}{times}: must make at most {MAX_TILES} "
+            f"tiles of {SMALLEST_TILE_M} rows, not {shown(heads * tiles * splits)}"
         )
     ]
 
@@ -179,7 +179,8 @@ def _alignment(p) -> Sentences:
                 )
             )
         elif value % alignment or not 0 <= value < 2**64:
-            found.append(f"{name}={value:#x}: must be a device address aligned to {alignment} bytes")
+            stated = f"{value:#x}" if abs(value) < 2**128 else shown(value)
+            found.append(f"{name}={stated}: must be a device address aligned to {alignment} bytes")
     return found
 
 
@@ -235,7 +236,7 @@ def _workspace(p) -> Sentences:
     size = p.workspace_bytes
     if type(size) is not int or size < 0 or bool(p.workspace) == (size > 0):
         return ()
-    return [f"workspace={shown(getattr(p, 'raw', p).workspace)}, workspace_bytes={size}: must be given together"]
+    return [f"workspace={shown(getattr(p, 'raw', p).workspace)}, workspace_bytes={shown(size)}: must be given together"]
 
 
 def _has_no_descales(p) -> bool:

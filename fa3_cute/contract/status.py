@@ -177,7 +177,12 @@ def record_error(status: Status, detail: str, cause: BaseException | None = None
 
 
 def shown(value) -> str:
-    """A value as one short line: its repr, an enum member as a user writes it, the type's name where repr fails."""
+    """A value as one short line: its repr, an enum member as a user writes it, the type's name where repr fails.
+
+    Of an int too long for a line its bits: Python refuses to print those of thousands of digits.
+    """
+    if isinstance(value, int) and not isinstance(value, Enum) and value.bit_length() > 256:
+        return f"{'-' if value < 0 else ''}<int of {value.bit_length()} bits>"
     if isinstance(value, Enum):
         return f"{type(value).__name__}.{value.name}"
     try:

@@ -11,6 +11,7 @@ from .limits import DIMS, MAX_ROWS, MAX_SIZE, TMA_ALIGNMENT, TMA_STRIDE_BYTES
 from .params import TENSORS, DataType, is_packed, names, tensor_sizes
 from .plain import BAD
 from .sentences import Sentences, is_int, must
+from .status import shown
 
 STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
 DESCALE_STRIDES = names(kind="stride", is_fp8=True)
@@ -90,9 +91,9 @@ def _strides_of(p, tensor: str) -> Sentences:
     contiguous = (rows * heads * head_dim, heads * head_dim, head_dim)
     # Along a dimension of size 1 nothing ever moves: its stride means nothing, and frameworks leave any number there.
     moving = [
-        (f"{name}=None (contiguous: {default})", default, size)
+        (f"{name}=None (contiguous: {shown(default)})", default, size)
         if stride is None
-        else (f"{name}={stride}", stride, size)
+        else (f"{name}={shown(stride)}", stride, size)
         for name, stride, default, size in zip(fields, given, contiguous, sizes, strict=True)
         if size > 1
     ]

@@ -11,6 +11,9 @@ from typing import Any
 from cuda.bindings import driver, runtime
 from cuda.bindings.driver import CUdevice_attribute, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus
 
+from ..contract.params import holds_address
+from ..contract.status import Status, error_for, shown
+
 LAST_SPECIAL_STREAM = 2  # 0, 1 and 2 are the default streams: they belong to whichever device is current
 SUPPORTED_CAPABILITY = (9, 0)
 
@@ -34,15 +37,20 @@ class UnsupportedDevice(RuntimeError):
 def resolve_stream(stream) -> int:
     """Handle of a stream: an int, None (the legacy default stream), or an object with `__cuda_stream__` or `__int__`.
 
-    Raises TypeError for anything else.
+    Raises TypeError for anything else, arrays and fractions too; InvalidCallError for an int that no handle can be.
     """
-    if stream is None:
-        return 0
-    if protocol := getattr(stream, "__cuda_stream__", None):
-        _, stream = protocol()  # (version of the protocol, handle)
-    if isinstance(stream, (bool, float)) or not hasattr(stream, "__int__"):
-        raise TypeError(f"stream must be an int handle, None or have __cuda_stream__, not {type(stream).__name__}")
-    return int(stream)
+    handle = stream
+    if type(handle) is not int:
+        if handle is None:
+            return 0
+        if protocol := getattr(handle, "__cuda_stream__", None):
+            _, handle = protocol()  # (version of the protocol, handle)
+        if not holds_address(type(handle)):
+            raise TypeError(f"stream must be an int handle, None or have __cuda_stream__, not {type(stream).__name__}")
+        handle = int(handle)
+    if not 0 <= handle < 2**64:
+        raise error_for(Status.INVALID_ARGUMENT, f"stream={shown(stream)}: must be a handle, from 0 to 2**64 - 1")
+    return handle
 
 
 @cache
