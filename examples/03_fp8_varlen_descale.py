@@ -1,8 +1,10 @@
 """FP8 E4M3 varlen prefill: packed sequences of 256, 512 and 128 tokens; real value = FP8 value * descale.
 
-First one descale for all, then one per sequence and head: of 16 query heads for Q, of 4 KV heads for K and V. Needs
-ml_dtypes (`pip install 'fa3_cute[dtypes]'`). Without a Hopper GPU: compiles the same kernel, computes it in NumPy.
+First one descale for all, then one per sequence and head: of 16 query heads for Q, of 4 KV heads for K and V. Without a
+Hopper GPU: compiles the same kernel, computes it in NumPy.
 """
+
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -26,7 +28,6 @@ def on_gpu(q, k, v, descales, out_dtype):
     q_gpu, k_gpu, v_gpu, cu_seqlens = (upload(array, stream=stream) for array in (q, k, v, OFFSETS))
     q_descale, k_descale, v_descale = (upload(array, stream=stream) for array in descales)  # float32
     out_gpu = device.allocate(2 * q.nbytes, stream=stream)
-
     heads_k, per_head = k.shape[1], int(descales[0].ndim == 2)  # descales [batch, heads], KV heads for k, v
     params = FlashAttentionParams(
         q=q_gpu.handle,
@@ -76,6 +77,8 @@ def quantised(rng, heads_k, how):
 
 
 def main() -> int:
+    if find_spec("ml_dtypes") is None:  # NumPy's FP8, which no other example needs
+        raise SystemExit("This example needs the package ml_dtypes: pip install 'fa3_cute[dtypes]'")
     problem, is_right = hopper_device_problem(), True
     if problem:
         from fa3_cute.runtime.compiler import compile_report

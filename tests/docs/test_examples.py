@@ -14,6 +14,20 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NO_GPU = "No Hopper GPU here"
 
 
+# Run before an example: an installation without the optional packages.
+WITHOUT_EXTRAS = (
+    "import runpy, sys\n"
+    "class Absent:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name == 'ml_dtypes': raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+    "sys.meta_path.insert(0, Absent())\n"
+    "import importlib.util\n"
+    "found = importlib.util.find_spec\n"
+    "importlib.util.find_spec = lambda name: None if name == 'ml_dtypes' else found(name)\n"
+    "runpy.run_path(sys.argv[1], run_name='__main__')\n"
+)
+
+
 def run_example(path: Path, cache: Path) -> str:
     environment = os.environ | {
         "FA3_CUTE_CACHE_DIR": str(cache),
@@ -34,6 +48,19 @@ def test_runs_without_a_gpu(path, tmp_path):
     assert said.startswith(NO_GPU)
     assert any("sm_90a" in line and "registers" in line and " 0 bytes spilled" in line for line in rest)
     assert any("error" in line for line in rest)
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if "fp8" in path.stem], ids=lambda path: path.stem)
+def test_what_is_not_installed_is_one_sentence(path, tmp_path):
+    """Of `pip install .` alone; the other examples need no more."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, path],
+        env=os.environ | {"FA3_CUTE_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == "This example needs the package ml_dtypes: pip install 'fa3_cute[dtypes]'\n"
 
 
 @pytest.mark.gpu
