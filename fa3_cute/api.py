@@ -80,9 +80,9 @@ def _first_call(params, values: tuple | None, stream) -> Status:
 def warmup(params: FlashAttentionParams, stream=None) -> Status:
     """Compile and load the kernel that `forward(params, stream)` would use; launches nothing, touches no tensor.
 
-    After it, such a call can be captured into a CUDA graph. If it needs a workspace and none is given, this makes the
-    stream's own and a spare one, which the first capture on a stream without one takes. Arguments, returns and raises
-    as `forward`; the params are checked in full, but of the pointers only presence and alignment matter.
+    After it, such a call can be captured into a CUDA graph, on any stream of the context. If it needs a workspace and
+    none is given, this makes the stream's own. Arguments, returns and raises as `forward`; the params are checked in
+    full, but of the pointers only presence and alignment matter.
     """
     shape = operations.checked(_plain(params))
     if isinstance(shape, Problem):

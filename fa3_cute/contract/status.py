@@ -70,7 +70,8 @@ _MEANING = {
     Status.CUDA_ERROR: "a CUDA call failed",
     Status.UNSUPPORTED_DEVICE: "needs a CUDA driver and a GPU of compute capability 9.0 (Hopper)",
     Status.COMPILE_ERROR: "the kernel did not compile",
-    Status.NOT_WARMED_UP: "the stream is capturing a CUDA graph and the kernel is not loaded yet: call warmup() first",
+    Status.NOT_WARMED_UP: "the stream is capturing a CUDA graph and the kernel is not loaded yet: call warmup() first; "
+    "or no counter is left",
 }
 
 
@@ -130,7 +131,7 @@ class KernelCompileError(FlashAttentionError):
 
 
 class NotWarmedUpError(FlashAttentionError):
-    """Graph capture met a kernel or workspace that is not there yet (-103)."""
+    """Graph capture met a kernel that is not loaded yet, or no counter is left (-103)."""
 
 
 _FAILURES = {
