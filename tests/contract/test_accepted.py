@@ -23,9 +23,10 @@ from rule_calls import (
     first_problem,
 )
 
-from fa3_cute.contract.limits import MAX_SIZE
+from fa3_cute.contract.limits import LARGEST_SCALE, MAX_MASKED_ROWS, MAX_SIZE, SMALLEST_SCALE
 from fa3_cute.planning.operations import problems
 
+NO_KV_STRIDES = every("k_row_stride v_row_stride k_batch_stride v_batch_stride", 0)
 # (the good call that is changed, the changes): no problem at all.
 ACCEPTED = [
     (DENSE, {}),
@@ -46,6 +47,16 @@ ACCEPTED = [
     (PACKED, {"dtype": BF16, "softmax_lse": A + 4, "is_causal": True, "cu_seqlens_q": A + 4, "cu_seqlens_k": A + 8}),
     (PACKED, every("q cu_seqlens_q cu_seqlens_k seqused_q", Handle())),
     (PACKED, {"total_q": 0}),
+    # of no rows there is no address
+    *((PACKED, {"total_q": 0} | every(names, None)) for names in ("q", "out", "q out")),
+    *((PACKED, {"total_k": 0} | every(names, 0)) for names in ("k", "v", "k v")),
+    (PACKED_FP8, {"total_k": 0} | every("k v", CUdeviceptr(0))),
+    # as many rows as a mask takes, and more without one
+    (DENSE, {"is_causal": True, "seqlen_q": 1, "seqlen_k": MAX_MASKED_ROWS - 1} | NO_KV_STRIDES),
+    (DENSE, {"window_size_left": 7, "seqlen_q": 512, "seqlen_k": MAX_MASKED_ROWS - 512} | NO_KV_STRIDES),
+    (PACKED, {"window_size_right": 0, "total_k": MAX_MASKED_ROWS - 896} | NO_KV_STRIDES),
+    (PACKED, {"window_size_right": -3, "total_k": MAX_MASKED_ROWS} | NO_KV_STRIDES),
+    *((DENSE, {"softmax_scale": scale}) for scale in (SMALLEST_SCALE, LARGEST_SCALE, 1, np.float64(0.1))),
     (PACKED, {"total_k": 0, "window_size_left": 7, "seqused_q": A, "seqused_k": A + 4}),
     (PACKED, every("seqlen_q seqlen_k", -5)),
     (PACKED, every("seqlen_q seqlen_k", None)),

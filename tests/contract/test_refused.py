@@ -18,20 +18,25 @@ from rule_calls import (
     POINTERS,
     PREFILL,
     Array,
+    every,
     first_problem,
 )
 
-from fa3_cute.contract.limits import MAX_SIZE
+from fa3_cute.contract.limits import MAX_MASKED_ROWS, MAX_SIZE
 from fa3_cute.contract.status import Status
 from fa3_cute.planning.operations import problems
 
 # status, the good call, what is changed, the words that its one sentence must have.
+NO_KV_STRIDES = every("k_row_stride v_row_stride k_batch_stride v_batch_stride", 0)
+WANTED = (("total_q", "k"), ("total_q", "v"), ("total_k", "q"), ("total_k", "out"))
 REFUSED = [
     *(
         (-1, DENSE, {name: value}, (f"{name}=", "device address"))
         for name in POINTERS
         for value in (None, 0, CUdeviceptr(0))
     ),
+    # an empty side excuses its own tensors alone, and only in packed sequences
+    *((-1, PACKED, {total: 0, name: None}, (f"{name}=None", "device address")) for total, name in WANTED),
     *(
         (-2, DENSE, {"head_dim": value}, (f"head_dim={value!r}", "64, 96, 128, 192 or 256"))
         for value in (0, 80, -64, 512, 128.0, "128", True, None)
@@ -131,6 +136,17 @@ REFUSED = [
             ("out_batch_stride", 2048 * 511),
         )
     ),
+    *(
+        (-7, base, changes | NO_KV_STRIDES, (f"{rows}=", f"must add up to at most {MAX_MASKED_ROWS}", "window"))
+        for base, rows, changes in (
+            (DENSE, "seqlen_k", {"is_causal": True, "seqlen_k": MAX_MASKED_ROWS}),
+            (DENSE, "seqlen_k", {"window_size_left": 7, "seqlen_k": 1_200_000_000}),
+            (DENSE, "seqlen_k", {"window_size_left": 2**31 - 1, "seqlen_k": 1_200_000_000}),
+            (DENSE, "seqlen_q", {"window_size_right": 0, "seqlen_k": MAX_MASKED_ROWS - 511}),
+            (PACKED, "total_k", {"window_size_right": 7, "total_k": MAX_MASKED_ROWS}),
+            (PACKED_FP8, "total_k", {"is_causal": True, "total_k": 2**30}),
+        )
+    ),
     (-8, DENSE, {"mode": DECODE}, ("seqlen_q=512", "1 with mode=DECODE")),
     *((-9, DENSE, {name: A + 8}, (f"{name}={A + 8:#x}", "16 bytes")) for name in POINTERS),
     (-9, DENSE, {"softmax_lse": A + 2}, (f"softmax_lse={A + 2:#x}", "4 bytes")),
@@ -177,7 +193,7 @@ REFUSED = [
     (-9, DENSE_FP8, {"k_descale_ptr": -4}, ("k_descale_ptr=-0x4", "device address")),
     *(
         (-9, DENSE, {"softmax_scale": value}, (f"softmax_scale={value!r}", "None (1/sqrt(head_dim))"))
-        for value in (0, -1.0, float("nan"), float("inf"), 1e39, 1e-39, 10**60, "1", True)
+        for value in (0, -1.0, float("nan"), float("inf"), 1e39, 2.4e38, 1.8e38, 1e-39, 10**60, "1", True)
     ),
     *(
         (-9, call, {name: A}, (f"{name}={A}", f"None with dtype={call.dtype.name}", "belong to FP8_E4M3"))

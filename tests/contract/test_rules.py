@@ -2,7 +2,6 @@
 
 from dataclasses import fields, replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,35 +178,3 @@ def test_any_value_is_a_problem_and_no_exception(base, changes):
     assert first_problem(params) == (found or [None])[0]
     assert [problem.status for problem in found] == sorted((problem.status for problem in found), reverse=True)
     assert all(problem.detail.isprintable() for problem in found)
-
-
-STRIDE = st.sampled_from([None, 0, 8, 64, 128, 136, 256, 264, 384, 512, 1024, 4096, 3, -8])
-SIZE = st.integers(1, 5)
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.sampled_from([DENSE, PACKED]), st.tuples(SIZE, SIZE, SIZE), st.tuples(STRIDE, STRIDE, STRIDE))
-def test_strides_of_out_against_brute_force(base, sizes, strides):
-    """No layout whose rows are apart is refused."""
-    batch, rows, heads = sizes
-    params = replace(
-        base,
-        batch_size=batch,
-        num_heads=heads,
-        num_heads_k=1,
-        out_batch_stride=strides[0],
-        out_row_stride=strides[1],
-        out_head_stride=strides[2],
-        **{"seqlen_q" if base is DENSE else "total_q": rows},
-    )
-    sizes = (batch if base is DENSE else 1, rows, heads)
-    contiguous = (rows * heads * 128, heads * 128, 128)
-    real = [default if stride is None else stride for stride, default in zip(strides, contiguous, strict=True)]
-    fit = all(size == 1 or stride >= 128 and stride % 8 == 0 for stride, size in zip(real, sizes, strict=True))
-    starts = sorted(sum(i * stride for i, stride in zip(index, real, strict=True)) for index in np.ndindex(*sizes))
-    apart = fit and all(b - a >= 128 for a, b in zip(starts, starts[1:], strict=False))
-    assert first_problem(params) == (problems(params) or [None])[0]
-    if apart:
-        assert problems(params) == []
-    if not fit:
-        assert problems(params)
