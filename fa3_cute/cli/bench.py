@@ -39,7 +39,7 @@ from . import plot
 from .case import COPIED_BYTES, Case, Tensors
 from .dtypes import head_dims
 from .measure import Batch, Stopwatch, Work, in_turn
-from .options import cannot_run, count, milliseconds, one_or_more
+from .options import cannot_run, count, milliseconds, new_file, one_or_more
 from .shown import ARITHMETIC, OURS, OURS_16, Shown
 from .suites import decode
 from .suites import fp8
@@ -80,15 +80,19 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--rounds", type=count, default=7, metavar="N")
     parser.add_argument("--batch-ms", type=milliseconds, default=40, metavar="MS", help="length of one timed batch")
-    parser.add_argument("--json", metavar="FILE", help="also write environment, rows and conclusions to FILE")
-    parser.add_argument("--plot", metavar="PNG", help="also draw bars and the roofline into PNG; needs matplotlib")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="also write environment, rows and conclusions to FILE"
+    )
+    parser.add_argument(
+        "--plot", type=new_file, metavar="PNG", help="also draw bars and the roofline into PNG; needs matplotlib"
+    )
 
 
 def run(args) -> int:
     if args.suite == HOST:
         return host.run(args)
     suite = SUITES[args.suite]
-    if args.plot and (missing := plot.problem()):
+    if args.plot and (missing := plot.problem(args.plot)):
         return cannot_run(missing)
     if fixed := [name for name in suite.FIXED if getattr(args, name) is not None]:
         return cannot_run(f"the {args.suite} suite has its own {', '.join(fixed)}")

@@ -2,8 +2,10 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 FAILED, CANNOT_RUN = 1, 2  # exit statuses
 
@@ -41,6 +43,14 @@ def milliseconds(text: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"{text}: must be positive and finite")
     return value
+
+
+def new_file(text: str) -> str:
+    """An argparse type: the path of a file that can be written, so that a long run does not end in vain."""
+    folder = Path(text).parent
+    if not os.access(folder, os.W_OK | os.X_OK) or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a file in a folder that can be written to")
+    return text
 
 
 def one_or_more(kind: Callable, choices: Collection | None = None) -> Callable[[str], list]:

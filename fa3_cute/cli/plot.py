@@ -5,6 +5,7 @@ the rate of a copy on the device. Needs matplotlib, which is imported on use: pi
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from .environment import sentence
 from .shown import MEMORY, OURS, OURS_16
@@ -23,12 +24,16 @@ TICKS = (
 )
 
 
-def problem() -> str | None:
-    """Why no picture can be drawn here, in one sentence; None if one can."""
+def problem(path: str) -> str | None:
+    """Why no picture can be drawn into that file, in one sentence; None if one can."""
     try:
         import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         return f"--plot needs matplotlib ({error}): pip install 'fa3_cute[plot]'"
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".") not in kinds:
+        return f"--plot {path}: the name must end in one of {', '.join(kinds)}"
     return None
 
 

@@ -20,7 +20,7 @@ from ..contract.formats import FP8, HEAD_DIMS
 from . import environment
 from . import plot
 from .bench import SUITES
-from .options import cannot_run, one_or_more
+from .options import cannot_run, new_file, one_or_more
 from .shown import OURS, OURS_16, Shown
 from .table import markdown
 
@@ -41,11 +41,13 @@ def add_arguments(parser) -> None:
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--into", metavar="FILE", help="write into this document instead of printing")
-    instead.add_argument("--plot", metavar="PNG", help="draw bars into this file instead; needs matplotlib")
+    instead.add_argument(
+        "--plot", type=new_file, metavar="PNG", help="draw bars into this file instead; needs matplotlib"
+    )
 
 
 def run(args) -> int:
-    if args.plot and (missing := plot.problem()):
+    if args.plot and (missing := plot.problem(args.plot)):
         return cannot_run(missing)
     try:
         runs = [results_in(Path(file)) for file in args.files]

@@ -43,6 +43,9 @@ def test_version(capsys):
         (["tune", "--tile-n", "7"], "7: must be one of 32, 48, 64"),
         (["tune", "--tile-m", "7"], "7: must be one of 64, 128, 192"),
         (["explain", "--batch-size", "x"], "invalid int value"),
+        (["bench", "--json", "no-such-folder/a.json"], "must be a file in a folder that can be written to"),
+        (["bench", "--plot", "no-such-folder/a.png"], "must be a file in a folder that can be written to"),
+        (["report", "--plot", ".", "a.json"], "must be a file in a folder that can be written to"),
     ],
 )
 def test_a_number_out_of_range_is_a_bad_option(argv, said, capsys):
@@ -64,6 +67,7 @@ def test_a_number_out_of_range_is_a_bad_option(argv, said, capsys):
         (["bench", "--num-heads", "3", "--num-heads-k", "2"], "the query heads must be a multiple of the KV heads"),
         (["bench", "--suite", "fp8", "--head-dim", "256"], "there are no kernels for fp8_e4m3 d256"),
         (["report", "no-such-file.json"], "report: FileNotFoundError"),
+        (["bench", "--plot", "picture.txt"], "the name must end in one of "),
     ],
 )
 def test_what_cannot_run_says_so_on_stderr(argv, said, capsys):
