@@ -4,7 +4,7 @@ Hopper GPU, compared with the reference; without one, a compile of the same kern
 Every check is made even if others fail, and whatever is missing or broken is a finding. Exit status 0 if all is right,
 1 if something is wrong. A machine without a Hopper GPU is one where `forward` cannot run, hence also 1, although
 everything else (compile, inspect, explain, attention() of NumPy arrays) works there; the findings of driver and GPUs
-say so. The optional package ml_dtypes and the slower way to launch are mentioned, and are not wrong.
+say so. Without the optional package ml_dtypes nothing is wrong.
 """
 
 import ctypes
