@@ -101,5 +101,8 @@ def test_the_first_result_is_of_a_short_problem():
 
 
 @pytest.mark.gpu
-def test_the_first_result_of_a_process():
-    host.first_result()
+def test_host_suite_on_the_gpu(capsys):
+    assert main(["bench", "--suite", "host", "--rounds", "1"]) == 0
+    rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [unit for _, _, unit in rows] == ["us", "us", "us", "s", "s"]
+    assert all(float(value) > 0 for _, value, _ in rows)

@@ -128,3 +128,11 @@ def test_tune_with_a_gpu(gpu, worker, monkeypatch, capsys):
         use_pingpong=made.use_pingpong,
         rescale_before_pv=made.rescale_before_pv,
     )
+
+
+@pytest.mark.gpu
+def test_tune_on_the_gpu(capsys):
+    """The row in force, checked and timed in the process that is watched."""
+    options = ["--limit", "1", "--jobs", "1", "--seqlen", "512", "--rounds", "1", "--batch-ms", "2"]
+    assert main(["tune", "--head-dim", "64", "--causal", *options]) == 0
+    assert "1.000 is " in (said := capsys.readouterr().out) and '(2, 64, "causal"): Row(' in said
