@@ -167,6 +167,7 @@ class Kernel:
             check_runtime_error(error.value, f"loading {self.cfg.name}")
             self.library, self.num_gone = library, contexts.num_gone
             wanted = {device} | self.devices
+            self.devices = set()
         place = ctypes.c_void_p(ctypes.addressof(self.library))
         for each in wanted:
             load(_addresses(place, ctypes.c_int32(each), error))

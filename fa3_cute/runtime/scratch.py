@@ -169,7 +169,7 @@ class Memory:
         """The calling thread ends, whose default stream has this key."""
         with self.lock:
             holding = self.of_streams.pop(key, None)
-            if holding is None or is_capturing(PER_THREAD_STREAM):
+            if holding is None or is_capturing(PER_THREAD_STREAM):  # it cannot be asked, then
                 return
             self._reclaim()
             event = checked(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING), "creating an event")

@@ -12,15 +12,18 @@ def test_after_any_eager_call_a_capture_on_a_new_stream_works(run):
         DECODE
         + """
 eager = [memory(STREAM[0] + 8) for _ in range(3)]
-captured = []
+captured, cleared = [], []
 for stream in (STREAM[0] + 16, STREAM[0] + 24, STREAM[0] + 32):
     capturing(stream)
+    made = len(allocations())
     captured.append([memory(stream), memory(stream), memory(stream, batch_size=16)])
+    cleared += [row[2] for row in allocations()[made:]]
     capturing(None)
-tell(eager=eager, captured=captured, broken=number("num_broken"), after=memory(STREAM[0] + 16))
+tell(eager=eager, captured=captured, cleared=cleared, broken=number("num_broken"), after=memory(STREAM[0] + 16))
 """
     )
     assert told["broken"] == 0
+    assert told["cleared"] == [0] * 6, "a capture allocates and does no more"
     # A captured launch's arrival counts are among the counters, which were made first: they lie below its (O, LSE).
     partials = {told["eager"][0][0], *(first[1] for first, _, _ in told["captured"])}
     assert len(partials) == 4
