@@ -62,7 +62,7 @@ def compile_config(cfg: KernelConfig, options: str = "") -> Any:
         with _lock:
             return cute.compile(kernel, *stand_ins, options=f"--gpu-arch {ARCH} {options}")
     except Exception as error:
-        raise CompileError(f"{cfg.name} did not compile: {plain_text(error)}{_settings_in_the_way()}") from error
+        raise CompileError(f"{cfg.name} did not compile: {plain_text(error)}{_with_settings()}") from error
 
 
 def object_of(cfg: KernelConfig) -> bytes:
@@ -75,7 +75,8 @@ def object_of(cfg: KernelConfig) -> bytes:
             ctypes.CDLL(runtime_library(), mode=ctypes.RTLD_GLOBAL)  # the exporter links against it
             return compiled.dump_to_object(cfg.name)
     except Exception as error:  # the DSL takes a full disk for its own fault: the cause says more
-        raise CompileError(f"{cfg.name} could not be exported: {plain_text(error.__cause__ or error)}") from error
+        cause = plain_text(error.__cause__ or error)
+        raise CompileError(f"{cfg.name} could not be exported: {cause}{_with_settings()}") from error
 
 
 def plain_text(error: object) -> str:
@@ -87,7 +88,12 @@ def _package() -> str:
     return __name__.rpartition(".runtime.")[0]
 
 
-def _settings_in_the_way() -> str:
-    """The settings of the DSL that may be why a compile in this process fails."""
-    names = [name for name in dsl_settings() if name not in CODE_SETTINGS]
-    return f" (compiled with {', '.join(sorted(names))} set)" if names else ""
+def foreign_settings() -> list[str]:
+    """The DSL's variables that are set and may change a compile in this process, though no key has them."""
+    return sorted(name for name in dsl_settings() if name not in CODE_SETTINGS)
+
+
+def _with_settings() -> str:
+    """The settings that may be why a compile in this process fails."""
+    names = foreign_settings()
+    return f" (compiled with {', '.join(names)} set)" if names else ""

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..planning.operations import Config
 from . import disk_cache
-from .build import ARCH, CODE_SETTINGS, CompileError, object_of, plain_text, typed_arguments
+from .build import ARCH, CODE_SETTINGS, CompileError, foreign_settings, object_of, plain_text, typed_arguments
 from .build import compile_config as _compile
 from .compile_process import compile_elsewhere, described
 from .disk_cache import cache_dir
@@ -68,7 +68,8 @@ def get_kernel(cfg: Config) -> Any:
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """Inside, kernels are compiled in this process: for one that is there for nothing else. Not for threads."""
+    """Inside, kernels are compiled in this process, for one that is there for nothing else; not for threads. Where the
+    DSL has settings that no key has, they are compiled elsewhere all the same."""
     global _is_elsewhere
     before, _is_elsewhere = _is_elsewhere, False
     try:
@@ -126,7 +127,7 @@ def _compile_and_store(cfg: Config) -> Any:
 
 
 def _object(cfg: Config) -> bytes:
-    job = described(cfg) if _is_elsewhere else None
+    job = described(cfg) if _is_elsewhere or foreign_settings() else None
     return compile_elsewhere(cfg.name, job) if job else object_of(cfg)
 
 

@@ -97,7 +97,7 @@ def test_cache_path(folder, capsys):
 
 
 def test_cache_export(folder, tmp_path, monkeypatch, capsys):
-    """17: what this installation would load, to where another one reads it."""
+    """What this installation would load, to where another one reads it."""
     disk_cache.store(CFG.name, compiler.cache_key(CFG), b"code")
     disk_cache.store(CFG.name, KEY, b"of other sources")
     shipped = tmp_path / "shipped"
@@ -134,7 +134,6 @@ def test_a_folder_is_exports(words, folder, capsys):
 
 
 def test_folders_that_are_only_read_are_shown(folder, tmp_path, monkeypatch, capsys):
-    """17."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(mode=0o755)
     second.mkdir()

@@ -1,4 +1,4 @@
-"""A compile in a process of its own: how it starts, what it is told, and what becomes of one that fails. 5."""
+"""A compile in a process of its own: how it starts, what it is told, and what becomes of one that fails."""
 
 import json
 import os
@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fa3_cute.cli import compile
 from fa3_cute.planning.tables import decode_config, forward_config
-from fa3_cute.runtime import compile_process, compiler
+from fa3_cute.runtime import compile_process, compiler, disk_cache
 
 CFG = forward_config("bf16", 64, "causal", True, False)
 PACKAGE = Path(compiler.__file__).parents[1]
@@ -68,6 +70,26 @@ def test_a_config_that_only_this_process_knows_is_compiled_here(monkeypatch):
     monkeypatch.setattr(compiler, "compile_elsewhere", None)
     monkeypatch.setattr(compiler, "object_of", lambda cfg: cfg)
     assert compiler._object(mine) is mine
+
+
+def test_the_command_compile_does_it_in_its_own_processes(monkeypatch):
+    """But where a setting of the DSL, which that process has read, would change the object."""
+    report = SimpleNamespace(problems=list)
+    where = []
+    monkeypatch.setattr(compiler, "object_of", lambda cfg: where.append("here") or b"")
+    monkeypatch.setattr(compiler, "compile_elsewhere", lambda name, job: where.append("elsewhere") or b"")
+    monkeypatch.setattr(compiler, "_load", lambda code, name: name)
+    monkeypatch.setattr(compiler, "compile_report", lambda cfg: report)
+    monkeypatch.setattr(compile, "asdict", vars)
+    for name in [name for name in os.environ if name.startswith("CUTE_DSL_")]:
+        monkeypatch.delenv(name)
+    compile.compile_row(CFG)
+    monkeypatch.setenv("CUTE_DSL_ENABLE_PYIR", "1")
+    monkeypatch.setattr(compiler, "_kernels", {})
+    disk_cache.clear()
+    compile.compile_row(CFG)
+    monkeypatch.undo()
+    assert where == ["here", "elsewhere"] and compiler._is_elsewhere
 
 
 def test_a_process_that_dies_is_a_compile_error_with_its_last_words(script):

@@ -277,7 +277,7 @@ def test_threads_compile_once(compiles, monkeypatch):
 
 
 def test_a_kernel_is_found_while_another_one_compiles(compiled, monkeypatch):
-    """5: in memory and on disk, and a third one may compile too."""
+    """In memory and on disk, and a third one may compile too."""
     is_compiling, may_end = threading.Event(), threading.Event()
 
     def wait(cfg):

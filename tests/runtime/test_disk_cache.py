@@ -132,7 +132,6 @@ def test_cache_dir_follows_the_environment(monkeypatch):
 
 
 def test_a_relative_folder_stays_where_it_was_first_named(tmp_path, monkeypatch):
-    """8."""
     (tmp_path / "first").mkdir()
     monkeypatch.chdir(tmp_path / "first")
     monkeypatch.setenv("FA3_CUTE_CACHE_DIR", f"relative to {tmp_path.name}")
@@ -143,7 +142,6 @@ def test_a_relative_folder_stays_where_it_was_first_named(tmp_path, monkeypatch)
 
 
 def test_a_relative_folder_without_a_working_folder_is_none(tmp_path, monkeypatch, caplog):
-    """8."""
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -157,7 +155,7 @@ def test_a_relative_folder_without_a_working_folder_is_none(tmp_path, monkeypatc
 
 
 def test_a_pipe_is_a_miss(empty_cache, caplog):
-    """17: opening it would wait for a writer."""
+    """Opening it would wait for a writer."""
     path = disk_cache.store("fwd", KEY, CODE)
     path.unlink()
     os.mkfifo(path, 0o600)
@@ -165,7 +163,6 @@ def test_a_pipe_is_a_miss(empty_cache, caplog):
 
 
 def test_a_socket_is_a_miss(empty_cache, monkeypatch):
-    """17."""
     path = disk_cache.store("fwd", KEY, CODE)
     path.unlink()
     monkeypatch.chdir(path.parent)  # a socket's name is short
@@ -176,7 +173,6 @@ def test_a_socket_is_a_miss(empty_cache, monkeypatch):
 
 @pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
 def test_an_entry_that_others_may_write_to_is_a_miss(mode, caplog):
-    """17."""
     path = disk_cache.store("fwd", KEY, CODE)
     path.chmod(mode)
     assert disk_cache.find("fwd", KEY) is None and "others may write" in caplog.text
@@ -204,7 +200,6 @@ def shipped(tmp_path, monkeypatch):
 
 
 def test_read_only_folders_are_searched_after_the_own(shipped, empty_cache):
-    """17."""
     assert disk_cache.read("fwd", KEY) == (entry(shipped), CODE)
     assert not list(empty_cache.iterdir())
     own = disk_cache.store("fwd", KEY, CODE)

@@ -1,4 +1,4 @@
-"""A filled cache serves in whatever environment, and a compile sees none of it. 8."""
+"""A filled cache serves in whatever environment, and a compile sees none of it."""
 
 import os
 import subprocess

@@ -45,7 +45,6 @@ def of_kernel() -> str:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_kernels_hash_changes_with_what_it_is_made_of_only(name, package):
-    """17."""
     before = of_kernel()
     path: Path = package / name
     path.write_text(path.read_text() + "\n# another comment")
