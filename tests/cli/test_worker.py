@@ -1,10 +1,12 @@
-"""A process that works on request: whatever happens to it is an answer."""
+"""Processes of commands: whatever happens to one that works on request is an answer; none outlives its use."""
 
 import os
 import time
+from multiprocessing import active_children
 
 import pytest
 
+from fa3_cute.cli.processes import spread
 from fa3_cute.cli.worker import Worker
 
 
@@ -52,3 +54,17 @@ def test_one_that_hangs_is_ended(start):
     worker = start(hangs)
     assert "no result after 1 s, given up" in worker.ask(seconds=1)["error"]
     assert not worker.process.is_alive()
+
+
+def naps(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+def test_processes_end_with_their_iterator():
+    """Whatever they are at."""
+    others = set(active_children())
+    results = spread(naps, [0, 600, 600, 600], jobs=2)
+    assert next(results) == 0 and len(set(active_children()) - others) == 2
+    results.close()
+    assert set(active_children()) <= others
