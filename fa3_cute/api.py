@@ -10,7 +10,8 @@ from functools import cache
 from operator import attrgetter
 from typing import Any
 
-from .arrays.call import AttentionCall, attention_on_device, attention_on_host
+from .arrays.call import AttentionCall, attention_on_device
+from .arrays.host import attention_on_host
 from .contract.params import DESCALES, POINTERS, AttentionMode, DataType, FlashAttentionParams
 from .contract.plain import plain, read_shape
 from .contract.status import FlashAttentionError, Problem, Status, error_for, record_error

@@ -4,24 +4,31 @@ The element type comes from the arrays, the sizes from their shapes; what remain
 of the contract, on the host too.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
-from numbers import Real
 
-from ..contract.params import AttentionMode, DataType, FlashAttentionParams
-from ..contract.status import Problem, Status, error_for, shown
-from ..planning.operations import checked
+from ..contract.params import AttentionMode, DataType, FlashAttentionParams, is_true
 from ..contract.plain import plain
-from ..contract.rules import contract_problems
+from ..contract.status import FlashAttentionError, Problem, Status, error_for, shown
+from ..planning.operations import checked
 
 FP8 = "float8_e4m3fn"
 DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
-# float32 and float64 exist on the host only; there they follow the rules of FP16.
-HOST_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP16, "float64": DataType.FP16}
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 DESCALES = ("q_descale", "k_descale", "v_descale")
 DIMS = ("batch", "row", "head")
-_ANY_ADDRESS = 16
+ANY_ADDRESS = 16
+# The words of the rules, which speak of FlashAttentionParams, as attention() has them.
+_WORDS = (
+    (r"\bis_causal\b", "causal"),
+    (r"\bwindow_size_left=", "window_size[0]="),
+    (r"\bwindow_size_right=", "window_size[1]="),
+    (r"\b([qkv]_descale)_ptr=\w+: must be None", r"\1: must be None"),
+    (r"\b([qkv]_descale)_ptr=", r"\1="),
+    (r"\b([qkv]|out|[qkv]_descale)_(batch|row|head)_stride=", r"\1's \2 stride="),
+    (r"must be a device address: packed", "must be an array: packed"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,15 @@ class AttentionCall:
         return self.cu_seqlens_q is not None or self.cu_seqlens_k is not None
 
     @property
+    def wants_lse(self) -> bool:
+        """return_lse; raises FlashAttentionError where it is neither true nor false."""
+        found = is_true(self.return_lse)
+        if found is None:
+            sentence = f"return_lse={shown(self.return_lse)}: must be True or False"
+            raise error_for(Status.INVALID_ARGUMENT, sentence)
+        return found
+
+    @property
     def is_on_host(self) -> bool:
         from numpy import ndarray
 
@@ -81,11 +97,13 @@ class AttentionCall:
 
     def element_type(self, q: str, k: str, v: str, known: dict) -> str:
         """The element type by name: that of the arrays, or what `dtype` says that their bytes are."""
+        stated = self.dtype if self.dtype is None else getattr(self.dtype, "name", self.dtype)
+        stated = stated if stated is None or isinstance(stated, str) else ""
         if not q == k == v:
             raise error_for(Status.INVALID_ARGUMENT, f"dtypes {q}, {k}, {v} of q, k, v: must be the same")
-        if q == "uint8" and self.dtype == FP8:
+        if q == "uint8" and stated == FP8:
             return FP8
-        if q not in known or self.dtype not in (None, q):
+        if q not in known or stated not in (None, q):
             raise error_for(
                 Status.INVALID_ARGUMENT,
                 f"dtype={shown(self.dtype)} with arrays of {q}: must be None with arrays of "
@@ -117,6 +135,14 @@ class AttentionCall:
         }
 
 
+def refusal(problem: Problem) -> FlashAttentionError:
+    """The problem of a call's params as the error of attention()."""
+    sentence = problem.detail
+    for theirs, ours in _WORDS:
+        sentence = re.sub(theirs, ours, sentence)
+    return error_for(problem.status, sentence)
+
+
 # ---- on a device -----------------------------------------------------------------------------------------------------
 
 
@@ -135,12 +161,12 @@ def attention_on_device(call: AttentionCall, forward):
         params = _params(call, tensors, element)
         found = checked(plain(params))
         if isinstance(found, Problem):
-            raise error_for(*found)
-        out, lse = call.out, None
+            raise refusal(found)
+        out, lse, wants_lse = call.out, None, call.wants_lse
         if out is None:
-            out = dlpack.new_array("out", q.shape, _out_dtypes(element)[0], call.stream, device)
+            out = dlpack.new_array("out", q.shape, out_dtypes(element)[0], call.stream, device)
             params.out = out.address
-        if call.return_lse:
+        if wants_lse:
             *batch, rows, heads, _ = q.shape
             lse = dlpack.new_array("the LSE", (*batch, heads, rows), "float32", call.stream, device)
             params.softmax_lse = lse.address
@@ -168,9 +194,11 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
         "cu_seqlens_k": (batch + 1,),
         "seqused_k": (batch,),
     }
-    dtypes = {"out": _out_dtypes(element)} | dict.fromkeys(LENGTHS, ("int32",))
+    dtypes = {"out": out_dtypes(element)} | dict.fromkeys(LENGTHS, ("int32",))
     dtypes |= dict.fromkeys(DESCALES, ("float32",))
     for name, tensor in tensors.items():
+        if name in LENGTHS and len(tensor.shape) != 1:
+            raise error_for(Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must have one dimension")
         if tensor.shape != shapes.get(name, tensor.shape):
             raise error_for(Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must be {shapes[name]}")
         if tensor.dtype not in dtypes.get(name, (tensor.dtype,)):
@@ -209,14 +237,14 @@ def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionP
         **sizes,
         **call.choices(),
         dtype=DEVICE_DTYPES[element],
-        out=_ANY_ADDRESS,
+        out=ANY_ADDRESS,
         out_dtype=None if element != FP8 or out is None else DEVICE_DTYPES[out.dtype],
     )
     for name, tensor in tensors.items():
         if name in DESCALES:
             _set_descale(params, name, tensor, _batch(call, tensors))
             continue
-        setattr(params, name, (q.address or _ANY_ADDRESS) if tensor.is_empty else tensor.address)
+        setattr(params, name, (q.address or ANY_ADDRESS) if tensor.is_empty else tensor.address)
         if name not in LENGTHS:
             _set_strides(params, name, tensor)
     return params
@@ -242,99 +270,6 @@ def _set_descale(params, name: str, tensor, batch: int) -> None:
         setattr(params, f"{name}_{dim}_stride", stride if size > 1 else 0)
 
 
-# ---- on the host -----------------------------------------------------------------------------------------------------
-
-
-def attention_on_host(call: AttentionCall):
-    """attention() of NumPy arrays: the reference, rounded."""
-    from ..contract.reference import attention_reference
-
-    q, k, v, out = call.q, call.k, call.v, call.out
-    _require_numpy(call)
-    if call.stream is not None:
-        raise error_for(Status.INVALID_ARGUMENT, f"stream={shown(call.stream)}: must be None with NumPy arrays")
-    element = call.element_type(q.dtype.name, k.dtype.name, v.dtype.name, HOST_DTYPES)
-    _check_host_call(call, element)
-    out_dtype = _host_out_dtype(call, element)
-    options = {name: getattr(call, name) for name in ("causal", "window_size", *LENGTHS, *DESCALES)} | call.numbers
-    try:
-        exact, lse = attention_reference(q, k, v, **options)
-    except ValueError as error:
-        raise error_for(Status.INVALID_SHAPE, str(error)) from error
-    # Packed rows outside every sequence are not the call's to write.
-    used = slice(int(call.cu_seqlens_q[0]), int(call.cu_seqlens_q[-1])) if call.is_packed else slice(None)
-    if out is None:
-        out = exact.astype(out_dtype)
-    else:
-        out[used] = exact[used].astype(out_dtype)
-    return (out, lse.astype("float32")) if call.return_lse else out
-
-
-def _require_numpy(call: AttentionCall) -> None:
-    from numpy import ndarray
-
-    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS)}
-    arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
-    for name, array in arrays.items():
-        kind = type(array)
-        if isinstance(array, ndarray):
-            continue
-        if hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__"):
-            raise error_for(
-                Status.INVALID_ARGUMENT,
-                f"{name} is a {kind.__module__}.{kind.__qualname__}: must be a "
-                "NumPy array, as q is; or all arrays on one CUDA device",
-            )
-        raise TypeError(f"{name} must be a NumPy array, as q is, not {kind.__name__}")
-
-
-def _check_host_call(call: AttentionCall, element: str) -> None:
-    """Raise what `forward` would say to this call, apart from addresses and from what has no kernel yet."""
-    call.require_dims(q=call.q.shape, k=call.k.shape)
-    pointers: dict[str, Any] = dict.fromkeys(call.given(*LENGTHS), _ANY_ADDRESS)
-    pointers |= {f"{name}_ptr": _ANY_ADDRESS for name in call.given(*DESCALES)}
-    found = contract_problems(
-        FlashAttentionParams(
-            q=_ANY_ADDRESS,
-            k=_ANY_ADDRESS,
-            v=_ANY_ADDRESS,
-            out=_ANY_ADDRESS,
-            dtype=HOST_DTYPES[element],
-            **call.sizes(call.q.shape, call.k.shape),
-            **call.choices(),
-            **pointers,
-        )
-    )
-    if found:
-        raise error_for(*found[0])
-    if call.num_splits > 1:
-        raise error_for(Status.FEATURE_UNSUPPORTED, f"num_splits={call.num_splits}: must be 0 or 1 with NumPy arrays")
-
-
-def _host_out_dtype(call: AttentionCall, element: str):
-    """NumPy dtype of the result: q's, for FP8 bfloat16 or what a given `out` has."""
-    q, out, accepted = call.q, call.out, _out_dtypes(element)
-    if out is not None:
-        if out.shape != q.shape or out.dtype.name not in accepted:
-            raise error_for(
-                Status.INVALID_SHAPE if out.shape != q.shape else Status.INVALID_ARGUMENT,
-                f"out is {out.dtype.name}{list(out.shape)}: must be {' or '.join(accepted)}{list(q.shape)}",
-            )
-        if not out.flags.writeable:
-            raise error_for(Status.INVALID_ARGUMENT, "out is a read-only array: must be writable, or None")
-        return out.dtype
-    if element != FP8:
-        return q.dtype
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as error:
-        raise error_for(
-            Status.FEATURE_UNSUPPORTED,
-            "out=None: must be a float16 array without the package ml_dtypes, which has NumPy's bfloat16",
-        ) from error
-    return bfloat16
-
-
-def _out_dtypes(element: str) -> tuple[str, ...]:
+def out_dtypes(element: str) -> tuple[str, ...]:
     """Element types that out may have, the one that it gets first."""
     return ("bfloat16", "float16") if element == FP8 else (element,)

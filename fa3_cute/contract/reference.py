@@ -205,6 +205,7 @@ def low_precision_twin(q, k, v, dtype: str, *, out_dtype=None, **options) -> tup
 
 def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     q, k, v = (np.asarray(tensor) for tensor in (q, k, v))
+    options = replace(options, **_lengths(options))
     _check(q, k, v, options)
     window = (-1, 0) if options.causal else tuple(options.window_size)
     softmax_scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
@@ -214,11 +215,11 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     out = np.full(q.shape, np.nan)
     lse = np.full((*q.shape[:-3], num_heads, q.shape[-3]), np.nan)
     q_rows = used_rows(q, options.cu_seqlens_q, options.seqused_q)
-    k_rows = used_rows(k, options.cu_seqlens_k, options.seqused_k)
+    k_rows = used_rows(k, options.cu_seqlens_k, options.seqused_k, "seqused_k")
     batch = len(q_rows)
-    q_descale = _descales(options.q_descale, batch, num_heads)
-    k_descale = _descales(options.k_descale, batch, num_heads_k)
-    v_descale = _descales(options.v_descale, batch, num_heads_k)
+    q_descale = _descales("q", options.q_descale, batch, num_heads)
+    k_descale = _descales("k", options.k_descale, batch, num_heads_k)
+    v_descale = _descales("v", options.v_descale, batch, num_heads_k)
 
     def operand(tensor, rows, head):
         return arithmetic.round_input(as_float(tensor[*rows, head], arithmetic.accumulate))
@@ -234,10 +235,23 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     return out, lse
 
 
-def used_rows(tensor, cu_seqlens=None, seqused=None) -> list[tuple]:
+def _lengths(options: Options) -> dict[str, np.ndarray]:
+    """The lengths and offsets that are given, as int64: their differences are negative where unsigned ones wrap."""
+    found = {}
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+        if (value := getattr(options, name)) is not None:
+            array = np.asarray(value)
+            if array.ndim != 1 or array.size and array.dtype.kind not in "iu":
+                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}: must be integers in one dimension")
+            found[name] = array.astype(np.int64)
+    return found
+
+
+def used_rows(tensor, cu_seqlens=None, seqused=None, name: str = "seqused_q") -> list[tuple]:
     """Per sequence, the index of its used rows in `tensor`: (b, slice) if dense, (slice,) with cu_seqlens.
 
-    Arguments as `attention_reference`. Raises ValueError for a used length that its sequence does not have.
+    Arguments as `attention_reference`; name is that of seqused. Raises ValueError for a used length that its sequence
+    does not have.
     """
     if cu_seqlens is None:
         starts, lengths = np.zeros(len(tensor), int), np.full(len(tensor), tensor.shape[1])
@@ -245,7 +259,8 @@ def used_rows(tensor, cu_seqlens=None, seqused=None) -> list[tuple]:
         starts, lengths = np.asarray(cu_seqlens)[:-1], np.diff(cu_seqlens)
     used = lengths if seqused is None else np.asarray(seqused)
     if used.shape != lengths.shape or (used < 0).any() or (used > lengths).any():
-        raise ValueError(f"seqused {used.tolist()}: one entry per sequence, from 0 to its length {lengths.tolist()}")
+        sentence = f"one entry per sequence, from 0 to its length {lengths.tolist()}"
+        raise ValueError(f"{name} {used.tolist()}: must be {sentence}")
     rows = [slice(int(start), int(start + n)) for start, n in zip(starts, used, strict=True)]
     return list(enumerate(rows)) if cu_seqlens is None else [(r,) for r in rows]
 
@@ -302,12 +317,13 @@ def _softmax(scores: np.ndarray, seen: np.ndarray | None):
     return p, row_sum, np.where(empty, -np.inf, row_max + np.log(row_sum))
 
 
-def _descales(descale, batch: int, heads: int) -> np.ndarray:
+def _descales(name: str, descale, batch: int, heads: int) -> np.ndarray:
     descale = np.asarray(1.0 if descale is None else descale, np.float64)
     try:
         return np.broadcast_to(descale, (batch, heads))
     except ValueError as error:
-        raise ValueError(f"descale {descale.shape}: must broadcast to [batch, heads] = [{batch}, {heads}]") from error
+        sentence = f"must broadcast to [batch, heads] = [{batch}, {heads}]"
+        raise ValueError(f"{name}_descale.shape={descale.shape}: {sentence}") from error
 
 
 def _check(q, k, v, options: Options) -> None:
@@ -324,8 +340,12 @@ def _check(q, k, v, options: Options) -> None:
         (lambda: packed or len(q) == len(k), f"{shapes}: q and k must have the same batch size"),
         (lambda: not packed or len(cu_seqlens_q) == len(cu_seqlens_k), "cu_seqlens_q, cu_seqlens_k: lengths differ"),
         (
-            lambda: not packed or _are_offsets(cu_seqlens_q, len(q)) and _are_offsets(cu_seqlens_k, len(k)),
-            "cu_seqlens must never fall and stay within the packed rows",
+            lambda: not packed or _are_offsets(cu_seqlens_q, len(q)),
+            f"cu_seqlens_q must never fall and stay within the {len(q)} packed rows",
+        ),
+        (
+            lambda: not packed or _are_offsets(cu_seqlens_k, len(k)),
+            f"cu_seqlens_k must never fall and stay within the {len(k)} packed rows",
         ),
         (lambda: len(window) == 2, f"window_size {window}: must be (left, right)"),
         (lambda: not options.causal or max(window) < 0, f"window_size {window} together with causal"),
@@ -335,6 +355,5 @@ def _check(q, k, v, options: Options) -> None:
             raise ValueError(sentence)
 
 
-def _are_offsets(cu_seqlens, total: int) -> bool:
-    offsets = np.asarray(cu_seqlens)
+def _are_offsets(offsets: np.ndarray, total: int) -> bool:
     return bool(offsets.size and offsets[0] >= 0 and (np.diff(offsets) >= 0).all() and offsets[-1] <= total)

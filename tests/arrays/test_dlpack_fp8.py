@@ -131,7 +131,7 @@ REFUSED = [
         -9,
         dense(dtype="uint8"),
         {**BYTES, "q_descale": DLArray(dtype="float32", address=A + 2)},
-        "q_descale_ptr=0x7f0000000002: must be a device address aligned to 4 bytes",
+        "q_descale=0x7f0000000002: must be a device address aligned to 4 bytes",
     ),
     (
         -9,
@@ -148,7 +148,7 @@ REFUSED = [
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(4, 2, dtype="float32")}, r"q_descale.shape=\(4, 2\)"),
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(2, 4, 1, dtype="float32")}, "q_descale.shape="),
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(0, 4, dtype="float32")}, r"q_descale.shape=\(0, 4\)"),
-    (-7, dense(dtype="uint8", strides=(5120, 520, 64, 1)), BYTES, "q_row_stride=520: .*multiple of 16 elements"),
+    (-7, dense(dtype="uint8", strides=(5120, 520, 64, 1)), BYTES, "q's row stride=520: .*multiple of 16 elements"),
     (-3, [DLArray(2, 9, 2, 192, dtype="uint8")] * 3, BYTES, "head_dim=192: must be 64, 96 or 128 with dtype=FP8_E4M3"),
 ]
 

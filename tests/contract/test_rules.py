@@ -27,6 +27,7 @@ from fa3_cute.contract.plain import plain, read_shape
 from fa3_cute.contract.status import Problem, Status
 from fa3_cute.planning import operations
 from fa3_cute.planning.operations import checked
+from fa3_cute.planning.problem import ProblemShape
 from fa3_cute.contract.rules import contract_problems
 from fa3_cute.planning.operations import problems
 
@@ -160,7 +161,8 @@ def test_so_many_choices_are_remembered(monkeypatch):
     monkeypatch.setattr(operations, "MAX_CHOICES", 4)
     for heads in range(1, 20):
         params = replace(DENSE, num_heads=4 * heads)
-        assert checked(params, read_shape(params)).num_heads == 4 * heads
+        shape = checked(params, read_shape(params))
+        assert isinstance(shape, ProblemShape) and shape.num_heads == 4 * heads
         assert len(operations._good_choices) <= 4
 
 

@@ -1,0 +1,119 @@
+"""attention() of NumPy arrays: the reference, rounded; what forward refuses is refused here too. NumPy only."""
+
+from numbers import Real
+from typing import Any
+
+from ..contract.params import DataType, FlashAttentionParams
+from ..contract.plain import plain
+from ..contract.rules import contract_problems
+from ..contract.status import Status, error_for, shown
+from .call import ANY_ADDRESS, DESCALES, DEVICE_DTYPES, FP8, LENGTHS, AttentionCall, out_dtypes, refusal
+
+# float32 and float64 exist on the host only; there they follow the rules of FP16.
+HOST_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP16, "float64": DataType.FP16}
+
+
+def attention_on_host(call: AttentionCall):
+    """attention() of NumPy arrays."""
+    from ..contract.reference import attention_reference
+
+    q, k, v, out = call.q, call.k, call.v, call.out
+    _require_numpy(call)
+    if call.stream is not None:
+        raise error_for(Status.INVALID_ARGUMENT, f"stream={shown(call.stream)}: must be None with NumPy arrays")
+    element = call.element_type(q.dtype.name, k.dtype.name, v.dtype.name, HOST_DTYPES)
+    params = _checked_params(call, element)
+    _require_numbers(call)
+    out_dtype, wants_lse = _out_dtype(call, element), call.wants_lse
+    options = {name: getattr(call, name) for name in (*LENGTHS, *DESCALES)}
+    options |= {name: getattr(params, name) for name in call.numbers}
+    window_size = params.window_size_left, params.window_size_right
+    try:
+        exact, lse = attention_reference(q, k, v, causal=params.is_causal, window_size=window_size, **options)
+    except ValueError as error:
+        raise error_for(Status.INVALID_SHAPE, str(error)) from error
+    # Packed rows outside every sequence are not the call's to write.
+    used = slice(int(call.cu_seqlens_q[0]), int(call.cu_seqlens_q[-1])) if call.is_packed else slice(None)
+    if out is None:
+        out = exact.astype(out_dtype)
+    else:
+        out[used] = exact[used].astype(out_dtype)
+    return (out, lse.astype("float32")) if wants_lse else out
+
+
+def _require_numpy(call: AttentionCall) -> None:
+    from numpy import ma, ndarray
+
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS)}
+    arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
+    for name, array in arrays.items():
+        kind = type(array)
+        if isinstance(array, ma.MaskedArray):  # what its mask hides would be computed with
+            raise error_for(
+                Status.INVALID_ARGUMENT, f"{name} is a {kind.__module__}.{kind.__qualname__}: must have no mask"
+            )
+        if isinstance(array, ndarray):
+            continue
+        if hasattr(kind, "__dlpack__") or hasattr(kind, "__cuda_array_interface__"):
+            raise error_for(
+                Status.INVALID_ARGUMENT,
+                f"{name} is a {kind.__module__}.{kind.__qualname__}: must be a "
+                "NumPy array, as q is; or all arrays on one CUDA device",
+            )
+        raise TypeError(f"{name} must be a NumPy array, as q is, not {kind.__name__}")
+
+
+def _require_numbers(call: AttentionCall) -> None:
+    """Raise for lengths that are no integers in one dimension, and for descales that are no real numbers."""
+    from numpy import asarray
+
+    for name, array in call.given(*LENGTHS).items():
+        if array.dtype.kind not in "iu":
+            raise error_for(Status.INVALID_ARGUMENT, f"{name} is {array.dtype.name}: must be integers")
+        if array.ndim != 1:
+            raise error_for(Status.INVALID_SHAPE, f"{name}.shape={array.shape}: must have one dimension")
+    for name, value in call.given(*DESCALES).items():
+        dtype = asarray(value).dtype
+        if dtype.kind not in "iuf":
+            raise error_for(Status.INVALID_ARGUMENT, f"{name} is {dtype.name}: must be real numbers, as float32")
+
+
+def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
+    """The call as plain params without addresses; raises what `forward` would say to it, apart from addresses and from
+    what has no kernel yet."""
+    call.require_dims(q=call.q.shape, k=call.k.shape)
+    pointers: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", *call.given(*LENGTHS)), ANY_ADDRESS)
+    pointers |= {f"{name}_ptr": ANY_ADDRESS for name in call.given(*DESCALES)}
+    params = FlashAttentionParams(
+        dtype=HOST_DTYPES[element], **call.sizes(call.q.shape, call.k.shape), **call.choices(), **pointers
+    )
+    if found := contract_problems(params):
+        raise refusal(found[0])
+    params = plain(params)
+    if params.num_splits > 1:
+        raise error_for(Status.FEATURE_UNSUPPORTED, f"num_splits={params.num_splits}: must be 0 or 1 with NumPy arrays")
+    return params
+
+
+def _out_dtype(call: AttentionCall, element: str):
+    """NumPy dtype of the result: q's, for FP8 bfloat16 or what a given `out` has."""
+    q, out, accepted = call.q, call.out, out_dtypes(element)
+    if out is not None:
+        if out.shape != q.shape or out.dtype.name not in accepted:
+            raise error_for(
+                Status.INVALID_SHAPE if out.shape != q.shape else Status.INVALID_ARGUMENT,
+                f"out is {out.dtype.name}{list(out.shape)}: must be {' or '.join(accepted)}{list(q.shape)}",
+            )
+        if not out.flags.writeable:
+            raise error_for(Status.INVALID_ARGUMENT, "out is a read-only array: must be writable, or None")
+        return out.dtype
+    if element != FP8:
+        return q.dtype
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise error_for(
+            Status.FEATURE_UNSUPPORTED,
+            "out=None: must be a float16 array without the package ml_dtypes, which has NumPy's bfloat16",
+        ) from error
+    return bfloat16
