@@ -296,27 +296,15 @@ def attention(
     num_heads, seqlen_q] or [num_heads, total_q], -inf for a row that sees no key. Packed rows that no sequence uses are
     not written. Raises FlashAttentionError with the status that `forward` would return, TypeError for what is no array.
     """
+    numbers, lengths = {"softmax_scale": softmax_scale}, (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    descales = q_descale, k_descale, v_descale
     call = AttentionCall(
-        q,
-        k,
-        v,
-        out,
-        stream,
-        causal,
-        window_size,
-        {"softmax_scale": softmax_scale},
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_k,
-        q_descale,
-        k_descale,
-        v_descale,
-        num_splits,
-        return_lse,
-        dtype,
+        q, k, v, out, stream, causal, window_size, numbers, *lengths, *descales, num_splits, return_lse, dtype
     )
-    if call.is_on_host:
-        return attention_on_host(call)
+    return attention_on_host(call) if call.is_on_host else _attention_on_device(call)
+
+
+def _attention_on_device(call: AttentionCall):
     try:
         return attention_on_device(call, forward)
     except FlashAttentionError:
