@@ -58,11 +58,10 @@ def compile_elsewhere(name: str, job: dict) -> bytes:
     """The object file of a config as `described` has it. Raises CompileError, whatever becomes of the process."""
     with _places, _started(name) as (process, said):
         with suppress(BrokenPipeError):  # it died: so says its standard output
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.flush()
+            os.write(process.stdin.fileno(), json.dumps(job).encode() + b"\n")
         reply = _line(process, START_SECONDS, f"{name} did not compile: importing nvidia-cutlass-dsl")
         reply = reply and _line(process, COMPILE_SECONDS, f"{name} did not compile: compiling")
-        if not reply:
+        if not reply.endswith(b"\n"):  # nothing, or a part of it
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             raise CompileError(f"{name} did not compile: {_cause(process.returncode, said)}")
@@ -75,7 +74,8 @@ def compile_elsewhere(name: str, job: dict) -> bytes:
 @contextmanager
 def _started(name: str) -> Iterator[tuple[Any, Any]]:
     """The process and what it writes on its standard error, a file without a place on a disk."""
-    environment = {key: value for key, value in os.environ.items() if key not in dsl_settings() or key in CODE_SETTINGS}
+    foreign = dsl_settings().keys() - set(CODE_SETTINGS)
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
     package = ([str(Path(entry).absolute()) for entry in _search_path()], _package(), str(Path(__file__).parents[1]))
     interpreter = os.fsdecode(get_executable() or b"")  # of a program that embeds Python, what it told multiprocessing
     with ExitStack() as stack:

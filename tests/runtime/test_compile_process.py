@@ -102,6 +102,15 @@ def test_a_process_that_is_killed_is_a_compile_error(script):
     fails("ended with status -9: it said nothing")
 
 
+@pytest.mark.parametrize("said", ["", "ready", 'ready\\n{\\"object\\"'])
+def test_a_process_that_dies_before_it_has_answered_is_a_compile_error(said, script, monkeypatch):
+    """Whatever of its answer is there; and it has closed its standard input before it is told what to do."""
+    write = os.write
+    monkeypatch.setattr(compile_process.os, "write", lambda *args: time.sleep(0.5) or write(*args))
+    script(f"import os; os.close(0); os.write(1, b'{said}'); os.close(1)")
+    fails("ended with status [01]: ")
+
+
 def test_a_process_that_hangs_is_a_compile_error(script, monkeypatch):
     monkeypatch.setattr(compile_process, "START_SECONDS", 0.2)
     script("import time; time.sleep(600)")
