@@ -36,11 +36,6 @@ def captured(stream, *calls, mode="global"):
     return builder.end_building().complete()
 
 
-def poison(problem, stream) -> None:
-    problem.out.poison(stream)
-    problem.lse.poison(stream)
-
-
 # ---- contexts --------------------------------------------------------------------------------------------------------
 
 
@@ -59,11 +54,17 @@ def test_calls_after_their_context_has_ended(way, device):
 # ---- threads and streams ---------------------------------------------------------------------------------------------
 
 
-def test_ended_threads_hand_their_workspaces_on(device, monkeypatch):
-    """30 threads, one after the other, each with its own default stream: not 30 workspaces."""
-    made = []
+@pytest.fixture
+def made(monkeypatch):
+    """Bytes of each piece of device memory that the library allocates."""
+    found = []
     allocate = scratch.allocate
-    monkeypatch.setattr(scratch, "allocate", lambda nbytes, what: made.append(nbytes) or allocate(nbytes, what))
+    monkeypatch.setattr(scratch, "allocate", lambda nbytes, what: found.append(nbytes) or allocate(nbytes, what))
+    return found
+
+
+def test_ended_threads_hand_their_workspaces_on(device, made):
+    """30 threads, one after the other, each with its own default stream: not 30 workspaces."""
     problem = make_problem(SPLIT)
     params = params_of(problem, num_splits=SPLITS)
     statuses = []
@@ -79,6 +80,19 @@ def test_ended_threads_hand_their_workspaces_on(device, monkeypatch):
         thread.join()
     assert statuses == [0] * 30
     assert len(made) <= 8, "two pieces of memory each, for a few threads at most"
+    check(problem, *results(problem, device.default_stream))
+
+
+def test_destroyed_streams_hand_their_workspaces_on(device, made):
+    """100 streams, one after the other: by far not 100 workspaces, for the driver gives their handles out again."""
+    problem = make_problem(SPLIT)
+    params = params_of(problem, num_splits=SPLITS)
+    for _ in range(100):
+        stream = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "creating a stream")
+        forward(params, int(stream)).check()
+        checked(driver.cuStreamSynchronize(stream), "waiting")
+        checked(driver.cuStreamDestroy(stream), "destroying")
+    assert len(made) <= 50, "two pieces of memory each"
     check(problem, *results(problem, device.default_stream))
 
 
@@ -121,7 +135,7 @@ def test_captures_on_new_streams_after_eager_calls(device):
     side.sync()
     graphs = [captured(stream, params) for stream in streams]
     for graph, stream in zip(graphs, streams, strict=True):
-        poison(problem, stream)
+        problem.poison_outputs(stream)
         graph.launch(stream)
         check(problem, *results(problem, stream))
     forward(params, streams[0]).check()
@@ -192,9 +206,9 @@ def test_the_callers_counters(case, choices, device):
     check(problem, *results(problem, stream))
     graph = captured(stream, params)
     for _ in range(3):
-        poison(problem, stream)
+        problem.poison_outputs(stream)
         forward(params, stream).check()
-        poison(problem, stream)
+        problem.poison_outputs(stream)
         graph.launch(stream)
     check(problem, *results(problem, stream))
     graph.launch(other)
