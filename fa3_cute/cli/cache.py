@@ -6,8 +6,8 @@ depends on: after a change of sources, options or versions, old files stay behin
 that names DIR in FA3_CUTE_CACHE_PATH reads them there. `list` and `path` show such folders too, nothing writes to them.
 
 Other files in the folder are left alone, temporary ones of a process that died are cleared after an hour. Exit status
-1 if a file could not be removed or there is no kernel to copy, 2 if the folder cannot be read or written, or if there
-is none because the user has no home folder. FA3_CUTE_CACHE_DIR moves it.
+1 if a file could not be removed, if there is no kernel to copy or nobody would read the copies; 2 if the folder cannot
+be read or written, or if there is none because the user has no home folder. FA3_CUTE_CACHE_DIR moves it.
 """
 
 import json
@@ -48,7 +48,11 @@ def run(args) -> int:
         print(json.dumps(facts, indent=1))
     else:
         say(facts)
-    return 1 if facts.get("left") or facts.get("files") == 0 and args.action == "export" else 0
+    return 1 if has_failed(args.action, facts) else 0
+
+
+def has_failed(action: str, facts: dict) -> bool:
+    return bool(facts.get("left") or facts.get("problem") or action == "export" and not facts["files"])
 
 
 def path() -> dict:
@@ -90,7 +94,9 @@ def export(folder: Path) -> dict:
     configs = all_configs()
     paths = [path for cfg in configs if (path := disk_cache.export(folder, cfg.name, cache_key(cfg)))]
     nbytes = sum(path.stat().st_size for path in paths)
-    return {"to": str(folder), "files": len(paths), "bytes": nbytes, "missing": len(configs) - len(paths)}
+    problem = disk_cache.read_only_problem(folder) if paths else None
+    rest = {"missing": len(configs) - len(paths), "problem": problem}
+    return {"to": str(folder), "files": len(paths), "bytes": nbytes} | rest
 
 
 def say_path(facts: dict) -> None:
@@ -113,6 +119,8 @@ def say_exported(facts: dict) -> None:
     print(f"copied {size(facts)} to {facts['to']}")
     if facts["missing"]:
         print(f"{facts['missing']} kernels of the tables are not in the cache: `compile` makes them")
+    if facts["problem"]:
+        print(facts["problem"])
 
 
 def say_cleared(facts: dict) -> None:

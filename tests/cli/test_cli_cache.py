@@ -127,6 +127,14 @@ def test_cache_export_of_nothing(folder, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_cache_export_to_where_nobody_would_read_it(folder, tmp_path, capsys):
+    disk_cache.store(CFG.name, compiler.cache_key(CFG), b"code")
+    (tmp_path / "open to all").mkdir()
+    (tmp_path / "open to all").chmod(0o777)
+    assert main(["cache", "export", str(tmp_path / "open to all")]) == 1
+    assert "others may write to it: nothing is read from it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["export"], ["list", "somewhere"], ["clear", "somewhere"]])
 def test_a_folder_is_exports(words, folder, capsys):
     assert main(["cache", *words]) == 2
