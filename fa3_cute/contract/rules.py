@@ -103,14 +103,21 @@ def _totals(p) -> str:
     return f"total_q={shown(raw.total_q)}, total_k={shown(raw.total_k)}"
 
 
+def _lengths(packed: bool) -> tuple[str, str]:
+    return ("total_q", "total_k") if packed else ("seqlen_q", "seqlen_k")
+
+
 def _sizes(p) -> Sentences:
     packed = is_packed(p)
-    rows_q, rows_k, fewest = ("total_q", "total_k", 0) if packed else ("seqlen_q", "seqlen_k", 1)
-    batch, rows, heads = p.batch_size, getattr(p, rows_q), p.num_heads
+    batch, heads = p.batch_size, p.num_heads
+    rows, keys, fewest = (p.total_q, p.total_k, 0) if packed else (p.seqlen_q, p.seqlen_k, 1)
     if not (
-        is_int(batch, 1, MAX_SIZE) and is_int(rows, fewest, MAX_SIZE) and is_int(getattr(p, rows_k), fewest, MAX_SIZE)
+        type(batch) is type(rows) is type(keys) is int
+        and 1 <= batch <= MAX_SIZE
+        and fewest <= rows <= MAX_SIZE
+        and fewest <= keys <= MAX_SIZE
     ):
-        least = {"batch_size": 1, rows_q: fewest, rows_k: fewest}
+        least = {"batch_size": 1, **dict.fromkeys(_lengths(packed), fewest)}
         return [
             must(p, name, f"an int from {least[name]} to {MAX_SIZE}")
             for name in least
@@ -123,11 +130,12 @@ def _sizes(p) -> Sentences:
     splits = max(1, p.num_splits) if type(p.num_splits) is int else 1
     if heads * tiles * splits <= MAX_TILES:
         return ()
+    stated = f"batch_size={batch}, num_heads={shown(heads)}, {_lengths(packed)[0]}={rows}"
     times = f", num_splits={shown(splits)}" if splits > 1 else ""
     return [
         (
-            f"batch_size={batch}, num_heads={shown(heads)}, {rows_q}={rows}{times}: must make at most {MAX_TILES} "
-            f"tiles of {SMALLEST_TILE_M} rows, not {shown(heads * tiles * splits)}"
+            f"{stated}{times}: must make at most {MAX_TILES} tiles of {SMALLEST_TILE_M} rows, "
+            f"not {shown(heads * tiles * splits)}"
         )
     ]
 
@@ -138,7 +146,7 @@ def _is_masked(p) -> bool:
 
 
 def _masked_sizes(p) -> Sentences:
-    names = ("total_q", "total_k") if is_packed(p) else ("seqlen_q", "seqlen_k")
+    names = _lengths(is_packed(p))
     rows_q, rows_k = (getattr(p, name) for name in names)
     if not (is_int(rows_q, 0, MAX_SIZE) and is_int(rows_k, 0, MAX_SIZE)) or rows_q + rows_k <= MAX_MASKED_ROWS:
         return ()
@@ -157,11 +165,11 @@ def _decode(p) -> Sentences:
 def _alignment(p) -> Sentences:
     bits = 0
     try:
-        for value in _read_by_4(p):
-            bits |= value or 0
+        for value in filter(None, _read_by_4(p)):
+            bits |= value
         bits <<= 2
-        for value in _read_by_16(p):
-            bits |= value or 0
+        for value in filter(None, _read_by_16(p)):
+            bits |= value
         if not bits & 15 and not bits >> 64:
             return ()
     except TypeError:  # BAD
