@@ -222,7 +222,7 @@ def integer(value) -> int | None:
     if kind is int:
         return value
     try:
-        return None if kind is bool or is_array(kind) else operator.index(value)
+        return None if kind is bool or is_array(kind) else int(operator.index(value))
     except Exception:  # a foreign class's __index__ may raise anything
         return None
 

@@ -41,6 +41,10 @@ class Index:
         return self.value
 
 
+class Own(int):
+    """An int of a class of its own, as the members of an IntEnum are."""
+
+
 class Fetched:
     """An array on a device, of one element: to ask for its value is to wait for the device."""
 
@@ -51,10 +55,11 @@ class Fetched:
 
 
 @pytest.mark.parametrize("base", [DENSE, replace(DENSE_FP8, **PER_HEAD), PACKED_FP8])
-def test_index_is_enough_for_sizes(base):
+@pytest.mark.parametrize("kind", [Index, Own])
+def test_index_is_enough_for_sizes(base, kind):
     for name, argument in ARGUMENTS.items():
         if argument.kind in ("size", "stride", "count") and not argument.refused and getattr(base, name) is not None:
-            assert problems(replace(base, **{name: Index(getattr(base, name))})) == [], name
+            assert problems(replace(base, **{name: kind(getattr(base, name))})) == [], name
 
 
 @pytest.mark.parametrize(
