@@ -91,9 +91,11 @@ class Loop:
                 self.prepare()
                 print("watching; Ctrl-C ends", flush=True)
                 since, event = self.wait(), "save"
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # how a watch ends
+            if is_once:
+                raise
             print()
-            return 1 if is_once else 0
+            return 0
         finally:
             self.stop()
 

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from .processes import kill
 from .trial import said
 
 HUNG_SECONDS = 90  # a kernel that deadlocks never returns
@@ -48,7 +49,8 @@ class Worker:
         return {"error": f"no result after {seconds:.0f} s, given up: does the kernel hang?"}
 
     def stop(self) -> None:
-        self.process.kill()
+        if self.process.is_alive():
+            kill(self.process.pid)
         self.process.join()
 
 

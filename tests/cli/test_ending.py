@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from commands import running
 
 import fa3_cute
 from fa3_cute.cli import main
@@ -106,17 +107,9 @@ def test_ctrl_c_ends_workers_too(tmp_path):
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "interrupted\n")
     deadline = time.monotonic() + 30
-    while group_is_alive(process.pid) and time.monotonic() < deadline:
+    while process.pid in running().values() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not group_is_alive(process.pid)
-
-
-def group_is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    assert process.pid not in running().values()
 
 
 @pytest.mark.skipif(hopper_device_problem() is None, reason="this machine has a Hopper GPU")

@@ -1,10 +1,14 @@
 """Processes of commands: whatever happens to one that works on request is an answer; none outlives its use."""
 
 import os
+import subprocess
+import sys
 import time
 from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
+from commands import running
 
 from fa3_cute.cli.processes import spread
 from fa3_cute.cli.worker import Worker
@@ -59,6 +63,24 @@ def test_one_that_hangs_is_ended(start):
 def naps(seconds):
     time.sleep(seconds)
     return seconds
+
+
+def starts_another(number):
+    def work():
+        return {"pid": subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid}
+
+    return work
+
+
+def test_what_a_worker_started_ends_with_it(start):
+    worker = start(starts_another)
+    pid = worker.ask()["pid"]
+    assert Path(f"/proc/{pid}").exists()
+    worker.stop()
+    deadline = time.monotonic() + 30
+    while pid in running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert pid not in running()
 
 
 def test_processes_end_with_their_iterator():
