@@ -146,10 +146,13 @@ def _is_masked(p) -> bool:
 
 
 def _masked_sizes(p) -> Sentences:
-    names = _lengths(is_packed(p))
-    rows_q, rows_k = (getattr(p, name) for name in names)
-    if not (is_int(rows_q, 0, MAX_SIZE) and is_int(rows_k, 0, MAX_SIZE)) or rows_q + rows_k <= MAX_MASKED_ROWS:
+    packed = is_packed(p)
+    rows_q, rows_k = (p.total_q, p.total_k) if packed else (p.seqlen_q, p.seqlen_k)
+    if type(rows_q) is not int or type(rows_k) is not int or rows_q + rows_k <= MAX_MASKED_ROWS:
         return ()
+    if not (is_int(rows_q, 0, MAX_SIZE) and is_int(rows_k, 0, MAX_SIZE)):  # the rule before this one has said so
+        return ()
+    names = _lengths(packed)
     stated = f"{names[0]}={rows_q}, {names[1]}={rows_k}"
     return [f"{stated}: must add up to at most {MAX_MASKED_ROWS} with is_causal or a window"]
 
