@@ -88,6 +88,15 @@ def context_id() -> int:
     return int(checked(driver.cuCtxGetId(None), "finding the current context"))
 
 
+def stream_id(stream: int) -> int:
+    """Of a stream that is not capturing: no other one of the process ever has it, while a handle comes back as soon as
+    its stream is destroyed. 0 for the default streams, which are not."""
+    if stream <= LAST_SPECIAL_STREAM:
+        return 0
+    failed, found = driver.cuStreamGetId(stream)
+    return 0 if failed else found
+
+
 @contextmanager
 def device_made_current(stream: int) -> Iterator[int]:
     """Make a stream's device current and yield its ordinal; a context that was current before is current again after.

@@ -33,6 +33,7 @@ from .cuda_driver import (
     num_sms,
     resolve_stream,
     shared_context,
+    stream_id,
 )
 from .scratch import Memory, Workspace, contexts
 
@@ -99,7 +100,8 @@ def prepare_workspace(step: Launch, shape: ProblemShape, stream=None) -> None:
     if step.scratch == "splits" and not shape.workspace:
         handle = resolve_stream(stream)
         with device_made_current(handle):
-            contexts.memory().workspace(handle, step.plan.partial_bytes, step.plan.num_arrivals)
+            identity = 0 if is_capturing(handle) else stream_id(handle)
+            contexts.memory().workspace(handle, step.plan.partial_bytes, step.plan.num_arrivals, identity)
 
 
 class Kernel:
@@ -264,14 +266,19 @@ class TileCounter:
     """The caller's, or the stream's tile counter; for a launch that goes into a CUDA graph one of its own."""
 
     def __init__(self, memory: Memory, stream: int, plan: None, shape: ProblemShape):
-        self.memory, self.stream, self.given = memory, stream, shape.tile_counter
-        self.address = self.given or memory.tile_counter(stream)
+        self.memory, self.stream = memory, stream
+        self.given, self.address, self.identity = shape.tile_counter, 0, NO_STREAM
 
     def addresses(self) -> tuple[int]:
         """tile_counter."""
-        if self.given or not is_capturing(self.stream):
-            return (self.address,)
-        return (self.memory.captured(self.stream, 1),)
+        if self.given:
+            return (self.given,)
+        if is_capturing(self.stream):
+            return (self.memory.captured(self.stream, 1),)
+        identity = stream_id(self.stream)
+        if identity != self.identity:
+            self.address, self.identity = self.memory.tile_counter(self.stream, identity), identity
+        return (self.address,)
 
 
 class SplitScratch:
@@ -282,13 +289,16 @@ class SplitScratch:
         self.memory, self.stream, self.plan = memory, stream, plan
         self.partials, self.arrivals = shape.workspace, shape.tile_counter
         self.own: Any = None  # what a launch needs of the stream's that is not captured
+        self.identity = NO_STREAM
 
     def addresses(self) -> tuple[int, int]:
         """partials, arrivals."""
         if is_capturing(self.stream):
             return self.captured()
-        if self.own is None:
-            self.own = self.workspace(0 if self.arrivals else self.plan.num_arrivals)
+        identity = stream_id(self.stream)
+        if identity != self.identity:
+            self.own = self.workspace(0 if self.arrivals else self.plan.num_arrivals, identity)
+            self.identity = identity
         return self.partials or self.own.partials, self.arrivals or self.own.arrivals
 
     def captured(self) -> tuple[int, int]:
@@ -300,9 +310,10 @@ class SplitScratch:
             partials = workspace.partials
         return partials, self.arrivals or self.memory.captured(self.stream, self.plan.num_arrivals)
 
-    def workspace(self, num_arrivals: int) -> Workspace:
+    def workspace(self, num_arrivals: int, identity: int = 0) -> Workspace:
         """The library's of this stream."""
-        return self.memory.workspace(self.stream, 0 if self.partials else self.plan.partial_bytes, num_arrivals)
+        nbytes = 0 if self.partials else self.plan.partial_bytes
+        return self.memory.workspace(self.stream, nbytes, num_arrivals, identity)
 
 
 # By Launch.scratch.

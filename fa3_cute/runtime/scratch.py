@@ -8,10 +8,10 @@ when its graph and all that was made of it are gone.
 The partial results of split-KV lie in the stream's workspace, also those of a captured launch: graphs that were
 captured on one stream must not be replayed at the same time, unless each launch was given a workspace by the caller.
 
-A stream is told by its handle. That of a destroyed stream comes back when the device has done its work (cuStreamDestroy
-releases a stream no sooner), and the new stream then has the old one's memory. A thread's default stream has one handle
-with all others': its memory is handed on when the thread has ended and what it enqueued is done. A context is told by
-its id: that of a context which was reset or destroyed is new, and so is its memory.
+Streams and contexts are told by their ids, for handles come back: that of a context after a reset, that of a destroyed
+stream at once, even while the device still does its work. When that is done nobody can say any more, so what the old
+stream held rests until much newer memory does (RESTING_STREAMS, RESTING_BYTES). A thread's default stream has one
+handle with all others': its memory is handed on when the thread has ended and what it enqueued is done.
 """
 
 import bisect
@@ -19,6 +19,7 @@ import ctypes
 import itertools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -40,6 +41,8 @@ PER_THREAD_STREAM = 2  # one handle for many streams: every thread has its own b
 NUM_COUNTERS = 1 << 16
 SPACING = 32  # bytes: one memory sector each
 INTS_PER_COUNTER = SPACING // 4
+# What may rest of destroyed streams before the oldest is used again.
+RESTING_STREAMS, RESTING_BYTES = 1 << 14, 256 << 20
 SEMAPHORE_BYTES = 64  # at least a sem_t
 
 
@@ -116,11 +119,18 @@ class Holding:
     """Counters, as (address, int32), and workspaces that are in use until `is_done` says that they are not.
 
     Of a stream: its tile counter is the first of the counters, its workspace the last; the others it has outgrown.
+    stream_id is 0 where it is not known.
     """
 
+    stream_id: int = 0
     counters: list[tuple[int, int]] = field(default_factory=list)
     workspaces: list[Workspace] = field(default_factory=list)
     is_done: Callable[[], bool] = lambda: False
+
+    @property
+    def nbytes(self) -> int:
+        """Of its workspaces."""
+        return sum(workspace.partial_bytes + 4 * workspace.num_arrivals for workspace in self.workspaces)
 
 
 class Memory:
@@ -133,11 +143,13 @@ class Memory:
         self.of_streams: dict[int, Holding] = {}  # by stream_key
         self.of_captures: dict[int, Holding] = {}  # by the capture's id
         self.ending: list[Holding] = []  # of threads that have ended
+        self.resting: deque[Holding] = deque()  # of destroyed streams, the oldest first
+        self.resting_bytes = 0
 
-    def tile_counter(self, stream: int) -> int:
-        """Address of the stream's (a handle), for launches that do not go into a graph."""
+    def tile_counter(self, stream: int, identity: int = 0) -> int:
+        """Address of the stream's (a handle and its stream_id), for launches that do not go into a graph."""
         with self.lock:
-            holding = self.of_streams.setdefault(stream_key(stream), Holding())
+            holding = self._of_stream(stream, identity)
             if not holding.counters:
                 holding.counters.append((self._take(1), 1))
             return holding.counters[0][0]
@@ -153,10 +165,11 @@ class Memory:
             holding.counters.append((self._take(num_ints), num_ints))
             return holding.counters[-1][0]
 
-    def workspace(self, stream: int, partial_bytes: int, num_arrivals: int) -> Workspace:
-        """The stream's (a handle), made or grown if it must be; within a capture without arrival counts only."""
+    def workspace(self, stream: int, partial_bytes: int, num_arrivals: int, identity: int = 0) -> Workspace:
+        """The stream's (a handle and its stream_id), made or grown if it must be; within a capture, where the id cannot
+        be asked for, without arrival counts only."""
         with self.lock:
-            own = self.of_streams.setdefault(stream_key(stream), Holding()).workspaces
+            own = self._of_stream(stream, identity).workspaces
             if not own or own[-1].partial_bytes < partial_bytes:
                 own.append(self._spare_or_new(own[-1] if own else None, partial_bytes))
             found = own[-1]
@@ -177,6 +190,30 @@ class Memory:
             holding.workspaces = [workspace for workspace in holding.workspaces if not workspace.is_captured]
             holding.is_done = lambda: is_over(event)
             self.ending.append(holding)
+
+    def _of_stream(self, stream: int, identity: int) -> Holding:
+        key = stream_key(stream)
+        holding = self.of_streams.setdefault(key, Holding(identity))
+        if identity and holding.stream_id not in (0, identity):
+            self._rest(holding)
+            holding = self.of_streams[key] = Holding()
+        holding.stream_id = identity or holding.stream_id
+        return holding
+
+    def _rest(self, holding: Holding) -> None:
+        """Of a destroyed stream. The oldest that rest come back if they are too many; a graph's workspaces never."""
+        holding.workspaces = [workspace for workspace in holding.workspaces if not workspace.is_captured]
+        self.resting.append(holding)
+        self.resting_bytes += holding.nbytes
+        while len(self.resting) > RESTING_STREAMS or self.resting_bytes > RESTING_BYTES:
+            oldest = self.resting.popleft()
+            self.resting_bytes -= oldest.nbytes
+            self._take_back(oldest)
+
+    def _take_back(self, holding: Holding) -> None:
+        for address, num_ints in holding.counters:
+            self.counters.give_back(address, num_ints)
+        self.spare += holding.workspaces
 
     def _take(self, num_ints: int) -> int:
         address = self.counters.take(num_ints)
@@ -213,9 +250,7 @@ class Memory:
                 (done if holding.is_done() else left).append(holding)
             self.ending = left
         for holding in done:
-            for address, num_ints in holding.counters:
-                self.counters.give_back(address, num_ints)
-            self.spare += holding.workspaces
+            self._take_back(holding)
 
 
 def is_over(event) -> bool:

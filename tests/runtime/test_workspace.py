@@ -129,6 +129,37 @@ def test_streams_have_workspaces_of_their_own(allocated):
     assert [memory.workspace(stream, 1000, 8) for stream in range(2, 7)] == found
 
 
+def test_a_stream_that_is_new_has_nothing_of_the_one_whose_handle_it_has(allocated):
+    """CUDA gives the handle out again while the device still does the old stream's work."""
+    memory = Memory()
+    counter, mine = memory.tile_counter(5, identity=70), memory.workspace(5, 1000, 8, identity=70)
+    assert (memory.tile_counter(5, 70), memory.workspace(5, 1000, 8, 70)) == (counter, mine)
+    assert memory.workspace(5, 10, 0) is mine, "in a capture the id is not asked for"
+    other, its = memory.tile_counter(5, 71), memory.workspace(5, 1000, 8, 71)
+    assert other != counter and not spans_of(its) & spans_of(mine)
+    assert memory.tile_counter(5, 72) not in (counter, other)
+
+
+def test_what_destroyed_streams_held_comes_back_in_the_end(allocated, monkeypatch):
+    monkeypatch.setattr(module, "RESTING_BYTES", 5000)
+    memory = Memory()
+    made = len(allocated)
+    found = [memory.workspace(5, 1000, 8, identity) for identity in range(1, 101)]
+    assert all(found[i] is not found[j] for i in range(96) for j in range(i + 1, i + 5)), "the newest rest"
+    assert len(allocated) - made < 20
+    monkeypatch.setattr(module, "RESTING_STREAMS", 10)
+    counters = [memory.tile_counter(6, identity) for identity in range(1, 101)]
+    assert len(set(counters)) < 20 and all(len(set(counters[i : i + 10])) == 10 for i in range(90))
+
+
+def test_a_graphs_workspace_stays_when_the_stream_is_destroyed(allocated, monkeypatch):
+    monkeypatch.setattr(module, "RESTING_BYTES", 0)
+    memory = Memory()
+    mine = memory.workspace(5, 1000, 8, identity=1)
+    mine.is_captured = True
+    assert all(memory.workspace(5, 1000, 8, identity) is not mine for identity in range(2, 20))
+
+
 def test_a_spare_workspace_is_used_before_another_is_made(allocated):
     """A smaller need takes it too; where it is too small, the next one is twice as large, so that few are left."""
     memory = Memory()

@@ -16,11 +16,13 @@ enum { CLUSTER_DIMENSION = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6 };     /* cu
 
 int init_result = 0, capture_result = 0, capture_state = 0, load_result = 0, launch_result = 0;
 int memory_result = 0, event_result = 0;
+int stream_generation = 1;                                                  /* another one: all streams are new */
 int num_broken = 0, num_events = 0;
 uint64_t context_ids[DEVICES] = {1001, 1002, 1003};
 uint64_t capture_stream[DEVICES] = {0};                                     /* the first; 0: every stream captures */
 int capture_id = 1;                                                         /* and the graph's number */
 static __thread int capture_mode = 0;
+int cuStreamIsCapturing(void *stream, int *state);
 static void unsafe(void) { num_broken += capture_state && capture_mode != RELAXED; }
 static void waits(void) { num_broken += capture_state != 0; }
 int major_of[DEVICES] = {9, 9, 8}, sms_of[DEVICES] = {132, 114, 108};
@@ -85,6 +87,13 @@ int cuEventCreate(void **event, unsigned flags) { *event = (void *)(uintptr_t)++
 int cuEventRecord(void *event, void *stream) { return 0; }
 int cuEventQuery(void *event) { unsafe(); return event_result; }
 int cuEventDestroy_v2(void *event) { return 0; }
+int cuStreamGetId(void *stream, uint64_t *id) {                /* in a capture, it would end that */
+    int state;
+    cuStreamIsCapturing(stream, &state);
+    num_broken += state != 0;
+    *id = ((uint64_t)stream_generation << 48) + (uintptr_t)stream;
+    return 0;
+}
 int cuStreamIsCapturing(void *stream, int *state) {
     *state = !*capture_stream || *capture_stream == (uintptr_t)stream ? capture_state : 0;
     return capture_result;
