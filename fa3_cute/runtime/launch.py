@@ -11,6 +11,8 @@ import threading
 from operator import attrgetter
 from typing import Any
 
+from cuda.bindings.driver import CUstream
+
 from ..contract.params import DESCALES, POINTERS, FlashAttentionParams
 from ..contract.plain import plain
 from ..planning.operations import Config, Launch, launch_of
@@ -107,14 +109,14 @@ def prepare_workspace(step: Launch, shape: ProblemShape, stream=None) -> None:
 class Kernel:
     """One kernel, and where it is loaded; shared by all threads.
 
-    contexts   ids of the contexts that it can be launched in
-    devices    theirs
+    num_sms    {id of a context that it can be launched in: number of SMs there}
+    devices    of these contexts
     """
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.lock = threading.Lock()
-        self.contexts: set[int] = set()
+        self.num_sms: dict[int, int] = {}
         self.devices: set[int] = set()
         self.compiled: Any = None
         self.library: ctypes.c_void_p | None = None
@@ -127,15 +129,15 @@ class Kernel:
         NotWarmedUp if that is needed while `stream` is capturing.
         """
         context = context_id()
-        if context not in self.contexts:
+        if context not in self.num_sms:
             with self.lock:
                 self._load(context, device, stream)
-        return num_sms(device)
+        return self.num_sms[context]
 
     def _load(self, context: int, device: int, stream: int | None) -> None:
-        if context in self.contexts:
+        if context in self.num_sms:
             return
-        num_sms(device)  # before anything is compiled: raises if the kernels cannot run there
+        sms = num_sms(device)  # before anything is compiled: raises if the kernels cannot run there
         if stream is not None and is_capturing(stream):
             raise NotWarmedUp(
                 f"{self.cfg.name} is not loaded on device {device} and the stream is capturing a "
@@ -146,7 +148,7 @@ class Kernel:
         with capture_rules_relaxed():  # other threads may be capturing
             contexts.memory()
             self._load_code(device)
-        self.contexts.add(context)
+        self.num_sms[context] = sms
 
     def require_private_names(self) -> None:
         """CompileError if the DSL's compiled function lacks one."""
@@ -219,8 +221,9 @@ class Call:
         """The stream is one of the current context."""
         context = context_id()
         if context != self.context:
-            num_sms = self.buffer.kernel.load(current_device(), handle)
-            self.packed = self.buffer.layout.pack(self.shape, self.step.counts(num_sms))
+            kernel = self.buffer.kernel
+            sms = kernel.num_sms.get(context) or kernel.load(current_device(), handle)
+            self.packed = self.buffer.layout.pack(self.shape, self.step.counts(sms))
             self.buffer.filled_by = None
             self.context = context
         self.stream = NO_STREAM  # until this launch has gone well, there is nothing to repeat
@@ -266,16 +269,16 @@ class TileCounter:
     """The caller's, or the stream's tile counter; for a launch that goes into a CUDA graph one of its own."""
 
     def __init__(self, memory: Memory, stream: int, plan: None, shape: ProblemShape):
-        self.memory, self.stream = memory, stream
+        self.memory, self.stream, self.handle = memory, stream, CUstream(stream)
         self.given, self.address, self.identity = shape.tile_counter, 0, NO_STREAM
 
     def addresses(self) -> tuple[int]:
         """tile_counter."""
         if self.given:
             return (self.given,)
-        if is_capturing(self.stream):
+        if is_capturing(self.handle):
             return (self.memory.captured(self.stream, 1),)
-        identity = stream_id(self.stream)
+        identity = stream_id(self.stream, self.handle)
         if identity != self.identity:
             self.address, self.identity = self.memory.tile_counter(self.stream, identity), identity
         return (self.address,)
@@ -286,16 +289,16 @@ class SplitScratch:
     counts of its own."""
 
     def __init__(self, memory: Memory, stream: int, plan: SplitPlan, shape: ProblemShape):
-        self.memory, self.stream, self.plan = memory, stream, plan
+        self.memory, self.stream, self.handle, self.plan = memory, stream, CUstream(stream), plan
         self.partials, self.arrivals = shape.workspace, shape.tile_counter
         self.own: Any = None  # what a launch needs of the stream's that is not captured
         self.identity = NO_STREAM
 
     def addresses(self) -> tuple[int, int]:
         """partials, arrivals."""
-        if is_capturing(self.stream):
+        if is_capturing(self.handle):
             return self.captured()
-        identity = stream_id(self.stream)
+        identity = stream_id(self.stream, self.handle)
         if identity != self.identity:
             self.own = self.workspace(0 if self.arrivals else self.plan.num_arrivals, identity)
             self.identity = identity

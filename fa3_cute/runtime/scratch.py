@@ -193,11 +193,16 @@ class Memory:
 
     def _of_stream(self, stream: int, identity: int) -> Holding:
         key = stream_key(stream)
-        holding = self.of_streams.setdefault(key, Holding(identity))
-        if identity and holding.stream_id not in (0, identity):
-            self._rest(holding)
+        holding = self.of_streams.get(key)
+        if holding is not None and identity != holding.stream_id:
+            if not identity:
+                return holding
+            if holding.stream_id:
+                self._rest(holding)
+                holding = None
+        if holding is None:
             holding = self.of_streams[key] = Holding()
-        holding.stream_id = identity or holding.stream_id
+        holding.stream_id = identity
         return holding
 
     def _rest(self, holding: Holding) -> None:
