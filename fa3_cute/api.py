@@ -32,7 +32,7 @@ __all__ = [
 _OK, _FP8 = Status.OK, DataType.FP8_E4M3
 _read_pointers, _read_descales = attrgetter(*POINTERS), attrgetter(*DESCALES)
 _ADDRESSES = frozenset((int, type(None)))  # types of plain addresses
-MAX_SHAPES = 512  # that a thread remembers; the next one starts anew
+MAX_SHAPES, MAX_SEEN = 512, 4096  # calls that a thread remembers, and hashes of others; the next one starts anew
 
 
 def forward(params: FlashAttentionParams, stream=None) -> Status:
@@ -174,6 +174,7 @@ class _Thread(threading.local):
     def __init__(self):
         self.last = _Repeatable((), None, None)  # before the first call: equal to no values
         self.known: dict[tuple, _Repeatable] = {}
+        self.seen: set[int] = set()  # hashes of values
 
     def known_for(self, values: Any) -> _Repeatable | None:
         """What can repeat a call of these values; mostly it is the last one."""
@@ -188,10 +189,15 @@ class _Thread(threading.local):
             return None
 
     def remember(self, values: tuple, call: _Repeatable) -> None:
-        """Keep the call for its values, which are constants."""
-        if len(self.known) >= MAX_SHAPES:
+        """Keep the call for its values, which are constants, if they have come before: to keep what comes once, and to
+        drop it in the end, is a tenth of what such a call costs."""
+        self.last, key = call, hash(values)
+        if len(self.known) >= MAX_SHAPES or len(self.seen) >= MAX_SEEN:
             self.known.clear()
-        self.known[values] = self.last = call
+            self.seen.clear()
+        if key in self.seen:
+            self.known[values] = call
+        self.seen.add(key)
 
 
 _thread = _Thread()

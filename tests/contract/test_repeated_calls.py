@@ -24,20 +24,25 @@ def test_a_like_call_repeats_the_last_launch(launches, base):
 
 
 def test_shapes_in_turn_are_all_known(launches):
-    """The layers of a model that differ: each shape is checked once, and launched its own way from then on."""
+    """The layers of a model that differ: a shape that comes again is launched its own way from then on."""
     shapes = GOOD, PACKED, GOOD_FP8, replace(GOOD, is_causal=True), replace(GOOD, seqlen_k=4096)
-    for params in shapes:
+    for params in shapes * 2:
         assert forward(params, 7) is Status.OK
     launches.stub.call.can_repeat = True
     for params in shapes * 2:
         assert forward(replace(params, q=5 * A), 7) is Status.OK
-    assert [call[0] for call in launches.calls] == ["launch"] * 5 + ["repeat"] * 10
+    assert [call[0] for call in launches.calls] == ["launch"] * 10 + ["repeat"] * 10
 
 
 def test_a_thread_remembers_so_many_shapes(launches):
-    for rows in range(1, api.MAX_SHAPES + 3):
+    """Those that come again; of others it keeps little, and not for ever."""
+    lengths = range(1, api.MAX_SHAPES + 1)
+    for rows in (*lengths, *lengths):
         assert forward(replace(GOOD, seqlen_q=rows), 7) is Status.OK
-    assert 0 < len(api._thread.known) <= api.MAX_SHAPES
+    assert len(api._thread.known) == api.MAX_SHAPES
+    for rows in range(1, api.MAX_SEEN + 3):
+        assert forward(replace(GOOD, seqlen_q=5000 + rows), 7) is Status.OK
+    assert not api._thread.known and len(api._thread.seen) <= api.MAX_SEEN
 
 
 def test_descales_of_a_repeated_launch(launches):
