@@ -84,9 +84,15 @@ def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
     call.require_dims(q=call.q.shape, k=call.k.shape)
     pointers: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", *call.given(*LENGTHS)), ANY_ADDRESS)
     pointers |= {f"{name}_ptr": ANY_ADDRESS for name in call.given(*DESCALES)}
-    params = FlashAttentionParams(
-        dtype=HOST_DTYPES[element], **call.sizes(call.q.shape, call.k.shape), **call.choices(), **pointers
-    )
+    sizes = call.sizes(call.q.shape, call.k.shape)
+    if call.cu_seqlens_q is not None and call.cu_seqlens_q.size < 2:
+        raise error_for(
+            Status.INVALID_SHAPE,
+            f"cu_seqlens_q.shape={call.cu_seqlens_q.shape}: must be (sequences + 1,), at least (2,)",
+        )
+    if call.k.size == 0 and call.q.size and not call.is_packed:
+        raise error_for(Status.INVALID_SHAPE, f"k.shape={call.k.shape}: must not be empty")
+    params = FlashAttentionParams(dtype=HOST_DTYPES[element], **sizes, **call.choices(), **pointers)
     if found := contract_problems(params):
         raise refusal(found[0])
     params = plain(params)
@@ -106,6 +112,10 @@ def _out_dtype(call: AttentionCall, element: str):
             )
         if not out.flags.writeable:
             raise error_for(Status.INVALID_ARGUMENT, "out is a read-only array: must be writable, or None")
+        if not _are_apart(out):
+            raise error_for(
+                Status.INVALID_SHAPE, f"out has the strides {out.strides} (bytes): must keep its elements apart"
+            )
         return out.dtype
     if element != FP8:
         return q.dtype
@@ -117,3 +127,15 @@ def _out_dtype(call: AttentionCall, element: str):
             "out=None: must be a float16 array without the package ml_dtypes, which has NumPy's bfloat16",
         ) from error
     return bfloat16
+
+
+def _are_apart(array) -> bool:
+    """No two elements of an array share memory."""
+    from numpy import add, arange, diff, sort
+
+    if array.flags.c_contiguous or array.size < 2:
+        return True
+    places = 0
+    for size, stride in zip(array.shape, array.strides, strict=True):
+        places = add.outer(places, arange(size) * stride)
+    return bool((diff(sort(places, axis=None)) >= array.itemsize).all())

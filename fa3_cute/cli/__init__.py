@@ -6,11 +6,13 @@ more if Ctrl-C ended it, or whoever read its output is gone.
 """
 
 import argparse
+import errno
 import os
 import signal
 import sys
 from importlib import import_module
 
+STDOUT = 1  # its file descriptor
 COMMANDS = {
     "doctor": "check this installation, its driver and its GPUs, and run or compile one kernel",
     "explain": "say what is wrong with a problem of given sizes, else which kernel serves it and why",
@@ -28,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; `argv` without the program's name, default `sys.argv[1:]`. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if sys.stdout is None:  # closed by whoever started this
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
         status = run(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -35,8 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The interpreter's own flush at the end must find another place.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"fa3_cute: the output cannot be written: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        return 2
     return status
 
 

@@ -10,6 +10,7 @@ Other files in the folder are left alone, temporary ones of a process that died 
 be read or written, or if there is none because the user has no home folder. FA3_CUTE_CACHE_DIR moves it.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -25,8 +26,15 @@ UNITS = (("s", 60), ("min", 60), ("h", 24))
 
 def add_arguments(parser) -> None:
     parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument("dir", nargs="?", type=Path, metavar="DIR", help="of export: the folder to copy to")
+    parser.add_argument("dir", nargs="?", type=folder_name, metavar="DIR", help="of export: the folder to copy to")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def folder_name(text: str) -> Path:
+    """A folder that was named; "" is no name, it would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': must name a folder")
+    return Path(text)
 
 
 def run(args) -> int:

@@ -95,5 +95,5 @@ def foreign_settings() -> list[str]:
 
 def _with_settings() -> str:
     """The settings that may be why a compile in this process fails."""
-    names = foreign_settings()
+    names = sorted(dsl_settings())
     return f" (compiled with {', '.join(names)} set)" if names else ""

@@ -114,7 +114,8 @@ def _find_on_disk(cfg: Config) -> Any | None:
 
 def _compile_and_store(cfg: Config) -> Any:
     if os.environ.get("FA3_CUTE_DISABLE_JIT", "0") not in ("", "0"):
-        folders = ", ".join(map(str, (cache_dir(), *disk_cache.read_only_dirs())))
+        own = cache_dir() or disk_cache.folder_problem()
+        folders = ", ".join(map(str, (own, *disk_cache.read_only_dirs())))
         raise CompileError(f"{cfg.name} is not in the cache ({folders}) and FA3_CUTE_DISABLE_JIT is set: {cfg}")
     start = time.perf_counter()
     code = _object(cfg)

@@ -44,11 +44,15 @@ def resolve_stream(stream) -> int:
     if type(handle) is not int:
         if handle is None:
             return 0
-        if protocol := getattr(handle, "__cuda_stream__", None):
-            _, handle = protocol()  # (version of the protocol, handle)
-        if not holds_address(type(handle)):
+        try:
+            if protocol := getattr(handle, "__cuda_stream__", None):
+                _, handle = protocol()  # (version of the protocol, handle)
+            found = int(handle) if holds_address(type(handle)) else None
+        except Exception as error:  # a foreign class may raise anything
+            raise TypeError(f"stream: {type(stream).__name__} does not give its handle: {error}") from error
+        if found is None:
             raise TypeError(f"stream must be an int handle, None or have __cuda_stream__, not {type(stream).__name__}")
-        handle = int(handle)
+        handle = found
     if not 0 <= handle < 2**64:
         raise error_for(Status.INVALID_ARGUMENT, f"stream={shown(stream)}: must be a handle, from 0 to 2**64 - 1")
     return handle

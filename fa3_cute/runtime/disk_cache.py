@@ -233,7 +233,8 @@ def _trusted(folder: Path | None, owners: set[int]) -> Path | None:
     if facts is None:
         return None
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid not in owners or facts.st_mode & WRITABLE_BY_OTHERS:
-        log.warning("ignoring the cache folder %s: it must be a folder that only this user may write to", folder)
+        owner = "this user or root" if owners & ROOT else "this user"
+        log.warning("ignoring the cache folder %s: it must be a folder that only %s may write to", folder, owner)
         return None
     return folder
 

@@ -39,6 +39,7 @@ from .cuda_driver import (
 
 PER_THREAD_STREAM = 2  # one handle for many streams: every thread has its own behind it
 NUM_COUNTERS = 1 << 16
+COUNTERS_OF_STREAMS = 1 << 10  # that captures leave
 SPACING = 32  # bytes: one memory sector each
 INTS_PER_COUNTER = SPACING // 4
 # What may rest of destroyed streams before the oldest is used again.
@@ -78,9 +79,11 @@ class Counters:
         self.base = allocate_zeros(NUM_COUNTERS * SPACING, "the counters")
         self.free = [(0, NUM_COUNTERS)]  # (first, how many), apart, in order
 
-    def take(self, num_ints: int = 1) -> int:
-        """Address of so many int32 that nobody else has; 0 if they are not left."""
+    def take(self, num_ints: int = 1, kept: int = 0) -> int:
+        """Address of so many int32 that nobody else has; 0 if they are not left beside so many counters."""
         needed = -(-num_ints // INTS_PER_COUNTER)
+        if kept and sum(count for _, count in self.free) < needed + kept:
+            return 0
         for place, (first, count) in enumerate(self.free):
             if count >= needed:
                 self.free[place : place + 1] = [(first + needed, count - needed)] if count > needed else []
@@ -162,7 +165,7 @@ class Memory:
             if holding is None:
                 self._reclaim()
                 holding = self.of_captures[capture] = Holding(is_done=end_of(graph))
-            holding.counters.append((self._take(num_ints), num_ints))
+            holding.counters.append((self._take(num_ints, kept=COUNTERS_OF_STREAMS), num_ints))
             return holding.counters[-1][0]
 
     def workspace(self, stream: int, partial_bytes: int, num_arrivals: int, identity: int = 0) -> Workspace:
@@ -220,11 +223,12 @@ class Memory:
             self.counters.give_back(address, num_ints)
         self.spare += holding.workspaces
 
-    def _take(self, num_ints: int) -> int:
-        address = self.counters.take(num_ints)
+    def _take(self, num_ints: int, kept: int = 0) -> int:
+        """As Counters.take, but that some are kept back; NotWarmedUp if too few are left."""
+        address = self.counters.take(num_ints, kept)
         if not address:
             self._reclaim()
-            address = self.counters.take(num_ints)
+            address = self.counters.take(num_ints, kept)
         if not address:
             raise NotWarmedUp(
                 f"the {NUM_COUNTERS} counters of this context are with streams and captured launches, too few are left "

@@ -27,13 +27,15 @@ def main() -> None:
 
 
 def _answer(job: dict) -> dict:
+    name = job["config"]
     try:
         cfg = getattr(import_module(job["module"]), job["config"])(**job["fields"])
+        name = cfg.name
         return {"object": base64.b64encode(object_of(cfg)).decode()}
     except CompileError as error:
         return {"error": str(error)}
     except Exception as error:
-        return {"error": f"{job['config']} did not compile: {type(error).__name__}: {plain_text(error)}"}
+        return {"error": f"{name} did not compile: {type(error).__name__}: {plain_text(error)}"}
 
 
 def _end_with_parent() -> None:

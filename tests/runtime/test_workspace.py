@@ -83,6 +83,14 @@ def test_exhaustion_says_what_to_do(allocated):
     assert memory.tile_counter(5) == mine, "what was given out stays good"
 
 
+def test_captures_leave_counters_to_streams(allocated):
+    counters = Counters()
+    while counters.take(8000, module.COUNTERS_OF_STREAMS):
+        pass
+    assert module.COUNTERS_OF_STREAMS <= sum(count for _, count in counters.free) < module.COUNTERS_OF_STREAMS + 1000
+    assert counters.take(1)
+
+
 # ---- workspaces ------------------------------------------------------------------------------------------------------
 
 

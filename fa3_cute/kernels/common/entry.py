@@ -21,8 +21,9 @@ def flat_entry(arguments: tuple[tuple[str, str], ...]):
     bundle = make_dataclass("Arguments", [(name, TYPES[kind]) for name, kind in arguments], frozen=True)
 
     def decorate(cls):
+        doc, _, _ = (cls.launch.__doc__ or "").partition("\n")      # python -OO drops docstrings
         source = SOURCE.format(parameters=", ".join(f"{name}: {kind}_t" for name, kind in arguments),
-                               names=", ".join(names), doc=cls.launch.__doc__.partition("\n")[0])
+                               names=", ".join(names), doc=doc)
         file = f"<entry of {cls.__name__}>"
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file    # the DSL reads the source
         scope = {"cute": cute, "Arguments": bundle, "__name__": cls.__module__,
