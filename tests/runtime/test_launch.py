@@ -201,7 +201,7 @@ tell(steps=steps)
         [True, False, True, 2, 3],
         [True, True, False, 3, 4],
         [True, True, False, 3, 4],
-        [True, True, True, 3, 5],
+        [True, True, True, 4, 5],  # it came before: kept from now on
     ]
 
 

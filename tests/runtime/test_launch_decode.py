@@ -187,7 +187,7 @@ step()
 tell(steps=steps)
 """)
     steps = found["steps"]
-    assert [step[0] for step in steps] == [1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 7, 7, 7, 7, 7]
+    assert [step[0] for step in steps] == [1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8, 8, 8, 8]
     plain, of_32 = (launched(4, num_splits, 16, CFG.smem_bytes) for num_splits in (48, 32))
     of_16 = launched(4, 16, 16)  # 112 CTAs run at once, one per SM, and these are 64
     assert [step[1] for step in steps] == [
