@@ -118,7 +118,7 @@ tell(steps=list(map(int, steps)), broken=number("num_broken"), made=len(allocati
 
 FEW = """
 from fa3_cute.runtime import scratch as memories
-memories.NUM_COUNTERS = 8
+memories.NUM_COUNTERS, memories.COUNTERS_OF_STREAMS = 9, 1  # captures leave the last one to streams
 """
 
 
@@ -144,10 +144,12 @@ kept, refused = capture(40), capture(41, 6)
 said = last_error().detail
 eager.append(int(forward(prefill_params(), stream)))
 fake.end_graph(40)
-tell(first=min(first), kept=kept, refused=refused, said=said, eager=eager, again=capture(42), other=capture(41, 1))
+again, other = capture(42), capture(41, 1)
+eager.append(int(forward(prefill_params(), stream + 8)))
+tell(first=min(first), kept=kept, refused=refused, said=said, eager=eager, again=again, other=other)
 """
     )
-    assert told["first"] > 0 and told["eager"] == [0, 0]
+    assert told["first"] > 0 and told["eager"] == [0, 0, 0], "a new stream too"
     assert told["refused"][-2:] == [-103, -103] and min(told["refused"][:4]) > 0
     assert "give tile_counter" in told["said"] and "warmup" not in told["said"]
     assert set(told["again"]) == set(told["kept"]) and told["other"] == [-103]
