@@ -136,12 +136,24 @@ class FlashAttentionParams:
     window_size_right: int = _field(-1, "count", takers=BOTH)
     mode: AttentionMode = _field(AttentionMode.PREFILL, "choice")
 
-    cu_seqlens_q: int | None = _lengths(FORWARD)  # int32 [batch + 1], with cu_seqlens_k, total_q and total_k
-    cu_seqlens_k: int | None = _lengths(FORWARD)
+    # int32 [batch + 1]. Packed queries go with packed keys, or with seqused_k and a dense cache or pages.
+    cu_seqlens_q: int | None = _lengths(*BOTH)
+    cu_seqlens_k: int | None = _lengths(*BOTH)
     total_q: int = _size()
     total_k: int = _size()
+    max_seqlen_q: int = _size()  # a hint: no packed sequence has more queries; 0 is unknown
     seqused_q: int | None = _lengths(*BOTH)  # int32 [batch]
     seqused_k: int | None = _lengths(*BOTH)
+
+    # K and V in pages: k and v are pools [num_pages, page_size, num_heads_k, head_dim], their batch strides those of
+    # pages, seqlen_k the capacity of a sequence. int32 [batch, seqlen_k / page_size]; needs seqused_k.
+    page_table: int | None = _lengths(*BOTH)
+    page_table_batch_stride: int | None = _stride()
+    page_size: int = _size(*BOTH)
+    num_pages: int = _size(*BOTH)
+    # int32 [batch]: the sequence's entry of k and v, which have batch_size_k of them, or its row of page_table.
+    kv_batch_idx: int | None = _lengths(*BOTH)
+    batch_size_k: int = _size(*BOTH)
 
     # FP8 only. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by sequence,
     # packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
@@ -156,6 +168,11 @@ class FlashAttentionParams:
     v_descale_head_stride: int = _stride(0)
 
     num_splits: int = _field(0, "count")  # 0 automatic, 1 never (batch-invariant), n exactly n
+    max_num_splits: int = _field(0, "count")  # of what num_splits = 0 chooses; 0: 256
+    fixed_split_size: int = _field(0, "count")  # keys per split, for bits that do not depend on the batch; 0: off
+    zero_padding: bool = _field(False, "flag")  # packed rows behind the last sequence get out = 0 and LSE = -inf
+    sm_margin: int = _field(0, "count")  # SMs that are left to other kernels
+    scheduler_metadata: int | None = _field(None, "pointer", element="bytes", varies=True)  # ignored
     pack_gqa: bool | None = _field(None, "flag")  # None: automatic
     # Scratch memory for split-KV; None: ours.
     workspace: int | None = _field(None, "pointer", element="bytes", alignment=16, varies=True)
@@ -166,8 +183,6 @@ class FlashAttentionParams:
 
     # Known by name, refused while set.
     softcap: float = _refused(Status.SOFTCAP_UNSUPPORTED, 0.0, "number")
-    page_table: int | None = _refused(Status.PAGED_KV_UNSUPPORTED)
-    page_size: int = _refused(Status.PAGED_KV_UNSUPPORTED, 0, "count")
     rotary_cos: int | None = _refused(Status.ROTARY_UNSUPPORTED, instead="rotate q and k before the call")
     rotary_sin: int | None = _refused(Status.ROTARY_UNSUPPORTED, instead="rotate q and k before the call")
     rotary_dim: int = _refused(Status.ROTARY_UNSUPPORTED, 0, "count", "rotate q and k before the call")
@@ -282,14 +297,26 @@ def is_true(value) -> bool | None:
 
 
 def is_packed(p) -> bool:
-    """The sequences of plain params are packed, or meant to be."""
+    """The queries of plain params are packed, or meant to be."""
     return bool(p.cu_seqlens_q or p.cu_seqlens_k) or p.mode is AttentionMode.VARLEN_PREFILL
 
 
+def has_packed_keys(p) -> bool:
+    """The keys of plain params are packed, or meant to be."""
+    return bool(p.cu_seqlens_k) or is_packed(p) and not (p.seqused_k or p.page_table)
+
+
+def is_paged(p) -> bool:
+    """The keys of plain params lie in pages."""
+    return bool(p.page_table)
+
+
 def tensor_sizes(p, tensor: str) -> tuple:
-    """(batch, rows, heads) of one tensor of plain params; a packed tensor has one batch."""
+    """(batch, rows, heads) of one tensor of plain params; a packed tensor has one batch, a pool its pages."""
     if tensor in ("q", "out"):
-        rows, total, heads = p.seqlen_q, p.total_q, p.num_heads
-    else:
-        rows, total, heads = p.seqlen_k, p.total_k, p.num_heads_k
-    return (1, total, heads) if is_packed(p) else (p.batch_size, rows, heads)
+        return (1, p.total_q, p.num_heads) if is_packed(p) else (p.batch_size, p.seqlen_q, p.num_heads)
+    if has_packed_keys(p):
+        return 1, p.total_k, p.num_heads_k
+    if is_paged(p):
+        return p.num_pages, p.page_size, p.num_heads_k
+    return p.batch_size_k or p.batch_size, p.seqlen_k, p.num_heads_k

@@ -16,8 +16,11 @@ from ..contract.params import (
     AttentionMode,
     DataType,
     FlashAttentionParams,
+    has_packed_keys,
     is_packed,
+    is_paged,
     names,
+    tensor_sizes,
 )
 from ..contract.strides import DESCALE_STRIDES, STRIDES
 
@@ -33,7 +36,9 @@ _read_lengths, _read_strides, _read_descale_strides = (
 
 
 # The first fields of a ProblemShape.
-Chosen = tuple[str, str | None, int, str, bool, int, int, int, int, int, bool | None, tuple[float, ...]]
+Chosen = tuple[
+    str, str | None, int, str, bool, int, int, int, int, int, int, int, bool, int, bool | None, tuple[float, ...]
+]
 
 
 class ProblemShape(NamedTuple):
@@ -41,7 +46,11 @@ class ProblemShape(NamedTuple):
 
     dtype, out_dtype    of Q, K and V; of O where they are FP8, else None: as configs call them
     mask                "full", "causal" or "local"
-    is_packed           the sequences are packed: seqlen_q and seqlen_k are the rows of all, strides along batches 0
+    is_packed           the queries are packed: seqlen_q is the rows of all, strides along batches 0
+    has_packed_keys     the same of the keys and seqlen_k, which is else the rows or the capacity of each sequence
+    page_size, num_pages   0 without pages
+    batch_size_k        entries of k and v, or rows of the page table
+    max_seqlen_q        queries of a packed sequence, at most; 0 is unknown
     window_left, window_right   how far a query sees from its diagonal, in tokens, at most UNBOUNDED_WINDOW; a causal
                         mask is (UNBOUNDED_WINDOW, 0)
     numbers             features, in the order of NUMBERS; 0 where they are off
@@ -60,13 +69,22 @@ class ProblemShape(NamedTuple):
     window_left: int
     window_right: int
     num_splits: int
+    max_num_splits: int
+    fixed_split_size: int
+    zero_padding: bool
+    sm_margin: int
     pack_gqa: bool | None
     numbers: tuple[float, ...]
     is_packed: bool
+    has_packed_keys: bool
     has_lse: bool
     batch_size: int
     seqlen_q: int
     seqlen_k: int
+    page_size: int
+    num_pages: int
+    batch_size_k: int
+    max_seqlen_q: int
     softmax_scale: float
     lengths: tuple[int, ...]
     strides: tuple[int, ...]
@@ -77,6 +95,15 @@ class ProblemShape(NamedTuple):
     def element_bytes(self) -> int:
         """Of an element of Q, K or V."""
         return ELEMENT_BYTES[self.dtype]
+
+    def length(self, name: str) -> int:
+        """One of `lengths`."""
+        return self.lengths[LENGTHS.index(name)]
+
+    @property
+    def is_paged(self) -> bool:
+        """K and V lie in pages."""
+        return self.page_size > 0
 
     @property
     def has_lengths(self) -> bool:
@@ -91,19 +118,22 @@ class ProblemShape(NamedTuple):
     def of(p: FlashAttentionParams, chosen: Chosen | None = None) -> "ProblemShape":
         """Of plain params (contract/plain.py) that the rules accept; chosen is `chosen_by` them, if that is known."""
         chosen = chosen or chosen_by(p)
-        packed, lengths, scale = is_packed(p), _read_lengths(p), p.softmax_scale
-        batch, rows_q, rows_k = p.batch_size, p.seqlen_q, p.seqlen_k
-        if packed:
-            rows_q, rows_k = p.total_q, p.total_k
-        strides = _strides_of(p, 0 if packed else batch, rows_q, rows_k)
+        lengths, scale = _read_lengths(p), p.softmax_scale
+        packed, packed_keys, paged = is_packed(p), has_packed_keys(p), is_paged(p)
+        strides = _strides_of(p, packed, packed_keys)
         return ProblemShape._make(
             chosen
             + (
                 packed,
+                packed_keys,
                 bool(p.softmax_lse),
-                batch,
-                rows_q,
-                rows_k,
+                p.batch_size,
+                p.total_q if packed else p.seqlen_q,
+                p.total_k if packed_keys else p.seqlen_k,
+                p.page_size if paged else 0,
+                p.num_pages if paged else 0,
+                p.batch_size_k or p.batch_size,
+                p.max_seqlen_q if packed else 0,
                 1.0 / math.sqrt(p.head_dim) if scale is None else scale,
                 _NO_LENGTHS if lengths == _ABSENT else tuple([address or 0 for address in lengths]),
                 strides if p.dtype is not DataType.FP8_E4M3 else strides + _descale_strides_of(p),
@@ -131,31 +161,42 @@ def chosen_by(p: FlashAttentionParams) -> Chosen:
         left,
         right,
         p.num_splits,
+        p.max_num_splits,
+        p.fixed_split_size,
+        p.zero_padding,
+        p.sm_margin,
         p.pack_gqa,
         tuple([getattr(p, name) or 0.0 for name in NUMBERS]),
     )
 
 
-def _strides_of(p, batch: int, rows_q: int, rows_k: int) -> tuple[int, ...]:
-    """The strides with defaults where they are None; batch is 0 for packed tensors, which have one.
+def _strides_of(p, packed: bool, packed_keys: bool) -> tuple[int, ...]:
+    """The strides with defaults where they are None, of packed tensors 0 along batches; last that of the page table.
 
     The stride of a dimension of size 1 never addresses memory and array libraries put anything there, but TMA wants a
     multiple of 16 bytes: the kernel gets the contiguous one.
     """
-    head_dim, heads, heads_k, given = p.head_dim, p.num_heads, p.num_heads_k, _read_strides(p)
-    row_q, row_k = heads * head_dim, heads_k * head_dim
-    q = (rows_q * row_q if batch else 0, row_q, head_dim)
-    k = (rows_k * row_k if batch else 0, row_k, head_dim)
-    contiguous = q + k + k + q
-    if given == _CONTIGUOUS:
-        return contiguous
-    sizes_q, sizes_k = (batch or 1, rows_q, heads), (batch or 1, rows_k, heads_k)
-    return tuple(
-        [
-            default if stride is None or size == 1 else stride
-            for stride, default, size in zip(given, contiguous, sizes_q + sizes_k + sizes_k + sizes_q, strict=True)
-        ]
-    )
+    given = _read_strides(p)
+    (batch_q, rows_q, heads), (batch_k, rows_k, heads_k) = tensor_sizes(p, "q"), tensor_sizes(p, "k")
+    row_q, row_k, head_dim = heads * p.head_dim, heads_k * p.head_dim, p.head_dim
+    q = (0 if packed else rows_q * row_q, row_q, head_dim)
+    k = (0 if packed_keys else rows_k * row_k, row_k, head_dim)
+    strides = q + k + k + q
+    if given != _CONTIGUOUS:
+        sizes_q, sizes_k = (batch_q, rows_q, heads), (batch_k, rows_k, heads_k)
+        strides = tuple(
+            [
+                default if stride is None or size == 1 else stride
+                for stride, default, size in zip(given, strides, sizes_q + sizes_k + sizes_k + sizes_q, strict=True)
+            ]
+        )
+    return (*strides, _table_stride_of(p) if is_paged(p) else 0)
+
+
+def _table_stride_of(p) -> int:
+    """Entries between the rows of the page table."""
+    stride = p.page_table_batch_stride
+    return -(-p.seqlen_k // p.page_size) if stride is None else stride
 
 
 def _descale_strides_of(p) -> tuple[int, ...]:
