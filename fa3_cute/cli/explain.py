@@ -11,7 +11,7 @@ import argparse
 import json
 
 from ..api import AttentionMode, DataType, FlashAttentionParams, explain
-from ..contract.formats import FP8, FP8_OUT_DTYPES
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from ..contract.plain import plain
 from ..contract.status import Problem
 from ..planning.operations import Config, checked, operation_of
@@ -37,7 +37,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--head-dim", **number, default=128, help="default 128")
     parser.add_argument(
         "--dtype",
-        choices=[dtype.name.lower() for dtype in DataType],
+        choices=list(ELEMENT_BYTES),
         default="bf16",
         help="of Q, K and V; default bf16",
     )

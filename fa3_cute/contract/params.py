@@ -9,11 +9,12 @@ from .status import Status
 
 
 class DataType(IntEnum):
-    """Element type of q, k and v, and of out."""
+    """Element type of q, k and v, and of out. FP32 is for partial results (MergeParams), never of q, k and v."""
 
     FP16 = 0
     BF16 = 1
     FP8_E4M3 = 2
+    FP32 = 3
 
 
 class AttentionMode(IntEnum):
@@ -218,7 +219,7 @@ POINTERS = tuple(name for name in names(changes=True) if name not in DESCALES)
 CHOICES = names(changes=False, varies=False)
 SHAPE = CHOICES + names(varies=True)
 
-DTYPE_NAMES = ("fp16", "bf16", "fp8_e4m3")  # by DataType, as configs call them
+DTYPE_NAMES = ("fp16", "bf16", "fp8_e4m3", "fp32")  # by DataType, as configs call them
 OFF = frozenset((None, 0))  # what switches a field off
 CONSTANTS = frozenset((int, float, bool, type(None), DataType, AttentionMode))  # types without inner state
 

@@ -12,7 +12,7 @@ from fa3_cute.contract.status import Problem
 from fa3_cute.planning.operations import checked
 
 A = 0x7F00_0000_0000
-FP16, BF16, FP8 = DataType
+FP16, BF16, FP8, FP32 = DataType
 PREFILL, DECODE, VARLEN = AttentionMode
 POINTERS = {"q": A, "k": A, "v": A, "out": A}
 HEADS = {"num_heads": 16, "num_heads_k": 4, "head_dim": 128}
