@@ -27,7 +27,7 @@ _WORDS = (
     (r"\b([qkv]_descale)_ptr=\w+: must be None", r"\1: must be None"),
     (r"\b([qkv]_descale)_ptr=", r"\1="),
     (r"\b([qkv]|out|[qkv]_descale)_(batch|row|head)_stride=", r"\1's \2 stride="),
-    (r"must be a device address: packed", "must be an array: packed"),
+    (r"must be a device address: cu_seqlens", "must be an array: cu_seqlens"),
 )
 
 

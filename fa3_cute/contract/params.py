@@ -98,7 +98,8 @@ class FlashAttentionParams:
     """
 
     # [batch, seqlen_q, num_heads, head_dim] q and out, [batch, seqlen_k, num_heads_k, head_dim] k and v; packed
-    # [total_q, num_heads, head_dim] and [total_k, num_heads_k, head_dim]. 16-byte aligned, last dimension contiguous.
+    # [total_q, num_heads, head_dim] and [total_k, num_heads_k, head_dim]; k and v in pages are
+    # [num_pages, page_size, num_heads_k, head_dim]. 16-byte aligned, last dimension contiguous.
     q: int | None = _tensor()
     k: int | None = _tensor()
     v: int | None = _tensor()
@@ -107,8 +108,8 @@ class FlashAttentionParams:
     softmax_lse: int | None = _tensor("float32", 4)
 
     batch_size: int = _size(*BOTH)
-    seqlen_q: int = _size(*BOTH)  # ignored, like seqlen_k, when cu_seqlens_q and cu_seqlens_k are given
-    seqlen_k: int = _size(*BOTH)
+    seqlen_q: int = _size(*BOTH)  # ignored with cu_seqlens_q
+    seqlen_k: int = _size(*BOTH)  # ignored with cu_seqlens_k; with seqused_k the capacity of a sequence
     num_heads: int = _size(*BOTH, varies=False)
     num_heads_k: int = _size(*BOTH, varies=False)  # divides num_heads: MHA if equal, MQA if 1, else GQA
     head_dim: int = _size(varies=False)

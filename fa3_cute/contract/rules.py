@@ -13,18 +13,31 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from .formats import FP8_HEAD_DIMS, HEAD_DIMS, MAX_SPLITS
-from .limits import (
-    LARGEST_SCALE,
-    MAX_MASKED_ROWS,
-    MAX_SIZE,
-    MAX_TILES,
-    MAX_WINDOW,
-    SMALLEST_SCALE,
-    SMALLEST_TILE_M,
+from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
+from .params import (
+    ARGUMENTS,
+    DESCALES,
+    NUMBERS,
+    OFF,
+    TENSORS,
+    AttentionMode,
+    DataType,
+    has_packed_keys,
+    is_packed,
 )
-from .params import ARGUMENTS, DESCALES, NUMBERS, OFF, TENSORS, AttentionMode, DataType, is_packed
 from .plain import BAD, plain
-from .sentences import Sentences, is_int, listed, must
+from .sentences import Sentences, listed, must
+from .sequences import (
+    are_totals_missing,
+    cache_sizes,
+    fixed_splits,
+    has_fixed_splits,
+    is_masked,
+    masked_sizes,
+    pages,
+    sizes,
+    varlen,
+)
 from .status import Problem, Status, shown
 from .strides import descale_strides, has_descale_strides, strides
 
@@ -38,6 +51,12 @@ _read_tensors = attrgetter(*TENSORS)
 _read_by_16, _read_by_4 = (attrgetter(*(name for name in ALIGNMENT if ALIGNMENT[name] == n)) for n in (16, 4))
 _read_descales = attrgetter(*DESCALES)
 
+SPLIT_FIELDS = {
+    "num_splits": f"an int from 0 (automatic) to {MAX_SPLITS}",
+    "max_num_splits": f"an int from 0 (as many as {MAX_SPLITS}) to {MAX_SPLITS}",
+    "fixed_split_size": "an int of at least 0, in tokens; 0: off",
+}
+
 # ---- the rules -------------------------------------------------------------------------------------------------------
 
 
@@ -46,10 +65,10 @@ def _pointers_present(p) -> Sentences:
         return ()
     missing = [name for name in TENSORS if not getattr(p, name)]
     # Of no rows nothing is read or written, and empty arrays have no address in most libraries.
-    if is_packed(p) and (p.total_q == 0) != (p.total_k == 0):
-        empty = ("q", "out") if p.total_q == 0 else ("k", "v")
-        missing = [name for name in missing if name not in empty]
-    return [must(p, name, "the device address of a tensor") for name in missing]
+    empty = ()
+    if is_packed(p) and not are_totals_missing(p):
+        empty = (("q", "out") if p.total_q == 0 else ()) + (("k", "v") if has_packed_keys(p) and not p.total_k else ())
+    return [must(p, name, "the device address of a tensor") for name in missing if name not in empty]
 
 
 def _head_dim(p) -> Sentences:
@@ -82,81 +101,6 @@ def _causal_window(p) -> Sentences:
     ]
 
 
-def _varlen(p) -> Sentences:
-    totals_missing = p.total_q in OFF and p.total_k in OFF
-    if not is_packed(p):
-        return () if totals_missing else [f"{_totals(p)}: must be 0 without cu_seqlens_q and cu_seqlens_k"]
-    found = [
-        must(p, name, "a device address: packed sequences need cu_seqlens_q and cu_seqlens_k")
-        for name in ("cu_seqlens_q", "cu_seqlens_k")
-        if not getattr(p, name)
-    ]
-    if totals_missing:
-        found.append(f"{_totals(p)}: must be the rows of packed q and of packed k and v; one of them may be 0")
-    if p.mode is not AttentionMode.VARLEN_PREFILL and p.mode is not BAD:
-        found.append(must(p, "mode", "AttentionMode.VARLEN_PREFILL with cu_seqlens_q and cu_seqlens_k"))
-    return found
-
-
-def _totals(p) -> str:
-    raw = getattr(p, "raw", p)
-    return f"total_q={shown(raw.total_q)}, total_k={shown(raw.total_k)}"
-
-
-def _lengths(packed: bool) -> tuple[str, str]:
-    return ("total_q", "total_k") if packed else ("seqlen_q", "seqlen_k")
-
-
-def _sizes(p) -> Sentences:
-    packed = is_packed(p)
-    batch, heads = p.batch_size, p.num_heads
-    rows, keys, fewest = (p.total_q, p.total_k, 0) if packed else (p.seqlen_q, p.seqlen_k, 1)
-    if not (
-        type(batch) is type(rows) is type(keys) is int
-        and 1 <= batch <= MAX_SIZE
-        and fewest <= rows <= MAX_SIZE
-        and fewest <= keys <= MAX_SIZE
-    ):
-        least = {"batch_size": 1, **dict.fromkeys(_lengths(packed), fewest)}
-        return [
-            must(p, name, f"an int from {least[name]} to {MAX_SIZE}")
-            for name in least
-            if not is_int(getattr(p, name), least[name], MAX_SIZE)
-        ]
-    if type(heads) is not int or heads < 1:
-        return ()
-    # Every packed sequence may end in a partly filled tile of its own.
-    tiles = rows // SMALLEST_TILE_M + batch if packed else batch * -(-rows // SMALLEST_TILE_M)
-    splits = max(1, p.num_splits) if type(p.num_splits) is int else 1
-    if heads * tiles * splits <= MAX_TILES:
-        return ()
-    stated = f"batch_size={batch}, num_heads={shown(heads)}, {_lengths(packed)[0]}={rows}"
-    times = f", num_splits={shown(splits)}" if splits > 1 else ""
-    return [
-        (
-            f"{stated}{times}: must make at most {MAX_TILES} tiles of {SMALLEST_TILE_M} rows, "
-            f"not {shown(heads * tiles * splits)}"
-        )
-    ]
-
-
-def _is_masked(p) -> bool:
-    bounds = p.window_size_left, p.window_size_right
-    return p.is_causal is True or any(type(bound) is int and bound >= 0 for bound in bounds)
-
-
-def _masked_sizes(p) -> Sentences:
-    packed = is_packed(p)
-    rows_q, rows_k = (p.total_q, p.total_k) if packed else (p.seqlen_q, p.seqlen_k)
-    if type(rows_q) is not int or type(rows_k) is not int or rows_q + rows_k <= MAX_MASKED_ROWS:
-        return ()
-    if not (is_int(rows_q, 0, MAX_SIZE) and is_int(rows_k, 0, MAX_SIZE)):  # the rule before this one has said so
-        return ()
-    names = _lengths(packed)
-    stated = f"{names[0]}={rows_q}, {names[1]}={rows_k}"
-    return [f"{stated}: must add up to at most {MAX_MASKED_ROWS} with is_causal or a window"]
-
-
 def _is_decode(p) -> bool:
     return p.mode is AttentionMode.DECODE
 
@@ -166,8 +110,8 @@ def _decode(p) -> Sentences:
 
 
 def _alignment(p) -> Sentences:
-    bits = 0
     try:
+        bits = (p.scheduler_metadata or 0) << 2
         for value in filter(None, _read_by_4(p)):
             bits |= value
         bits <<= 2
@@ -191,7 +135,8 @@ def _alignment(p) -> Sentences:
             )
         elif value % alignment or not 0 <= value < 2**64:
             stated = f"{value:#x}" if abs(value) < 2**128 else shown(value)
-            found.append(f"{name}={stated}: must be a device address aligned to {alignment} bytes")
+            aligned = f" aligned to {alignment} bytes" if alignment > 1 else ""
+            found.append(f"{name}={stated}: must be a device address{aligned}")
     return found
 
 
@@ -209,6 +154,10 @@ def _choices(p) -> Sentences:
         found.append(must(p, "is_causal", "True or False"))
     if p.pack_gqa is BAD:
         found.append(must(p, "pack_gqa", "None (automatic), True or False"))
+    if p.zero_padding is BAD:
+        found.append(must(p, "zero_padding", "True or False"))
+    elif p.zero_padding and p.mode is not AttentionMode.VARLEN_PREFILL:
+        found.append(must(p, "zero_padding", "False without cu_seqlens_q: dense queries have no padding"))
     return found
 
 
@@ -218,11 +167,12 @@ def _counts(p) -> Sentences:
         for name in ("window_size_left", "window_size_right")
         if type(size := getattr(p, name)) is not int or size > MAX_WINDOW
     ]
-    if type(p.num_splits) is not int:
-        found.append(must(p, "num_splits", f"an int from 0 (automatic) to {MAX_SPLITS}"))
-    if type(p.workspace_bytes) is not int or p.workspace_bytes < 0:
-        found.append(must(p, "workspace_bytes", "an int of at least 0"))
-    return found
+    found += [must(p, name, accepted) for name, accepted in SPLIT_FIELDS.items() if type(getattr(p, name)) is not int]
+    return found + [
+        must(p, name, "an int of at least 0")
+        for name in ("workspace_bytes", "sm_margin")
+        if type(size := getattr(p, name)) is not int or size < 0
+    ]
 
 
 def _scale(p) -> Sentences:
@@ -265,9 +215,19 @@ def _descales(p) -> Sentences:
 
 
 def _num_splits(p) -> Sentences:
-    if type(p.num_splits) is not int or 0 <= p.num_splits <= MAX_SPLITS:
+    splits, most, size = values = p.num_splits, p.max_num_splits, p.fixed_split_size
+    if not type(splits) is type(most) is type(size) is int:
         return ()
-    return [must(p, "num_splits", f"from 0 (automatic) to {MAX_SPLITS}")]
+    found = [
+        must(p, name, accepted)
+        for (name, accepted), value in zip(SPLIT_FIELDS.items(), values, strict=True)
+        if value < 0 or value > MAX_SPLITS and name != "fixed_split_size"
+    ]
+    if not found and size and splits > 1:
+        found.append(must(p, "num_splits", f"0 or 1 with fixed_split_size={shown(size)}"))
+    if not found and most and splits > most:
+        found.append(must(p, "num_splits", f"at most max_num_splits={most}"))
+    return found
 
 
 def _off(status: Status):
@@ -288,34 +248,6 @@ def _off(status: Status):
     return refused_is_off
 
 
-# Valid by the contract, no kernel yet: of packed sequences (field, whether its value asks for the feature, the feature,
-# accepted meanwhile). Each row leaves with the kernel that makes it true.
-PENDING = (
-    (
-        "num_splits",
-        lambda value: type(value) is int and value >= 2,
-        "split-KV of packed sequences",
-        "0 or 1 with cu_seqlens_q and cu_seqlens_k",
-    ),
-    (
-        "pack_gqa",
-        lambda value: value is True,
-        "packed heads of packed sequences",
-        "None or False with cu_seqlens_q and cu_seqlens_k",
-    ),
-)
-
-
-def _pending(p) -> Sentences:
-    if not is_packed(p):
-        return ()
-    return [
-        must(p, name, f"{accepted}: {feature} not implemented yet")
-        for name, asks, feature, accepted in PENDING
-        if asks(getattr(p, name))
-    ]
-
-
 class Rule(NamedTuple):
     """A row of the table.
 
@@ -329,15 +261,16 @@ class Rule(NamedTuple):
     concerns: Callable[..., bool] | None = None
 
 
-CONTRACT_RULES = (
+RULES = (
     Rule(Status.NULL_POINTER, _pointers_present),
     Rule(Status.UNSUPPORTED_HEAD_DIM, _head_dim, of_choices=True),
     Rule(Status.FP8_HEAD_DIM, _fp8_head_dim, of_choices=True),
     Rule(Status.INVALID_HEADS, _heads, of_choices=True),
     Rule(Status.CAUSAL_WINDOW_CONFLICT, _causal_window, of_choices=True),
-    Rule(Status.VARLEN_MISMATCH, _varlen),
-    Rule(Status.INVALID_SHAPE, _sizes),
-    Rule(Status.INVALID_SHAPE, _masked_sizes, concerns=_is_masked),
+    Rule(Status.VARLEN_MISMATCH, varlen),
+    Rule(Status.INVALID_SHAPE, sizes),
+    Rule(Status.INVALID_SHAPE, cache_sizes),
+    Rule(Status.INVALID_SHAPE, masked_sizes, concerns=is_masked),
     Rule(Status.INVALID_SHAPE, strides),
     Rule(Status.INVALID_SHAPE, descale_strides, concerns=has_descale_strides),
     Rule(Status.MODE_MISMATCH, _decode, concerns=_is_decode),
@@ -350,20 +283,20 @@ CONTRACT_RULES = (
     Rule(Status.INVALID_ARGUMENT, _descales, concerns=_has_no_descales),
     Rule(Status.SOFTCAP_UNSUPPORTED, _off(Status.SOFTCAP_UNSUPPORTED), of_choices=True),
     Rule(Status.SPLIT_KV_UNSUPPORTED, _num_splits, of_choices=True),
-    Rule(Status.PAGED_KV_UNSUPPORTED, _off(Status.PAGED_KV_UNSUPPORTED), of_choices=True),
+    Rule(Status.SPLIT_KV_UNSUPPORTED, fixed_splits, concerns=has_fixed_splits),
+    Rule(Status.PAGED_KV_UNSUPPORTED, pages),
     Rule(Status.ROTARY_UNSUPPORTED, _off(Status.ROTARY_UNSUPPORTED), of_choices=True),
     Rule(Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED), of_choices=True),
 )
-RULES = (*CONTRACT_RULES, Rule(Status.FEATURE_UNSUPPORTED, _pending))
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
 
 
 def contract_problems(params) -> list[Problem]:
-    """What the contract objects to; nothing about kernels that are not implemented yet, nor how large a workspace must
-    be, which the plan knows (planning/problem.py)."""
-    return list(walk(plain(params), CONTRACT_RULES))
+    """What the contract objects to; nothing about how large a workspace must be, which the plan knows
+    (planning/operations.py)."""
+    return list(walk(plain(params)))
 
 
 def first_problem(p) -> Problem | None:
@@ -371,9 +304,9 @@ def first_problem(p) -> Problem | None:
     return next(walk(p), None)
 
 
-def walk(p, rules=RULES) -> Iterator[Problem]:
+def walk(p) -> Iterator[Problem]:
     """The problems of plain params, in the order of the rules."""
-    for status, objections, _, concerns in rules:
+    for status, objections, _, concerns in RULES:
         if concerns is None or concerns(p):
             for detail in objections(p):
                 yield Problem(status, detail)

@@ -56,15 +56,15 @@ _MEANING = {
     Status.FP8_HEAD_DIM: "FP8 needs head_dim 64, 96 or 128",
     Status.INVALID_HEADS: "num_heads must be a positive multiple of a positive num_heads_k",
     Status.CAUSAL_WINDOW_CONFLICT: "is_causal and a sliding window exclude each other",
-    Status.VARLEN_MISMATCH: "VARLEN_PREFILL, cu_seqlens_q, cu_seqlens_k and total_q, total_k belong together",
+    Status.VARLEN_MISMATCH: "VARLEN_PREFILL, cu_seqlens_q, cu_seqlens_k, total_q and total_k do not fit together",
     Status.INVALID_SHAPE: "a size or a stride is missing, negative or out of range",
     Status.MODE_MISMATCH: "DECODE needs seqlen_q == 1",
     Status.INVALID_ARGUMENT: "an argument is misaligned, out of range, of the wrong type or out of place",
     Status.BF16_UNSUPPORTED: "BF16 is not supported (reserved: this library supports it)",
     Status.SOFTCAP_UNSUPPORTED: "softcap is not supported",
     Status.PACK_GQA_UNSUPPORTED: "pack_gqa is not supported (reserved: this library supports it)",
-    Status.SPLIT_KV_UNSUPPORTED: "num_splits must be 0 (automatic) to 256",
-    Status.PAGED_KV_UNSUPPORTED: "a paged KV cache is not supported",
+    Status.SPLIT_KV_UNSUPPORTED: "num_splits, max_num_splits and fixed_split_size must give at most 256 splits",
+    Status.PAGED_KV_UNSUPPORTED: "page_table, page_size, num_pages, seqused_k and seqlen_k do not fit together",
     Status.ROTARY_UNSUPPORTED: "rotary embeddings are not supported",
     Status.FEATURE_UNSUPPORTED: "the call asks for a feature that is not supported",
     Status.CUDA_ERROR: "a CUDA call failed",
@@ -97,8 +97,8 @@ def get_error_string(status: int) -> str:
 class FlashAttentionError(RuntimeError):
     """A refused or failed call: `code` is its Status, `detail` says which field or which call, in words.
 
-    Subclasses are also ValueError (-1 to -9) or NotImplementedError (-10 to -16); those of -100 and below are named
-    after their row. Pickles and copies with both attributes.
+    Subclasses are also ValueError (-1 to -9, -11, -13 to -15) or NotImplementedError (-10, -12, -16); those of -100 and
+    below are named after their row. Pickles and copies with both attributes.
     """
 
     def __init__(self, code: int, detail: str | None = None):
@@ -111,11 +111,11 @@ class FlashAttentionError(RuntimeError):
 
 
 class InvalidCallError(FlashAttentionError, ValueError):
-    """The parameters contradict the contract (-1 to -9)."""
+    """The parameters contradict the contract (-1 to -9, -11, -13 to -15)."""
 
 
 class UnsupportedFeatureError(FlashAttentionError, NotImplementedError):
-    """The parameters ask for something that this library does not do (-10 to -16)."""
+    """The parameters ask for something that this library does not do (-10, -12, -16)."""
 
 
 class CudaError(FlashAttentionError):
@@ -134,6 +134,7 @@ class NotWarmedUpError(FlashAttentionError):
     """Graph capture met a kernel that is not loaded yet, or no counter is left (-103)."""
 
 
+_UNSUPPORTED = (Status.BF16_UNSUPPORTED, Status.PACK_GQA_UNSUPPORTED, Status.FEATURE_UNSUPPORTED)
 _FAILURES = {
     Status.CUDA_ERROR: CudaError,
     Status.UNSUPPORTED_DEVICE: UnsupportedDeviceError,
@@ -144,10 +145,10 @@ _FAILURES = {
 
 def error_for(status: Status, detail: str | None = None) -> FlashAttentionError:
     """The exception, not yet raised, that stands for a status other than OK."""
-    if Status.INVALID_ARGUMENT <= status < Status.OK:
-        return InvalidCallError(status, detail)
-    if Status.FEATURE_UNSUPPORTED <= status < Status.INVALID_ARGUMENT:
+    if status in _UNSUPPORTED:
         return UnsupportedFeatureError(status, detail)
+    if Status.FEATURE_UNSUPPORTED < status < Status.OK:
+        return InvalidCallError(status, detail)
     return _FAILURES.get(status, FlashAttentionError)(status, detail)
 
 

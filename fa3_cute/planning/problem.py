@@ -195,8 +195,8 @@ def _strides_of(p, packed: bool, packed_keys: bool) -> tuple[int, ...]:
 
 def _table_stride_of(p) -> int:
     """Entries between the rows of the page table."""
-    stride = p.page_table_batch_stride
-    return -(-p.seqlen_k // p.page_size) if stride is None else stride
+    stride, rows = p.page_table_batch_stride, p.batch_size_k or p.batch_size
+    return p.seqlen_k // p.page_size if stride is None or rows == 1 else stride
 
 
 def _descale_strides_of(p) -> tuple[int, ...]:

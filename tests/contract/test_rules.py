@@ -2,7 +2,7 @@
 
 from dataclasses import fields, replace
 
-import pytest
+from cache_calls import PACKED_CACHE, PACKED_PAGED, PAGED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_calls import (
@@ -24,30 +24,11 @@ from fa3_cute.contract import rules
 from fa3_cute.contract.params import FlashAttentionParams
 from fa3_cute.contract.params import CHOICES
 from fa3_cute.contract.plain import plain, read_shape
-from fa3_cute.contract.status import Problem, Status
+from fa3_cute.contract.status import Problem
 from fa3_cute.planning import operations
 from fa3_cute.planning.operations import checked
 from fa3_cute.planning.problem import ProblemShape
-from fa3_cute.contract.rules import contract_problems
 from fa3_cute.planning.operations import problems
-
-
-# Right by the contract, so the kernel that is missing is the only problem; a landed kernel moves its row to ACCEPTED.
-@pytest.mark.parametrize(
-    "base, changes, feature",
-    [
-        (PACKED, {"num_splits": 256}, "split-KV of packed sequences"),
-        (PACKED, {"pack_gqa": True}, "packed heads of packed sequences"),
-        (PACKED_FP8, {"num_splits": 2}, "split-KV of packed sequences"),
-        (PACKED_FP8, {"pack_gqa": True}, "packed heads of packed sequences"),
-    ],
-)
-def test_pending_features_are_named(base, changes, feature):
-    params = replace(base, **changes)
-    found = problems(params)
-    assert {problem.status for problem in found} == {Status.FEATURE_UNSUPPORTED}
-    assert all(f"{feature} not implemented yet" in problem.detail for problem in found)
-    assert contract_problems(params) == []
 
 
 def test_first_problem_follows_the_table():
@@ -67,6 +48,7 @@ def test_first_problem_follows_the_table():
         num_splits=300,
         page_table=A,
         rotary_dim=8,
+        total_q=1,
         p_dropout=0.5,
         dtype=FP8,
     )
@@ -76,7 +58,7 @@ def test_first_problem_follows_the_table():
         (-3, {"head_dim": 128}),
         (-4, {"num_heads": 8}),
         (-5, {"is_causal": False}),
-        (-6, {"cu_seqlens_q": None}),
+        (-6, {"cu_seqlens_q": None, "total_q": 0}),
         (-7, {"batch_size": 1, "seqlen_q": 2, "seqlen_k": 1}),
         (-8, {"seqlen_q": 1}),
         (-9, {"out": A}),
@@ -110,6 +92,9 @@ BASES = st.sampled_from(
         replace(DENSE_FP8, **DESCALES, **PER_HEAD),
         PACKED_FP8,
         replace(ONE_ROW, dtype=FP8),
+        PAGED,
+        PACKED_PAGED,
+        replace(PACKED_CACHE, num_splits=0, fixed_split_size=64),
     ]
 )
 
@@ -144,13 +129,13 @@ def test_a_rule_of_choices_reads_choices_alone(base, changes):
 
 def test_known_choices_are_asked_less_and_say_the_same(monkeypatch):
     monkeypatch.setattr(operations, "_good_choices", {})
-    for base in (DENSE, PACKED, DENSE_FP8, replace(DENSE, seqlen_q=1)):
+    for base in (DENSE, PACKED, DENSE_FP8, replace(DENSE, seqlen_q=1), PAGED, PACKED_PAGED, PACKED_CACHE):
         fresh = checked(base)
         assert checked(base, read_shape(base)) == checked(base, read_shape(base)) == fresh
         for change in ({"batch_size": 0}, {"q": 0}, {"seqused_k": A + 1}, {"softmax_scale": 0.0}):
             wrong = replace(base, **change)
             assert isinstance(checked(wrong), Problem) and checked(wrong, read_shape(wrong)) == checked(wrong)
-        for change in ({"num_heads": 5}, {"is_causal": True, "window_size_left": 1}, {"page_table": A}):
+        for change in ({"num_heads": 5}, {"is_causal": True, "window_size_left": 1}, {"page_size": 7}):
             wrong = replace(base, **change)
             assert isinstance(checked(wrong, read_shape(wrong)), Problem)
     assert len(operations._good_choices) == 3

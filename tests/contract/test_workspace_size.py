@@ -16,8 +16,7 @@ ONE_TOKEN = replace(DENSE, seqlen_q=1, mode=DECODE, num_splits=32)
 @pytest.mark.parametrize(
     "base, changes, status",
     [
-        (PACKED, {"num_splits": 2}, -16),
-        (PACKED, {"pack_gqa": True}, -16),
+        (PACKED, {"num_splits": 257}, -13),
         (ONE_TOKEN, {"p_dropout": 0.5}, -16),
         (ONE_TOKEN, {"num_splits": 257}, -13),
         (ONE_TOKEN, {"seqused_k": A + 1}, -9),
