@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .reference import as_float, used_rows
+from .reference import as_float
+from .rows import used_rows
 
 LARGEST = 448.0  # of E4M3, which has no infinity
 # A descale that a GPU flushes to zero would take all values with it: none is below the normal numbers of FP32.

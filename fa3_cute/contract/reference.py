@@ -17,8 +17,10 @@ and d = j - (i + n_k - n_q), the distance from the diagonal that ends in the bot
 Rows that see no key: O = 0, LSE = -inf. A row that sees keys but whose every score is -inf (an Inf in Q or K) reads the
 same here; the kernels may give NaN for it. A NaN in a row of Q, or in a key or value that the row sees, gives NaN. Keys
 and values that a row does not see contribute nothing to it, NaN or not; the kernels promise that for those at or past
-the used length and those outside the tensor. Query rows that no sequence uses are untouched: they hold NaN in the
-arrays returned here.
+the used length and those outside the tensor. Query rows that no sequence uses are untouched, but for those that
+zero_padding asks for: they hold NaN in the arrays returned here.
+
+Keys in pages: key j of sequence b is row j % page_size of page page_table[b, j // page_size], which others may share.
 
 16-bit floats that NumPy lacks: BF16 arrays are ml_dtypes.bfloat16 arrays, or uint16 arrays of the bits; FP8 arrays are
 ml_dtypes.float8_e4m3fn arrays, or uint8 arrays of the bits. `as_float` reads them all, `to_bits` makes the bits.
@@ -30,10 +32,16 @@ from typing import Any
 
 import numpy as np
 
+from .rows import are_offsets, cached_rows, used_rows
+
 # Scores computed at a time: float64 rows of them then stay in the L2 cache of a CPU core.
 SCORES_PER_CHUNK = 1 << 17
 # FP8 P is rounded as P * 2^8: the row maximum, 1, lands at 256 of e4m3's 448 and small P keep their bits (FA3 does so).
 FP8_P_SCALE = 256.0
+# Options that are integers, and their dimensions.
+DIMENSIONS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "kv_batch_idx"), 1) | {
+    "page_table": 2
+}
 
 
 # ---- number formats ------------------------------------------------------------------------------------------------
@@ -156,8 +164,14 @@ class Options:
     causal             bottom-right aligned causal mask
     window_size        (left, right) in keys, negative = unbounded; not together with causal
     softmax_scale      natural units; None: 1 / sqrt(head_dim)
-    cu_seqlens_q, _k   [batch + 1] first rows of the packed sequences, then their end; None: dense; both or neither
-    seqused_q, _k      [batch] rows really used of each sequence, counted from its first; None: all
+    cu_seqlens_q, _k   [batch + 1] first rows of the packed sequences, then their end; None: dense. Packed queries go
+                       with packed keys, or with a cache and seqused_k
+    seqused_q, _k      [batch] rows really used of each sequence, counted from its first; None: all. In a cache of
+                       fewer rows those
+    page_table         [batch, max_pages] pages of each sequence, one after the other; those past seqused_k may be
+                       anything
+    kv_batch_idx       [batch] entry of k and v, or row of page_table, of each sequence; None: its own
+    zero_padding       packed rows behind the last sequence are O = 0, LSE = -inf
     q_, k_, v_descale  scalar, [heads], [batch, 1] or [batch, heads]: real value = stored value * descale; heads are
                        query heads for q, KV heads for k and v; None: 1
     """
@@ -169,6 +183,9 @@ class Options:
     cu_seqlens_k: Any = None
     seqused_q: Any = None
     seqused_k: Any = None
+    page_table: Any = None
+    kv_batch_idx: Any = None
+    zero_padding: bool = False
     q_descale: Any = None
     k_descale: Any = None
     v_descale: Any = None
@@ -177,8 +194,9 @@ class Options:
 def attention_reference(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
     """O and LSE of attention in float64, as the module's docstring defines them.
 
-    q        [batch, seqlen_q, num_heads, head_dim];     with cu_seqlens [total_q, num_heads, head_dim]
-    k, v     [batch, seqlen_k, num_heads_k, head_dim];   with cu_seqlens [total_k, num_heads_k, head_dim]
+    q        [batch, seqlen_q, num_heads, head_dim];     with cu_seqlens_q [total_q, num_heads, head_dim]
+    k, v     [batch, seqlen_k, num_heads_k, head_dim];   with cu_seqlens_k [total_k, num_heads_k, head_dim];
+             with page_table [num_pages, page_size, num_heads_k, head_dim]
              any float dtype and strides; uint16 = BF16 bits, uint8 = FP8 E4M3 bits
     options  the fields of `Options`
 
@@ -214,9 +232,15 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
 
     out = np.full(q.shape, np.nan)
     lse = np.full((*q.shape[:-3], num_heads, q.shape[-3]), np.nan)
+    if options.zero_padding:
+        padding = slice(options.cu_seqlens_q[-1], None)
+        out[padding], lse[:, padding] = 0, -np.inf
     q_rows = used_rows(q, options.cu_seqlens_q, options.seqused_q)
-    k_rows = used_rows(k, options.cu_seqlens_k, options.seqused_k, "seqused_k")
     batch = len(q_rows)
+    if _has_cache(options):
+        k_rows = cached_rows(k, batch, options.seqused_k, options.page_table, options.kv_batch_idx)
+    else:
+        k_rows = used_rows(k, options.cu_seqlens_k, options.seqused_k, "seqused_k")
     q_descale = _descales("q", options.q_descale, batch, num_heads)
     k_descale = _descales("k", options.k_descale, batch, num_heads_k)
     v_descale = _descales("v", options.v_descale, batch, num_heads_k)
@@ -236,33 +260,22 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
 
 
 def _lengths(options: Options) -> dict[str, np.ndarray]:
-    """The lengths and offsets that are given, as int64: their differences are negative where unsigned ones wrap."""
+    """The lengths, offsets and tables that are given, as int64: differences are negative where unsigned ones wrap."""
     found = {}
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+    for name, dims in DIMENSIONS.items():
         if (value := getattr(options, name)) is not None:
             array = np.asarray(value)
-            if array.ndim != 1 or array.size and array.dtype.kind not in "iu":
-                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}: must be integers in one dimension")
+            if array.ndim != dims or array.size and array.dtype.kind not in "iu":
+                stated = f"{name} is {array.dtype}{list(array.shape)}"
+                raise ValueError(f"{stated}: must be integers in {dims} dimension{'s' * (dims > 1)}")
             found[name] = array.astype(np.int64)
     return found
 
 
-def used_rows(tensor, cu_seqlens=None, seqused=None, name: str = "seqused_q") -> list[tuple]:
-    """Per sequence, the index of its used rows in `tensor`: (b, slice) if dense, (slice,) with cu_seqlens.
-
-    Arguments as `attention_reference`; name is that of seqused. Raises ValueError for a used length that its sequence
-    does not have.
-    """
-    if cu_seqlens is None:
-        starts, lengths = np.zeros(len(tensor), int), np.full(len(tensor), tensor.shape[1])
-    else:
-        starts, lengths = np.asarray(cu_seqlens)[:-1], np.diff(cu_seqlens)
-    used = lengths if seqused is None else np.asarray(seqused)
-    if used.shape != lengths.shape or (used < 0).any() or (used > lengths).any():
-        sentence = f"one entry per sequence, from 0 to its length {lengths.tolist()}"
-        raise ValueError(f"{name} {used.tolist()}: must be {sentence}")
-    rows = [slice(int(start), int(start + n)) for start, n in zip(starts, used, strict=True)]
-    return list(enumerate(rows)) if cu_seqlens is None else [(r,) for r in rows]
+def _has_cache(options: Options) -> bool:
+    """K and V lie in pages, or in entries of a cache that sequences are given: not dense beside q, not packed."""
+    is_lone = options.cu_seqlens_q is not None and options.cu_seqlens_k is None
+    return is_lone or options.page_table is not None or options.kv_batch_idx is not None
 
 
 def _one_head(arithmetic, q, k, v, window, scale, v_scale):
@@ -328,23 +341,29 @@ def _descales(name: str, descale, batch: int, heads: int) -> np.ndarray:
 
 def _check(q, k, v, options: Options) -> None:
     """Raise ValueError for the first rule that the shapes and options break."""
-    cu_seqlens_q, cu_seqlens_k, window = options.cu_seqlens_q, options.cu_seqlens_k, tuple(options.window_size)
-    packed = cu_seqlens_q is not None
-    rank = 3 if packed else 4
+    offsets_q, offsets_k, window = options.cu_seqlens_q, options.cu_seqlens_k, tuple(options.window_size)
+    packed, packed_k = offsets_q is not None, offsets_k is not None
+    in_cache, is_used = _has_cache(options), options.seqused_k is not None
+    rank, rank_k = 3 if packed else 4, 3 if packed_k else 4
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     rules = (  # functions: a rule may be asked only when those before it hold
-        (lambda: packed == (cu_seqlens_k is not None), "cu_seqlens_q and cu_seqlens_k: give both or neither"),
-        (lambda: q.ndim == k.ndim == v.ndim == rank, f"{shapes}: must have {rank} dimensions each"),
+        (lambda: packed or not packed_k, "cu_seqlens_k without cu_seqlens_q: packed keys need packed queries"),
+        (lambda: packed_k or is_used or not packed, "cu_seqlens_q: needs cu_seqlens_k, or seqused_k with a cache"),
+        (lambda: is_used or options.page_table is None, "page_table: needs seqused_k"),
+        (lambda: not (packed_k and in_cache), "cu_seqlens_k with page_table or kv_batch_idx: packed, not a cache"),
+        (lambda: packed or not options.zero_padding, "zero_padding: needs cu_seqlens_q"),
+        (lambda: q.ndim == rank, f"{shapes}: q must have {rank} dimensions"),
+        (lambda: k.ndim == v.ndim == rank_k, f"{shapes}: k and v must have {rank_k} dimensions each"),
         (lambda: k.shape == v.shape and q.shape[-1] == k.shape[-1], f"{shapes}: k and v alike, one head_dim"),
         (lambda: k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0, f"{shapes}: num_heads a multiple of num_heads_k"),
-        (lambda: packed or len(q) == len(k), f"{shapes}: q and k must have the same batch size"),
-        (lambda: not packed or len(cu_seqlens_q) == len(cu_seqlens_k), "cu_seqlens_q, cu_seqlens_k: lengths differ"),
+        (lambda: packed or in_cache or len(q) == len(k), f"{shapes}: q and k must have the same batch size"),
+        (lambda: not packed_k or len(offsets_q) == len(offsets_k), "cu_seqlens_q, cu_seqlens_k: lengths differ"),
         (
-            lambda: not packed or _are_offsets(cu_seqlens_q, len(q)),
+            lambda: not packed or are_offsets(offsets_q, len(q)),
             f"cu_seqlens_q must never fall and stay within the {len(q)} packed rows",
         ),
         (
-            lambda: not packed or _are_offsets(cu_seqlens_k, len(k)),
+            lambda: not packed_k or are_offsets(offsets_k, len(k)),
             f"cu_seqlens_k must never fall and stay within the {len(k)} packed rows",
         ),
         (lambda: len(window) == 2, f"window_size {window}: must be (left, right)"),
@@ -353,7 +372,3 @@ def _check(q, k, v, options: Options) -> None:
     for holds, sentence in rules:
         if not holds():
             raise ValueError(sentence)
-
-
-def _are_offsets(offsets: np.ndarray, total: int) -> bool:
-    return bool(offsets.size and offsets[0] >= 0 and (np.diff(offsets) >= 0).all() and offsets[-1] <= total)

@@ -51,10 +51,9 @@ def _off(p, fields: tuple[str, ...], reason: str) -> list[str]:
 
 def rows_of(p) -> tuple[tuple[str, int], tuple[str, int]]:
     """(field, least value) of the rows of q and of the keys: those of each sequence, or of all packed ones."""
-    return (
-        ("total_q", 0) if is_packed(p) else ("seqlen_q", 1),
-        ("total_k", 0) if has_packed_keys(p) else ("seqlen_k", 1),
-    )
+    packed = is_packed(p)
+    packed_keys = packed and has_packed_keys(p)
+    return ("total_q", 0) if packed else ("seqlen_q", 1), ("total_k", 0) if packed_keys else ("seqlen_k", 1)
 
 
 def sizes(p) -> Sentences:
@@ -96,6 +95,8 @@ def sizes(p) -> Sentences:
 def cache_sizes(p) -> Sentences:
     """The rule of the entries of a cache, and of the bound of packed queries."""
     entries, longest, batch = p.batch_size_k, p.max_seqlen_q, p.batch_size
+    if entries == longest == 0 and not p.kv_batch_idx:
+        return ()
     found = []
     if p.kv_batch_idx and not is_int(entries, 1, MAX_SIZE):
         found.append(must(p, "batch_size_k", f"an int from 1 to {MAX_SIZE} with kv_batch_idx"))
