@@ -8,7 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # type checkers and editors, which do not run __getattr__
-    from .api import AttentionMode, DataType, FlashAttentionParams, attention, explain, forward, warmup, workspace_size
+    from .api import (
+        AttentionMode,
+        DataType,
+        FlashAttentionParams,
+        MergeParams,
+        attention,
+        explain,
+        forward,
+        merge_attention,
+        warmup,
+        workspace_size,
+    )
     from .contract.quantize import dequantize_fp8, quantize_fp8
     from .contract.status import (
         CudaError,
@@ -30,9 +41,11 @@ _HOME = {
         "AttentionMode",
         "DataType",
         "FlashAttentionParams",
+        "MergeParams",
         "attention",
         "explain",
         "forward",
+        "merge_attention",
         "warmup",
         "workspace_size",
     ),

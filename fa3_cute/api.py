@@ -12,19 +12,22 @@ from typing import Any
 
 from .arrays.call import AttentionCall, attention_on_device
 from .arrays.host import attention_on_host
+from .contract.merge import MergeParams
 from .contract.params import DESCALES, POINTERS, AttentionMode, DataType, FlashAttentionParams
 from .contract.plain import plain, read_shape
 from .contract.status import FlashAttentionError, Problem, Status, error_for, record_error
-from .planning import operations
+from .planning import merge, operations
 from .planning.operations import Config, operation_of
 
 __all__ = [
     "AttentionMode",
     "DataType",
     "FlashAttentionParams",
+    "MergeParams",
     "attention",
     "explain",
     "forward",
+    "merge_attention",
     "warmup",
     "workspace_size",
 ]
@@ -57,6 +60,43 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
         return _failure(error)
 
 
+def merge_attention(params: MergeParams, stream=None) -> Status:
+    """One attention result of two over disjoint keys, enqueued on a stream; returns at once.
+
+        m = max(lse_a, lse_b),   w_x = exp(lse_x - m)
+        out = (w_a out_a + w_b out_b) / (w_a + w_b),   lse = m + log(w_a + w_b)
+
+    params   one call (see MergeParams); it may be changed and used again as soon as this returns
+    stream   as of `forward`
+
+    A part whose LSE is -inf saw no key and counts for nothing, NaN in it or not; if both are, out = 0 and lse = -inf.
+    Sums are FP32. Returns and raises as `forward`; `explain` and `warmup` take these params too.
+    Source: online softmax (Milakov & Gimelshein 2018); merge_reference in contract/merge_reference.py defines it.
+    """
+    found = merge.checked(params)
+    if isinstance(found, Problem):
+        return record_error(*found)
+    shape, addresses = found
+    try:
+        if not shape.is_empty:
+            _merger().merge(shape, addresses, stream)
+    except RuntimeError as error:
+        return _failure(error)
+    return _OK
+
+
+def _warm_merge(params: MergeParams, stream) -> Status:
+    """`warmup` of a merge."""
+    found = merge.checked(params)
+    if isinstance(found, Problem):
+        return record_error(*found)
+    try:
+        _merger().warm(found[0], stream)
+    except RuntimeError as error:
+        return _failure(error)
+    return _OK
+
+
 def _first_call(params, values: tuple | None, stream) -> Status:
     """`forward` of a shape that this thread has not launched yet, or in another way."""
     p = _plain(params) if values is None else plain(params, values)
@@ -78,13 +118,15 @@ def _first_call(params, values: tuple | None, stream) -> Status:
     return _OK
 
 
-def warmup(params: FlashAttentionParams, stream=None) -> Status:
+def warmup(params: FlashAttentionParams | MergeParams, stream=None) -> Status:
     """Compile and load the kernel that `forward(params, stream)` would use; launches nothing, touches no tensor.
 
     After it, such a call can be captured into a CUDA graph, on any stream of the context. If it needs a workspace and
     none is given, this makes the stream's own. Arguments, returns and raises as `forward`; the params are checked in
-    full, but of the pointers only presence and alignment matter.
+    full, but of the pointers only presence and alignment matter. Takes the params of `merge_attention` too.
     """
+    if isinstance(params, MergeParams):
+        return _warm_merge(params, stream)
     shape = operations.checked(_plain(params))
     if isinstance(shape, Problem):
         return record_error(*shape)
@@ -98,11 +140,14 @@ def warmup(params: FlashAttentionParams, stream=None) -> Status:
     return _OK
 
 
-def explain(params: FlashAttentionParams) -> list[Problem]:
+def explain(params: FlashAttentionParams | MergeParams) -> list[Problem]:
     """Every reason why `forward` would refuse these params, in its order; [] if it would not. Needs no GPU.
 
-    A Problem has `status` and `detail` (the field, its value, what is accepted) and prints as a sentence.
+    A Problem has `status` and `detail` (the field, its value, what is accepted) and prints as a sentence. Takes the
+    params of `merge_attention` too.
     """
+    if isinstance(params, MergeParams):
+        return merge.problems(params)
     _require_params(params)
     return operations.problems(params)
 
@@ -222,6 +267,13 @@ def _plain(params) -> FlashAttentionParams:
 def _require_params(params) -> None:
     if not isinstance(params, FlashAttentionParams):
         raise TypeError(f"params must be a FlashAttentionParams, not {type(params).__name__}")
+
+
+@cache
+def _merger():
+    from .runtime import merge  # as _launcher
+
+    return merge
 
 
 @cache

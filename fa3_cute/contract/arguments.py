@@ -7,7 +7,7 @@ seqlen_q and seqlen_k are the tensors' rows (packed: total_q, total_k); windows 
 
 from dataclasses import dataclass
 
-from .params import ARGUMENTS, DECODE, FORWARD
+from .params import ARGUMENTS, DECODE, FORWARD, Argument
 
 KINDS = {"pointer": "pointer", "stride": "int64", "size": "int32", "count": "int32", "number": "float32"}
 SCRATCH_ELEMENTS = {"tile_counter": ("int32", 4), "partials": ("float32", 16), "arrivals": ("int32", 4)}
@@ -20,16 +20,20 @@ class Entry:
     arguments   (name, kind) in order; kind is "pointer", "int64", "int32", "float32" or "stream"
     per_call    those that are other ones in every call, in the order of the fields, then scratch and stream
     fp8_only    those that 16-bit kernels never read
+    pointers    (name, element, alignment in bytes) of those that are pointers; elements as Argument names them
     """
 
     arguments: tuple[tuple[str, str], ...]
     per_call: tuple[str, ...]
     fp8_only: frozenset[str]
+    pointers: tuple[tuple[str, str, int], ...]
 
 
-def entry_of(kernel: str, scratch: tuple[str, ...], counts: tuple[str, ...]) -> Entry:
-    """The entry of "forward" or "decode"; scratch memory and counts are what the launch adds."""
-    taken = {argument.entry or name: argument for name, argument in ARGUMENTS.items() if kernel in argument.takers}
+def entry_of(
+    kernel: str, scratch: tuple[str, ...], counts: tuple[str, ...], described: dict[str, Argument] = ARGUMENTS
+) -> Entry:
+    """The entry of a kernel, by the descriptions of fields; scratch memory and counts are what the launch adds."""
+    taken = {argument.entry or name: argument for name, argument in described.items() if kernel in argument.takers}
     by_kind = {
         kind: [(name, KINDS[kind]) for name, argument in taken.items() if argument.kind == kind] for kind in KINDS
     }
@@ -38,15 +42,11 @@ def entry_of(kernel: str, scratch: tuple[str, ...], counts: tuple[str, ...]) -> 
         arguments=(*(row for kind in KINDS for row in (*by_kind[kind], *added.get(kind, ()))), ("stream", "stream")),
         per_call=(*(name for name, argument in taken.items() if argument.changes), *scratch, "stream"),
         fp8_only=frozenset(name for name, argument in taken.items() if argument.is_fp8),
+        pointers=(
+            *((name, taken[name].element, taken[name].alignment) for name, _ in by_kind["pointer"]),
+            *((name, *SCRATCH_ELEMENTS[name]) for name in scratch),
+        ),
     )
-
-
-def pointer_facts(name: str) -> tuple[str, int]:
-    """(element, alignment in bytes) of a pointer of an entry; elements as Argument names them."""
-    if name in SCRATCH_ELEMENTS:
-        return SCRATCH_ELEMENTS[name]
-    argument = next(row for field, row in ARGUMENTS.items() if name in (field, row.entry))
-    return argument.element, argument.alignment
 
 
 FORWARD_ENTRY = entry_of(FORWARD, ("tile_counter",), ("num_sms",))

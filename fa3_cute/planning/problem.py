@@ -110,6 +110,27 @@ class ProblemShape(NamedTuple):
         """Offsets or lengths of the sequences are on the device."""
         return any(self.lengths)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes and the window, as entries take them."""
+        return (
+            self.batch_size,
+            self.seqlen_q,
+            self.seqlen_k,
+            self.num_heads,
+            self.num_heads_k,
+            self.page_size,
+            self.num_pages,
+            self.batch_size_k,
+            self.window_left,
+            self.window_right,
+        )
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The scale and the numbers of features, as entries take them."""
+        return self.softmax_scale, *self.numbers
+
     def number(self, name: str) -> float:
         """One of `numbers`."""
         return self.numbers[NUMBERS.index(name)]

@@ -50,23 +50,7 @@ class Layout:
         counts   what the launch adds (Launch.counts)
         """
         lengths = shape.lengths
-        return (
-            *[lengths[index] for index in self.lengths],
-            *shape.strides,
-            shape.batch_size,
-            shape.seqlen_q,
-            shape.seqlen_k,
-            shape.num_heads,
-            shape.num_heads_k,
-            shape.page_size,
-            shape.num_pages,
-            shape.batch_size_k,
-            shape.window_left,
-            shape.window_right,
-            *counts,
-            shape.softmax_scale,
-            *shape.numbers,
-        )
+        return (*[lengths[index] for index in self.lengths], *shape.strides, *shape.sizes, *counts, *shape.scales)
 
     def pack(self, shape: ProblemShape, counts: tuple[int, ...]) -> bytes:
         """The bytes of per_shape."""

@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import Any
 
 from .dsl import cutlass, dsl_settings, runtime_library  # first: kernels/ import the DSL as it is by then
-from ..contract.arguments import pointer_facts
 from ..kernels.common.layout import ELEMENT_TYPES
 from ..planning.config import KernelConfig
 
@@ -29,6 +28,7 @@ SCALAR_TYPES = {
     "stream": import_module("cuda.bindings.driver").CUstream,
 }
 POINTED_TYPES = {"float32": cutlass.Float32, "int32": cutlass.Int32}  # others are the config's own
+OWN_TYPES = ELEMENT_TYPES | {"fp32": cutlass.Float32}
 
 _lock = threading.RLock()  # concurrent compiles in one process crash the DSL
 
@@ -39,14 +39,16 @@ class CompileError(RuntimeError):
 
 def typed_arguments(cfg: KernelConfig, values) -> list:
     """The kernel's arguments as DSL objects; `values` are plain numbers in the order of cfg.arguments."""
-    return [_typed(cfg, name, kind, value) for (name, kind), value in zip(cfg.arguments, values, strict=True)]
+    pointers = {name: (element, alignment) for name, element, alignment in cfg.entry.pointers}
+    return [
+        _pointer(cfg, pointers[name], value) if kind == "pointer" else SCALAR_TYPES[kind](value)
+        for (name, kind), value in zip(cfg.arguments, values, strict=True)
+    ]
 
 
-def _typed(cfg: KernelConfig, name: str, kind: str, value) -> Any:
-    if kind != "pointer":
-        return SCALAR_TYPES[kind](value)
-    element, alignment = pointer_facts(name)
-    own_type = ELEMENT_TYPES[cfg.element_out if element == "output" else cfg.dtype]
+def _pointer(cfg: KernelConfig, facts: tuple[str, int], value: int) -> Any:
+    element, alignment = facts
+    own_type = OWN_TYPES[cfg.element_out if element == "output" else cfg.dtype]
     return cute.runtime.make_ptr(
         POINTED_TYPES.get(element, own_type), value, cute.AddressSpace.gmem, assumed_align=alignment
     )
