@@ -49,7 +49,26 @@ def entry_of(
     )
 
 
-FORWARD_ENTRY = entry_of(FORWARD, ("tile_counter",), ("num_sms",))
+# Of ragged batches (kernels/common/ragged.py): whether there is padding to fill, and the number of queries up to which
+# sequences are the decode launch's.
+RAGGED_COUNTS = ("has_padding", "decode_queries")
+FORWARD_ENTRY = entry_of(FORWARD, ("tile_counter",), ("num_sms", *RAGGED_COUNTS))
 # packed_heads query heads of one KV head share an M tile; partials and arrivals are the scratch of split-KV
 # (kernels/decode/merge.py), unused if one cluster does all of an item.
-DECODE_ENTRY = entry_of(DECODE, ("partials", "arrivals"), ("packed_heads", "num_splits", "cluster_size", "smem_bytes"))
+# What follows smem_bytes is of ragged batches alone (kernels/decode/ragged.py).
+DECODE_COUNTS = (
+    "packed_heads",
+    "num_splits",
+    "cluster_size",
+    "smem_bytes",
+    *RAGGED_COUNTS,
+    "num_clusters",
+    "num_slots",
+    "most_slots",
+    "most_clusters",
+    "clusters_of_item",
+    "split_tiles",
+    "num_partials",
+    "partial_rows",
+)
+DECODE_ENTRY = entry_of(DECODE, ("partials", "arrivals"), DECODE_COUNTS)

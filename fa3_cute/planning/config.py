@@ -20,6 +20,7 @@ SMEM_BYTES_PER_SM = 233472  # shared by its CTAs, each of which costs SMEM_BYTES
 SMEM_BYTES_RESERVED = 1024
 ROWS_PER_WARPGROUP = 64  # M of one WGMMA
 NUM_TRANSPOSE_WARPS = 2  # of the producer warpgroup, where there are any
+PAGE_BOXES = (64, 32, 16, 8)  # rows of a page that TMA brings at once
 MAX_CLUSTER_SIZE = 16  # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
 
 FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
@@ -39,7 +40,8 @@ class KernelConfig:
     dtype: str
     head_dim: int
 
-    # What a kernel has only if its config says so; the fields of both kernels are tile_n, num_kv_stages, out_dtype.
+    # What a kernel has only if its config says so; the fields of both kernels are tile_n, num_kv_stages, out_dtype,
+    # is_ragged, page_box, box_is_wide.
     use_pingpong = False
     rescale_before_pv = False
     packs_heads = False  # consecutive rows of a tile are heads of one query
@@ -74,6 +76,12 @@ class KernelConfig:
                 self.tile_n % k_of_pv == 0 and k_of_pv <= self.tile_n <= 256,
                 f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA",
             ),
+            (
+                self.page_box == 0 or self.page_box in PAGE_BOXES and self.tile_n % self.page_box == 0,
+                f"page_box={self.page_box}: must be one of {PAGE_BOXES} that divides tile_n={self.tile_n}, or 0",
+            ),
+            (self.is_ragged or not self.page_box, "page_box: only with is_ragged"),
+            (not (self.box_is_wide and self.is_fp8), "box_is_wide: not with FP8, whose V is transposed by addresses"),
         )
 
     def transposes_in_blocks(self, num_warps: int) -> bool:
@@ -161,6 +169,12 @@ class KernelConfig:
         return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
 
     @property
+    def source_name(self) -> str:
+        """Where K and V come from, in a name."""
+        box = f"_p{self.page_box}{'w' * self.box_is_wide}" if self.page_box else ""
+        return "_ragged" * self.is_ragged + box
+
+    @property
     def feature_names(self) -> str:
         """The features in a name."""
         return "".join(flag.replace("has", "", 1) for flag in FEATURES if getattr(self, flag))
@@ -185,6 +199,9 @@ class FwdConfig(KernelConfig):
     is_local             sliding window around the bottom-right diagonal; excludes is_causal
     is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
     out_dtype            of O where Q, K and V are FP8: "bf16" or "fp16"; None: dtype
+    is_ragged            queries packed or not, keys packed, in a cache or in pages: what the arrays say; needs is_varlen
+    page_box             rows of K or V per TMA box where they lie in pages, else 0
+    box_is_wide          a box takes all columns at once (keys_values.py)
     """
 
     is_causal: bool
@@ -198,6 +215,9 @@ class FwdConfig(KernelConfig):
     is_local: bool = False
     is_varlen: bool = False
     out_dtype: str | None = None
+    is_ragged: bool = False
+    page_box: int = 0
+    box_is_wide: bool = False
 
     ctas_per_sm = 1
     takes_max_of_bits = True
@@ -219,6 +239,7 @@ class FwdConfig(KernelConfig):
                 "rescale_before_pv: not with FP8, where O is rescaled as PV is added to it",
             ),
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
+            (self.is_varlen or not self.is_ragged, "is_ragged: only with is_varlen"),
             (
                 self.smem_bytes <= SMEM_BYTES_PER_CTA,
                 f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}",
@@ -228,7 +249,8 @@ class FwdConfig(KernelConfig):
     @property
     def name(self) -> str:
         """Short and unique among the rows of tables.py: names cache entries, kernels and table rows."""
-        flags = "_varlen" * self.is_varlen + "_lse" * self.has_lse + self.feature_names
+        lengths = self.source_name or "_varlen" * self.is_varlen
+        flags = lengths + "_lse" * self.has_lse + self.feature_names
         return f"fwd_{self.dtype_name}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
 
     @property
@@ -309,6 +331,7 @@ class DecodeConfig(KernelConfig):
     is_local          a window (a causal mask is one); without it every row sees every key
     num_kv_stages     depth of the K ring and of the V ring
     ctas_per_sm       how many CTAs can share an SM
+    is_ragged, page_box, box_is_wide   as FwdConfig; ragged batches are split sequence by sequence (ragged.py)
     """
 
     is_local: bool
@@ -316,6 +339,9 @@ class DecodeConfig(KernelConfig):
     num_kv_stages: int
     ctas_per_sm: int
     out_dtype: str | None = None
+    is_ragged: bool = False
+    page_box: int = 0
+    box_is_wide: bool = False
 
     tile_m = ROWS_PER_WARPGROUP
     num_consumer_wgs = 1
@@ -347,7 +373,7 @@ class DecodeConfig(KernelConfig):
     @property
     def name(self) -> str:
         """Short and unique among the rows of tables.py: names cache entries, kernels and table rows."""
-        features = self.feature_names
+        features = self.source_name + self.feature_names
         return f"decode_{self.dtype_name}_d{self.head_dim}_{self.mask}{features}_{self.tile_m}x{self.tile_n}"
 
     @property

@@ -87,6 +87,11 @@ def split_range(blocks: BlockRange, split: Int32, num_splits: Int32) -> BlockRan
     """The part of one of num_splits CTAs: contiguous, of equal length but for one tile; empty if tiles are fewer."""
     num_blocks = maximum(blocks.n_block_max - blocks.n_block_min, 0)
     each, rest = divmod(num_blocks, num_splits)
+    return part_of(blocks, split, each, rest)
+
+
+def part_of(blocks: BlockRange, split: Int32, each: Int32, rest: Int32) -> BlockRange:
+    """Part `split` where parts have `each` tiles and the first `rest` of them one more."""
     first = blocks.n_block_min + split * each + minimum(split, rest)
     end = first + each + minimum(maximum(rest - split, 0), 1)
     return BlockRange(first, end, blocks.n_block_full_min, blocks.n_block_full_max)

@@ -21,6 +21,7 @@ from ...contract.formats import FP8
 from ...planning.config import KernelConfig
 
 ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16, FP8: Float8E4M3FN}
+ROWS_OF_ATOM = 8           # that a swizzle permutes among themselves
 ROW_STEP = 8               # from a thread's first row to its second
 STRIDE_DIVISIBILITY = 16   # bytes, of every stride but the last dimension's: TMA's rule
 CONVERT_CHUNK = 8          # elements converted by one vector operation; see `convert`
@@ -36,16 +37,23 @@ def out_type(cfg: KernelConfig):
     return ELEMENT_TYPES[cfg.element_out]
 
 
-def smem_ring(element, rows: int, columns: int, num_stages: int) -> cute.ComposedLayout:
+def smem_ring(element, rows: int, columns: int, num_stages: int, has_columns_first: bool = False
+              ) -> cute.ComposedLayout:
     """(rows, columns, num_stages), rows contiguous, in the widest swizzle that a row's bytes are a multiple of: 128, 64
     or 32.
 
     Row r's 16-byte chunks of such a stretch are permuted by an exclusive or with bits of r, so that 8 rows of one chunk
-    lie in 8 different groups of banks. Stretches follow one another.
+    lie in 8 different groups of banks. Stretches follow one another; has_columns_first: those of 8 rows do, then those
+    of the next 8.
     """
     kind = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, element, columns)
     atom = warpgroup.make_smem_layout_atom(kind, element)
-    return cute.tile_to_shape(atom, (rows, columns, num_stages), order=(0, 1, 2))
+    return cute.tile_to_shape(atom, (rows, columns, num_stages), order=(1, 0, 2) if has_columns_first else (0, 1, 2))
+
+
+def stretch_of(element, columns: int) -> int:
+    """Columns of a stretch of `smem_ring`."""
+    return math.gcd(128, columns * element.width // 8) * 8 // element.width
 
 
 def tensor_view(a, name: str, shape: tuple) -> cute.Tensor:

@@ -8,26 +8,29 @@ from cutlass import Int32, Int64
 
 from ..common.block_range import Window
 from ..common.fp8 import Descales
+from ..common.keys_values import KeyPlaces, Operand
 from ..common.scores import ScoreTransform
 from ..common.sequences import UsedLengths
-from ..common.tma import TmaOperand
+from .ragged import RaggedGrid
 from .split import SplitGrid, SplitScratch
 
 
 @dataclass(frozen=True)
 class DecodeParams:
     """Run-time arguments of the decode kernel (device side)."""
-    k: TmaOperand                  # (seqlen_k, dim_qk, num_heads_k, batch)
-    v: TmaOperand                  # (seqlen_k, dim_v, num_heads_k, batch)
+    k: Operand                     # (seqlen_k, dim_qk, num_heads_k, batch), or pages
+    v: Operand                     # (seqlen_k, dim_v, num_heads_k, batch)
     mQ: cute.Tensor                # (seqlen_q, dim_qk, num_heads, batch)
     mO: cute.Tensor                # (seqlen_q, dim_v, num_heads, batch)
     mLSE: cute.Tensor              # (seqlen_q, num_heads, batch) f32; may be null
-    lengths: UsedLengths
+    lengths: UsedLengths           # unless cfg.is_ragged
+    places: Optional[KeyPlaces]    # None unless cfg.is_ragged
     descales: Optional[Descales]   # None unless cfg.is_fp8
     scratch: SplitScratch
     scores: ScoreTransform
     window: Window                 # used if cfg.is_local
     grid: SplitGrid
+    ragged: Optional[RaggedGrid]   # None unless cfg.is_ragged
     num_clusters: Int32            # num_splits / cluster_size
     kv_policy: Int64               # L2 policy of the K and V loads
 

@@ -36,7 +36,7 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: Mmas, smem: Dec
     cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
     send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)
     merge_cluster(cfg, params, smem, work, tidx)
-    if params.num_clusters > 1 and work.num_own_rows > 0:
+    if work.num_clusters > 1 and work.num_own_rows > 0:
         merge_clusters(cfg, params, smem, work, tidx)
 
 
@@ -55,7 +55,7 @@ def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: Spli
         if row < work.num_rows:
             packed_row = work.tile.m_block * cfg.tile_m + row
             query, head = divmod(packed_row, packed_heads)
-            mQ = params.mQ[query, None, work.tile.head + head, work.tile.batch]
+            mQ = params.mQ[work.tile.offset_q + query, None, work.tile.head + head, work.tile.batch]
             for c in cutlass.range_constexpr(cute.size(tQsQ, mode=[2])):
                 cute.autovec_copy(row_piece(mQ, tidx, c), tQsQ[None, step, c])
     cute.arch.fence_view_async_shared()

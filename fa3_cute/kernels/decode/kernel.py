@@ -7,7 +7,7 @@ from functools import partial
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ...planning.config import DECODE_ARGUMENTS, DecodeConfig
@@ -17,18 +17,21 @@ from ..common.block_range import Window, split_range
 from ..common.cluster import sync_cluster
 from ..common.entry import flat_entry
 from ..common.fp8 import Descales
-from ..common.keys_values import capacity
+from ..common.keys_values import KeyPlaces, capacity, key_value_operand
 from ..common.layout import element_type, lse_view, smem_ring, tensor_view, transposed, view_as
+from ..common.pages import ring_of_boxes
+from ..common.ragged import RaggedBatch
 from ..common.scores import ScoreTransform
-from ..common.sequences import UsedLengths
+from ..common.sequences import UsedLengths, is_present
 from ..common.tiles import Tile
-from ..common.tma import kv_policy, tma_load
+from ..common.tma import kv_policy
 from ..common.visibility import Visibility
 from ..common.wgmma import Mmas, make_mmas
 from .bundles import DecodeLayouts, DecodeParams, DecodePipelines, DecodeSmem
 from .consume import consume_split
 from .load import load_split
-from .split import SplitGrid, SplitScratch, SplitWork, place_of
+from .ragged import Dealer, RaggedGrid
+from .split import SplitGrid, SplitScratch, SplitWork, place_of, rows_of
 
 
 @flat_entry(DECODE_ARGUMENTS)
@@ -50,42 +53,52 @@ class FlashAttentionDecode:
         cfg = self.cfg
         ring = partial(smem_ring, element_type(cfg))
         layouts = DecodeLayouts(
-            sQ=ring(cfg.tile_m, cfg.dim_qk, 1), sK=ring(cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
-            sV=ring(cfg.tile_n, cfg.dim_v, cfg.num_kv_stages),
+            sQ=ring(cfg.tile_m, cfg.dim_qk, 1), sK=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
+            sV=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages),
             sVt=ring(cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None)
         grid = SplitGrid.create(cfg.tile_m, a.batch_size, a.seqlen_q, a.num_heads, a.num_heads // a.num_heads_k,
                                 a.packed_heads, a.num_splits, a.cluster_size)
-        mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, a.batch_size))
+        batches = batches_k = a.batch_size
+        places, ragged, num_ctas = None, None, grid.num_items * a.num_splits
+        num_tokens = Int64(a.batch_size) * a.seqlen_k        # of K and V that the call may read
+        if const_expr(cfg.is_ragged):
+            batch = RaggedBatch.create(a, Int32(0), a.decode_queries)
+            batches = Int32(1) if batch.is_packed() else a.batch_size
+            batches_k = Int32(1) if is_present(batch.arrays.cu_seqlens_k) else a.batch_size_k
+            places, ragged, num_ctas = KeyPlaces.create(cfg, a, batch), RaggedGrid.create(a), a.num_clusters * a.cluster_size
+            num_tokens = minimum(num_tokens, Int64(a.num_pages) * a.page_size) if a.page_size > 0 else num_tokens
+        mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches))
                   for name, columns in (("q", cfg.dim_qk), ("out", cfg.dim_v)))
-        mK, mV = (tensor_view(a, name, (a.seqlen_k, columns, a.num_heads_k, a.batch_size))
-                  for name, columns in (("k", cfg.dim_qk), ("v", cfg.dim_v)))
+        k, v = (key_value_operand(cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), layout)
+                for name, columns, layout in (("k", cfg.dim_qk, layouts.sK), ("v", cfg.dim_v, layouts.sV)))
         num_clusters = a.num_splits // a.cluster_size
         params = DecodeParams(
-            k=tma_load(mK, layouts.sK, cfg.tile_n), v=tma_load(mV, layouts.sV, cfg.tile_n), mQ=mQ, mO=mO,
-            mLSE=lse_view(a, a.batch_size), lengths=UsedLengths.create(a),
+            k=k, v=v, mQ=mQ, mO=mO, mLSE=lse_view(a, batches), lengths=UsedLengths.create(a), places=places,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
-            scratch=self.scratch(grid, num_clusters, a.partials, a.arrivals),
+            scratch=self.scratch(grid, num_clusters, a),
             scores=ScoreTransform.create(cfg, a), window=Window(a.window_size_left, a.window_size_right),
-            grid=grid, num_clusters=num_clusters,
-            kv_policy=kv_policy(Int64(a.batch_size) * a.seqlen_k * a.num_heads_k * cfg.kv_bytes_per_token))
+            grid=grid, ragged=ragged, num_clusters=num_clusters,
+            kv_policy=kv_policy(num_tokens * a.num_heads_k * cfg.kv_bytes_per_token))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_mmas(cfg)).launch(
-            grid=(grid.num_items * a.num_splits, 1, 1), block=(cfg.num_threads, 1, 1), cluster=(a.cluster_size, 1, 1),
+            grid=(num_ctas, 1, 1), block=(cfg.num_threads, 1, 1), cluster=(a.cluster_size, 1, 1),
             smem=a.smem_bytes, min_blocks_per_mp=cfg.ctas_per_sm, preferred_smem_carveout=100, use_pdl=True,
             stream=a.stream)
 
-    def scratch(self, grid: SplitGrid, clusters: Int32, partials: cute.Pointer, arrivals: cute.Pointer) -> SplitScratch:
+    def scratch(self, grid: SplitGrid, clusters: Int32, a) -> SplitScratch:
         """The scratch memory as tensors: O, and behind it LSE; `clusters` work on one item."""
-        num_items, dim_v, rows = grid.num_items, self.cfg.dim_v, minimum(grid.num_rows, self.cfg.tile_m)
+        dim_v, aligned = self.cfg.dim_v, partial(cute.assume, divby=self.cfg.dim_v)       # for 16-byte accesses
+        num_items, rows = grid.num_items, minimum(grid.num_rows, self.cfg.tile_m)
         per_item = Int64(clusters) * rows
-        aligned = partial(cute.assume, divby=dim_v)       # for 16-byte accesses
-        O = cute.make_tensor(partials, cute.make_layout(
+        if const_expr(self.cfg.is_ragged):
+            num_items, rows, per_item = a.num_partials, a.partial_rows, Int64(a.partial_rows)
+        O = cute.make_tensor(a.partials, cute.make_layout(
             (num_items, clusters, rows, dim_v),
             stride=(aligned(per_item * dim_v), aligned(rows * dim_v), dim_v, 1)))
-        LSE = cute.make_tensor(partials + num_items * per_item * dim_v, cute.make_layout(
+        LSE = cute.make_tensor(a.partials + num_items * per_item * dim_v, cute.make_layout(
             (num_items, clusters, rows), stride=(per_item, rows, 1)))
         num_counts = num_items * grid.cluster_size.divisor
-        return SplitScratch(O, LSE, cute.make_tensor(arrivals, cute.make_layout(num_counts)))
+        return SplitScratch(O, LSE, cute.make_tensor(a.arrivals, cute.make_layout(num_counts)))
 
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
@@ -99,15 +112,27 @@ class FlashAttentionDecode:
             cpasync.prefetch_descriptor(params.v.atom)
         smem, pipes = self.allocate(layouts)
         work = self.work_of(params, cute.arch.block_idx()[0])
-        if warp_idx == load_warp:
-            load_split(cfg, params, smem, pipes, work)
+        if const_expr(cfg.is_ragged):
+            if work.num_clusters > 0:
+                self.play(params, mmas, smem, pipes, work, warp_idx == load_warp)
+        else:
+            self.play(params, mmas, smem, pipes, work, warp_idx == load_warp)
+
+    @cute.jit
+    def play(self, params: DecodeParams, mmas: Mmas, smem: DecodeSmem, pipes: DecodePipelines, work: SplitWork,
+             is_loader: Boolean):
+        """The warp's role."""
+        if is_loader:
+            load_split(self.cfg, params, smem, pipes, work)
             sync_cluster()      # as the consumers do, once
         else:
-            consume_split(cfg, params, mmas, smem, pipes, work)
+            consume_split(self.cfg, params, mmas, smem, pipes, work)
 
     @cute.jit
     def work_of(self, params: DecodeParams, index: Int32) -> SplitWork:
         """What CTA `index` works on. Waits for the kernel before this one on the stream: below, memory is read."""
+        if const_expr(self.cfg.is_ragged):
+            return self.ragged_work_of(params, index)
         cfg, grid = self.cfg, params.grid
         packed_heads = grid.packed_heads.divisor
         item, split, m_block, group, batch = place_of(grid, index)
@@ -117,9 +142,29 @@ class FlashAttentionDecode:
         seqlen_q, seqlen_k = params.lengths.of(batch, params.mQ.shape[0], capacity(params.k))
         tile = Tile(m_block, group * packed_heads, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch)
         tiles = Visibility(cfg, params.window, tile, grid.packed_heads).tiles()
-        num_rows = minimum(maximum(seqlen_q * packed_heads - m_block * cfg.tile_m, 0), cfg.tile_m)
-        num_own_rows = (num_rows + grid.cluster_size.divisor - 1 - rank) // grid.cluster_size
-        return SplitWork(tile, split_range(tiles, split, grid.num_splits), item, cluster, rank, num_rows, num_own_rows)
+        rows = rows_of(cfg, grid, tile, rank)
+        blocks = split_range(tiles, split, grid.num_splits)
+        return SplitWork(tile, blocks, item, params.num_clusters, cluster, rank, *rows)
+
+    @cute.jit
+    def ragged_work_of(self, params: DecodeParams, index: Int32) -> SplitWork:
+        """`work_of` in a ragged batch; of no clusters if there is nothing to do."""
+        cfg, grid, ragged, batch = self.cfg, params.grid, params.ragged, params.places.batch
+        packed_heads = grid.packed_heads.divisor
+        cluster_index, rank = divmod(index, grid.cluster_size)
+        cute.arch.griddepcontrol_wait()
+        dealer = Dealer(cfg, batch, ragged, params.window, grid.packed_heads, grid.num_groups.divisor,
+                        grid.cluster_size.divisor)
+        place = dealer.find(cluster_index)
+        offset_q, seqlen_q, offset_k, seqlen_k = batch.place(place.sequence)
+        tile = Tile(place.m_block, place.group * packed_heads, place.group // grid.groups_per_kv_head,
+                    batch.batch_coordinate(place.sequence), offset_q, seqlen_q, offset_k, seqlen_k,
+                    batch.number(place.sequence))
+        tiles = Visibility(cfg, params.window, tile, grid.packed_heads).tiles()
+        blocks = ragged.part(tiles, place.cluster * grid.cluster_size.divisor + rank,
+                             maximum(place.num_clusters, 1) * grid.cluster_size.divisor)
+        return SplitWork(tile, blocks, place.first, place.num_clusters, place.cluster, rank,
+                         *rows_of(cfg, grid, tile, rank))
 
     @cute.jit
     def allocate(self, layouts: DecodeLayouts):

@@ -3,7 +3,7 @@ import cutlass.cute as cute
 
 from ...planning.config import DecodeConfig
 from ..common.block_range import first_key
-from ..common.keys_values import copy_tile, load_after_first, source_of
+from ..common.keys_values import load_after_first, source_of
 from .bundles import DecodeParams, DecodePipelines, DecodeSmem
 from .split import SplitWork
 
@@ -15,8 +15,9 @@ def load_split(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, pipes:
     Runs on: the load warp. Synchronises: waits for the empty halves of the K and V rings; TMA signals the full ones.
     """
     k_producer, v_producer = pipes.k.make_producer(), pipes.v.make_producer()
-    k = source_of(cfg, params.k, smem.sK, work.tile, params.kv_policy)
-    v = source_of(cfg, params.v, smem.sV, work.tile, params.kv_policy)
+    k, v = (source_of(cfg, op, ring, work.tile, params.kv_policy, params.places)
+            for op, ring in ((params.k, smem.sK), (params.v, smem.sV)))
     if work.blocks.n_block_max > work.blocks.n_block_min:
-        copy_tile(k, k_producer.acquire_and_advance(), first_key(cfg, work.blocks.n_block_max - 1))
-        k_producer, v_producer = load_after_first(cfg, k, v, work.blocks, k_producer, v_producer)
+        found = k.find(first_key(cfg, work.blocks.n_block_max - 1))
+        k.copy(k_producer.acquire_and_advance(), first_key(cfg, work.blocks.n_block_max - 1), found)
+        k_producer, v_producer = load_after_first(cfg, k, v, work.blocks, found, k_producer, v_producer)

@@ -144,7 +144,7 @@ def write_out(cfg: DecodeConfig, params: DecodeParams, work: SplitWork, row: Int
               lse: Float32):
     """COLUMNS merged columns of one row of the tile -> out, and with the first of them LSE."""
     query, head = divmod(work.tile.m_block * cfg.tile_m + row, params.grid.packed_heads)
-    head = work.tile.head + head
+    query, head = work.tile.offset_q + query, work.tile.head + head
     rO = cute.make_rmem_tensor(COLUMNS, out_type(cfg))
     rO.store(O.load().to(out_type(cfg)))
     cute.autovec_copy(rO, cute.local_tile(params.mO[query, None, head, work.tile.batch], (COLUMNS,), (chunk,)))
@@ -166,7 +166,7 @@ def merge_cluster(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, wor
         O, lse = merge_columns(cute.domain_offset((slot * count, 0), smem.sPartial),
                                cute.domain_offset(slot * count, smem.sPartialLSE), count, chunk)
         row = slot * count + work.rank
-        if params.num_clusters == 1:
+        if work.num_clusters == 1:
             write_out(cfg, params, work, row, chunk, O, lse)
         else:
             scratch = params.scratch
@@ -189,12 +189,12 @@ def merge_clusters(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, wo
         count = scratch.arrivals.iterator + arrivals
         smem.sArrived[0] = cute.arch.atomic_add(count, Int32(1), sem="acq_rel", scope="gpu")
     sync_warpgroup(0)
-    if smem.sArrived[0] == params.num_clusters - 1:
+    if smem.sArrived[0] == work.num_clusters - 1:
         for unit in cutlass.range(tidx, work.num_own_rows * chunks, 128, unroll=1):
             slot, chunk = unit // chunks, unit % chunks
             row = slot * grid.cluster_size.divisor + work.rank
             O, lse = merge_columns(scratch.O[work.item, None, row, None], scratch.LSE[work.item, None, row],
-                                   params.num_clusters, chunk)
+                                   work.num_clusters, chunk)
             write_out(cfg, params, work, row, chunk, O, lse)
         if tidx == 0:
             scratch.arrivals[arrivals] = Int32(0)

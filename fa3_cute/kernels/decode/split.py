@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from ..common.arithmetic import ceil_div
+from ...planning.config import DecodeConfig
+from ..common.arithmetic import ceil_div, maximum, minimum
 from ..common.block_range import BlockRange
 from ..common.tiles import Tile
 
@@ -49,7 +50,8 @@ class SplitGrid:
 class SplitScratch:
     """What CTAs hand to the one that merges.
 
-    O          (items, num_splits / cluster_size, rows, dim_v) f32, normalised; rows is the most that an item has
+    O          (items, num_splits / cluster_size, rows, dim_v) f32, normalised; rows is the most that an item has.
+               Ragged batches: clusters of items that are split follow one another, an item is its first one
     LSE        (items, num_splits / cluster_size, rows) f32
     arrivals   (items * cluster_size,) int32: CTAs of a rank that have delivered; 0 between launches
     """
@@ -64,7 +66,8 @@ class SplitWork:
 
     tile           its M tile; tile.head is the first of the packed heads
     blocks         its part of the K/V tiles, may be empty
-    item           index of the work item
+    item           index of the work item, or where its partial results start
+    num_clusters   that work on the item
     cluster, rank  which of the item's clusters it belongs to, and its place in there
     num_rows       rows of the tile that exist, at most tile_m
     num_own_rows   those among them that this CTA merges: rank, rank + cluster_size, ...
@@ -72,10 +75,17 @@ class SplitWork:
     tile: Tile
     blocks: BlockRange
     item: Int32
+    num_clusters: Int32
     cluster: Int32
     rank: Int32
     num_rows: Int32
     num_own_rows: Int32
+
+
+def rows_of(cfg: DecodeConfig, grid: SplitGrid, tile: Tile, rank: Int32) -> tuple[Int32, Int32]:
+    """(num_rows, num_own_rows) of a CTA's work."""
+    num_rows = minimum(maximum(tile.seqlen_q * grid.packed_heads.divisor - tile.m_block * cfg.tile_m, 0), cfg.tile_m)
+    return num_rows, (num_rows + grid.cluster_size.divisor - 1 - rank) // grid.cluster_size
 
 
 def place_of(grid: SplitGrid, index: Int32):

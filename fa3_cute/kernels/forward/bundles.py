@@ -12,6 +12,8 @@ from cutlass import Int32
 
 from ..common.block_range import Window
 from ..common.fp8 import Descales
+from ..common.keys_values import KeyPlaces, Operand
+from ..common.ragged import RaggedBatch
 from ..common.scores import ScoreTransform
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
@@ -22,8 +24,8 @@ from .order import TileGrid
 class FwdParams:
     """Run-time arguments of the forward kernel (device side)."""
     q: TmaOperand                  # (seqlen_q, dim_qk, num_heads,   batch)
-    k: TmaOperand                  # (seqlen_k, dim_qk, num_heads_k, batch)
-    v: TmaOperand                  # (seqlen_k, dim_v,  num_heads_k, batch)
+    k: Operand                     # (seqlen_k, dim_qk, num_heads_k, batch), or pages
+    v: Operand                     # (seqlen_k, dim_v,  num_heads_k, batch)
     o: TmaOperand                  # (seqlen_q, dim_v,  num_heads,   batch)
     mO: cute.Tensor                # the same tensor as o, for tiles that end within the next sequence's rows
     mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
@@ -31,7 +33,8 @@ class FwdParams:
     scores: ScoreTransform
     window: Window                 # used if cfg.is_local
     grid: TileGrid                 # used unless cfg.is_varlen
-    sequences: Sequences           # used if cfg.is_varlen
+    sequences: Sequences | RaggedBatch     # used if cfg.is_varlen
+    places: Optional[KeyPlaces]    # None unless cfg.is_ragged
     tile_counter: cute.Tensor      # (1,) int32; see schedule.py
     num_heads: Int32
     num_heads_k: Int32

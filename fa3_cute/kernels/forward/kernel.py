@@ -12,9 +12,12 @@ from ..common.arithmetic import ceil_div, minimum
 from ..common.block_range import Window
 from ..common.entry import flat_entry
 from ..common.fp8 import Descales
+from ..common.keys_values import KeyPlaces, key_value_operand
 from ..common.layout import element_type, lse_view, out_type, smem_ring, tensor_view, transposed, view_as
+from ..common.pages import ring_of_boxes
+from ..common.ragged import UNLIMITED, RaggedBatch
 from ..common.scores import ScoreTransform
-from ..common.sequences import Sequences
+from ..common.sequences import Sequences, is_present
 from ..common.tma import tma_load, tma_store
 from ..common.wgmma import Mmas, make_mmas
 from .bundles import FwdLayouts, FwdParams, FwdPipelines, FwdSmem
@@ -41,14 +44,18 @@ class FlashAttentionForward:
 
         Pointers and strides (in elements) as in fa3_cute.FlashAttentionParams; num_sms CTAs at most are launched.
         """
-        cfg, layouts, sequences = self.cfg, self.make_layouts(), Sequences.create(a)
-        batches = a.batch_size
+        cfg, layouts, sequences, places = self.cfg, self.make_layouts(), Sequences.create(a), None
+        batches = batches_k = a.batch_size
         if const_expr(cfg.is_varlen):
-            batches = Int32(1) if sequences.is_packed() else a.batch_size
+            batches = batches_k = Int32(1) if sequences.is_packed() else a.batch_size
+        if const_expr(cfg.is_ragged):
+            batches_k = Int32(1) if is_present(sequences.cu_seqlens_k) else a.batch_size_k
+            sequences = RaggedBatch.create(a, a.decode_queries + 1, Int32(UNLIMITED))
+            places = KeyPlaces.create(cfg, a, sequences)
         mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches))
                   for name, columns in (("q", cfg.dim_qk), ("out", cfg.dim_v)))
-        mK, mV = (tensor_view(a, name, (a.seqlen_k, columns, a.num_heads_k, batches))
-                  for name, columns in (("k", cfg.dim_qk), ("v", cfg.dim_v)))
+        k, v = (key_value_operand(cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), ring)
+                for name, columns, ring in (("k", cfg.dim_qk, layouts.sK), ("v", cfg.dim_v, layouts.sV)))
         grid = TileGrid(
             num_m_blocks=ceil_div(a.seqlen_q, cfg.tile_m), num_heads=a.num_heads, batch_size=a.batch_size,
             section=heads_per_section(a.num_heads * a.batch_size, a.num_heads // a.num_heads_k, a.seqlen_k,
@@ -56,15 +63,14 @@ class FlashAttentionForward:
         num_tiles = grid.num_tiles()
         if const_expr(cfg.is_varlen):
             # The most that any lengths can make: packed sequences each end in a partial tile of their own.
-            most = (a.seqlen_q // cfg.tile_m + a.batch_size) * a.num_heads
+            most = (a.seqlen_q // cfg.tile_m + sequences.batch_size) * a.num_heads
             num_tiles = most if sequences.is_packed() else num_tiles
         params = FwdParams(
-            q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=tma_load(mK, layouts.sK, cfg.tile_n),
-            v=tma_load(mV, layouts.sV, cfg.tile_n), o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO,
+            q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=k, v=v, o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO,
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             scores=ScoreTransform.create(cfg, a), window=Window(a.window_size_left, a.window_size_right),
-            grid=grid, sequences=sequences, tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
+            grid=grid, sequences=sequences, places=places, tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
             num_heads=a.num_heads, num_heads_k=a.num_heads_k)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_mmas(cfg)).launch(
@@ -77,8 +83,8 @@ class FlashAttentionForward:
         sVt = smem_ring(element, cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None
         return FwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.dim_qk, cfg.num_q_stages),
                           sO=smem_ring(out_type(cfg), cfg.tile_m, cfg.dim_v, cfg.num_o_slots),
-                          sK=smem_ring(element, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
-                          sV=smem_ring(element, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages), sVt=sVt)
+                          sK=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
+                          sV=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages), sVt=sVt)
 
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel

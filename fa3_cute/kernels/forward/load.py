@@ -3,7 +3,7 @@ import cutlass.cute as cute
 
 from ...planning.config import FwdConfig
 from ..common.block_range import first_key
-from ..common.keys_values import copy_tile, load_after_first, source_of
+from ..common.keys_values import load_after_first, source_of
 from ..common.tiles import rows_from
 from ..common.tma import tma_views
 from ..common.visibility import Visibility
@@ -25,12 +25,14 @@ def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
         tile = reader.tile
         mQ = rows_from(cfg, tile.offset_q, params.q.tensor[None, None, tile.head, tile.batch])
         tQsQ, tQgQ = tma_views(params.q, cute.local_tile(mQ, (cfg.tile_m, cfg.dim_qk), (tile.m_block, 0)), smem.sQ)
-        k, v = source_of(cfg, params.k, smem.sK, tile), source_of(cfg, params.v, smem.sV, tile)
+        k, v = (source_of(cfg, op, ring, tile, places=params.places)
+                for op, ring in ((params.k, smem.sK), (params.v, smem.sV)))
         blocks = Visibility(cfg, params.window, tile).tiles()
+        found = k.find(first_key(cfg, blocks.n_block_max - 1))
         if blocks.n_block_max > blocks.n_block_min:
-            copy_tile(k, k_producer.acquire_and_advance(), first_key(cfg, blocks.n_block_max - 1))
+            k.copy(k_producer.acquire_and_advance(), first_key(cfg, blocks.n_block_max - 1), found)
         slot = q_producer.acquire_and_advance()
         cute.copy(params.q.atom, tQgQ, tQsQ[None, slot.index], tma_bar_ptr=slot.barrier)
         if blocks.n_block_max > blocks.n_block_min:
-            k_producer, v_producer = load_after_first(cfg, k, v, blocks, k_producer, v_producer)
+            k_producer, v_producer = load_after_first(cfg, k, v, blocks, found, k_producer, v_producer)
         reader.advance()

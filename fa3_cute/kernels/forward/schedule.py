@@ -13,6 +13,7 @@ from cutlass import Boolean, Constexpr, Int32, const_expr
 
 from ...planning.config import FwdConfig
 from ..common.arithmetic import ceil_div
+from ..common.ragged import RaggedBatch
 from ..common.sequences import Sequences
 from ..common.tiles import Tile
 from .bundles import FwdParams, FwdPipelines, FwdSmem
@@ -96,7 +97,7 @@ class SequenceSearch:
     `tiles_through`, the tiles of all sequences up to and including its own.
     """
     cfg: Constexpr
-    sequences: Sequences
+    sequences: Sequences | RaggedBatch
     num_heads: Int32
     first: Int32            # sequence of lane 0
     tiles_so_far: Int32     # tiles of all sequences up to and including lane 31's
@@ -107,7 +108,7 @@ class SequenceSearch:
     tiles_through: Int32
 
     @staticmethod
-    def create(cfg: FwdConfig, sequences: Sequences, num_heads: Int32) -> "SequenceSearch":
+    def create(cfg: FwdConfig, sequences: Sequences | RaggedBatch, num_heads: Int32) -> "SequenceSearch":
         """At the first 32 sequences."""
         search = SequenceSearch(cfg, sequences, num_heads, Int32(-LANES), *[Int32(0)] * 6)
         search.advance()
@@ -146,6 +147,8 @@ class SequenceSearch:
         m_block, head = tile_of_heads(self.cfg.is_causal, within, num_m_blocks, self.num_heads, section)
         sequence = self.first + lane
         batch = self.sequences.batch_coordinate(sequence)
+        if const_expr(self.cfg.is_ragged):
+            sequence = self.sequences.number(sequence)
         return Tile(m_block, head, head // qhead_per_kvhead, batch, offset_q, seqlen_q, offset_k, seqlen_k, sequence)
 
     def num_m_blocks(self, seqlen_q: Int32) -> Int32:

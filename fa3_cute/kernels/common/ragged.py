@@ -1,0 +1,91 @@
+"""A ragged batch: sequences of their own lengths, each of whose Q, K and V lie where arrays on the device say.
+
+Queries are packed or dense; keys are packed, rows of a cache, or pages. Nothing of that is a choice at compile time:
+an array that is not there is a null pointer. What the arrays say is clamped to what there is, so that a length beyond
+the capacity, or a negative one, reads nothing that is not there.
+
+Two launches may share a batch, decode and forward: each serves the sequences with as many queries as suit it, and to
+the other one's it sees no queries. Packed rows behind the last sequence can be filled: they are one more sequence, of
+queries that see no key.
+"""
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Boolean, Int32
+
+from .arithmetic import maximum, minimum
+from .sequences import Sequences, is_present
+
+UNLIMITED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """What a kernel serves of a ragged batch; used as Sequences is.
+
+    arrays         rows_k is the capacity of a sequence's keys, or the rows of packed ones
+    kv_batch_idx   [batch_size] int32: a sequence's entry of K and V or row of the page table; null: its own index
+    batch_size     sequences, and padding as one more
+    least_queries, most_queries   of the sequences that this kernel serves
+    """
+    arrays: Sequences
+    kv_batch_idx: cute.Tensor
+    batch_size: Int32
+    least_queries: Int32
+    most_queries: Int32
+
+    @staticmethod
+    def create(a, least_queries: Int32, most_queries: Int32) -> "RaggedBatch":
+        """From a kernel's arguments."""
+        kv_batch_idx = cute.make_tensor(a.kv_batch_idx, cute.make_layout(a.batch_size))
+        return RaggedBatch(Sequences.create(a), kv_batch_idx, a.batch_size + a.has_padding, least_queries, most_queries)
+
+    def is_packed(self) -> Boolean:
+        """Whether the queries are packed."""
+        return self.arrays.is_packed()
+
+    def batch_coordinate(self, sequence: Int32) -> Int32:
+        """Where a sequence is along the batch dimension of Q, O and LSE."""
+        return self.arrays.batch_coordinate(sequence)
+
+    def number(self, sequence: Int32) -> Int32:
+        """A sequence's index in arrays of the caller's; of padding that of the last one, for it has none."""
+        return minimum(sequence, self.arrays.batch_size - 1)
+
+    @cute.jit
+    def key_batch(self, number: Int32) -> Int32:
+        """Where a sequence is along the batch dimension of K and V, or which row of the page table is its own."""
+        batch = number
+        if is_present(self.arrays.cu_seqlens_k):
+            batch = Int32(0)
+        if is_present(self.kv_batch_idx):
+            batch = self.kv_batch_idx[number]
+        return batch
+
+    @cute.jit
+    def place(self, sequence: Int32) -> tuple[Int32, Int32, Int32, Int32]:
+        """(offset_q, seqlen_q, offset_k, seqlen_k) in tokens; no queries of what this kernel does not serve."""
+        arrays = self.arrays
+        offset_q, seqlen_q, offset_k, seqlen_k = Int32(0), Int32(0), Int32(0), Int32(0)
+        if sequence < arrays.batch_size:
+            offset_q, seqlen_q = rows_within(arrays.cu_seqlens_q, arrays.seqused_q, arrays.rows_q, sequence)
+            offset_k, seqlen_k = rows_within(arrays.cu_seqlens_k, arrays.seqused_k, arrays.rows_k, sequence)
+        elif sequence < self.batch_size:
+            offset_q = arrays.cu_seqlens_q[arrays.batch_size]
+            seqlen_q = arrays.rows_q - offset_q
+        if seqlen_q < self.least_queries or seqlen_q > self.most_queries:
+            seqlen_q = Int32(0)
+        return offset_q, seqlen_q, offset_k, seqlen_k
+
+
+@cute.jit
+def rows_within(cu_seqlens: cute.Tensor, seqused: cute.Tensor, rows: Int32, sequence: Int32) -> tuple[Int32, Int32]:
+    """(first row, used rows) of one sequence, used ones at most as many as it has; rows: of one that is not packed."""
+    offset, length = Int32(0), rows
+    if is_present(cu_seqlens):
+        offset = cu_seqlens[sequence]
+        length = cu_seqlens[sequence + 1] - offset
+    used = length
+    if is_present(seqused):
+        used = minimum(seqused[sequence], length)
+    return offset, maximum(used, 0)
