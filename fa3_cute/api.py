@@ -110,9 +110,7 @@ def _first_call(params, values: tuple | None, stream) -> Status:
     if shape.seqlen_k == 0:  # nothing of k and v is read, but TMA's descriptors are made: of an address that is one
         p = replace(p, k=p.k or p.q, v=p.v or p.q)
     launcher = _launcher()
-    addresses, call = launcher.addresses_of(p), None
-    for step in operation_of(shape).launches:
-        call = launcher.launch(step, shape, addresses, stream)
+    call = launcher.launch_all(operation_of(shape).launches, shape, launcher.addresses_of(p), stream)
     if values is not None:
         _thread.remember(values, _Repeatable(values, call, shape))
     return _OK
@@ -318,26 +316,36 @@ def attention(
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     seqused_k=None,
+    page_table=None,
+    kv_batch_idx=None,
     q_descale=None,
     k_descale=None,
     v_descale=None,
     num_splits=0,
+    max_seqlen_q=0,
+    zero_padding=False,
     return_lse=False,
     dtype=None,
 ):
     """softmax(softmax_scale * q k^T, masked) v of arrays: on a CUDA device by `forward`, of NumPy arrays on the host.
 
-    q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens
-    k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens
+    q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens_q
+    k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens_k, or
+                  [num_pages, page_size, num_heads_k, head_dim] with page_table
                   float16, bfloat16 or float8_e4m3fn; FP8 also as uint8 with dtype="float8_e4m3fn". Any strides but the
                   last dimension's, which is contiguous; those of FP8 q, k and v multiples of 16, of the rest of 8. A
                   given out is written in place and returned; with FP8 it is bfloat16 or float16.
     stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
-    cu_seqlens_*  [batch + 1] int32; seqused_k [batch] int32
+    cu_seqlens_*  [batch + 1] int32: packed sequences; cu_seqlens_q alone with a cache, whose used rows seqused_k says
+    seqused_k     [batch] int32; beyond the rows that there are it is these, in pages and with packed queries
+    page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k
+    kv_batch_idx  [batch] int32: the entry of k and v, or row of page_table, of each sequence; None: its own
     *_descale     FP8 only: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q, num_heads_k
                   for k and v, batch the number of sequences; any strides; real value = FP8 value * descale
     num_splits    0 automatic, 1 never, n exactly n
+    max_seqlen_q  a hint for packed queries: no sequence has more; 0 unknown
+    zero_padding  packed rows behind the last sequence get out = 0 and LSE = -inf
 
     On a device: arrays of any library with DLPack or `__cuda_array_interface__`, all on the stream's device (of a
     default stream: the current one). Returns at once, with the work enqueued on the stream behind what the libraries
@@ -352,12 +360,16 @@ def attention(
 
     Returns out, a new one of q's dtype (FP8: bfloat16), or (out, LSE) with return_lse: float32, natural log, [batch,
     num_heads, seqlen_q] or [num_heads, total_q], -inf for a row that sees no key. Packed rows that no sequence uses are
-    not written. Raises FlashAttentionError with the status that `forward` would return, TypeError for what is no array.
+    not written, but for zero_padding. Raises FlashAttentionError with the status that `forward` would return, TypeError
+    for what is no array.
     """
-    numbers, lengths = {"softmax_scale": softmax_scale}, (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    descales = q_descale, k_descale, v_descale
+    numbers, integers = (
+        {"softmax_scale": softmax_scale},
+        (cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, kv_batch_idx),
+    )
+    descales, choices = (q_descale, k_descale, v_descale), (num_splits, max_seqlen_q, zero_padding)
     call = AttentionCall(
-        q, k, v, out, stream, causal, window_size, numbers, *lengths, *descales, num_splits, return_lse, dtype
+        q, k, v, out, stream, causal, window_size, numbers, *integers, *descales, *choices, return_lse, dtype
     )
     return attention_on_host(call) if call.is_on_host else _attention_on_device(call)
 

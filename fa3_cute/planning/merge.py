@@ -28,13 +28,14 @@ MAX_SHAPES = 512  # that are remembered; the next one starts anew
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Compile-time choices of one merge kernel: the element types of the partial results and of their merge."""
+    """Compile-time choices of one merge kernel: the element types of the partial results and of their merge. It has
+    neither shared memory nor WGMMA."""
 
     dtype: str
     out_dtype: str
 
     is_fp8 = False
-    uses_wgmma = uses_setmaxnreg = False
+    uses_setmaxnreg = False
     smem_bytes = 0
     num_threads = 256
     entry = MERGE_ENTRY

@@ -9,14 +9,16 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ..contract.arguments import Entry
+from ..contract.formats import FP8
 from ..contract.params import CHOICES, FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
 from ..contract.status import Problem, Status, shown
 from .config import FEATURES, DecodeConfig, FwdConfig
 from .problem import Chosen, ProblemShape, chosen_by
-from .splits import is_decode, is_windowed, plan_of
-from .tables import decode_config, decode_row, forward_config, forward_row
+from .ragged import is_ragged, kernels_of, ragged_plan_of
+from .splits import is_windowed, plan_of
+from .tables import DENSE, KeySource, decode_config, decode_row, forward_config, forward_row
 
 Config = FwdConfig | DecodeConfig
 MAX_CHOICES = 512  # that are remembered; the next ones start anew
@@ -29,12 +31,16 @@ class Launch(NamedTuple):
     reason    the measurement behind the config's row of the tables
     scratch   what it needs of the library's memory: "tile_counter", "splits" or "none"
     plan      of split-KV (a SplitPlan), None where K and V are never split
+    sm_margin   SMs that a persistent grid leaves free
+    ragged      has_padding and decode_queries (arguments.RAGGED_COUNTS) of the forward kernel
     """
 
     config: Config
     reason: str
     scratch: str
     plan: Any = None
+    sm_margin: int = 0
+    ragged: tuple[int, int] = (0, 0)
 
     @property
     def entry(self) -> Entry:
@@ -43,7 +49,9 @@ class Launch(NamedTuple):
 
     def counts(self, num_sms: int) -> tuple[int, ...]:
         """What the launch adds to the entry's arguments, in its order, on a device of so many SMs."""
-        return (num_sms,) if self.plan is None else self.plan[:4]
+        if self.plan is not None:
+            return self.plan.counts
+        return max(1, num_sms - self.sm_margin), *self.ragged
 
 
 class Operation(NamedTuple):
@@ -64,28 +72,54 @@ def operation_of(shape: ProblemShape) -> Operation:
     """The operation that serves a problem."""
     dtype, head_dim, out_dtype = shape.dtype, shape.head_dim, shape.out_dtype
     features = frozenset([flag for flag, is_asked in FEATURES.items() if is_asked(shape)]) if FEATURES else _NONE
-    if is_decode(shape):
-        cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, features)
-        return Operation((launch_of(cfg, shape),))
-    return _forward(dtype, head_dim, shape.mask, shape.has_lse, shape.has_lengths, out_dtype, features)
+    has_decode, has_forward, decode_queries = kernels_of(shape)
+    source = source_of(shape) if is_ragged(shape, has_decode) else DENSE
+    launches: tuple[Launch, ...] = ()
+    if has_decode:
+        cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, features, source)
+        launches = (_decode_launch(cfg, shape, decode_queries),)
+    if not has_forward:
+        return Operation(launches)
+    facts = shape.has_lse, shape.has_lengths, out_dtype, features, source
+    forward = _forward(dtype, head_dim, shape.mask, facts, shape.sm_margin, (int(shape.zero_padding), decode_queries))
+    return Operation((*launches, *forward.launches)) if launches else forward
+
+
+def source_of(shape: ProblemShape) -> KeySource:
+    """Where a ragged batch has its K and V."""
+    if not shape.is_paged:
+        return KeySource(True)
+    return KeySource(True, shape.page_size, shape.dtype != FP8 and has_wide_boxes(shape))
+
+
+def has_wide_boxes(shape: ProblemShape) -> bool:
+    """Whether heads and pages of K, and of V, are steps of one stride, few enough for a coordinate of TMA."""
+    _, _, _, k_page, _, k_head, v_page, _, v_head, *_ = shape.strides
+    return all(
+        head and page % head == 0 and shape.num_pages * (page // head) < 1 << 31
+        for page, head in ((k_page, k_head), (v_page, v_head))
+    )
 
 
 @cache
-def _forward(dtype: str, head_dim: int, mask: str, *facts) -> Operation:
+def _forward(dtype: str, head_dim: int, mask: str, facts: tuple, sm_margin: int, ragged: tuple[int, int]) -> Operation:
     """That of forward_config(dtype, head_dim, mask, *facts), for problems of all lengths."""
-    return Operation((_forward_launch(forward_config(dtype, head_dim, mask, *facts)),))
+    launch = _forward_launch(forward_config(dtype, head_dim, mask, *facts))
+    return Operation((launch._replace(sm_margin=sm_margin, ragged=ragged),))
 
 
 def _forward_launch(cfg: FwdConfig) -> Launch:
     return Launch(cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask).reason, "tile_counter")
 
 
-def launch_of(cfg: Config, shape: ProblemShape) -> Launch:
-    """The launch of a problem through a config, that of the tables or any other one that can serve it."""
-    if isinstance(cfg, FwdConfig):
-        return _forward_launch(cfg)
-    plan = plan_of(cfg, shape)
+def _decode_launch(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int = 0) -> Launch:
+    plan = ragged_plan_of(cfg, shape, decode_queries) if cfg.is_ragged else plan_of(cfg, shape)
     return Launch(cfg, decode_row(cfg.dtype, cfg.head_dim).reason, "splits" if plan.partial_bytes else "none", plan)
+
+
+def launch_of(cfg: Config, shape: ProblemShape) -> Launch:
+    """The launch of a problem through a config, that of the tables or any other one that can serve it alone."""
+    return _forward_launch(cfg) if isinstance(cfg, FwdConfig) else _decode_launch(cfg, shape)
 
 
 # What is known of choices that were good, by the values of CHOICES: chosen_by them, rules that remain.

@@ -55,10 +55,11 @@ PACKED_LATENCY, PACKED_LOSS = 1.5, 1.15
 
 
 class SplitPlan(NamedTuple):
-    """How a decode call runs.
+    """How a decode call runs: what its launch adds to the kernel's arguments (arguments.DECODE_COUNTS), then scratch.
 
     packed_heads    query heads that share an M tile
     smem_bytes      dynamic shared memory to ask for: more than the kernel's where an SM shall hold one CTA
+    has_padding .. partial_rows   of ragged batches: planning/ragged.py
     partial_bytes   scratch memory for the clusters' results; 0 if one cluster does all of an item
     num_arrivals    int32 arrival counts, 0 likewise
     """
@@ -67,24 +68,42 @@ class SplitPlan(NamedTuple):
     num_splits: int
     cluster_size: int
     smem_bytes: int
-    partial_bytes: int
-    num_arrivals: int
+    has_padding: int = 0
+    decode_queries: int = 0
+    num_clusters: int = 0
+    num_slots: int = 0
+    most_slots: int = 0
+    most_clusters: int = 0
+    clusters_of_item: int = 0
+    split_tiles: int = 0
+    num_partials: int = 0
+    partial_rows: int = 0
+    partial_bytes: int = 0
+    num_arrivals: int = 0
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """What the launch adds to the kernel's arguments."""
+        return self[:-2]
+
+
+def packed_heads_of(shape: ProblemShape) -> int:
+    """Query heads that share an M tile."""
+    return 1 if shape.pack_gqa is False else shape.num_heads // shape.num_heads_k
 
 
 def is_decode(shape: ProblemShape) -> bool:
-    """Whether the decode kernel serves a problem: few query rows per KV head, or K and V in splits."""
-    if shape.is_packed:
-        return False
-    rows = shape.seqlen_q
-    if shape.pack_gqa is not False:
-        rows *= shape.num_heads // shape.num_heads_k
+    """Whether the decode kernel serves a problem of dense queries: few rows per KV head, or K and V in splits."""
+    rows = shape.seqlen_q * packed_heads_of(shape)
     return rows <= MAX_DECODE_ROWS or shape.is_decode_mode or shape.num_splits > 1 or bool(shape.pack_gqa)
 
 
 def is_windowed(shape: ProblemShape) -> bool:
     """Whether some query of a problem that the decode kernel serves does not see every key: of a single one, which is
     the last, the right bound cuts nothing."""
-    return shape.window_left < UNBOUNDED_WINDOW or shape.window_right < UNBOUNDED_WINDOW and shape.seqlen_q != 1
+    return shape.window_left < UNBOUNDED_WINDOW or (
+        shape.window_right < UNBOUNDED_WINDOW and (shape.is_packed or shape.seqlen_q != 1)
+    )
 
 
 def plan_of(cfg: DecodeConfig, shape: ProblemShape) -> "SplitPlan":
@@ -138,8 +157,8 @@ def plan(
         num_splits,
         cluster_size,
         SMEM_BYTES_PER_CTA if is_spread else cfg.smem_bytes,
-        4 * partials * (cfg.head_dim + 1),
-        num_items * cluster_size if partials else 0,
+        partial_bytes=4 * partials * (cfg.head_dim + 1),
+        num_arrivals=num_items * cluster_size if partials else 0,
     )
 
 

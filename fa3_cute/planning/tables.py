@@ -1,10 +1,10 @@
 """Which kernel serves which problem: one table, a row per (bytes per element, head_dim, mask), each with its reason."""
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
-from .config import FEATURES, DecodeConfig, FwdConfig
+from .config import FEATURES, PAGE_BOXES, DecodeConfig, FwdConfig
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,21 @@ DECODE = {
                                         "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256"),
 }
 
+
+class KeySource(NamedTuple):
+    """Where K and V come from, as a config has it; page_size: of K and V in pages, for what tile_n makes of it."""
+    is_ragged: bool = False
+    page_size: int = 0
+    box_is_wide: bool = False
+
+    def fields(self, tile_n: int) -> dict[str, Any]:
+        """Of a config whose tiles have so many keys: boxes are the largest that pages and tiles are made of."""
+        page_box = next((box for box in PAGE_BOXES if self.page_size % box == tile_n % box == 0), 0)
+        return {"is_ragged": self.is_ragged, "page_box": page_box if self.page_size else 0,
+                "box_is_wide": self.box_is_wide}
+
+
+DENSE = KeySource()     # and packed K and V with packed Q
 # Sets of features that kernels are made for: none, and each alone.
 NONE: frozenset[str] = frozenset()
 EACH_FEATURE = (NONE, *(frozenset({flag}) for flag in FEATURES))
@@ -119,12 +134,13 @@ def interned(cfg: Any) -> Any:
 
 @cache
 def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varlen: bool,
-                   out_dtype: str | None = None, features: frozenset[str] = NONE) -> FwdConfig:
+                   out_dtype: str | None = None, features: frozenset[str] = NONE,
+                   source: KeySource = DENSE) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
     row = forward_row(dtype, head_dim, mask)
     return interned(FwdConfig(dtype, head_dim, mask == "causal", has_lse, row.tile_m, row.tile_n, row.num_q_stages,
                      row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype,
-                     **dict.fromkeys(features, True)))
+                     **source.fields(row.tile_n), **dict.fromkeys(features, True)))
 
 
 def all_forward_configs() -> list[FwdConfig]:
@@ -143,11 +159,11 @@ def decode_row(dtype: str, head_dim: int) -> DecodeRow:
 
 @cache
 def decode_config(dtype: str, head_dim: int, is_local: bool, out_dtype: str | None = None,
-                  features: frozenset[str] = NONE) -> DecodeConfig:
+                  features: frozenset[str] = NONE, source: KeySource = DENSE) -> DecodeConfig:
     """The config that serves a decode problem."""
     row = decode_row(dtype, head_dim)
     return interned(DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm, out_dtype,
-                                 **dict.fromkeys(features, True)))
+                                 **source.fields(row.tile_n), **dict.fromkeys(features, True)))
 
 
 def all_decode_configs() -> list[DecodeConfig]:

@@ -47,6 +47,7 @@ __all__ = [
     "addresses_of",
     "ensure_loaded",
     "launch",
+    "launch_all",
     "launch_through",
     "prepare_workspace",
     "resolve_stream",
@@ -71,6 +72,12 @@ def launch(step: Launch, shape: ProblemShape, addresses: tuple[int, ...], stream
     call = Call(_thread.buffers.get(step.config) or _new_buffer(step.config, handle), step, shape)
     call.launch(addresses, handle)
     return call
+
+
+def launch_all(steps: tuple[Launch, ...], shape: ProblemShape, addresses: tuple[int, ...], stream=None):
+    """`launch` of one after the other; returns what can repeat them all."""
+    calls = tuple([launch(step, shape, addresses, stream) for step in steps])
+    return calls[0] if len(calls) == 1 else Calls(calls)
 
 
 def launch_through(params: FlashAttentionParams, cfg: Config, stream=None) -> "Call":
@@ -252,6 +259,30 @@ class Call:
         buffer.run(buffer.argument)
         if buffer.error.value:
             check_runtime_error(buffer.error.value, f"launching {buffer.cfg.name}")
+
+
+class Calls:
+    """Several of them, one after the other."""
+
+    __slots__ = ("calls",)
+
+    def __init__(self, calls: tuple[Call, ...]):
+        self.calls = calls
+
+    def launch(self, addresses: tuple[int, ...], handle: int) -> None:
+        """As Call.launch, all of them."""
+        for call in self.calls:
+            call.launch(addresses, handle)
+
+    def repeat(self, addresses: tuple[int, ...], handle: int) -> bool:
+        """As Call.repeat; once the first is launched, the others are."""
+        first, *others = self.calls
+        if not first.repeat(addresses, handle):
+            return False
+        for call in others:
+            if not call.repeat(addresses, handle):
+                call.launch(addresses, handle)
+        return True
 
 
 class NoScratch:
