@@ -60,8 +60,11 @@ class Report:
                 not any(spilled),
                 f"spills: {self.stack_bytes} bytes of stack, {self.spill_stores} stores, {self.spill_loads} loads",
             ),
-            (0 < self.smem_bytes <= budget, f"{self.smem_bytes} bytes of shared memory: the config allows {budget}"),
-            (self.wgmmas > 0, "no WGMMA instruction"),
+            (
+                min(1, budget) <= self.smem_bytes <= budget,
+                f"{self.smem_bytes} bytes of shared memory: the config allows {budget}",
+            ),
+            (self.wgmmas > 0 or not budget, "no WGMMA instruction"),  # which reads from shared memory, if there is any
             (
                 self.setmaxnregs >= 2 or not self.config.uses_setmaxnreg,
                 f"{self.setmaxnregs} setmaxnreg: producer and consumers need one each",
@@ -107,15 +110,15 @@ def _report(cfg: Config, kernel: CubinKernel, remarks: str, seconds: float) -> R
         setmaxnregs=kernel.count("USETMAXREG"),
         instructions=kernel.opcodes.total(),
         seconds=seconds,
-        **_parse_remarks(cfg.name, remarks),
+        **_parse_remarks(cfg.name, remarks, cfg.smem_bytes > 0),
     )
 
 
-def _parse_remarks(name: str, remarks: str) -> dict:
+def _parse_remarks(name: str, remarks: str, has_smem: bool = True) -> dict:
     """The fields of a Report that only the DSL's remark file knows. Raises CompileError if it does not say them."""
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", remarks)
     smem = re.search(r"Shared memory allocated: (\d+) bytes", remarks)
-    if not spills or not smem:
+    if not spills or has_smem and not smem:  # of no shared memory they say nothing
         raise CompileError(f"{name}: the compiler's remarks say nothing of spills or of shared memory")
     stack, stores, loads = map(int, spills.groups())
     codes = Counter(re.findall(r"\((C\d{4})\)", remarks))
@@ -123,7 +126,7 @@ def _parse_remarks(name: str, remarks: str) -> dict:
         "stack_bytes": stack,
         "spill_store_bytes": stores,
         "spill_load_bytes": loads,
-        "smem_bytes": int(smem[1]),
+        "smem_bytes": int(smem[1]) if smem else 0,
         "warnings": tuple(f"{code}: {meaning}" for code, meaning in UNACCEPTABLE_REMARKS.items() if code in codes),
         "notes": {code: times for code, times in sorted(codes.items()) if code not in UNACCEPTABLE_REMARKS},
     }
