@@ -15,7 +15,8 @@ from ..planning.operations import checked
 
 FP8 = "float8_e4m3fn"
 DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
-LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+# The arrays of integers, by their dimensions.
+INTEGERS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_batch_idx"), 1) | {"page_table": 2}
 DESCALES = ("q_descale", "k_descale", "v_descale")
 DIMS = ("batch", "row", "head")
 ANY_ADDRESS = 16
@@ -27,7 +28,8 @@ _WORDS = (
     (r"\b([qkv]_descale)_ptr=\w+: must be None", r"\1: must be None"),
     (r"\b([qkv]_descale)_ptr=", r"\1="),
     (r"\b([qkv]|out|[qkv]_descale)_(batch|row|head)_stride=", r"\1's \2 stride="),
-    (r"must be a device address: cu_seqlens", "must be an array: cu_seqlens"),
+    (r"must be a device address(: cu_seqlens| with page_table)", r"must be an array\1"),
+    (r"\b(page_table|kv_batch_idx)=\w+: must be None or 0", r"\1: must be None"),
 )
 
 
@@ -49,10 +51,14 @@ class AttentionCall:
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     seqused_k: Any
+    page_table: Any
+    kv_batch_idx: Any
     q_descale: Any
     k_descale: Any
     v_descale: Any
     num_splits: Any
+    max_seqlen_q: Any
+    zero_padding: Any
     return_lse: Any
     dtype: Any
 
@@ -62,7 +68,14 @@ class AttentionCall:
 
     @property
     def is_packed(self) -> bool:
+        """The queries are packed, or meant to be."""
         return self.cu_seqlens_q is not None or self.cu_seqlens_k is not None
+
+    @property
+    def has_packed_keys(self) -> bool:
+        """The keys are packed, or meant to be."""
+        in_cache = self.page_table is not None or self.seqused_k is not None
+        return self.cu_seqlens_k is not None or self.is_packed and not in_cache
 
     @property
     def wants_lse(self) -> bool:
@@ -92,6 +105,8 @@ class AttentionCall:
             "window_size_right": right,
             **self.numbers,
             "num_splits": self.num_splits,
+            "max_seqlen_q": self.max_seqlen_q,
+            "zero_padding": self.zero_padding,
             "mode": AttentionMode.VARLEN_PREFILL if self.is_packed else AttentionMode.PREFILL,
         }
 
@@ -111,28 +126,64 @@ class AttentionCall:
             )
         return q
 
-    def require_dims(self, **shapes) -> None:
-        """Raise unless q and k have as many dimensions as they must."""
-        dims = "[rows, heads, head_dim] with cu_seqlens" if self.is_packed else "[batch, seqlen, heads, head_dim]"
-        for name, shape in shapes.items():
-            if len(shape) != (3 if self.is_packed else 4):
-                raise error_for(Status.INVALID_SHAPE, f"{name}.shape={shape}: must be {dims}")
+    def require_dims(self, shapes: dict) -> None:
+        """Raise unless q, k and the arrays of integers have as many dimensions as they must, and there are keys.
 
-    def sizes(self, q_shape, k_shape) -> dict:
-        """The fields of FlashAttentionParams that are sizes, but for the number of packed sequences.
+        shapes   of the arrays by name
+        """
+        wanted = {
+            "q": "[rows, heads, head_dim] with cu_seqlens" if self.is_packed else "[batch, seqlen, heads, head_dim]",
+            "k": "[num_pages, page_size, heads, head_dim] with page_table",
+        }
+        if self.has_packed_keys:
+            wanted["k"] = "[rows, heads, head_dim] with cu_seqlens"
+        elif self.page_table is None:
+            wanted["k"] = "[batch, seqlen, heads, head_dim]"
+        for name, dims in wanted.items():
+            if len(shapes[name]) != dims.count(",") + 1:
+                raise error_for(Status.INVALID_SHAPE, f"{name}.shape={shapes[name]}: must be {dims}")
+        for name, dims in INTEGERS.items():
+            if name in shapes and len(shapes[name]) != dims:
+                words = "one dimension" if dims == 1 else "two dimensions, [batch, pages]"
+                raise error_for(Status.INVALID_SHAPE, f"{name}.shape={shapes[name]}: must have {words}")
+        for name in ("k", "page_table"):
+            if 0 in shapes.get(name, ()) and not (self.has_packed_keys or 0 in shapes["q"]):
+                raise error_for(Status.INVALID_SHAPE, f"{name}.shape={shapes[name]}: must not be empty")
+
+    def batch(self, shapes: dict) -> int:
+        """Number of sequences."""
+        if not self.is_packed:
+            return shapes["q"][0]
+        return shapes["cu_seqlens_q" if "cu_seqlens_q" in shapes else "cu_seqlens_k"][0] - 1
+
+    def sizes(self, shapes: dict) -> dict:
+        """The fields of FlashAttentionParams that are sizes, of the shapes of the arrays.
 
         An array of no rows or no sequences is meant: only in params does 0 stand for a size that was not given.
         """
-        rows = ("total_q", "total_k") if self.is_packed else ("seqlen_q", "seqlen_k")
-        least = 0 if self.is_packed and (q_shape[0] or k_shape[0]) else 1
-        return {
-            rows[0]: max(least, q_shape[-3]),
-            rows[1]: max(least, k_shape[-3]),
-            "batch_size": 1 if self.is_packed else max(1, q_shape[0]),
-            "num_heads": q_shape[-2],
-            "num_heads_k": k_shape[-2],
-            "head_dim": q_shape[-1],
+        q, k, packed_keys = shapes["q"], shapes["k"], self.has_packed_keys
+        batch, are_totals = self.batch(shapes), q[0] or k[0]
+        found = {
+            "batch_size": batch if self.is_packed else max(1, batch),
+            "num_heads": q[-2],
+            "num_heads_k": k[-2],
+            "head_dim": q[-1],
         }
+        if self.is_packed:
+            found["total_q"] = q[0] if are_totals or not packed_keys else 1
+        else:
+            found["seqlen_q"] = max(1, q[1])
+        if packed_keys:
+            found["total_k"] = k[0] if are_totals else 1
+            return found
+        cache, page_size = k, 1
+        if self.page_table is not None:
+            cache, page_size = shapes["page_table"], max(1, k[1])
+            found |= {"num_pages": max(1, k[0]), "page_size": page_size}
+        found["seqlen_k"] = max(1, cache[1]) * page_size
+        if self.kv_batch_idx is not None:
+            found["batch_size_k"] = max(1, cache[0])
+        return found
 
 
 def refusal(problem: Problem) -> FlashAttentionError:
@@ -150,7 +201,7 @@ def attention_on_device(call: AttentionCall, forward):
     """attention() of arrays on a CUDA device: one `forward(params, stream)`."""
     from . import dlpack
 
-    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS, *DESCALES)}
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *INTEGERS, *DESCALES)}
     for name, array in arrays.items():
         dlpack.require_on_device(name, array)
     with dlpack.on_device_of(call.stream) as (handle, device):
@@ -183,22 +234,12 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
                 Status.INVALID_ARGUMENT,
                 f"{name} is on device {tensor.device}: must be on device {device}, which is the stream's",
             )
-    q, k = tensors["q"], tensors["k"]
-    call.require_dims(q=q.shape, k=k.shape)
-    batch = _batch(call, tensors)
-    shapes = {
-        "k": (*q.shape[:-3], *k.shape[-3:-1], q.shape[-1]),
-        "v": k.shape,
-        "out": q.shape,
-        "cu_seqlens_q": (batch + 1,),
-        "cu_seqlens_k": (batch + 1,),
-        "seqused_k": (batch,),
-    }
-    dtypes = {"out": out_dtypes(element)} | dict.fromkeys(LENGTHS, ("int32",))
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    call.require_dims(found)
+    shapes = _shapes(call, found)
+    dtypes = {"out": out_dtypes(element)} | dict.fromkeys(INTEGERS, ("int32",))
     dtypes |= dict.fromkeys(DESCALES, ("float32",))
     for name, tensor in tensors.items():
-        if name in LENGTHS and len(tensor.shape) != 1:
-            raise error_for(Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must have one dimension")
         if tensor.shape != shapes.get(name, tensor.shape):
             raise error_for(Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must be {shapes[name]}")
         if tensor.dtype not in dtypes.get(name, (tensor.dtype,)):
@@ -209,8 +250,6 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
                 f"{name} has the strides {tensor.strides} (elements): the last "
                 "dimension must be contiguous, of stride 1",
             )
-    if k.is_empty and not (call.is_packed or q.is_empty):
-        raise error_for(Status.INVALID_SHAPE, f"k.shape={k.shape}: must not be empty")
     if "out" in tensors and tensors["out"].is_readonly:
         raise error_for(
             Status.INVALID_ARGUMENT,
@@ -218,23 +257,32 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
         )
 
 
-def _batch(call: AttentionCall, tensors: dict) -> int:
-    """Number of sequences."""
-    if not call.is_packed:
-        return tensors["q"].shape[0]
-    offsets = tensors["cu_seqlens_q" if "cu_seqlens_q" in tensors else "cu_seqlens_k"]
-    return max(0, offsets.shape[0] - 1) if len(offsets.shape) == 1 else 0
+def _shapes(call: AttentionCall, found: dict) -> dict:
+    """The shapes that the arrays must have, given those that they have."""
+    q, k, batch = found["q"], found["k"], call.batch(found)
+    entries = found.get("page_table", k)[0] if call.has_packed_keys or call.kv_batch_idx is not None else batch
+    shapes = {
+        "k": (*k[:-1], q[-1]),
+        "v": k,
+        "out": q,
+        "cu_seqlens_q": (batch + 1,),
+        "cu_seqlens_k": (batch + 1,),
+        "seqused_k": (batch,),
+        "kv_batch_idx": (batch,),
+    }
+    if "page_table" in found:
+        shapes["page_table"] = (entries, found["page_table"][1])
+    else:
+        shapes["k"] = (entries, *k[1:-1], q[-1])
+    return shapes
 
 
 def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionParams:
     """The call as params: what has no elements, and an out that is not given, has an address that nothing uses."""
-    q, k = tensors["q"], tensors["k"]
-    sizes = call.sizes(q.shape, k.shape)
-    if call.is_packed:
-        sizes["batch_size"] = _batch(call, tensors)
-    out = tensors.get("out")
+    q, out = tensors["q"], tensors.get("out")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     params = FlashAttentionParams(
-        **sizes,
+        **call.sizes(shapes),
         **call.choices(),
         dtype=DEVICE_DTYPES[element],
         out=ANY_ADDRESS,
@@ -242,10 +290,12 @@ def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionP
     )
     for name, tensor in tensors.items():
         if name in DESCALES:
-            _set_descale(params, name, tensor, _batch(call, tensors))
+            _set_descale(params, name, tensor, call.batch(shapes))
             continue
         setattr(params, name, (q.address or ANY_ADDRESS) if tensor.is_empty else tensor.address)
-        if name not in LENGTHS:
+        if name == "page_table" and tensor.shape[0] > 1:
+            params.page_table_batch_stride = tensor.strides[0]
+        elif name not in INTEGERS:
             _set_strides(params, name, tensor)
     return params
 

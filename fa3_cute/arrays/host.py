@@ -7,7 +7,7 @@ from ..contract.params import DataType, FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import contract_problems
 from ..contract.status import Status, error_for, shown
-from .call import ANY_ADDRESS, DESCALES, DEVICE_DTYPES, FP8, LENGTHS, AttentionCall, out_dtypes, refusal
+from .call import ANY_ADDRESS, DESCALES, DEVICE_DTYPES, FP8, INTEGERS, AttentionCall, out_dtypes, refusal
 
 # float32 and float64 exist on the host only; there they follow the rules of FP16.
 HOST_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP16, "float64": DataType.FP16}
@@ -25,15 +25,18 @@ def attention_on_host(call: AttentionCall):
     params = _checked_params(call, element)
     _require_numbers(call)
     out_dtype, wants_lse = _out_dtype(call, element), call.wants_lse
-    options = {name: getattr(call, name) for name in (*LENGTHS, *DESCALES)}
-    options |= {name: getattr(params, name) for name in call.numbers}
+    options = {name: getattr(call, name) for name in (*INTEGERS, *DESCALES)}
+    options |= {name: getattr(params, name) for name in (*call.numbers, "zero_padding")}
     window_size = params.window_size_left, params.window_size_right
     try:
         exact, lse = attention_reference(q, k, v, causal=params.is_causal, window_size=window_size, **options)
     except ValueError as error:
         raise error_for(Status.INVALID_SHAPE, str(error)) from error
     # Packed rows outside every sequence are not the call's to write.
-    used = slice(int(call.cu_seqlens_q[0]), int(call.cu_seqlens_q[-1])) if call.is_packed else slice(None)
+    used = slice(None)
+    if call.is_packed:
+        end = None if params.zero_padding else int(call.cu_seqlens_q[-1])
+        used = slice(int(call.cu_seqlens_q[0]), end)
     if out is None:
         out = exact.astype(out_dtype)
     else:
@@ -44,7 +47,7 @@ def attention_on_host(call: AttentionCall):
 def _require_numpy(call: AttentionCall) -> None:
     from numpy import ma, ndarray
 
-    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *LENGTHS)}
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *INTEGERS)}
     arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
     for name, array in arrays.items():
         kind = type(array)
@@ -64,14 +67,12 @@ def _require_numpy(call: AttentionCall) -> None:
 
 
 def _require_numbers(call: AttentionCall) -> None:
-    """Raise for lengths that are no integers in one dimension, and for descales that are no real numbers."""
+    """Raise for lengths and tables that are no integers, and for descales that are no real numbers."""
     from numpy import asarray
 
-    for name, array in call.given(*LENGTHS).items():
+    for name, array in call.given(*INTEGERS).items():
         if array.dtype.kind not in "iu":
             raise error_for(Status.INVALID_ARGUMENT, f"{name} is {array.dtype.name}: must be integers")
-        if array.ndim != 1:
-            raise error_for(Status.INVALID_SHAPE, f"{name}.shape={array.shape}: must have one dimension")
     for name, value in call.given(*DESCALES).items():
         dtype = asarray(value).dtype
         if dtype.kind not in "iuf":
@@ -81,18 +82,16 @@ def _require_numbers(call: AttentionCall) -> None:
 def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
     """The call as plain params without addresses; raises what `forward` would say to it, apart from addresses and from
     what has no kernel yet."""
-    call.require_dims(q=call.q.shape, k=call.k.shape)
-    pointers: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", *call.given(*LENGTHS)), ANY_ADDRESS)
+    shapes = {name: array.shape for name, array in call.given("q", "k", *INTEGERS).items()}
+    call.require_dims(shapes)
+    pointers: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", *call.given(*INTEGERS)), ANY_ADDRESS)
     pointers |= {f"{name}_ptr": ANY_ADDRESS for name in call.given(*DESCALES)}
-    sizes = call.sizes(call.q.shape, call.k.shape)
     if call.cu_seqlens_q is not None and call.cu_seqlens_q.size < 2:
         raise error_for(
             Status.INVALID_SHAPE,
             f"cu_seqlens_q.shape={call.cu_seqlens_q.shape}: must be (sequences + 1,), at least (2,)",
         )
-    if call.k.size == 0 and call.q.size and not call.is_packed:
-        raise error_for(Status.INVALID_SHAPE, f"k.shape={call.k.shape}: must not be empty")
-    params = FlashAttentionParams(dtype=HOST_DTYPES[element], **sizes, **call.choices(), **pointers)
+    params = FlashAttentionParams(dtype=HOST_DTYPES[element], **call.sizes(shapes), **call.choices(), **pointers)
     if found := contract_problems(params):
         raise refusal(found[0])
     params = plain(params)

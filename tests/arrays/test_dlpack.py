@@ -125,7 +125,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(dlpack, name, stand_in)
     launcher = SimpleNamespace(
         addresses_of=lambda params: params,
-        launch=lambda step, shape, params, stream: seen.launches.append((params, stream)),
+        launch_all=lambda steps, shape, params, stream: seen.launches.append((params, stream)),
         CudaFailure=CudaFailure,
         UnsupportedDevice=UnsupportedDevice,
         NotWarmedUp=NotWarmedUp,

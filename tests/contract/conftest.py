@@ -30,6 +30,7 @@ def launches(monkeypatch):
     stub = SimpleNamespace(
         call=Call(),
         launch=launch,
+        launch_all=lambda steps, *call: [stub.launch(step, *call) for step in steps][-1],
         addresses_of=addresses_of,
         resolve_stream=resolve_stream,
         ensure_loaded=lambda cfg, stream: calls.append(("load", cfg, stream)),
