@@ -19,6 +19,12 @@ DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataT
 INTEGERS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_batch_idx"), 1) | {"page_table": 2}
 DESCALES = ("q_descale", "k_descale", "v_descale")
 DIMS = ("batch", "row", "head")
+# How q and k may lie in memory: dimensions, and what they are.
+LAYOUTS = {
+    "dense": (4, "[batch, seqlen, heads, head_dim]"),
+    "packed": (3, "[rows, heads, head_dim] with cu_seqlens"),
+    "pages": (4, "[num_pages, page_size, heads, head_dim] with page_table"),
+}
 ANY_ADDRESS = 16
 # The words of the rules, which speak of FlashAttentionParams, as attention() has them.
 _WORDS = (
@@ -131,17 +137,11 @@ class AttentionCall:
 
         shapes   of the arrays by name
         """
-        wanted = {
-            "q": "[rows, heads, head_dim] with cu_seqlens" if self.is_packed else "[batch, seqlen, heads, head_dim]",
-            "k": "[num_pages, page_size, heads, head_dim] with page_table",
-        }
-        if self.has_packed_keys:
-            wanted["k"] = "[rows, heads, head_dim] with cu_seqlens"
-        elif self.page_table is None:
-            wanted["k"] = "[batch, seqlen, heads, head_dim]"
-        for name, dims in wanted.items():
-            if len(shapes[name]) != dims.count(",") + 1:
-                raise error_for(Status.INVALID_SHAPE, f"{name}.shape={shapes[name]}: must be {dims}")
+        keys = "pages" if self.page_table is not None else "packed" if self.has_packed_keys else "dense"
+        for name, layout in (("q", "packed" if self.is_packed else "dense"), ("k", keys)):
+            dims, words = LAYOUTS[layout]
+            if len(shapes[name]) != dims:
+                raise error_for(Status.INVALID_SHAPE, f"{name}.shape={shapes[name]}: must be {words}")
         for name, dims in INTEGERS.items():
             if name in shapes and len(shapes[name]) != dims:
                 words = "one dimension" if dims == 1 else "two dimensions, [batch, pages]"
@@ -154,7 +154,7 @@ class AttentionCall:
         """Number of sequences."""
         if not self.is_packed:
             return shapes["q"][0]
-        return shapes["cu_seqlens_q" if "cu_seqlens_q" in shapes else "cu_seqlens_k"][0] - 1
+        return max(0, shapes["cu_seqlens_q" if "cu_seqlens_q" in shapes else "cu_seqlens_k"][0] - 1)
 
     def sizes(self, shapes: dict) -> dict:
         """The fields of FlashAttentionParams that are sizes, of the shapes of the arrays.

@@ -23,7 +23,7 @@ class Cache:
     k: np.ndarray
     v: np.ndarray
     options: dict
-    dense: tuple[np.ndarray, np.ndarray]
+    dense: tuple[np.ndarray, ...]
 
     @property
     def used(self) -> np.ndarray:
