@@ -207,16 +207,16 @@ def make_attend(cfg: KernelConfig, scores: ScoreTransform, mmas: Mmas, smem, pip
 
 
 @cute.jit
-def clear_unused_rows(cfg: KernelConfig, sV: cute.Tensor, v_consumer: pipeline.PipelineConsumer, num_used: Int32,
-                      tidx: Int32):
-    """Zero the rows of the V slot that is consumed next, from num_used on.
+def clear_unused_rows(cfg: KernelConfig, sV: cute.Tensor, v_consumer: pipeline.PipelineConsumer, first: Int32,
+                      end: Int32 | int, tidx: Int32):
+    """Zero the rows [first, end) of the V slot that is consumed next.
 
     They belong to another sequence or to none, and may hold NaN, which P = 0 would not silence. TMA fills with zeros
     past the end of the tensor only. Each warpgroup does it for itself, so that none waits for another: they write the
     same zeros. K needs no such care: masking selects, it does not multiply.
     """
     v = v_consumer.wait()
-    clear_rows(cfg, sV[None, None, v.index], num_used, tidx % 128, num_threads=128)
+    clear_rows(cfg, sV[None, None, v.index], first, end, tidx % 128, num_threads=128)
     cute.arch.fence_view_async_shared()
     sync_warpgroup(tidx // 128)
 
@@ -231,7 +231,7 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
         if const_expr(cfg.is_varlen and not cfg.values.has_ring):
             num_used = mask.tile.seqlen_k - first_key(cfg, n_block)
             if num_used < cfg.tile_n:
-                clear_unused_rows(cfg, sV, attend.v_consumer, num_used, tidx)
+                clear_unused_rows(cfg, sV, attend.v_consumer, num_used, cfg.tile_n, tidx)
         # Three ranges, so that the middle one, where the time goes, carries no mask code: tiles cut by the right end of
         # what the rows see, tiles that they all see, tiles cut by the left end. And nearly all of the middle one has
         # rows whose maxima are not negative any more, which max_of_bits can go on with.
@@ -255,6 +255,10 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
             n_block -= num_full
             for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
                 attend.step(mask, n_block - 1 - i, is_masked=True)
+        if const_expr(mask.first_visible is not None and not cfg.values.has_ring):
+            num_gone = mask.first_visible - first_key(cfg, blocks.n_block_min)
+            if num_gone > 0:
+                clear_unused_rows(cfg, sV, attend.v_consumer, Int32(0), num_gone, tidx)
         attend.last_pv()
     else:
         attend.no_visible_key()

@@ -40,14 +40,15 @@ def row_piece(row: cute.Tensor, thread: Int32, column: int) -> cute.Tensor:
 
 
 @cute.jit
-def clear_rows(cfg: KernelConfig, slot: cute.Tensor, num_used: Int32, thread: Int32, num_threads: Constexpr[int]):
-    """Zero the rows of a V slot from num_used on, by ordinary stores of `num_threads` threads."""
+def clear_rows(cfg: KernelConfig, slot: cute.Tensor, first: Int32, end: Int32 | int, thread: Int32,
+               num_threads: Constexpr[int]):
+    """Zero the rows [first, end) of a V slot, by ordinary stores of `num_threads` threads."""
     copy, first_row, rows_per_step = row_copy(cfg.dim_v, element_type(cfg), thread, num_threads)
     tXsX = copy.partition_D(slot)
     zeros = cute.make_rmem_tensor_like(tXsX[None, 0, 0], element_type(cfg))
     cute.recast_tensor(zeros, Int32).fill(0)
-    for step in cutlass.range(num_used // rows_per_step, -(-cfg.tile_n // rows_per_step), unroll=1):
+    for step in cutlass.range(first // rows_per_step, -(-end // rows_per_step), unroll=1):
         row = step * rows_per_step + first_row
-        if row >= num_used and row < cfg.tile_n:
+        if row >= first and row < end:
             for c in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
                 cute.autovec_copy(zeros, tXsX[None, step, c])

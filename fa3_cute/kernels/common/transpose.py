@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float8E4M3FN, Int32
+from cutlass import Constexpr, Float8E4M3FN, Int32, const_expr
 from cutlass.experimental import primitives
 
 from ...planning.config import KernelConfig
@@ -82,8 +82,9 @@ def transpose_in_place(cfg: KernelConfig, slot_V: cute.Tensor, slot_Vt: cute.Ten
 
 
 @cute.jit
-def clear_share(cfg: KernelConfig, slot_V: cute.Tensor, num_used: Int32, thread: Int32, num_warps: Constexpr[int]):
-    """Zero the rows of a warp's share of a V tile from num_used on (attend.clear_unused_rows says why).
+def clear_share(cfg: KernelConfig, slot_V: cute.Tensor, num_used: Int32, thread: Int32, num_warps: Constexpr[int],
+                is_before: Constexpr[bool] = False):
+    """Zero the rows of a warp's share of a V tile from num_used on (attend.clear_unused_rows says why), or before it.
 
     Each lane zeroes what it addresses for ldmatrix: no warp waits for another.
     """
@@ -93,6 +94,7 @@ def clear_share(cfg: KernelConfig, slot_V: cute.Tensor, num_used: Int32, thread:
     zeros.fill(0)
     for i in cutlass.range_constexpr(len(share.places)):
         key, column = share.places[i]
-        if share.first_key + key + thread % 32 >= num_used:
+        row = share.first_key + key + thread % 32
+        if (row < num_used) if const_expr(is_before) else (row >= num_used):
             cute.autovec_copy(zeros, cute.make_tensor(V.pointer(Int32, column, key), cute.make_layout(4)))
     cute.arch.sync_warp()

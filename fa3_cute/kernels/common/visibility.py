@@ -4,6 +4,7 @@ Each is wrong without the other, so both come from one object. `tiles` walk down
 what the rows see, those that every row sees, which carry no mask code, those cut by the left end (BlockRange).
 """
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -43,7 +44,16 @@ class Visibility:
             row, next_row = row // self.packed_heads, next_row // self.packed_heads
         to_diagonal = self.tile.seqlen_k - self.tile.seqlen_q
         return Mask(self.cfg, self.window, self.tile, first_row, fragment_col(tidx), row + to_diagonal,
-                    next_row + to_diagonal)
+                    next_row + to_diagonal, self.first_visible())
+
+    def first_visible(self) -> Optional[Int32]:
+        """The first key that some row sees, 0 or less if it is the sequence's first; None where all before it are keys
+        like others: in pages they may be gone."""
+        if not (self.cfg.is_local and self.cfg.page_box):
+            return None
+        first_row = self.tile.m_block * self.cfg.tile_m
+        first_query = first_row // self.packed_heads if self.cfg.packs_heads else first_row
+        return first_query - self.tile.seqlen_q + self.tile.seqlen_k - self.window.left
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Mask:
     first_col: Int32       # and its first column
     diagonal: Int32        # key on the diagonal of this thread's first row
     next_diagonal: Int32   # and of its second row; used if cfg.packs_heads
+    first_visible: Optional[Int32]     # Visibility.first_visible
 
     def origin(self, n_block: Int32) -> Int32:
         """The key of the thread's first column in a K/V tile."""

@@ -29,7 +29,8 @@ def transpose(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipeli
     reader = TileReader.create(smem.sTiles, pipes.tiles)
     while reader.has_tile():
         tile = reader.tile
-        blocks = Visibility(cfg, params.window, tile).tiles()
+        visible = Visibility(cfg, params.window, tile)
+        blocks, first_visible = visible.tiles(), visible.first_visible()
         num_used = tile.seqlen_k - first_key(cfg, blocks.n_block_max - 1)
         for i in cutlass.range(blocks.n_block_max - blocks.n_block_min, unroll=1):
             v = v_consumer.wait_and_advance()
@@ -37,6 +38,10 @@ def transpose(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipeli
             if const_expr(cfg.is_varlen):
                 if i == 0 and num_used < cfg.tile_n:
                     clear_share(cfg, slot_V, num_used, unhoisted(thread), NUM_TRANSPOSE_WARPS)
+            if const_expr(first_visible is not None):
+                num_gone = first_visible - first_key(cfg, blocks.n_block_max - 1 - i)
+                if num_gone > 0:
+                    clear_share(cfg, slot_V, num_gone, unhoisted(thread), NUM_TRANSPOSE_WARPS, is_before=True)
             vt = vt_producer.acquire_and_advance()
             transpose_tile(cfg, slot_V, smem.sVt[None, None, vt.index], unhoisted(thread))
             cute.arch.fence_view_async_shared()      # ordinary stores before the async proxy's reads
