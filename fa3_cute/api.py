@@ -331,10 +331,9 @@ def attention(
 
     q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens_q
     k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens_k, or
-                  [num_pages, page_size, num_heads_k, head_dim] with page_table
-                  float16, bfloat16 or float8_e4m3fn; FP8 also as uint8 with dtype="float8_e4m3fn". Any strides but the
-                  last dimension's, which is contiguous; those of FP8 q, k and v multiples of 16, of the rest of 8. A
-                  given out is written in place and returned; with FP8 it is bfloat16 or float16.
+                  [num_pages, page_size, num_heads_k, head_dim] with page_table. float16, bfloat16 or float8_e4m3fn; FP8
+                  also as uint8 with dtype="float8_e4m3fn". The last dimension is contiguous, other strides multiples
+                  of 16 for FP8 q, k and v, else of 8. A given out is written and returned, of FP8 bfloat16 or float16.
     stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
     cu_seqlens_*  [batch + 1] int32: packed sequences; cu_seqlens_q alone with a cache, whose used rows seqused_k says
@@ -343,8 +342,7 @@ def attention(
     kv_batch_idx  [batch] int32: the entry of k and v, or row of page_table, of each sequence; None: its own
     *_descale     FP8 only: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q, num_heads_k
                   for k and v, batch the number of sequences; any strides; real value = FP8 value * descale
-    num_splits    0 automatic, 1 never, n exactly n
-    max_seqlen_q  a hint for packed queries: no sequence has more; 0 unknown
+    num_splits    0 automatic, 1 never, n exactly n; max_seqlen_q a hint: no packed sequence has more; 0 unknown
     zero_padding  packed rows behind the last sequence get out = 0 and LSE = -inf
 
     On a device: arrays of any library with DLPack or `__cuda_array_interface__`, all on the stream's device (of a
@@ -352,25 +350,18 @@ def attention(
     have enqueued on the arrays so far. Without `out` the result is new memory, a DeviceArray (arrays/dlpack.py), which
     libraries take over without a copy: `torch.from_dlpack(out)`; their streams then wait for this one. What uses a
     given `out` on another stream has to wait for this one itself. The arrays must live until the stream has done the
-    call's work: those of a library that frees memory in the order of this very stream do. JAX's arrays cannot be out.
-    In a capture of a CUDA graph, out must be given and return_lse be False.
+    work: those of a library that frees memory in this stream's order do. JAX's arrays cannot be out. In a capture of a
+    CUDA graph, out must be given and return_lse be False.
 
     On the host (q is a NumPy array): exact and slow, computed by the reference; any strides, float32 and float64 too,
     BF16 and FP8 by ml_dtypes, integers of any size, descales also as numbers; stream None, num_splits 0 or 1.
 
     Returns out, a new one of q's dtype (FP8: bfloat16), or (out, LSE) with return_lse: float32, natural log, [batch,
-    num_heads, seqlen_q] or [num_heads, total_q], -inf for a row that sees no key. Packed rows that no sequence uses are
-    not written, but for zero_padding. Raises FlashAttentionError with the status that `forward` would return, TypeError
-    for what is no array.
+    num_heads, seqlen_q] or [num_heads, total_q], -inf for a row that sees no key. Packed rows of no sequence are
+    written with zero_padding alone. Raises FlashAttentionError with the status of `forward`, TypeError for no array.
     """
-    numbers, integers = (
-        {"softmax_scale": softmax_scale},
-        (cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, kv_batch_idx),
-    )
-    descales, choices = (q_descale, k_descale, v_descale), (num_splits, max_seqlen_q, zero_padding)
-    call = AttentionCall(
-        q, k, v, out, stream, causal, window_size, numbers, *integers, *descales, *choices, return_lse, dtype
-    )
+    given = locals()
+    call = AttentionCall(numbers={"softmax_scale": given.pop("softmax_scale")}, **given)
     return attention_on_host(call) if call.is_on_host else _attention_on_device(call)
 
 
