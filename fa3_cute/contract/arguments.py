@@ -68,6 +68,7 @@ DECODE_COUNTS = (
     "most_clusters",
     "clusters_of_item",
     "split_tiles",
+    "tile_shift",
     "num_partials",
     "partial_rows",
 )

@@ -183,7 +183,9 @@ def _addresses(shape: MergeShape, given: tuple) -> tuple[int, ...] | None:
     bits = out_a | out_b | out | (lse_a | lse_b | lse) << 2  # LSEs are aligned to 4 bytes, the others to 16
     if bits & 15 or bits >> 64 or not (out_a and out_b and out and lse_a and lse_b):
         return None
-    pairs = out == out_a, out == out_b, lse == lse_a, lse == lse_b
-    if any(is_same and not fits for is_same, fits in zip(pairs, shape.in_place, strict=True)):
+    out_in_a, out_in_b, lse_in_a, lse_in_b = shape.in_place
+    if out == out_a and not out_in_a or out == out_b and not out_in_b:
+        return None
+    if lse == lse_a and not lse_in_a or lse == lse_b and not lse_in_b:
         return None
     return out_a, lse_a, out_b, lse_b, out, lse

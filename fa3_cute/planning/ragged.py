@@ -13,7 +13,7 @@ from .config import SMEM_BYTES_PER_CTA, DecodeConfig
 from .problem import ProblemShape
 from .splits import CLUSTER_SLOTS, MAX_DECODE_ROWS, RATES, SplitPlan, fastest, is_decode, packed_heads_of
 
-MOST_ROUNDS = 4  # of slots that shares of the work are made of, at most: pieces then end close enough together
+MOST_ROUNDS = 2  # of slots that shares of the work are made of, at most: pieces then end close enough together
 
 
 class Kernels(NamedTuple):
@@ -66,7 +66,7 @@ def ragged_plan_of(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int) 
             rows_k, min(tokens, shape.num_pages * shape.page_size or tokens), shape.window_left + shape.window_right + 1
         ),
         (shape.num_heads, shape.num_heads_k, packed_heads_of(shape)),
-        Queries(shape.is_packed, min(max_queries(shape) or decode_queries, decode_queries or 1 << 31), decode_queries),
+        Queries(shape.is_packed, decode_queries or max_queries(shape) or shape.seqlen_q, decode_queries),
         (shape.num_splits, shape.max_num_splits, shape.fixed_split_size),
         shape.zero_padding,
     )
@@ -154,6 +154,7 @@ def ragged_plan(
         most_clusters,
         clusters_of_item,
         split_tiles,
+        max(0, (n_blocks * most_items).bit_length() - 30),
         num_partials,
         partial_rows,
         partial_bytes=4 * num_partials * partial_rows * (cfg.head_dim + 1),

@@ -76,6 +76,7 @@ class SplitPlan(NamedTuple):
     most_clusters: int = 0
     clusters_of_item: int = 0
     split_tiles: int = 0
+    tile_shift: int = 0
     num_partials: int = 0
     partial_rows: int = 0
     partial_bytes: int = 0

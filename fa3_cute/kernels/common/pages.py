@@ -25,6 +25,7 @@ from .tiles import Tile
 from .tma import tma_views
 
 Divisor = cute.FastDivmodDivisorV2
+INTS_PER_LINE = 32              # 128 bytes
 MAX_PAGES_OF_ROW = 1 << 30      # of the table; a sequence's used pages are fewer
 
 
@@ -52,6 +53,14 @@ class Pages:
         """From a kernel's arguments, on the host."""
         layout = cute.make_layout((a.batch_size_k, MAX_PAGES_OF_ROW), stride=(a.page_table_batch_stride, 1))
         return Pages(cute.make_tensor(a.page_table, layout), a.num_pages, Divisor(a.page_size // cfg.page_box))
+
+    @cute.jit
+    def prefetch(self, cta: Int32):
+        """A CTA's part of the table to L2, before anything is known: the CTAs together bring all of a table of usual
+        size while each reads the lengths."""
+        line = (Int64(cta) * 32 + cute.arch.lane_idx()) * INTS_PER_LINE
+        if line < Int64(self.table.shape[0]) * self.table.stride[0] and cute.arch.warp_idx() == 0:
+            cute.arch.prefetch((self.table.iterator + line).llvm_ptr, cache_level="L2")
 
 
 def paged_operand(cfg: KernelConfig, a, name: str, columns: int) -> PagedOperand:

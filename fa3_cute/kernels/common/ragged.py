@@ -64,28 +64,26 @@ class RaggedBatch:
 
     @cute.jit
     def place(self, sequence: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-        """(offset_q, seqlen_q, offset_k, seqlen_k) in tokens; no queries of what this kernel does not serve."""
+        """(offset_q, seqlen_q, offset_k, seqlen_k) in tokens; no queries of what this kernel does not serve.
+
+        All loads come before the first use of one: they are in flight together.
+        """
         arrays = self.arrays
-        offset_q, seqlen_q, offset_k, seqlen_k = Int32(0), Int32(0), Int32(0), Int32(0)
+        first_q, end_q, first_k, end_k = Int32(0), Int32(0), Int32(0), Int32(0)
+        used_q, used_k = Int32(UNLIMITED), Int32(UNLIMITED)
         if sequence < arrays.batch_size:
-            offset_q, seqlen_q = rows_within(arrays.cu_seqlens_q, arrays.seqused_q, arrays.rows_q, sequence)
-            offset_k, seqlen_k = rows_within(arrays.cu_seqlens_k, arrays.seqused_k, arrays.rows_k, sequence)
+            end_q, end_k = arrays.rows_q, arrays.rows_k
+            if is_present(arrays.cu_seqlens_q):
+                first_q, end_q = arrays.cu_seqlens_q[sequence], arrays.cu_seqlens_q[sequence + 1]
+            if is_present(arrays.cu_seqlens_k):
+                first_k, end_k = arrays.cu_seqlens_k[sequence], arrays.cu_seqlens_k[sequence + 1]
+            if is_present(arrays.seqused_q):
+                used_q = arrays.seqused_q[sequence]
+            if is_present(arrays.seqused_k):
+                used_k = arrays.seqused_k[sequence]
         elif sequence < self.batch_size:
-            offset_q = arrays.cu_seqlens_q[arrays.batch_size]
-            seqlen_q = arrays.rows_q - offset_q
+            first_q, end_q = arrays.cu_seqlens_q[arrays.batch_size], arrays.rows_q
+        seqlen_q = maximum(minimum(end_q - first_q, used_q), 0)
         if seqlen_q < self.least_queries or seqlen_q > self.most_queries:
             seqlen_q = Int32(0)
-        return offset_q, seqlen_q, offset_k, seqlen_k
-
-
-@cute.jit
-def rows_within(cu_seqlens: cute.Tensor, seqused: cute.Tensor, rows: Int32, sequence: Int32) -> tuple[Int32, Int32]:
-    """(first row, used rows) of one sequence, used ones at most as many as it has; rows: of one that is not packed."""
-    offset, length = Int32(0), rows
-    if is_present(cu_seqlens):
-        offset = cu_seqlens[sequence]
-        length = cu_seqlens[sequence + 1] - offset
-    used = length
-    if is_present(seqused):
-        used = minimum(seqused[sequence], length)
-    return offset, maximum(used, 0)
+        return first_q, seqlen_q, first_k, maximum(minimum(end_k - first_k, used_k), 0)

@@ -152,14 +152,15 @@ class FlashAttentionDecode:
         cfg, grid, ragged, batch = self.cfg, params.grid, params.ragged, params.places.batch
         packed_heads = grid.packed_heads.divisor
         cluster_index, rank = divmod(index, grid.cluster_size)
+        if const_expr(cfg.page_box):
+            params.places.pages.prefetch(index)
         cute.arch.griddepcontrol_wait()
         dealer = Dealer(cfg, batch, ragged, params.window, grid.packed_heads, grid.num_groups.divisor,
                         grid.cluster_size.divisor)
         place = dealer.find(cluster_index)
-        offset_q, seqlen_q, offset_k, seqlen_k = batch.place(place.sequence)
         tile = Tile(place.m_block, place.group * packed_heads, place.group // grid.groups_per_kv_head,
-                    batch.batch_coordinate(place.sequence), offset_q, seqlen_q, offset_k, seqlen_k,
-                    batch.number(place.sequence))
+                    batch.batch_coordinate(place.sequence), place.offset_q, place.seqlen_q, place.offset_k,
+                    place.seqlen_k, batch.number(place.sequence))
         tiles = Visibility(cfg, params.window, tile, grid.packed_heads).tiles()
         blocks = ragged.part(tiles, place.cluster * grid.cluster_size.divisor + rank,
                              maximum(place.num_clusters, 1) * grid.cluster_size.divisor)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64
+from cutlass import Constexpr, Float32, Int32, Int64
 
 from ...planning.config import DecodeConfig
 from ..common.arithmetic import ceil_div, maximum, minimum
@@ -35,6 +35,7 @@ class RaggedGrid:
     most_clusters   of an item, at most
     clusters_of_item   of every one if it is not 0; then shares do not count
     split_tiles     K/V tiles of a cluster if it is not 0; then shares do not count
+    tile_shift      log2 of the K/V tiles that are a unit of shares
     rows            of the scratch; an item of more rows is not split
     """
     num_slots: Int32
@@ -42,12 +43,14 @@ class RaggedGrid:
     most_clusters: Int32
     clusters_of_item: Int32
     split_tiles: Int32
+    tile_shift: Int32
     rows: Int32
 
     @staticmethod
     def create(a) -> "RaggedGrid":
         """From a kernel's arguments."""
-        return RaggedGrid(a.num_slots, a.most_slots, a.most_clusters, a.clusters_of_item, a.split_tiles, a.partial_rows)
+        return RaggedGrid(a.num_slots, a.most_slots, a.most_clusters, a.clusters_of_item, a.split_tiles,
+                          a.tile_shift, a.partial_rows)
 
 
     @cute.jit
@@ -69,6 +72,7 @@ class Place:
 
     num_clusters   0: nothing
     first          the item's first cluster; where there are several, the place of their partial results
+    offset_q ..    as RaggedBatch.place
     """
     sequence: Int32
     group: Int32
@@ -76,24 +80,15 @@ class Place:
     cluster: Int32
     num_clusters: Int32
     first: Int32
-
-
-@dataclass(frozen=True)
-class Items:
-    """The items of one sequence per lane.
-
-    count      M tiles times groups of heads
-    tiles      K/V tiles that the last of its M tiles sees
-    """
-    num_m_blocks: Int32
-    count: Int32
-    rows: Int32
-    tiles: Int32
+    offset_q: Int32
+    seqlen_q: Int32
+    offset_k: Int32
+    seqlen_k: Int32
 
 
 @dataclass(frozen=True)
 class Dealer:
-    """Finds the place of a cluster."""
+    """Finds the place of a cluster. Methods of one sequence per lane: a warp looks at 32 at a time."""
     cfg: Constexpr
     batch: RaggedBatch
     grid: RaggedGrid
@@ -103,77 +98,103 @@ class Dealer:
     cluster_size: Int32
 
     @cute.jit
-    def items(self, sequence: Int32) -> Items:
-        """Of a sequence, none past the last."""
-        cfg = self.cfg
-        _, seqlen_q, _, seqlen_k = self.batch.place(sequence)
-        rows = seqlen_q * self.packed_heads.divisor
-        num_m_blocks = ceil_div(rows, cfg.tile_m)
-        blocks = block_range(cfg, self.window, maximum(num_m_blocks - 1, 0), seqlen_q, seqlen_k, self.packed_heads)
-        tiles = maximum(blocks.n_block_max - blocks.n_block_min, 0)
-        return Items(num_m_blocks, num_m_blocks * self.num_groups, rows, tiles)
+    def sequence(self, number: Int32) -> tuple[Int32, Int32, Int32, Int32, Int32, Int32]:
+        """offset_q, seqlen_q, offset_k, seqlen_k of a sequence, its M tiles, and the K/V tiles that the last one sees."""
+        place = self.batch.place(number)
+        _, seqlen_q, _, seqlen_k = place
+        num_m_blocks = ceil_div(seqlen_q * self.packed_heads.divisor, self.cfg.tile_m)
+        blocks = block_range(self.cfg, self.window, maximum(num_m_blocks - 1, 0), seqlen_q, seqlen_k, self.packed_heads)
+        return (*place, num_m_blocks, maximum(blocks.n_block_max - blocks.n_block_min, 0))
+
+    def weight(self, tiles: Int32) -> Int32:
+        """What an item of so many K/V tiles counts: they, in units that no sum is too large of."""
+        return (tiles + (1 << self.grid.tile_shift) - 1) >> self.grid.tile_shift
 
     @cute.jit
-    def clusters(self, items: Items, slots: Int32, all_tiles: Int64) -> Int32:
-        """How many work on each of a sequence's items."""
-        count = Int32(Int64(items.tiles) * slots // maximum(all_tiles, Int64(1)))
-        count = minimum(count, items.tiles // (LEAST_TILES * self.cluster_size))
+    def clusters(self, seqlen_q: Int32, tiles: Int32, slots: Int32, total: Int32) -> Int32:
+        """How many work on each item of a sequence; total: the weight of all items."""
+        share = Int64(self.weight(tiles)) * slots
+        count = Int32(Float32(share) * cute.arch.rcp_approx(Float32(total)))        # or one more, or one less
+        if Int64(count) * total > share:
+            count -= 1
+        if Int64(count + 1) * total <= share:
+            count += 1
+        count = minimum(count, tiles // (LEAST_TILES * self.cluster_size))
         if self.grid.split_tiles > 0:
-            count = ceil_div(items.tiles, self.grid.split_tiles)
+            count = ceil_div(tiles, self.grid.split_tiles)
         count = maximum(minimum(count, self.grid.most_clusters), 1)
         if self.grid.clusters_of_item > 0:
             count = self.grid.clusters_of_item
-        if items.rows > self.grid.rows:
+        if seqlen_q * self.packed_heads.divisor > self.grid.rows:
             count = Int32(1)
         return count
 
     @cute.jit
-    def totals(self) -> tuple[Int32, Int64]:
-        """(items, K/V tiles of all items)."""
-        count, tiles = Int32(0), Int64(0)
-        for first in cutlass.range(0, self.batch.batch_size, LANES, unroll=1):
-            items = self.items(first + cute.arch.lane_idx())
-            count += items.count
-            tiles += Int64(items.count) * items.tiles
-        for i in cutlass.range_constexpr(5):
-            count += cute.arch.shuffle_sync_bfly(count, 1 << i)
-            tiles += cute.arch.shuffle_sync_bfly(tiles, 1 << i)
-        return count, tiles
-
-    @cute.jit
     def find(self, index: Int32) -> Place:
         """The place of cluster `index`: among the items of several clusters, then among the others."""
-        num_items, all_tiles = self.totals()
+        lane, size = cute.arch.lane_idx(), self.batch.batch_size
+        first_ones = self.sequence(lane)
+        num_items, total = self.sums(first_ones)
+        for first in cutlass.range(LANES, size, LANES, unroll=1):
+            more, weight = self.sums(self.sequence(first + lane))
+            num_items, total = num_items + more, total + weight
         slots = maximum(self.grid.num_slots, minimum(num_items, self.grid.most_slots))
-        sequence, group, m_block, cluster, num_clusters, partial = (Int32(0) for _ in range(6))
-        before = Int32(0)
-        for others in cutlass.range_constexpr(2):
-            for first in cutlass.range(0, self.batch.batch_size, LANES, unroll=1):
-                items = self.items(first + cute.arch.lane_idx())
-                each = self.clusters(items, slots, all_tiles)
-                count = items.count * each
-                if (each > 1) != (others == 0):
-                    count = Int32(0)
-                through = before + inclusive_sum(count)
-                if index >= before and index < cute.arch.shuffle_sync(through, LANES - 1):
-                    owner = cute.arch.popc(cute.arch.vote_ballot_sync(through <= index))
-                    of_owner = lambda value: cute.arch.shuffle_sync(value, owner)
-                    within = index - of_owner(through - count)
-                    num_clusters, num_m_blocks = of_owner(each), of_owner(items.num_m_blocks)
-                    item = within // num_clusters
-                    cluster = within - item * num_clusters
-                    group = item // num_m_blocks
-                    m_block = item - group * num_m_blocks
-                    sequence, partial = first + owner, index - cluster
-                before = cute.arch.shuffle_sync(through, LANES - 1)
-        return Place(sequence, group, m_block, cluster, num_clusters, partial)
+        total = maximum(total, 1)
+        num_split = self.split_clusters(first_ones, slots, total)
+        for first in cutlass.range(LANES, size, LANES, unroll=1):
+            num_split += self.split_clusters(self.sequence(first + lane), slots, total)
+
+        found = tuple(Int32(0) for _ in range(10))
+        before_split, before_others = Int32(0), num_split
+        for first in cutlass.range(0, size, LANES, unroll=1):
+            ones = first_ones
+            if first > 0:
+                ones = self.sequence(first + lane)
+            offset_q, seqlen_q, offset_k, seqlen_k, num_m_blocks, tiles = ones
+            each = self.clusters(seqlen_q, tiles, slots, total)
+            count = num_m_blocks * self.num_groups * each
+            of_split = count if each > 1 else Int32(0)
+            through_split, through_others = inclusive_sums(of_split, count - of_split)
+            through_split, through_others = before_split + through_split, before_others + through_others
+            end_split = cute.arch.shuffle_sync(through_split, LANES - 1)
+            end_others = cute.arch.shuffle_sync(through_others, LANES - 1)
+            is_split = index < num_split
+            before, end, through = before_others, end_others, through_others
+            if is_split:
+                before, end, through = before_split, end_split, through_split
+            if index >= before and index < end:
+                owner = cute.arch.popc(cute.arch.vote_ballot_sync(through <= index))
+                of_owner = lambda value: cute.arch.shuffle_sync(value, owner)
+                within, num_clusters = index - of_owner(through - count), of_owner(each)
+                m_blocks = of_owner(num_m_blocks)
+                item = within // num_clusters
+                cluster = within - item * num_clusters
+                group = item // m_blocks
+                found = (first + owner, group, item - group * m_blocks, cluster, num_clusters, index - cluster,
+                         *(of_owner(value) for value in (offset_q, seqlen_q, offset_k, seqlen_k)))
+            before_split, before_others = end_split, end_others
+        return Place(*found)
+
+    @cute.jit
+    def sums(self, ones: tuple) -> tuple[Int32, Int32]:
+        """(items, their weight) of 32 sequences."""
+        num_items = ones[4] * self.num_groups
+        weight = num_items * self.weight(ones[5])
+        return cute.arch.warp_redux_sync(num_items, "add"), cute.arch.warp_redux_sync(weight, "add")
+
+    @cute.jit
+    def split_clusters(self, ones: tuple, slots: Int32, total: Int32) -> Int32:
+        """Clusters of those among 32 sequences whose items have several."""
+        each = self.clusters(ones[1], ones[5], slots, total)
+        count = ones[4] * self.num_groups * each
+        return cute.arch.warp_redux_sync(count if each > 1 else Int32(0), "add")
 
 
 @cute.jit
-def inclusive_sum(value: Int32) -> Int32:
-    """The sum of the values of this lane and those below it."""
+def inclusive_sums(a: Int32, b: Int32) -> tuple[Int32, Int32]:
+    """The sums of the values of this lane and those below it."""
     lane = cute.arch.lane_idx()
     for i in cutlass.range_constexpr(5):
-        below = cute.arch.shuffle_sync_up(value, 1 << i)
-        value = value + (below if lane >= 1 << i else 0)
-    return value
+        below_a, below_b = cute.arch.shuffle_sync_up(a, 1 << i), cute.arch.shuffle_sync_up(b, 1 << i)
+        a, b = a + (below_a if lane >= 1 << i else 0), b + (below_b if lane >= 1 << i else 0)
+    return a, b
