@@ -65,10 +65,11 @@ DECODE_COUNTS = (
     "num_clusters",
     "num_slots",
     "most_slots",
+    "has_shares",
+    "least_clusters",
     "most_clusters",
-    "clusters_of_item",
+    "most_tiles",
     "split_tiles",
-    "tile_shift",
     "num_partials",
     "partial_rows",
 )

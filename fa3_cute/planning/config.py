@@ -199,7 +199,7 @@ class FwdConfig(KernelConfig):
     is_local             sliding window around the bottom-right diagonal; excludes is_causal
     is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
     out_dtype            of O where Q, K and V are FP8: "bf16" or "fp16"; None: dtype
-    is_ragged            queries packed or not, keys packed, in a cache or in pages: what the arrays say; needs is_varlen
+    is_ragged            queries packed or not, keys packed, in a cache or in pages, as arrays say; with is_varlen
     page_box             rows of K or V per TMA box where they lie in pages, else 0
     box_is_wide          a box takes all columns at once (keys_values.py)
     """

@@ -13,6 +13,7 @@ from .config import SMEM_BYTES_PER_CTA, DecodeConfig
 from .problem import ProblemShape
 from .splits import CLUSTER_SLOTS, MAX_DECODE_ROWS, RATES, SplitPlan, fastest, is_decode, packed_heads_of
 
+UNLIMITED = (1 << 31) - 1
 MOST_ROUNDS = 2  # of slots that shares of the work are made of, at most: pieces then end close enough together
 
 
@@ -25,8 +26,8 @@ class Kernels(NamedTuple):
 
 
 def kernels_of(shape: ProblemShape) -> Kernels:
-    """Dense queries: one kernel. Packed ones: one where a bound on their lengths says that it suits all, else both, each
-    for the sequences that suit it."""
+    """Dense queries: one kernel. Packed ones: one where a bound on their lengths says that it suits all, else both,
+    each for the sequences that suit it."""
     if not shape.is_packed:
         decodes = is_decode(shape)
         return Kernels(decodes, not decodes)
@@ -54,109 +55,105 @@ def is_ragged(shape: ProblemShape, has_decode: bool) -> bool:
     return apart or shape.zero_padding or has_decode and (shape.has_lengths or shape.fixed_split_size > 0)
 
 
-def ragged_plan_of(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int) -> SplitPlan:
-    """The plan of the decode launch of a ragged batch."""
-    rows_k = shape.seqlen_k if not shape.has_packed_keys else -(-shape.seqlen_k // shape.batch_size)
-    tokens = shape.batch_size * rows_k
-    return ragged_plan(
-        cfg,
-        shape.batch_size + shape.zero_padding,
-        shape.seqlen_q,
-        Reach(
-            rows_k, min(tokens, shape.num_pages * shape.page_size or tokens), shape.window_left + shape.window_right + 1
-        ),
-        (shape.num_heads, shape.num_heads_k, packed_heads_of(shape)),
-        Queries(shape.is_packed, decode_queries or max_queries(shape) or shape.seqlen_q, decode_queries),
-        (shape.num_splits, shape.max_num_splits, shape.fixed_split_size),
-        shape.zero_padding,
+class Batch(NamedTuple):
+    """What the host knows of the batch of a decode launch.
+
+    items, most_items   M tiles times groups of heads, as far as lengths are known, and whatever they are
+    rows            of an item, likewise
+    capacity        keys of a sequence
+    num_tokens      of K and V in memory
+    window          keys from the first to the last that a query sees
+    """
+
+    items: int
+    most_items: int
+    rows: int
+    capacity: int
+    num_tokens: int
+    window: int
+    num_heads_k: int
+
+
+def batch_of(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int) -> Batch:
+    """The batch of a problem; decode_queries as Kernels has them."""
+    packed_heads, num_sequences = packed_heads_of(shape), shape.batch_size + shape.zero_padding
+    num_groups = shape.num_heads // packed_heads
+    rows = (decode_queries or max_queries(shape) or shape.seqlen_q) * packed_heads
+    items = most_items = num_sequences * -(-rows // cfg.tile_m)
+    if shape.is_packed and not decode_queries:
+        most_items = shape.seqlen_q * packed_heads // cfg.tile_m + num_sequences
+    capacity = -(-shape.seqlen_k // shape.batch_size) if shape.has_packed_keys else shape.seqlen_k
+    num_tokens = shape.batch_size * capacity
+    if shape.is_paged:
+        num_tokens = min(num_tokens, shape.num_pages * shape.page_size)
+    window = shape.window_left + shape.window_right + 1
+    return Batch(
+        min(items, most_items) * num_groups,
+        most_items * num_groups,
+        min(rows, cfg.tile_m),
+        shape.seqlen_k if shape.has_packed_keys else capacity,
+        num_tokens,
+        window,
+        shape.num_heads_k,
     )
 
 
-class Reach(NamedTuple):
-    """Keys: of a sequence at most (capacity), of all in memory, and those between the first and last that a query
-    sees."""
-
-    capacity: int
-    in_memory: int
-    window: int
-
-
-class Queries(NamedTuple):
-    """Whether they are packed, of a sequence at most as far as is known, and those up to which sequences are served."""
-
-    are_packed: bool
-    most: int
-    served: int
+def ragged_plan_of(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int) -> SplitPlan:
+    """The plan of the decode launch of a ragged batch."""
+    plan = ragged_plan(
+        cfg,
+        batch_of(cfg, shape, decode_queries),
+        (shape.num_splits, shape.max_num_splits or MAX_SPLITS, shape.fixed_split_size),
+    )
+    return plan._replace(
+        packed_heads=packed_heads_of(shape),
+        has_padding=int(shape.zero_padding),
+        decode_queries=decode_queries or UNLIMITED,
+    )
 
 
 @lru_cache(maxsize=4096)
-def ragged_plan(
-    cfg: DecodeConfig,
-    num_sequences: int,
-    rows_q: int,
-    keys: Reach,
-    heads: tuple[int, int, int],
-    queries: Queries,
-    splits: tuple[int, int, int],
-    has_padding: bool,
-) -> SplitPlan:
-    """The plan of a launch.
-
-    rows_q   rows of packed queries, or of each sequence
-    heads    num_heads, num_heads_k, packed_heads
-    splits   num_splits, max_num_splits, fixed_split_size
-    """
-    num_heads, num_heads_k, packed_heads = heads
-    num_groups = num_heads // packed_heads
-    num_splits, max_num_splits, split_size = splits
-    rows = min(queries.most, rows_q) * packed_heads  # of an item, mostly
-    num_items = num_sequences * -(-rows // cfg.tile_m) * num_groups
-    most_items = num_items
-    if queries.are_packed and not queries.served:  # whatever the lengths are
-        most_items = (rows_q * packed_heads // cfg.tile_m + num_sequences) * num_groups
-    n_blocks = -(-keys.capacity // cfg.tile_n)
+def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -> SplitPlan:
+    """The plan but for what is in the shape; splits: num_splits, max_num_splits, fixed_split_size of the params."""
+    num_splits, most_splits, split_size = splits
+    most_tiles = -(-batch.capacity // cfg.tile_n)
     if cfg.is_local:
-        n_blocks = min(n_blocks, (keys.window + min(queries.most, cfg.tile_m)) // cfg.tile_n + 2)
-    kv_bytes = min(keys.in_memory, num_sequences * n_blocks * cfg.tile_n) * num_heads_k * cfg.kv_bytes_per_token
-    most_splits = max_num_splits or MAX_SPLITS
+        most_tiles = min(most_tiles, (batch.window + cfg.tile_m) // cfg.tile_n + 2)
+    wanted, cluster_size = num_splits or 1, 1
     if num_splits:
         cluster_size = max(size for size in CLUSTER_SLOTS if num_splits % size == 0)
-    elif split_size:
-        cluster_size = 1
-    else:
-        rates = next(row[1:] for row in RATES if kv_bytes <= row[0])
-        wanted, cluster_size = fastest(cfg, num_items, n_blocks, rates)
+    elif not split_size:
+        kv_bytes = min(batch.num_tokens * batch.num_heads_k, batch.items * most_tiles * cfg.tile_n)
+        rates = next(row[1:] for row in RATES if kv_bytes * cfg.kv_bytes_per_token <= row[0])
+        wanted, cluster_size = fastest(cfg, batch.items, most_tiles, rates)
         cluster_size = max(size for size in CLUSTER_SLOTS if size <= min(cluster_size, most_splits))
-    slots = CLUSTER_SLOTS[cluster_size]
-    is_spread = num_items * (num_splits or (1 if split_size else wanted)) <= slots[0]
-    num_slots = slots[0 if is_spread or cfg.ctas_per_sm == 1 else 1] // cluster_size
-    most_slots = MOST_ROUNDS * num_slots
-    most_clusters = max(1, most_splits // cluster_size)
-    clusters_of_item = num_splits // cluster_size
-    split_tiles = -(-split_size // cfg.tile_n)
+    is_spread = batch.items * wanted <= CLUSTER_SLOTS[cluster_size][0]
+    num_slots = CLUSTER_SLOTS[cluster_size][0 if is_spread or cfg.ctas_per_sm == 1 else 1] // cluster_size
+    most_slots, most_clusters = MOST_ROUNDS * num_slots, max(1, most_splits // cluster_size)
+    least_clusters, split_tiles = num_splits // cluster_size or 1, -(-split_size // cfg.tile_n)
+    has_shares = not num_splits and not split_size and most_clusters > 1 and most_tiles * batch.most_items < 1 << 31
+    num_partials = 0
     if num_splits:
-        num_partials = most_items * clusters_of_item if clusters_of_item > 1 else 0
+        num_partials = batch.most_items * least_clusters if least_clusters > 1 else 0
     elif split_size:
-        num_partials = most_items * min(-(-n_blocks // split_tiles), most_clusters)
-    else:
-        num_partials = min(most_slots, max(num_slots, most_items)) if most_clusters > 1 else 0
-    partial_rows = cfg.tile_m if num_splits or split_size else min(rows, cfg.tile_m)
+        num_partials = batch.most_items * min(-(-most_tiles // split_tiles), most_clusters)
+    elif has_shares:
+        num_partials = min(most_slots, max(num_slots, batch.most_items))
     return SplitPlan(
-        packed_heads,
-        max(1, num_splits),
-        cluster_size,
-        SMEM_BYTES_PER_CTA if is_spread else cfg.smem_bytes,
-        int(has_padding),
-        queries.served or (1 << 31) - 1,
-        most_items + num_partials,
-        num_slots,
-        most_slots,
-        most_clusters,
-        clusters_of_item,
-        split_tiles,
-        max(0, (n_blocks * most_items).bit_length() - 30),
-        num_partials,
-        partial_rows,
-        partial_bytes=4 * num_partials * partial_rows * (cfg.head_dim + 1),
+        packed_heads=1,
+        num_splits=max(1, num_splits),
+        cluster_size=cluster_size,
+        smem_bytes=SMEM_BYTES_PER_CTA if is_spread else cfg.smem_bytes,
+        num_clusters=batch.most_items + num_partials,
+        num_slots=num_slots,
+        most_slots=most_slots,
+        has_shares=int(has_shares),
+        least_clusters=least_clusters,
+        most_clusters=max(most_clusters, least_clusters),
+        most_tiles=most_tiles,
+        split_tiles=0 if num_splits else split_tiles,
+        num_partials=num_partials,
+        partial_rows=batch.rows,
+        partial_bytes=4 * num_partials * batch.rows * (cfg.head_dim + 1),
         num_arrivals=num_partials * cluster_size,
     )

@@ -73,10 +73,11 @@ class SplitPlan(NamedTuple):
     num_clusters: int = 0
     num_slots: int = 0
     most_slots: int = 0
+    has_shares: int = 0
+    least_clusters: int = 0
     most_clusters: int = 0
-    clusters_of_item: int = 0
+    most_tiles: int = 0
     split_tiles: int = 0
-    tile_shift: int = 0
     num_partials: int = 0
     partial_rows: int = 0
     partial_bytes: int = 0

@@ -155,9 +155,7 @@ class FlashAttentionDecode:
         if const_expr(cfg.page_box):
             params.places.pages.prefetch(index)
         cute.arch.griddepcontrol_wait()
-        dealer = Dealer(cfg, batch, ragged, params.window, grid.packed_heads, grid.num_groups.divisor,
-                        grid.cluster_size.divisor)
-        place = dealer.find(cluster_index)
+        place = Dealer(cfg, batch, ragged, grid.packed_heads, grid.num_groups.divisor).find(cluster_index)
         tile = Tile(place.m_block, place.group * packed_heads, place.group // grid.groups_per_kv_head,
                     batch.batch_coordinate(place.sequence), place.offset_q, place.seqlen_q, place.offset_k,
                     place.seqlen_k, batch.number(place.sequence))

@@ -1,6 +1,6 @@
 """Splits of a ragged batch: from the lengths on the device, how many clusters work on each item, and which one is ours.
 
-    tiles of an item            K/V tiles that its rows see
+    tiles of an item            K/V tiles that its rows see, at most
     clusters of an item         max(1, tiles * slots / all tiles), rounded down: its share of the clusters that run at
                                 once, or of as many as there are items if these are more (but at most most_slots)
 
@@ -8,21 +8,23 @@ Pieces are then less than twice as long as the mean one, whether one sequence is
 or all are alike; all alike and as many as slots, none is split. Items of several clusters come first in the order of
 the grid, the longest pieces before the others; clusters behind the last item have nothing to do.
 
-Every warp reads all lengths, 32 sequences at a time, and finds its place in running sums.
+Every warp reads all lengths, 32 sequences at a time, and finds its place in running sums. That is the start of every
+CTA, before the first load of K: a batch of 32 takes its short way.
 """
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64
+from cutlass import Constexpr, Float32, Int32
 
 from ...planning.config import DecodeConfig
 from ..common.arithmetic import ceil_div, maximum, minimum
-from ..common.block_range import BlockRange, Window, block_range, part_of
+from ..common.block_range import BlockRange, part_of
 from ..common.ragged import RaggedBatch
 
 Divisor = cute.FastDivmodDivisorV2
 LANES = 32
+ROUND_UP = 1 + 2.0 ** -16     # shares that are whole numbers stay so; all together they gain less than one cluster
 LEAST_TILES = 4        # per CTA of an item that several clusters share: their merge costs as much as two or three tiles
 
 
@@ -30,34 +32,36 @@ LEAST_TILES = 4        # per CTA of an item that several clusters share: their m
 class RaggedGrid:
     """How the work of a launch is dealt out.
 
-    num_slots       clusters that run at once
-    most_slots      that shares are made of, at most
-    most_clusters   of an item, at most
-    clusters_of_item   of every one if it is not 0; then shares do not count
+    num_slots, most_slots   clusters that run at once, and as many as shares are made of at most
+    share_of_tile   of a cluster, at most: so that parts do not become too short; 0: there are no shares
+    least_clusters, most_clusters   of an item
+    most_tiles      that an item's rows can see
     split_tiles     K/V tiles of a cluster if it is not 0; then shares do not count
-    tile_shift      log2 of the K/V tiles that are a unit of shares
     rows            of the scratch; an item of more rows is not split
     """
     num_slots: Int32
     most_slots: Int32
+    share_of_tile: Float32
+    least_clusters: Int32
     most_clusters: Int32
-    clusters_of_item: Int32
+    most_tiles: Int32
     split_tiles: Int32
-    tile_shift: Int32
     rows: Int32
 
     @staticmethod
     def create(a) -> "RaggedGrid":
         """From a kernel's arguments."""
-        return RaggedGrid(a.num_slots, a.most_slots, a.most_clusters, a.clusters_of_item, a.split_tiles,
-                          a.tile_shift, a.partial_rows)
-
+        share = Float32(a.has_shares) / Float32(LEAST_TILES * a.cluster_size)
+        return RaggedGrid(a.num_slots, a.most_slots, share, a.least_clusters, a.most_clusters, a.most_tiles,
+                          a.split_tiles, a.partial_rows)
 
     @cute.jit
     def part(self, tiles: BlockRange, split: Int32, num_splits: Int32) -> BlockRange:
         """The K/V tiles of one of num_splits CTAs."""
         num_blocks = maximum(tiles.n_block_max - tiles.n_block_min, 0)
-        each = num_blocks // num_splits
+        each = num_blocks
+        if num_splits > 1:
+            each = num_blocks // num_splits
         blocks = part_of(tiles, split, each, num_blocks - each * num_splits)
         first, end = blocks.n_block_min, blocks.n_block_max
         if self.split_tiles > 0:
@@ -92,39 +96,24 @@ class Dealer:
     cfg: Constexpr
     batch: RaggedBatch
     grid: RaggedGrid
-    window: Window
     packed_heads: Divisor
     num_groups: Int32
-    cluster_size: Int32
 
     @cute.jit
     def sequence(self, number: Int32) -> tuple[Int32, Int32, Int32, Int32, Int32, Int32]:
-        """offset_q, seqlen_q, offset_k, seqlen_k of a sequence, its M tiles, and the K/V tiles that the last one sees."""
+        """offset_q, seqlen_q, offset_k, seqlen_k of a sequence, its items, and the K/V tiles that one of them sees."""
         place = self.batch.place(number)
-        _, seqlen_q, _, seqlen_k = place
-        num_m_blocks = ceil_div(seqlen_q * self.packed_heads.divisor, self.cfg.tile_m)
-        blocks = block_range(self.cfg, self.window, maximum(num_m_blocks - 1, 0), seqlen_q, seqlen_k, self.packed_heads)
-        return (*place, num_m_blocks, maximum(blocks.n_block_max - blocks.n_block_min, 0))
-
-    def weight(self, tiles: Int32) -> Int32:
-        """What an item of so many K/V tiles counts: they, in units that no sum is too large of."""
-        return (tiles + (1 << self.grid.tile_shift) - 1) >> self.grid.tile_shift
+        num_m_blocks = ceil_div(place[1] * self.packed_heads.divisor, self.cfg.tile_m)
+        tiles = minimum(ceil_div(place[3], self.cfg.tile_n), self.grid.most_tiles)
+        return (*place, num_m_blocks * self.num_groups, tiles)
 
     @cute.jit
-    def clusters(self, seqlen_q: Int32, tiles: Int32, slots: Int32, total: Int32) -> Int32:
-        """How many work on each item of a sequence; total: the weight of all items."""
-        share = Int64(self.weight(tiles)) * slots
-        count = Int32(Float32(share) * cute.arch.rcp_approx(Float32(total)))        # or one more, or one less
-        if Int64(count) * total > share:
-            count -= 1
-        if Int64(count + 1) * total <= share:
-            count += 1
-        count = minimum(count, tiles // (LEAST_TILES * self.cluster_size))
+    def clusters(self, seqlen_q: Int32, tiles: Int32, share: Float32) -> Int32:
+        """How many work on each item of a sequence; share: of a tile."""
+        count = Int32(Float32(tiles) * share)
         if self.grid.split_tiles > 0:
             count = ceil_div(tiles, self.grid.split_tiles)
-        count = maximum(minimum(count, self.grid.most_clusters), 1)
-        if self.grid.clusters_of_item > 0:
-            count = self.grid.clusters_of_item
+        count = maximum(minimum(count, self.grid.most_clusters), self.grid.least_clusters)
         if seqlen_q * self.packed_heads.divisor > self.grid.rows:
             count = Int32(1)
         return count
@@ -133,61 +122,64 @@ class Dealer:
     def find(self, index: Int32) -> Place:
         """The place of cluster `index`: among the items of several clusters, then among the others."""
         lane, size = cute.arch.lane_idx(), self.batch.batch_size
-        first_ones = self.sequence(lane)
-        num_items, total = self.sums(first_ones)
+        ones = self.sequence(lane)
+        num_items, total = all_sum(ones[4]), all_sum(ones[4] * ones[5])
         for first in cutlass.range(LANES, size, LANES, unroll=1):
-            more, weight = self.sums(self.sequence(first + lane))
-            num_items, total = num_items + more, total + weight
+            more = self.sequence(first + lane)
+            num_items, total = num_items + all_sum(more[4]), total + all_sum(more[4] * more[5])
         slots = maximum(self.grid.num_slots, minimum(num_items, self.grid.most_slots))
-        total = maximum(total, 1)
-        num_split = self.split_clusters(first_ones, slots, total)
+        share = Float32(slots) * cute.arch.rcp_approx(Float32(total)) * ROUND_UP
+        share = minimum(share, self.grid.share_of_tile)
+        each = self.clusters(ones[1], ones[5], share)
+        num_split = all_sum(ones[4] * each if each > 1 else Int32(0))
         for first in cutlass.range(LANES, size, LANES, unroll=1):
-            num_split += self.split_clusters(self.sequence(first + lane), slots, total)
+            more = self.sequence(first + lane)
+            each_more = self.clusters(more[1], more[5], share)
+            num_split += all_sum(more[4] * each_more if each_more > 1 else Int32(0))
 
         found = tuple(Int32(0) for _ in range(10))
         before_split, before_others = Int32(0), num_split
         for first in cutlass.range(0, size, LANES, unroll=1):
-            ones = first_ones
             if first > 0:
                 ones = self.sequence(first + lane)
-            offset_q, seqlen_q, offset_k, seqlen_k, num_m_blocks, tiles = ones
-            each = self.clusters(seqlen_q, tiles, slots, total)
-            count = num_m_blocks * self.num_groups * each
+                each = self.clusters(ones[1], ones[5], share)
+            count = ones[4] * each
             of_split = count if each > 1 else Int32(0)
             through_split, through_others = inclusive_sums(of_split, count - of_split)
             through_split, through_others = before_split + through_split, before_others + through_others
-            end_split = cute.arch.shuffle_sync(through_split, LANES - 1)
-            end_others = cute.arch.shuffle_sync(through_others, LANES - 1)
-            is_split = index < num_split
-            before, end, through = before_others, end_others, through_others
-            if is_split:
-                before, end, through = before_split, end_split, through_split
-            if index >= before and index < end:
-                owner = cute.arch.popc(cute.arch.vote_ballot_sync(through <= index))
-                of_owner = lambda value: cute.arch.shuffle_sync(value, owner)
-                within, num_clusters = index - of_owner(through - count), of_owner(each)
-                m_blocks = of_owner(num_m_blocks)
-                item = within // num_clusters
-                cluster = within - item * num_clusters
-                group = item // m_blocks
-                found = (first + owner, group, item - group * m_blocks, cluster, num_clusters, index - cluster,
-                         *(of_owner(value) for value in (offset_q, seqlen_q, offset_k, seqlen_k)))
-            before_split, before_others = end_split, end_others
+            before, through = before_others, through_others
+            if index < num_split:
+                before, through = before_split, through_split
+            owner = cute.arch.popc(cute.arch.vote_ballot_sync(through <= index))
+            if index >= before and owner < LANES:
+                found = self.part_of_sequence(index, first, owner, ones, each, through)
+            before_split = cute.arch.shuffle_sync(through_split, LANES - 1)
+            before_others = cute.arch.shuffle_sync(through_others, LANES - 1)
         return Place(*found)
 
     @cute.jit
-    def sums(self, ones: tuple) -> tuple[Int32, Int32]:
-        """(items, their weight) of 32 sequences."""
-        num_items = ones[4] * self.num_groups
-        weight = num_items * self.weight(ones[5])
-        return cute.arch.warp_redux_sync(num_items, "add"), cute.arch.warp_redux_sync(weight, "add")
+    def part_of_sequence(self, index: Int32, first: Int32, owner: Int32, ones: tuple, each: Int32, through: Int32):
+        """The fields of the place that lies with the sequence of lane `owner`."""
+        of_owner = lambda value: cute.arch.shuffle_sync(value, owner)
+        offset_q, seqlen_q, offset_k, seqlen_k = (of_owner(value) for value in ones[:4])
+        num_items, num_clusters = of_owner(ones[4]), of_owner(each)
+        within = index - (of_owner(through) - num_items * num_clusters)
+        item, cluster = within, Int32(0)
+        if num_clusters > 1:
+            item = within // num_clusters
+            cluster = within - item * num_clusters
+        group, m_block = item, Int32(0)
+        if num_items > self.num_groups:
+            m_blocks = ceil_div(seqlen_q * self.packed_heads.divisor, self.cfg.tile_m)
+            group = item // m_blocks
+            m_block = item - group * m_blocks
+        return (first + owner, group, m_block, cluster, num_clusters, index - cluster, offset_q, seqlen_q, offset_k,
+                seqlen_k)
 
-    @cute.jit
-    def split_clusters(self, ones: tuple, slots: Int32, total: Int32) -> Int32:
-        """Clusters of those among 32 sequences whose items have several."""
-        each = self.clusters(ones[1], ones[5], slots, total)
-        count = ones[4] * self.num_groups * each
-        return cute.arch.warp_redux_sync(count if each > 1 else Int32(0), "add")
+
+def all_sum(value: Int32) -> Int32:
+    """Of a warp."""
+    return cute.arch.warp_redux_sync(value, "add")
 
 
 @cute.jit
