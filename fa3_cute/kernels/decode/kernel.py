@@ -155,7 +155,7 @@ class FlashAttentionDecode:
         if const_expr(cfg.page_box):
             params.places.pages.prefetch(index)
         cute.arch.griddepcontrol_wait()
-        place = Dealer(cfg, batch, ragged, grid.packed_heads, grid.num_groups.divisor).find(cluster_index)
+        place = Dealer(cfg, batch, ragged, grid.packed_heads, grid.num_groups).find(cluster_index)
         tile = Tile(place.m_block, place.group * packed_heads, place.group // grid.groups_per_kv_head,
                     batch.batch_coordinate(place.sequence), place.offset_q, place.seqlen_q, place.offset_k,
                     place.seqlen_k, batch.number(place.sequence))

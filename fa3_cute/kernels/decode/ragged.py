@@ -5,11 +5,12 @@
                                 once, or of as many as there are items if these are more (but at most most_slots)
 
 Pieces are then less than twice as long as the mean one, whether one sequence is a hundred times as long as the others
-or all are alike; all alike and as many as slots, none is split. Items of several clusters come first in the order of
-the grid, the longest pieces before the others; clusters behind the last item have nothing to do.
+or all are alike; all alike and as many as slots, none is split.
 
-Every warp reads all lengths, 32 sequences at a time, and finds its place in running sums. That is the start of every
-CTA, before the first load of K: a batch of 32 takes its short way.
+The grid begins with a cluster for the first M tile of each sequence and group of heads: its place is a division, and
+it needs the other lengths only if its own is long enough to be shared. Behind these come, sequence by sequence, the
+other clusters of what is shared and of further M tiles, found by running sums over 32 sequences at a time; those behind
+the last have nothing to do. All this is the start of every CTA, before its first load of K.
 """
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ class Place:
     """What a cluster works on: part `cluster` of num_clusters of the item (sequence, group, m_block).
 
     num_clusters   0: nothing
-    first          the item's first cluster; where there are several, the place of their partial results
+    first          where there are several, the place of the item's partial results
     offset_q ..    as RaggedBatch.place
     """
     sequence: Int32
@@ -92,20 +93,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Dealer:
-    """Finds the place of a cluster. Methods of one sequence per lane: a warp looks at 32 at a time."""
+    """Finds the place of a cluster. A warp looks at one sequence per lane, or all lanes at the same one."""
     cfg: Constexpr
     batch: RaggedBatch
     grid: RaggedGrid
     packed_heads: Divisor
-    num_groups: Int32
+    num_groups: Divisor
 
     @cute.jit
     def sequence(self, number: Int32) -> tuple[Int32, Int32, Int32, Int32, Int32, Int32]:
-        """offset_q, seqlen_q, offset_k, seqlen_k of a sequence, its items, and the K/V tiles that one of them sees."""
+        """offset_q, seqlen_q, offset_k, seqlen_k of a sequence, its M tiles, and the K/V tiles that one of them sees."""
         place = self.batch.place(number)
         num_m_blocks = ceil_div(place[1] * self.packed_heads.divisor, self.cfg.tile_m)
-        tiles = minimum(ceil_div(place[3], self.cfg.tile_n), self.grid.most_tiles)
-        return (*place, num_m_blocks * self.num_groups, tiles)
+        return (*place, num_m_blocks, minimum(ceil_div(place[3], self.cfg.tile_n), self.grid.most_tiles))
 
     @cute.jit
     def clusters(self, seqlen_q: Int32, tiles: Int32, share: Float32) -> Int32:
@@ -120,61 +120,72 @@ class Dealer:
 
     @cute.jit
     def find(self, index: Int32) -> Place:
-        """The place of cluster `index`: among the items of several clusters, then among the others."""
-        lane, size = cute.arch.lane_idx(), self.batch.batch_size
-        ones = self.sequence(lane)
-        num_items, total = all_sum(ones[4]), all_sum(ones[4] * ones[5])
-        for first in cutlass.range(LANES, size, LANES, unroll=1):
-            more = self.sequence(first + lane)
-            num_items, total = num_items + all_sum(more[4]), total + all_sum(more[4] * more[5])
-        slots = maximum(self.grid.num_slots, minimum(num_items, self.grid.most_slots))
-        share = Float32(slots) * cute.arch.rcp_approx(Float32(total)) * ROUND_UP
-        share = minimum(share, self.grid.share_of_tile)
-        each = self.clusters(ones[1], ones[5], share)
-        num_split = all_sum(ones[4] * each if each > 1 else Int32(0))
-        for first in cutlass.range(LANES, size, LANES, unroll=1):
-            more = self.sequence(first + lane)
-            each_more = self.clusters(more[1], more[5], share)
-            num_split += all_sum(more[4] * each_more if each_more > 1 else Int32(0))
-
-        found = tuple(Int32(0) for _ in range(10))
-        before_split, before_others = Int32(0), num_split
-        for first in cutlass.range(0, size, LANES, unroll=1):
-            if first > 0:
-                ones = self.sequence(first + lane)
-                each = self.clusters(ones[1], ones[5], share)
-            count = ones[4] * each
-            of_split = count if each > 1 else Int32(0)
-            through_split, through_others = inclusive_sums(of_split, count - of_split)
-            through_split, through_others = before_split + through_split, before_others + through_others
-            before, through = before_others, through_others
-            if index < num_split:
-                before, through = before_split, through_split
-            owner = cute.arch.popc(cute.arch.vote_ballot_sync(through <= index))
-            if index >= before and owner < LANES:
-                found = self.part_of_sequence(index, first, owner, ones, each, through)
-            before_split = cute.arch.shuffle_sync(through_split, LANES - 1)
-            before_others = cute.arch.shuffle_sync(through_others, LANES - 1)
-        return Place(*found)
+        """The place of cluster `index`."""
+        size, num_groups = self.batch.batch_size, self.num_groups.divisor
+        ones = self.sequence(cute.arch.lane_idx())
+        sequence, group = divmod(index, self.num_groups)
+        is_further = sequence >= size
+        own = self.sequence(minimum(sequence, size - 1))
+        num_clusters, m_block, cluster, first = minimum(own[4], 1), Int32(0), Int32(0), Int32(0)
+        if is_further or self.clusters(own[1], own[5], self.grid.share_of_tile) > 1:
+            share = self.share(ones)
+            if is_further:
+                sequence, group, m_block, cluster = self.further(index - size * num_groups, ones, share)
+                own = self.sequence(sequence)
+            num_clusters = minimum(own[4], 1) * self.clusters(own[1], own[5], share)
+            if num_clusters > 1:
+                first = self.partials_before(sequence, ones, share) + (m_block * num_groups + group) * num_clusters
+        return Place(sequence, group, m_block, cluster, num_clusters, first, *own[:4])
 
     @cute.jit
-    def part_of_sequence(self, index: Int32, first: Int32, owner: Int32, ones: tuple, each: Int32, through: Int32):
-        """The fields of the place that lies with the sequence of lane `owner`."""
-        of_owner = lambda value: cute.arch.shuffle_sync(value, owner)
-        offset_q, seqlen_q, offset_k, seqlen_k = (of_owner(value) for value in ones[:4])
-        num_items, num_clusters = of_owner(ones[4]), of_owner(each)
-        within = index - (of_owner(through) - num_items * num_clusters)
-        item, cluster = within, Int32(0)
-        if num_clusters > 1:
-            item = within // num_clusters
-            cluster = within - item * num_clusters
-        group, m_block = item, Int32(0)
-        if num_items > self.num_groups:
-            m_blocks = ceil_div(seqlen_q * self.packed_heads.divisor, self.cfg.tile_m)
-            group = item // m_blocks
-            m_block = item - group * m_blocks
-        return (first + owner, group, m_block, cluster, num_clusters, index - cluster, offset_q, seqlen_q, offset_k,
-                seqlen_k)
+    def share(self, ones: tuple) -> Float32:
+        """Of a tile; ones are the first 32 sequences."""
+        size = self.batch.batch_size
+        num_items, total = all_sum(ones[4]), all_sum(ones[4] * ones[5])
+        for start in cutlass.range(LANES, size, LANES, unroll=1):
+            more = self.sequence(start + cute.arch.lane_idx())
+            num_items, total = num_items + all_sum(more[4]), total + all_sum(more[4] * more[5])
+        num_groups = self.num_groups.divisor
+        slots = maximum(self.grid.num_slots, minimum(num_items * num_groups, self.grid.most_slots))
+        share = Float32(slots) * cute.arch.rcp_approx(Float32(total) * Float32(num_groups)) * ROUND_UP
+        return minimum(share, self.grid.share_of_tile)
+
+    @cute.jit
+    def further(self, index: Int32, ones: tuple, share: Float32) -> tuple[Int32, Int32, Int32, Int32]:
+        """(sequence, group, m_block, cluster) of what is no first cluster of a first M tile; a sequence past the last
+        if there is not so much."""
+        size, num_groups, lane = self.batch.batch_size, self.num_groups.divisor, cute.arch.lane_idx()
+        sequence, group, m_block, cluster, before = size, Int32(0), Int32(0), Int32(0), Int32(0)
+        for start in cutlass.range(0, size, LANES, unroll=1):
+            if start > 0:
+                ones = self.sequence(start + lane)
+            each = self.clusters(ones[1], ones[5], share)
+            count = maximum(ones[4] * each - 1, 0) * num_groups
+            through = before + inclusive_sum(count)
+            owner = cute.arch.popc(cute.arch.vote_ballot_sync(through <= index))
+            if index >= before and owner < LANES:
+                within = index - cute.arch.shuffle_sync(through - count, owner)
+                num_clusters = cute.arch.shuffle_sync(each, owner)
+                sequence = start + owner
+                # Of each group: the other clusters of its first M tile, then all of the next ones.
+                per_group = cute.arch.shuffle_sync(ones[4], owner) * num_clusters - 1
+                group = within // per_group
+                part = within - group * per_group + 1
+                m_block = part // num_clusters
+                cluster = part - m_block * num_clusters
+            before = cute.arch.shuffle_sync(through, LANES - 1)
+        return sequence, group, m_block, cluster
+
+    @cute.jit
+    def partials_before(self, sequence: Int32, ones: tuple, share: Float32) -> Int32:
+        """Partial results of the sequences before this one."""
+        lane, total = cute.arch.lane_idx(), Int32(0)
+        for start in cutlass.range(0, sequence, LANES, unroll=1):
+            if start > 0:
+                ones = self.sequence(start + lane)
+            each = self.clusters(ones[1], ones[5], share)
+            total += all_sum(ones[4] * each if each > 1 and start + lane < sequence else Int32(0))
+        return total * self.num_groups.divisor
 
 
 def all_sum(value: Int32) -> Int32:
@@ -183,10 +194,10 @@ def all_sum(value: Int32) -> Int32:
 
 
 @cute.jit
-def inclusive_sums(a: Int32, b: Int32) -> tuple[Int32, Int32]:
-    """The sums of the values of this lane and those below it."""
+def inclusive_sum(value: Int32) -> Int32:
+    """The sum of the values of this lane and those below it."""
     lane = cute.arch.lane_idx()
     for i in cutlass.range_constexpr(5):
-        below_a, below_b = cute.arch.shuffle_sync_up(a, 1 << i), cute.arch.shuffle_sync_up(b, 1 << i)
-        a, b = a + (below_a if lane >= 1 << i else 0), b + (below_b if lane >= 1 << i else 0)
-    return a, b
+        below = cute.arch.shuffle_sync_up(value, 1 << i)
+        value = value + (below if lane >= 1 << i else 0)
+    return value
