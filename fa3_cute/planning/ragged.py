@@ -14,6 +14,7 @@ from .problem import ProblemShape
 from .splits import CLUSTER_SLOTS, MAX_DECODE_ROWS, RATES, SplitPlan, fastest, is_decode, packed_heads_of
 
 UNLIMITED = (1 << 31) - 1
+LEAST_TILES = 4  # kernels/decode/ragged.py
 MOST_ROUNDS = 2  # of slots that shares of the work are made of, at most: pieces then end close enough together
 
 
@@ -59,6 +60,7 @@ class Batch(NamedTuple):
     """What the host knows of the batch of a decode launch.
 
     items, most_items   M tiles times groups of heads, as far as lengths are known, and whatever they are
+    first_items     of sequences' first M tiles
     rows            of an item, likewise
     capacity        keys of a sequence
     num_tokens      of K and V in memory
@@ -67,6 +69,7 @@ class Batch(NamedTuple):
 
     items: int
     most_items: int
+    first_items: int
     rows: int
     capacity: int
     num_tokens: int
@@ -81,7 +84,7 @@ def batch_of(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int) -> Bat
     rows = (decode_queries or max_queries(shape) or shape.seqlen_q) * packed_heads
     items = most_items = num_sequences * -(-rows // cfg.tile_m)
     if shape.is_packed and not decode_queries:
-        most_items = shape.seqlen_q * packed_heads // cfg.tile_m + num_sequences
+        most_items = max(shape.seqlen_q * packed_heads - 1, 0) // cfg.tile_m + num_sequences
     capacity = -(-shape.seqlen_k // shape.batch_size) if shape.has_packed_keys else shape.seqlen_k
     num_tokens = shape.batch_size * capacity
     if shape.is_paged:
@@ -90,6 +93,7 @@ def batch_of(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int) -> Bat
     return Batch(
         min(items, most_items) * num_groups,
         most_items * num_groups,
+        num_sequences * num_groups,
         min(rows, cfg.tile_m),
         shape.seqlen_k if shape.has_packed_keys else capacity,
         num_tokens,
@@ -129,29 +133,44 @@ def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -
         cluster_size = max(size for size in CLUSTER_SLOTS if size <= min(cluster_size, most_splits))
     is_spread = batch.items * wanted <= CLUSTER_SLOTS[cluster_size][0]
     num_slots = CLUSTER_SLOTS[cluster_size][0 if is_spread or cfg.ctas_per_sm == 1 else 1] // cluster_size
-    most_slots, most_clusters = MOST_ROUNDS * num_slots, max(1, most_splits // cluster_size)
-    least_clusters, split_tiles = num_splits // cluster_size or 1, -(-split_size // cfg.tile_n)
-    has_shares = not num_splits and not split_size and most_clusters > 1 and most_tiles * batch.most_items < 1 << 31
-    num_partials = 0
+    most_clusters = max(1, most_splits // cluster_size)
+    least_clusters, split_tiles = num_splits // cluster_size or 1, 0 if num_splits else -(-split_size // cfg.tile_n)
+    # Of few items: what runs at once besides them. Of many: as many as they are, or as run in MOST_ROUNDS.
+    has_few = batch.items < num_slots
+    num_extras = num_slots - batch.items if has_few else min(batch.most_items, MOST_ROUNDS * num_slots)
+    has_shares = (
+        not (num_splits or split_size)
+        and most_clusters > 1
+        and most_tiles >= LEAST_TILES * cluster_size * (1 if has_few else 2)
+        and most_tiles * batch.most_items < 1 << 31
+    )
+    most = 1  # clusters of an item
     if num_splits:
-        num_partials = batch.most_items * least_clusters if least_clusters > 1 else 0
+        most = least_clusters
     elif split_size:
-        num_partials = batch.most_items * min(-(-most_tiles // split_tiles), most_clusters)
-    elif has_shares:
-        num_partials = min(most_slots, max(num_slots, batch.most_items))
+        most = min(-(-most_tiles // split_tiles), most_clusters)
+    has_base = has_few or not has_shares
+    if has_shares:
+        num_partials = num_extras + min(num_extras, batch.most_items) * has_base
+        num_further = batch.most_items - batch.first_items + num_extras
+    else:
+        num_partials = batch.most_items * most if most > 1 else 0
+        num_further = batch.most_items * most - batch.first_items
     return SplitPlan(
         packed_heads=1,
         num_splits=max(1, num_splits),
         cluster_size=cluster_size,
         smem_bytes=SMEM_BYTES_PER_CTA if is_spread else cfg.smem_bytes,
-        num_clusters=batch.most_items + num_partials,
-        num_slots=num_slots,
-        most_slots=most_slots,
+        num_clusters=num_further + batch.first_items,
+        num_extras=num_extras,
+        first_base=0 if has_base else num_further,
+        first_further=batch.first_items if has_base else 0,
+        has_base=int(has_base),
         has_shares=int(has_shares),
         least_clusters=least_clusters,
         most_clusters=max(most_clusters, least_clusters),
         most_tiles=most_tiles,
-        split_tiles=0 if num_splits else split_tiles,
+        split_tiles=split_tiles,
         num_partials=num_partials,
         partial_rows=batch.rows,
         partial_bytes=4 * num_partials * batch.rows * (cfg.head_dim + 1),

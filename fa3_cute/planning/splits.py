@@ -71,8 +71,10 @@ class SplitPlan(NamedTuple):
     has_padding: int = 0
     decode_queries: int = 0
     num_clusters: int = 0
-    num_slots: int = 0
-    most_slots: int = 0
+    num_extras: int = 0
+    first_base: int = 0
+    first_further: int = 0
+    has_base: int = 0
     has_shares: int = 0
     least_clusters: int = 0
     most_clusters: int = 0

@@ -1,16 +1,18 @@
 """Splits of a ragged batch: from the lengths on the device, how many clusters work on each item, and which one is ours.
 
     tiles of an item            K/V tiles that its rows see, at most
-    clusters of an item         max(1, tiles * slots / all tiles), rounded down: its share of the clusters that run at
-                                once, or of as many as there are items if these are more (but at most most_slots)
+    clusters of an item         its share of num_extras, tiles * num_extras / all tiles, rounded down. Few items:
+                                besides one that it has anyway, and num_extras are what else runs at once. Many: one if
+                                that is less than two, and num_extras are up to twice what runs at once
 
-Pieces are then less than twice as long as the mean one, whether one sequence is a hundred times as long as the others
-or all are alike; all alike and as many as slots, none is split.
+So pieces are at most about twice as long as the mean one, whether one sequence is a hundred times as long as the others
+or all are alike; all alike and many, none is split, and all that are few run at once.
 
-The grid begins with a cluster for the first M tile of each sequence and group of heads: its place is a division, and
-it needs the other lengths only if its own is long enough to be shared. Behind these come, sequence by sequence, the
-other clusters of what is shared and of further M tiles, found by running sums over 32 sequences at a time; those behind
-the last have nothing to do. All this is the start of every CTA, before its first load of K.
+A part of the grid is a cluster for the first M tile of each sequence and group of heads: its place is a division, and
+it needs the other lengths only if its own is long enough to be shared. The other part has, sequence by sequence, all
+other clusters, found by running sums over 32 sequences at a time; the last of them may have nothing to do. Of many
+items it comes first, for its pieces are the longest; of few last, for all run at once and idle ones shall not take the
+places of others. All this is the start of every CTA, before its first load of K.
 """
 from dataclasses import dataclass
 
@@ -33,15 +35,19 @@ LEAST_TILES = 4        # per CTA of an item that several clusters share: their m
 class RaggedGrid:
     """How the work of a launch is dealt out.
 
-    num_slots, most_slots   clusters that run at once, and as many as shares are made of at most
+    num_extras      as above
+    first_base, first_further   where in the grid the clusters of first M tiles begin, and the others: one is 0
+    has_base        1: those of first M tiles work also on what is shared; 0: they do not
     share_of_tile   of a cluster, at most: so that parts do not become too short; 0: there are no shares
     least_clusters, most_clusters   of an item
     most_tiles      that an item's rows can see
     split_tiles     K/V tiles of a cluster if it is not 0; then shares do not count
     rows            of the scratch; an item of more rows is not split
     """
-    num_slots: Int32
-    most_slots: Int32
+    num_extras: Int32
+    first_base: Int32
+    first_further: Int32
+    has_base: Int32
     share_of_tile: Float32
     least_clusters: Int32
     most_clusters: Int32
@@ -53,7 +59,7 @@ class RaggedGrid:
     def create(a) -> "RaggedGrid":
         """From a kernel's arguments."""
         share = Float32(a.has_shares) / Float32(LEAST_TILES * a.cluster_size)
-        return RaggedGrid(a.num_slots, a.most_slots, share, a.least_clusters, a.most_clusters, a.most_tiles,
+        return RaggedGrid(a.num_extras, a.first_base, a.first_further, a.has_base, share, a.least_clusters, a.most_clusters, a.most_tiles,
                           a.split_tiles, a.partial_rows)
 
     @cute.jit
@@ -110,7 +116,7 @@ class Dealer:
     @cute.jit
     def clusters(self, seqlen_q: Int32, tiles: Int32, share: Float32) -> Int32:
         """How many work on each item of a sequence; share: of a tile."""
-        count = Int32(Float32(tiles) * share)
+        count = Int32(Float32(tiles) * share) + self.grid.has_base
         if self.grid.split_tiles > 0:
             count = ceil_div(tiles, self.grid.split_tiles)
         count = maximum(minimum(count, self.grid.most_clusters), self.grid.least_clusters)
@@ -118,21 +124,29 @@ class Dealer:
             count = Int32(1)
         return count
 
+    def has_base(self, each: Int32) -> Int32:
+        """1 if a cluster of a first M tile has a part of it that is worked on by so many, else 0."""
+        return maximum(self.grid.has_base, maximum(2 - each, 0))
+
     @cute.jit
     def find(self, index: Int32) -> Place:
         """The place of cluster `index`."""
         size, num_groups = self.batch.batch_size, self.num_groups.divisor
         ones = self.sequence(cute.arch.lane_idx())
-        sequence, group = divmod(index, self.num_groups)
-        is_further = sequence >= size
-        own = self.sequence(minimum(sequence, size - 1))
+        first_base, first_further = self.grid.first_base, self.grid.first_further
+        is_further = index < first_base or (first_further > 0 and index >= first_further)
+        sequence, group = divmod(maximum(index - first_base, 0), self.num_groups)
+        own = self.sequence(sequence)
         num_clusters, m_block, cluster, first = minimum(own[4], 1), Int32(0), Int32(0), Int32(0)
         if is_further or self.clusters(own[1], own[5], self.grid.share_of_tile) > 1:
             share = self.share(ones)
             if is_further:
-                sequence, group, m_block, cluster = self.further(index - size * num_groups, ones, share)
+                sequence, group, m_block, cluster = self.further(index - first_further, ones, share)
                 own = self.sequence(sequence)
-            num_clusters = minimum(own[4], 1) * self.clusters(own[1], own[5], share)
+            each = self.clusters(own[1], own[5], share)
+            num_clusters = minimum(own[4], 1) * each
+            if not is_further and self.has_base(each) == 0:
+                num_clusters = Int32(0)
             if num_clusters > 1:
                 first = self.partials_before(sequence, ones, share) + (m_block * num_groups + group) * num_clusters
         return Place(sequence, group, m_block, cluster, num_clusters, first, *own[:4])
@@ -140,37 +154,34 @@ class Dealer:
     @cute.jit
     def share(self, ones: tuple) -> Float32:
         """Of a tile; ones are the first 32 sequences."""
-        size = self.batch.batch_size
-        num_items, total = all_sum(ones[4]), all_sum(ones[4] * ones[5])
-        for start in cutlass.range(LANES, size, LANES, unroll=1):
+        total = all_sum(ones[4] * ones[5])
+        for start in cutlass.range(LANES, self.batch.batch_size, LANES, unroll=1):
             more = self.sequence(start + cute.arch.lane_idx())
-            num_items, total = num_items + all_sum(more[4]), total + all_sum(more[4] * more[5])
-        num_groups = self.num_groups.divisor
-        slots = maximum(self.grid.num_slots, minimum(num_items * num_groups, self.grid.most_slots))
-        share = Float32(slots) * cute.arch.rcp_approx(Float32(total) * Float32(num_groups)) * ROUND_UP
+            total += all_sum(more[4] * more[5])
+        all_tiles = Float32(total) * Float32(self.num_groups.divisor)
+        share = Float32(self.grid.num_extras) * cute.arch.rcp_approx(all_tiles) * ROUND_UP
         return minimum(share, self.grid.share_of_tile)
 
     @cute.jit
     def further(self, index: Int32, ones: tuple, share: Float32) -> tuple[Int32, Int32, Int32, Int32]:
-        """(sequence, group, m_block, cluster) of what is no first cluster of a first M tile; a sequence past the last
-        if there is not so much."""
+        """(sequence, group, m_block, cluster) of one that is not that of a first M tile; a sequence past the last if
+        there are not so many."""
         size, num_groups, lane = self.batch.batch_size, self.num_groups.divisor, cute.arch.lane_idx()
         sequence, group, m_block, cluster, before = size, Int32(0), Int32(0), Int32(0), Int32(0)
         for start in cutlass.range(0, size, LANES, unroll=1):
             if start > 0:
                 ones = self.sequence(start + lane)
             each = self.clusters(ones[1], ones[5], share)
-            count = maximum(ones[4] * each - 1, 0) * num_groups
-            through = before + inclusive_sum(count)
+            per_group = maximum(ones[4] * each - self.has_base(each), 0)
+            through = before + inclusive_sum(per_group * num_groups)
             owner = cute.arch.popc(cute.arch.vote_ballot_sync(through <= index))
             if index >= before and owner < LANES:
-                within = index - cute.arch.shuffle_sync(through - count, owner)
-                num_clusters = cute.arch.shuffle_sync(each, owner)
-                sequence = start + owner
-                # Of each group: the other clusters of its first M tile, then all of the next ones.
-                per_group = cute.arch.shuffle_sync(ones[4], owner) * num_clusters - 1
+                of_owner = lambda value: cute.arch.shuffle_sync(value, owner)
+                within = index - of_owner(through - per_group * num_groups)
+                num_clusters = of_owner(each)
+                sequence, per_group = start + owner, of_owner(per_group)
                 group = within // per_group
-                part = within - group * per_group + 1
+                part = within - group * per_group + self.has_base(num_clusters)
                 m_block = part // num_clusters
                 cluster = part - m_block * num_clusters
             before = cute.arch.shuffle_sync(through, LANES - 1)
