@@ -65,7 +65,6 @@ DECODE_COUNTS = (
     "num_clusters",
     "num_extras",
     "first_base",
-    "first_further",
     "has_base",
     "has_shares",
     "least_clusters",

@@ -14,7 +14,7 @@ from .problem import ProblemShape
 from .splits import CLUSTER_SLOTS, MAX_DECODE_ROWS, RATES, SplitPlan, fastest, is_decode, packed_heads_of
 
 UNLIMITED = (1 << 31) - 1
-LEAST_TILES = 4  # kernels/decode/ragged.py
+LEAST_TILES = 8  # kernels/decode/ragged.py
 MOST_ROUNDS = 2  # of slots that shares of the work are made of, at most: pieces then end close enough together
 
 
@@ -163,8 +163,7 @@ def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -
         smem_bytes=SMEM_BYTES_PER_CTA if is_spread else cfg.smem_bytes,
         num_clusters=num_further + batch.first_items,
         num_extras=num_extras,
-        first_base=0 if has_base else num_further,
-        first_further=batch.first_items if has_base else 0,
+        first_base=0 if has_base else min(num_further, num_slots // 2),
         has_base=int(has_base),
         has_shares=int(has_shares),
         least_clusters=least_clusters,

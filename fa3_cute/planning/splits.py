@@ -73,7 +73,6 @@ class SplitPlan(NamedTuple):
     num_clusters: int = 0
     num_extras: int = 0
     first_base: int = 0
-    first_further: int = 0
     has_base: int = 0
     has_shares: int = 0
     least_clusters: int = 0

@@ -11,7 +11,7 @@ or all are alike; all alike and many, none is split, and all that are few run at
 A part of the grid is a cluster for the first M tile of each sequence and group of heads: its place is a division, and
 it needs the other lengths only if its own is long enough to be shared. The other part has, sequence by sequence, all
 other clusters, found by running sums over 32 sequences at a time; the last of them may have nothing to do. Of many
-items it comes first, for its pieces are the longest; of few last, for all run at once and idle ones shall not take the
+items some of it comes first, for its pieces are the longest; else it comes last, so that idle ones do not take the
 places of others. All this is the start of every CTA, before its first load of K.
 """
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from ..common.ragged import RaggedBatch
 Divisor = cute.FastDivmodDivisorV2
 LANES = 32
 ROUND_UP = 1 + 2.0 ** -16     # shares that are whole numbers stay so; all together they gain less than one cluster
-LEAST_TILES = 4        # per CTA of an item that several clusters share: their merge costs as much as two or three tiles
+LEAST_TILES = 8        # of each CTA of a cluster that comes to help: a merge of clusters costs as much as 2 or 3 tiles
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RaggedGrid:
     """How the work of a launch is dealt out.
 
     num_extras      as above
-    first_base, first_further   where in the grid the clusters of first M tiles begin, and the others: one is 0
+    first_base      where in the grid the clusters of first M tiles begin
     has_base        1: those of first M tiles work also on what is shared; 0: they do not
     share_of_tile   of a cluster, at most: so that parts do not become too short; 0: there are no shares
     least_clusters, most_clusters   of an item
@@ -46,7 +46,6 @@ class RaggedGrid:
     """
     num_extras: Int32
     first_base: Int32
-    first_further: Int32
     has_base: Int32
     share_of_tile: Float32
     least_clusters: Int32
@@ -59,7 +58,7 @@ class RaggedGrid:
     def create(a) -> "RaggedGrid":
         """From a kernel's arguments."""
         share = Float32(a.has_shares) / Float32(LEAST_TILES * a.cluster_size)
-        return RaggedGrid(a.num_extras, a.first_base, a.first_further, a.has_base, share, a.least_clusters, a.most_clusters, a.most_tiles,
+        return RaggedGrid(a.num_extras, a.first_base, a.has_base, share, a.least_clusters, a.most_clusters, a.most_tiles,
                           a.split_tiles, a.partial_rows)
 
     @cute.jit
@@ -132,16 +131,17 @@ class Dealer:
     def find(self, index: Int32) -> Place:
         """The place of cluster `index`."""
         size, num_groups = self.batch.batch_size, self.num_groups.divisor
-        ones = self.sequence(cute.arch.lane_idx())
-        first_base, first_further = self.grid.first_base, self.grid.first_further
-        is_further = index < first_base or (first_further > 0 and index >= first_further)
-        sequence, group = divmod(maximum(index - first_base, 0), self.num_groups)
+        base = index - self.grid.first_base
+        is_further = base < 0 or base >= size * num_groups
+        sequence, group = divmod(maximum(base, 0), self.num_groups)
         own = self.sequence(sequence)
         num_clusters, m_block, cluster, first = minimum(own[4], 1), Int32(0), Int32(0), Int32(0)
         if is_further or self.clusters(own[1], own[5], self.grid.share_of_tile) > 1:
+            ones = self.sequence(cute.arch.lane_idx())
             share = self.share(ones)
             if is_further:
-                sequence, group, m_block, cluster = self.further(index - first_further, ones, share)
+                further = index if base < 0 else index - size * num_groups
+                sequence, group, m_block, cluster = self.further(further, ones, share)
                 own = self.sequence(sequence)
             each = self.clusters(own[1], own[5], share)
             num_clusters = minimum(own[4], 1) * each
