@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES
+from .key_source import KeySourceFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .strategies import Output, Steps, Values
 
@@ -20,7 +21,6 @@ SMEM_BYTES_PER_SM = 233472  # shared by its CTAs, each of which costs SMEM_BYTES
 SMEM_BYTES_RESERVED = 1024
 ROWS_PER_WARPGROUP = 64  # M of one WGMMA
 NUM_TRANSPOSE_WARPS = 2  # of the producer warpgroup, where there are any
-PAGE_BOXES = (64, 32, 16, 8)  # rows of a page that TMA brings at once
 MAX_CLUSTER_SIZE = 16  # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
 
 FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
@@ -30,7 +30,7 @@ FEATURES: dict[str, Callable[[Any], bool]] = {}
 
 
 @dataclass(frozen=True)
-class KernelConfig:
+class KernelConfig(KeySourceFields):
     """What the configs of all kernels have in common. Shared device code knows no other.
 
     dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
@@ -40,8 +40,7 @@ class KernelConfig:
     dtype: str
     head_dim: int
 
-    # What a kernel has only if its config says so; the fields of both kernels are tile_n, num_kv_stages, out_dtype,
-    # is_ragged, page_box, box_is_wide.
+    # What a kernel has only if its config says so; the fields of both kernels are tile_n, num_kv_stages, out_dtype.
     use_pingpong = False
     rescale_before_pv = False
     packs_heads = False  # consecutive rows of a tile are heads of one query
@@ -76,12 +75,7 @@ class KernelConfig:
                 self.tile_n % k_of_pv == 0 and k_of_pv <= self.tile_n <= 256,
                 f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA",
             ),
-            (
-                self.page_box == 0 or self.page_box in PAGE_BOXES and self.tile_n % self.page_box == 0,
-                f"page_box={self.page_box}: must be one of {PAGE_BOXES} that divides tile_n={self.tile_n}, or 0",
-            ),
-            (self.is_ragged or not self.page_box, "page_box: only with is_ragged"),
-            (not (self.box_is_wide and self.is_fp8), "box_is_wide: not with FP8, whose V is transposed by addresses"),
+            *self.source_rules(),
         )
 
     def transposes_in_blocks(self, num_warps: int) -> bool:
@@ -169,12 +163,6 @@ class KernelConfig:
         return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
 
     @property
-    def source_name(self) -> str:
-        """Where K and V come from, in a name."""
-        box = f"_p{self.page_box}{'w' * self.box_is_wide}" if self.page_box else ""
-        return "_ragged" * self.is_ragged + box
-
-    @property
     def feature_names(self) -> str:
         """The features in a name."""
         return "".join(flag.replace("has", "", 1) for flag in FEATURES if getattr(self, flag))
@@ -199,9 +187,7 @@ class FwdConfig(KernelConfig):
     is_local             sliding window around the bottom-right diagonal; excludes is_causal
     is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
     out_dtype            of O where Q, K and V are FP8: "bf16" or "fp16"; None: dtype
-    is_ragged            queries packed or not, keys packed, in a cache or in pages, as arrays say; with is_varlen
-    page_box             rows of K or V per TMA box where they lie in pages, else 0
-    box_is_wide          a box takes all columns at once (keys_values.py)
+    is_ragged ..         of KeySourceFields; with is_varlen
     """
 
     is_causal: bool
@@ -215,9 +201,6 @@ class FwdConfig(KernelConfig):
     is_local: bool = False
     is_varlen: bool = False
     out_dtype: str | None = None
-    is_ragged: bool = False
-    page_box: int = 0
-    box_is_wide: bool = False
 
     ctas_per_sm = 1
     takes_max_of_bits = True
@@ -312,8 +295,8 @@ class FwdConfig(KernelConfig):
         return (
             o,
             Ring("q", self.num_q_stages, self.q_slot_bytes, 1, 1, "Q" if has_own else "Q and O"),
-            Ring("k", self.num_kv_stages, self.k_slot_bytes, 1, warps, "K"),
-            Ring("v", self.num_kv_stages, self.v_slot_bytes, 1, v_readers, "V"),
+            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, warps, "K"),
+            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, v_readers, "V"),
             *[vt] * self.values.has_ring,
             # Each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles.
             Ring("tiles", 1, 0, WARP, WARP * (producers + warps)),
@@ -331,7 +314,7 @@ class DecodeConfig(KernelConfig):
     is_local          a window (a causal mask is one); without it every row sees every key
     num_kv_stages     depth of the K ring and of the V ring
     ctas_per_sm       how many CTAs can share an SM
-    is_ragged, page_box, box_is_wide   as FwdConfig; ragged batches are split sequence by sequence (ragged.py)
+    is_ragged ..      of KeySourceFields; ragged batches are split sequence by sequence (ragged.py)
     """
 
     is_local: bool
@@ -339,9 +322,6 @@ class DecodeConfig(KernelConfig):
     num_kv_stages: int
     ctas_per_sm: int
     out_dtype: str | None = None
-    is_ragged: bool = False
-    page_box: int = 0
-    box_is_wide: bool = False
 
     tile_m = ROWS_PER_WARPGROUP
     num_consumer_wgs = 1
@@ -408,6 +388,6 @@ class DecodeConfig(KernelConfig):
         warps = self.num_consumer_warps
         return (
             Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
-            Ring("k", self.num_kv_stages, self.k_slot_bytes, 1, warps, "K"),
-            Ring("v", self.num_kv_stages, self.v_slot_bytes, 1, warps, "V"),
+            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, warps, "K"),
+            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, warps, "V"),
         )

@@ -1,10 +1,12 @@
 """Which kernel serves which problem: one table, a row per (bytes per element, head_dim, mask), each with its reason."""
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
-from .config import FEATURES, PAGE_BOXES, DecodeConfig, FwdConfig
+from .config import FEATURES, DecodeConfig, FwdConfig
+from .key_source import PAGE_BOXES
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,29 @@ def all_decode_configs() -> list[DecodeConfig]:
             for size, head_dim in DECODE if size == ELEMENT_BYTES[dtype] for is_local in (False, True)]
 
 
+def ragged_configs() -> list[FwdConfig | DecodeConfig]:
+    """Of the configs of ragged batches, which are too many, some that stand for all: each row of the tables with both
+    element types, the forward kernel's with LSE and without, and of the sources the next ones in turn."""
+    decode_rows = [(*row, is_local) for row in DECODE for is_local in (False, True)]
+    forward = [forward_config(dtype, head_dim, mask, has_lse, True, out_dtype, source=source)
+               for (head_dim, mask), (dtype, out_dtype), has_lse, source in _in_turn(list(FORWARD))]
+    decode = [decode_config(dtype, head_dim, is_local, out_dtype, source=source)
+              for (head_dim, is_local), (dtype, out_dtype), _, source in _in_turn(decode_rows)]
+    return [*forward, *decode]
+
+
+def _in_turn(rows: list[tuple]) -> Iterator[tuple]:
+    """(what else is in the row, (dtype, out_dtype), has_lse, source), two for each row (bytes per element, ...)."""
+    for size in (2, 1):
+        types = [names for names in DTYPES if ELEMENT_BYTES[names[0]] == size]
+        boxes = [(box, is_wide) for box in PAGE_BOXES for is_wide in (False, True)]
+        sources = [KeySource(True), *(KeySource(True, box, is_wide) for box, is_wide in boxes
+                                      if not is_wide or size == 2 and box >= 8)]
+        own = [row[1:] for row in rows if row[0] == size]
+        for turn in range(2 * len(own)):
+            yield own[turn // 2], types[turn % 2], (turn + turn // 2) % 2 == 1, sources[turn % len(sources)]
+
+
 def all_configs() -> list[FwdConfig | DecodeConfig]:
-    """Every config that some supported call can need."""
-    return [*all_forward_configs(), *all_decode_configs()]
+    """Every config that some supported call can need, but of ragged batches a selection."""
+    return [*all_forward_configs(), *all_decode_configs(), *ragged_configs()]

@@ -1,7 +1,8 @@
 """Configs compile clean: no spill, no serialised WGMMA, within their budgets, and to the code that is on record.
 
-Each row of the tables once, its options in turn: `selection` sees every option of a kernel beside every other. All
-configs: `make fingerprints`, or `python tests/support/fingerprints.py --check`.
+Each row of the tables once, its options in turn: `selection` sees every option of a kernel beside every other, and of
+ragged batches each kernel with each kind of source.
+All configs: `make fingerprints`, or `python tests/support/fingerprints.py --check`.
 """
 
 import multiprocessing
@@ -13,15 +14,24 @@ from itertools import cycle, product
 import fingerprints
 import pytest
 
-from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
-from fa3_cute.planning.tables import DTYPES, all_configs, all_decode_configs, all_forward_configs
+from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
+from fa3_cute.planning.key_source import PAGE_BOXES
+from fa3_cute.planning.tables import (
+    DTYPES,
+    KeySource,
+    all_configs,
+    all_decode_configs,
+    all_forward_configs,
+    forward_config,
+    ragged_configs,
+)
 
 PROCESSES = min(4, os.cpu_count() or 1)  # a compile takes 3 s of one core and 300 MB
 
 
 def selection() -> list:
     """One config per row of FORWARD and two per row of DECODE (with a window and without), the element types and the
-    other options in turn."""
+    other options in turn; then `ragged_selection`."""
     chosen = {}
     options = cycle(product((False, True), (False, True), (0, 1)))
     for cfg in all_forward_configs():
@@ -37,7 +47,21 @@ def selection() -> list:
     decode = {}
     for number, cfg in enumerate(all_decode_configs()):
         decode.setdefault((cfg.element_bytes, cfg.head_dim, cfg.is_local), []).append((number, cfg))
-    return [*chosen.values(), *(variants[index % len(variants)][1] for index, variants in enumerate(decode.values()))]
+    decode_ones = [variants[index % len(variants)][1] for index, variants in enumerate(decode.values())]
+    return [*chosen.values(), *decode_ones, *ragged_selection()]
+
+
+def kind_of(cfg) -> tuple:
+    """What the code of a ragged batch's kernel follows from besides its row: kernel, bytes per element, source."""
+    return type(cfg), cfg.element_bytes, cfg.page_box > 0, cfg.box_is_wide
+
+
+def ragged_selection() -> list:
+    """One config of each kind, of another row each."""
+    kinds = {}
+    for cfg in ragged_configs():
+        kinds.setdefault(kind_of(cfg), []).append(cfg)
+    return [variants[3 * index % len(variants)] for index, variants in enumerate(kinds.values())]
 
 
 CONFIGS = selection()
@@ -79,10 +103,45 @@ def test_selection_covers_rows_and_options():
     assert len({(cfg.is_fp8, cfg.is_varlen, cfg.has_lse) for cfg in forward}) == 8
 
 
+def test_ragged_configs_cover_rows_and_options():
+    """Each row with both element types, forward rows with LSE and without; each source in each kernel and size."""
+    configs = ragged_configs()
+    assert all(cfg.is_ragged and cfg.is_varlen for cfg in configs)
+    rows = {(type(cfg), cfg.dtype, cfg.out_dtype, cfg.head_dim, cfg.mask) for cfg in configs}
+    assert rows == {(type(cfg), cfg.dtype, cfg.out_dtype, cfg.head_dim, cfg.mask) for cfg in all_configs()}
+    forward = [cfg for cfg in configs if not cfg.packs_heads]
+    has_lse = {(cfg.element_bytes, cfg.head_dim, cfg.mask, cfg.has_lse) for cfg in forward}
+    assert len(has_lse) == 2 * len({row[:3] for row in has_lse})
+    for size, kind in product((2, 1), (FwdConfig, DecodeConfig)):
+        sources = {
+            (cfg.page_box, cfg.box_is_wide) for cfg in configs if type(cfg) is kind and cfg.element_bytes == size
+        }
+        assert {box for box, _ in sources} == {0, *PAGE_BOXES}
+        wide = {box for box, is_wide in sources if is_wide}
+        assert wide == ({box for box in PAGE_BOXES if box >= 8} if size == 2 else set())
+    assert {kind_of(cfg) for cfg in CONFIGS if cfg.is_ragged} == {kind_of(cfg) for cfg in configs}
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"page_box": 24}, "page_box=24: must be one of"),
+        ({"page_box": 64}, r"that divides tile_n=112, or 0"),
+        ({"page_box": 16, "is_ragged": False}, "page_box: only with is_ragged"),
+        ({"is_varlen": False}, "is_ragged: only with is_varlen"),
+        ({"box_is_wide": True}, "box_is_wide: only with page_box"),
+    ],
+)
+def test_sources_that_do_not_exist_are_refused(changes, problem):
+    cfg = forward_config("bf16", 64, "full", False, True, source=KeySource(True))
+    with pytest.raises(ValueError, match=problem):
+        replace(cfg, **changes)
+
+
 def test_every_config_is_on_record(known):
     if not known:
         pytest.skip(f"no fingerprints for {fingerprints.environment()}: make fingerprints")
-    assert sorted(known) == sorted(cfg.name for cfg in all_configs())
+    assert sorted(known) == sorted(cfg.name for cfg in fingerprints.recorded())
 
 
 @pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.name)

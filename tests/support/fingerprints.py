@@ -1,6 +1,6 @@
 """What the compiler made of every config, kept in fingerprints.json: a change of structure must not change a kernel.
 
-    python tests/support/fingerprints.py            make it anew, all configs (224 took 6 minutes on 2 cores)
+    python tests/support/fingerprints.py            make it anew, all configs (300 take 9 minutes on 2 cores)
     python tests/support/fingerprints.py --check    compare instead; exit status 1 and the differences if there are any
 
 A fingerprint is registers, bytes of stack, of spill stores and loads, of shared memory, instructions, and a hash of the
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 
 FILE = Path(__file__).with_name("fingerprints.json")
@@ -43,6 +44,14 @@ def code_hash(code: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
+def recorded() -> list:
+    """The configs whose fingerprints are kept: those of the tables, and merge kernels of all element types."""
+    from fa3_cute.planning.merge import merge_config
+    from fa3_cute.planning.tables import all_configs
+
+    return [*all_configs(), *(merge_config(*types) for types in product(("fp16", "bf16", "fp32"), repeat=2))]
+
+
 def environment() -> str:
     """The key of this machine's compiler."""
     import cutlass
@@ -64,9 +73,7 @@ def nearest(everything: dict[str, dict], key: str) -> dict:
 
 
 def main(check: bool) -> int:
-    from fa3_cute.planning.tables import all_configs
-
-    configs = all_configs()
+    configs = recorded()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         found = {cfg.name: made for cfg, (_, made) in zip(configs, pool.map(fingerprint, configs), strict=True)}
     if check:

@@ -1,0 +1,55 @@
+"""Where a kernel's K and V come from, as far as that is a choice at compile time. Pure Python."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .rings import WARP
+
+PAGE_BOXES = (64, 32, 16, 8, 1)  # rows of a page that TMA brings at once; 1: rows come one by one with cp.async
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeySourceFields:
+    """Fields of every kernel's config.
+
+    is_ragged     queries packed or not, keys packed, in a cache or in pages, as arrays on the device say
+    page_box      rows of K or V that are copied at once where they lie in pages, else 0
+    box_is_wide   a box takes all columns at once (kernels/common/pages.py)
+    """
+
+    is_ragged: bool = False
+    page_box: int = 0
+    box_is_wide: bool = False
+
+    if TYPE_CHECKING:  # of the config
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def source_rules(self) -> tuple[tuple[bool, str], ...]:
+        """(whether it holds, what to say if it does not)."""
+        return (
+            (
+                self.page_box == 0 or self.page_box in PAGE_BOXES and self.tile_n % self.page_box == 0,
+                f"page_box={self.page_box}: must be one of {PAGE_BOXES} that divides tile_n={self.tile_n}, or 0",
+            ),
+            (self.is_varlen or not self.is_ragged, "is_ragged: only with is_varlen"),
+            (self.is_ragged or not self.page_box, "page_box: only with is_ragged"),
+            (self.page_box > 1 or not self.box_is_wide, "box_is_wide: only with page_box, of TMA"),
+            (not (self.box_is_wide and self.is_fp8), "box_is_wide: not with FP8, whose V is transposed by addresses"),
+        )
+
+    @property
+    def reads_rows(self) -> bool:
+        """K and V come row by row with cp.async, from pages of sizes that TMA has no boxes for."""
+        return self.page_box == 1
+
+    @property
+    def num_kv_arrivals(self) -> int:
+        """That fill a slot of K or V: one of each lane that copies rows; else one, and TMA's bytes."""
+        return WARP if self.reads_rows else 1
+
+    @property
+    def source_name(self) -> str:
+        """Where K and V come from, in a name."""
+        box = f"_p{self.page_box}{'w' * self.box_is_wide}" if self.page_box else ""
+        return "_ragged" * self.is_ragged + box
