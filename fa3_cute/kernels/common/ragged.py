@@ -63,16 +63,6 @@ class RaggedBatch:
         return batch
 
     @cute.jit
-    def prefetch(self, sequence: Int32):
-        """What says where a sequence lies, to L2."""
-        arrays = self.arrays
-        if sequence < arrays.batch_size:
-            for array in (arrays.cu_seqlens_q, arrays.cu_seqlens_k, arrays.seqused_q, arrays.seqused_k,
-                          self.kv_batch_idx):
-                if is_present(array):
-                    cute.arch.prefetch((array.iterator + sequence).llvm_ptr, cache_level="L2")
-
-    @cute.jit
     def place(self, sequence: Int32) -> tuple[Int32, Int32, Int32, Int32]:
         """(offset_q, seqlen_q, offset_k, seqlen_k) in tokens; no queries of what this kernel does not serve.
 

@@ -152,12 +152,10 @@ class FlashAttentionDecode:
         cfg, grid, ragged, batch = self.cfg, params.grid, params.ragged, params.places.batch
         packed_heads = grid.packed_heads.divisor
         cluster_index, rank = divmod(index, grid.cluster_size)
-        dealer = Dealer(cfg, batch, ragged, grid.packed_heads, grid.num_groups)
-        start = dealer.start(cluster_index)
         if const_expr(cfg.page_box):
             params.places.pages.prefetch(index)
         cute.arch.griddepcontrol_wait()
-        place = dealer.find(cluster_index, start)
+        place = Dealer(cfg, batch, ragged, grid.packed_heads, grid.num_groups).find(cluster_index)
         tile = Tile(place.m_block, place.group * packed_heads, place.group // grid.groups_per_kv_head,
                     batch.batch_coordinate(place.sequence), place.offset_q, place.seqlen_q, place.offset_k,
                     place.seqlen_k, batch.number(place.sequence))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Float32, Int32
+from cutlass import Constexpr, Float32, Int32
 
 from ...planning.config import DecodeConfig
 from ..common.arithmetic import ceil_div, maximum, minimum
@@ -128,33 +128,19 @@ class Dealer:
         return maximum(self.grid.has_base, maximum(2 - each, 0))
 
     @cute.jit
-    def start(self, index: Int32) -> tuple[Int32, Int32, Boolean, Boolean]:
-        """(sequence, group, is_further, is_shared) of cluster `index`, as far as no memory says: what `find` goes on from.
-
-        is_shared: items may be worked on by several. Before the kernel waits for the one before it: what is read of the
-        kernel's arguments here is in the constant cache afterwards.
-        """
-        base = index - self.grid.first_base
-        is_further = base < 0 or base >= self.batch.batch_size * self.num_groups.divisor
-        sequence, group = divmod(maximum(base, 0), self.num_groups)
-        is_shared = self.grid.share_of_tile > 0.0 or self.grid.split_tiles > 0 or self.grid.least_clusters > 1
-        self.batch.prefetch(sequence)
-        return sequence, group, is_further, is_shared
-
-    @cute.jit
-    def find(self, index: Int32, start: tuple[Int32, Int32, Boolean, Boolean]) -> Place:
+    def find(self, index: Int32) -> Place:
         """The place of cluster `index`."""
         size, num_groups = self.batch.batch_size, self.num_groups.divisor
-        sequence, group, is_further, is_shared = start
+        base = index - self.grid.first_base
+        is_further = base < 0 or base >= size * num_groups
+        sequence, group = divmod(maximum(base, 0), self.num_groups)
         own = self.sequence(sequence)
         num_clusters, m_block, cluster, first = minimum(own[4], 1), Int32(0), Int32(0), Int32(0)
-        if is_shared:
-            is_shared = self.clusters(own[1], own[5], self.grid.share_of_tile) > 1
-        if is_further or is_shared:
+        if is_further or self.clusters(own[1], own[5], self.grid.share_of_tile) > 1:
             ones = self.sequence(cute.arch.lane_idx())
             share = self.share(ones)
             if is_further:
-                further = index if index < self.grid.first_base else index - size * num_groups
+                further = index if base < 0 else index - size * num_groups
                 sequence, group, m_block, cluster = self.further(further, ones, share)
                 own = self.sequence(sequence)
             each = self.clusters(own[1], own[5], share)
