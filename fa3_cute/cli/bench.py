@@ -17,6 +17,10 @@ cold: calls take turns on sets of K and V that are together larger than 300 MB; 
 two rows are the same work. GB/s counts K and V once, Q and O. "copy" is that rate over the one, bytes read plus bytes
 written, at which the driver copies 1 GiB on the device, in the same rounds.
 
+The suite serving is replayed too, and reads the same K and V in every call. Beside packed queries over pages stand our
+own calls over contiguous K and V, where one call can do the same. The peer vllm is called as vLLM's engine does, with
+the scheduler's metadata made ahead; where replays of that are wrong, without, and a line says so.
+
 The suite host has no other libraries and no pictures: CPU time of a forward() call, by how shapes change from call to
 call, and the time to a process's first result with and without its kernel on disk.
 
@@ -44,11 +48,19 @@ from .shown import ARITHMETIC, OURS, OURS_16, Shown
 from .suites import decode
 from .suites import fp8
 from .suites import prefill
+from .suites import serving
 from .suites import varlen
 from .suites import window
 from .table import Table
 
-SUITES = {"prefill": prefill, "varlen": varlen, "window": window, "decode": decode, "fp8": fp8}
+SUITES = {
+    "prefill": prefill,
+    "varlen": varlen,
+    "window": window,
+    "decode": decode,
+    "fp8": fp8,
+    "serving": serving,
+}
 HOST = "host"  # a suite of its own kind: host.py
 COPY = "copy"
 CASE_WIDTH = 38  # at least
@@ -212,6 +224,7 @@ class Bench:
         for name, peer in self.peers.items():
             try:
                 theirs = [peer.launch(case, pointers) for pointers in every_pointers]
+                notes += filter(None, [getattr(theirs[-1], "note", "")])
                 errors[name] = peer.error(case, every_pointers[-1], theirs[-1])
                 launches[name] = in_turn(theirs)
             except peers.PeerMissing as missing:
@@ -236,8 +249,8 @@ class Bench:
 
     def host_microseconds(self, case: Case) -> float:
         """Host time of one forward() call. A long problem is shortened until the GPU keeps up; decode is not, since
-        how its keys are split is part of the call."""
-        params = self.tensors[OURS].params(case if case.is_decode else case.shortened(128))
+        how its keys are split is part of the call, nor is a batch over pages, which may be two launches."""
+        params = self.tensors[OURS].params(case if case.is_decode or case.page_size else case.shortened(128))
         return self.stopwatch.host_microseconds(lambda: forward(params, self.handle))
 
     def result(self, case: Case, batches: list[Batch], ours: list[Batch]) -> dict:

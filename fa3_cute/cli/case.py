@@ -28,8 +28,11 @@ class Case:
 
     dtype      of Q, K and V; out_dtype of O where they are FP8, None: BF16
     window     (left, right) around the bottom-right diagonal, negative is unbounded; not together with is_causal
-    lengths    of packed sequences, the same for Q as for K and V; batch_size is then their number, seqlen_* the longest
-    label      what the packed sequences are called
+    lengths    of packed sequences, batch_size is then their number, seqlen_* the longest; with pages those of Q alone
+    lengths_k  with pages: keys of each sequence
+    page_size  tokens of a page of K and V, whose order in memory is random; 0: K and V are contiguous, beside other
+               cases whose are not; None: contiguous, not looked at
+    label      what the sequences are called
     l2         "cold": successive calls read different sets of K and V, so that the L2 cache never holds what comes
                next; "warm": they all read the same one, and as many are in a graph as of the cold case; "": not looked
                at
@@ -48,11 +51,24 @@ class Case:
     label: str = ""
     l2: str = ""
     out_dtype: str | None = None
+    lengths_k: tuple[int, ...] = ()
+    page_size: int | None = None
 
     @property
     def name(self) -> str:
         out = "" if self.element_out in (self.dtype, FP8_OUT_DTYPES[0]) else f"->{self.out_dtype}"
-        return f"{self.dtype}{out} d{self.head_dim} {self.mask} h{self.heads} {self.layout} {self.l2}".rstrip()
+        tail = f" {self.keys}" * bool(self.keys) + f" {self.l2}" * bool(self.l2)
+        return f"{self.dtype}{out} d{self.head_dim} {self.mask} h{self.heads} {self.layout}{tail}"
+
+    @property
+    def keys(self) -> str:
+        """How K and V lie in memory, if that is looked at."""
+        return "" if self.page_size is None else f"page {self.page_size}" if self.page_size else "contiguous"
+
+    @property
+    def variant(self) -> str:
+        """What tables have side by side: pages, warm and cold, or masks."""
+        return self.keys or self.l2 or self.mask
 
     @property
     def element_out(self) -> str:
@@ -76,8 +92,8 @@ class Case:
 
     @property
     def layout(self) -> str:
-        """The sequences in short: a packed case's label, else number x length, of Q and of K where they differ."""
-        if self.lengths:
+        """The sequences in short: their label, else number x length, of Q and of K where they differ."""
+        if self.label:
             return self.label
         lengths = f"{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"({self.seqlen_q}:{self.seqlen_k})"
         return f"{self.batch_size}x{lengths}"
@@ -90,8 +106,8 @@ class Case:
     @property
     def flops(self) -> float:
         """FLOPs as everyone counts them: 4 H Sq Sk d for the two GEMMs of each sequence, half of it under a causal
-        mask; with a window those of the keys that a query sees."""
-        if max(self.window) >= 0:
+        mask; with a window, or where pages are looked at, those of the keys that a query sees."""
+        if max(self.window) >= 0 or self.page_size is not None:
             return self.visible_flops
         pairs = sum(seqlen_q * seqlen_k * count for (seqlen_q, seqlen_k), count in self.sequences().items())
         return 4 * self.num_heads * self.head_dim * pairs * (0.5 if self.is_causal else 1)
@@ -107,11 +123,13 @@ class Case:
     @property
     def nbytes(self) -> int:
         """What has to be read and written: K and V once, Q and O."""
-        return self.kv_bytes + (self.element_bytes + OUT_BYTES) * prod(self.q_shape)
+        keys = sum(seqlen_k * count for (_, seqlen_k), count in self.sequences().items())
+        kv_bytes = 2 * self.element_bytes * keys * self.num_heads_k * self.head_dim
+        return kv_bytes + (self.element_bytes + OUT_BYTES) * prod(self.q_shape)
 
     @property
     def kv_bytes(self) -> int:
-        """One set of K and V."""
+        """One set of K and V, as they lie in memory."""
         return 2 * self.element_bytes * prod(self.kv_shape)
 
     @property
@@ -135,9 +153,8 @@ class Case:
 
     def sequences(self) -> Counter[tuple[int, int]]:
         """How many sequences there are of each (seqlen_q, seqlen_k)."""
-        return Counter((length, length) for length in self.lengths) or Counter(
-            {(self.seqlen_q, self.seqlen_k): self.batch_size}
-        )
+        packed = Counter(zip(self.lengths, self.lengths_k or self.lengths, strict=True))
+        return packed or Counter({(self.seqlen_q, self.seqlen_k): self.batch_size})
 
     @property
     def q_shape(self) -> tuple[int, ...]:
@@ -145,15 +162,47 @@ class Case:
 
     @property
     def kv_shape(self) -> tuple[int, ...]:
-        return (*self._rows(self.seqlen_k), self.num_heads_k, self.head_dim)
+        rows = (sum(self._pages), self.page_size) if self.page_size else self._rows(self.seqlen_k)
+        return (*rows, self.num_heads_k, self.head_dim)
+
+    @property
+    def _pages(self) -> list[int]:
+        """Pages of each sequence."""
+        return [ceil(length / (self.page_size or 1)) for length in self.lengths_k]
+
+    def index_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The int32 arrays that say where the sequences lie."""
+        if self.page_size:
+            pages = self.batch_size, max(self._pages)
+            return {"cu_seqlens": (self.batch_size + 1,), "seqused_k": (self.batch_size,), "page_table": pages}
+        return {"cu_seqlens": (self.batch_size + 1,)} if self.lengths else {}
+
+    def index(self, name: str) -> np.ndarray:
+        """One of them. Pages have an order that is random and the same in every run."""
+        if name == "cu_seqlens":
+            return np.cumsum((0, *self.lengths), dtype=np.int32)
+        if name == "seqused_k":
+            return np.array(self.lengths_k, np.int32)
+        order = np.random.default_rng(0).permutation(sum(self._pages)).astype(np.int32)
+        table = np.zeros(self.index_shapes()[name], np.int32)
+        for row, pages in zip(table, np.split(order, np.cumsum(self._pages)[:-1]), strict=True):
+            row[: len(pages)] = pages
+        return table
 
     def _rows(self, seqlen: int) -> tuple[int, ...]:
         return (sum(self.lengths),) if self.lengths else (self.batch_size, seqlen)
 
-    def rows_of(self, index: int, seqlen: int) -> slice:
-        """Where one sequence lies in a tensor of [rows, heads, head_dim]; `seqlen` is the tensor's, if it is dense."""
+    def rows_of(self, index: int, seqlen: int) -> np.ndarray:
+        """The rows of one sequence in a tensor of [rows, heads, head_dim]; `seqlen` is the tensor's, if it is dense."""
         start, length = (sum(self.lengths[:index]), self.lengths[index]) if self.lengths else (index * seqlen, seqlen)
-        return slice(start, start + length)
+        return np.arange(start, start + length)
+
+    def kv_rows_of(self, index: int) -> np.ndarray:
+        """Those of its keys in K and V."""
+        if not self.page_size:
+            return self.rows_of(index, self.seqlen_k)
+        keys = np.arange(self.lengths_k[index])
+        return self.index("page_table")[index, keys // self.page_size] * self.page_size + keys % self.page_size
 
     def shortened(self, seqlen: int) -> "Case":
         """One sequence, at most so long, in the same layout."""
@@ -167,8 +216,9 @@ class Case:
 
     def as_dict(self) -> dict:
         """A JSON row: the fields and what the name is made of; up to 10,000 lengths are told by their label."""
-        fields = {name: value for name, value in asdict(self).items() if name not in ("lengths", "label")}
-        return fields | {"mask": self.mask, "heads": self.heads, "layout": self.layout, "kv_sets": self.kv_sets}
+        fields = {name: value for name, value in asdict(self).items() if name not in ("lengths", "lengths_k", "label")}
+        made = {name: getattr(self, name) for name in ("mask", "heads", "layout", "variant", "kv_sets")}
+        return fields | made
 
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
@@ -203,7 +253,7 @@ class Tensors:
         self.buffers = {name: self.repeated(self.host[name], size) for name, size in sizes.items()}
         self.buffers["out"] = allocate(OUT_BYTES * q_size, stream=stream)
         self.scratch = None
-        self.offsets = {}
+        self.indices = {}
 
     def repeated(self, numbers: np.ndarray, size: int):
         """A buffer of `size` numbers that repeats these: they are uploaded once, then doubled on the device."""
@@ -235,17 +285,24 @@ class Tensors:
             return known[start : start + size].reshape(shape)
         return np.take(known, np.arange(start, start + size), mode="wrap").reshape(shape)
 
+    def vectors(self, name: str, rows: np.ndarray, shape: tuple[int, ...], head: int) -> np.ndarray:
+        """What one head of the device's tensor [.., heads, head_dim] of that name holds in these of its rows, as the
+        host knows it: [1, rows, 1, head_dim]."""
+        *_, num_heads, head_dim = shape
+        first = (rows.astype(np.int64) * num_heads + head) * head_dim
+        return np.take(self.host[name], first[:, None] + np.arange(head_dim), mode="wrap")[None, :, None]
+
     def pointers(self, case: Case, kv_set: int = 0) -> dict[str, int]:
-        """Addresses of q, k, v and out, and for a packed case of cu_seqlens: one array serves Q and K."""
+        """Addresses of q, k, v and out, and of the case's index arrays: one cu_seqlens serves Q and K."""
         found = {
             name: address(buffer, kv_set * case.kv_bytes // 2 if name in ("k", "v") else 0)
             for name, buffer in self.buffers.items()
         }
-        if case.lengths:
-            if case.lengths not in self.offsets:
-                offsets = np.cumsum((0, *case.lengths), dtype=np.int32)
-                self.offsets[case.lengths] = upload(offsets, stream=self.stream)
-            found["cu_seqlens"] = address(self.offsets[case.lengths])
+        for name in case.index_shapes():
+            key = name, case.lengths, case.lengths_k, case.page_size
+            if key not in self.indices:
+                self.indices[key] = upload(case.index(name), stream=self.stream)
+            found[name] = address(self.indices[key])
         return found
 
     def poison_out(self) -> None:
@@ -258,10 +315,15 @@ class Tensors:
             rows = {
                 "mode": AttentionMode.VARLEN_PREFILL,
                 "cu_seqlens_q": offsets,
-                "cu_seqlens_k": offsets,
                 "total_q": case.q_shape[0],
-                "total_k": case.kv_shape[0],
             }
+            if case.page_size:
+                num_pages, page_size, *_ = case.kv_shape
+                _, max_pages = case.index_shapes()["page_table"]
+                rows |= {"max_seqlen_q": case.seqlen_q, "num_pages": num_pages, "page_size": page_size}
+                rows |= {"seqlen_k": max_pages * page_size}
+            else:
+                rows |= {"cu_seqlens_k": offsets, "total_k": case.kv_shape[0]}
         else:
             rows = {
                 "mode": AttentionMode.DECODE if case.is_decode else AttentionMode.PREFILL,
@@ -288,31 +350,19 @@ class Tensors:
 
         The last rows alone are an attention problem of their own, with the same keys: masks are bottom-right aligned.
         """
-        q_width, kv_width = case.num_heads * case.head_dim, case.num_heads_k * case.head_dim
+        num_rows = prod(case.q_shape) // (case.num_heads * case.head_dim)
         out = download(
-            self.buffers["out"],
-            (prod(case.q_shape) // q_width, case.num_heads, case.head_dim),
-            self.out_type,
-            stream=self.stream,
+            self.buffers["out"], (num_rows, case.num_heads, case.head_dim), self.out_type, stream=self.stream
         )
-        longest = case.lengths.index(max(case.lengths)) if case.lengths else 0
+        lengths, before = case.lengths_k or case.lengths or (case.seqlen_k,), prod(case.kv_shape[:-2]) * kv_set
+        longest = lengths.index(max(lengths))
         differences, norms = 0.0, 0.0
         for index, head in ((0, 0), (longest, case.num_heads // 2), (case.batch_size - 1, case.num_heads - 1)):
             kv_head = head // (case.num_heads // case.num_heads_k)
-            rows, kv_rows = case.rows_of(index, case.seqlen_q), case.rows_of(index, case.seqlen_k)
-            rows = slice(max(rows.start, rows.stop - CHECKED_ROWS), rows.stop)
-            q = self.numbers("q", rows.start * q_width, (rows.stop - rows.start, case.num_heads, case.head_dim))
-            k, v = (
-                self.numbers(
-                    name,
-                    kv_set * prod(case.kv_shape) + kv_rows.start * kv_width,
-                    (1, kv_rows.stop - kv_rows.start, case.num_heads_k, case.head_dim),
-                )
-                for name in "kv"
-            )
-            exact, _ = attention_reference(
-                q[None, :, [head]], k[:, :, [kv_head]], v[:, :, [kv_head]], window_size=case.visible_bounds
-            )
+            rows = case.rows_of(index, case.seqlen_q)[-CHECKED_ROWS:]
+            q = self.vectors("q", rows, case.q_shape, head)
+            k, v = (self.vectors(name, before + case.kv_rows_of(index), case.kv_shape, kv_head) for name in "kv")
+            exact, _ = attention_reference(q, k, v, window_size=case.visible_bounds)
             differences += np.square(as_float(out[rows, head]) - exact[0, :, 0]).sum()
             norms += np.square(exact).sum()
         return float(np.sqrt(differences / norms))

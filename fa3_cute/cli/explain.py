@@ -9,6 +9,7 @@ one cluster of CTAs they stay in shared memory.
 
 import argparse
 import json
+from typing import Any
 
 from ..api import AttentionMode, DataType, FlashAttentionParams, explain
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
@@ -97,7 +98,7 @@ def params_of(args) -> FlashAttentionParams:
     is_decode = args.mode == "decode"
     seqlen_q = args.seqlen_q if args.seqlen_q is not None else 1 if is_decode else 4096
     seqlen_k = args.seqlen_k if args.seqlen_k is not None else 4096 if is_decode else seqlen_q
-    rows = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    rows: dict[str, Any] = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     if args.mode == "varlen":
         rows = {
             "cu_seqlens_q": ADDRESS,

@@ -2,7 +2,8 @@
 
 bench --suite host. Of calls: microseconds of the calling thread's CPU time, from batches of calls with no wait in
 between; the median over batches. The problem is small and its sizes change as a caller's do: not at all, between two
-shapes in turn, or to one never seen before in every call. Of starts: seconds from the import to the first result of a
+shapes in turn, or to one never seen before in every call. Then the same call over pages: packed decodes, and decodes
+beside a chunk of a prompt, which are two launches. Of starts: seconds from the import to the first result of a
 fresh process, CUDA context included, with no kernel on disk (cold) and with the one that the cold one left (warm).
 """
 
@@ -26,6 +27,12 @@ from .options import cannot_run
 from .table import Table
 
 CASE = Case("bf16", 128, True, 128, 8192, 1, 16, 16)
+PAGED = {
+    f"{label}, pages of 16": Case(
+        "bf16", 128, True, max(queries), 512, 8, 16, 2, lengths=queries, lengths_k=(512,) * 8, page_size=16
+    )
+    for label, queries in (("8 decodes", (1,) * 8), ("7 decodes and a chunk", (1,) * 7 + (128,)))
+}
 CALLS = 200  # in a batch: fewer than a stream queues before launching blocks
 BATCHES_PER_ROUND = 3
 FIXED = ("head_dim", "seqlen", "dtype", "masks", "batch_size", "num_heads", "num_heads_k", "plot")
@@ -44,9 +51,11 @@ def run(args) -> int:
     stream = device.create_stream()
     known = environment.describe(device, Monitor(device), {}, args)
     print(environment.sentence(known))
-    tensors, handle = Tensors([CASE], stream), int(stream.handle)
-    table, rows = Table((("host", 24), ("median", 8), ("", 3))), []
-    for name, value, unit in [*calls(tensors.params(CASE), handle, stream.sync, args.rounds), *starts(args.rounds)]:
+    tensors, handle = Tensors([CASE, *PAGED.values()], stream), int(stream.handle)
+    table, rows = Table((("host", 36), ("median", 8), ("", 3))), []
+    kinds = changing(tensors.params(CASE))
+    kinds |= {name: cycle([tensors.params(case)]) for name, case in PAGED.items()}
+    for name, value, unit in [*calls(kinds, handle, stream.sync, args.rounds), *starts(args.rounds)]:
         rows.append({"name": name, "value": value, "unit": unit})
         table.print_row([name, f"{value:.2f}", unit])
     if args.json:
@@ -55,14 +64,20 @@ def run(args) -> int:
     return 0
 
 
-def calls(params: FlashAttentionParams, handle: int, sync: Callable, rounds: int) -> Iterator[tuple[str, float, str]]:
-    """(name, median, unit) of the CPU time of a call, for each way in which shapes change."""
+def changing(params: FlashAttentionParams) -> dict[str, Iterable[FlashAttentionParams]]:
+    """Endless calls by name, for each way in which shapes change."""
     other = replace(params, seqlen_k=params.seqlen_k // 2)
-    kinds = {
+    return {
         "the same call": cycle([params]),
         "two shapes in turn": cycle([params, other]),
         "a new shape each call": new_shapes(params),
     }
+
+
+def calls(
+    kinds: dict[str, Iterable[FlashAttentionParams]], handle: int, sync: Callable, rounds: int
+) -> Iterator[tuple[str, float, str]]:
+    """(name, median, unit) of the CPU time of a call of each kind."""
     for name, every in kinds.items():
         yield name, microseconds(every, handle, sync, rounds), "us"
 

@@ -16,6 +16,8 @@ from .measure import CALLS_PER_GRAPH, Work
 # cuDNN's FP8 attention rounds P, at most 1, to E4M3 as P * P_SCALE, and its O, which is E4M3 on Hopper, as O * O_SCALE:
 # small numbers then keep their bits, and no O of normal inputs, at most about 6, passes E4M3's largest number, 448.
 P_SCALE, O_SCALE = 256.0, 64.0
+REPLAYS = 4  # that a call with metadata of its own has to get right
+SAME = 2e-2  # relative difference of two calls that cut K and V differently; of O that was never written, NaN
 # (typestr of the array interface, name of torch's dtype)
 VIEWS = {
     "fp16": ("<i2", "float16"),
@@ -31,7 +33,7 @@ class PeerMissing(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """`make_launch(case, q, k, v, cu_seqlens)` gets torch views in the case's shapes, cu_seqlens None if it is dense; a
+    """`make_launch(case, q, k, v, indices)` gets torch views in the case's shapes, indices by name, {} if dense; a
     launch returns O alike, in FP8 as O * O_SCALE. What it raises says why the peer cannot do the case."""
 
     name: str
@@ -47,9 +49,9 @@ class Peer:
             view(pointers[name], shape, case.dtype)
             for name, shape in (("q", case.q_shape), ("k", case.kv_shape), ("v", case.kv_shape))
         )
-        cu_seqlens = view(pointers["cu_seqlens"], (case.batch_size + 1,), "int32") if case.lengths else None
+        indices = {name: view(pointers[name], shape, "int32") for name, shape in case.index_shapes().items()}
         try:
-            launch = self.make_launch(case, q, k, v, cu_seqlens)
+            launch = self.make_launch(case, q, k, v, indices)
             launch()
         except PeerMissing:
             raise
@@ -76,9 +78,12 @@ def load_fa3() -> Peer:
     """FlashAttention-3 in C++, as the PyPI wheel fa3-fwd packs it: built without FP16 kernels and without windows."""
     from fa3_fwd_interface import flash_attn_func, flash_attn_varlen_func
 
-    def make_launch(case, q, k, v, cu_seqlens):
+    def make_launch(case, q, k, v, indices):
+        if case.page_size:
+            raise PeerMissing("fa3 is built without pages")
         call = partial(flash_attn_func, q, k, v)
         if case.lengths:
+            cu_seqlens = indices["cu_seqlens"]
             call = partial(flash_attn_varlen_func, q, k, v, cu_seqlens, cu_seqlens, case.seqlen_q, case.seqlen_k)
         elif case.is_decode:
             call = partial(call, num_splits=0)  # as many as its heuristic wants; its default is one
@@ -111,7 +116,7 @@ def load_cudnn() -> Peer:
     def graph_of(case):
         return CudnnGraph(case, handle())
 
-    def make_launch(case, q, k, v, cu_seqlens):
+    def make_launch(case, q, k, v, indices):
         if case.lengths or max(case.window) >= 0:
             raise PeerMissing("cudnn is timed without packed sequences and windows")
         if case.is_causal and case.seqlen_q != case.seqlen_k:
@@ -129,6 +134,85 @@ def load_cudnn() -> Peer:
 
     version = f"cuDNN {torch.backends.cudnn.version()}, torch {torch.__version__}"
     return Peer("cudnn", version, ("fp16", "bf16", FP8), make_launch)
+
+
+def load_vllm() -> Peer:
+    """vLLM's fork of FlashAttention-3, called as its engine does: packed queries over pages, O in place, metadata of
+    the scheduler made ahead, once for all layers of a step."""
+    import torch
+    from vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func, get_scheduler_metadata
+
+    def make_launch(case, q, k, v, indices):
+        if not case.page_size:
+            raise PeerMissing("vllm is timed over pages alone")
+        lengths = {"max_seqlen_q": case.seqlen_q, "max_seqlen_k": case.seqlen_k}
+        choices = {"causal": case.is_causal, "window_size": list(case.window), "num_splits": 0}
+        metadata = get_scheduler_metadata(
+            batch_size=case.batch_size,
+            num_heads_q=case.num_heads,
+            num_heads_kv=case.num_heads_k,
+            headdim=case.head_dim,
+            cache_seqlens=indices["seqused_k"],
+            qkv_dtype=q.dtype,
+            cu_seqlens_q=indices["cu_seqlens"],
+            page_size=case.page_size,
+            **lengths,
+            **choices,
+        )
+        call = partial(
+            flash_attn_varlen_func,
+            q=q,
+            k=k,
+            v=v,
+            out=torch.empty(case.q_shape, dtype=getattr(torch, VIEWS[case.element_out][1]), device="cuda"),
+            cu_seqlens_q=indices["cu_seqlens"],
+            seqused_k=indices["seqused_k"],
+            block_table=indices["page_table"],
+            softmax_scale=case.head_dim**-0.5,
+            fa_version=3,
+            **lengths,
+            **choices,
+        )
+        ahead = partial(call, scheduler_metadata=metadata)
+        if is_repeatable(ahead, call().float()):
+            return ahead
+        return Noted(call, f"{case.name}: vllm is wrong when it is replayed with metadata, and is timed without")
+
+    version = metadata_version("vllm_flash_attn", "vllm")
+    return Peer("vllm", f"vllm_flash_attn {version}, torch {torch.__version__}", ("fp16", "bf16", FP8), make_launch)
+
+
+def metadata_version(*packages: str) -> str:
+    """The version of the first of these that is installed as a package: files alone have none."""
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    return "of unknown version"
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A launch of which the table has to say something."""
+
+    launch: Callable
+    note: str
+
+    def __call__(self):
+        return self.launch()
+
+
+def is_repeatable(launch: Callable, right) -> bool:
+    """Whether every replay of a call leaves the right O; one that finds no work to do is fast, and leaves what was."""
+    out = launch()
+    replay = capture(launch, 1).launch
+    for _ in range(REPLAYS):
+        out.fill_(float("nan"))
+        replay()
+        if not float((out.float() - right).norm() / right.norm()) < SAME:
+            return False
+    return True
 
 
 class CudnnGraph:
@@ -200,7 +284,7 @@ def strided(shape: tuple[int, ...]) -> dict[str, list[int]]:
     return {"dim": [batch, heads, rows, head_dim], "stride": [rows * width, head_dim, width, 1]}
 
 
-PEERS = {"fa3": load_fa3, "cudnn": load_cudnn}
+PEERS = {"fa3": load_fa3, "cudnn": load_cudnn, "vllm": load_vllm}
 
 
 def use_stream(handle: int) -> None:

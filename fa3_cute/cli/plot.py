@@ -10,9 +10,15 @@ from pathlib import Path
 from .environment import sentence
 from .shown import MEMORY, OURS, OURS_16
 
-NAMES = {OURS: "fa3_cute", OURS_16: "fa3_cute in BF16", "fa3": "FA3", "cudnn": "cuDNN"}
+NAMES = {OURS: "fa3_cute", OURS_16: "fa3_cute in BF16", "fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM"}
 # Okabe and Ito's, which colour-blind readers can tell apart; hatches for prints without colour.
-STYLES = {OURS: ("#0072B2", ""), OURS_16: ("#56B4E9", "\\\\"), "fa3": ("#E69F00", "//"), "cudnn": ("#009E73", "..")}
+STYLES = {
+    OURS: ("#0072B2", ""),
+    OURS_16: ("#56B4E9", "\\\\"),
+    "fa3": ("#E69F00", "//"),
+    "cudnn": ("#009E73", ".."),
+    "vllm": ("#CC79A7", "--"),
+}
 OTHER_STYLE = ("#999999", "xx")
 BAR, GAP = 0.21, 0.30  # inches: a bar, the space between two cases
 PANEL_HEIGHT, MARGIN = 4.2, 1.4
@@ -63,10 +69,12 @@ def write_plot(runs: Sequence[dict], suites: dict, path: str) -> None:
 
 
 def by_variant(rows: Sequence[dict]) -> dict[str, list[dict]]:
-    """Rows by what a panel shows: warm and cold where that was looked at, else the mask; long ones in parts."""
+    """Rows by what a panel shows: a page size, warm or cold, where that was looked at, else the mask; long ones in
+    parts."""
     found = {}
     for row in rows:
-        found.setdefault(row["case"].get("l2") or row["case"]["mask"], []).append(row)
+        case = row["case"]
+        found.setdefault(case.get("variant") or case.get("l2") or case["mask"], []).append(row)
     return {
         name + ", continued" * (start > 0): rows[start : start + MAX_CASES]
         for name, rows in found.items()

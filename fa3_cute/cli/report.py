@@ -1,5 +1,5 @@
 """Renders results of `bench --json` as markdown: one section per file, one line per problem, the masks side by side,
-or warm and cold.
+or warm and cold, or page sizes.
 
 Prints it; with --plot, draws it instead; with --into, replaces what stands between these two lines of a document:
 
@@ -27,7 +27,7 @@ from .table import markdown
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 OWN = "performance of {}:"  # what "performance:" is in the lines of one suite
 FP8_PLACE = "fp8"
-PEER_NAMES = {OURS_16: "BF16", "fa3": "FA3", "cudnn": "cuDNN"}
+PEER_NAMES = {OURS_16: "BF16", "fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM"}
 
 
 def add_arguments(parser) -> None:
@@ -143,8 +143,8 @@ def section(results: dict, head_dims: list[int]) -> str:
 
 
 def variant(case: dict) -> str:
-    """What stands side by side in a cell: warm and cold where that was looked at, else the masks."""
-    return case.get("l2") or case["mask"]
+    """What stands side by side in a cell: pages, or warm and cold, where these were looked at, else the masks."""
+    return case.get("variant") or case.get("l2") or case["mask"]
 
 
 def cells(by_variant: list[dict], peers: list[str], shown: Shown) -> list[str]:

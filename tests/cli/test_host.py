@@ -9,9 +9,12 @@ from fake_gpu import FakeStream
 
 from fa3_cute.arrays.memory import hopper_device_problem
 from fa3_cute.cli import host, main
-from fa3_cute.cli.case import Case
+from fa3_cute.cli.case import Case, Tensors
 from fa3_cute.contract.params import FlashAttentionParams
+from fa3_cute.contract.plain import plain
 from fa3_cute.contract.status import FlashAttentionError, Status
+from fa3_cute.planning.operations import operation_of
+from fa3_cute.planning.problem import ProblemShape
 
 PARAMS = FlashAttentionParams(q=1, seqlen_q=128, seqlen_k=300)
 
@@ -26,7 +29,7 @@ def called(monkeypatch):
 
 @pytest.mark.parametrize("kind, shapes", [(0, 1), (1, 2), (2, None)])
 def test_shapes_change_as_the_name_says(kind, shapes, called):
-    rows = host.calls(PARAMS, 1, lambda: None, rounds=2)
+    rows = host.calls(host.changing(PARAMS), 1, lambda: None, rounds=2)
     for _ in range(kind):
         next(rows)
     called.clear()
@@ -44,7 +47,7 @@ def test_shapes_change_as_the_name_says(kind, shapes, called):
 def test_a_refused_call_is_no_time(monkeypatch):
     monkeypatch.setattr(host, "forward", lambda params, handle: Status.INVALID_SHAPE)
     with pytest.raises(FlashAttentionError):
-        next(host.calls(PARAMS, 1, lambda: None, rounds=1))
+        next(host.calls(host.changing(PARAMS), 1, lambda: None, rounds=1))
 
 
 def test_cold_starts_have_an_empty_folder_and_warm_ones_the_same(monkeypatch):
@@ -76,9 +79,9 @@ def test_host_suite_prints_and_writes(monkeypatch, tmp_path, capsys, called):
     file = tmp_path / "host.json"
     assert main(["bench", "--suite", "host", "--rounds", "1", "--json", str(file)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "a GPU" and len(said) == 6 and said[-1].split() == ["cold", "start", "3.25", "s"]
+    assert said[0] == "a GPU" and len(said) == 8 and said[-1].split() == ["cold", "start", "3.25", "s"]
     written = json.loads(file.read_text())
-    assert [row["unit"] for row in written["host"]] == ["us", "us", "us", "s"]
+    assert [row["unit"] for row in written["host"]] == ["us", "us", "us", "us", "us", "s"]
     assert main(["report", str(file)]) == 2
     assert "the host suite has no tables" in capsys.readouterr().err
 
@@ -96,6 +99,17 @@ def test_host_suite_needs_a_gpu(capsys):
     assert capsys.readouterr().err.startswith("bench needs a Hopper GPU: ")
 
 
+def test_calls_over_pages_are_one_launch_and_two():
+    assert [set(case.lengths) for case in host.PAGED.values()] == [{1}, {1, 128}]
+    for case, launches in zip(host.PAGED.values(), (1, 2), strict=True):
+        tensors = SimpleNamespace(
+            pointers=lambda case, kv_set: dict.fromkeys(("q", "k", "v", "out", *case.index_shapes()), 1 << 20)
+        )
+        params = Tensors.params(tensors, case)
+        assert params.page_table and params.page_size == 16
+        assert len(operation_of(ProblemShape.of(plain(params))).launches) == launches
+
+
 def test_the_first_result_is_of_a_short_problem():
     assert host.CASE.shortened(128) == Case("bf16", 128, True, 128, 128, 1, 16, 16)
 
@@ -104,5 +118,5 @@ def test_the_first_result_is_of_a_short_problem():
 def test_host_suite_on_the_gpu(capsys):
     assert main(["bench", "--suite", "host", "--rounds", "1"]) == 0
     rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [unit for _, _, unit in rows] == ["us", "us", "us", "s", "s"]
+    assert [unit for _, _, unit in rows] == ["us", "us", "us", "us", "us", "s", "s"]
     assert all(float(value) > 0 for _, value, _ in rows)

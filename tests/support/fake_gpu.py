@@ -90,7 +90,7 @@ class FakeGpu:
 
     def upload(self, array, target=None, stream=None):
         target = self.allocate(array.nbytes) if target is None else target
-        target.bytes[:] = array.view(np.uint8)
+        target.bytes[:] = array.reshape(-1).view(np.uint8)
         return target
 
     def download(self, buffer, shape, dtype, stream=None):
@@ -102,6 +102,21 @@ class FakeGpu:
         whole = self.buffers[pointer >> OFFSET_BITS]
         return self.download(self.window_of(whole, offset, whole.bytes.size - offset), shape, dtype)
 
+    def packing_of(self, p):
+        """Where the sequences of a call lie: options of the reference; the first dimensions of q, of k and v."""
+        if p.mode != AttentionMode.VARLEN_PREFILL:
+            return {}, ((p.batch_size, p.seqlen_q), (p.batch_size, p.seqlen_k))
+        shapes = {"cu_seqlens_q": (p.batch_size + 1,), "cu_seqlens_k": (p.batch_size + 1,)}
+        keys = (p.total_k,)
+        if p.page_table:
+            table = p.batch_size, p.seqlen_k // p.page_size
+            shapes = {"cu_seqlens_q": (p.batch_size + 1,), "seqused_k": (p.batch_size,), "page_table": table}
+            keys = p.num_pages, p.page_size
+        return {name: self.read(getattr(p, name), shape, np.int32) for name, shape in shapes.items()}, (
+            (p.total_q,),
+            keys,
+        )
+
     def forward(self, p, stream):
         self.stream.now += self.milliseconds
         if self.stream.is_capturing:
@@ -109,13 +124,7 @@ class FakeGpu:
         out_bytes = self.buffers[p.out >> OFFSET_BITS].bytes
         if (out_bytes != 0xFF).any():  # not poisoned since the last call: computed already
             return Status.OK
-        packing, rows = {}, ((p.batch_size, p.seqlen_q), (p.batch_size, p.seqlen_k))
-        if p.mode == AttentionMode.VARLEN_PREFILL:
-            packing = {
-                name: self.read(getattr(p, name), (p.batch_size + 1,), np.int32)
-                for name in ("cu_seqlens_q", "cu_seqlens_k")
-            }
-            rows = ((p.total_q,), (p.total_k,))
+        packing, rows = self.packing_of(p)
         q_shape, kv_shape = (*rows[0], p.num_heads, p.head_dim), (*rows[1], p.num_heads_k, p.head_dim)
         q, k, v = (self.read(pointer, shape) for pointer, shape in ((p.q, q_shape), (p.k, kv_shape), (p.v, kv_shape)))
         exact, _ = attention_reference(
