@@ -108,9 +108,10 @@ class KeySource(NamedTuple):
 
     def fields(self, tile_n: int) -> dict[str, Any]:
         """Of a config whose tiles have so many keys: boxes are the largest that pages and tiles are made of."""
-        page_box = next((box for box in PAGE_BOXES if self.page_size % box == tile_n % box == 0), 0)
-        return {"is_ragged": self.is_ragged, "page_box": page_box if self.page_size else 0,
-                "box_is_wide": self.box_is_wide}
+        page_box = 0
+        if self.page_size:
+            page_box = next(box for box in PAGE_BOXES if self.page_size % box == tile_n % box == 0)
+        return {"is_ragged": self.is_ragged, "page_box": page_box, "box_is_wide": self.box_is_wide and page_box > 1}
 
 
 DENSE = KeySource()     # and packed K and V with packed Q

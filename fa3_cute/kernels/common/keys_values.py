@@ -3,7 +3,7 @@
 A tile fills one slot of a ring: consumers see tile_n rows in a slot, whatever the source. How many rows a sequence may
 have here (`capacity`) is not how many it uses (Tile.seqlen_k): what lies behind those is anybody's. A source says where
 a tile lies (`find`), which for K is asked a tile ahead of V, and starts to fill a slot from there (`copy`); pages.py
-has that of pages.
+has that of pages, rows.py that of pages which TMA has no boxes for.
 """
 from dataclasses import dataclass
 from typing import Optional
@@ -15,13 +15,14 @@ from cutlass import Int32, Int64, const_expr
 
 from ...planning.config import KernelConfig
 from .block_range import BlockRange, first_key
-from .layout import tensor_view
+from .layout import element_type, tensor_view
 from .pages import PagedOperand, PagedSource, Pages, paged_operand, paged_source_of
 from .ragged import RaggedBatch
+from .rows import RowOperand, RowRing, RowSource, row_operand, row_source_of
 from .tiles import Tile, rows_from
 from .tma import TmaOperand, tma_load, tma_views
 
-Operand = TmaOperand | PagedOperand
+Operand = TmaOperand | PagedOperand | RowOperand
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,19 @@ class KeyPlaces:
         return KeyPlaces(batch, Pages.create(cfg, a) if cfg.page_box else None)
 
 
+def with_descriptors(*operands) -> list:
+    """The operands that TMA copies."""
+    return [op for op in operands if not isinstance(op, RowOperand)]
+
+
+def key_value_ring(cfg: KernelConfig, layout: cute.ComposedLayout, **facts) -> pipeline.PipelineAsync:
+    """The barriers of a ring of K or V with that layout of slots; facts: PipelineAsync.create's arguments."""
+    if cfg.reads_rows:
+        return RowRing.create(**facts)
+    slot_bytes = cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1]))
+    return pipeline.PipelineTmaAsync.create(**facts, tx_count=slot_bytes)
+
+
 def capacity(op: TmaOperand) -> Int32:
     """Rows that every sequence of a dense K or V has."""
     return op.tensor.shape[0]
@@ -68,6 +82,8 @@ def capacity(op: TmaOperand) -> Int32:
 
 def key_value_operand(cfg: KernelConfig, a, name: str, shape: tuple, ring: cute.ComposedLayout) -> Operand:
     """K or V ("k", "v") of a kernel's arguments: (row, column, head, batch) of `shape`, or pages."""
+    if cfg.reads_rows:
+        return row_operand(cfg, a, name, shape[1])
     if cfg.page_box:
         return paged_operand(cfg, a, name, shape[1])
     return tma_load(tensor_view(a, name, shape), ring, cfg.tile_n)
@@ -80,12 +96,14 @@ def source_of(cfg: KernelConfig, op: Operand, ring: cute.Tensor, tile: Tile, pol
         rows = rows_from(cfg, tile.offset_k, op.tensor[None, None, tile.kv_head, tile.batch])
         return KeyValueSource(op, rows, ring, policy)
     batch = places.batch.key_batch(tile.sequence)
+    if const_expr(cfg.reads_rows):
+        return row_source_of(cfg, op, ring, tile, places.pages, batch)
     if const_expr(cfg.page_box):
         return paged_source_of(cfg, op, ring, tile, policy, places.pages, batch)
     return KeyValueSource(op, rows_from(cfg, tile.offset_k, op.tensor[None, None, tile.kv_head, batch]), ring, policy)
 
 
-Source = KeyValueSource | PagedSource
+Source = KeyValueSource | PagedSource | RowSource
 
 
 @cute.jit

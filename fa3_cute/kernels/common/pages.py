@@ -2,8 +2,8 @@
 
 A tile is tile_n / page_box boxes. Lane i of the load warp finds the page of box i, one division and one read of the
 table; then one lane starts the copies, box by box. Boxes behind the used rows, and ids that name no page, go to a page
-past the pool: TMA fills with zeros what it cannot read and counts all bytes, so that rings and consumers see full tiles.
-Table entries behind the used pages are not read.
+past the pool: TMA fills with zeros what it cannot read and counts all bytes, so that rings and consumers see full
+tiles. Table entries behind the used pages are not read.
 
 A narrow box is one copy per stretch of columns (layout.smem_ring). A wide box is one copy for all of them: shared
 memory then has the stretches of 8 rows together, and the descriptor's dimensions are (8 rows, groups of 8 rows,
@@ -42,7 +42,7 @@ class Pages:
     """A pool of pages and the table that names each sequence's.
 
     table            (sequences, pages) int32
-    boxes_per_page   page_size / page_box
+    boxes_per_page   page_size / page_box, of rows where TMA has no boxes for pages
     """
     table: cute.Tensor
     num_pages: Int32

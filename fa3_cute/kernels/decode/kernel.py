@@ -17,7 +17,7 @@ from ..common.block_range import Window, split_range
 from ..common.cluster import sync_cluster
 from ..common.entry import flat_entry
 from ..common.fp8 import Descales
-from ..common.keys_values import KeyPlaces, capacity, key_value_operand
+from ..common.keys_values import KeyPlaces, capacity, key_value_operand, key_value_ring, with_descriptors
 from ..common.layout import element_type, lse_view, smem_ring, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import RaggedBatch
@@ -65,7 +65,8 @@ class FlashAttentionDecode:
             batch = RaggedBatch.create(a, Int32(0), a.decode_queries)
             batches = Int32(1) if batch.is_packed() else a.batch_size
             batches_k = Int32(1) if is_present(batch.arrays.cu_seqlens_k) else a.batch_size_k
-            places, ragged, num_ctas = KeyPlaces.create(cfg, a, batch), RaggedGrid.create(a), a.num_clusters * a.cluster_size
+            places, ragged = KeyPlaces.create(cfg, a, batch), RaggedGrid.create(a)
+            num_ctas = a.num_clusters * a.cluster_size
             num_tokens = minimum(num_tokens, Int64(a.num_pages) * a.page_size) if a.page_size > 0 else num_tokens
         mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches))
                   for name, columns in (("q", cfg.dim_qk), ("out", cfg.dim_v)))
@@ -108,8 +109,8 @@ class FlashAttentionDecode:
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         load_warp = by_name(cfg.roles)["load"].warps[0]
         if warp_idx == load_warp:
-            cpasync.prefetch_descriptor(params.k.atom)
-            cpasync.prefetch_descriptor(params.v.atom)
+            for operand in with_descriptors(params.k, params.v):
+                cpasync.prefetch_descriptor(operand.atom)
         smem, pipes = self.allocate(layouts)
         work = self.work_of(params, cute.arch.block_idx()[0])
         if const_expr(cfg.is_ragged):
@@ -184,12 +185,11 @@ class FlashAttentionDecode:
 
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
         rings = by_name(cfg.rings)
-        tma_ring = lambda name, bars, layout: pipeline.PipelineTmaAsync.create(
-            num_stages=rings[name].slots, producer_group=group(rings[name].full),
-            consumer_group=group(rings[name].empty), barrier_storage=bars, defer_sync=True,
-            tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])))
-        v = tma_ring("v", v_bars, layouts.sV)
-        pipes = DecodePipelines(k=tma_ring("k", k_bars, layouts.sK), v=v, vt=v)
+        kv_ring = lambda name, bars, layout: key_value_ring(
+            cfg, layout, num_stages=rings[name].slots, producer_group=group(rings[name].full),
+            consumer_group=group(rings[name].empty), barrier_storage=bars, defer_sync=True)
+        v = kv_ring("v", v_bars, layouts.sV)
+        pipes = DecodePipelines(k=kv_ring("k", k_bars, layouts.sK), v=v, vt=v)
         if cute.arch.thread_idx()[0] == 0:
             cute.arch.mbarrier_init(partials_arrived, 1)
         cute.arch.mbarrier_init_fence()

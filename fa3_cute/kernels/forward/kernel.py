@@ -12,7 +12,7 @@ from ..common.arithmetic import ceil_div, minimum
 from ..common.block_range import Window
 from ..common.entry import flat_entry
 from ..common.fp8 import Descales
-from ..common.keys_values import KeyPlaces, key_value_operand
+from ..common.keys_values import KeyPlaces, key_value_operand, key_value_ring, with_descriptors
 from ..common.layout import element_type, lse_view, out_type, smem_ring, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import UNLIMITED, RaggedBatch
@@ -66,7 +66,8 @@ class FlashAttentionForward:
             most = (a.seqlen_q // cfg.tile_m + sequences.batch_size) * a.num_heads
             num_tiles = most if sequences.is_packed() else num_tiles
         params = FwdParams(
-            q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=k, v=v, o=tma_store(mO, layouts.sO, cfg.tile_m), mO=mO,
+            q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=k, v=v, mO=mO,
+            o=tma_store(mO, layouts.sO, cfg.tile_m) if const_expr(layouts.sO is not None) else None,
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             scores=ScoreTransform.create(cfg, a), window=Window(a.window_size_left, a.window_size_right),
@@ -82,7 +83,8 @@ class FlashAttentionForward:
         cfg, element = self.cfg, element_type(self.cfg)
         sVt = smem_ring(element, cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None
         return FwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.dim_qk, cfg.num_q_stages),
-                          sO=smem_ring(out_type(cfg), cfg.tile_m, cfg.dim_v, cfg.num_o_slots),
+                          sO=None if cfg.output is Output.NOWHERE else smem_ring(
+                              out_type(cfg), cfg.tile_m, cfg.dim_v, cfg.num_o_slots),
                           sK=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
                           sV=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages), sVt=sVt)
 
@@ -94,7 +96,7 @@ class FlashAttentionForward:
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for operand in (params.q, params.k, params.v, params.o):
+            for operand in with_descriptors(params.q, params.k, params.v, *[params.o] * (params.o is not None)):
                 cpasync.prefetch_descriptor(operand.atom)
         smem, pipes = self.allocate(layouts)
         roles = by_name(cfg.roles)
@@ -126,9 +128,9 @@ class FlashAttentionForward:
             Int32, cute.make_layout((ENTRY_INTS, rings["tiles"].slots)), byte_alignment=16)
         tensor = lambda layout, element=element_type(cfg): allocator.allocate_tensor(
             element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        sO = tensor(layouts.sO, out_type(cfg))
-        has_own = cfg.output is Output.OWN_SLOT
-        sQ = tensor(layouts.sQ) if const_expr(has_own) else view_as(sO, layouts.sQ, element_type(cfg))
+        sO = None if const_expr(layouts.sO is None) else tensor(layouts.sO, out_type(cfg))
+        shares = cfg.output is Output.IN_Q_SLOT
+        sQ = view_as(sO, layouts.sQ, element_type(cfg)) if const_expr(shares) else tensor(layouts.sQ)
         sK, sV = tensor(layouts.sK), tensor(layouts.sV)
         sVt = tensor(layouts.sVt) if const_expr(cfg.values.has_ring) else transposed(sV)
         smem = FwdSmem(sQ=sQ, sO=sO, sK=sK, sV=sV, sVt=sVt, sTiles=sTiles)
@@ -137,13 +139,13 @@ class FlashAttentionForward:
         facts = lambda name: {
             "num_stages": rings[name].slots, "producer_group": group(rings[name].full),
             "consumer_group": group(rings[name].empty), "barrier_storage": bars[name], "defer_sync": True}
-        tma_ring = lambda name, layout: pipeline.PipelineTmaAsync.create(
-            **facts(name), tx_count=cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1])))
-        v = vt = tma_ring("v", layouts.sV)
+        kv_ring = lambda name, layout: key_value_ring(cfg, layout, **facts(name))
+        v = vt = kv_ring("v", layouts.sV)
         if const_expr(cfg.values.has_ring):
             vt = pipeline.PipelineAsync.create(**facts("vt"))
+        q = pipeline.PipelineTmaAsync.create(**facts("q"), tx_count=cfg.q_slot_bytes)
         pipes = FwdPipelines(
-            q=tma_ring("q", layouts.sQ), k=tma_ring("k", layouts.sK), v=v, vt=vt,
+            q=q, k=kv_ring("k", layouts.sK), v=v, vt=vt,
             o=pipeline.PipelineAsync.create(**facts("o")), tiles=pipeline.PipelineAsync.create(**facts("tiles")))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
