@@ -13,7 +13,7 @@ from typing import Any
 from .arrays.call import AttentionCall, attention_on_device
 from .arrays.host import attention_on_host
 from .contract.merge import MergeParams
-from .contract.params import DESCALES, POINTERS, AttentionMode, DataType, FlashAttentionParams
+from .contract.params import DESCALES, DTYPE_NAMES, POINTERS, AttentionMode, DataType, FlashAttentionParams
 from .contract.plain import plain, read_shape
 from .contract.status import FlashAttentionError, Problem, Status, error_for, record_error
 from .planning import merge, operations
@@ -187,7 +187,7 @@ class _Repeatable:
     def __init__(self, values: tuple, call, shape):
         self.values, self.call = values, call
         self.has_lse = shape is not None and shape.has_lse
-        self.is_fp8 = shape is not None and shape.out_dtype is not None
+        self.is_fp8 = shape is not None and shape.dtype == DTYPE_NAMES[_FP8]
 
     def repeat(self, params, stream) -> bool:
         """Launch these params, whose shape is this call's, its way; False, and nothing done, if that cannot be."""

@@ -15,6 +15,7 @@ from ..planning.operations import checked
 
 FP8 = "float8_e4m3fn"
 DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
+OUT_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP32}
 # The arrays of integers, by their dimensions.
 INTEGERS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_batch_idx"), 1) | {"page_table": 2}
 DESCALES = ("q_descale", "k_descale", "v_descale")
@@ -286,7 +287,7 @@ def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionP
         **call.choices(),
         dtype=DEVICE_DTYPES[element],
         out=ANY_ADDRESS,
-        out_dtype=None if element != FP8 or out is None else DEVICE_DTYPES[out.dtype],
+        out_dtype=None if out is None else OUT_DTYPES[out.dtype],
     )
     for name, tensor in tensors.items():
         if name in DESCALES:
@@ -322,4 +323,4 @@ def _set_descale(params, name: str, tensor, batch: int) -> None:
 
 def out_dtypes(element: str) -> tuple[str, ...]:
     """Element types that out may have, the one that it gets first."""
-    return ("bfloat16", "float16") if element == FP8 else (element,)
+    return ("bfloat16", "float16", "float32") if element == FP8 else tuple(dict.fromkeys((element, "float32")))

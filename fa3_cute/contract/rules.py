@@ -144,7 +144,7 @@ def _choices(p) -> Sentences:
     dtype, found = p.dtype, []
     if has_no_dtype := dtype is BAD or dtype is DataType.FP32:
         found.append(must(p, "dtype", "DataType.FP16, BF16 or FP8_E4M3"))
-    outputs = (DataType.FP16, DataType.BF16) if dtype is DataType.FP8_E4M3 else (dtype,)
+    outputs = (*((DataType.FP16, DataType.BF16) if dtype is DataType.FP8_E4M3 else (dtype,)), DataType.FP32)
     if p.out_dtype is not None and not has_no_dtype and p.out_dtype not in outputs:
         accepted = " or ".join(output.name for output in outputs)
         found.append(must(p, "out_dtype", f"None or {accepted} with dtype={dtype.name}"))

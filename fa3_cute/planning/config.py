@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
-from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES, PARTIAL
 from .key_source import KeySourceFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .strategies import Output, Steps, Values
@@ -63,7 +63,7 @@ class KernelConfig(KeySourceFields):
     def common_rules(self) -> tuple[tuple[bool, str], ...]:
         """(whether it holds, what to say if it does not): what both kernels ask."""
         head_dims, k_of_pv = (FP8_HEAD_DIMS, 32) if self.is_fp8 else (HEAD_DIMS, 16)
-        out_dtypes = FP8_OUT_DTYPES if self.is_fp8 else (None,)
+        out_dtypes = (*(FP8_OUT_DTYPES if self.is_fp8 else (None,)), PARTIAL)
         return (
             (self.dtype in ELEMENT_BYTES, f"dtype={self.dtype!r}: must be one of {', '.join(ELEMENT_BYTES)}"),
             (
@@ -186,7 +186,7 @@ class FwdConfig(KernelConfig):
     rescale_before_pv    rescale O while QK runs instead of after PV: fewer registers live at once if head_dim is large
     is_local             sliding window around the bottom-right diagonal; excludes is_causal
     is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
-    out_dtype            of O where Q, K and V are FP8: "bf16" or "fp16"; None: dtype
+    out_dtype            of O: "bf16" or "fp16" where Q, K and V are FP8, "fp32"; None: dtype
     is_ragged ..         of KeySourceFields; with is_varlen
     """
 
@@ -263,6 +263,8 @@ class FwdConfig(KernelConfig):
     @property
     def output(self) -> Output:
         """Where O waits for its store."""
+        if self.out_dtype == PARTIAL:
+            return Output.NOWHERE
         return Output.OWN_SLOT if self.o_slot_bytes > self.q_slot_bytes else Output.IN_Q_SLOT
 
     @property

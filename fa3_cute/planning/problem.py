@@ -44,7 +44,7 @@ Chosen = tuple[
 class ProblemShape(NamedTuple):
     """What is the same for all calls of one shape.
 
-    dtype, out_dtype    of Q, K and V; of O where they are FP8, else None: as configs call them
+    dtype, out_dtype    of Q, K and V; of O, None where it is the same: as configs call them
     mask                "full", "causal" or "local"
     is_packed           the queries are packed: seqlen_q is the rows of all, strides along batches 0
     has_packed_keys     the same of the keys and seqlen_k, which is else the rows or the capacity of each sequence
@@ -167,7 +167,9 @@ class ProblemShape(NamedTuple):
 def chosen_by(p: FlashAttentionParams) -> Chosen:
     """The fields of a ProblemShape, its first ones, that follow from choices (params.CHOICES) alone."""
     dtype = DTYPE_NAMES[p.dtype]
-    out_dtype = None if dtype != FP8 else DTYPE_NAMES[DataType.BF16 if p.out_dtype is None else p.out_dtype]
+    out_dtype = None if p.out_dtype in (None, p.dtype) else DTYPE_NAMES[p.out_dtype]
+    if dtype == FP8 and out_dtype is None:
+        out_dtype = DTYPE_NAMES[DataType.BF16]
     left, right = p.window_size_left, p.window_size_right
     left = left if 0 <= left < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
     right = 0 if p.is_causal else right if 0 <= right < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW

@@ -45,7 +45,9 @@ class Output(enum.Enum):
     IN_Q_SLOT   in the slot of its tile's Q
     OWN_SLOT    in one of its own, where O is wider than Q: one warpgroup's rows of O would cover rows of Q that another
                 still reads
+    NOWHERE     consumers store it themselves: O in FP32, which shared memory has no room for
     """
 
     IN_Q_SLOT = enum.auto()
     OWN_SLOT = enum.auto()
+    NOWHERE = enum.auto()

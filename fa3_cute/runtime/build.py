@@ -28,7 +28,6 @@ SCALAR_TYPES = {
     "stream": import_module("cuda.bindings.driver").CUstream,
 }
 POINTED_TYPES = {"float32": cutlass.Float32, "int32": cutlass.Int32}  # others are the config's own
-OWN_TYPES = ELEMENT_TYPES | {"fp32": cutlass.Float32}
 
 _lock = threading.RLock()  # concurrent compiles in one process crash the DSL
 
@@ -48,7 +47,7 @@ def typed_arguments(cfg: KernelConfig, values) -> list:
 
 def _pointer(cfg: KernelConfig, facts: tuple[str, int], value: int) -> Any:
     element, alignment = facts
-    own_type = OWN_TYPES[cfg.element_out if element == "output" else cfg.dtype]
+    own_type = ELEMENT_TYPES[cfg.element_out if element == "output" else cfg.dtype]
     return cute.runtime.make_ptr(
         POINTED_TYPES.get(element, own_type), value, cute.AddressSpace.gmem, assumed_align=alignment
     )

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Constexpr, Float8E4M3FN, Float16, Int32, Int64
+from cutlass import BFloat16, Constexpr, Float8E4M3FN, Float16, Float32, Int32, Int64
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from ...contract.formats import FP8
+from ...contract.formats import FP8, PARTIAL
 from ...planning.config import KernelConfig
 
-ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16, FP8: Float8E4M3FN}
+ELEMENT_TYPES = {"fp16": Float16, "bf16": BFloat16, FP8: Float8E4M3FN, PARTIAL: Float32}
 ROWS_OF_ATOM = 8           # that a swizzle permutes among themselves
 ROW_STEP = 8               # from a thread's first row to its second
 STRIDE_DIVISIBILITY = 16   # bytes, of every stride but the last dimension's: TMA's rule
@@ -132,6 +132,18 @@ def as_quads(acc: cute.Tensor) -> cute.Tensor:
     ((pair_by, row_by, block_by), m_by, _) = stride
     return cute.make_tensor(acc.iterator, cute.make_layout(
         ((2, pair), (row_half, mma_m), col_block // 2), stride=((block_by, pair_by), (row_by, m_by), 2 * block_by)))
+
+
+def pieces_of_row(cfg: KernelConfig, acc_O: cute.Tensor, r: int) -> tuple[list[tuple], int]:
+    """What a thread holds of its r-th row of O, in pieces of neighbouring columns, and their size.
+
+    Of the row's pieces thread t has those of index t % 4, 4 + t % 4, ...
+    """
+    if cfg.values.is_transposed:
+        quads = as_quads(acc_O)
+        return [tuple(quads[i, r, g] for i in range(4)) for g in range(cfg.dim_v // 16)], 4
+    O = as_rows_cols(acc_O)
+    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cfg.dim_v // 8)], 2
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ...planning.config import DecodeConfig
 from ..common.arithmetic import LOG2_E
 from ..common.barriers import sync_warpgroup
 from ..common.cluster import send, sync_cluster
-from ..common.layout import ROW_STEP, as_quads, as_rows_cols, fragment_col, fragment_row, out_type
+from ..common.layout import ROW_STEP, fragment_col, fragment_row, out_type, pieces_of_row
 from ..common.sequences import is_present
 from .bundles import DecodeParams, DecodeSmem
 from .split import SplitWork
@@ -57,18 +57,6 @@ def send_partial(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work
                 send(pieces[i], place, smem.partials_arrived, owner)
             if fragment_col(tidx) == 0:
                 send((lse[r],), cute.local_tile(smem.sPartialLSE, (1,), (line,)), smem.partials_arrived, owner)
-
-
-def pieces_of_row(cfg: DecodeConfig, acc_O: cute.Tensor, r: int) -> tuple[list[tuple], int]:
-    """What a thread holds of its r-th row, in pieces of neighbouring columns, and their size.
-
-    Of the row's pieces thread t has those of index t % 4, 4 + t % 4, ...
-    """
-    if cfg.values.is_transposed:
-        quads = as_quads(acc_O)
-        return [tuple(quads[i, r, g] for i in range(4)) for g in range(cfg.dim_v // 16)], 4
-    O = as_rows_cols(acc_O)
-    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cfg.dim_v // 8)], 2
 
 
 @dataclass

@@ -26,8 +26,8 @@ class FwdParams:
     q: TmaOperand                  # (seqlen_q, dim_qk, num_heads,   batch)
     k: Operand                     # (seqlen_k, dim_qk, num_heads_k, batch), or pages
     v: Operand                     # (seqlen_k, dim_v,  num_heads_k, batch)
-    o: TmaOperand                  # (seqlen_q, dim_v,  num_heads,   batch)
-    mO: cute.Tensor                # the same tensor as o, for tiles that end within the next sequence's rows
+    o: Optional[TmaOperand]        # (seqlen_q, dim_v,  num_heads,   batch); None where consumers store O themselves
+    mO: cute.Tensor                # the same tensor, for tiles that end within the next sequence's rows
     mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
     descales: Optional[Descales]   # None unless cfg.is_fp8
     scores: ScoreTransform
@@ -44,7 +44,7 @@ class FwdParams:
 class FwdLayouts:
     """Staged, swizzled shared-memory layouts."""
     sQ: cute.ComposedLayout        # (tile_m, dim_qk, num_q_stages): Q in
-    sO: cute.ComposedLayout        # (tile_m, dim_v, num_o_slots): O out
+    sO: Optional[cute.ComposedLayout]      # (tile_m, dim_v, num_o_slots): O out; None where consumers store O themselves
     sK: cute.ComposedLayout        # (tile_n, dim_qk, num_kv_stages)
     sV: cute.ComposedLayout        # (tile_n, dim_v, num_kv_stages)
     sVt: Optional[cute.ComposedLayout]     # (dim_v, tile_n, num_kv_stages): V^T; None unless cfg.values.is_transposed
@@ -53,7 +53,7 @@ class FwdLayouts:
 @dataclass(frozen=True)
 class FwdSmem:
     """Shared-memory tensors, in layout order."""
-    sO: cute.Tensor                # O until the store has read it: the Q ring's slots, or FP8's own
+    sO: Optional[cute.Tensor]      # O until the store has read it: the Q ring's slots, or FP8's own
     sQ: cute.Tensor                # aliases sO: a warpgroup overwrites rows that it has read; FP8: memory of its own
     sK: cute.Tensor
     sV: cute.Tensor

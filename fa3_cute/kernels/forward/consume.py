@@ -11,7 +11,7 @@ from ..common.layout import unhoisted
 from ..common.visibility import Visibility
 from ..common.wgmma import Mmas
 from .bundles import FwdParams, FwdPipelines, FwdSmem
-from .store import write_lse, write_O
+from .store import write_lse, write_O, write_rows
 from .tile_ring import TileReader
 
 
@@ -47,10 +47,13 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
             attend = skip_tiles(attend, own.n_block_min - blocks.n_block_min)
         if const_expr(cfg.is_fp8):
             tidx = unhoisted(tidx)
-        o_slot = attend.q_slot
-        if const_expr(cfg.output is Output.OWN_SLOT):
-            o_slot = o_producer.acquire().index
-        write_O(cfg, mmas, smem.sO[None, None, o_slot], attend.acc_O, tidx)
+        if const_expr(cfg.output is Output.NOWHERE):
+            write_rows(cfg, params, tile, attend.acc_O, tidx)
+        else:
+            o_slot = attend.q_slot
+            if const_expr(cfg.output is Output.OWN_SLOT):
+                o_slot = o_producer.acquire().index
+            write_O(cfg, mmas, smem.sO[None, None, o_slot], attend.acc_O, tidx)
         o_producer.commit()      # of O's own slot, or of Q's, which the Q ring has emptied
         o_producer.advance()
         write_lse(cfg, params, tile, attend.softmax.row_sum, tidx)

@@ -12,7 +12,8 @@ from ...planning.strategies import Output
 from ..common.arithmetic import ceil_div
 from ..common.barriers import sync_warpgroup
 from ..common.copies import row_copy
-from ..common.layout import ROW_STEP, SwizzledRow, as_quads, convert, fragment_col, fragment_row, out_type
+from ..common.layout import (ROW_STEP, SwizzledRow, as_quads, convert, fragment_col, fragment_row, out_type,
+                             pieces_of_row)
 from ..common.tiles import Tile, rows_from
 from ..common.tma import tma_views
 from ..common.wgmma import Mmas
@@ -54,6 +55,24 @@ def write_quads(cfg: FwdConfig, sO: cute.Tensor, quads: cute.Tensor, tidx: Int32
 
 
 @cute.jit
+def write_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, acc_O: cute.Tensor, tidx: Int32):
+    """acc_O (f32, normalised) -> out in FP32, rows below seqlen_q.
+
+    Runs on: a consumer warpgroup, each its 64 rows.
+    """
+    for r in cutlass.range_constexpr(2):
+        row = tile.m_block * cfg.tile_m + fragment_row(tidx) + ROW_STEP * r
+        if row < tile.seqlen_q:
+            mO = params.mO[tile.offset_q + row, None, tile.head, tile.batch]
+            pieces, size = pieces_of_row(cfg, acc_O, r)
+            for i in cutlass.range_constexpr(len(pieces)):
+                piece = cute.make_rmem_tensor(size, Float32)
+                for c in cutlass.range_constexpr(size):
+                    piece[c] = pieces[i][c]
+                cute.autovec_copy(piece, cute.local_tile(mO, (size,), (4 * i + tidx % 4,)))
+
+
+@cute.jit
 def write_lse(cfg: FwdConfig, params: FwdParams, tile: Tile, lse: cute.Tensor, tidx: Int32):
     """lse (f32, one per row that the thread holds) -> mLSE.
 
@@ -84,6 +103,23 @@ def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, n
                 cute.autovec_copy(rO, tOgO[None, step, c])
 
 
+@cute.jit
+def copy_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, slot: Int32, tOsO: cute.Tensor,
+              tOgO: cute.Tensor):
+    """O of a tile from its slot, which are TMA's views of, to global memory. Runs on: one warp, which waits until it is
+    read."""
+    num_rows = tile.seqlen_q - tile.m_block * cfg.tile_m
+    use_tma = Boolean(True)
+    if const_expr(cfg.is_varlen):
+        use_tma = num_rows >= cfg.tile_m
+        if num_rows < cfg.tile_m:
+            store_rows(cfg, params, tile, sO[None, None, slot], num_rows)
+    if use_tma:
+        cute.copy(params.o.atom, tOsO[None, slot], tOgO)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
 @dataclass
 class OutStore:
     """A warp's place in the rings of the tiles that it stores."""
@@ -102,22 +138,15 @@ class OutStore:
 
         Runs on: one warp. Synchronises: waits for the full half of the O ring; empties the Q ring and O's own.
         """
-        mO = rows_from(cfg, tile.offset_q, params.o.tensor[None, None, tile.head, tile.batch])
-        gO = cute.local_tile(mO, (cfg.tile_m, cfg.dim_v), (tile.m_block, 0))
-        tOsO, tOgO = tma_views(params.o, gO, smem.sO)
+        if const_expr(cfg.output is not Output.NOWHERE):
+            mO = rows_from(cfg, tile.offset_q, params.o.tensor[None, None, tile.head, tile.batch])
+            gO = cute.local_tile(mO, (cfg.tile_m, cfg.dim_v), (tile.m_block, 0))
+            tOsO, tOgO = tma_views(params.o, gO, smem.sO)
         q = self.q_consumer.wait_and_advance()   # full long ago; this walks the ring whose slot we release
         o = self.o_consumer.wait_and_advance()
-        slot = o.index if const_expr(cfg.output is Output.OWN_SLOT) else q.index
-        num_rows = tile.seqlen_q - tile.m_block * cfg.tile_m
-        use_tma = Boolean(True)
-        if const_expr(cfg.is_varlen):
-            use_tma = num_rows >= cfg.tile_m
-            if num_rows < cfg.tile_m:
-                store_rows(cfg, params, tile, smem.sO[None, None, slot], num_rows)
-        if use_tma:
-            cute.copy(params.o.atom, tOsO[None, slot], tOgO)
-            cute.arch.cp_async_bulk_commit_group()
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if const_expr(cfg.output is not Output.NOWHERE):
+            slot = o.index if const_expr(cfg.output is Output.OWN_SLOT) else q.index
+            copy_rows(cfg, params, tile, smem.sO, slot, tOsO, tOgO)
         cute.arch.sync_warp()   # every lane has read, the one that issued the store has waited: now lane 0 may release
         q.release()
         if const_expr(cfg.output is Output.OWN_SLOT):
