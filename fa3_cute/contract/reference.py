@@ -77,11 +77,12 @@ def e4m3_bits(values) -> np.ndarray:
 
 def to_bits(values, dtype: str) -> np.ndarray:
     """Values rounded to `dtype` in the array a kernel's buffer holds: "fp16" float16, "bf16" uint16 bits, "fp8_e4m3"
-    uint8 bits (saturated at +-448)."""
+    uint8 bits (saturated at +-448), "fp32" float32."""
     return {
         "fp16": lambda: np.asarray(values).astype(np.float16),
         "bf16": lambda: bf16_bits(values),
         "fp8_e4m3": lambda: e4m3_bits(values),
+        "fp32": lambda: np.asarray(values, np.float32),
     }[dtype]()
 
 

@@ -97,8 +97,10 @@ def _strides_of(p, tensor: str) -> Sentences:
         for name, stride, default, size in zip(fields, given, contiguous, sizes, strict=True)
         if size > 1
     ]
-    is_fp8 = tensor != "out" and p.dtype is DataType.FP8_E4M3
-    multiple, limit = (TMA_ALIGNMENT, TMA_STRIDE_BYTES) if is_fp8 else (TMA_ALIGNMENT // 2, TMA_STRIDE_BYTES // 2)
+    element_bytes = 1 if tensor != "out" and p.dtype is DataType.FP8_E4M3 else 2
+    if tensor == "out" and p.out_dtype is DataType.FP32:
+        element_bytes = 4
+    multiple, limit = TMA_ALIGNMENT // element_bytes, TMA_STRIDE_BYTES // element_bytes
     least, why = (head_dim, " (head_dim: rows must not overlap)") if tensor == "out" else (0, "")
     found = [
         f"{stated}: must be at least {least}{why}, below {limit} and a multiple of {multiple} elements "

@@ -177,11 +177,11 @@ REFUSED = [
             ("workspace_bytes", -1, "at least 0"),
         )
     ),
-    (-9, DENSE, {"out_dtype": BF16}, ("out_dtype=DataType.BF16", "None or FP16 with dtype=FP16")),
+    (-9, DENSE, {"out_dtype": BF16}, ("out_dtype=DataType.BF16", "None or FP16 or FP32 with dtype=FP16")),
     *(
-        (-9, call, {"out_dtype": value}, (f"out_dtype={text}", "None or FP16 or BF16 with dtype=FP8_E4M3"))
+        (-9, call, {"out_dtype": value}, (f"out_dtype={text}", "None or FP16 or BF16 or FP32 with dtype=FP8_E4M3"))
         for call in (DENSE_FP8, PACKED_FP8)
-        for value, text in ((FP8, "DataType.FP8_E4M3"), (3, "3"), ("bf16", "'bf16'"))
+        for value, text in ((FP8, "DataType.FP8_E4M3"), (4, "4"), ("bf16", "'bf16'"))
     ),
     *(
         (-9, call, {name: value}, (f"{name}={value:#x}", "4 bytes"))

@@ -151,8 +151,10 @@ def test_twin_of_fp8_differs_by_o_alone():
     bf16, fp16 = (low_precision_twin(q, k, v, "fp8_e4m3", out_dtype=out_dtype)[0] for out_dtype in ("bf16", "fp16"))
     np.testing.assert_allclose(bf16, fp16, rtol=2**-8 + 2**-11, atol=2**-25)
     assert (bf16 != fp16).any()
+    fp32, _ = low_precision_twin(q, k, v, "fp8_e4m3", out_dtype="fp32")
+    np.testing.assert_array_equal(round_to(fp32, "bf16"), bf16)
     with pytest.raises(KeyError):
-        low_precision_twin(q, k, v, "fp8_e4m3", out_dtype="fp32")
+        low_precision_twin(q, k, v, "fp8_e4m3", out_dtype="fp64")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward
 from fa3_cute.contract.reference import as_float, attention_reference, low_precision_twin, to_bits, used_rows
 
 
-DATA_TYPES = {"fp16": DataType.FP16, "bf16": DataType.BF16, FP8: DataType.FP8_E4M3}
+DATA_TYPES = {"fp16": DataType.FP16, "bf16": DataType.BF16, FP8: DataType.FP8_E4M3, "fp32": DataType.FP32}
 
 RULE_16_BIT = Rule(max_factor=2.0, mean_factor=1.5)
 # The twin rounds P relative to the row's maximum, a kernel relative to the maximum so far or of its split: elsewhere.
