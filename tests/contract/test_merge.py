@@ -31,8 +31,9 @@ def test_forward_reads_no_fp32(value):
     problem = first_problem(replace(DENSE, dtype=value))
     assert problem.status is Status.INVALID_ARGUMENT
     assert "dtype=" in problem.detail and "FP16, BF16 or FP8_E4M3" in problem.detail
-    assert first_problem(replace(DENSE, out_dtype=value, out_row_stride=4228, out_head_stride=132)) is None
-    assert "out_row_stride=4228" in first_problem(replace(DENSE, out_row_stride=4228)).detail
+    apart = {"out_batch_stride": 512 * 2112, "out_row_stride": 2112, "out_head_stride": 132}
+    assert first_problem(replace(DENSE, out_dtype=value, **apart)) is None
+    assert "out_head_stride=132" in first_problem(replace(DENSE, **apart)).detail
 
 
 # ---- what is accepted and refused ------------------------------------------------------------------------------------
