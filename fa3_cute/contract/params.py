@@ -313,12 +313,18 @@ def is_paged(p) -> bool:
     return bool(p.page_table)
 
 
+def all_sizes(p) -> tuple:
+    """(batch_q, rows_q, batch_k, rows_k) of plain params; a packed tensor has one batch, a pool its pages."""
+    packed = p.cu_seqlens_q or p.cu_seqlens_k or p.mode is AttentionMode.VARLEN_PREFILL
+    q = (1, p.total_q) if packed else (p.batch_size, p.seqlen_q)
+    if p.cu_seqlens_k or packed and not (p.seqused_k or p.page_table):
+        return *q, 1, p.total_k
+    if p.page_table:
+        return *q, p.num_pages, p.page_size
+    return *q, p.batch_size_k or p.batch_size, p.seqlen_k
+
+
 def tensor_sizes(p, tensor: str) -> tuple:
-    """(batch, rows, heads) of one tensor of plain params; a packed tensor has one batch, a pool its pages."""
-    if tensor in ("q", "out"):
-        return (1, p.total_q, p.num_heads) if is_packed(p) else (p.batch_size, p.seqlen_q, p.num_heads)
-    if has_packed_keys(p):
-        return 1, p.total_k, p.num_heads_k
-    if is_paged(p):
-        return p.num_pages, p.page_size, p.num_heads_k
-    return p.batch_size_k or p.batch_size, p.seqlen_k, p.num_heads_k
+    """(batch, rows, heads) of one tensor of plain params."""
+    batch_q, rows_q, batch_k, rows_k = all_sizes(p)
+    return (batch_q, rows_q, p.num_heads) if tensor in ("q", "out") else (batch_k, rows_k, p.num_heads_k)

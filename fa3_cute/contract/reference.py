@@ -211,10 +211,10 @@ def low_precision_twin(q, k, v, dtype: str, *, out_dtype=None, **options) -> tup
     """The same attention, rounded where a kernel of `dtype` ("fp16", "bf16", "fp8_e4m3") must round, and nowhere else.
 
     Inputs in `dtype`; S, the row sums and P V accumulated in FP32; P relative to its row maximum rounded to `dtype`
-    before P V (FP8: 2^8 times it); division by the row sum in FP32; O rounded to `out_dtype`, "fp16", "bf16" or "fp32", None:
-    `dtype`, "bf16" for FP8. Its distance from `attention_reference` is the error that the number formats alone explain:
-    the tolerance rule's yardstick. Arguments and returns as `attention_reference`; the returned float64 values are the
-    rounded ones.
+    before P V (FP8: 2^8 times it); division by the row sum in FP32; O rounded to `out_dtype`, "fp16", "bf16" or
+    "fp32", None: `dtype`, "bf16" for FP8. Its distance from `attention_reference` is the error that the number formats
+    alone explain: the tolerance rule's yardstick. Arguments and returns as `attention_reference`; the returned float64
+    values are the rounded ones.
     """
     twin = TWINS[dtype]
     if out_dtype is not None:

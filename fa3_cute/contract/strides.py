@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from .formats import HEAD_DIMS
 from .limits import DIMS, MAX_ROWS, MAX_SIZE, TMA_ALIGNMENT, TMA_STRIDE_BYTES
-from .params import TENSORS, DataType, names, tensor_sizes
+from .params import TENSORS, DataType, all_sizes, names, tensor_sizes
 from .plain import BAD
 from .sentences import Sentences, is_int, must
 from .status import shown
@@ -49,7 +49,7 @@ def descale_strides(p) -> Sentences:
 def _are_common(p, given: tuple) -> bool:
     """At a glance: TMA takes all of these strides and the rows of out are nested. False says nothing."""
     head_dim, heads, heads_k = p.head_dim, p.num_heads, p.num_heads_k
-    (batch, rows_q, _), (_, rows_k, _) = tensor_sizes(p, "q"), tensor_sizes(p, "k")
+    batch, rows_q, _, rows_k = all_sizes(p)
     if not (
         head_dim in HEAD_DIMS
         and type(batch) is type(rows_q) is type(rows_k) is type(heads) is type(heads_k) is int

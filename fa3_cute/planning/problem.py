@@ -16,11 +16,11 @@ from ..contract.params import (
     AttentionMode,
     DataType,
     FlashAttentionParams,
+    all_sizes,
     has_packed_keys,
     is_packed,
     is_paged,
     names,
-    tensor_sizes,
 )
 from ..contract.strides import DESCALE_STRIDES, STRIDES
 
@@ -200,7 +200,8 @@ def _strides_of(p, packed: bool, packed_keys: bool) -> tuple[int, ...]:
     multiple of 16 bytes: the kernel gets the contiguous one.
     """
     given = _read_strides(p)
-    (batch_q, rows_q, heads), (batch_k, rows_k, heads_k) = tensor_sizes(p, "q"), tensor_sizes(p, "k")
+    heads, heads_k = p.num_heads, p.num_heads_k
+    batch_q, rows_q, batch_k, rows_k = all_sizes(p)
     row_q, row_k, head_dim = heads * p.head_dim, heads_k * p.head_dim, p.head_dim
     q = (0 if packed else rows_q * row_q, row_q, head_dim)
     k = (0 if packed_keys else rows_k * row_k, row_k, head_dim)
