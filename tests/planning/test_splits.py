@@ -16,7 +16,6 @@ from split_calls import (
     PREFILL,
     PROMPT,
     UNBOUNDED,
-    VARLEN,
     A,
     check_memory,
     launch_of,
@@ -63,24 +62,6 @@ from fa3_cute.planning.splits import CLUSTER_SLOTS, plan
         (PROMPT, {"pack_gqa": np.True_}, True),
         (PROMPT, {"pack_gqa": np.False_}, False),
         (PROMPT, {"seqused_q": A, "seqused_k": A}, False),
-        # packed sequences have the other kernel, however short they are
-        *(
-            (
-                PROMPT,
-                {
-                    "seqlen_q": 1,
-                    "cu_seqlens_q": A,
-                    "cu_seqlens_k": A,
-                    "mode": VARLEN,
-                    "total_q": 5,
-                    "total_k": 5,
-                    "num_splits": n,
-                    "pack_gqa": pack,
-                },
-                False,
-            )
-            for n, pack in ((0, None), (1, False))
-        ),
         (ONE_TOKEN, {"cu_seqlens_q": 0}, True),
     ],
 )
