@@ -99,15 +99,15 @@ def asked_for(cell: str) -> FlashAttentionParams:
 
 def test_what_is_said_to_work_works():
     works = [cell for _, cell in rows(MIGRATION.read_text(), "feature", "works with")]
-    assert len(works) == 3
+    assert len(works) == 4
     assert {cell: explain(asked_for(cell)) for cell in works} == {cell: [] for cell in works}
 
 
 def test_what_is_said_to_be_refused_is():
     refused = {cell: int(code) for cell, code in rows(MIGRATION.read_text(), "refused", "code")}
     assert len(refused) >= 7
-    assert {cell: [problem.status for problem in explain(asked_for(cell))] for cell in refused} == {
-        cell: [Status(code)] for cell, code in refused.items()
+    assert {cell: {problem.status for problem in explain(asked_for(cell))} for cell in refused} == {
+        cell: {Status(code)} for cell, code in refused.items()
     }
 
 
@@ -325,11 +325,33 @@ def test_serving_snippets_run(calls, quiet):
     assert names["largest_workspace"]([good, split]) == max(map(fa3_cute.workspace_size, (good, split))) > 0
     bounded = names["bounded"](good, 1024, 8192)
     assert (bounded.seqlen_k, bounded.k_batch_stride) == (1024, 8192 * 2 * 128) and explain(bounded) == []
+    paged_step(names)
     softcap = asked_for("`softcap=30.0`")
     assert len(names["reasons"](softcap)) == 1
     said: list[str] = []
     assert not names["launch_or_report"](softcap, names["stream"], said.append) and len(said) == 1
     assert names["launch_or_report"](good, names["stream"], said.append) and len(said) == 1
+
+
+def paged_step(names: dict) -> None:
+    """What the snippets make of an engine's tensors; K and V side by side, a slice of the table."""
+    packed = Tensor(9, 16, 128)
+    k, v = Pool(40, 16, 2, 128), Pool(40, 16, 2, 128)
+    table = Tensor(3, 8)
+    given = packed, k, v, packed, Tensor(4), Tensor(3), table
+    call = names["step"](*given, max_seqlen_q=4, zero_padding=True)
+    assert explain(call) == [] and (call.is_causal, call.window_size_left, call.window_size_right) == (True, -1, -1)
+    assert (call.page_size, call.num_pages, call.seqlen_k, call.batch_size, call.total_q) == (16, 40, 128, 3, 9)
+    assert (call.k_batch_stride, call.k_row_stride, call.k_head_stride) == (16 * 512, 512, 256)
+    windowed = names["step"](*given, window_size=(63, -1))
+    assert explain(windowed) == [] and (windowed.window_size_left, windowed.window_size_right) == (63, 0)
+
+
+class Pool(Tensor):
+    """K or V of a pool that has both side by side."""
+
+    def stride(self, dim: int) -> int:
+        return super().stride(dim) * (1 if dim == 3 else 2)
 
 
 @both_guides
