@@ -140,14 +140,18 @@ def load_vllm() -> Peer:
     """vLLM's fork of FlashAttention-3, called as its engine does: packed queries over pages, O in place, metadata of
     the scheduler made ahead, once for all layers of a step."""
     import torch
-    from vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func, get_scheduler_metadata
+
+    try:
+        from vllm_flash_attn import flash_attn_interface as interface
+    except ImportError:
+        from vllm.vllm_flash_attn import flash_attn_interface as interface
 
     def make_launch(case, q, k, v, indices):
         if not case.page_size:
             raise PeerMissing("vllm is timed over pages alone")
         lengths = {"max_seqlen_q": case.seqlen_q, "max_seqlen_k": case.seqlen_k}
         choices = {"causal": case.is_causal, "window_size": list(case.window), "num_splits": 0}
-        metadata = get_scheduler_metadata(
+        metadata = interface.get_scheduler_metadata(
             batch_size=case.batch_size,
             num_heads_q=case.num_heads,
             num_heads_kv=case.num_heads_k,
@@ -160,7 +164,7 @@ def load_vllm() -> Peer:
             **choices,
         )
         call = partial(
-            flash_attn_varlen_func,
+            interface.flash_attn_varlen_func,
             q=q,
             k=k,
             v=v,
