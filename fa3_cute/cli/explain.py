@@ -1,6 +1,6 @@
 """Says what `forward` would do with a problem of these sizes: every reason to refuse it, in the order in which it finds
-them, else the kernel that serves it, its tile and the measurement behind that choice, and for decode how K and V are
-split. Needs no GPU and compiles nothing; exit status 1 if the problem would be refused.
+them, else the kernel that serves it, or the two of a mixed batch, its tile and the measurement behind that choice, and
+for decode how K and V are split. Needs no GPU and compiles nothing; exit status 1 if the problem would be refused.
 
 Tensors are taken to be contiguous. Of a tile's numbers the first are its own, those of other tiles follow
 (planning/tables.py says on which machine). Workspace bytes are scratch memory for the partial results of splits; within
@@ -15,7 +15,7 @@ from ..api import AttentionMode, DataType, FlashAttentionParams, explain
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from ..contract.plain import plain
 from ..contract.status import Problem
-from ..planning.operations import Config, checked, operation_of
+from ..planning.operations import Config, Launch, checked, operation_of
 from ..planning.splits import SplitPlan
 
 ADDRESS = 1 << 20  # stands for any tensor
@@ -59,6 +59,10 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument(
         "--seqused", action="store_const", const="k", default="", help="the used lengths of K and V are on the device"
+    )
+    parser.add_argument("--page-size", **number, help="varlen: K and V in pages, used lengths on the device")
+    parser.add_argument(
+        "--max-seqlen-q", **number, default=0, help="varlen: no sequence has more queries; default unknown"
     )
     parser.add_argument("--lse", action="store_true", help="the log-sum-exp is wanted")
     parser.add_argument("--softmax-scale", type=float, metavar="X", help="default 1/sqrt(head_dim)")
@@ -106,6 +110,10 @@ def params_of(args) -> FlashAttentionParams:
             "total_q": args.batch_size * seqlen_q,
             "total_k": args.batch_size * seqlen_k,
         }
+        if args.page_size is not None:
+            del rows["cu_seqlens_k"], rows["total_k"]
+            rows |= pages_of(args.batch_size, seqlen_k, args.page_size)
+    rows |= {"max_seqlen_q": args.max_seqlen_q}
     if args.seqused:
         rows |= {f"seqused_{side}": ADDRESS for side in args.seqused}
     return FlashAttentionParams(
@@ -131,21 +139,45 @@ def params_of(args) -> FlashAttentionParams:
     )
 
 
+def pages_of(batch_size: int, seqlen_k: int, page_size: int) -> dict[str, Any]:
+    """Fields of sequences of so many keys, in a pool that holds them all."""
+    rows = max(1, page_size)
+    pages = -(-seqlen_k // rows)
+    capacity = {"seqlen_k": pages * rows, "seqused_k": ADDRESS}
+    return {"page_table": ADDRESS, "page_size": page_size, "num_pages": batch_size * pages} | capacity
+
+
 def served(params: FlashAttentionParams) -> dict:
-    """Which kernel serves valid params, why, and how a decode call is laid out."""
+    """Which kernel serves valid params, why, and how a decode call is laid out; "before" has the same of the launch
+    before it, if there are two."""
     shape = checked(plain(params))
     assert not isinstance(shape, Problem), "the params are valid"
     operation = operation_of(shape)
-    launch = operation.launches[-1]
+    *before, last = map(facts_of, operation.launches)
+    return last | {"workspace_bytes": operation.workspace_bytes, "before": before}
+
+
+def facts_of(launch: Launch) -> dict:
+    """One launch."""
     cfg, plan = launch.config, launch.plan
-    facts = {
+    return {
         "kernel": cfg.name,
         "config": cfg.as_dict() | {"tile_m": cfg.tile_m},
         "reason": launch.reason,
         "reason_unit": reason_unit(cfg),
-        "workspace_bytes": operation.workspace_bytes,
+        "plan": plan and plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)},
     }
-    return facts | {"plan": plan and plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)}}
+
+
+def splits_in_words(plan: dict) -> str:
+    """How K and V are split."""
+    if plan["has_shares"]:
+        return f"by the lengths on the device, in clusters of {plan['cluster_size']} CTAs"
+    clusters = max(1, plan["num_splits"] // plan["cluster_size"])
+    return (
+        f"{max(plan['num_splits'], plan['cluster_size'])} of K and V, {clusters} cluster{'' if clusters == 1 else 's'} "
+        f"of {plan['cluster_size']} CTAs"
+    )
 
 
 def reason_unit(cfg: Config) -> str:
@@ -162,6 +194,14 @@ def ctas_per_sm(cfg: Config, plan: SplitPlan) -> int:
 
 def lines(facts: dict):
     """Yields (name, text) of what is printed."""
+    for launch in (*facts["before"], facts):
+        yield from lines_of(launch)
+    if any(launch["plan"] for launch in (*facts["before"], facts)):
+        yield "workspace", f"{facts['workspace_bytes']} bytes"
+
+
+def lines_of(facts: dict):
+    """The same of one launch."""
     cfg, plan = facts["config"], facts["plan"]
     yield "kernel", facts["kernel"]
     rings = transposed = ""
@@ -178,14 +218,6 @@ def lines(facts: dict):
     yield "measured", facts["reason"]
     yield "", f"({facts['reason_unit']})"
     if plan:
-        clusters = plan["num_splits"] // plan["cluster_size"]
         yield "heads", f"{plan['packed_heads']} query heads share a tile"
-        yield (
-            "splits",
-            (
-                f"{plan['num_splits']} of K and V, {clusters} cluster{'' if clusters == 1 else 's'} of "
-                f"{plan['cluster_size']} CTAs"
-            ),
-        )
+        yield "splits", splits_in_words(plan)
         yield "CTAs", f"{'one' if plan['ctas_per_sm'] == 1 else 'up to two'} per SM, {plan['smem_bytes']} bytes each"
-        yield "workspace", f"{facts['workspace_bytes']} bytes"

@@ -6,7 +6,7 @@ from commands import answer
 from fa3_cute.api import kernel_config
 from fa3_cute.cli import main
 from fa3_cute.planning.config import DecodeConfig
-from fa3_cute.planning.tables import decode_config, forward_config
+from fa3_cute.planning.tables import KeySource, decode_config, forward_config
 from fa3_cute.contract.params import FlashAttentionParams
 from fa3_cute.contract.status import FlashAttentionError, Status
 
@@ -64,14 +64,47 @@ def test_explain_names_the_kernel(argv, cfg, capsys):
     assert ("for V transposed" in printed) == (cfg.is_fp8 and not cfg.packs_heads)
 
 
+PAGED = [
+    *("explain", "--mode", "varlen", "--batch-size", "64", "--seqlen-q", "20", "--seqlen-k", "4000"),
+    *("--num-heads", "32", "--num-heads-k", "8", "--page-size", "16", "--causal"),
+]
+
+
+def test_explain_of_a_mixed_batch_names_both_kernels(capsys):
+    source = KeySource(True, 16, True)
+    decode = decode_config("bf16", 128, True, source=source).name
+    forward = forward_config("bf16", 128, "causal", False, True, source=source).name
+    status, said = answer(capsys, *PAGED)
+    assert (status, said["kernel"], [launch["kernel"] for launch in said["before"]]) == (0, forward, [decode])
+    assert said["plan"] is None and said["before"][0]["plan"]["has_shares"] and said["workspace_bytes"] > 0
+    assert main(PAGED) == 0
+    printed = capsys.readouterr().out
+    assert printed.index(f"kernel    {decode}\n") < printed.index(f"kernel    {forward}\n")
+    assert "splits    by the lengths on the device, in clusters of " in printed
+    assert printed.endswith(f"workspace {said['workspace_bytes']} bytes\n")
+    status, said = answer(capsys, *PAGED, "--max-seqlen-q", "16")
+    assert (status, said["kernel"], said["before"]) == (0, decode, [])
+
+
+def test_explain_of_lengths_on_the_device_has_whole_clusters(capsys):
+    argv = ["explain", "--mode", "decode", "--seqused", "--seqlen-k", "200"]
+    _, said = answer(capsys, *argv)
+    assert said["plan"]["cluster_size"] > said["plan"]["num_splits"] == 1 and not said["plan"]["has_shares"]
+    assert main(argv) == 0
+    size = said["plan"]["cluster_size"]
+    assert f"splits    {size} of K and V, 1 cluster of {size} CTAs\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "argv, status",
     [
+        (["--mode", "varlen", "--page-size", "0"], "PAGED_KV_UNSUPPORTED"),
+        (["--max-seqlen-q", "3"], "VARLEN_MISMATCH"),
         (["--dtype", "fp8_e4m3", "--head-dim", "256"], "FP8_HEAD_DIM"),
         (["--dtype", "bf16", "--out-dtype", "fp16"], "INVALID_ARGUMENT"),
     ],
 )
-def test_explain_refuses_types_that_do_not_go_together(argv, status, capsys):
+def test_explain_refuses_what_does_not_go_together(argv, status, capsys):
     code, said = answer(capsys, "explain", *argv)
     assert code == 1 and [problem["status"] for problem in said["problems"]] == [status]
 
