@@ -31,10 +31,10 @@ def schedule():
             if (request := slots[slot]) < 0:
                 continue  # an empty slot has no keys, and its out is 0
             first, used[slot] = used[slot], max(used[slot], REQUESTS[request][0]) + 1  # the prompt comes first
-            for token in range(first, used[slot]):
-                if token % PAGE == 0:
-                    pages[slot].append(free.pop(0))
-                new_tokens.append((request, token, pages[slot][-1] * PAGE + token % PAGE))
+            missing = -(-used[slot] // PAGE) - len(pages[slot])
+            pages[slot], free = pages[slot] + free[:missing], free[missing:]
+            rows = [page * PAGE + row for page in pages[slot] for row in range(PAGE)]
+            new_tokens += [(request, token, rows[token]) for token in range(first, used[slot])]
         table = [own + [-1] * (MAX_PAGES - len(own)) for own in pages]  # past the used pages nothing is read
         yield list(slots), np.array(table, np.int32), np.array(used, np.int32), new_tokens
 
