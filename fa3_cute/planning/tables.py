@@ -115,6 +115,10 @@ class KeySource(NamedTuple):
 
 
 DENSE = KeySource()     # and packed K and V with packed Q
+# {(bytes per element, head_dim, is_local): its own row in ragged batches}
+RAGGED_DECODE = {
+    (1, 96, True): DecodeRow(128, 8, 1, 1.0, "with two CTAs per SM it spills 16 bytes, over pages 24; not measured"),
+}
 # Sets of features that kernels are made for: none, and each alone.
 NONE: frozenset[str] = frozenset()
 EACH_FEATURE = (NONE, *(frozenset({flag}) for flag in FEATURES))
@@ -155,16 +159,17 @@ def all_forward_configs() -> list[FwdConfig]:
 
 
 @cache
-def decode_row(dtype: str, head_dim: int) -> DecodeRow:
-    """The row of DECODE that serves a problem."""
-    return DECODE[ELEMENT_BYTES[dtype], head_dim]
+def decode_row(dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False) -> DecodeRow:
+    """The row of DECODE that serves a problem, or that of RAGGED_DECODE."""
+    key = ELEMENT_BYTES[dtype], head_dim
+    return is_ragged and RAGGED_DECODE.get((*key, is_local)) or DECODE[key]
 
 
 @cache
 def decode_config(dtype: str, head_dim: int, is_local: bool, out_dtype: str | None = None,
                   features: frozenset[str] = NONE, source: KeySource = DENSE) -> DecodeConfig:
     """The config that serves a decode problem."""
-    row = decode_row(dtype, head_dim)
+    row = decode_row(dtype, head_dim, is_local, source.is_ragged)
     return interned(DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm, out_dtype,
                                  **source.fields(row.tile_n), **dict.fromkeys(features, True)))
 
