@@ -332,12 +332,11 @@ def attention(
     q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens_q
     k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens_k, or
                   [num_pages, page_size, num_heads_k, head_dim] with page_table. float16, bfloat16 or float8_e4m3fn; FP8
-                  also as uint8 with dtype="float8_e4m3fn". The last dimension is contiguous, other strides multiples
-                  of 16 for FP8 q, k and v, else of 8. A given out is written and returned: of q's
-                  type, of FP8 bfloat16 or float16, or float32.
+                  also as uint8 with dtype="float8_e4m3fn". Last dimension contiguous, other strides multiples of 16
+                  for FP8 q, k and v, else of 8. A given out is written: of q's type (FP8: 16 bit) or float32
     stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
-    cu_seqlens_*  [batch + 1] int32: packed sequences; cu_seqlens_q alone with a cache, whose used rows seqused_k says
+    cu_seqlens_*  [batch + 1] int32: packed sequences; cu_seqlens_q alone with a cache and seqused_k
     seqused_k     [batch] int32; beyond the rows that there are it is these, in pages and with packed queries
     page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k
     kv_batch_idx  [batch] int32: the entry of k and v, or row of page_table, of each sequence; None: its own

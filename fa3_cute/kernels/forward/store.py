@@ -66,10 +66,15 @@ def write_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, acc_O: cute.Tensor
             mO = params.mO[tile.offset_q + row, None, tile.head, tile.batch]
             pieces, size = pieces_of_row(cfg, acc_O, r)
             for i in cutlass.range_constexpr(len(pieces)):
-                piece = cute.make_rmem_tensor(size, Float32)
-                for c in cutlass.range_constexpr(size):
-                    piece[c] = pieces[i][c]
-                cute.autovec_copy(piece, cute.local_tile(mO, (size,), (4 * i + tidx % 4,)))
+                store_piece(pieces[i], cute.local_tile(mO, (size,), (4 * i + tidx % 4,)))
+
+
+def store_piece(values: tuple, place: cute.Tensor):
+    """Neighbouring columns (f32) at once."""
+    piece = cute.make_rmem_tensor(len(values), Float32)
+    for i, value in enumerate(values):
+        piece[i] = value
+    cute.autovec_copy(piece, place)
 
 
 @cute.jit
