@@ -114,7 +114,8 @@ def _forward_launch(cfg: FwdConfig) -> Launch:
 
 def _decode_launch(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int = 0) -> Launch:
     plan = ragged_plan_of(cfg, shape, decode_queries) if cfg.is_ragged else plan_of(cfg, shape)
-    return Launch(cfg, decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged).reason, "splits" if plan.partial_bytes else "none", plan)
+    row = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged)
+    return Launch(cfg, row.reason, "splits" if plan.partial_bytes else "none", plan)
 
 
 def launch_of(cfg: Config, shape: ProblemShape) -> Launch:

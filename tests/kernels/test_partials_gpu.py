@@ -32,7 +32,7 @@ def rounded_and_16_bit(problem, stream, out_dtype):
     check(problem, whole, lse)
     narrow = contiguous("narrow", problem.out.array.shape, out_dtype)
     narrow.poison()
-    of_call = dict.fromkeys((f"out_{dim}_stride" for dim in ("batch", "row", "head")))
+    of_call = dict.fromkeys(f"out_{dim}_stride" for dim in ("batch", "row", "head"))
     call = params_of(problem, out=narrow.address, out_dtype=None, **of_call)
     forward(call, stream).check()
     return to_bits(whole, out_dtype), narrow.read(stream)

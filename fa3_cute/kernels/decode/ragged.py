@@ -20,7 +20,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32
 
-from ...planning.config import DecodeConfig
 from ..common.arithmetic import ceil_div, maximum, minimum
 from ..common.block_range import BlockRange, part_of
 from ..common.ragged import RaggedBatch
@@ -58,8 +57,8 @@ class RaggedGrid:
     def create(a) -> "RaggedGrid":
         """From a kernel's arguments."""
         share = Float32(a.has_shares) / Float32(LEAST_TILES * a.cluster_size)
-        return RaggedGrid(a.num_extras, a.first_base, a.has_base, share, a.least_clusters, a.most_clusters, a.most_tiles,
-                          a.split_tiles, a.partial_rows)
+        return RaggedGrid(a.num_extras, a.first_base, a.has_base, share, a.least_clusters, a.most_clusters,
+                          a.most_tiles, a.split_tiles, a.partial_rows)
 
     @cute.jit
     def part(self, tiles: BlockRange, split: Int32, num_splits: Int32) -> BlockRange:
@@ -107,7 +106,7 @@ class Dealer:
 
     @cute.jit
     def sequence(self, number: Int32) -> tuple[Int32, Int32, Int32, Int32, Int32, Int32]:
-        """offset_q, seqlen_q, offset_k, seqlen_k of a sequence, its M tiles, and the K/V tiles that one of them sees."""
+        """offset_q, seqlen_q, offset_k, seqlen_k of a sequence, its M tiles, and the K/V tiles that one sees."""
         place = self.batch.place(number)
         num_m_blocks = ceil_div(place[1] * self.packed_heads.divisor, self.cfg.tile_m)
         return (*place, num_m_blocks, minimum(ceil_div(place[3], self.cfg.tile_n), self.grid.most_tiles))

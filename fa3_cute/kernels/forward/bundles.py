@@ -44,7 +44,7 @@ class FwdParams:
 class FwdLayouts:
     """Staged, swizzled shared-memory layouts."""
     sQ: cute.ComposedLayout        # (tile_m, dim_qk, num_q_stages): Q in
-    sO: Optional[cute.ComposedLayout]      # (tile_m, dim_v, num_o_slots): O out; None where consumers store O themselves
+    sO: Optional[cute.ComposedLayout]      # (tile_m, dim_v, num_o_slots): O out; None where consumers store it
     sK: cute.ComposedLayout        # (tile_n, dim_qk, num_kv_stages)
     sV: cute.ComposedLayout        # (tile_n, dim_v, num_kv_stages)
     sVt: Optional[cute.ComposedLayout]     # (dim_v, tile_n, num_kv_stages): V^T; None unless cfg.values.is_transposed

@@ -71,8 +71,8 @@ class FlashAttentionForward:
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             scores=ScoreTransform.create(cfg, a), window=Window(a.window_size_left, a.window_size_right),
-            grid=grid, sequences=sequences, places=places, tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
-            num_heads=a.num_heads, num_heads_k=a.num_heads_k)
+            grid=grid, sequences=sequences, places=places, num_heads=a.num_heads, num_heads_k=a.num_heads_k,
+            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_mmas(cfg)).launch(
             grid=(minimum(num_tiles, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
