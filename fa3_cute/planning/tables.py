@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, PARTIAL
 from .config import FEATURES, DecodeConfig, FwdConfig
 from .key_source import PAGE_BOXES
 
@@ -204,6 +204,13 @@ def _in_turn(rows: list[tuple]) -> Iterator[tuple]:
             yield own[turn // 2], types[turn % 2], (turn + turn // 2) % 2 == 1, sources[turn % len(sources)]
 
 
+def partial_configs() -> list[FwdConfig | DecodeConfig]:
+    """Of the configs whose O is FP32 some that stand for all: each row of FORWARD, and of DECODE without a window."""
+    dtypes = {1: FP8, 2: "bf16"}
+    return [*(forward_config(dtypes[size], head_dim, mask, True, True, PARTIAL) for size, head_dim, mask in FORWARD),
+            *(decode_config(dtypes[size], head_dim, False, PARTIAL) for size, head_dim in DECODE)]
+
+
 def all_configs() -> list[FwdConfig | DecodeConfig]:
-    """Every config that some supported call can need, but of ragged batches a selection."""
-    return [*all_forward_configs(), *all_decode_configs(), *ragged_configs()]
+    """Every config that some supported call can need, but of ragged batches and of FP32 results a selection."""
+    return [*all_forward_configs(), *all_decode_configs(), *ragged_configs(), *partial_configs()]
