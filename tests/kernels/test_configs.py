@@ -53,7 +53,7 @@ def selection() -> list:
 
 def kind_of(cfg) -> tuple:
     """What the code of a ragged batch's kernel follows from besides its row: kernel, bytes per element, source."""
-    return type(cfg), cfg.element_bytes, cfg.page_box > 0, cfg.box_is_wide
+    return type(cfg), cfg.element_bytes, cfg.page_box > 0, cfg.box_is_wide, cfg.reads_rows
 
 
 def ragged_selection() -> list:
@@ -108,7 +108,8 @@ def test_ragged_configs_cover_rows_and_options():
     configs = ragged_configs()
     assert all(cfg.is_ragged and cfg.is_varlen for cfg in configs)
     rows = {(type(cfg), cfg.dtype, cfg.out_dtype, cfg.head_dim, cfg.mask) for cfg in configs}
-    assert rows == {(type(cfg), cfg.dtype, cfg.out_dtype, cfg.head_dim, cfg.mask) for cfg in all_configs()}
+    dense = [cfg for cfg in (*all_forward_configs(), *all_decode_configs()) if (cfg.dtype, cfg.out_dtype) in DTYPES]
+    assert rows == {(type(cfg), cfg.dtype, cfg.out_dtype, cfg.head_dim, cfg.mask) for cfg in dense}
     forward = [cfg for cfg in configs if not cfg.packs_heads]
     has_lse = {(cfg.element_bytes, cfg.head_dim, cfg.mask, cfg.has_lse) for cfg in forward}
     assert len(has_lse) == 2 * len({row[:3] for row in has_lse})

@@ -23,7 +23,7 @@ DECODES = Ragged(CASE, (1,) * 6, KEYS, fields={"max_seqlen_q": 1})
 MIXED = Ragged(CASE, (1, 300, 4, 129, 1, 0), (1000, 400, 20, 129, 2100, 50))
 CHUNKS = Ragged(CASE, (300, 129, 17), (400, 129, 900), fields={"max_seqlen_q": 300})
 WINDOW = replace(CASE, is_causal=False, window=(60, 0))
-PAGE_SIZES = (8, 16, 24, 32, 48, 64, 128, 528)
+PAGE_SIZES = (1, 8, 12, 16, 24, 32, 48, 64, 128, 528)  # 1 and 12: row by row
 
 
 @pytest.mark.parametrize("layout", POOLS)
@@ -87,7 +87,7 @@ def test_pages_give_the_bits_of_the_cache(case, splits, stream):
     expected = RaggedProblem(replace(base, page_size=0))
     wanted = expected.run(stream)
     expected.check(*wanted)
-    for page_size, layout in ((16, "nhd"), (16, "odd"), (64, "hnd"), (8, "nhd")):
+    for page_size, layout in ((16, "nhd"), (16, "odd"), (64, "hnd"), (8, "nhd"), (1, "nhd")):
         found = RaggedProblem(replace(base, page_size=page_size, layout=layout))
         assert np.array_equal(found.q.array, expected.q.array)
         assert_same_bits(found.run(stream), wanted)
@@ -150,7 +150,7 @@ def test_pages_left_of_a_window_hold_nan_in_fp8(head_dim, queries, stream):
 
 @st.composite
 def batches(draw) -> Ragged:
-    """Pages of any size that TMA brings, any layout, masks, heads and lengths."""
+    """Pages of any size, any layout, masks, heads and lengths."""
     count = draw(st.sampled_from((1, 2, 5, 33)))
     length = st.one_of(st.just(1), st.integers(0, 20), st.integers(0, 150 if count > 5 else 300))
     queries = draw(st.lists(length, min_size=count, max_size=count))
@@ -160,7 +160,7 @@ def batches(draw) -> Ragged:
         with_heads(case, draw(st.sampled_from(list(HEADS.values())))),
         (*queries, 1),
         (*keys, 1),
-        page_size=draw(st.sampled_from((8, 16, 40, 64, 112, 256))),
+        page_size=draw(st.sampled_from((1, 8, 13, 16, 40, 64, 112, 256))),
         layout=draw(st.sampled_from(list(POOLS))),
         capacity=draw(st.sampled_from((0, 500, 1024))),
         stale=draw(st.sampled_from((-1, 2**31 - 1))),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fa3_cute.planning.rings import WARP, by_name
-from fa3_cute.planning.tables import all_configs, all_decode_configs, all_forward_configs
+from fa3_cute.planning.tables import all_configs, all_decode_configs, all_forward_configs, ragged_configs
 
 TEXT = (Path(__file__).resolve().parents[2] / "fa3_cute" / "kernels" / "README.md").read_text()
 FORWARD_TEXT, DECODE_TEXT = TEXT.split("\n## The decode kernel\n")
@@ -19,10 +19,11 @@ def ring_rows(text: str) -> dict[str, list[str]]:
     return {name: cells for name, *cells in rows}
 
 
-def count_in(cell: str, is_fp8: bool, n: int) -> int | None:
+def count_in(cell: str, n: int, is_fp8: bool = False, reads_rows: bool = False) -> int | None:
     """Arrivals that a cell states for n consumer warpgroups; None where nobody arrives."""
-    common, _, special = cell.partition("FP8:")
-    found = COUNT.search(special if is_fp8 and special else common)
+    common, _, of_rows = cell.partition("rows:")
+    common, _, special = common.partition("FP8:")
+    found = COUNT.search(of_rows if reads_rows and of_rows else special if is_fp8 and special else common)
     if found is None:
         return None
     terms = (found[1] or found[2]).replace(" ", "").split("+")
@@ -31,7 +32,10 @@ def count_in(cell: str, is_fp8: bool, n: int) -> int | None:
 
 @pytest.mark.parametrize(
     "configs, text",
-    [(all_forward_configs(), FORWARD_TEXT), (all_decode_configs(), DECODE_TEXT)],
+    [
+        ([*all_forward_configs(), *(cfg for cfg in ragged_configs() if not cfg.packs_heads)], FORWARD_TEXT),
+        ([*all_decode_configs(), *(cfg for cfg in ragged_configs() if cfg.packs_heads)], DECODE_TEXT),
+    ],
     ids=["forward", "decode"],
 )
 def test_arrival_counts_are_the_contract_s(configs, text):
@@ -41,16 +45,19 @@ def test_arrival_counts_are_the_contract_s(configs, text):
         assert set(rings) == {name for name in rows if name != "vt" or cfg.is_fp8}
         for name, (_, full, empty) in rows.items():
             if name in rings:
-                said = [count_in(cell, cfg.is_fp8, cfg.num_consumer_wgs) for cell in (full, empty)]
+                said = [count_in(cell, cfg.num_consumer_wgs, cfg.is_fp8, cfg.reads_rows) for cell in (full, empty)]
                 assert said[0] == rings[name].full and said[1] in (None, rings[name].empty), (cfg.name, name)
 
 
 def test_a_wrong_count_is_found():
-    assert count_in("one lane of every consumer warp (4n); FP8: of each transpose warp (2)", False, 3) == 12
-    assert count_in("one lane of every consumer warp (4n); FP8: of each transpose warp (2)", True, 3) == 2
-    assert count_in("of the load and store warps and of the consumers (64 + 128n)", False, 2) == 320
-    assert count_in("load warp, 1 + the bytes of Q", True, 3) == 1
-    assert count_in("nobody; FP8: one lane of warp 1 (1)", False, 3) is None
+    assert count_in("one lane of every consumer warp (4n); FP8: of each transpose warp (2)", 3) == 12
+    assert count_in("one lane of every consumer warp (4n); FP8: of each transpose warp (2)", 3, is_fp8=True) == 2
+    assert count_in("of the load and store warps and of the consumers (64 + 128n)", 2) == 320
+    assert count_in("load warp, 1 + the bytes of Q", 3, is_fp8=True) == 1
+    assert count_in("nobody; FP8: one lane of warp 1 (1)", 3) is None
+    assert count_in("load warp, 1 + the bytes of K; rows: every lane of it (32)", 3) == 1
+    assert count_in("load warp, 1 + the bytes of K; rows: every lane of it (32)", 3, reads_rows=True) == 32
+    assert count_in("one lane of every consumer warp (4n)", 2, reads_rows=True) == 8
 
 
 def test_every_warp_has_one_role_at_most():

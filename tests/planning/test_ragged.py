@@ -138,6 +138,8 @@ SOURCES = {
     "pages of 128": (replace(PACKED_PAGED, page_size=128), (64, True)),
     "pages of 8": (replace(PACKED_PAGED, page_size=8), (8, True)),
     "pages of 40": (replace(PACKED_PAGED, page_size=40), (8, True)),
+    "pages of 12": (replace(PACKED_PAGED, page_size=12, seqlen_k=600), (1, False)),
+    "pages of 1": (replace(PACKED_PAGED, page_size=1), (1, False)),
     "pages of 160": (replace(PACKED_PAGED, page_size=160), (32, True)),
 }
 
