@@ -15,7 +15,8 @@ import json
 import sys
 from pathlib import Path
 
-from ..planning.tables import all_configs
+from ..planning.key_source import PAGE_BOXES
+from ..planning.tables import configs_over, dense_configs
 from ..runtime import disk_cache
 from .table import Table
 
@@ -96,14 +97,17 @@ def clear() -> dict:
 
 
 def export(folder: Path) -> dict:
-    """Copies of the kernels of the tables; missing are those that were not compiled here."""
+    """Copies of the kernels of the tables, also of those over caches and pages; missing are those of dense and packed
+    calls that were not compiled here."""
     from ..runtime.compiler import cache_key  # the DSL takes half a second to import
 
-    configs = all_configs()
-    paths = [path for cfg in configs if (path := disk_cache.export(folder, cfg.name, cache_key(cfg)))]
+    dense = dense_configs()
+    others = {cfg.name: cfg for page_size in (0, *PAGE_BOXES) for cfg in configs_over(page_size)}
+    found = {cfg.name: disk_cache.export(folder, cfg.name, cache_key(cfg)) for cfg in (*dense, *others.values())}
+    paths = list(filter(None, found.values()))
     nbytes = sum(path.stat().st_size for path in paths)
     problem = disk_cache.read_only_problem(folder) if paths else None
-    rest = {"missing": len(configs) - len(paths), "problem": problem}
+    rest = {"missing": sum(not found[cfg.name] for cfg in dense), "problem": problem}
     return {"to": str(folder), "files": len(paths), "bytes": nbytes} | rest
 
 

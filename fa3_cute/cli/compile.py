@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS
 from ..planning.operations import Config
-from ..planning.tables import all_configs
-from .options import cannot_run, count, counted, one_or_more
+from ..planning.tables import configs_over, dense_configs
+from .options import cannot_run, count, counted, one_or_more, whole
 from .processes import spread
 from .table import Table
 
@@ -33,6 +33,12 @@ def add_arguments(parser) -> None:
         help="the variants for packed sequences and used lengths instead of the dense ones",
     )
     parser.add_argument("--decode", action="store_true", help="only the decode kernels")
+    parser.add_argument(
+        "--page-size",
+        type=whole(0),
+        metavar="N",
+        help="the kernels of calls over pages of N rows, 0: over a cache without pages",
+    )
     parser.add_argument("--head-dim", type=one_or_more(int, HEAD_DIMS), default=list(HEAD_DIMS), metavar="D,..")
     parser.add_argument(
         "--dtype",
@@ -58,7 +64,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     configs = [
         cfg
-        for cfg in all_configs()
+        for cfg in (dense_configs() if args.page_size is None else configs_over(args.page_size))
         if cfg.head_dim in args.head_dim
         and cfg.dtype in args.dtype
         and cfg.mask in args.masks
@@ -86,6 +92,8 @@ def run(args) -> int:
 
 def is_chosen(cfg: Config, args) -> bool:
     """Whether the options ask for this variant."""
+    if cfg.is_ragged and not cfg.packs_heads:
+        return not args.decode and (args.all or not cfg.has_lse)
     if cfg.packs_heads:
         return args.decode or args.all and not args.varlen
     layouts = (True,) if args.varlen else (False, True) if args.all else (False,)

@@ -181,6 +181,24 @@ def all_decode_configs() -> list[DecodeConfig]:
             for size, head_dim in DECODE if size == ELEMENT_BYTES[dtype] for is_local in (False, True)]
 
 
+def dense_configs() -> list[FwdConfig | DecodeConfig]:
+    """Every config that some call of dense or packed Q, K and V alike can need."""
+    return [*all_forward_configs(), *all_decode_configs()]
+
+
+def configs_over(page_size: int) -> list[FwdConfig | DecodeConfig]:
+    """Every config that calls over pages of so many rows can need, 0: those over a cache without pages; of pools whose
+    heads and pages are not steps of one stride there are others."""
+    out = []
+    for dtype, out_dtype in DTYPES:
+        source = KeySource(True, page_size, ELEMENT_BYTES[dtype] == 2 and page_size > 0 and page_size % 8 == 0)
+        out += [forward_config(dtype, head_dim, mask, has_lse, True, out_dtype, source=source)
+                for size, head_dim, mask in FORWARD if size == ELEMENT_BYTES[dtype] for has_lse in (False, True)]
+        out += [decode_config(dtype, head_dim, is_local, out_dtype, source=source)
+                for size, head_dim in DECODE if size == ELEMENT_BYTES[dtype] for is_local in (False, True)]
+    return out
+
+
 def ragged_configs() -> list[FwdConfig | DecodeConfig]:
     """Of the configs of ragged batches, which are too many, some that stand for all: each row of the tables with both
     element types, the forward kernel's with LSE and without, and of the sources the next ones in turn."""
@@ -213,4 +231,4 @@ def partial_configs() -> list[FwdConfig | DecodeConfig]:
 
 def all_configs() -> list[FwdConfig | DecodeConfig]:
     """Every config that some supported call can need, but of ragged batches and of FP32 results a selection."""
-    return [*all_forward_configs(), *all_decode_configs(), *ragged_configs(), *partial_configs()]
+    return [*dense_configs(), *ragged_configs(), *partial_configs()]

@@ -92,6 +92,9 @@ def test_compile_prints_json_and_fills_the_cache(tmp_path, monkeypatch, capsys):
         (["--dtype", "fp8_e4m3", "--out-dtype", "fp16"], 9),
         (["--out-dtype", "bf16"], 39),
         (["--decode", "--dtype", "fp8_e4m3", "--head-dim", "128,256"], 4),
+        (["--page-size", "16", "--dtype", "bf16"], 15),
+        (["--page-size", "16", "--decode"], 32),
+        (["--page-size", "0", "--all", "--head-dim", "128"], 32),
     ],
 )
 def test_compile_selects(argv, count, monkeypatch, capsys):
@@ -103,7 +106,7 @@ def test_compile_selects(argv, count, monkeypatch, capsys):
         {True} if "--decode" in argv else {False, "--all" in argv and "--varlen" not in argv}
     )
     assert {cfg.is_varlen for cfg in seen if isinstance(cfg, FwdConfig)} == (
-        set() if "--decode" in argv else {True} if "--varlen" in argv else {False, "--all" in argv}
+        set() if "--decode" in argv else {True} if {"--varlen", "--page-size"} & {*argv} else {False, "--all" in argv}
     )
     assert capsys.readouterr().out.splitlines()[-1] == f"{count} kernels, all clean"
 
