@@ -285,8 +285,19 @@ class Calls:
         return True
 
 
+class Nothing:
+    """Of a kernel whose entry takes none."""
+
+    def __init__(self, *_):
+        pass
+
+    def addresses(self) -> tuple[()]:
+        """None."""
+        return ()
+
+
 class NoScratch:
-    """Of a launch that needs none."""
+    """Of a launch that needs none, though the entry takes some."""
 
     def __init__(self, memory: Memory, stream: int, plan: SplitPlan, shape: ProblemShape):
         pass
@@ -351,7 +362,7 @@ class SplitScratch:
 
 
 # By Launch.scratch.
-SCRATCH = {"none": NoScratch, "tile_counter": TileCounter, "splits": SplitScratch}
+SCRATCH = {"nothing": Nothing, "none": NoScratch, "tile_counter": TileCounter, "splits": SplitScratch}
 
 
 class _Thread(threading.local):

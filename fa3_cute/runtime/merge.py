@@ -4,21 +4,7 @@ import threading
 from typing import Any
 
 from ..planning.merge import MAX_SHAPES, MergeShape
-from .launch import SCRATCH, Call, ensure_loaded, launch, resolve_stream
-
-
-class Nothing:
-    """Scratch memory of a kernel whose entry takes none."""
-
-    def __init__(self, memory: Any, stream: int, plan: None, shape: Any):
-        pass
-
-    def addresses(self) -> tuple[()]:
-        """None."""
-        return ()
-
-
-SCRATCH["nothing"] = Nothing
+from .launch import Call, ensure_loaded, launch, resolve_stream
 
 
 class _Thread(threading.local):
