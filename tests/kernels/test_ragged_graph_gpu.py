@@ -3,27 +3,34 @@
 from dataclasses import replace
 
 import pytest
-from cases import FP8, Case
+from cases import FP8, Case, with_heads
 from check import assert_same_bits
 from ragged_problems import Ragged, RaggedProblem
+from workspaces import Workspace
 
 from fa3_cute import forward, warmup, workspace_size
-from workspaces import Workspace
 
 pytestmark = pytest.mark.gpu
 
 CASE = Case("bf16", 128, True, 8, 2, 0, 0)
 FP8_CASE = Case(FP8, 128, True, 8, 2, 0, 0, out_dtype="bf16")
-# Bounds: 5 sequences, 500 rows, 2048 keys each; what is filled in at first is short.
-BOUNDS = Ragged(CASE, (1, 1, 0, 2, 1), (3, 0, 5, 70, 1), capacity=2048, total_q=500)
-# (queries, keys); all decodes, chunks and decodes, one chunk of all rows, nothing, lengths beyond the capacity.
+# Bounds: 5 sequences, 300 rows, 1024 keys each; what is filled in at first is short.
+BOUNDS = Ragged(CASE, (1, 1, 0, 2, 1), (3, 0, 5, 70, 1), capacity=1024, total_q=300)
+# (queries, keys): all decodes, chunks and decodes, one chunk of all rows, nothing, lengths beyond the capacity.
 REPLAYED = (
-    ((1, 1, 1, 1, 1), (2048, 1, 777, 0, 64)),
-    ((1, 300, 4, 17, 1), (1000, 400, 20, 129, 2048)),
-    ((0, 500, 0, 0, 0), (0, 1500, 0, 9, 0)),
+    ((1, 1, 1, 1, 1), (1024, 1, 777, 0, 64)),
+    ((1, 150, 4, 17, 1), (1000, 400, 20, 129, 1024)),
+    ((0, 300, 0, 0, 0), (0, 900, 0, 9, 0)),
     ((0, 0, 0, 0, 0), (0, 0, 0, 0, 0)),
     ((16, 16, 15, 1, 0), (2**31 - 1, 100, 15, 5000, 0)),
-    ((100, 1, 1, 1, 1), (100, 2047, 2048, 1500, 3)),
+    ((100, 1, 1, 1, 1), (100, 1023, 1024, 900, 3)),
+)
+# Of long sequences, which several clusters share.
+LONG = replace(BOUNDS, case=with_heads(CASE, (4, 1)), capacity=8192, page_size=64, total_q=40)
+LONG_REPLAYED = (
+    ((1, 1, 1, 1, 1), (8192, 1, 777, 0, 64)),
+    ((1, 30, 4, 1, 1), (40, 3000, 20, 8000, 300)),
+    ((4, 1, 16, 1, 17), (2000, 2000, 2000, 2000, 3)),
 )
 
 
@@ -38,9 +45,9 @@ def captured(problem, stream, **overrides):
     return graph
 
 
-def replay_all(problem, graph, streams) -> None:
+def replay_all(problem, graph, streams, lengths=REPLAYED) -> None:
     """Other lengths, and with them other pages, tables and values; in turn on each stream."""
-    for index, (queries, keys) in enumerate(REPLAYED):
+    for index, (queries, keys) in enumerate(lengths):
         stream = streams[index % len(streams)]
         problem.fill(queries, keys)
         graph.launch(stream)
@@ -74,9 +81,20 @@ def test_replay_with_other_rows_of_the_cache(device):
         graph = captured(problem, stream)
         for rows in ((0, 1, 2, 3, 4), (7, 7, 7, 7, 0)):
             problem.ragged = replace(problem.ragged, rows=rows)
-            problem.fill((1, 30, 4, 1, 1), (1000, 400, 20, 900, 2048))
+            problem.fill((1, 30, 4, 1, 1), (1000, 400, 20, 900, 1024))
             graph.launch(stream)
             problem.check(*problem.results(stream))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_splits": 48}, {"max_num_splits": 48}, {"fixed_split_size": 1024}], ids=str
+)
+def test_sequences_that_several_clusters_share(fields, device):
+    """As many as their lengths ask for at each replay."""
+    stream = device.create_stream()
+    problem = RaggedProblem(replace(LONG, fields=fields))
+    assert workspace_size(problem.params()) > 0
+    replay_all(problem, captured(problem, stream), (stream,), LONG_REPLAYED)
 
 
 def test_decodes_only(device):
@@ -89,9 +107,9 @@ def test_decodes_only(device):
 def test_replays_agree_bit_for_bit(device):
     """40 in a row: every one leaves counters and arrival counts at 0."""
     stream = device.create_stream()
-    problem = RaggedProblem(BOUNDS)
+    problem = RaggedProblem(LONG)
     graph = captured(problem, stream)
-    problem.fill((1, 300, 4, 17, 1), (1000, 400, 20, 129, 2048))
+    problem.fill(*LONG_REPLAYED[1])
     expected = problem.run(stream)
     problem.check(*expected)
     for _ in range(40):
@@ -103,9 +121,9 @@ def test_replays_agree_bit_for_bit(device):
 def test_the_workspace_of_the_caller(device):
     """Enough for any lengths within the bounds; nothing around it is written."""
     stream = device.create_stream()
-    problem = RaggedProblem(BOUNDS)
+    problem = RaggedProblem(LONG)
     workspace = Workspace(workspace_size(problem.params()))
     before = workspace.parts(stream)[0]
     graph = captured(problem, stream, **workspace.fields)
-    replay_all(problem, graph, (stream,))
+    replay_all(problem, graph, (stream,), LONG_REPLAYED)
     assert (workspace.parts(stream)[0] == before).all()
