@@ -43,8 +43,11 @@ def kernels_of(shape: ProblemShape) -> Kernels:
 
 
 def max_queries(shape: ProblemShape) -> int:
-    """Queries of a sequence, at most, as far as the host can tell or is told; 0: unknown."""
-    if shape.is_packed and shape.batch_size > 1:
+    """Queries of a sequence, at most, as far as the host can tell or is told; 0: unknown.
+
+    With packed keys it must be told: a sequence has the same kernel, and bits, alone and among others.
+    """
+    if shape.is_packed and (shape.batch_size > 1 or shape.has_packed_keys):
         return shape.max_seqlen_q or (1 if shape.seqlen_q == shape.batch_size else 0)
     return shape.seqlen_q
 

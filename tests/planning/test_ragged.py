@@ -60,6 +60,7 @@ SERVED = {
     "packed, short": (replace(PACKED, max_seqlen_q=16), "D"),
     "packed, longer": (replace(PACKED, max_seqlen_q=17), "f"),
     "packed, one each": (replace(PACKED, total_q=3), "D"),
+    "packed, one sequence, short": (replace(PACKED, batch_size=1, total_q=5), "f"),
     "packed, splits": (replace(PACKED, num_splits=2), "D"),
     # Packed queries over a cache or pages: both kernels, unless a bound says that one suits all.
     "packed, a cache": (PACKED_CACHE, "DF"),
