@@ -10,7 +10,10 @@ CFG = decode_config("bf16", 128, False)
 WORKSPACE = 0x7F3300000010
 
 # `sent` is what the launch was: (grid, block, cluster, shared memory), and of the numbers those that follow the plan.
+# With lengths on the device it is the kernel of ragged batches.
 SENT = """
+from fa3_cute.planning.tables import KeySource
+RAGGED_CFG = decode_config("bf16", 128, False, source=KeySource(True))
 places = kernel_parameters(DECODE_CFG)
 def sent(stream=STREAM[0], **changes):
     forward(decode_params(**changes), stream).check()
@@ -72,6 +75,8 @@ def test_addresses_and_tensors(told):
 lengths = dict(seqused_q=0x7F0099AABBCC, seqused_k=0x7F00DDEEFF10)
 facts = POINTERS | lengths | dict(workspace={WORKSPACE:#x}, lse={WORKSPACE:#x} + 4 * (2 * 2 * 3 * 8) * 128)
 def given(**changes):
+    global places
+    places = kernel_parameters(RAGGED_CFG if "seqused_k" in changes else DECODE_CFG)
     sent(k_batch_stride=2**33 + 1024, k_row_stride=4096, v_head_stride=256, **changes)
     return reached(places, **facts), len(scratch(places))
 mine = given(num_splits=48, workspace={WORKSPACE:#x}, workspace_bytes=1 << 20, **lengths)
@@ -166,6 +171,7 @@ module.launch = counted
 facts = dict(q=POINTERS["q"], seqused_k=0x7F00DDEEFF10, mine=0x7F3300000010, other=0x7F4400000020)
 def step(stream=STREAM[0], **changes):
     changes = dict(num_splits=48, seqused_k=0x7F00DDEEFF10) | changes
+    places = kernel_parameters(RAGGED_CFG if changes["seqused_k"] else DECODE_CFG)
     what = sent(stream, **changes)
     steps.append([len(checked), what, *reached(places, **facts).values(), scratch(places)])
 mine, other = ({"workspace": facts[name], "workspace_bytes": 1 << 20} for name in ("mine", "other"))
