@@ -28,7 +28,10 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # leaves at most 4e-3, E4M3 rounding of P at most 4.4e-2 in the rows of the small problem.
 WRONG = {1: 8e-2, 2: 1e-2}
 # What the problem decides; every other field of a config is ours to set.
-GIVEN_FIELDS = ("dtype", "out_dtype", "head_dim", "is_causal", "is_local", "has_lse", "is_varlen")
+GIVEN_FIELDS = (
+    *("dtype", "out_dtype", "head_dim", "is_causal", "is_local", "has_lse", "is_varlen"),
+    *("is_ragged", "page_box", "box_is_wide"),
+)
 SWITCHES = {"0": False, "1": True, "false": False, "true": True}
 PREFILL_SEQLENS, DECODE_SEQLENS = (4096,), (8192,)
 

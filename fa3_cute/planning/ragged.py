@@ -175,6 +175,7 @@ def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -
         split_tiles=split_tiles,
         num_partials=num_partials,
         partial_rows=batch.rows,
-        partial_bytes=4 * num_partials * batch.rows * (cfg.head_dim + 1),
+        # No less than what arrival counts in the caller's tile_counter follow from: an eighth of it.
+        partial_bytes=max(4 * num_partials * batch.rows * (cfg.head_dim + 1), 32 * num_partials * cluster_size),
         num_arrivals=num_partials * cluster_size,
     )

@@ -104,14 +104,17 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
         "rescale_before_pv": not CFG.rescale_before_pv,
     }
     changed_fp8 = {"out_dtype": "fp16"}  # what only FP8 can change
+    changed_ragged = {"is_ragged": True, "page_box": 32, "box_is_wide": True}  # each with the ones before it
     small = replace(CFG, tile_n=64, is_causal=False)  # leaves room to change one field at a time
     small_fp8 = replace(small, dtype="fp8_e4m3", out_dtype="bf16")
-    assert changed.keys() | changed_fp8.keys() == {field.name for field in fields(CFG)}
+    assert changed.keys() | changed_fp8.keys() | changed_ragged.keys() == {field.name for field in fields(CFG)}
+    ragged = [dict(list(changed_ragged.items())[:count]) for count in (1, 2, 3)]
     cfgs = [
         small,
         small_fp8,
         *(replace(small, **{name: value}) for name, value in changed.items()),
         *(replace(small_fp8, **{name: value}) for name, value in changed_fp8.items()),
+        *(replace(small, is_varlen=True, **values) for values in ragged),
     ]
     assert len({compiler.cache_key(cfg) for cfg in cfgs}) == len(cfgs)
     assert {type(value) for cfg in (CFG, small_fp8) for value in cfg.as_dict().values()} <= {int, bool, str, type(None)}
@@ -164,6 +167,8 @@ def test_pointers_have_their_type_and_no_more_alignment_than_validation_asks_for
         "cu_seqlens_k": "Int32",
         "seqused_q": "Int32",
         "seqused_k": "Int32",
+        "page_table": "Int32",
+        "kv_batch_idx": "Int32",
         "tile_counter": "Int32",
         "arrivals": "Int32",
         "partials": "Float32",
