@@ -110,9 +110,9 @@ def params_of(args) -> FlashAttentionParams:
             "total_q": args.batch_size * seqlen_q,
             "total_k": args.batch_size * seqlen_k,
         }
-        if args.page_size is not None:
-            del rows["cu_seqlens_k"], rows["total_k"]
-            rows |= pages_of(args.batch_size, seqlen_k, args.page_size)
+    if args.page_size is not None:
+        rows = {name: value for name, value in rows.items() if name not in ("cu_seqlens_k", "total_k")}
+        rows |= pages_of(args.batch_size, seqlen_k, args.page_size)
     rows |= {"max_seqlen_q": args.max_seqlen_q}
     if args.seqused:
         rows |= {f"seqused_{side}": ADDRESS for side in args.seqused}
