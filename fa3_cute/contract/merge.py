@@ -258,7 +258,8 @@ def _choices(p) -> Sentences:
 
 
 def _in_place(p) -> Sentences:
-    if _choices(p) or _strides(p) or not all(_sizes_of(p)):
+    addresses = [getattr(p, name) for pair in IN_PLACE for name in pair]
+    if _choices(p) or _strides(p) or not all(type(value) is int for value in (*_sizes_of(p), *addresses)):
         return ()
     return [
         f"{result}={getattr(p, result):#x}: is {source}, and must have the same strides"

@@ -96,7 +96,7 @@ def has_wide_boxes(shape: ProblemShape) -> bool:
     """Whether heads and pages of K, and of V, are steps of one stride, few enough for a coordinate of TMA."""
     _, _, _, k_page, _, k_head, v_page, _, v_head, *_ = shape.strides
     return all(
-        head and page % head == 0 and shape.num_pages * (page // head) < 1 << 31
+        head and page % head == 0 and page // head >= shape.num_heads_k and shape.num_pages * (page // head) < 1 << 31
         for page, head in ((k_page, k_head), (v_page, v_head))
     )
 

@@ -37,7 +37,7 @@ def kernels_of(shape: ProblemShape) -> Kernels:
     most, queries = MAX_DECODE_ROWS // packed_heads_of(shape), max_queries(shape)
     if 0 < queries <= most:
         return Kernels(True, False)
-    if shape.has_packed_keys or shape.batch_size == 1 or not most:
+    if shape.has_packed_keys or not most:
         return Kernels(False, True)
     return Kernels(True, True, most)
 
@@ -84,7 +84,7 @@ def batch_of(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int) -> Bat
     """The batch of a problem; decode_queries as Kernels has them."""
     packed_heads, num_sequences = packed_heads_of(shape), shape.batch_size + shape.zero_padding
     num_groups = shape.num_heads // packed_heads
-    rows = (decode_queries or max_queries(shape) or shape.seqlen_q) * packed_heads
+    rows = max(1, decode_queries or max_queries(shape) or shape.seqlen_q) * packed_heads
     items = most_items = num_sequences * -(-rows // cfg.tile_m)
     if shape.is_packed and not decode_queries:
         most_items = max(shape.seqlen_q * packed_heads - 1, 0) // cfg.tile_m + num_sequences
@@ -137,7 +137,8 @@ def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -
     is_spread = batch.items * wanted <= CLUSTER_SLOTS[cluster_size][0]
     num_slots = CLUSTER_SLOTS[cluster_size][0 if is_spread or cfg.ctas_per_sm == 1 else 1] // cluster_size
     most_clusters = max(1, most_splits // cluster_size)
-    least_clusters, split_tiles = num_splits // cluster_size or 1, 0 if num_splits else -(-split_size // cfg.tile_n)
+    least_clusters = num_splits // cluster_size or 1
+    split_tiles = 0 if num_splits else min(-(-split_size // cfg.tile_n), max(1, most_tiles))
     # Of few items: what runs at once besides them. Of many: as many as they are, or as run in MOST_ROUNDS.
     has_few = batch.items < num_slots
     num_extras = num_slots - batch.items if has_few else min(batch.most_items, MOST_ROUNDS * num_slots)
@@ -151,7 +152,7 @@ def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -
     if num_splits:
         most = least_clusters
     elif split_size:
-        most = min(-(-most_tiles // split_tiles), most_clusters)
+        most = max(1, min(-(-most_tiles // split_tiles), most_clusters))
     has_base = has_few or not has_shares
     if has_shares:
         num_partials = num_extras + min(num_extras, batch.most_items) * has_base
@@ -159,6 +160,8 @@ def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -
     else:
         num_partials = batch.most_items * most if most > 1 else 0
         num_further = batch.most_items * most - batch.first_items
+    # What is asked for by number or by size holds for items of any rows, whatever the hint.
+    partial_rows = batch.rows if has_shares else cfg.tile_m
     return SplitPlan(
         packed_heads=1,
         num_splits=max(1, num_splits),
@@ -174,8 +177,8 @@ def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -
         most_tiles=most_tiles,
         split_tiles=split_tiles,
         num_partials=num_partials,
-        partial_rows=batch.rows,
+        partial_rows=partial_rows,
         # No less than what arrival counts in the caller's tile_counter follow from: an eighth of it.
-        partial_bytes=max(4 * num_partials * batch.rows * (cfg.head_dim + 1), 32 * num_partials * cluster_size),
+        partial_bytes=max(4 * num_partials * partial_rows * (cfg.head_dim + 1), 32 * num_partials * cluster_size),
         num_arrivals=num_partials * cluster_size,
     )

@@ -119,7 +119,7 @@ def plan_of(cfg: DecodeConfig, shape: ProblemShape) -> "SplitPlan":
         shape.num_heads,
         shape.num_heads_k,
         shape.window_left + shape.window_right + 1,
-        (shape.pack_gqa, shape.num_splits),
+        (shape.pack_gqa, shape.num_splits, shape.max_num_splits or MAX_SPLITS),
     )
 
 
@@ -132,14 +132,14 @@ def plan(
     num_heads: int,
     num_heads_k: int,
     reach: int,
-    choices: tuple[bool | None, int],
+    choices: tuple[bool | None, int] | tuple[bool | None, int, int],
 ) -> SplitPlan:
     """The plan of a call.
 
     reach     tokens from the first key that a query sees to its last, at most
-    choices   (pack_gqa, num_splits) of the params
+    choices   (pack_gqa, num_splits, max_num_splits) of the params
     """
-    pack_gqa, num_splits = choices
+    pack_gqa, num_splits, most_splits = (*choices, MAX_SPLITS)[:3]
     packed_heads = 1 if pack_gqa is not None and not pack_gqa else num_heads // num_heads_k
     rows = seqlen_q * packed_heads
     num_items = -(-rows // cfg.tile_m) * (num_heads // packed_heads) * batch_size
@@ -152,6 +152,8 @@ def plan(
     else:
         rates = next(row[1:] for row in RATES if kv_bytes <= row[0])
         num_splits, cluster_size = fastest(cfg, num_items, n_blocks, rates)
+        if num_splits > most_splits:
+            num_splits, cluster_size = most_splits, max(size for size in CLUSTER_SLOTS if most_splits % size == 0)
     is_spread = num_items * num_splits <= CLUSTER_SLOTS[cluster_size][0]
     num_clusters = num_splits // cluster_size
     partials = num_items * num_clusters * min(rows, cfg.tile_m) if num_clusters > 1 else 0

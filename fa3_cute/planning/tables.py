@@ -1,4 +1,5 @@
 """Which kernel serves which problem: one table, a row per (bytes per element, head_dim, mask), each with its reason."""
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ from .key_source import PAGE_BOXES
 @dataclass(frozen=True)
 class Row:
     """Tile choice of one (bytes per element, head_dim, mask) and the measurement behind it."""
+
     tile_m: int
     tile_n: int
     num_q_stages: int
@@ -24,32 +26,60 @@ class Row:
 # Reasons: speed relative to FA3 C++ (fa3-fwd 0.0.3) at 4k / 16k tokens; BF16, randn, 16k tokens in all, hidden size
 # 2048, H200, 2026-11-22, interleaved in one process. "q1", "q2": Q stages. Larger tiles spill or do not fit.
 FORWARD = {
-    (2, 64, "full"): Row(192, 112, 2, "1.02 / 1.00; 192x128 1.04 / 0.96, 128x192 0.90 / 0.85, 128x128 0.86 / 0.78; "
-                                     "192x144 spills 64 bytes and serialises WGMMA"),
+    (2, 64, "full"): Row(
+        192,
+        112,
+        2,
+        "1.02 / 1.00; 192x128 1.04 / 0.96, 128x192 0.90 / 0.85, 128x128 0.86 / 0.78; "
+        "192x144 spills 64 bytes and serialises WGMMA",
+    ),
     (2, 64, "causal"): Row(192, 128, 2, "1.04 / 1.03; 192x112 0.99 / 0.97; 192x144 spills 160 bytes"),
-    (2, 96, "full"): Row(192, 112, 2, "1.02 / 1.02; 192x96 1.00 / 0.98, 128x160 and 128x192 0.95 / 0.96, "
-                                     "128x128 0.97 / 0.95; 192x128 spills 144 bytes"),
+    (2, 96, "full"): Row(
+        192,
+        112,
+        2,
+        "1.02 / 1.02; 192x96 1.00 / 0.98, 128x160 and 128x192 0.95 / 0.96, "
+        "128x128 0.97 / 0.95; 192x128 spills 144 bytes",
+    ),
     (2, 96, "causal"): Row(192, 112, 2, "1.07 / 1.07; 192x96 1.08 / 1.03, 128x192 1.04 / 0.99"),
-    (2, 128, "full"): Row(128, 160, 2, "1.02 / 1.02; 128x128 1.01 / 1.01; with the one Q stage that fits, "
-                                      "128x176 0.97 / 0.99 and 128x192 0.95 / 0.97"),
-    (2, 128, "causal"): Row(128, 128, 2, "1.07 / 0.97; 128x160 1.02 / 0.99 and 12 % slower at 512 tokens, "
-                                     "128x112 0.93 / 0.95"),
-    (2, 192, "full"): Row(128, 112, 1, "1.03 / 1.03, with or without ping-pong; 128x96 q1 1.03 / 1.00, "
-                                      "128x80 q2 1.03 / 0.97"),
-    (2, 192, "causal"): Row(128, 112, 1, "1.00 / 1.02; rescaling before PV without ping-pong 0.98 / 1.00, "
-                                     "128x80 q2 1.00 / 0.97"),
-    (2, 256, "full"): Row(128, 80, 1, "1.02 / 1.03; with ping-pong and rescaling after PV 0.97 / 0.96, "
-                                     "128x64 1.00 / 0.99",
-                         use_pingpong=False, rescale_before_pv=True),
+    (2, 128, "full"): Row(
+        128,
+        160,
+        2,
+        "1.02 / 1.02; 128x128 1.01 / 1.01; with the one Q stage that fits, 128x176 0.97 / 0.99 and 128x192 0.95 / 0.97",
+    ),
+    (2, 128, "causal"): Row(
+        128, 128, 2, "1.07 / 0.97; 128x160 1.02 / 0.99 and 12 % slower at 512 tokens, 128x112 0.93 / 0.95"
+    ),
+    (2, 192, "full"): Row(
+        128, 112, 1, "1.03 / 1.03, with or without ping-pong; 128x96 q1 1.03 / 1.00, 128x80 q2 1.03 / 0.97"
+    ),
+    (2, 192, "causal"): Row(
+        128, 112, 1, "1.00 / 1.02; rescaling before PV without ping-pong 0.98 / 1.00, 128x80 q2 1.00 / 0.97"
+    ),
+    (2, 256, "full"): Row(
+        128,
+        80,
+        1,
+        "1.02 / 1.03; with ping-pong and rescaling after PV 0.97 / 0.96, 128x64 1.00 / 0.99",
+        use_pingpong=False,
+        rescale_before_pv=True,
+    ),
     (2, 256, "causal"): Row(128, 80, 1, "0.99 / 1.00; 128x64 0.98 / 0.98", use_pingpong=False, rescale_before_pv=True),
     # Windows: microseconds of (1023, 0) at 16k / (512, 512) at 4 x 4k tokens, same run of the same kernels.
-    (2, 64, "local"): Row(128, 128, 2, "387 / 365; 192x128 397 / 367, 192x112 413 / 396, 128x96 433 / 406: "
-                                       "a smaller tile_m wastes less at the window's two ends"),
+    (2, 64, "local"): Row(
+        128,
+        128,
+        2,
+        "387 / 365; 192x128 397 / 367, 192x112 413 / 396, 128x96 433 / 406: "
+        "a smaller tile_m wastes less at the window's two ends",
+    ),
     (2, 96, "local"): Row(128, 128, 2, "214 / 224; 192x96 227 / 264, 192x112 233 / 244, 128x96 241 / 252"),
     (2, 128, "local"): Row(128, 128, 2, "252 / 251; 128x96 288 / 287, 128x160 296 / 279, 128x64 298 / 295"),
     (2, 192, "local"): Row(128, 96, 1, "290 / 303; 128x80 q2 308 / 293, 128x64 q2 318 / 289, 128x112 324 / 315"),
-    (2, 256, "local"): Row(128, 64, 1, "272 / 243; 128x80 281 / 249, 128x48 308 / 283",
-                           use_pingpong=False, rescale_before_pv=True),
+    (2, 256, "local"): Row(
+        128, 64, 1, "272 / 243; 128x80 281 / 249, 128x48 308 / 283", use_pingpong=False, rescale_before_pv=True
+    ),
     # FP8 relative to FA3's FP8, else the same; none with ping-pong, which costs three warpgroups 8 %. The numbers of
     # what was not chosen are from before warpgroups left tiles out, where the chosen ones had 1.05 / 1.05,
     # 1.13 / 1.10, 1.08 / 1.10, 1.08 / 1.10, 1.03 / 1.02 and 1.01 / 1.02; windows all.
@@ -57,15 +87,27 @@ FORWARD = {
     (1, 64, "causal"): Row(192, 192, 2, "1.17 / 1.11; 192x160 1.10 / 1.08, 192x128 1.05 / 1.02", use_pingpong=False),
     (1, 96, "full"): Row(192, 160, 2, "1.08 / 1.10; 192x128 1.01 / 1.04", use_pingpong=False),
     (1, 96, "causal"): Row(192, 160, 2, "1.13 / 1.09; 192x128 1.03 / 1.03, 192x96 0.99 / 0.95", use_pingpong=False),
-    (1, 128, "full"): Row(192, 128, 2, "1.08 / 1.05; in an earlier form 128x224 0.81 / 0.83, 128x192 0.82 / 0.84, "
-                                       "128x128 0.84 / 0.82", use_pingpong=False),
+    (1, 128, "full"): Row(
+        192,
+        128,
+        2,
+        "1.08 / 1.05; in an earlier form 128x224 0.81 / 0.83, 128x192 0.82 / 0.84, 128x128 0.84 / 0.82",
+        use_pingpong=False,
+    ),
     (1, 128, "causal"): Row(192, 128, 2, "1.06 / 1.03; 128x128 0.91 / 0.85, 192x96 0.98 / 0.95", use_pingpong=False),
-    (1, 64, "local"): Row(192, 128, 2, "336 / 321; 192x192 332 / 344, 128x128 348 / 332, 128x192 385 / 368",
-                          use_pingpong=False),
-    (1, 96, "local"): Row(192, 128, 2, "257 / 249; 192x160 261 / 254, 128x128 261 / 255, 128x96 302 / 294",
-                          use_pingpong=False),
-    (1, 128, "local"): Row(128, 128, 2, "219 / 211; 192x128 218 / 210, 192x96 231 / 242, 128x192 247 / 239: of equals "
-                                        "the smaller tile_m wastes less", use_pingpong=False),
+    (1, 64, "local"): Row(
+        192, 128, 2, "336 / 321; 192x192 332 / 344, 128x128 348 / 332, 128x192 385 / 368", use_pingpong=False
+    ),
+    (1, 96, "local"): Row(
+        192, 128, 2, "257 / 249; 192x160 261 / 254, 128x128 261 / 255, 128x96 302 / 294", use_pingpong=False
+    ),
+    (1, 128, "local"): Row(
+        128,
+        128,
+        2,
+        "219 / 211; 192x128 218 / 210, 192x96 231 / 242, 128x192 247 / 239: of equals the smaller tile_m wastes less",
+        use_pingpong=False,
+    ),
 }
 
 
@@ -75,6 +117,7 @@ class DecodeRow:
 
     tile_us   microseconds that a CTA takes per K/V tile when it does not wait for memory
     """
+
     tile_n: int
     num_kv_stages: int
     ctas_per_sm: int
@@ -85,23 +128,36 @@ class DecodeRow:
 # Reasons: microseconds of BF16, 16:2 heads, batch x context, with the best number of splits; H200, 2026-11-22, graph
 # replay. A name like 64x3x2 is tile_n x num_kv_stages x ctas_per_sm.
 DECODE = {
-    (2, 64): DecodeRow(128, 3, 2, 0.65, "16x8k 18.8, 64x8k 32:8 238; 64x4x3 19.0, 239; 64x6x2 19.9, 239; "
-                                        "128x2x3 spills"),
+    (2, 64): DecodeRow(
+        128, 3, 2, 0.65, "16x8k 18.8, 64x8k 32:8 238; 64x4x3 19.0, 239; 64x6x2 19.9, 239; 128x2x3 spills"
+    ),
     (2, 96): DecodeRow(64, 4, 2, 0.45, "16x8k 29.0; 64x8x1 29.9; 128x2x2 spills 32 bytes"),
-    (2, 128): DecodeRow(64, 3, 2, 0.55, "1x32k 9.5, 16x8k 34.3, 24x4k 26.2; 128x3x1 9.4, 35.1, 29.6; in an "
-                                        "earlier form 1x32k 15.3, 32x6x2 17.0"),
+    (2, 128): DecodeRow(
+        64,
+        3,
+        2,
+        0.55,
+        "1x32k 9.5, 16x8k 34.3, 24x4k 26.2; 128x3x1 9.4, 35.1, 29.6; in an earlier form 1x32k 15.3, 32x6x2 17.0",
+    ),
     (2, 192): DecodeRow(64, 4, 1, 0.75, "what fits one CTA per SM"),
     (2, 256): DecodeRow(64, 3, 1, 0.9, "what fits one CTA per SM"),
     # FP8, the same.
     (1, 64): DecodeRow(128, 5, 2, 0.9, "4x2k 5.1, 1x32k 7.9, 16x8k 12.9, 64x8k 32:8 168"),
     (1, 96): DecodeRow(128, 4, 2, 1.3, "4x2k 5.5, 1x32k 9.5, 16x8k 22.0, 64x8k 32:8 246"),
-    (1, 128): DecodeRow(128, 6, 1, 1.1, "4x2k 5.6, 1x32k 10.0, 16x8k 23.8, 64x8k 32:8 281; 64x12x1 6.1, 11.1, 28.1, "
-                                        "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256"),
+    (1, 128): DecodeRow(
+        128,
+        6,
+        1,
+        1.1,
+        "4x2k 5.6, 1x32k 10.0, 16x8k 23.8, 64x8k 32:8 281; 64x12x1 6.1, 11.1, 28.1, "
+        "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256",
+    ),
 }
 
 
 class KeySource(NamedTuple):
     """Where K and V come from, as a config has it; page_size: of K and V in pages, for what tile_n makes of it."""
+
     is_ragged: bool = False
     page_size: int = 0
     box_is_wide: bool = False
@@ -114,7 +170,7 @@ class KeySource(NamedTuple):
         return {"is_ragged": self.is_ragged, "page_box": page_box, "box_is_wide": self.box_is_wide and page_box > 1}
 
 
-DENSE = KeySource()     # and packed K and V with packed Q
+DENSE = KeySource()  # and packed K and V with packed Q
 # {(bytes per element, head_dim, is_local): its own row in ragged batches}
 RAGGED_DECODE = {
     (1, 96, True): DecodeRow(128, 8, 1, 1.0, "with two CTAs per SM it spills 16 bytes, over pages 24; not measured"),
@@ -140,22 +196,50 @@ def interned(cfg: Any) -> Any:
 
 
 @cache
-def forward_config(dtype: str, head_dim: int, mask: str, has_lse: bool, is_varlen: bool,
-                   out_dtype: str | None = None, features: frozenset[str] = NONE,
-                   source: KeySource = DENSE) -> FwdConfig:
+def forward_config(
+    dtype: str,
+    head_dim: int,
+    mask: str,
+    has_lse: bool,
+    is_varlen: bool,
+    out_dtype: str | None = None,
+    features: frozenset[str] = NONE,
+    source: KeySource = DENSE,
+) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
     row = forward_row(dtype, head_dim, mask)
-    return interned(FwdConfig(dtype, head_dim, mask == "causal", has_lse, row.tile_m, row.tile_n, row.num_q_stages,
-                     row.num_kv_stages, row.use_pingpong, row.rescale_before_pv, mask == "local", is_varlen, out_dtype,
-                     **source.fields(row.tile_n), **dict.fromkeys(features, True)))
+    return interned(
+        FwdConfig(
+            dtype,
+            head_dim,
+            mask == "causal",
+            has_lse,
+            row.tile_m,
+            row.tile_n,
+            row.num_q_stages,
+            row.num_kv_stages,
+            row.use_pingpong,
+            row.rescale_before_pv,
+            mask == "local",
+            is_varlen,
+            out_dtype,
+            **source.fields(row.tile_n),
+            **dict.fromkeys(features, True),
+        )
+    )
 
 
 def all_forward_configs() -> list[FwdConfig]:
     """Every config that some supported call can need."""
-    return [forward_config(dtype, head_dim, mask, has_lse, is_varlen, out_dtype, features)
-            for features in EACH_FEATURE for dtype, out_dtype in DTYPES
-            for size, head_dim, mask in FORWARD if size == ELEMENT_BYTES[dtype]
-            for is_varlen in (False, True) for has_lse in (False, True)]
+    return [
+        forward_config(dtype, head_dim, mask, has_lse, is_varlen, out_dtype, features)
+        for features in EACH_FEATURE
+        for dtype, out_dtype in DTYPES
+        for size, head_dim, mask in FORWARD
+        if size == ELEMENT_BYTES[dtype]
+        for is_varlen in (False, True)
+        for has_lse in (False, True)
+    ]
 
 
 @cache
@@ -166,19 +250,41 @@ def decode_row(dtype: str, head_dim: int, is_local: bool = False, is_ragged: boo
 
 
 @cache
-def decode_config(dtype: str, head_dim: int, is_local: bool, out_dtype: str | None = None,
-                  features: frozenset[str] = NONE, source: KeySource = DENSE) -> DecodeConfig:
+def decode_config(
+    dtype: str,
+    head_dim: int,
+    is_local: bool,
+    out_dtype: str | None = None,
+    features: frozenset[str] = NONE,
+    source: KeySource = DENSE,
+) -> DecodeConfig:
     """The config that serves a decode problem."""
     row = decode_row(dtype, head_dim, is_local, source.is_ragged)
-    return interned(DecodeConfig(dtype, head_dim, is_local, row.tile_n, row.num_kv_stages, row.ctas_per_sm, out_dtype,
-                                 **source.fields(row.tile_n), **dict.fromkeys(features, True)))
+    return interned(
+        DecodeConfig(
+            dtype,
+            head_dim,
+            is_local,
+            row.tile_n,
+            row.num_kv_stages,
+            row.ctas_per_sm,
+            out_dtype,
+            **source.fields(row.tile_n),
+            **dict.fromkeys(features, True),
+        )
+    )
 
 
 def all_decode_configs() -> list[DecodeConfig]:
     """Every decode config that some supported call can need."""
-    return [decode_config(dtype, head_dim, is_local, out_dtype, features)
-            for features in EACH_FEATURE for dtype, out_dtype in DTYPES
-            for size, head_dim in DECODE if size == ELEMENT_BYTES[dtype] for is_local in (False, True)]
+    return [
+        decode_config(dtype, head_dim, is_local, out_dtype, features)
+        for features in EACH_FEATURE
+        for dtype, out_dtype in DTYPES
+        for size, head_dim in DECODE
+        if size == ELEMENT_BYTES[dtype]
+        for is_local in (False, True)
+    ]
 
 
 def dense_configs() -> list[FwdConfig | DecodeConfig]:
@@ -192,10 +298,18 @@ def configs_over(page_size: int) -> list[FwdConfig | DecodeConfig]:
     out = []
     for dtype, out_dtype in DTYPES:
         source = KeySource(True, page_size, ELEMENT_BYTES[dtype] == 2 and page_size > 0 and page_size % 8 == 0)
-        out += [forward_config(dtype, head_dim, mask, has_lse, True, out_dtype, source=source)
-                for size, head_dim, mask in FORWARD if size == ELEMENT_BYTES[dtype] for has_lse in (False, True)]
-        out += [decode_config(dtype, head_dim, is_local, out_dtype, source=source)
-                for size, head_dim in DECODE if size == ELEMENT_BYTES[dtype] for is_local in (False, True)]
+        out += [
+            forward_config(dtype, head_dim, mask, has_lse, True, out_dtype, source=source)
+            for size, head_dim, mask in FORWARD
+            if size == ELEMENT_BYTES[dtype]
+            for has_lse in (False, True)
+        ]
+        out += [
+            decode_config(dtype, head_dim, is_local, out_dtype, source=source)
+            for size, head_dim in DECODE
+            if size == ELEMENT_BYTES[dtype]
+            for is_local in (False, True)
+        ]
     return out
 
 
@@ -203,10 +317,14 @@ def ragged_configs() -> list[FwdConfig | DecodeConfig]:
     """Of the configs of ragged batches, which are too many, some that stand for all: each row of the tables with both
     element types, the forward kernel's with LSE and without, and of the sources the next ones in turn."""
     decode_rows = [(*row, is_local) for row in DECODE for is_local in (False, True)]
-    forward = [forward_config(dtype, head_dim, mask, has_lse, True, out_dtype, source=source)
-               for (head_dim, mask), (dtype, out_dtype), has_lse, source in _in_turn(list(FORWARD))]
-    decode = [decode_config(dtype, head_dim, is_local, out_dtype, source=source)
-              for (head_dim, is_local), (dtype, out_dtype), _, source in _in_turn(decode_rows)]
+    forward = [
+        forward_config(dtype, head_dim, mask, has_lse, True, out_dtype, source=source)
+        for (head_dim, mask), (dtype, out_dtype), has_lse, source in _in_turn(list(FORWARD))
+    ]
+    decode = [
+        decode_config(dtype, head_dim, is_local, out_dtype, source=source)
+        for (head_dim, is_local), (dtype, out_dtype), _, source in _in_turn(decode_rows)
+    ]
     return [*forward, *decode]
 
 
@@ -215,8 +333,10 @@ def _in_turn(rows: list[tuple]) -> Iterator[tuple]:
     for size in (2, 1):
         types = [names for names in DTYPES if ELEMENT_BYTES[names[0]] == size]
         boxes = [(box, is_wide) for box in PAGE_BOXES for is_wide in (False, True)]
-        sources = [KeySource(True), *(KeySource(True, box, is_wide) for box, is_wide in boxes
-                                      if not is_wide or size == 2 and box >= 8)]
+        sources = [
+            KeySource(True),
+            *(KeySource(True, box, is_wide) for box, is_wide in boxes if not is_wide or size == 2 and box >= 8),
+        ]
         own = [row[1:] for row in rows if row[0] == size]
         for turn in range(2 * len(own)):
             yield own[turn // 2], types[turn % 2], (turn + turn // 2) % 2 == 1, sources[turn % len(sources)]
@@ -225,8 +345,10 @@ def _in_turn(rows: list[tuple]) -> Iterator[tuple]:
 def partial_configs() -> list[FwdConfig | DecodeConfig]:
     """Of the configs whose O is FP32 some that stand for all: each row of FORWARD, and of DECODE without a window."""
     dtypes = {1: FP8, 2: "bf16"}
-    return [*(forward_config(dtypes[size], head_dim, mask, True, True, PARTIAL) for size, head_dim, mask in FORWARD),
-            *(decode_config(dtypes[size], head_dim, False, PARTIAL) for size, head_dim in DECODE)]
+    return [
+        *(forward_config(dtypes[size], head_dim, mask, True, True, PARTIAL) for size, head_dim, mask in FORWARD),
+        *(decode_config(dtypes[size], head_dim, False, PARTIAL) for size, head_dim in DECODE),
+    ]
 
 
 def all_configs() -> list[FwdConfig | DecodeConfig]:

@@ -260,3 +260,8 @@ def test_magnitudes_and_nan():
 def test_bf16_bits_are_read_as_such():
     out = merge_reference(bf16_bits(np.full((1, 1, 8), 1.5)), [[0.0]], bf16_bits(np.full((1, 1, 8), 2.5)), [[0.0]])[0]
     assert (out == 2).all()
+
+
+@pytest.mark.parametrize("changes", [{"seqlen_q": None}, {"num_heads": "2"}, {"out": {}}])
+def test_in_place_calls_of_bad_sizes_have_problems_not_exceptions(changes):
+    assert explain(replace(GOOD, **{"out": GOOD.out_a, "lse": GOOD.lse_b} | changes))

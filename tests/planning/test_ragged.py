@@ -76,7 +76,7 @@ SERVED = {
     "packed, pages, 2 splits": (replace(PACKED_PAGED, num_splits=2), "D"),
     "packed, pages, a fixed split": (replace(PACKED_PAGED, fixed_split_size=64), "DF"),
     "one packed sequence, short": (replace(PACKED_PAGED, batch_size=1, total_q=16), "D"),
-    "one packed sequence, longer": (replace(PACKED_PAGED, batch_size=1, total_q=17), "F"),
+    "one packed sequence, longer": (replace(PACKED_PAGED, batch_size=1, total_q=17), "DF"),
     "too many heads for a tile": (replace(PACKED_PAGED, num_heads=80, num_heads_k=1), "F"),
 }
 
@@ -204,7 +204,10 @@ def test_plans_keep_within_their_limits(params):
             assert plan.least_clusters * plan.cluster_size == params.num_splits == plan.num_splits
             assert not plan.has_shares and not plan.split_tiles
         if params.fixed_split_size:
-            assert plan.split_tiles * cfg.tile_n >= params.fixed_split_size and plan.cluster_size == 1
+            assert (
+                plan.split_tiles * cfg.tile_n >= min(params.fixed_split_size, plan.most_tiles * cfg.tile_n)
+                and plan.cluster_size == 1
+            )
         if params.max_num_splits == 1:
             assert plan.num_partials == 0
 
@@ -238,3 +241,31 @@ def test_a_fixed_split_does_not_depend_on_the_batch():
         for launch in launches(replace(DECODES, batch_size=batch, total_q=batch, max_seqlen_q=1, fixed_split_size=100))
     }
     assert len(plans) == 1 and plans.pop()[0] == 2
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        replace(PACKED, batch_size=4, total_q=4, total_k=0, fixed_split_size=64),
+        replace(PACKED_PAGED, total_q=0, pack_gqa=True),
+        replace(DECODES, fixed_split_size=10**12),
+    ],
+    ids=["no keys", "no queries", "a split of everything"],
+)
+def test_plans_of_next_to_nothing(params):
+    (decode,) = launches(params)
+    assert 0 < decode.plan.num_clusters < 1 << 31 and decode.plan.split_tiles < 1 << 31
+
+
+def test_wide_boxes_need_pages_that_hold_their_heads():
+    """In one stride of both, a page's heads would be another page's."""
+    near = replace(DECODES, k_batch_stride=0, v_batch_stride=0)
+    assert launches(DECODES)[0].config.box_is_wide and not launches(near)[0].config.box_is_wide
+
+
+def test_max_num_splits_bounds_dense_calls():
+    (decode,) = launches(replace(DENSE, batch_size=1, seqlen_q=1, seqlen_k=8192, max_num_splits=4))
+    assert (
+        decode.plan.num_splits == 4
+        and launches(replace(DENSE, batch_size=1, seqlen_q=1, seqlen_k=8192))[0].plan.num_splits > 4
+    )

@@ -118,7 +118,7 @@ class Dealer:
         if self.grid.split_tiles > 0:
             count = ceil_div(tiles, self.grid.split_tiles)
         count = maximum(minimum(count, self.grid.most_clusters), self.grid.least_clusters)
-        if seqlen_q * self.packed_heads.divisor > self.grid.rows:
+        if minimum(seqlen_q * self.packed_heads.divisor, self.cfg.tile_m) > self.grid.rows:
             count = Int32(1)
         return count
 
