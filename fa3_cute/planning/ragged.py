@@ -148,10 +148,8 @@ def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -
         and most_tiles >= LEAST_TILES * cluster_size * (1 if has_few else 2)
         and most_tiles * batch.most_items < 1 << 31
     )
-    most = 1  # clusters of an item
-    if num_splits:
-        most = least_clusters
-    elif split_size:
+    most = least_clusters  # clusters of an item
+    if split_tiles:
         most = max(1, min(-(-most_tiles // split_tiles), most_clusters))
     has_base = has_few or not has_shares
     if has_shares:

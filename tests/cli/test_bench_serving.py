@@ -62,12 +62,12 @@ def params_of(case: Case):
 
 
 def test_every_case_is_a_good_call():
-    """Several sequences over pages, some of them long, are two launches; whatever else is one."""
+    """Sequences over pages, some of them long, are two launches; whatever else is one."""
     for case in serving.cases(parsed()):
         params = params_of(case)
         assert problems(params) == []
         if case.page_size != 1:
-            are_two = bool(case.page_size) and case.batch_size > 1 and case.seqlen_q > 4
+            are_two = bool(case.page_size) and case.seqlen_q > 4
             assert len(operation_of(ProblemShape.of(params)).launches) == 1 + are_two, case.name
 
 

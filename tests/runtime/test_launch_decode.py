@@ -73,7 +73,7 @@ def test_addresses_and_tensors(told):
     """Of K and V TMA descriptors, of the rest addresses; a workspace that is given, else the library's, else none."""
     found = told(f"""
 lengths = dict(seqused_q=0x7F0099AABBCC, seqused_k=0x7F00DDEEFF10)
-facts = POINTERS | lengths | dict(workspace={WORKSPACE:#x}, lse={WORKSPACE:#x} + 4 * (2 * 2 * 3 * 8) * 128)
+facts = POINTERS | lengths | dict(workspace={WORKSPACE:#x}, lse={WORKSPACE:#x} + 4 * (2 * 2 * 3 * 64) * 128)
 def given(**changes):
     global places
     places = kernel_parameters(RAGGED_CFG if "seqused_k" in changes else DECODE_CFG)
