@@ -139,7 +139,8 @@ def plan(
     reach     tokens from the first key that a query sees to its last, at most
     choices   (pack_gqa, num_splits, max_num_splits) of the params
     """
-    pack_gqa, num_splits, most_splits = (*choices, MAX_SPLITS)[:3]
+    pack_gqa, num_splits = choices[0], choices[1]
+    most_splits = choices[2] if len(choices) == 3 else MAX_SPLITS
     packed_heads = 1 if pack_gqa is not None and not pack_gqa else num_heads // num_heads_k
     rows = seqlen_q * packed_heads
     num_items = -(-rows // cfg.tile_m) * (num_heads // packed_heads) * batch_size
