@@ -13,8 +13,18 @@ from typing import Any
 from .arrays.call import AttentionCall, attention_on_device
 from .arrays.host import attention_on_host
 from .contract.merge import MergeParams
-from .contract.params import DESCALES, DTYPE_NAMES, POINTERS, AttentionMode, DataType, FlashAttentionParams
+from .contract.params import (
+    ARGUMENTS,
+    DESCALES,
+    DTYPE_NAMES,
+    OPTIONALS,
+    POINTERS,
+    AttentionMode,
+    DataType,
+    FlashAttentionParams,
+)
 from .contract.plain import plain, read_shape
+from .contract.scores import alignment_of
 from .contract.status import FlashAttentionError, Problem, Status, error_for, record_error
 from .planning import merge, operations
 from .planning.operations import Config, operation_of
@@ -33,7 +43,7 @@ __all__ = [
 ]
 
 _OK, _FP8 = Status.OK, DataType.FP8_E4M3
-_read_pointers, _read_descales = attrgetter(*POINTERS), attrgetter(*DESCALES)
+_read_addresses = attrgetter(*POINTERS, *DESCALES, *OPTIONALS)
 _ADDRESSES = frozenset((int, type(None)))  # types of plain addresses
 MAX_SHAPES, MAX_SEEN = 512, 4096  # calls that a thread remembers, and hashes of others; the next one starts anew
 
@@ -112,7 +122,7 @@ def _first_call(params, values: tuple | None, stream) -> Status:
     launcher = _launcher()
     call = launcher.launch_all(operation_of(shape).launches, shape, launcher.addresses_of(p), stream)
     if values is not None:
-        _thread.remember(values, _Repeatable(values, call, shape))
+        _thread.remember(values, _Repeatable(values, call, shape, p))
     return _OK
 
 
@@ -182,16 +192,26 @@ class _Repeatable:
     descales are as free as the tensors': each layer of a model has its own.
     """
 
-    __slots__ = "values", "call", "has_lse", "is_fp8"
+    __slots__ = "values", "call", "has_lse", "is_fp8", "alignments", "has_more"
 
-    def __init__(self, values: tuple, call, shape):
+    def __init__(self, values: tuple, call, shape, p=None):
         self.values, self.call = values, call
         self.has_lse = shape is not None and shape.has_lse
         self.is_fp8 = shape is not None and shape.dtype == DTYPE_NAMES[_FP8]
+        # of OPTIONALS, in bytes; 0 of those that the call does not have
+        self.alignments: tuple[int, ...] = ()
+        if shape is not None and shape.optionals:
+            self.alignments = tuple(
+                [
+                    alignment_of(p, name, ARGUMENTS[name].alignment) if name in shape.optionals else 0
+                    for name in OPTIONALS
+                ]
+            )
+        self.has_more = self.is_fp8 or bool(self.alignments)
 
     def repeat(self, params, stream) -> bool:
         """Launch these params, whose shape is this call's, its way; False, and nothing done, if that cannot be."""
-        q, k, v, out, lse = _read_pointers(params)
+        q, k, v, out, lse, q_scale, k_scale, v_scale, s_aux, slopes, mask, rng = _read_addresses(params)
         if not (type(q) is type(k) is type(v) is type(out) is int and (lse is None or type(lse) is int)):
             return False
         lse = lse or 0
@@ -199,16 +219,33 @@ class _Repeatable:
         if not (q and k and v and out) or bits & 15 or bits >> 64 or (lse != 0) != self.has_lse:
             return False
         addresses = q, k, v, out, lse
-        q_scale, k_scale, v_scale = descales = _read_descales(params)
-        if self.is_fp8 or not q_scale is k_scale is v_scale is None:
-            descales = _aligned(descales)
-            if descales is None or not self.is_fp8 and any(descales):
+        if self.has_more or not q_scale is k_scale is v_scale is s_aux is slopes is mask is rng is None:
+            more = self.more((q_scale, k_scale, v_scale), (s_aux, slopes, mask, rng))
+            if more is None:
                 return False
-            addresses += descales if self.is_fp8 else ()
+            addresses += more
         handle = stream if type(stream) is int and stream >= 0 else _launcher().resolve_stream(stream)
         if not self.call.repeat(addresses, handle):
             self.call.launch(addresses, _launcher().resolve_stream(handle))
         return True
+
+    def more(self, descales: tuple, optionals: tuple) -> tuple[int, ...] | None:
+        """The addresses that few calls have, as `addresses_of` has them; None if one is no plain int, is misaligned,
+        or is there where this call has none, or the other way."""
+        if not _ADDRESSES.issuperset(map(type, descales + optionals)):
+            return None
+        q, k, v = descales
+        q, k, v = q or 0, k or 0, v or 0
+        bits = q | k | v
+        if bits & 3 or bits >> 64 or bits and not self.is_fp8:
+            return None
+        scales = (q, k, v) if self.is_fp8 else ()
+        if not self.alignments:
+            return None if any(optionals) else scales
+        for address, alignment in zip(optionals, self.alignments, strict=True):
+            if bool(address) != bool(alignment) or address and (address % alignment or address >> 64):
+                return None
+        return scales + tuple([address or 0 for address in optionals])
 
 
 class _Thread(threading.local):
@@ -244,16 +281,6 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-
-
-def _aligned(descales: tuple) -> tuple[int, int, int] | None:
-    """The addresses of the descales, 0 for None; None if one is misaligned or no plain int."""
-    if not _ADDRESSES.issuperset(map(type, descales)):
-        return None
-    q, k, v = descales
-    q, k, v = q or 0, k or 0, v or 0
-    bits = q | k | v
-    return None if bits & 3 or bits >> 64 else (q, k, v)
 
 
 def _plain(params) -> FlashAttentionParams:

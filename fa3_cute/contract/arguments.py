@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from .params import ARGUMENTS, DECODE, FORWARD, Argument
 
-KINDS = {"pointer": "pointer", "stride": "int64", "size": "int32", "count": "int32", "number": "float32"}
+KINDS = {
+    "pointer": "pointer",
+    "stride": "int64",
+    "size": "int32",
+    "choice": "int32",
+    "count": "int32",
+    "number": "float32",
+}
 SCRATCH_ELEMENTS = {"tile_counter": ("int32", 4), "partials": ("float32", 16), "arrivals": ("int32", 4)}
 
 
@@ -20,12 +27,14 @@ class Entry:
     arguments   (name, kind) in order; kind is "pointer", "int64", "int32", "float32" or "stream"
     per_call    those that are other ones in every call, in the order of the fields, then scratch and stream
     fp8_only    those that 16-bit kernels never read
+    optional    pointers of per_call that few calls have
     pointers    (name, element, alignment in bytes) of those that are pointers; elements as Argument names them
     """
 
     arguments: tuple[tuple[str, str], ...]
     per_call: tuple[str, ...]
     fp8_only: frozenset[str]
+    optional: tuple[str, ...]
     pointers: tuple[tuple[str, str, int], ...]
 
 
@@ -42,6 +51,7 @@ def entry_of(
         arguments=(*(row for kind in KINDS for row in (*by_kind[kind], *added.get(kind, ()))), ("stream", "stream")),
         per_call=(*(name for name, argument in taken.items() if argument.changes), *scratch, "stream"),
         fp8_only=frozenset(name for name, argument in taken.items() if argument.is_fp8),
+        optional=tuple(name for name, argument in taken.items() if argument.is_optional),
         pointers=(
             *((name, taken[name].element, taken[name].alignment) for name, _ in by_kind["pointer"]),
             *((name, *SCRATCH_ELEMENTS[name]) for name in scratch),

@@ -28,7 +28,8 @@ BASES = (math.e, 2.0)
 
 
 def _field(default, kind: str, **facts):
-    return field(default=default, metadata={"argument": Argument(kind, takers=(MERGE,), **facts)})
+    takers = () if kind == "choice" else (MERGE,)  # types are compile time
+    return field(default=default, metadata={"argument": Argument(kind, takers=takers, **facts)})
 
 
 def _tensor(element: str):

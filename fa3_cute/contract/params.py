@@ -35,13 +35,14 @@ BOTH = (FORWARD, DECODE)
 class Argument:
     """The description of a field, which rules, kernel entries, argument buffers and repeat checks are made of.
 
-    kind        "pointer", "size", "stride", "count", "number", "flag" or "choice"
-    element     what a pointer points at: "input" (dtype), "output" (out_dtype), "float32", "int32" or "bytes"
+    kind        "pointer", "size", "stride", "count", "number", "flag", "choice" or "object"
+    element     what a pointer points at: "input" (dtype), "output" (out_dtype), "float32", "int32", "uint64" or "bytes"
     alignment   of a pointer, in bytes
     takers      the kernels whose entry takes it
     entry       its name there; "" where it is the field's
     is_fp8      only FP8 has it: 16-bit kernels take it and never read it
     changes     an address that is another one in every call; all else changes with the shape at most
+    is_optional of these, one that few calls have: whether they do is part of the shape
     varies      other shapes have other values of it, as of lengths; what neither changes nor varies is a choice
     refused     the status of a call that sets it: part of the interface but of nothing that this library does
     instead     what to do then
@@ -54,6 +55,7 @@ class Argument:
     entry: str = ""
     is_fp8: bool = False
     changes: bool = False
+    is_optional: bool = False
     varies: bool = False
     refused: Status | None = None
     instead: str = ""
@@ -75,9 +77,13 @@ def _descale(entry: str):
     return _field(None, "pointer", element="float32", alignment=4, takers=BOTH, entry=entry, is_fp8=True, changes=True)
 
 
-def _stride(default: int | None = None):
-    """None: contiguous. Those of descales, which FP8 alone has, are 0 by default: one for all."""
-    return _field(default, "stride", takers=BOTH, is_fp8=default == 0, varies=default is None)
+def _optional(element: str, alignment: int):
+    return _field(None, "pointer", element=element, alignment=alignment, takers=BOTH, changes=True, is_optional=True)
+
+
+def _stride(default: int | None = None, is_fp8: bool = False):
+    """None: contiguous. 0 by default: one for all."""
+    return _field(default, "stride", takers=BOTH, is_fp8=is_fp8, varies=default is None)
 
 
 def _size(*takers: str, varies: bool = True):
@@ -162,12 +168,40 @@ class FlashAttentionParams:
     q_descale_ptr: int | None = _descale("q_descale")
     k_descale_ptr: int | None = _descale("k_descale")
     v_descale_ptr: int | None = _descale("v_descale")
-    q_descale_batch_stride: int = _stride(0)
-    q_descale_head_stride: int = _stride(0)
-    k_descale_batch_stride: int = _stride(0)
-    k_descale_head_stride: int = _stride(0)
-    v_descale_batch_stride: int = _stride(0)
-    v_descale_head_stride: int = _stride(0)
+    q_descale_batch_stride: int = _stride(0, is_fp8=True)
+    q_descale_head_stride: int = _stride(0, is_fp8=True)
+    k_descale_batch_stride: int = _stride(0, is_fp8=True)
+    k_descale_head_stride: int = _stride(0, is_fp8=True)
+    v_descale_batch_stride: int = _stride(0, is_fp8=True)
+    v_descale_head_stride: int = _stride(0, is_fp8=True)
+
+    # Scores and masks, in this order: scale, softcap, attn_mask and ALiBi, score_mod, masks, softmax with the sink,
+    # dropout. Scores become softcap * tanh(scores / softcap); 0: they stay.
+    softcap: float = _field(0.0, "number", takers=BOTH)
+    # [num_heads] of s_aux_dtype (FP16, BF16 or FP32; None: FP32), aligned to its elements: attention sinks, the logit
+    # of one more key of each head, whose value is 0.
+    s_aux: int | None = _optional("bytes", 2)
+    s_aux_dtype: DataType | None = _field(None, "choice", takers=BOTH)
+    # FP32 [num_heads], or [batch, num_heads] with a stride: scores -= slope * abs(i + seqlen_k - seqlen_q - j).
+    alibi_slopes: int | None = _optional("float32", 4)
+    alibi_batch_stride: int = _stride(0)
+    # [batch, num_heads, seqlen_q, seqlen_k], strides in elements, 0: one for all along it; aligned to its elements.
+    # None: bytes, of which 0 hides the key; FP16, BF16 or FP32: added to the score.
+    attn_mask: int | None = _optional("bytes", 1)
+    attn_mask_dtype: DataType | None = _field(None, "choice")
+    attn_mask_batch_stride: int | None = _stride()
+    attn_mask_head_stride: int | None = _stride()
+    attn_mask_row_stride: int | None = _stride()
+    attention_chunk: int = _field(0, "count", takers=BOTH)  # a query sees its own chunk of so many keys alone; 0: off
+    p_dropout: float = _field(0.0, "number", takers=BOTH)  # the probability to drop, 0 <= p < 1; needs rng_state
+    rng_state: int | None = _optional("uint64", 8)  # uint64 [2]: seed, offset
+    # Functions of score and place, and what they read: see mods.py.
+    score_mod: object | None = _field(None, "object")
+    mask_mod: object | None = _field(None, "object")
+    block_mask: object | None = _field(None, "object")
+    mod_pointers: tuple[int, ...] | None = _field(None, "object")
+    mod_strides: tuple[int, ...] | None = _field(None, "object")
+    mod_scalars: tuple[float, ...] | None = _field(None, "object")
 
     num_splits: int = _field(0, "count")  # 0 automatic, 1 never (batch-invariant), n exactly n
     max_num_splits: int = _field(0, "count")  # of what num_splits = 0 chooses; 0: 256
@@ -184,13 +218,9 @@ class FlashAttentionParams:
     tile_counter: int | None = _field(None, "pointer", element="int32", alignment=4, varies=True)
 
     # Known by name, refused while set.
-    softcap: float = _refused(Status.SOFTCAP_UNSUPPORTED, 0.0, "number")
     rotary_cos: int | None = _refused(Status.ROTARY_UNSUPPORTED, instead="rotate q and k before the call")
     rotary_sin: int | None = _refused(Status.ROTARY_UNSUPPORTED, instead="rotate q and k before the call")
     rotary_dim: int = _refused(Status.ROTARY_UNSUPPORTED, 0, "count", "rotate q and k before the call")
-    p_dropout: float = _refused(Status.FEATURE_UNSUPPORTED, 0.0, "number")
-    rng_state: int | None = _refused(Status.FEATURE_UNSUPPORTED)
-    attn_mask: int | None = _refused(Status.FEATURE_UNSUPPORTED)
     leftpad_k: int | None = _refused(
         Status.FEATURE_UNSUPPORTED, instead="seqused_k gives the used length of each sequence"
     )
@@ -213,10 +243,12 @@ def names(**facts) -> tuple[str, ...]:
 
 TENSORS = names(element="input") + names(element="output")  # q, k, v, out
 DESCALES = names(kind="pointer", is_fp8=True)
+# Pointers that few calls have.
+OPTIONALS = names(is_optional=True)
 # Features that are a number, 0 where they are off; the scale, which every call has, is none.
 NUMBERS = tuple(name for name in names(kind="number", refused=None) if name != "softmax_scale")
 # What changes with every call, and what changes with the shape at most.
-POINTERS = tuple(name for name in names(changes=True) if name not in DESCALES)
+POINTERS = tuple(name for name in names(changes=True) if name not in DESCALES + OPTIONALS)
 CHOICES = names(changes=False, varies=False)
 SHAPE = CHOICES + names(varies=True)
 

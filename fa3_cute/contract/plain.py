@@ -35,11 +35,13 @@ class _Bad:
 
 
 BAD = _Bad()
-ENUMS = {"dtype": DataType, "out_dtype": DataType, "mode": AttentionMode}
+ENUMS = dict.fromkeys(names(kind="choice"), DataType) | {"mode": AttentionMode}
+REQUIRED_CHOICES = ("dtype", "mode")  # of others None is one
 # Fields that None switches off, besides pointers, and the value that they have then.
 OFF_AS_ZERO = frozenset(
     (
         "workspace_bytes",
+        "alibi_batch_stride",
         *(name for name, argument in ARGUMENTS.items() if argument.kind == "stride" and argument.is_fp8),
     )
 )
@@ -111,10 +113,14 @@ def _flag(name: str, value):
 
 
 def _choice(name: str, value):
-    if value is None and name == "out_dtype":
+    if value is None and name not in REQUIRED_CHOICES:
         return None
     found = member(ENUMS[name], value)
     return BAD if found is None else found
+
+
+def _object(name: str, value):
+    return None if is_off(value) else value
 
 
 _READERS: dict[str, Callable] = {
@@ -125,6 +131,7 @@ _READERS: dict[str, Callable] = {
     "number": _number,
     "flag": _flag,
     "choice": _choice,
+    "object": _object,
 }
 
 
@@ -132,7 +139,9 @@ def _accepted(name: str) -> frozenset[type]:
     """The types that mean themselves in a field."""
     kind = ARGUMENTS[name].kind
     if kind == "choice":
-        return frozenset({ENUMS[name]} | ({_NONE} if name == "out_dtype" else set()))
+        return frozenset({ENUMS[name]} | (set() if name in REQUIRED_CHOICES else {_NONE}))
+    if kind == "object":
+        return frozenset({_NONE})
     if name in OFF_AS_ZERO:
         return frozenset({int})
     return frozenset(_TYPES[kind] | ({_NONE} if name == "pack_gqa" else set()))

@@ -17,7 +17,6 @@ from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
 from .params import (
     ARGUMENTS,
     DESCALES,
-    NUMBERS,
     OFF,
     TENSORS,
     AttentionMode,
@@ -25,7 +24,19 @@ from .params import (
     has_packed_keys,
     is_packed,
 )
+from .pending import pending
 from .plain import BAD, plain
+from .scores import (
+    alibi_stride,
+    alignment_of,
+    has_alibi_stride,
+    has_optionals,
+    mask_strides,
+    packed_masks,
+    rng_state,
+    score_choices,
+    softcap,
+)
 from .sentences import Sentences, listed, must
 from .sequences import (
     are_totals_missing,
@@ -117,13 +128,13 @@ def _alignment(p) -> Sentences:
         bits <<= 2
         for value in filter(None, _read_by_16(p)):
             bits |= value
-        if not bits & 15 and not bits >> 64:
+        if not bits & 15 and not bits >> 64 and not has_optionals(p):
             return ()
     except TypeError:  # BAD
         pass
     found = []
-    for name, alignment in ALIGNMENT.items():
-        value = getattr(p, name) or 0
+    for name, declared in ALIGNMENT.items():
+        value, alignment = getattr(p, name) or 0, alignment_of(p, name, declared)
         if value is BAD:
             found.append(
                 must(
@@ -181,16 +192,6 @@ def _scale(p) -> Sentences:
         return ()
     accepted = f"a number from {SMALLEST_SCALE:.8g} to {LARGEST_SCALE:.8g}"
     return [must(p, "softmax_scale", f"None (1/sqrt(head_dim)) or {accepted}")]
-
-
-def _features(p) -> Sentences:
-    accepted = f"0 (off) or a number from {SMALLEST_SCALE:.8g} to {LARGEST_SCALE:.8g}"
-    values = [(name, getattr(p, name)) for name in NUMBERS]
-    return [
-        must(p, name, accepted)
-        for name, value in values
-        if value and (value is BAD or not SMALLEST_SCALE <= value <= LARGEST_SCALE)
-    ]
 
 
 def _workspace(p) -> Sentences:
@@ -273,20 +274,25 @@ RULES = (
     Rule(Status.INVALID_SHAPE, masked_sizes, concerns=is_masked),
     Rule(Status.INVALID_SHAPE, strides),
     Rule(Status.INVALID_SHAPE, descale_strides, concerns=has_descale_strides),
+    Rule(Status.INVALID_SHAPE, alibi_stride, concerns=has_alibi_stride),
+    Rule(Status.INVALID_SHAPE, mask_strides),
     Rule(Status.MODE_MISMATCH, _decode, concerns=_is_decode),
     Rule(Status.INVALID_ARGUMENT, _alignment),
     Rule(Status.INVALID_ARGUMENT, _choices, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _counts, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _scale),
-    Rule(Status.INVALID_ARGUMENT, _features, of_choices=True),
+    Rule(Status.INVALID_ARGUMENT, score_choices, of_choices=True),
+    Rule(Status.INVALID_ARGUMENT, rng_state),
     Rule(Status.INVALID_ARGUMENT, _workspace),
     Rule(Status.INVALID_ARGUMENT, _descales, concerns=_has_no_descales),
-    Rule(Status.SOFTCAP_UNSUPPORTED, _off(Status.SOFTCAP_UNSUPPORTED), of_choices=True),
+    Rule(Status.SOFTCAP_UNSUPPORTED, softcap, of_choices=True),
     Rule(Status.SPLIT_KV_UNSUPPORTED, _num_splits, of_choices=True),
     Rule(Status.SPLIT_KV_UNSUPPORTED, fixed_splits, concerns=has_fixed_splits),
     Rule(Status.PAGED_KV_UNSUPPORTED, pages),
     Rule(Status.ROTARY_UNSUPPORTED, _off(Status.ROTARY_UNSUPPORTED), of_choices=True),
     Rule(Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED), of_choices=True),
+    Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
+    Rule(Status.FEATURE_UNSUPPORTED, pending),
 )
 
 

@@ -111,7 +111,8 @@ def cache_sizes(p) -> Sentences:
 def is_masked(p) -> bool:
     """There is a mask, which counts from the diagonal."""
     bounds = p.window_size_left, p.window_size_right
-    return p.is_causal is True or any(type(bound) is int and bound >= 0 for bound in bounds)
+    is_chunked = p.attention_chunk is not BAD and bool(p.attention_chunk)
+    return p.is_causal is True or is_chunked or any(type(bound) is int and bound >= 0 for bound in bounds)
 
 
 def masked_sizes(p) -> Sentences:
@@ -123,7 +124,7 @@ def masked_sizes(p) -> Sentences:
     if not (is_int(rows_q, 0, MAX_SIZE) and is_int(rows_k, 0, MAX_SIZE)):  # the rule before this one has said so
         return ()
     stated = f"{name_q}={rows_q}, {name_k}={rows_k}"
-    return [f"{stated}: must add up to at most {MAX_MASKED_ROWS} with is_causal or a window"]
+    return [f"{stated}: must add up to at most {MAX_MASKED_ROWS} with is_causal, a window or attention_chunk"]
 
 
 def has_fixed_splits(p) -> bool:

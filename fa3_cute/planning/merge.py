@@ -109,6 +109,11 @@ class MergeShape(NamedTuple):
         return ()
 
     @property
+    def optionals(self) -> tuple[str, ...]:
+        """Every call has all pointers."""
+        return ()
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """In the order of the entry."""
         return self.batch_size, self.seqlen_q, self.num_heads, self.head_dim

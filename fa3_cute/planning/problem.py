@@ -13,6 +13,7 @@ from ..contract.params import (
     ARGUMENTS,
     DTYPE_NAMES,
     NUMBERS,
+    OPTIONALS,
     AttentionMode,
     DataType,
     FlashAttentionParams,
@@ -22,6 +23,7 @@ from ..contract.params import (
     is_paged,
     names,
 )
+from ..contract.scores import MASK_STRIDES
 from ..contract.strides import DESCALE_STRIDES, STRIDES
 
 LENGTHS = tuple(name for name in names(kind="pointer", element="int32") if ARGUMENTS[name].takers)
@@ -30,14 +32,33 @@ _CONTIGUOUS = (None,) * len(STRIDES)
 _MASKS = {(UNBOUNDED_WINDOW, UNBOUNDED_WINDOW): "full", (UNBOUNDED_WINDOW, 0): "causal"}
 _NO_STRIDES = (0,) * len(DESCALE_STRIDES)
 _ABSENT, _NO_LENGTHS = (None,) * len(LENGTHS), (0,) * len(LENGTHS)
-_read_lengths, _read_strides, _read_descale_strides = (
-    attrgetter(*fields) for fields in (LENGTHS, STRIDES, DESCALE_STRIDES)
+_NO_SCORE_STRIDES = (0,) * 4  # of slopes and masks
+_read_lengths, _read_strides, _read_descale_strides, _read_mask_strides, _read_optionals = (
+    attrgetter(*fields) for fields in (LENGTHS, STRIDES, DESCALE_STRIDES, MASK_STRIDES, OPTIONALS)
 )
 
 
 # The first fields of a ProblemShape.
 Chosen = tuple[
-    str, str | None, int, str, bool, int, int, int, int, int, int, int, bool, int, bool | None, tuple[float, ...]
+    str,
+    str | None,
+    int,
+    str,
+    bool,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    int,
+    bool,
+    int,
+    bool | None,
+    tuple[float, ...],
+    str,
+    int,
 ]
 
 
@@ -53,9 +74,14 @@ class ProblemShape(NamedTuple):
     max_seqlen_q        queries of a packed sequence, at most; 0 is unknown
     window_left, window_right   how far a query sees from its diagonal, in tokens, at most UNBOUNDED_WINDOW; a causal
                         mask is (UNBOUNDED_WINDOW, 0)
+    attention_chunk     keys of a chunk; 0 without chunks
+    mask_dtype, sink_dtype   of attn_mask: "bool" or as configs call them; of s_aux a number of DataType. They mean
+                        nothing without: see attn_mask
+    optionals           pointers of OPTIONALS that are given
     numbers             features, in the order of NUMBERS; 0 where they are off
     lengths             addresses on the device, 0 if absent, in the order of LENGTHS
-    strides             in elements, in the order of STRIDES and then, of FP8, of DESCALE_STRIDES
+    strides             in elements, in the order of STRIDES, then of the page table, of FP8 those of DESCALE_STRIDES,
+                        of the slopes, of MASK_STRIDES; 0 without
     workspace, tile_counter   addresses of the caller's, 0 if there is none
     """
 
@@ -68,6 +94,7 @@ class ProblemShape(NamedTuple):
     num_heads_k: int
     window_left: int
     window_right: int
+    attention_chunk: int
     num_splits: int
     max_num_splits: int
     fixed_split_size: int
@@ -75,9 +102,12 @@ class ProblemShape(NamedTuple):
     sm_margin: int
     pack_gqa: bool | None
     numbers: tuple[float, ...]
+    mask_dtype: str
+    sink_dtype: int
     is_packed: bool
     has_packed_keys: bool
     has_lse: bool
+    optionals: tuple[str, ...]
     batch_size: int
     seqlen_q: int
     seqlen_k: int
@@ -122,9 +152,21 @@ class ProblemShape(NamedTuple):
             self.page_size,
             self.num_pages,
             self.batch_size_k,
+            self.sink_dtype if "s_aux" in self.optionals else 0,
             self.window_left,
             self.window_right,
+            self.attention_chunk,
         )
+
+    @property
+    def has_alibi(self) -> bool:
+        """There are ALiBi slopes."""
+        return "alibi_slopes" in self.optionals
+
+    @property
+    def attn_mask(self) -> str:
+        """What attn_mask holds: "bool", "fp16", "bf16" or "fp32"; "" without."""
+        return self.mask_dtype if "attn_mask" in self.optionals else ""
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -142,12 +184,17 @@ class ProblemShape(NamedTuple):
         lengths, scale = _read_lengths(p), p.softmax_scale
         packed, packed_keys, paged = is_packed(p), has_packed_keys(p), is_paged(p)
         strides = _strides_of(p, packed, packed_keys)
+        if p.dtype is DataType.FP8_E4M3:
+            strides += _descale_strides_of(p)
+        given = _read_optionals(p)
+        optionals = tuple([name for name, value in zip(OPTIONALS, given, strict=True) if value]) if any(given) else ()
         return ProblemShape._make(
             chosen
             + (
                 packed,
                 packed_keys,
                 bool(p.softmax_lse),
+                optionals,
                 p.batch_size,
                 p.total_q if packed else p.seqlen_q,
                 p.total_k if packed_keys else p.seqlen_k,
@@ -157,7 +204,7 @@ class ProblemShape(NamedTuple):
                 p.max_seqlen_q if packed else 0,
                 1.0 / math.sqrt(p.head_dim) if scale is None else scale,
                 _NO_LENGTHS if lengths == _ABSENT else tuple([address or 0 for address in lengths]),
-                strides if p.dtype is not DataType.FP8_E4M3 else strides + _descale_strides_of(p),
+                strides + (_score_strides_of(p, optionals) if optionals else _NO_SCORE_STRIDES),
                 p.workspace or 0,
                 p.tile_counter or 0,
             )
@@ -183,6 +230,7 @@ def chosen_by(p: FlashAttentionParams) -> Chosen:
         p.num_heads_k,
         left,
         right,
+        p.attention_chunk,
         p.num_splits,
         p.max_num_splits,
         p.fixed_split_size,
@@ -190,6 +238,8 @@ def chosen_by(p: FlashAttentionParams) -> Chosen:
         p.sm_margin,
         p.pack_gqa,
         tuple([getattr(p, name) or 0.0 for name in NUMBERS]),
+        "bool" if p.attn_mask_dtype is None else DTYPE_NAMES[p.attn_mask_dtype],
+        int(DataType.FP32 if p.s_aux_dtype is None else p.s_aux_dtype),
     )
 
 
@@ -235,3 +285,17 @@ def _descale_strides_of(p) -> tuple[int, ...]:
             for stride, size in zip(given, (batch, heads, batch, heads_k, batch, heads_k), strict=True)
         ]
     )
+
+
+def _score_strides_of(p, optionals: tuple[str, ...]) -> tuple[int, int, int, int]:
+    """The strides of slopes and of the mask: batch; batch, head, row. 0 along dimensions of size 1, and without."""
+    alibi = p.alibi_batch_stride or 0 if "alibi_slopes" in optionals and p.batch_size > 1 else 0
+    if "attn_mask" not in optionals:
+        return alibi, 0, 0, 0
+    sizes = p.batch_size, p.num_heads, p.seqlen_q
+    contiguous = p.num_heads * p.seqlen_q * p.seqlen_k, p.seqlen_q * p.seqlen_k, p.seqlen_k
+    batch, head, row = [
+        0 if size == 1 else default if stride is None else stride
+        for stride, default, size in zip(_read_mask_strides(p), contiguous, sizes, strict=True)
+    ]
+    return alibi, batch, head, row

@@ -2,16 +2,20 @@
 
 A buffer holds first what changes with every call, then what changes with the shape. The addresses of lengths count
 among the latter, for all layers of a model share them; those of descales among the former, for each layer has its own.
-What a 16-bit kernel takes of descales, which it never reads, is one zero behind all that.
+What a 16-bit kernel takes of descales, which it never reads, is one zero behind all that, and so are the pointers that
+few calls have where a call has none of them.
 """
 
 import struct
 from functools import cache
+from operator import attrgetter
 
 from ..contract.arguments import Entry
+from ..contract.params import DESCALES, OPTIONALS, POINTERS, DataType, FlashAttentionParams
 from ..planning.problem import LENGTHS, ProblemShape
 
 STRUCT_CODES = {"pointer": "Q", "int64": "q", "int32": "i", "float32": "f", "stream": "Q"}
+_read_pointers, _read_descales, _read_optionals = (attrgetter(*names) for names in (POINTERS, DESCALES, OPTIONALS))
 
 
 class Layout:
@@ -23,9 +27,10 @@ class Layout:
                           cudaError_t that a launch writes
     """
 
-    def __init__(self, entry: Entry, is_fp8: bool):
+    def __init__(self, entry: Entry, is_fp8: bool, has_optionals: bool = False):
         codes = {name: STRUCT_CODES[kind] for name, kind in entry.arguments}
-        self.absent = () if is_fp8 else tuple(name for name in codes if name in entry.fp8_only)
+        absent = (entry.fp8_only if not is_fp8 else frozenset()).union(() if has_optionals else entry.optional)
+        self.absent = tuple(name for name in codes if name in absent)
         self.per_call = tuple(name for name in entry.per_call if name not in self.absent)
         self.per_shape = tuple(name for name in codes if name not in self.per_call + self.absent)
         self.lengths = tuple(LENGTHS.index(name) for name in self.per_shape if name in LENGTHS)
@@ -58,6 +63,18 @@ class Layout:
 
 
 @cache
-def layout_of(entry: Entry, is_fp8: bool) -> Layout:
-    """The buffer of a kernel that takes this entry."""
-    return Layout(entry, is_fp8)
+def layout_of(entry: Entry, is_fp8: bool, has_optionals: bool = False) -> Layout:
+    """The buffer of a kernel that takes this entry, for calls that have one of its optional pointers or none."""
+    return Layout(entry, is_fp8, has_optionals)
+
+
+def addresses_of(p: FlashAttentionParams) -> tuple[int, ...]:
+    """What changes with every call, of plain params: q, k, v, out, softmax_lse, of FP8 the descales, and where there is
+    one of OPTIONALS all of them."""
+    found = _read_pointers(p)
+    if not p.softmax_lse:
+        found = (*found[:-1], 0)
+    if p.dtype is DataType.FP8_E4M3:
+        found = (*found, *[address or 0 for address in _read_descales(p)])
+    optionals = _read_optionals(p)
+    return (*found, *[address or 0 for address in optionals]) if any(optionals) else found

@@ -27,7 +27,12 @@ SCALAR_TYPES = {
     "float32": cutlass.Float32,
     "stream": import_module("cuda.bindings.driver").CUstream,
 }
-POINTED_TYPES = {"float32": cutlass.Float32, "int32": cutlass.Int32}  # others are the config's own
+POINTED_TYPES = {  # others are the config's own
+    "float32": cutlass.Float32,
+    "int32": cutlass.Int32,
+    "uint64": cutlass.Uint64,
+    "bytes": cutlass.Uint8,
+}
 
 _lock = threading.RLock()  # concurrent compiles in one process crash the DSL
 

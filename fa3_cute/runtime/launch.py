@@ -8,17 +8,16 @@ its arguments. Where the DSL lacks one of its private names, the kernel does not
 
 import ctypes
 import threading
-from operator import attrgetter
 from typing import Any
 
 from cuda.bindings.driver import CUstream
 
-from ..contract.params import DESCALES, POINTERS, FlashAttentionParams
+from ..contract.params import FlashAttentionParams
 from ..contract.plain import plain
 from ..planning.operations import Config, Launch, launch_of
 from ..planning.problem import ProblemShape
 from ..planning.splits import SplitPlan
-from .arguments import layout_of
+from .arguments import addresses_of, layout_of
 from .compiler import CompileError, dsl_version, get_kernel
 from .cuda_driver import (
     CudaFailure,
@@ -57,7 +56,6 @@ NO_CONTEXT = NO_STREAM = -1
 PRIVATE_NAMES = ("_get_cuda_init_and_load", "capi_func")
 
 _kernels: dict[Config, "Kernel"] = {}
-_read_pointers, _read_descales = attrgetter(*POINTERS), attrgetter(*DESCALES)
 
 
 def launch(step: Launch, shape: ProblemShape, addresses: tuple[int, ...], stream=None) -> "Call":
@@ -69,7 +67,8 @@ def launch(step: Launch, shape: ProblemShape, addresses: tuple[int, ...], stream
     compiler.CompileError.
     """
     handle = resolve_stream(stream)
-    call = Call(_thread.buffers.get(step.config) or _new_buffer(step.config, handle), step, shape)
+    buffers = _thread.with_optionals if shape.optionals else _thread.buffers
+    call = Call(buffers.get(step.config) or _new_buffer(step.config, handle, buffers), step, shape)
     call.launch(addresses, handle)
     return call
 
@@ -85,13 +84,6 @@ def launch_through(params: FlashAttentionParams, cfg: Config, stream=None) -> "C
     p = plain(params)
     shape = ProblemShape.of(p)
     return launch(launch_of(cfg, shape), shape, addresses_of(p), stream)
-
-
-def addresses_of(p: FlashAttentionParams) -> tuple[int, ...]:
-    """What changes with every call, of plain params: q, k, v, out, softmax_lse, of FP8 also the descales."""
-    found = _read_pointers(p)
-    found = found if p.softmax_lse else (*found[:-1], 0)
-    return (*found, *[address or 0 for address in _read_descales(p)]) if p.dtype == 2 else found
 
 
 def ensure_loaded(cfg: Config, stream=None) -> None:
@@ -189,9 +181,9 @@ class Kernel:
 class Buffer:
     """One thread's argument buffer of one kernel; `filled_by` is the call whose shape lies in it."""
 
-    def __init__(self, cfg: Config, kernel: Kernel):
+    def __init__(self, cfg: Config, kernel: Kernel, has_optionals: bool):
         self.cfg, self.kernel = cfg, kernel
-        self.layout = layout_of(cfg.entry, cfg.is_fp8)
+        self.layout = layout_of(cfg.entry, cfg.is_fp8, has_optionals)
         self.run = kernel.compiled.capi_func
         self.filled_by: Call | None = None
         offsets = self.layout.offsets
@@ -368,17 +360,18 @@ SCRATCH = {"nothing": Nothing, "none": NoScratch, "tile_counter": TileCounter, "
 class _Thread(threading.local):
     def __init__(self):
         self.buffers: dict[Config, Buffer] = {}
+        self.with_optionals: dict[Config, Buffer] = {}  # of calls that have pointers that few have
 
 
 _thread = _Thread()
 
 
-def _new_buffer(cfg: Config, stream: int) -> Buffer:
+def _new_buffer(cfg: Config, stream: int, buffers: dict[Config, Buffer]) -> Buffer:
     initialise_driver()
     kernel = _kernel(cfg)
     with device_made_current(stream) as device:
         kernel.load(device, stream)
-    buffer = _thread.buffers[cfg] = Buffer(cfg, kernel)
+    buffer = buffers[cfg] = Buffer(cfg, kernel, buffers is _thread.with_optionals)
     return buffer
 
 

@@ -202,7 +202,10 @@ REFUSED = [
     ),
     (-9, DENSE, {"workspace": A}, (f"workspace={A}", "workspace_bytes=0", "together")),
     (-9, DENSE, {"workspace_bytes": 8}, ("workspace=None", "workspace_bytes=8", "together")),
-    *((-11, DENSE, {"softcap": value}, (f"softcap={value!r}", "None or 0")) for value in (30.0, -1, float("nan"))),
+    *(
+        (-11, DENSE, {"softcap": value}, (f"softcap={value!r}", "0 (off) or a number from"))
+        for value in (-1, float("nan"), float("inf"), 1e39, 1e-39, "30", True)
+    ),
     *((-13, DENSE, {"num_splits": value}, (f"num_splits={value}", "256")) for value in (-1, 257)),
     *(
         (status, DENSE, {name: value}, (f"{name}={value!r}", "None or 0", "not supported"))
@@ -210,9 +213,6 @@ REFUSED = [
             (-15, "rotary_cos", A),
             (-15, "rotary_sin", A),
             (-15, "rotary_dim", 64),
-            (-16, "p_dropout", 0.1),
-            (-16, "rng_state", A),
-            (-16, "attn_mask", A),
             (-16, "leftpad_k", A),
             (-16, "k_new", A),
             (-16, "v_new", A),

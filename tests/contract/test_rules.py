@@ -44,12 +44,12 @@ def test_first_problem_follows_the_table():
         window_size_left=1,
         mode=DECODE,
         cu_seqlens_q=A,
-        softcap=1,
+        softcap=-1,
         num_splits=300,
         page_table=A,
         rotary_dim=8,
         total_q=1,
-        p_dropout=0.5,
+        attention_chunk=64,
         dtype=FP8,
     )
     mending = [
@@ -66,7 +66,7 @@ def test_first_problem_follows_the_table():
         (-13, {"num_splits": 0}),
         (-14, {"page_table": None}),
         (-15, {"rotary_dim": 0}),
-        (-16, {"p_dropout": 0}),
+        (-16, {"attention_chunk": 0}),
     ]
     for status, change in mending:
         assert first_problem(params).status == status, (first_problem(params), change)

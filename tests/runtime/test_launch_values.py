@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fa3_cute.contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
-from fa3_cute.contract.params import DataType, FlashAttentionParams
+from fa3_cute.contract.params import OPTIONALS, DataType, FlashAttentionParams
 from fa3_cute.contract.plain import plain
 from fa3_cute.planning.operations import Launch, launch_of
 from fa3_cute.planning.problem import ProblemShape
@@ -24,10 +24,11 @@ def values_of(given, cfg) -> tuple[dict, Launch]:
 
 
 @pytest.mark.parametrize("has_descales", [False, True])
+@pytest.mark.parametrize("has_optionals", [False, True])
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
-def test_storage_is_aligned_and_apart(entry, has_descales):
+def test_storage_is_aligned_and_apart(entry, has_optionals, has_descales):
     """But for the arguments that are always 0: these share 8 bytes, which nothing is packed into."""
-    layout, names = layout_of(entry, has_descales), [name for name, _ in entry.arguments]
+    layout, names = layout_of(entry, has_descales, has_optionals), [name for name, _ in entry.arguments]
     sizes = [4 if kind in ("int32", "float32") else 8 for _, kind in entry.arguments]
     places = dict(zip(names, zip(layout.offsets, sizes, strict=False), strict=True))
     places["error"] = layout.offsets[-1], 4
@@ -36,9 +37,9 @@ def test_storage_is_aligned_and_apart(entry, has_descales):
     spans = sorted([*places.values(), *absent])
     assert all(at + size <= following for (at, size), (following, _) in zip(spans, spans[1:], strict=False))
     assert sorted(layout.per_call + layout.per_shape + layout.absent) == sorted(names)
-    assert len(absent) == (not has_descales)
-    descales = [name for name in names if "descale" in name]
-    assert sorted(layout.absent) == ([] if has_descales else sorted(descales))
+    assert len(absent) == (not has_descales or not has_optionals)
+    descales = [] if has_descales else [name for name in names if "descale" in name]
+    assert sorted(layout.absent) == sorted(descales + ([] if has_optionals else list(OPTIONALS)))
     of_each_layer = {"q_descale", "k_descale", "v_descale"}
     assert not has_descales or of_each_layer < {*layout.per_call}
 

@@ -1,0 +1,31 @@
+"""What the contract has already and no kernel does yet: a row leaves with the kernel that does it. Pure Python."""
+
+from .plain import BAD
+from .sentences import Sentences
+from .status import shown
+
+# {field: what is not done yet}
+PENDING = {
+    "softcap": "scores are not capped",
+    "s_aux": "there are no attention sinks",
+    "alibi_slopes": "there are no position biases",
+    "attn_mask": "masks are not read",
+    "attention_chunk": "there are no chunks",
+    "p_dropout": "nothing is dropped",
+    "score_mod": "functions of scores are not called",
+    "mask_mod": "functions that mask are not called",
+    "block_mask": "block lists are not read",
+    "mod_pointers": "no function reads them",
+    "mod_strides": "no function reads them",
+    "mod_scalars": "no function reads them",
+}
+
+
+def pending(p) -> Sentences:
+    """The rule of features that have no kernel yet."""
+    values = [(name, getattr(p, name)) for name in PENDING]
+    return [
+        f"{name}={shown(getattr(getattr(p, 'raw', p), name))}: no kernel yet: {PENDING[name]}"
+        for name, value in values
+        if value is not None and value is not BAD and (type(value) not in (int, float) or value)
+    ]
