@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES, PARTIAL
 from .key_source import KeySourceFields
+from .packing import PackedFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .strategies import Output, Steps, Values
 
@@ -173,7 +174,7 @@ class KernelConfig(KeySourceFields):
 
 
 @dataclass(frozen=True)
-class FwdConfig(KernelConfig):
+class FwdConfig(PackedFields, KernelConfig):
     """Compile-time choices of one forward kernel.
 
     is_causal            bottom-right aligned causal mask
@@ -187,6 +188,7 @@ class FwdConfig(KernelConfig):
     is_local             sliding window around the bottom-right diagonal; excludes is_causal
     is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
     out_dtype            of O: "bf16" or "fp16" where Q, K and V are FP8, "fp32"; None: dtype
+    packed_heads         of PackedFields
     is_ragged ..         of KeySourceFields; with is_varlen
     """
 
@@ -223,6 +225,7 @@ class FwdConfig(KernelConfig):
             ),
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
             (self.is_varlen or not self.is_ragged, "is_ragged: only with is_varlen"),
+            *self.packing_rules(),
             (
                 self.smem_bytes <= SMEM_BYTES_PER_CTA,
                 f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}",
@@ -233,7 +236,7 @@ class FwdConfig(KernelConfig):
     def name(self) -> str:
         """Short and unique among the rows of tables.py: names cache entries, kernels and table rows."""
         lengths = self.source_name or "_varlen" * self.is_varlen
-        flags = lengths + "_lse" * self.has_lse + self.feature_names
+        flags = lengths + "_lse" * self.has_lse + self.feature_names + self.packing_name
         return f"fwd_{self.dtype_name}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
 
     @property

@@ -15,10 +15,11 @@ from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
 from ..contract.status import Problem, Status, shown
 from .config import FEATURES, DecodeConfig, FwdConfig
+from .packing import packed_heads_of_window
 from .problem import Chosen, ProblemShape, chosen_by
 from .ragged import is_ragged, kernels_of, ragged_plan_of
 from .splits import is_windowed, plan_of
-from .tables import DENSE, KeySource, decode_config, decode_row, forward_config, forward_row
+from .tables import DENSE, KeySource, decode_config, decode_row, forward_config, forward_row, packed_config
 
 Config = FwdConfig | DecodeConfig
 MAX_CHOICES = 512  # that are remembered; the next ones start anew
@@ -81,7 +82,8 @@ def operation_of(shape: ProblemShape) -> Operation:
     if not has_forward:
         return Operation(launches)
     facts = shape.has_lse, shape.has_lengths, out_dtype, features, source
-    forward = _forward(dtype, head_dim, shape.mask, facts, shape.sm_margin, (int(shape.zero_padding), decode_queries))
+    ragged = int(shape.zero_padding), decode_queries
+    forward = _forward(dtype, head_dim, shape.mask, facts, packed_heads_of_window(shape), shape.sm_margin, ragged)
     return Operation((*launches, *forward.launches)) if launches else forward
 
 
@@ -102,14 +104,17 @@ def has_wide_boxes(shape: ProblemShape) -> bool:
 
 
 @cache
-def _forward(dtype: str, head_dim: int, mask: str, facts: tuple, sm_margin: int, ragged: tuple[int, int]) -> Operation:
+def _forward(
+    dtype: str, head_dim: int, mask: str, facts: tuple, packed_heads: int, sm_margin: int, ragged: tuple[int, int]
+) -> Operation:
     """That of forward_config(dtype, head_dim, mask, *facts), for problems of all lengths."""
-    launch = _forward_launch(forward_config(dtype, head_dim, mask, *facts))
+    cfg = forward_config(dtype, head_dim, mask, *facts)
+    launch = _forward_launch(packed_config(cfg, packed_heads) if packed_heads > 1 else cfg)
     return Operation((launch._replace(sm_margin=sm_margin, ragged=ragged),))
 
 
 def _forward_launch(cfg: FwdConfig) -> Launch:
-    return Launch(cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask).reason, "tile_counter")
+    return Launch(cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask, cfg.packed_heads).reason, "tile_counter")
 
 
 def _decode_launch(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int = 0) -> Launch:

@@ -11,7 +11,16 @@ from typing import NamedTuple
 from ..contract.formats import MAX_SPLITS
 from .config import SMEM_BYTES_PER_CTA, DecodeConfig
 from .problem import ProblemShape
-from .splits import CLUSTER_SLOTS, MAX_DECODE_ROWS, RATES, SplitPlan, fastest, is_decode, packed_heads_of
+from .splits import (
+    CLUSTER_SLOTS,
+    MAX_DECODE_ROWS,
+    RATES,
+    SplitPlan,
+    fastest,
+    is_decode,
+    packed_heads_of,
+    packs_many_rows,
+)
 
 UNLIMITED = (1 << 31) - 1
 LEAST_TILES = 8  # kernels/decode/ragged.py
@@ -32,7 +41,7 @@ def kernels_of(shape: ProblemShape) -> Kernels:
     if not shape.is_packed:
         decodes = is_decode(shape)
         return Kernels(decodes, not decodes)
-    if shape.num_splits > 1 or shape.pack_gqa:
+    if shape.num_splits > 1 or packs_many_rows(shape):
         return Kernels(True, False)
     most, queries = MAX_DECODE_ROWS // packed_heads_of(shape), max_queries(shape)
     if 0 < queries <= most:

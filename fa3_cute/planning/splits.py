@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from ..contract.formats import MAX_SPLITS, UNBOUNDED_WINDOW
 from .config import SMEM_BYTES_PER_CTA, DecodeConfig
+from .packing import packed_heads_of_window
 from .problem import ProblemShape
 from .tables import decode_row
 
@@ -98,7 +99,12 @@ def packed_heads_of(shape: ProblemShape) -> int:
 def is_decode(shape: ProblemShape) -> bool:
     """Whether the decode kernel serves a problem of dense queries: few rows per KV head, or K and V in splits."""
     rows = shape.seqlen_q * packed_heads_of(shape)
-    return rows <= MAX_DECODE_ROWS or shape.is_decode_mode or shape.num_splits > 1 or bool(shape.pack_gqa)
+    return rows <= MAX_DECODE_ROWS or shape.is_decode_mode or shape.num_splits > 1 or packs_many_rows(shape)
+
+
+def packs_many_rows(shape: ProblemShape) -> bool:
+    """Whether heads are to be packed in a problem of any number of rows where only the decode kernel does."""
+    return bool(shape.pack_gqa) and packed_heads_of_window(shape) == 1
 
 
 def is_windowed(shape: ProblemShape) -> bool:

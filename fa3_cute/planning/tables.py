@@ -1,7 +1,7 @@
 """Which kernel serves which problem: one table, a row per (bytes per element, head_dim, mask), each with its reason."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -110,6 +110,30 @@ FORWARD = {
     ),
 }
 
+# {(head_dim, packed_heads)} of small windows whose heads are packed (packing.py), in 16 bit: the largest of the numbers
+# of heads that divides num_heads / num_heads_k. tile_n is the span of (127, 0): tile_m / packed_heads + 127 keys.
+PACKED_SPAN = "not measured; one tile, or two, span the keys that a tile's rows see of (127, 0)"
+PACKED = {
+    (64, 8): Row(
+        128,
+        144,
+        2,
+        "162.9 us of (127, 0), 64:8 heads, 2 x 8k, where 128x128 without packed heads takes 242.1; 3 or 4 stages 162, "
+        "without ping-pong 165, 128x160 170; K/V tiles from multiples of tile_n on 246; of (1023, 0) 674 and 647",
+    ),
+    (64, 4): Row(128, 160, 2, PACKED_SPAN),
+    (64, 2): Row(128, 192, 2, PACKED_SPAN),
+    (128, 8): Row(128, 144, 2, PACKED_SPAN),
+    (128, 4): Row(
+        128,
+        160,
+        2,
+        "127.1 us of (127, 0), 32:8 heads, 2 x 8k, where 128x128 without packed heads takes 155.2; of (1023, 0) 479 "
+        "and 476",
+    ),
+    (128, 2): Row(128, 96, 2, PACKED_SPAN),
+}
+
 
 @dataclass(frozen=True)
 class DecodeRow:
@@ -182,9 +206,9 @@ EACH_FEATURE = (NONE, *(frozenset({flag}) for flag in FEATURES))
 DTYPES = (("fp16", None), ("bf16", None), *((FP8, out) for out in FP8_OUT_DTYPES))
 
 
-def forward_row(dtype: str, head_dim: int, mask: str) -> Row:
-    """The row of FORWARD that serves a problem."""
-    return FORWARD[ELEMENT_BYTES[dtype], head_dim, mask]
+def forward_row(dtype: str, head_dim: int, mask: str, packed_heads: int = 1) -> Row:
+    """The row of FORWARD that serves a problem, or of PACKED."""
+    return PACKED[head_dim, packed_heads] if packed_heads > 1 else FORWARD[ELEMENT_BYTES[dtype], head_dim, mask]
 
 
 _interned: dict[FwdConfig | DecodeConfig, FwdConfig | DecodeConfig] = {}
@@ -227,6 +251,14 @@ def forward_config(
             **dict.fromkeys(features, True),
         )
     )
+
+
+@cache
+def packed_config(cfg: FwdConfig, packed_heads: int) -> FwdConfig:
+    """The config that serves the window that cfg, of `forward_config`, serves without packed heads."""
+    fields = asdict(PACKED[cfg.head_dim, packed_heads])
+    del fields["reason"]
+    return interned(replace(cfg, packed_heads=packed_heads, **fields))
 
 
 def all_forward_configs() -> list[FwdConfig]:
@@ -351,6 +383,16 @@ def partial_configs() -> list[FwdConfig | DecodeConfig]:
     ]
 
 
+def packed_configs() -> list[FwdConfig | DecodeConfig]:
+    """Of the configs that pack heads some that stand for all: each row of PACKED with both element types, packed
+    sequences and dense ones, with LSE and without, in turn."""
+    return [
+        packed_config(forward_config(dtype, head_dim, "local", (turn + number) % 2 == 0, turn % 2 == 1), packed_heads)
+        for number, (head_dim, packed_heads) in enumerate(PACKED)
+        for turn, dtype in enumerate(("bf16", "fp16"), number // 2)
+    ]
+
+
 def all_configs() -> list[FwdConfig | DecodeConfig]:
-    """Every config that some supported call can need, but of ragged batches and of FP32 results a selection."""
-    return [*dense_configs(), *ragged_configs(), *partial_configs()]
+    """Every config that some supported call can need, but of ragged batches, FP32 and packed heads a selection."""
+    return [*dense_configs(), *ragged_configs(), *partial_configs(), *packed_configs()]

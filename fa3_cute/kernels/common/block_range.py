@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cutlass import Int32
 
-from ...planning.config import ROWS_PER_WARPGROUP, KernelConfig
+from ...planning.config import ROWS_PER_WARPGROUP, FwdConfig, KernelConfig
 from .arithmetic import ceil_div, maximum, minimum
 
 
@@ -40,6 +40,12 @@ class BlockRange:
 def first_key(cfg: KernelConfig, n_block: Int32) -> Int32:
     """The key, counted from the sequence's first, that K/V tile n_block starts with."""
     return n_block * cfg.tile_n
+
+
+def key_origin(cfg: FwdConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> Int32:
+    """The first key that some row of Q tile `m_block` of a window sees, counted from the sequence's first."""
+    first_query = m_block * cfg.queries_per_tile
+    return maximum(first_query - seqlen_q + seqlen_k - window.left, 0)
 
 
 def block_range(cfg: KernelConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32,

@@ -19,18 +19,21 @@ class TmaOperand:
     tensor: cute.Tensor
 
 
-def tma_operand(op, tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int) -> TmaOperand:
-    """Copies boxes of (rows, columns) between `tensor` and the slots of a ring with that shared-memory layout."""
+def tma_operand(op, tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int | tuple) -> TmaOperand:
+    """Copies boxes of (rows, columns) between `tensor` and the slots of a ring with that shared-memory layout.
+
+    rows   (heads, queries) of a tensor whose rows are that (tiles.with_packed_heads)
+    """
     slot = cute.select(ring, mode=[0, 1])
     return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, slot, (rows, tensor.shape[1])))
 
 
-def tma_load(tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int) -> TmaOperand:
+def tma_load(tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int | tuple) -> TmaOperand:
     """Global -> shared."""
     return tma_operand(cpasync.CopyBulkTensorTileG2SOp(), tensor, ring, rows)
 
 
-def tma_store(tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int) -> TmaOperand:
+def tma_store(tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int | tuple) -> TmaOperand:
     """Shared -> global."""
     return tma_operand(cpasync.CopyBulkTensorTileS2GOp(), tensor, ring, rows)
 

@@ -3,15 +3,16 @@
 Each is wrong without the other, so both come from one object. `tiles` walk downwards: those cut by the right end of
 what the rows see, those that every row sees, which carry no mask code, those cut by the left end (BlockRange).
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
+from ...planning.config import FwdConfig
 from .arithmetic import minimum
-from .block_range import BlockRange, Window, block_range, first_key, warpgroup_range
+from .block_range import BlockRange, Window, block_range, first_key, key_origin, warpgroup_range
 from .layout import ROW_STEP, as_rows_cols, col_offset, fragment_col, fragment_row
 from .scores import Place
 from .tiles import Tile
@@ -54,6 +55,18 @@ class Visibility:
         first_row = self.tile.m_block * self.cfg.tile_m
         first_query = first_row // self.packed_heads if self.cfg.packs_heads else first_row
         return first_query - self.tile.seqlen_q + self.tile.seqlen_k - self.window.left
+
+
+def from_first_visible(cfg: FwdConfig, window: Window, tile: Tile) -> Tile:
+    """The tile; if heads are packed, of the sequence without the keys before the first that some row sees.
+
+    K/V tiles, which are counted from there, then hold as few keys that nobody sees as can be. Sequences end
+    bottom-right aligned with their keys: without the first ones, the rows still see the same ones of the others.
+    """
+    if not cfg.packs_heads:
+        return tile
+    origin = key_origin(cfg, window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
+    return replace(tile, offset_k=tile.offset_k + origin, seqlen_k=tile.seqlen_k - origin)
 
 
 @dataclass(frozen=True)

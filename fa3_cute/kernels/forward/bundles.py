@@ -23,10 +23,10 @@ from .order import TileGrid
 @dataclass(frozen=True)
 class FwdParams:
     """Run-time arguments of the forward kernel (device side)."""
-    q: TmaOperand                  # (seqlen_q, dim_qk, num_heads,   batch)
+    q: TmaOperand                  # (seqlen_q, dim_qk, num_heads,   batch), or tiles.with_packed_heads
     k: Operand                     # (seqlen_k, dim_qk, num_heads_k, batch), or pages
     v: Operand                     # (seqlen_k, dim_v,  num_heads_k, batch)
-    o: Optional[TmaOperand]        # (seqlen_q, dim_v,  num_heads,   batch); None where consumers store O themselves
+    o: Optional[TmaOperand]        # (seqlen_q, dim_v,  num_heads,   batch), or so; None where consumers store
     mO: cute.Tensor                # the same tensor, for tiles that end within the next sequence's rows
     mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
     descales: Optional[Descales]   # None unless cfg.is_fp8
@@ -36,7 +36,7 @@ class FwdParams:
     sequences: Sequences | RaggedBatch     # used if cfg.is_varlen
     places: Optional[KeyPlaces]    # None unless cfg.is_ragged
     tile_counter: cute.Tensor      # (1,) int32; see schedule.py
-    num_heads: Int32
+    num_heads: Int32               # groups of them, if heads are packed
     num_heads_k: Int32
 
 

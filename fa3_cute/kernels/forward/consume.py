@@ -33,11 +33,11 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
         tile = reader.tile
         if const_expr(cfg.is_fp8):
             tidx = unhoisted(tidx)
-        visible = Visibility(cfg, params.window, tile)
+        visible = Visibility(cfg, params.window, tile, cfg.packed_heads)
         mask, blocks = visible.of_thread(tidx), visible.tiles()
         q = q_consumer.wait_and_advance()
         attend.q_slot = q.index
-        attend.start_tile(params.descales, tile)
+        attend.start_tile(params.descales, tile, cfg.packed_heads)
         own = blocks
         if const_expr(cfg.skips_per_warpgroup):
             own = visible.tiles_of_warpgroup(blocks, wg_idx)

@@ -18,6 +18,7 @@ from ..common.pages import ring_of_boxes
 from ..common.ragged import UNLIMITED, RaggedBatch
 from ..common.scores import ScoreTransform
 from ..common.sequences import Sequences, is_present
+from ..common.tiles import with_packed_heads
 from ..common.tma import tma_load, tma_store
 from ..common.wgmma import Mmas, make_mmas
 from .bundles import FwdLayouts, FwdParams, FwdPipelines, FwdSmem
@@ -52,26 +53,28 @@ class FlashAttentionForward:
             batches_k = Int32(1) if is_present(sequences.cu_seqlens_k) else a.batch_size_k
             sequences = RaggedBatch.create(a, a.decode_queries + 1, Int32(UNLIMITED))
             places = KeyPlaces.create(cfg, a, sequences)
-        mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches))
+        mQ, mO = (with_packed_heads(cfg, tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches)))
                   for name, columns in (("q", cfg.dim_qk), ("out", cfg.dim_v)))
         k, v = (key_value_operand(cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), ring)
                 for name, columns, ring in (("k", cfg.dim_qk, layouts.sK), ("v", cfg.dim_v, layouts.sV)))
+        num_groups = a.num_heads // cfg.packed_heads if const_expr(cfg.packs_heads) else a.num_heads
         grid = TileGrid(
-            num_m_blocks=ceil_div(a.seqlen_q, cfg.tile_m), num_heads=a.num_heads, batch_size=a.batch_size,
-            section=heads_per_section(a.num_heads * a.batch_size, a.num_heads // a.num_heads_k, a.seqlen_k,
+            num_m_blocks=ceil_div(a.seqlen_q, cfg.queries_per_tile), num_heads=num_groups, batch_size=a.batch_size,
+            section=heads_per_section(num_groups * a.batch_size, num_groups // a.num_heads_k, a.seqlen_k,
                                       cfg.kv_bytes_per_token))
         num_tiles = grid.num_tiles()
         if const_expr(cfg.is_varlen):
             # The most that any lengths can make: packed sequences each end in a partial tile of their own.
-            most = (a.seqlen_q // cfg.tile_m + sequences.batch_size) * a.num_heads
+            most = (a.seqlen_q // cfg.queries_per_tile + sequences.batch_size) * num_groups
             num_tiles = most if sequences.is_packed() else num_tiles
+        rows = (cfg.packed_heads, cfg.queries_per_tile) if const_expr(cfg.packs_heads) else cfg.tile_m
         params = FwdParams(
-            q=tma_load(mQ, layouts.sQ, cfg.tile_m), k=k, v=v, mO=mO,
-            o=tma_store(mO, layouts.sO, cfg.tile_m) if const_expr(layouts.sO is not None) else None,
+            q=tma_load(mQ, layouts.sQ, rows), k=k, v=v, mO=mO,
+            o=tma_store(mO, layouts.sO, rows) if const_expr(layouts.sO is not None) else None,
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             scores=ScoreTransform.create(cfg, a), window=Window(a.window_size_left, a.window_size_right),
-            grid=grid, sequences=sequences, places=places, num_heads=a.num_heads, num_heads_k=a.num_heads_k,
+            grid=grid, sequences=sequences, places=places, num_heads=num_groups, num_heads_k=a.num_heads_k,
             tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_mmas(cfg)).launch(

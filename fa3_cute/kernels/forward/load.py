@@ -4,7 +4,7 @@ import cutlass.cute as cute
 from ...planning.config import FwdConfig
 from ..common.block_range import first_key
 from ..common.keys_values import load_after_first, source_of
-from ..common.tiles import rows_from
+from ..common.tiles import group_of, rows_from
 from ..common.tma import tma_views
 from ..common.visibility import Visibility
 from .bundles import FwdParams, FwdPipelines, FwdSmem
@@ -23,11 +23,11 @@ def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
     reader = TileReader.create(smem.sTiles, pipes.tiles)
     while reader.has_tile():
         tile = reader.tile
-        mQ = rows_from(cfg, tile.offset_q, params.q.tensor[None, None, tile.head, tile.batch])
+        mQ = rows_from(cfg, tile.offset_q, params.q.tensor[None, None, group_of(cfg, tile), tile.batch])
         tQsQ, tQgQ = tma_views(params.q, cute.local_tile(mQ, (cfg.tile_m, cfg.dim_qk), (tile.m_block, 0)), smem.sQ)
         k, v = (source_of(cfg, op, ring, tile, places=params.places)
                 for op, ring in ((params.k, smem.sK), (params.v, smem.sV)))
-        blocks = Visibility(cfg, params.window, tile).tiles()
+        blocks = Visibility(cfg, params.window, tile, cfg.packed_heads).tiles()
         found = k.find(first_key(cfg, blocks.n_block_max - 1))
         if blocks.n_block_max > blocks.n_block_min:
             k.copy(k_producer.acquire_and_advance(), first_key(cfg, blocks.n_block_max - 1), found)

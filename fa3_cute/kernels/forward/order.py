@@ -23,7 +23,7 @@ MIN_SECTION = 32             # heads: the last tiles of a launch are then short,
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Extents of the tile space of dense tensors."""
+    """Extents of the tile space of dense tensors; heads that are packed count as one."""
     num_m_blocks: Int32
     num_heads: Int32
     batch_size: Int32

@@ -16,6 +16,7 @@ from ..common.arithmetic import ceil_div
 from ..common.ragged import RaggedBatch
 from ..common.sequences import Sequences
 from ..common.tiles import Tile
+from ..common.visibility import from_first_visible
 from .bundles import FwdParams, FwdPipelines, FwdSmem
 from .order import dense_tile, heads_per_section, tile_of_heads
 from .store import OutStore
@@ -44,7 +45,7 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
                 search.advance()
             is_found = index < search.tiles_so_far
             if is_found:
-                tile = search.tile(index, qhead_per_kvhead)
+                tile = from_first_visible(cfg, params.window, search.tile(index, qhead_per_kvhead))
                 writer.publish(tile)
                 if const_expr(cfg.values.has_ring):
                     out, unstored = store_previous(cfg, params, smem, out, unstored), tile
@@ -53,12 +54,13 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
                 index = num_ctas + fetched
         num_tiles = search.tiles_so_far
     else:
-        seqlen_q, seqlen_k = params.q.tensor.shape[0], params.k.tensor.shape[0]
+        seqlen_q, seqlen_k = num_queries(cfg, params), params.k.tensor.shape[0]
         num_tiles = params.grid.num_tiles()
         while index < num_tiles:
             m_block, head, batch = dense_tile(cfg.is_causal, params.grid, index)
             kv_head = head // qhead_per_kvhead
-            tile = Tile(m_block, head, kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch)
+            tile = Tile(m_block, first_of(cfg, head), kv_head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, batch)
+            tile = from_first_visible(cfg, params.window, tile)
             writer.publish(tile)
             if const_expr(cfg.values.has_ring):
                 out, unstored = store_previous(cfg, params, smem, out, unstored), tile
@@ -70,6 +72,17 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
         store_previous(cfg, params, smem, out, unstored)
     if fetched == num_tiles - 1 and cute.arch.lane_idx() == 0:
         params.tile_counter[0] = Int32(0)
+
+
+def num_queries(cfg: FwdConfig, params: FwdParams) -> Int32:
+    """Rows of dense queries."""
+    rows = params.q.tensor.shape[0]
+    return rows[1] if cfg.packs_heads else rows
+
+
+def first_of(cfg: FwdConfig, head: Int32) -> Int32:
+    """The head, or the first one of a group of packed heads."""
+    return head * cfg.packed_heads if cfg.packs_heads else head
 
 
 @cute.jit
@@ -149,8 +162,9 @@ class SequenceSearch:
         batch = self.sequences.batch_coordinate(sequence)
         if const_expr(self.cfg.is_ragged):
             sequence = self.sequences.number(sequence)
-        return Tile(m_block, head, head // qhead_per_kvhead, batch, offset_q, seqlen_q, offset_k, seqlen_k, sequence)
+        kv_head = head // qhead_per_kvhead
+        return Tile(m_block, first_of(self.cfg, head), kv_head, batch, offset_q, seqlen_q, offset_k, seqlen_k, sequence)
 
     def num_m_blocks(self, seqlen_q: Int32) -> Int32:
         """Q tiles of a sequence."""
-        return ceil_div(seqlen_q, self.cfg.tile_m)
+        return ceil_div(seqlen_q, self.cfg.queries_per_tile)

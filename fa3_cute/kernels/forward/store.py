@@ -14,7 +14,7 @@ from ..common.barriers import sync_warpgroup
 from ..common.copies import row_copy
 from ..common.layout import (ROW_STEP, SwizzledRow, as_quads, convert, fragment_col, fragment_row, out_type,
                              pieces_of_row)
-from ..common.tiles import Tile, rows_from
+from ..common.tiles import Tile, group_of, query_and_head, rows_from
 from ..common.tma import tma_views
 from ..common.wgmma import Mmas
 from .bundles import FwdParams, FwdPipelines, FwdSmem
@@ -87,8 +87,9 @@ def write_lse(cfg: FwdConfig, params: FwdParams, tile: Tile, lse: cute.Tensor, t
         if fragment_col(tidx) == 0:
             for r in cutlass.range_constexpr(cute.size(lse)):
                 row = tile.m_block * cfg.tile_m + fragment_row(tidx) + ROW_STEP * r
-                if row < tile.seqlen_q:
-                    params.mLSE[tile.offset_q + row, tile.head, tile.batch] = lse[r]
+                query, head = query_and_head(cfg, tile, row)
+                if query < tile.seqlen_q:
+                    params.mLSE[tile.offset_q + query, head, tile.batch] = lse[r]
 
 
 @cute.jit
@@ -96,7 +97,7 @@ def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, n
     """The first num_rows rows of sO to global memory with ordinary stores: what TMA cannot bound, since behind them
     lie the rows of another sequence, or rows past seqused_q. Runs on: the store warp.
     """
-    mO = rows_from(cfg, tile.offset_q, params.mO[None, None, tile.head, tile.batch])
+    mO = rows_from(cfg, tile.offset_q, params.mO[None, None, group_of(cfg, tile), tile.batch])
     gO = cute.local_tile(mO, (cfg.tile_m, cfg.dim_v), (tile.m_block, 0))
     copy, first_row, rows_per_step = row_copy(cfg.dim_v, out_type(cfg), cute.arch.lane_idx(), num_threads=32)
     tOsO, tOgO = copy.partition_S(sO), copy.partition_D(gO)
@@ -108,12 +109,18 @@ def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, n
                 cute.autovec_copy(rO, tOgO[None, step, c])
 
 
+def num_rows_from(cfg: FwdConfig, tile: Tile) -> Int32:
+    """Rows of the sequence from the tile's first one on."""
+    rows = tile.seqlen_q * cfg.packed_heads if cfg.packs_heads else tile.seqlen_q
+    return rows - tile.m_block * cfg.tile_m
+
+
 @cute.jit
 def copy_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, slot: Int32, tOsO: cute.Tensor,
               tOgO: cute.Tensor):
     """O of a tile from its slot, which are TMA's views of, to global memory. Runs on: one warp, which waits until it is
     read."""
-    num_rows = tile.seqlen_q - tile.m_block * cfg.tile_m
+    num_rows = num_rows_from(cfg, tile)
     use_tma = Boolean(True)
     if const_expr(cfg.is_varlen):
         use_tma = num_rows >= cfg.tile_m
@@ -144,7 +151,7 @@ class OutStore:
         Runs on: one warp. Synchronises: waits for the full half of the O ring; empties the Q ring and O's own.
         """
         if const_expr(cfg.output is not Output.NOWHERE):
-            mO = rows_from(cfg, tile.offset_q, params.o.tensor[None, None, tile.head, tile.batch])
+            mO = rows_from(cfg, tile.offset_q, params.o.tensor[None, None, group_of(cfg, tile), tile.batch])
             gO = cute.local_tile(mO, (cfg.tile_m, cfg.dim_v), (tile.m_block, 0))
             tOsO, tOgO = tma_views(params.o, gO, smem.sO)
         q = self.q_consumer.wait_and_advance()   # full long ago; this walks the ring whose slot we release

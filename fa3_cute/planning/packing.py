@@ -1,0 +1,76 @@
+"""Heads that share the M tiles of the forward kernel, and the windows that this is good for. Pure Python.
+
+A tile of 128 rows of one head spans 255 keys of a window of 128, which lie in 2 tiles of 128 or in 3; 16 queries of 8
+heads span 143: a single tile of 144, if it starts with the first of them. Of wide windows both span about the same.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..contract.formats import ELEMENT_BYTES
+from .problem import ProblemShape
+
+PACKED_HEADS = (8, 4, 2)  # of one KV head, that may share a tile
+# {head_dim: keys that a query sees, up to which packing is faster}: it is of 128 keys, not of 1024 (tables.PACKED), and
+# between them by the keys of the tiles that are visited: of (511, 0) 576 against 640 at head_dim 64, of (255, 0) 320
+# against 384 at 128.
+MOST_KEYS = {64: 512, 128: 256}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedFields:
+    """A field of the forward kernel's config.
+
+    packed_heads   query heads of one KV head that share an M tile: its rows are tile_m / packed_heads queries x
+                   packed_heads heads, heads fastest, and its K/V tiles start at the first key that some row sees
+    """
+
+    packed_heads: int = 1
+
+    if TYPE_CHECKING:  # of the config
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def packing_rules(self) -> tuple[tuple[bool, str], ...]:
+        """(whether it holds, what to say if it does not)."""
+        return (
+            (self.packed_heads in (1, *PACKED_HEADS), f"packed_heads={self.packed_heads}: must be 1, 2, 4 or 8"),
+            (
+                not self.packs_heads or self.is_local and self.out_dtype is None and not self.page_box,
+                "packed_heads: only with is_local, 16-bit elements in and out, and without pages",
+            ),
+        )
+
+    @property
+    def packs_heads(self) -> bool:
+        """Consecutive rows of a tile are heads of one query."""
+        return self.packed_heads > 1
+
+    @property
+    def queries_per_tile(self) -> int:
+        """Whose rows are an M tile."""
+        return self.tile_m // self.packed_heads
+
+    @property
+    def packing_name(self) -> str:
+        """The packed heads in a name."""
+        return f"_heads{self.packed_heads}" if self.packs_heads else ""
+
+
+def packed_heads_of_window(shape: ProblemShape) -> int:
+    """Query heads that share an M tile of the forward kernel; 1: they are not packed.
+
+    pack_gqa=True packs the heads of any window that there are kernels for.
+    """
+    if shape.mask != "local" or shape.pack_gqa is False or not is_packable(shape):
+        return 1
+    if not shape.pack_gqa and shape.window_left + shape.window_right >= MOST_KEYS[shape.head_dim]:
+        return 1
+    group = shape.num_heads // shape.num_heads_k
+    return next((heads for heads in PACKED_HEADS if group % heads == 0), 1)
+
+
+def is_packable(shape: ProblemShape) -> bool:
+    """Whether there are kernels for it: of 16-bit elements in and out, and of keys that do not lie in pages."""
+    is_16_bit = ELEMENT_BYTES[shape.dtype] == 2 and shape.out_dtype is None
+    return is_16_bit and shape.head_dim in MOST_KEYS and not shape.is_paged
