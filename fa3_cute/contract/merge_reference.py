@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .reference import as_float
+from .number_formats import as_float
 
 
 def merge_reference(out_a, lse_a, out_b, lse_b, *, lse_base: float = math.e) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .reference import as_float
+from .number_formats import as_float
 from .rows import used_rows
 
 LARGEST = 448.0  # of E4M3, which has no infinity

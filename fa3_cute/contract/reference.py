@@ -8,22 +8,36 @@ For query head h (KV head h // (num_heads / num_heads_k)), query row i and key r
 
 Which keys a row sees. Let n_q and n_k be the used lengths of the sequence (`seqused_*` if given, else its whole length)
 and d = j - (i + n_k - n_q), the distance from the diagonal that ends in the bottom-right corner. Row i sees key j iff
-0 <= j < n_k and
+0 <= j < n_k and all of these that are asked for hold:
 
-    causal          d <= 0
-    window (l, r)   -l <= d <= r, both bounds inclusive; a negative bound is no bound
-    otherwise       always
+    causal            d <= 0
+    window (l, r)     -l <= d <= r, both bounds inclusive; a negative bound is no bound
+    attention_chunk   j // c == (i + n_k - n_q) // c, rounded down: both are of one chunk of c keys
+    attn_mask         a boolean one is True, one that is added is not -inf
+    mask_mod          mask_mod(batch, h, i, j, (n_q, n_k)) is True
 
-Rows that see no key: O = 0, LSE = -inf. A row that sees keys but whose every score is -inf (an Inf in Q or K) reads the
-same here; the kernels may give NaN for it. A NaN in a row of Q, or in a key or value that the row sees, gives NaN. Keys
-and values that a row does not see contribute nothing to it, NaN or not; the kernels promise that for those at or past
-the used length and those outside the tensor. Query rows that no sequence uses are untouched, but for those that
-zero_padding asks for: they hold NaN in the arrays returned here.
+What becomes of the scores, in this order, each step if it is asked for:
+
+    softcap c         S = c tanh(S / c)
+    attn_mask         S = S + attn_mask[batch, h, i, j]
+    alibi_slopes      S = S - slope[h] |d|, or slope[batch, h]
+    score_mod         S = score_mod(S, batch, h, i, j, (n_q, n_k))
+
+An attention sink is one more key of every row, of logit s_aux[h] and value 0: nothing masks it or changes its logit,
+LSE[i] = log(exp s_aux[h] + sum_j exp S[i, j]), and so O[i] becomes less. One of -inf is none.
+
+Dropout comes last and leaves the LSE as it is: what multiplies v[j] is 0 where it drops, else divided by 1 - p.
+philox.py says what is dropped; p is p_dropout to the nearest 1 / 256.
+
+Rows that see no key: O = 0, LSE = -inf, or the sink's logit. A row that sees keys but whose every score is -inf (an Inf
+in Q or K) reads the same here; the kernels may give NaN for it. A NaN in a row of Q, or in a key or value that the row
+sees, gives NaN. Keys and values that a row does not see contribute nothing to it, NaN or not; the kernels promise that
+for those at or past the used length and those outside the tensor. Query rows that no sequence uses are untouched, but
+for those that zero_padding asks for: they hold NaN in the arrays returned here.
 
 Keys in pages: key j of sequence b is row j % page_size of page page_table[b, j // page_size], which others may share.
 
-16-bit floats that NumPy lacks: BF16 arrays are ml_dtypes.bfloat16 arrays, or uint16 arrays of the bits; FP8 arrays are
-ml_dtypes.float8_e4m3fn arrays, or uint8 arrays of the bits. `as_float` reads them all, `to_bits` makes the bits.
+Arrays hold what number_formats.py says: BF16 and FP8 of ml_dtypes, or their bits as uint16 and uint8.
 """
 
 from collections.abc import Callable
@@ -32,7 +46,34 @@ from typing import Any
 
 import numpy as np
 
+from .head_scores import HeadScores, heads_of
+from .number_formats import (
+    ROUND,
+    as_float,
+    bf16_bits,
+    e4m3_bits,
+    round_bf16,
+    round_e4m3,
+    round_fp16,
+    round_to,
+    to_bits,
+)
 from .rows import are_offsets, cached_rows, used_rows
+
+__all__ = [
+    "EXACT",
+    "TWINS",
+    "Arithmetic",
+    "Options",
+    "as_float",
+    "attention_reference",
+    "bf16_bits",
+    "e4m3_bits",
+    "low_precision_twin",
+    "round_to",
+    "to_bits",
+    "used_rows",
+]
 
 # Scores computed at a time: float64 rows of them then stay in the L2 cache of a CPU core.
 SCORES_PER_CHUNK = 1 << 17
@@ -42,99 +83,6 @@ FP8_P_SCALE = 256.0
 DIMENSIONS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "kv_batch_idx"), 1) | {
     "page_table": 2
 }
-
-
-# ---- number formats ------------------------------------------------------------------------------------------------
-
-
-def bf16_bits(values) -> np.ndarray:
-    """The BF16 nearest to each value (ties to even), as uint16 bits; overflow gives inf, every NaN gives 0x7FFF."""
-    values = np.asarray(values, np.float32)
-    bits = values.view(np.uint32)
-    tie_to_even = (bits >> 16) & 1
-    with np.errstate(over="ignore"):  # only NaN patterns wrap around, and they are replaced below
-        rounded = ((bits + (0x7FFF + tie_to_even)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
-
-
-def as_float(array, dtype=np.float32) -> np.ndarray:
-    """Any array that this module reads, as float32 or float64: uint16 is BF16 bits, uint8 is FP8 E4M3 bits."""
-    array = np.asarray(array)
-    if array.dtype == np.uint16:
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    elif array.dtype == np.uint8:
-        array = _E4M3_VALUES[array]
-    return array.astype(dtype, copy=False)
-
-
-def e4m3_bits(values) -> np.ndarray:
-    """The FP8 E4M3 number nearest to each value (ties to even), as uint8 bits; every NaN gives 0x7F.
-
-    Saturating, as the hardware's cvt.satfinite: what is beyond +-448, infinities too, becomes +-448.
-    """
-    return _E4M3_ROUNDED_BITS[_rounded_to_odd(values)]
-
-
-def to_bits(values, dtype: str) -> np.ndarray:
-    """Values rounded to `dtype` in the array a kernel's buffer holds: "fp16" float16, "bf16" uint16 bits, "fp8_e4m3"
-    uint8 bits (saturated at +-448), "fp32" float32."""
-    return {
-        "fp16": lambda: np.asarray(values).astype(np.float16),
-        "bf16": lambda: bf16_bits(values),
-        "fp8_e4m3": lambda: e4m3_bits(values),
-        "fp32": lambda: np.asarray(values, np.float32),
-    }[dtype]()
-
-
-def round_to(values, dtype: str) -> np.ndarray:
-    """Values rounded to the nearest "fp16", "bf16" or "fp8_e4m3" number (ties to even), as float32."""
-    return _ROUND[dtype](np.asarray(values, np.float32))
-
-
-def _round_bf16(values: np.ndarray) -> np.ndarray:
-    return as_float(bf16_bits(values))
-
-
-def _round_fp16(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16).astype(np.float32)
-
-
-def _round_e4m3(values: np.ndarray) -> np.ndarray:
-    return _E4M3_ROUNDED[_rounded_to_odd(values)]
-
-
-def _e4m3_values() -> np.ndarray:
-    """The value of each of the 256 E4M3 bit patterns: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7F is NaN."""
-    bits = np.arange(128)
-    exponent, mantissa = bits >> 3, bits & 7
-    magnitude = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7))
-    magnitude[127] = np.nan
-    return np.concatenate([magnitude, -magnitude]).astype(np.float32)
-
-
-def _rounded_to_odd(values) -> np.ndarray:
-    """The first 14 bits of float32 values, sign, exponent and 5 of the mantissa, the last one set if any behind it is.
-
-    So they still tell what E4M3 with its 3 mantissa bits asks: which number is nearest, and whether it is a tie.
-    """
-    bits = np.asarray(values, np.float32).view(np.uint32)
-    return bits >> 18 | ((bits & 0x3FFFF) != 0)
-
-
-def _e4m3_rounded_bits() -> np.ndarray:
-    """`e4m3_bits` of each of the 2^14 numbers of 14 bits: a look-up takes a fifth of the time of the arithmetic."""
-    numbers = (np.arange(1 << 14, dtype=np.uint32) << 18).view(np.float32)
-    saturated = np.fmin(np.abs(numbers), 448)  # NaN too, for now
-    step = np.ldexp(np.float32(1), np.maximum(np.frexp(saturated)[1] - 1, -6) - 3)
-    magnitude = np.searchsorted(_E4M3_VALUES[:0x7F], np.rint(saturated / step) * step)
-    return np.where(np.isnan(numbers), 0x7F, magnitude + 0x80 * np.signbit(numbers)).astype(np.uint8)
-
-
-_E4M3_VALUES = _e4m3_values()
-_E4M3_ROUNDED_BITS = _e4m3_rounded_bits()
-_E4M3_ROUNDED = _E4M3_VALUES[_E4M3_ROUNDED_BITS]
-_ROUND = {"fp16": _round_fp16, "bf16": _round_bf16, "fp8_e4m3": _round_e4m3, "fp32": lambda values: values}
 
 
 # ---- what is computed, and where it is rounded ----------------------------------------------------------------------
@@ -152,9 +100,9 @@ class Arithmetic:
 
 EXACT = Arithmetic(np.float64)
 TWINS = {
-    "fp16": Arithmetic(np.float32, _round_fp16, _round_fp16, _round_fp16),
-    "bf16": Arithmetic(np.float32, _round_bf16, _round_bf16, _round_bf16),
-    "fp8_e4m3": Arithmetic(np.float32, _round_e4m3, lambda p: _round_e4m3(p * FP8_P_SCALE) / FP8_P_SCALE, _round_bf16),
+    "fp16": Arithmetic(np.float32, round_fp16, round_fp16, round_fp16),
+    "bf16": Arithmetic(np.float32, round_bf16, round_bf16, round_bf16),
+    "fp8_e4m3": Arithmetic(np.float32, round_e4m3, lambda p: round_e4m3(p * FP8_P_SCALE) / FP8_P_SCALE, round_bf16),
 }
 
 
@@ -165,6 +113,17 @@ class Options:
     causal             bottom-right aligned causal mask
     window_size        (left, right) in keys, negative = unbounded; not together with causal
     softmax_scale      natural units; None: 1 / sqrt(head_dim)
+    softcap            of scores; 0: none
+    s_aux              [heads] logits of attention sinks
+    alibi_slopes       [heads] or [batch, heads]
+    attn_mask          what broadcasts to [batch, heads, seqlen_q, seqlen_k], of dense queries; bool or uint8, False and
+                       0 hide; or numbers that are added. In a cache seqlen_k is the capacity
+    attention_chunk    keys of a chunk; 0: none
+    score_mod          a function (scores, batch, head, query, key, info) -> scores of arrays that broadcast to
+                       [queries, keys]; info has n_q and n_k. Of keys that a row does not see it may get anything
+    mask_mod           a function (batch, head, query, key, info) -> bools
+    p_dropout          the probability to drop, from 0 to below 1; with rng_state, the seed and the offset
+    first_head         number of the first query head, where q, k and v are a part of the heads
     cu_seqlens_q, _k   [batch + 1] first rows of the packed sequences, then their end; None: dense. Packed queries go
                        with packed keys, or with a cache and seqused_k
     seqused_q, _k      [batch] rows really used of each sequence, counted from its first; None: all. In a cache of
@@ -180,6 +139,16 @@ class Options:
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
     softmax_scale: float | None = None
+    softcap: float = 0.0
+    s_aux: Any = None
+    alibi_slopes: Any = None
+    attn_mask: Any = None
+    attention_chunk: int = 0
+    score_mod: Callable | None = None
+    mask_mod: Callable | None = None
+    p_dropout: float = 0.0
+    rng_state: Any = None
+    first_head: int = 0
     cu_seqlens_q: Any = None
     cu_seqlens_k: Any = None
     seqused_q: Any = None
@@ -218,7 +187,7 @@ def low_precision_twin(q, k, v, dtype: str, *, out_dtype=None, **options) -> tup
     """
     twin = TWINS[dtype]
     if out_dtype is not None:
-        twin = replace(twin, round_out=_ROUND[out_dtype])
+        twin = replace(twin, round_out=ROUND[out_dtype])
     return _attention(twin, q, k, v, Options(**options))
 
 
@@ -226,7 +195,6 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     q, k, v = (np.asarray(tensor) for tensor in (q, k, v))
     options = replace(options, **_lengths(options))
     _check(q, k, v, options)
-    window = (-1, 0) if options.causal else tuple(options.window_size)
     softmax_scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     num_heads, num_heads_k = q.shape[-2], k.shape[-2]
     group = num_heads // num_heads_k
@@ -245,6 +213,9 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     q_descale = _descales("q", options.q_descale, batch, num_heads)
     k_descale = _descales("k", options.k_descale, batch, num_heads_k)
     v_descale = _descales("v", options.v_descale, batch, num_heads_k)
+    # Of packed queries no sequence has a mask of its own.
+    rows_k = k.shape[1] * (1 if options.page_table is None else options.page_table.shape[1])
+    scores_of = heads_of(options, (batch, num_heads, q.shape[-3], rows_k))
 
     def operand(tensor, rows, head):
         return arithmetic.round_input(as_float(tensor[*rows, head], arithmetic.accumulate))
@@ -252,10 +223,17 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     for b, kv_head in np.ndindex(batch, num_heads_k):
         k_head, v_head = operand(k, k_rows[b], kv_head), operand(v, k_rows[b], kv_head)
         *outer, rows = q_rows[b]
+        n_q, n_k = rows.stop - rows.start, len(k_head)
         for head in range(kv_head * group, (kv_head + 1) * group):
             scale = softmax_scale * q_descale[b, head] * k_descale[b, kv_head]
             out[*outer, rows, head], lse[*outer, head, rows] = _one_head(
-                arithmetic, operand(q, q_rows[b], head), k_head, v_head, window, scale, v_descale[b, kv_head]
+                arithmetic,
+                operand(q, q_rows[b], head),
+                k_head,
+                v_head,
+                scores_of(b, head, n_q, n_k),
+                scale,
+                v_descale[b, kv_head],
             )
     return out, lse
 
@@ -279,7 +257,7 @@ def _has_cache(options: Options) -> bool:
     return is_lone or options.page_table is not None or options.kv_batch_idx is not None
 
 
-def _one_head(arithmetic, q, k, v, window, scale, v_scale):
+def _one_head(arithmetic, q, k, v, head: HeadScores, scale, v_scale):
     """O [n_q, head_dim] and LSE [n_q] of one head of one sequence; all operands in the accumulation dtype."""
     out, lse = np.empty((len(q), v.shape[1])), np.empty(len(q))
     scale, v_scale = arithmetic.accumulate(scale), arithmetic.accumulate(v_scale)
@@ -291,31 +269,18 @@ def _one_head(arithmetic, q, k, v, window, scale, v_scale):
     step = max(1, SCORES_PER_CHUNK // max(1, len(k)))
     for first in range(0, len(q), step):
         rows = slice(first, min(first + step, len(q)))
-        seen, keys = _seen_keys(rows, len(q), len(k), window)
+        seen, keys = head.seen_keys(rows)
         with np.errstate(invalid="ignore", over="ignore"):  # inf - inf and the like must give NaN, quietly
-            p, row_sum, lse[rows] = _softmax((q[rows] @ k[keys].T) * scale, seen)
-            p = arithmetic.round_p(p)
+            scores = head.transformed((q[rows] @ k[keys].T) * scale, rows, keys)
+            p, row_sum, lse_of_keys = _softmax(scores, seen)
+            lse[rows], share = head.with_sink(lse_of_keys)
+            p, factor = head.dropped_out(arithmetic.round_p(p), rows, keys)
             o = p @ finite_v[keys]
             for j in poisoned[(poisoned >= keys.start) & (poisoned < keys.stop)] - keys.start:
                 reached = slice(None) if seen is None else seen[:, j]  # 0 * NaN must reach only the rows that see key j
                 o[reached] += p[reached, j, None] * v[keys.start + j]
-            out[rows] = arithmetic.round_out(o * (v_scale / row_sum)[:, None])
+            out[rows] = arithmetic.round_out(o * (v_scale * factor * share / row_sum)[:, None])
     return out, lse
-
-
-def _seen_keys(rows: slice, n_q: int, n_k: int, window):
-    """(seen, keys): which of these rows sees which of these keys (None: all see all), and the keys' slice."""
-    left, right = window
-    first_diagonal, last_diagonal = rows.start + n_k - n_q, rows.stop - 1 + n_k - n_q
-    start = 0 if left < 0 else min(max(first_diagonal - left, 0), n_k)
-    stop = n_k if right < 0 else max(min(last_diagonal + right + 1, n_k), start)
-    if left < 0 and right < 0:
-        return None, slice(start, stop)
-    keys, diagonals = np.arange(start, stop), np.arange(first_diagonal, last_diagonal + 1)[:, None]
-    seen = keys <= diagonals + right if right >= 0 else np.full((len(diagonals), len(keys)), True)
-    if left >= 0:
-        seen &= keys >= diagonals - left
-    return seen, slice(start, stop)
 
 
 def _softmax(scores: np.ndarray, seen: np.ndarray | None):
@@ -353,6 +318,8 @@ def _check(q, k, v, options: Options) -> None:
         (lambda: is_used or options.page_table is None, "page_table: needs seqused_k"),
         (lambda: not (packed_k and in_cache), "cu_seqlens_k with page_table or kv_batch_idx: packed, not a cache"),
         (lambda: packed or not options.zero_padding, "zero_padding: needs cu_seqlens_q"),
+        (lambda: options.attn_mask is None or not packed, "attn_mask: needs dense queries, not cu_seqlens_q"),
+        (lambda: bool(options.p_dropout) == (options.rng_state is not None), "p_dropout, rng_state: come together"),
         (lambda: q.ndim == rank, f"{shapes}: q must have {rank} dimensions"),
         (lambda: k.ndim == v.ndim == rank_k, f"{shapes}: k and v must have {rank_k} dimensions each"),
         (lambda: k.shape == v.shape and q.shape[-1] == k.shape[-1], f"{shapes}: k and v alike, one head_dim"),
