@@ -14,6 +14,8 @@ of such a block in a WGMMA accumulator with queries in rows, in the order in whi
 dropped if its byte is at least 256 - n: n of 256 are, the rest is multiplied with 256 / (256 - n).
 """
 
+import struct
+
 BLOCK_QUERIES, BLOCK_KEYS = 16, 32  # of a block, whose bits are drawn together
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -56,9 +58,9 @@ def counter_of(query, key) -> tuple:
 
 
 def num_dropped(p_dropout: float) -> int:
-    """n, how many of 256 are dropped on average: p_dropout, in [0, 1), to the nearest, but neither all nor, unless it is
-    0, none."""
-    return min(max(int(256 * p_dropout + 0.5), 1), 255) if p_dropout else 0
+    """n, of 256: the nearest to p_dropout in [0, 1), as float32; if it is not 0 some are dropped, and never all."""
+    (nearest,) = struct.unpack("f", struct.pack("f", p_dropout))
+    return min(max(int(256 * nearest + 0.5), 1), 255) if p_dropout else 0
 
 
 def effective_p(p_dropout: float) -> float:
