@@ -111,15 +111,13 @@ def load_after_first(cfg: KernelConfig, k: Source, v: Source, blocks: BlockRange
                      k_producer: pipeline.PipelineProducer, v_producer: pipeline.PipelineProducer):
     """After K[last] the pairs (K[n], V[n+1]) downwards, then V[first]: K one tile ahead of V, as consumers need them.
 
-    A tile is looked up (`find`) a tile before it is asked for, which hides the latency of a page table behind the wait
-    for a slot. found is K[last]'s. Returns the producers that it advanced.
+    found is K[last]'s. Returns the producers that it advanced.
     """
     n_block = blocks.n_block_max - 1
-    found_next = k.find(first_key(cfg, n_block - 1))
     for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
-        found_ahead = k.find(first_key(cfg, n_block - 2 - i))
-        k.copy(k_producer.acquire_and_advance(), first_key(cfg, n_block - 1 - i), found_next)
+        found_k = k.find(first_key(cfg, n_block - 1 - i))
+        k.copy(k_producer.acquire_and_advance(), first_key(cfg, n_block - 1 - i), found_k)
         v.copy(v_producer.acquire_and_advance(), first_key(cfg, n_block - i), found)
-        found, found_next = found_next, found_ahead
+        found = found_k
     v.copy(v_producer.acquire_and_advance(), first_key(cfg, blocks.n_block_min), found)
     return k_producer, v_producer
