@@ -17,7 +17,7 @@ def bf16_bits(values) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
 
 
-def as_float(array, dtype=np.float32) -> np.ndarray:
+def as_float(array, dtype: type[np.floating] = np.float32) -> np.ndarray:
     """Any array that this module reads, as float32 or float64: uint16 is BF16 bits, uint8 is FP8 E4M3 bits."""
     array = np.asarray(array)
     if array.dtype == np.uint16:

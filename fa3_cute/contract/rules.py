@@ -8,7 +8,7 @@ A value of the wrong type is a problem like any other, not an exception: it gets
 INVALID_ARGUMENT where the field has none. Integers are whatever has `__index__`, except bool and arrays.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -300,9 +300,10 @@ RULES = (
 
 
 def contract_problems(params) -> list[Problem]:
-    """What the contract objects to; nothing about how large a workspace must be, which the plan knows
+    """What the contract objects to, but not for want of a kernel, nor to how large a workspace is, which the plan knows
     (planning/operations.py)."""
-    return list(walk(plain(params)))
+    p = plain(params)
+    return list(walk(p, [rule for rule in RULES if rule.objections is not pending]))
 
 
 def first_problem(p) -> Problem | None:
@@ -310,9 +311,9 @@ def first_problem(p) -> Problem | None:
     return next(walk(p), None)
 
 
-def walk(p) -> Iterator[Problem]:
+def walk(p, rules: Iterable[Rule] = RULES) -> Iterator[Problem]:
     """The problems of plain params, in the order of the rules."""
-    for status, objections, _, concerns in RULES:
+    for status, objections, _, concerns in rules:
         if concerns is None or concerns(p):
             for detail in objections(p):
                 yield Problem(status, detail)

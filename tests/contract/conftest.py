@@ -1,8 +1,10 @@
-"""A stand-in for the launcher."""
+"""Stand-ins for the launcher and for device memory."""
 
 from types import SimpleNamespace
 
 import pytest
+from fake_gpu import FakeGpu
+from images import cuda
 
 from fa3_cute import api
 from fa3_cute.runtime.launch import CudaFailure, NotWarmedUp, UnsupportedDevice, addresses_of, resolve_stream
@@ -44,3 +46,19 @@ def launches(monkeypatch):
     monkeypatch.setattr(api, "_launcher", lambda: stub)
     monkeypatch.setattr(api, "_thread", api._Thread())
     return SimpleNamespace(calls=calls, stub=stub)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Device memory on the host, in which problems can be made."""
+    gpu = FakeGpu()
+    fakes = {
+        "allocate": gpu.allocate,
+        "upload": gpu.upload,
+        "download": gpu.download,
+        "address": lambda buffer, offset=0: buffer.handle + offset,
+        "fill": lambda buffer, byte, stream=None: buffer.bytes.fill(byte),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(cuda, name, fake)
+    return gpu

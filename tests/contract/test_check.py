@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from cases import FP8, FP8_GRID, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEADS, Case, Layout, with_heads
 from check import LSE_TOLERANCE, Problem, assert_out, check, make_problem, packed_problem, params_of, poison_of
-from fake_gpu import FakeGpu
-from images import POISON, Tensor, contiguous, cuda, heads_before_rows, padded
+from images import POISON, Tensor, contiguous, heads_before_rows, padded
 from sources import ROOT, source_hash
 from tolerance import assert_lse
 
@@ -124,22 +123,6 @@ def test_a_wrong_row_is_refused_in_its_sequence(packed, row, words):
 
 
 # ---- FP8 -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Device memory on the host, in which problems can be made."""
-    gpu = FakeGpu()
-    fakes = {
-        "allocate": gpu.allocate,
-        "upload": gpu.upload,
-        "download": gpu.download,
-        "address": lambda buffer, offset=0: buffer.handle + offset,
-        "fill": lambda buffer, byte, stream=None: buffer.bytes.fill(byte),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(cuda, name, fake)
-    return gpu
 
 
 FP8_CASE = Case(FP8, 64, True, 6, 2, 40, 70, batch=2, out_dtype="bf16")

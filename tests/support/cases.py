@@ -40,6 +40,12 @@ class Case:
 
     Packed sequences: seqlen_q and seqlen_k are the rows of the tensors, batch is the number of sequences.
     out_dtype is for FP8 only.
+
+    softcap, attention_chunk, p_dropout   as the call has them, 0: off
+    sinks        logits of attention sinks, taken in turn by the heads; (): none. sink_dtype: "fp32", "bf16", "fp16"
+    alibi        "heads" or "sequences": slopes of each head, of each head and sequence; "": none
+    attn_mask    "bool", "fp16", "bf16" or "fp32"; "": none. mask_dims: of "bhqk" those along which it differs; it is
+                 broadcast along the others. mask_gap: elements between its rows
     """
 
     dtype: str
@@ -53,6 +59,15 @@ class Case:
     has_lse: bool = True
     window: tuple[int, int] = (-1, -1)
     out_dtype: str | None = None
+    softcap: float = 0.0
+    sinks: tuple[float, ...] = ()
+    sink_dtype: str = "fp32"
+    alibi: str = ""
+    attn_mask: str = ""
+    mask_dims: str = "bhqk"
+    mask_gap: int = 0
+    attention_chunk: int = 0
+    p_dropout: float = 0.0
 
     @property
     def element_out(self) -> str:
@@ -65,11 +80,32 @@ class Case:
             return "window({},{})".format(*self.window)
         return "causal" if self.is_causal else "full"
 
+    @property
+    def has_score_options(self) -> bool:
+        """Scores are more than scaled products, or keys hidden by more than a causal mask or a window."""
+        is_set = self.softcap, self.sinks, self.alibi, self.attn_mask, self.attention_chunk, self.p_dropout
+        return any(is_set)
+
+    @property
+    def score_options(self) -> str:
+        """What a case's name says of them."""
+        sinks = ",".join(f"{sink:g}" for sink in self.sinks)
+        parts = (
+            (self.softcap, f"softcap{self.softcap:g}"),
+            (self.sinks, f"sinks({sinks}){self.sink_dtype if self.sink_dtype != 'fp32' else ''}"),
+            (self.alibi, f"alibi({self.alibi})"),
+            (self.attn_mask, f"mask({self.attn_mask},{self.mask_dims}{f'+{self.mask_gap}' if self.mask_gap else ''})"),
+            (self.attention_chunk, f"chunk{self.attention_chunk}"),
+            (self.p_dropout, f"dropout{self.p_dropout:g}"),
+        )
+        return "".join(f"-{part}" for is_set, part in parts if is_set)
+
     def __str__(self) -> str:
         return (
             f"{self.dtype}{f'-{self.out_dtype}' if self.out_dtype else ''}-d{self.head_dim}-{self.mask}"
             f"-{self.num_heads}over{self.num_heads_k}heads-{self.seqlen_q}x{self.seqlen_k}"
             f"{f'-batch{self.batch}' if self.batch > 1 else ''}{'-lse' if self.has_lse else ''}"
+            f"{self.score_options}"
         )
 
 

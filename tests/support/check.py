@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from cases import FP8
 from images import POISON, Tensor, contiguous
+from score_inputs import score_inputs, score_options, score_params
 from tolerance import Rule, assert_errors, assert_lse, errors, score_errors
 
 from fa3_cute import AttentionMode, DataType, FlashAttentionParams, forward
@@ -40,6 +41,7 @@ class Problem:
     lse            [batch, heads, rows], packed [heads, rows]; None if the case wants none
     lengths        those of cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k that the call is given, by name
     descales       those of q_descale, k_descale, v_descale, by name: FP32 [batch, heads] of any strides
+    scores         s_aux, alibi_slopes, attn_mask, rng_state, those that the case has
     exact_scores   FP8's scores need so few bits that the LSE is judged as that of 16-bit inputs
     """
 
@@ -53,6 +55,7 @@ class Problem:
     lengths: dict[str, Tensor] = field(default_factory=dict)
     descales: dict[str, Tensor] = field(default_factory=dict)
     exact_scores: bool = False
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[np.ndarray, ...]:
@@ -66,12 +69,14 @@ class Problem:
             "window_size": self.case.window,
             "softmax_scale": self.softmax_scale,
             **{name: tensor.array for name, tensor in (self.lengths | self.descales).items()},
+            **score_options(self.case, self.scores),
         }
 
     def options_of(self, heads: slice, kv_heads: slice) -> dict:
         """The reference's options for some of the heads."""
         columns = {name: heads if name[0] == "q" else kv_heads for name in self.descales}
-        return self.options | {name: self.descales[name].array[:, part] for name, part in columns.items()}
+        of_heads = {name: self.descales[name].array[:, part] for name, part in columns.items()}
+        return self.options | of_heads | score_options(self.case, self.scores, heads)
 
     def sequences(self, side: str) -> list[tuple]:
         """Per sequence, the index of its used rows in the tensors of a side, "q" or "k"."""
@@ -87,8 +92,8 @@ class Problem:
         return mask
 
     def upload(self) -> None:
-        """Bring the inputs, lengths and descales to the device and poison the outputs."""
-        inputs = (self.q, self.k, self.v, *self.lengths.values(), *self.descales.values())
+        """Bring all that is read to the device and poison the outputs."""
+        inputs = (self.q, self.k, self.v, *(self.lengths | self.descales | self.scores).values())
         for image in {id(tensor.image): tensor.image for tensor in inputs}.values():
             image.upload()
         self.poison_outputs()
@@ -129,9 +134,9 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
         for name, heads in (("q", case.num_heads), ("k", case.num_heads_k), ("v", case.num_heads_k))
         if descale
     }
-    problem = Problem(
-        case, q, k, v, out, lse, softmax_scale, on_device, {name: tensor for name, tensor in descales.items() if tensor}
-    )
+    descales = {name: tensor for name, tensor in descales.items() if tensor}
+    scores = score_inputs(case) if case.has_score_options else {}
+    problem = Problem(case, q, k, v, out, lse, softmax_scale, on_device, descales, scores=scores)
     rngs = np.random.default_rng(zlib.crc32(str(case).encode())).spawn(3)
     list(
         POOL.map(
@@ -194,6 +199,7 @@ def params_of(problem: Problem, **overrides) -> FlashAttentionParams:
         "softmax_scale": problem.softmax_scale,
         **dict(zip(("window_size_left", "window_size_right"), case.window, strict=True)),
         **strides,
+        **score_params(case, problem.scores),
     }
     return FlashAttentionParams(**{**fields, **overrides})
 

@@ -18,6 +18,8 @@ STORAGE = {
     FP8: np.dtype(np.uint8),
     "fp32": np.dtype(np.float32),
     "int32": np.dtype(np.int32),
+    "uint64": np.dtype(np.uint64),
+    "bool": np.dtype(np.uint8),
 }
 
 
