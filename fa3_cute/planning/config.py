@@ -4,7 +4,6 @@ A config is frozen, hashable and made of plain ints, bools and strings: it *is* 
 depends on a length, a pointer or a stride; those are run-time arguments (`FORWARD_ARGUMENTS`).
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES
 from .key_source import KeySourceFields
 from .packing import PackedFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
+from .score_features import ScoreFields
 from .strategies import Output, Steps, Values
 
 REGISTERS_PER_SM = 65536
@@ -26,12 +26,9 @@ MAX_CLUSTER_SIZE = 16  # CTAs; more than 8 is a size that sm_90 has and other ar
 
 FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
 
-# What a call may ask for that changes the inner loop: {flag of both configs: whether a ProblemShape asks for it}.
-FEATURES: dict[str, Callable[[Any], bool]] = {}
-
 
 @dataclass(frozen=True)
-class KernelConfig(KeySourceFields):
+class KernelConfig(KeySourceFields, ScoreFields):
     """What the configs of all kernels have in common. Shared device code knows no other.
 
     dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
@@ -162,11 +159,6 @@ class KernelConfig(KeySourceFields):
     def dtype_name(self) -> str:
         """The dtypes in a name: that of Q, K and V, and O's where it is another."""
         return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
-
-    @property
-    def feature_names(self) -> str:
-        """The features in a name."""
-        return "".join(flag.replace("has", "", 1) for flag in FEATURES if getattr(self, flag))
 
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""

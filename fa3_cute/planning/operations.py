@@ -14,10 +14,11 @@ from ..contract.params import CHOICES, FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
 from ..contract.status import Problem, Status, shown
-from .config import FEATURES, DecodeConfig, FwdConfig
+from .config import DecodeConfig, FwdConfig
 from .packing import packed_heads_of_window
 from .problem import Chosen, ProblemShape, chosen_by
 from .ragged import is_ragged, kernels_of, ragged_plan_of
+from .score_features import features_of
 from .splits import is_windowed, plan_of
 from .tables import DENSE, KeySource, decode_config, decode_row, forward_config, forward_row, packed_config
 
@@ -66,13 +67,10 @@ class Operation(NamedTuple):
         return max(launch.plan.partial_bytes if launch.plan else 0 for launch in self.launches)
 
 
-_NONE: frozenset[str] = frozenset()
-
-
 def operation_of(shape: ProblemShape) -> Operation:
     """The operation that serves a problem."""
     dtype, head_dim, out_dtype = shape.dtype, shape.head_dim, shape.out_dtype
-    features = frozenset([flag for flag, is_asked in FEATURES.items() if is_asked(shape)]) if FEATURES else _NONE
+    features = features_of(shape)
     has_decode, has_forward, decode_queries = kernels_of(shape)
     source = source_of(shape) if is_ragged(shape, has_decode) else DENSE
     launches: tuple[Launch, ...] = ()

@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, PARTIAL
-from .config import FEATURES, DecodeConfig, FwdConfig
+from .config import DecodeConfig, FwdConfig
 from .key_source import PAGE_BOXES
+from .score_features import NO_FEATURES, Features
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,6 @@ DENSE = KeySource()  # and packed K and V with packed Q
 RAGGED_DECODE = {
     (1, 96, True): DecodeRow(128, 8, 1, 1.0, "with two CTAs per SM it spills 16 bytes, over pages 24; not measured"),
 }
-# Sets of features that kernels are made for: none, and each alone.
-NONE: frozenset[str] = frozenset()
-EACH_FEATURE = (NONE, *(frozenset({flag}) for flag in FEATURES))
 # (dtype, out_dtype) of every config.
 DTYPES = (("fp16", None), ("bf16", None), *((FP8, out) for out in FP8_OUT_DTYPES))
 
@@ -227,7 +225,7 @@ def forward_config(
     has_lse: bool,
     is_varlen: bool,
     out_dtype: str | None = None,
-    features: frozenset[str] = NONE,
+    features: Features = NO_FEATURES,
     source: KeySource = DENSE,
 ) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
@@ -248,7 +246,7 @@ def forward_config(
             is_varlen,
             out_dtype,
             **source.fields(row.tile_n),
-            **dict.fromkeys(features, True),
+            **dict(features),
         )
     )
 
@@ -264,8 +262,7 @@ def packed_config(cfg: FwdConfig, packed_heads: int) -> FwdConfig:
 def all_forward_configs() -> list[FwdConfig]:
     """Every config that some supported call can need."""
     return [
-        forward_config(dtype, head_dim, mask, has_lse, is_varlen, out_dtype, features)
-        for features in EACH_FEATURE
+        forward_config(dtype, head_dim, mask, has_lse, is_varlen, out_dtype)
         for dtype, out_dtype in DTYPES
         for size, head_dim, mask in FORWARD
         if size == ELEMENT_BYTES[dtype]
@@ -287,7 +284,7 @@ def decode_config(
     head_dim: int,
     is_local: bool,
     out_dtype: str | None = None,
-    features: frozenset[str] = NONE,
+    features: Features = NO_FEATURES,
     source: KeySource = DENSE,
 ) -> DecodeConfig:
     """The config that serves a decode problem."""
@@ -302,7 +299,7 @@ def decode_config(
             row.ctas_per_sm,
             out_dtype,
             **source.fields(row.tile_n),
-            **dict.fromkeys(features, True),
+            **dict(features),
         )
     )
 
@@ -310,8 +307,7 @@ def decode_config(
 def all_decode_configs() -> list[DecodeConfig]:
     """Every decode config that some supported call can need."""
     return [
-        decode_config(dtype, head_dim, is_local, out_dtype, features)
-        for features in EACH_FEATURE
+        decode_config(dtype, head_dim, is_local, out_dtype)
         for dtype, out_dtype in DTYPES
         for size, head_dim in DECODE
         if size == ELEMENT_BYTES[dtype]

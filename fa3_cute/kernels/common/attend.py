@@ -22,8 +22,8 @@ from .copies import clear_rows
 from .fp8 import Descales
 from .layout import ROW_STEP, as_operand_a, convert, fragment_row
 from .row_end import end_rows, end_rows_without_keys
-from .scores import ScoreTransform
-from .softmax import OnlineSoftmax, Scores
+from .scores import RowFactors, ScoreTransform
+from .softmax import OnlineSoftmax, Scores, by_head
 from .tiles import Tile
 from .transpose import transpose_in_place
 from .visibility import Mask
@@ -49,25 +49,36 @@ class Attend:
     sV: cute.Tensor
     sVt: cute.Tensor
     value_factor: Optional[Float32]
+    factors: Optional[RowFactors]
 
     @cute.jit
     def start_tile(self, descales: Optional[Descales], tile: Tile, packed_heads: Int32 | int = 1):
-        """FP8: read what the tile's scores and values are to be multiplied with."""
+        """Read what the tile's scores and values are to be multiplied with: FP8's descales, and ALiBi's slopes."""
         if const_expr(self.cfg.is_fp8):
             self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
-            for r in cutlass.range_constexpr(cute.size(self.softmax.scale_log2)):
-                head = tile.head
-                if const_expr(self.cfg.packs_heads):
-                    row = tile.m_block * self.cfg.tile_m + fragment_row(cute.arch.thread_idx()[0]) + ROW_STEP * r
-                    head = head + row % packed_heads
-                self.softmax.scale_log2[r] = descales.score_factor(
-                    self.scores.scale_log2, head, tile.kv_head, tile.sequence)
+            if const_expr(self.cfg.transforms_scores):
+                scales, scale = self.factors.scale, self.scores.scale
+            else:
+                scales, scale = self.softmax.scale_log2, self.scores.scale_log2
+            for r in cutlass.range_constexpr(cute.size(scales)):
+                head = self.head_of_row(tile, r, packed_heads)
+                scales[r] = descales.score_factor(scale, head, tile.kv_head, tile.sequence)
+        if const_expr(self.cfg.has_alibi):
+            for r in cutlass.range_constexpr(cute.size(self.factors.slopes)):
+                self.factors.slopes[r] = self.scores.slopes[self.head_of_row(tile, r, packed_heads), tile.sequence]
+
+    def head_of_row(self, tile: Tile, r: int, packed_heads: Int32 | int) -> Int32:
+        """The head of the thread's r-th row."""
+        if not self.cfg.packs_heads:
+            return tile.head
+        row = tile.m_block * self.cfg.tile_m + fragment_row(cute.arch.thread_idx()[0]) + ROW_STEP * r
+        return tile.head + row % packed_heads
 
     @cute.jit
     def first_qk(self, mask: Mask, n_block: Int32):
         """S[last] alone, there is no P to overlap with yet. P = exp(S), O = 0."""
         acc_S = self.qk_alone()
-        self.scores.apply(self.cfg, acc_S, mask.place(n_block))
+        self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
         mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, Scores.FIRST)
         convert(as_operand_a(self.cfg, acc_S), self.tOrP)
@@ -86,7 +97,7 @@ class Attend:
         """`step` one after the other: S and T may share registers."""
         self.add_pv()
         acc_S = self.qk_alone()
-        self.scores.apply(self.cfg, acc_S, mask.place(n_block))
+        self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
@@ -103,7 +114,7 @@ class Attend:
         pass_turn(self.cfg, self.wg_idx)
         in_flight(1)                     # S[n] is complete, PV[n+1] may still run
         k.release()
-        self.scores.apply(self.cfg, acc_S, mask.place(n_block))
+        self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
@@ -193,6 +204,10 @@ def make_attend(cfg: KernelConfig, scores: ScoreTransform, mmas: Mmas, smem, pip
     first_threads = cute.make_layout(cfg.num_consumer_wgs, stride=128)
     wg_qk, wg_pv = mmas.qk.get_slice(first_threads(wg_idx)), mmas.pv.get_slice(first_threads(wg_idx))
     acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.dim_v)), Float32)
+    num_rows, factors = acc_O.shape[0][0] * acc_O.shape[1], None
+    if cfg.transforms_scores:
+        scale = by_head(cfg, num_rows, scores.scale) if cfg.is_fp8 else scores.scale
+        factors = RowFactors(scale, by_head(cfg, num_rows, Float32(0.0)) if cfg.has_alibi else None)
     return Attend(
         cfg, mmas,
         tSrQ=mmas.qk.make_fragment_A(wg_qk.partition_A(smem.sQ)),
@@ -200,10 +215,10 @@ def make_attend(cfg: KernelConfig, scores: ScoreTransform, mmas: Mmas, smem, pip
         tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(smem.sVt)),
         tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),
         acc_O=acc_O, scores=scores,
-        softmax=OnlineSoftmax.create(cfg, scores.scale_log2, acc_O.shape[0][0] * acc_O.shape[1], num_used),
+        softmax=OnlineSoftmax.create(cfg, scores.scale_log2, num_rows, num_used),
         k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
         sV=smem.sV, sVt=smem.sVt,
-        value_factor=Float32(1.0) if cfg.is_fp8 else None)
+        value_factor=Float32(1.0) if cfg.is_fp8 else None, factors=factors)
 
 
 @cute.jit

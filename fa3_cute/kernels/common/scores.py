@@ -1,17 +1,33 @@
 """What becomes of scores between Q K^T and the mask, in registers.
 
+    softcap   softcap * tanh(score / softcap)
+    ALiBi     score - slope * |distance from the diagonal|
+
+in this order, on scores that are multiplied with softmax_scale (FP8: and with the descales of q and k).
+
 Every score passes `ScoreTransform.apply` before the mask, which writes -inf where a row does not see a key: a transform
 sees finite scores and what lies in unused memory, even NaN, and need not care. The softmax then raises 2 to
-scale_log2 * score. Scores are q.k and scale_log2 is softmax_scale * log2(e): the transform is the identity.
+scale_log2 * score. Without a transform scores stay q.k, and scale_log2 is softmax_scale * log2(e).
 """
 from dataclasses import dataclass
+from typing import Optional
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 
 from ...planning.config import KernelConfig
 from .arithmetic import LOG2_E
+from .layout import as_rows_cols, col_offset
 from .tiles import Tile
+
+# tanh x ~ x P(x^2) / Q(x^2) up to |x| = TANH_END, behind which it is 1 but for 2e-6: the error is 1.1e-6 at most (a fit
+# by iteratively weighted least squares). tanh.approx is one instruction of relative error 2^-11 (PTX ISA): times a
+# softcap of 50 that is 0.02 in a score. 1 - 2 / (1 + exp 2x) is exact but takes the special-function unit twice, which
+# the exponentials keep busy already.
+TANH_END = 6.9
+TANH_P = (0.9999961227208275, 0.12315139577774467, 0.0022885856271214894, 3.98521846035644e-06)
+TANH_Q = (1.0, 0.4564712577496305, 0.021126140587286298, 0.000143615089699543)
 
 
 @dataclass(frozen=True)
@@ -19,10 +35,31 @@ class Place:
     """Where one thread's scores of one K/V tile belong; layout.py has the distances of the others from the first.
 
     first_row, first_key   of its first score: row of the Q tile, key of the sequence
+    diagonals              keys on the diagonal of its two rows
     """
     tile: Tile
     first_row: Int32
     first_key: Int32
+    diagonals: tuple[Int32, Int32]
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """What the scores of a thread's rows take part in, which a tile of O has one of or each row its own.
+
+    scale    what a raw score is multiplied with first, to be in units of softcap or in natural ones
+    slopes   of ALiBi, natural units per key; None without
+    """
+    scale: Float32 | cute.Tensor
+    slopes: Optional[cute.Tensor]
+
+    def scale_of(self, r: int) -> Float32:
+        """Of one row."""
+        return self.scale[r % cute.size(self.scale)] if isinstance(self.scale, cute.Tensor) else self.scale
+
+    def slope_of(self, r: int) -> Float32:
+        """Of one row."""
+        return self.slopes[r % cute.size(self.slopes)]
 
 
 @dataclass(frozen=True)
@@ -30,13 +67,54 @@ class ScoreTransform:
     """Run-time values of the transform that a config chooses.
 
     scale_log2   what a transformed score is multiplied with in the exponent, base 2
+    scale        RowFactors.scale but for descales; used if cfg.transforms_scores
+    softcap      used if cfg.has_softcap
+    slopes       (head, sequence) f32; used if cfg.has_alibi
     """
     scale_log2: Float32
+    scale: Optional[Float32] = None
+    softcap: Optional[Float32] = None
+    slopes: Optional[cute.Tensor] = None
 
     @staticmethod
     def create(cfg: KernelConfig, a) -> "ScoreTransform":
         """From a kernel's arguments, on the host: what is constant over a launch is computed here, not per score."""
-        return ScoreTransform(a.softmax_scale * LOG2_E)
+        if not cfg.transforms_scores:
+            return ScoreTransform(a.softmax_scale * LOG2_E)
+        unit = Float32(1.0) if cfg.has_natural_scores else a.softcap
+        slopes = None
+        if cfg.has_alibi:
+            slopes = cute.make_tensor(a.alibi_slopes, cute.make_layout(
+                (a.num_heads, a.batch_size), stride=(1, a.alibi_batch_stride)))
+        scale = a.softmax_scale / a.softcap if cfg.has_softcap else a.softmax_scale
+        return ScoreTransform(unit * LOG2_E, scale, a.softcap if cfg.has_softcap else None, slopes)
 
-    def apply(self, cfg: KernelConfig, acc_S: cute.Tensor, place: Place):
+    @cute.jit
+    def apply(self, cfg: KernelConfig, acc_S: cute.Tensor, place: Place, factors: Optional[RowFactors]):
         """Transform the scores of one K/V tile in place."""
+        if const_expr(cfg.transforms_scores):
+            S = as_rows_cols(acc_S)
+            for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+                scale = factors.scale_of(r)
+                if const_expr(cfg.has_alibi):
+                    slope, to_diagonal = factors.slope_of(r), Float32(place.diagonals[r] - place.first_key)
+                for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                    score = S[r, c] * scale
+                    if const_expr(cfg.has_softcap):
+                        score = tanh(score)
+                        if const_expr(cfg.has_natural_scores):
+                            score = score * self.softcap
+                    if const_expr(cfg.has_alibi):
+                        score = score - slope * cute.math.absf(to_diagonal - float(col_offset(c)))
+                    S[r, c] = score
+
+
+def tanh(x: Float32) -> Float32:
+    """On the FMA units but for a reciprocal. +-1 of infinities, NaN of NaN."""
+    x = cute.arch.fmax(cute.arch.fmin(x, Float32(TANH_END), nan=True), Float32(-TANH_END), nan=True)
+    square = x * x
+    p, q = Float32(TANH_P[-1]), Float32(TANH_Q[-1])
+    for coefficient_p, coefficient_q in zip(TANH_P[-2::-1], TANH_Q[-2::-1], strict=True):
+        p, q = p * square + coefficient_p, q * square + coefficient_q
+    return x * p * cute.arch.rcp_approx(q)
+

@@ -42,6 +42,13 @@ def max_of_bits(row: cute.TensorSSA, nonnegative: Float32) -> Float32:
     return largest.bitcast(Float32)
 
 
+def by_head(cfg: KernelConfig, num_rows: int, value: Float32) -> cute.Tensor:
+    """What depends on the head: a register, or one per row if the rows of a tile belong to several heads."""
+    values = cute.make_rmem_tensor(num_rows if cfg.packs_heads else 1, Float32)
+    values.fill(value)
+    return values
+
+
 @dataclass
 class OnlineSoftmax:
     """State of the rows that one thread holds (two per WGMMA)."""
@@ -57,17 +64,14 @@ class OnlineSoftmax:
                num_used: Optional[Int32] = None) -> "OnlineSoftmax":
         """Before the first tile; `update` initialises the rows with its scores.
 
-        scale_log2 of the raw scores; FP8's are set for each tile of O: one, or one per row if the rows of a tile belong
-        to several heads
+        scale_log2 of the scores; of raw ones FP8's are set for each tile of O (`by_head`)
         num_used   how many of the thread's rows exist, the same in the whole warp; the others are left out, and what
                    becomes of them is undefined. None: all of them.
         """
         row_max, row_sum, row_scale = (cute.make_rmem_tensor(num_rows, Float32) for _ in range(3))
-        if not cfg.is_fp8:
-            return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, num_used, 0)
-        scales = cute.make_rmem_tensor(num_rows if cfg.packs_heads else 1, Float32)
-        scales.fill(scale_log2)
-        return OnlineSoftmax(scales, row_max, row_sum, row_scale, num_used, P_SCALE_LOG2)
+        if cfg.is_fp8 and not cfg.transforms_scores:
+            scale_log2 = by_head(cfg, num_rows, scale_log2)
+        return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, num_used, P_SCALE_LOG2 if cfg.is_fp8 else 0)
 
     def scale_of(self, r: int) -> Float32:
         """scale_log2 of one row."""

@@ -58,12 +58,12 @@ class Visibility:
 
 
 def from_first_visible(cfg: FwdConfig, window: Window, tile: Tile) -> Tile:
-    """The tile; if heads are packed, of the sequence without the keys before the first that some row sees.
+    """The tile; of packed heads' windows, of the sequence without the keys before the first that some row sees.
 
     K/V tiles, which are counted from there, then hold as few keys that nobody sees as can be. Sequences end
     bottom-right aligned with their keys: without the first ones, the rows still see the same ones of the others.
     """
-    if not cfg.packs_heads:
+    if not (cfg.packs_heads and cfg.is_local):
         return tile
     origin = key_origin(cfg, window, tile.m_block, tile.seqlen_q, tile.seqlen_k)
     return replace(tile, offset_k=tile.offset_k + origin, seqlen_k=tile.seqlen_k - origin)
@@ -91,7 +91,8 @@ class Mask:
 
     def place(self, n_block: Int32) -> Place:
         """Of the thread's scores in a K/V tile."""
-        return Place(self.tile, self.first_row, self.origin(n_block))
+        next_diagonal = self.next_diagonal if self.cfg.packs_heads else self.diagonal + ROW_STEP
+        return Place(self.tile, self.first_row, self.origin(n_block), (self.diagonal, next_diagonal))
 
     @cute.jit
     def apply(self, acc_S: cute.Tensor, n_block: Int32):
