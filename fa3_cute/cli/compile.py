@@ -92,9 +92,9 @@ def run(args) -> int:
 
 def is_chosen(cfg: Config, args) -> bool:
     """Whether the options ask for this variant."""
-    if cfg.is_ragged and not cfg.packs_heads:
+    if cfg.is_ragged and not cfg.splits_keys:
         return not args.decode and (args.all or not cfg.has_lse)
-    if cfg.packs_heads:
+    if cfg.splits_keys:
         return args.decode or args.all and not args.varlen
     layouts = (True,) if args.varlen else (False, True) if args.all else (False,)
     return not args.decode and cfg.is_varlen in layouts and (args.all or not cfg.has_lse)

@@ -24,6 +24,7 @@ PACK_GQA = {"auto": None, "yes": True, "no": False}
 UNBOUNDED = (-1, -1)
 # What the numbers of a tile's reason are.
 RELATIVE = "speed relative to FlashAttention-3's C++ at 4k / 16k tokens"
+PACKED_US = "us with the window, heads and lengths that are named"
 WINDOW_US = "us with window (1023, 0) at 16k / (512, 512) at 4x4k tokens"
 DECODE_US = "us by sequences x keys, of a tile tile_n x num_kv_stages x ctas_per_sm"
 
@@ -182,8 +183,10 @@ def splits_in_words(plan: dict) -> str:
 
 def reason_unit(cfg: Config) -> str:
     """What the numbers of the reason for a config are."""
-    if cfg.packs_heads:
+    if cfg.splits_keys:
         return DECODE_US
+    if cfg.packs_heads:
+        return PACKED_US
     return WINDOW_US if cfg.mask == "local" else RELATIVE
 
 
@@ -217,7 +220,9 @@ def lines_of(facts: dict):
     )
     yield "measured", facts["reason"]
     yield "", f"({facts['reason_unit']})"
+    packed_heads = (plan or cfg)["packed_heads"]
+    if plan or packed_heads > 1:
+        yield "heads", f"{packed_heads} query heads share a tile"
     if plan:
-        yield "heads", f"{plan['packed_heads']} query heads share a tile"
         yield "splits", splits_in_words(plan)
         yield "CTAs", f"{'one' if plan['ctas_per_sm'] == 1 else 'up to two'} per SM, {plan['smem_bytes']} bytes each"

@@ -124,12 +124,13 @@ def value_of(name: str, text: str, kinds: dict[str, Any]):
 def label(cfg) -> str:
     """The choices of a config in short, as tables.py writes them: tiles, stages and what is not the default."""
     name = f"{cfg.tile_m}x{cfg.tile_n} q{cfg.num_q_stages} kv{cfg.num_kv_stages}"
-    if cfg.packs_heads:
+    if cfg.splits_keys:
         return f"{name}, {cfg.ctas_per_sm} CTAs per SM"
     return (
         name
         + " without ping-pong" * (not cfg.use_pingpong and cfg.num_consumer_wgs > 1)
         + " rescaling before PV" * cfg.rescale_before_pv
+        + f" packing {cfg.packed_heads} heads" * cfg.packs_heads
     )
 
 

@@ -146,4 +146,4 @@ def clocks_per_tile(cfg: Config, is_masked: bool = False) -> dict[str, float]:
         "issue": (exponentials + on_lanes + on_alu) / (WARP * ISSUED),
         "shared memory": ((1 + cfg.num_consumer_wgs) * kv_bytes + transposed_bytes + q_bytes) / SHARED_BYTES,
     }
-    return clocks | ({"memory": kv_bytes / MEMORY_BYTES} if cfg.packs_heads else {})
+    return clocks | ({"memory": kv_bytes / MEMORY_BYTES} if cfg.splits_keys else {})

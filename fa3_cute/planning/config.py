@@ -42,6 +42,7 @@ class KernelConfig(KeySourceFields, ScoreFields):
     use_pingpong = False
     rescale_before_pv = False
     packs_heads = False  # consecutive rows of a tile are heads of one query
+    splits_keys = False  # several CTAs may share the keys of a row
     takes_max_of_bits = False  # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
     uses_setmaxnreg = False
 
@@ -324,6 +325,7 @@ class DecodeConfig(KernelConfig):
     num_consumer_wgs = 1
     num_q_stages = 1
     packs_heads = True
+    splits_keys = True
     is_varlen = True
     entry = DECODE_ENTRY
     arguments = DECODE_ARGUMENTS

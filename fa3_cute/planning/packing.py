@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..contract.formats import ELEMENT_BYTES
+from ..contract.params import NUMBERS
 from .problem import ProblemShape
 
 PACKED_HEADS = (8, 4, 2)  # of one KV head, that may share a tile
@@ -15,6 +16,8 @@ PACKED_HEADS = (8, 4, 2)  # of one KV head, that may share a tile
 # between them by the keys of the tiles that are visited: of (511, 0) 576 against 640 at head_dim 64, of (255, 0) 320
 # against 384 at 128.
 MOST_KEYS = {64: 512, 128: 256}
+# What scores take part in that does not need their keys' places.
+OF_DISTANCES = frozenset({"softcap", "s_aux", "alibi_slopes"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class PackedFields:
     """A field of the forward kernel's config.
 
     packed_heads   query heads of one KV head that share an M tile: its rows are tile_m / packed_heads queries x
-                   packed_heads heads, heads fastest, and its K/V tiles start at the first key that some row sees
+                   packed_heads heads, heads fastest. Of a window, K/V tiles are counted from the first key that some
+                   row of the M tile sees
     """
 
     packed_heads: int = 1
@@ -36,8 +40,8 @@ class PackedFields:
         return (
             (self.packed_heads in (1, *PACKED_HEADS), f"packed_heads={self.packed_heads}: must be 1, 2, 4 or 8"),
             (
-                not self.packs_heads or self.is_local and self.out_dtype is None and not self.page_box,
-                "packed_heads: only with is_local, 16-bit elements in and out, and without pages",
+                not self.packs_heads or self.out_dtype is None and not self.page_box,
+                "packed_heads: only with 16-bit elements in and out, and without pages",
             ),
         )
 
@@ -71,6 +75,14 @@ def packed_heads_of_window(shape: ProblemShape) -> int:
 
 
 def is_packable(shape: ProblemShape) -> bool:
-    """Whether there are kernels for it: of 16-bit elements in and out, and of keys that do not lie in pages."""
+    """Whether there are kernels for it: of 16-bit elements in and out, of keys that do not lie in pages and are not
+    asked for their places."""
     is_16_bit = ELEMENT_BYTES[shape.dtype] == 2 and shape.out_dtype is None
-    return is_16_bit and shape.head_dim in MOST_KEYS and not shape.is_paged
+    return is_16_bit and shape.head_dim in MOST_KEYS and not shape.is_paged and not asks_for_places(shape)
+
+
+def asks_for_places(shape: ProblemShape) -> bool:
+    """Whether a score depends on where its key is in the sequence, and not on its distance from the diagonal alone."""
+    if shape.attention_chunk or not OF_DISTANCES.issuperset(shape.optionals):
+        return True
+    return any(number for name, number in zip(NUMBERS, shape.numbers, strict=True) if name not in OF_DISTANCES)

@@ -109,23 +109,17 @@ def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, n
                 cute.autovec_copy(rO, tOgO[None, step, c])
 
 
-def num_rows_from(cfg: FwdConfig, tile: Tile) -> Int32:
-    """Rows of the sequence from the tile's first one on."""
-    rows = tile.seqlen_q * cfg.packed_heads if cfg.packs_heads else tile.seqlen_q
-    return rows - tile.m_block * cfg.tile_m
-
-
 @cute.jit
 def copy_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, slot: Int32, tOsO: cute.Tensor,
               tOgO: cute.Tensor):
     """O of a tile from its slot, which are TMA's views of, to global memory. Runs on: one warp, which waits until it is
     read."""
-    num_rows = num_rows_from(cfg, tile)
+    num_queries = tile.seqlen_q - tile.m_block * cfg.queries_per_tile
     use_tma = Boolean(True)
     if const_expr(cfg.is_varlen):
-        use_tma = num_rows >= cfg.tile_m
-        if num_rows < cfg.tile_m:
-            store_rows(cfg, params, tile, sO[None, None, slot], num_rows)
+        use_tma = num_queries >= cfg.queries_per_tile
+        if num_queries < cfg.queries_per_tile:
+            store_rows(cfg, params, tile, sO[None, None, slot], num_queries * cfg.packed_heads)
     if use_tma:
         cute.copy(params.o.atom, tOsO[None, slot], tOgO)
         cute.arch.cp_async_bulk_commit_group()
