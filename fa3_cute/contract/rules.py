@@ -24,7 +24,7 @@ from .params import (
     has_packed_keys,
     is_packed,
 )
-from .pending import pending
+from .pending import pending_choices, pending_pointers
 from .plain import BAD, plain
 from .scores import (
     alibi_stride,
@@ -292,8 +292,10 @@ RULES = (
     Rule(Status.ROTARY_UNSUPPORTED, _off(Status.ROTARY_UNSUPPORTED), of_choices=True),
     Rule(Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED), of_choices=True),
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
-    Rule(Status.FEATURE_UNSUPPORTED, pending),
+    Rule(Status.FEATURE_UNSUPPORTED, pending_choices, of_choices=True),
+    Rule(Status.FEATURE_UNSUPPORTED, pending_pointers),
 )
+CONTRACT_RULES = tuple(rule for rule in RULES if rule.objections not in (pending_choices, pending_pointers))
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -302,8 +304,7 @@ RULES = (
 def contract_problems(params) -> list[Problem]:
     """What the contract objects to, but not for want of a kernel, nor to how large a workspace is, which the plan knows
     (planning/operations.py)."""
-    p = plain(params)
-    return list(walk(p, [rule for rule in RULES if rule.objections is not pending]))
+    return list(walk(plain(params), CONTRACT_RULES))
 
 
 def first_problem(p) -> Problem | None:

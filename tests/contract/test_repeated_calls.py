@@ -8,6 +8,7 @@ from calls import GOOD, GOOD_FP8, PACKED, A
 from cuda.bindings.driver import CUdeviceptr
 
 from fa3_cute import DataType, FlashAttentionParams, Status, api, explain, forward
+from fa3_cute.runtime import repeat
 
 
 @pytest.mark.parametrize("base", [GOOD, PACKED, replace(GOOD, seqused_k=A, window_size_left=8)])
@@ -36,13 +37,13 @@ def test_shapes_in_turn_are_all_known(launches):
 
 def test_a_thread_remembers_so_many_shapes(launches):
     """Those that come again; of others it keeps little, and not for ever."""
-    lengths = range(1, api.MAX_SHAPES + 1)
+    lengths = range(1, repeat.MAX_SHAPES + 1)
     for rows in (*lengths, *lengths):
         assert forward(replace(GOOD, seqlen_q=rows), 7) is Status.OK
-    assert len(api._thread.known) == api.MAX_SHAPES
-    for rows in range(1, api.MAX_SEEN + 3):
+    assert len(api._thread.known) == repeat.MAX_SHAPES
+    for rows in range(1, repeat.MAX_SEEN + 3):
         assert forward(replace(GOOD, seqlen_q=5000 + rows), 7) is Status.OK
-    assert not api._thread.known and len(api._thread.seen) <= api.MAX_SEEN
+    assert not api._thread.known and len(api._thread.seen) <= repeat.MAX_SEEN
 
 
 def test_descales_of_a_repeated_launch(launches):
