@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 FEATURES: dict[str, Callable[[Any], Any]] = {
     "has_softcap": lambda shape: shape.number("softcap") != 0,
     "has_alibi": lambda shape: shape.has_alibi,
+    "has_dropout": lambda shape: shape.number("p_dropout") != 0,
 }
 Features = frozenset[tuple[str, Any]]
 NO_FEATURES: Features = frozenset()
@@ -26,10 +27,12 @@ class ScoreFields:
 
     has_softcap   scores become softcap * tanh(scores / softcap)
     has_alibi     less a slope times the distance from the diagonal
+    has_dropout   some probabilities become 0, at random
     """
 
     has_softcap: bool = False
     has_alibi: bool = False
+    has_dropout: bool = False
 
     if TYPE_CHECKING:  # of the config
 

@@ -19,6 +19,7 @@ from ...planning.strategies import Steps, Values
 from .barriers import all_agree, pass_turn, sync_warpgroup, wait_turn
 from .block_range import BlockRange, first_key
 from .copies import clear_rows
+from .dropout import Dropout, RowDropout
 from .fp8 import Descales
 from .layout import ROW_STEP, as_operand_a, convert, fragment_row
 from .row_end import end_rows, end_rows_without_keys
@@ -50,12 +51,16 @@ class Attend:
     sVt: cute.Tensor
     value_factor: Optional[Float32]
     factors: Optional[RowFactors]
+    dropout: Optional[RowDropout]
 
     @cute.jit
     def start_tile(self, descales: Optional[Descales], tile: Tile, packed_heads: Int32 | int = 1):
-        """Read what the tile's scores and values are to be multiplied with: FP8's descales, and ALiBi's slopes."""
+        """Read what the tile's scores and values are to be multiplied with: FP8's descales, and ALiBi's slopes; dropout:
+        find the rows' heads."""
         if const_expr(self.cfg.is_fp8):
             self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
+            if const_expr(self.cfg.has_dropout):
+                self.value_factor = self.value_factor * self.dropout.keep_factor
             if const_expr(self.cfg.transforms_scores):
                 scales, scale = self.factors.scale, self.scores.scale
             else:
@@ -66,6 +71,9 @@ class Attend:
         if const_expr(self.cfg.has_alibi):
             for r in cutlass.range_constexpr(cute.size(self.factors.slopes)):
                 self.factors.slopes[r] = self.scores.slopes[self.head_of_row(tile, r, packed_heads), tile.sequence]
+        if const_expr(self.cfg.has_dropout and self.cfg.packs_heads):
+            for r in cutlass.range_constexpr(cute.size(self.dropout.heads)):
+                self.dropout.heads[r] = self.head_of_row(tile, r, packed_heads)
 
     def head_of_row(self, tile: Tile, r: int, packed_heads: Int32 | int) -> Int32:
         """The head of the thread's r-th row."""
@@ -81,7 +89,7 @@ class Attend:
         self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
         mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, Scores.FIRST)
-        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
+        self.make_P(acc_S, mask, n_block)
         self.acc_O.fill(0.0)
 
     @cute.jit
@@ -101,7 +109,7 @@ class Attend:
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
-        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
+        self.make_P(acc_S, mask, n_block)
 
     @cute.jit
     def step_overlapped(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], known: Constexpr[Scores]):
@@ -120,9 +128,15 @@ class Attend:
         self.softmax.update(acc_S, known)
         in_flight(0)                     # PV[n+1] is complete: acc_PV and tOrP are ours again
         self.release_v(v)
-        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
+        self.make_P(acc_S, mask, n_block)
         if const_expr(not self.cfg.rescale_before_pv):
             self.softmax.rescale(self.acc_O)
+
+    def make_P(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32):
+        """P of one K/V tile, as PV reads it."""
+        convert(as_operand_a(self.cfg, acc_S), self.tOrP)
+        if self.cfg.has_dropout:
+            self.dropout.apply(self.tOrP, mask.place(n_block))
 
     @cute.jit
     def last_pv(self):
@@ -198,7 +212,7 @@ class Attend:
 
 
 def make_attend(cfg: KernelConfig, scores: ScoreTransform, mmas: Mmas, smem, pipes, wg_idx: Int32,
-                num_used: Optional[Int32] = None) -> Attend:
+                num_used: Optional[Int32] = None, dropout: Optional[Dropout] = None) -> Attend:
     """Fragments and state of consumer warpgroup `wg_idx`; smem and pipes: either kernel's bundles of sQ, sK, sV, sVt
     and of the rings k and vt; num_used: see OnlineSoftmax.create."""
     first_threads = cute.make_layout(cfg.num_consumer_wgs, stride=128)
@@ -218,7 +232,8 @@ def make_attend(cfg: KernelConfig, scores: ScoreTransform, mmas: Mmas, smem, pip
         softmax=OnlineSoftmax.create(cfg, scores.scale_log2, num_rows, num_used),
         k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
         sV=smem.sV, sVt=smem.sVt,
-        value_factor=Float32(1.0) if cfg.is_fp8 else None, factors=factors)
+        value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.is_fp8 else None, factors=factors,
+        dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None)
 
 
 @cute.jit

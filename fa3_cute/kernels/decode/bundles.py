@@ -7,6 +7,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Int32, Int64
 
 from ..common.block_range import Window
+from ..common.dropout import Dropout
 from ..common.fp8 import Descales
 from ..common.keys_values import KeyPlaces, Operand
 from ..common.scores import ScoreTransform
@@ -28,6 +29,7 @@ class DecodeParams:
     descales: Optional[Descales]   # None unless cfg.is_fp8
     scratch: SplitScratch
     scores: ScoreTransform
+    dropout: Optional[Dropout]     # None unless cfg.has_dropout
     window: Window                 # used if cfg.is_local
     grid: SplitGrid
     ragged: Optional[RaggedGrid]   # None unless cfg.is_ragged

@@ -29,7 +29,7 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: Mmas, smem: Dec
     read_Q(cfg, params, smem, work, tidx)
     warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16      # fragment_row's first one in this warp, then 8 by 8
     num_used = ceil_div(work.num_rows - warp_row, 8)
-    attend = make_attend(cfg, params.scores, mmas, smem, pipes, Int32(0), num_used)
+    attend = make_attend(cfg, params.scores, mmas, smem, pipes, Int32(0), num_used, params.dropout)
     mask = Visibility(cfg, params.window, work.tile, params.grid.packed_heads).of_thread(tidx)
     attend.start_tile(params.descales, work.tile, params.grid.packed_heads)
     attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)

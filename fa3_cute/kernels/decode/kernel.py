@@ -16,6 +16,7 @@ from ..common.arithmetic import maximum, minimum
 from ..common.block_range import Window, split_range
 from ..common.cluster import sync_cluster
 from ..common.entry import flat_entry
+from ..common.dropout import Dropout
 from ..common.fp8 import Descales
 from ..common.keys_values import KeyPlaces, capacity, key_value_operand, key_value_ring, with_descriptors
 from ..common.layout import element_type, lse_view, smem_ring, tensor_view, transposed, view_as
@@ -77,7 +78,8 @@ class FlashAttentionDecode:
             k=k, v=v, mQ=mQ, mO=mO, mLSE=lse_view(a, batches), lengths=UsedLengths.create(a), places=places,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             scratch=self.scratch(grid, num_clusters, a),
-            scores=ScoreTransform.create(cfg, a), window=Window(a.window_size_left, a.window_size_right),
+            scores=ScoreTransform.create(cfg, a), dropout=Dropout.create(cfg, a),
+            window=Window(a.window_size_left, a.window_size_right),
             grid=grid, ragged=ragged, num_clusters=num_clusters,
             kv_policy=kv_policy(num_tokens * a.num_heads_k * cfg.kv_bytes_per_token))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)

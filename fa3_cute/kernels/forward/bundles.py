@@ -11,6 +11,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Int32
 
 from ..common.block_range import Window
+from ..common.dropout import Dropout
 from ..common.fp8 import Descales
 from ..common.keys_values import KeyPlaces, Operand
 from ..common.ragged import RaggedBatch
@@ -31,6 +32,7 @@ class FwdParams:
     mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
     descales: Optional[Descales]   # None unless cfg.is_fp8
     scores: ScoreTransform
+    dropout: Optional[Dropout]     # None unless cfg.has_dropout
     window: Window                 # used if cfg.is_local
     grid: TileGrid                 # used unless cfg.is_varlen
     sequences: Sequences | RaggedBatch     # used if cfg.is_varlen

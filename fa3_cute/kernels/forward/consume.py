@@ -24,7 +24,7 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
     """
     tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
-    attend = make_attend(cfg, params.scores, mmas, smem, pipes, wg_idx)
+    attend = make_attend(cfg, params.scores, mmas, smem, pipes, wg_idx, dropout=params.dropout)
     q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()
     open_turnstile(cfg, wg_idx)
 

@@ -11,6 +11,7 @@ from ...planning.strategies import Output
 from ..common.arithmetic import ceil_div, minimum
 from ..common.block_range import Window
 from ..common.entry import flat_entry
+from ..common.dropout import Dropout
 from ..common.fp8 import Descales
 from ..common.keys_values import KeyPlaces, key_value_operand, key_value_ring, with_descriptors
 from ..common.layout import element_type, lse_view, out_type, smem_ring, tensor_view, transposed, view_as
@@ -73,7 +74,8 @@ class FlashAttentionForward:
             o=tma_store(mO, layouts.sO, rows) if const_expr(layouts.sO is not None) else None,
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
-            scores=ScoreTransform.create(cfg, a), window=Window(a.window_size_left, a.window_size_right),
+            scores=ScoreTransform.create(cfg, a), dropout=Dropout.create(cfg, a),
+            window=Window(a.window_size_left, a.window_size_right),
             grid=grid, sequences=sequences, places=places, num_heads=num_groups, num_heads_k=a.num_heads_k,
             tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
