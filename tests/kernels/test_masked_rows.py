@@ -6,8 +6,8 @@ import pytest
 
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.contract.limits import MAX_MASKED_ROWS
-from fa3_cute.kernels.common.block_range import Window, block_range
-from fa3_cute.planning.tables import all_configs
+from fa3_cute.kernels.common.block_range import Window, block_range, key_origin
+from fa3_cute.planning.tables import all_configs, packed_configs
 
 
 class Int32(int):
@@ -55,6 +55,17 @@ def test_int32_holds_all_up_to_the_limit(cfg):
         for window in WINDOWS:
             sizes = seqlen_q, MAX_MASKED_ROWS - seqlen_q
             assert seen(cfg, Int32, *sizes, window) == seen(cfg, int, *sizes, window)
+
+
+@pytest.mark.parametrize("cfg", packed_configs(), ids=lambda cfg: cfg.name)
+def test_int32_holds_the_first_keys_of_packed_heads(cfg):
+    def first_keys(kind, seqlen_q, window):
+        sides = Window(*map(kind, window))
+        for m_block in {0, (seqlen_q - 1) // cfg.queries_per_tile}:
+            yield key_origin(cfg, sides, kind(m_block), kind(seqlen_q), kind(MAX_MASKED_ROWS - seqlen_q))
+
+    for seqlen_q, window in product((1, 200, MAX_MASKED_ROWS // 2, MAX_MASKED_ROWS - 1), WINDOWS):
+        assert [*first_keys(Int32, seqlen_q, window)] == [*first_keys(int, seqlen_q, window)]
 
 
 def test_int32_does_not_hold_what_is_beyond():
