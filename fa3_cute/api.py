@@ -234,6 +234,13 @@ def attention(
     causal=False,
     window_size=(-1, -1),
     softmax_scale=None,
+    softcap=0.0,
+    s_aux=None,
+    alibi_slopes=None,
+    attn_mask=None,
+    attention_chunk=0,
+    dropout_p=0.0,
+    rng_state=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     seqused_k=None,
@@ -257,6 +264,13 @@ def attention(
                   for FP8 q, k and v, else of 8. A given out is written: of q's type (FP8: 16 bit) or float32
     stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
+    softcap       scores become softcap * tanh(scores / softcap); 0: they stay
+    s_aux         [num_heads] float32, bfloat16 or float16: attention sinks, logits of one more key, whose value is 0
+    alibi_slopes  [num_heads] or [batch, num_heads] float32: scores -= slope * |i + seqlen_k - seqlen_q - j|
+    attn_mask     what broadcasts to [batch, num_heads, seqlen_q, seqlen_k], with all of the last dimension: bool or
+                  uint8, False and 0 hide a key; or float16, bfloat16, float32, added to the scores. For dense q alone
+    attention_chunk   keys of a chunk: queries see those of their own; 0: no chunks
+    dropout_p     the probability to drop a weight, 0 <= p < 1; with rng_state, [2] uint64 or int64: seed, offset
     cu_seqlens_*  [batch + 1] int32: packed sequences; cu_seqlens_q alone with a cache and seqused_k
     seqused_k     [batch] int32; beyond the rows that there are it is these, in pages and with packed queries
     page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k
@@ -282,7 +296,8 @@ def attention(
     written with zero_padding alone. Raises FlashAttentionError with the status of `forward`, TypeError for no array.
     """
     given = locals()
-    call = AttentionCall(numbers={"softmax_scale": given.pop("softmax_scale")}, **given)
+    names = {"softmax_scale": "softmax_scale", "softcap": "softcap", "dropout_p": "p_dropout"}
+    call = AttentionCall(numbers={field: given.pop(name) for name, field in names.items()}, **given)
     return attention_on_host(call) if call.is_on_host else _attention_on_device(call)
 
 

@@ -12,6 +12,7 @@ from ..contract.params import AttentionMode, DataType, FlashAttentionParams, is_
 from ..contract.plain import plain
 from ..contract.status import FlashAttentionError, Problem, Status, error_for, shown
 from ..planning.operations import checked
+from .scores import SCORE_DTYPES, SCORES, require_score_shapes, set_scores
 
 FP8 = "float8_e4m3fn"
 DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
@@ -36,7 +37,11 @@ _WORDS = (
     (r"\b([qkv]_descale)_ptr=", r"\1="),
     (r"\b([qkv]|out|[qkv]_descale)_(batch|row|head)_stride=", r"\1's \2 stride="),
     (r"must be a device address(: cu_seqlens| with page_table)", r"must be an array\1"),
-    (r"\b(page_table|kv_batch_idx)=\w+: must be None or 0", r"\1: must be None"),
+    (r"\b(page_table|kv_batch_idx|attn_mask|rng_state)=\w+: must be None or 0", r"\1: must be None"),
+    (r"\b(s_aux|alibi_slopes|attn_mask)=\w+: no kernel", r"\1: no kernel"),
+    (r"\brng_state=\w+: must be a device address", "rng_state=None: must be an array"),
+    (r"\bp_dropout\b", "dropout_p"),
+    (r"\b(attn_mask)_(batch|head|row)_stride=", r"\1's \2 stride="),
 )
 
 
@@ -55,6 +60,11 @@ class AttentionCall:
     causal: Any
     window_size: Any
     numbers: dict[str, Any]
+    s_aux: Any
+    alibi_slopes: Any
+    attn_mask: Any
+    attention_chunk: Any
+    rng_state: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     seqused_k: Any
@@ -111,6 +121,7 @@ class AttentionCall:
             "window_size_left": left,
             "window_size_right": right,
             **self.numbers,
+            "attention_chunk": self.attention_chunk,
             "num_splits": self.num_splits,
             "max_seqlen_q": self.max_seqlen_q,
             "zero_padding": self.zero_padding,
@@ -202,7 +213,7 @@ def attention_on_device(call: AttentionCall, forward):
     """attention() of arrays on a CUDA device: one `forward(params, stream)`."""
     from . import dlpack
 
-    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *INTEGERS, *DESCALES)}
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS, *DESCALES)}
     for name, array in arrays.items():
         dlpack.require_on_device(name, array)
     with dlpack.on_device_of(call.stream) as (handle, device):
@@ -237,15 +248,16 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
             )
     found = {name: tensor.shape for name, tensor in tensors.items()}
     call.require_dims(found)
+    require_score_shapes(found, call.sizes(found))
     shapes = _shapes(call, found)
-    dtypes = {"out": out_dtypes(element)} | dict.fromkeys(INTEGERS, ("int32",))
+    dtypes = {"out": out_dtypes(element)} | SCORE_DTYPES | dict.fromkeys(INTEGERS, ("int32",))
     dtypes |= dict.fromkeys(DESCALES, ("float32",))
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):
             raise error_for(Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must be {shapes[name]}")
         if tensor.dtype not in dtypes.get(name, (tensor.dtype,)):
             raise error_for(Status.INVALID_ARGUMENT, f"{name} is {tensor.dtype}: must be {' or '.join(dtypes[name])}")
-        if name not in DESCALES and tensor.shape[-1] > 1 and tensor.strides[-1] != 1:
+        if name not in DESCALES and tensor.shape and tensor.shape[-1] > 1 and tensor.strides[-1] != 1:
             raise error_for(
                 Status.INVALID_SHAPE,
                 f"{name} has the strides {tensor.strides} (elements): the last "
@@ -296,8 +308,9 @@ def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionP
         setattr(params, name, (q.address or ANY_ADDRESS) if tensor.is_empty else tensor.address)
         if name == "page_table" and tensor.shape[0] > 1:
             params.page_table_batch_stride = tensor.strides[0]
-        elif name not in INTEGERS:
+        elif name not in INTEGERS and name not in SCORES:
             _set_strides(params, name, tensor)
+    set_scores(params, tensors)
     return params
 
 

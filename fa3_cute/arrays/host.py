@@ -7,6 +7,7 @@ from ..contract.params import DataType, FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import contract_problems
 from ..contract.status import Status, error_for, shown
+from .scores import SCORES, require_score_numbers, require_score_shapes
 from .call import ANY_ADDRESS, DESCALES, DEVICE_DTYPES, FP8, INTEGERS, AttentionCall, out_dtypes, refusal
 
 # float32 and float64 exist on the host only; there they follow the rules of FP16.
@@ -25,8 +26,8 @@ def attention_on_host(call: AttentionCall):
     params = _checked_params(call, element)
     _require_numbers(call)
     out_dtype, wants_lse = _out_dtype(call, element), call.wants_lse
-    options = {name: getattr(call, name) for name in (*INTEGERS, *DESCALES)}
-    options |= {name: getattr(params, name) for name in (*call.numbers, "zero_padding")}
+    options = {name: getattr(call, name) for name in (*SCORES, *INTEGERS, *DESCALES)}
+    options |= {name: getattr(params, name) for name in (*call.numbers, "attention_chunk", "zero_padding")}
     window_size = params.window_size_left, params.window_size_right
     try:
         exact, lse = attention_reference(q, k, v, causal=params.is_causal, window_size=window_size, **options)
@@ -47,7 +48,7 @@ def attention_on_host(call: AttentionCall):
 def _require_numpy(call: AttentionCall) -> None:
     from numpy import ma, ndarray
 
-    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *INTEGERS)}
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS)}
     arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
     for name, array in arrays.items():
         kind = type(array)
@@ -67,12 +68,13 @@ def _require_numpy(call: AttentionCall) -> None:
 
 
 def _require_numbers(call: AttentionCall) -> None:
-    """Raise for lengths and tables that are no integers, and for descales that are no real numbers."""
+    """Raise for lengths and tables that are no integers, and for what else is no number."""
     from numpy import asarray
 
     for name, array in call.given(*INTEGERS).items():
         if array.dtype.kind not in "iu":
             raise error_for(Status.INVALID_ARGUMENT, f"{name} is {array.dtype.name}: must be integers")
+    require_score_numbers(call.given(*SCORES))
     for name, value in call.given(*DESCALES).items():
         dtype = asarray(value).dtype
         if dtype.kind not in "iuf":
@@ -82,9 +84,9 @@ def _require_numbers(call: AttentionCall) -> None:
 def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
     """The call as plain params without addresses; raises what `forward` would say to it, apart from addresses and from
     what has no kernel yet."""
-    shapes = {name: array.shape for name, array in call.given("q", "k", *INTEGERS).items()}
+    shapes = {name: array.shape for name, array in call.given("q", "k", *SCORES, *INTEGERS).items()}
     call.require_dims(shapes)
-    pointers: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", *call.given(*INTEGERS)), ANY_ADDRESS)
+    pointers: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", *call.given(*SCORES, *INTEGERS)), ANY_ADDRESS)
     pointers |= {f"{name}_ptr": ANY_ADDRESS for name in call.given(*DESCALES)}
     if call.cu_seqlens_q is not None and call.cu_seqlens_q.size < 2:
         raise error_for(
@@ -94,6 +96,7 @@ def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
     params = FlashAttentionParams(dtype=HOST_DTYPES[element], **call.sizes(shapes), **call.choices(), **pointers)
     if found := contract_problems(params):
         raise refusal(found[0])
+    require_score_shapes(shapes, call.sizes(shapes))
     params = plain(params)
     if params.num_splits > 1:
         raise error_for(Status.FEATURE_UNSUPPORTED, f"num_splits={params.num_splits}: must be 0 or 1 with NumPy arrays")

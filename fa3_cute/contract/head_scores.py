@@ -122,7 +122,7 @@ def heads_of(options: Any, sizes: tuple[int, int, int, int]) -> Callable[..., He
     slopes = broadcast("alibi_slopes", options.alibi_slopes, (batch, num_heads))
     mask = broadcast("attn_mask", options.attn_mask, sizes)
     window = (-1, 0) if options.causal else tuple(options.window_size)
-    seed, offset = (0, 0) if options.rng_state is None else map(int, options.rng_state)
+    seed, offset = (0, 0) if options.rng_state is None else (int(number) % 2**64 for number in options.rng_state)
 
     def head_scores(b: int, head: int, n_q: int, n_k: int) -> HeadScores:
         return HeadScores(

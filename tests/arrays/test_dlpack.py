@@ -25,6 +25,7 @@ CODES = {
     "int32": (0, 32),
     "int64": (0, 64),
     "uint8": (1, 8),
+    "uint64": (1, 64),
     "float8_e4m3fn": (10, 8),
     "float8_e5m2": (12, 8),
     "float8_e4m3fnuz": (11, 8),
@@ -396,5 +397,6 @@ def test_the_call_has_the_arguments_of_attention():
 
     from fa3_cute.contract.params import NUMBERS
 
+    numbers = {"dropout_p" if name == "p_dropout" else name for name in NUMBERS}  # flash-attn's name
     fields = set(AttentionCall.__dataclass_fields__) - {"numbers"}
-    assert set(inspect.signature(attention).parameters) == fields | {"softmax_scale", *NUMBERS}
+    assert set(inspect.signature(attention).parameters) == fields | {"softmax_scale"} | numbers
