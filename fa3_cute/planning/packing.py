@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..contract.formats import ELEMENT_BYTES
-from ..contract.params import NUMBERS
 from .problem import ProblemShape
 
 PACKED_HEADS = (8, 4, 2)  # of one KV head, that may share a tile
@@ -16,8 +15,9 @@ PACKED_HEADS = (8, 4, 2)  # of one KV head, that may share a tile
 # between them by the keys of the tiles that are visited: of (511, 0) 576 against 640 at head_dim 64, of (255, 0) 320
 # against 384 at 128.
 MOST_KEYS = {64: 512, 128: 256}
-# What scores take part in that does not need their keys' places.
-OF_DISTANCES = frozenset({"softcap", "s_aux", "alibi_slopes"})
+# What a call may ask for besides. Softcap spills with these tiles (56 bytes of 128x160 at head_dim 64); all else asks for
+# the places of keys in their sequence, and K/V tiles of packed heads do not count from its first key.
+BESIDE = frozenset({"s_aux", "alibi_slopes"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +75,7 @@ def packed_heads_of_window(shape: ProblemShape) -> int:
 
 
 def is_packable(shape: ProblemShape) -> bool:
-    """Whether there are kernels for it: of 16-bit elements in and out, of keys that do not lie in pages and are not
-    asked for their places."""
+    """Whether there are kernels for it: of 16-bit elements in and out, of keys that do not lie in pages."""
     is_16_bit = ELEMENT_BYTES[shape.dtype] == 2 and shape.out_dtype is None
-    return is_16_bit and shape.head_dim in MOST_KEYS and not shape.is_paged and not asks_for_places(shape)
-
-
-def asks_for_places(shape: ProblemShape) -> bool:
-    """Whether a score depends on where its key is in the sequence, and not on its distance from the diagonal alone."""
-    if shape.attention_chunk or not OF_DISTANCES.issuperset(shape.optionals):
-        return True
-    return any(number for name, number in zip(NUMBERS, shape.numbers, strict=True) if name not in OF_DISTANCES)
+    is_simple = not (any(shape.numbers) or shape.attention_chunk) and BESIDE.issuperset(shape.optionals)
+    return is_16_bit and shape.head_dim in MOST_KEYS and not shape.is_paged and is_simple
