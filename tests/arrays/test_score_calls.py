@@ -47,7 +47,7 @@ def test_numbers_and_arrays_become_params(gpu):
     assert (p.softcap, p.attention_chunk, p.p_dropout) == (30.0, 8, 0.25)
     assert (p.s_aux, p.alibi_slopes, p.rng_state, p.attn_mask) == (5 * A, 6 * A, 7 * A, None)
     assert (p.s_aux_dtype, p.alibi_batch_stride) == (DataType.FP32, 0)
-    assert [each.asked for each in (sinks, slopes, state)] == [0x5550] * 3
+    assert [each.asked for each in (sinks, slopes, state)] == [[0x5550]] * 3
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
