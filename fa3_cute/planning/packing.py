@@ -15,8 +15,8 @@ PACKED_HEADS = (8, 4, 2)  # of one KV head, that may share a tile
 # between them by the keys of the tiles that are visited: of (511, 0) 576 against 640 at head_dim 64, of (255, 0) 320
 # against 384 at 128.
 MOST_KEYS = {64: 512, 128: 256}
-# What a call may ask for besides. Softcap spills with these tiles (56 bytes of 128x160 at head_dim 64); all else asks for
-# the places of keys in their sequence, and K/V tiles of packed heads do not count from its first key.
+# What a call may ask for besides. Softcap spills with these tiles (56 bytes of 128x160 at head_dim 64); the rest asks
+# for the places of keys in their sequence, and K/V tiles of packed heads do not count from its first key.
 BESIDE = frozenset({"s_aux", "alibi_slopes"})
 
 

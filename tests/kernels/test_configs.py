@@ -18,11 +18,13 @@ from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA, Decod
 from fa3_cute.planning.key_source import PAGE_BOXES
 from fa3_cute.planning.tables import (
     DTYPES,
+    PACKED,
     KeySource,
     all_configs,
     all_decode_configs,
     all_forward_configs,
     forward_config,
+    packed_configs,
     ragged_configs,
 )
 
@@ -31,7 +33,7 @@ PROCESSES = min(4, os.cpu_count() or 1)  # a compile takes 3 s of one core and 3
 
 def selection() -> list:
     """One config per row of FORWARD and two per row of DECODE (with a window and without), the element types and the
-    other options in turn; then `ragged_selection`."""
+    other options in turn; then `ragged_selection`, and one per row of PACKED."""
     chosen = {}
     options = cycle(product((False, True), (False, True), (0, 1)))
     for cfg in all_forward_configs():
@@ -48,7 +50,8 @@ def selection() -> list:
     for number, cfg in enumerate(all_decode_configs()):
         decode.setdefault((cfg.element_bytes, cfg.head_dim, cfg.is_local), []).append((number, cfg))
     decode_ones = [variants[index % len(variants)][1] for index, variants in enumerate(decode.values())]
-    return [*chosen.values(), *decode_ones, *ragged_selection()]
+    packed_ones = [cfg for number, cfg in enumerate(packed_configs()) if number % 4 in (0, 3)]  # of each row's two
+    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones]
 
 
 def kind_of(cfg) -> tuple:
@@ -99,8 +102,15 @@ def test_selection_covers_rows_and_options():
     rows = {(type(cfg), cfg.element_bytes, cfg.head_dim, cfg.mask) for cfg in all_configs()}
     assert {(type(cfg), cfg.element_bytes, cfg.head_dim, cfg.mask) for cfg in CONFIGS} == rows
     assert {(cfg.dtype, cfg.out_dtype) for cfg in CONFIGS} == set(DTYPES)
-    forward = [cfg for cfg in CONFIGS if not cfg.packs_heads]
-    assert len({(cfg.is_fp8, cfg.is_varlen, cfg.has_lse) for cfg in forward}) == 8
+    forward = [cfg for cfg in CONFIGS if not cfg.splits_keys]
+    assert len({(cfg.is_fp8, cfg.is_varlen, cfg.has_lse) for cfg in forward if not cfg.packs_heads}) == 8
+    packed = [cfg for cfg in forward if cfg.packs_heads]
+    assert {(cfg.head_dim, cfg.packed_heads) for cfg in packed} == set(PACKED)
+    assert (
+        len({(cfg.is_varlen, cfg.has_lse) for cfg in packed})
+        == len({(cfg.dtype, cfg.is_varlen) for cfg in packed})
+        == 4
+    )
 
 
 def test_ragged_configs_cover_rows_and_options():
@@ -110,7 +120,7 @@ def test_ragged_configs_cover_rows_and_options():
     rows = {(type(cfg), cfg.dtype, cfg.out_dtype, cfg.head_dim, cfg.mask) for cfg in configs}
     dense = [cfg for cfg in (*all_forward_configs(), *all_decode_configs()) if (cfg.dtype, cfg.out_dtype) in DTYPES]
     assert rows == {(type(cfg), cfg.dtype, cfg.out_dtype, cfg.head_dim, cfg.mask) for cfg in dense}
-    forward = [cfg for cfg in configs if not cfg.packs_heads]
+    forward = [cfg for cfg in configs if not cfg.splits_keys]
     has_lse = {(cfg.element_bytes, cfg.head_dim, cfg.mask, cfg.has_lse) for cfg in forward}
     assert len(has_lse) == 2 * len({row[:3] for row in has_lse})
     for size, kind in product((2, 1), (FwdConfig, DecodeConfig)):
