@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 FEATURES: dict[str, Callable[[Any], Any]] = {
     "has_softcap": lambda shape: shape.number("softcap") != 0,
     "has_alibi": lambda shape: shape.has_alibi,
+    "attn_mask": lambda shape: shape.attn_mask,
+    "has_chunks": lambda shape: shape.attention_chunk != 0,
     "has_dropout": lambda shape: shape.number("p_dropout") != 0,
 }
 Features = frozenset[tuple[str, Any]]
@@ -27,11 +29,15 @@ class ScoreFields:
 
     has_softcap   scores become softcap * tanh(scores / softcap)
     has_alibi     less a slope times the distance from the diagonal
+    attn_mask     element type of what is added to them, or "bool": bytes that hide some; "" without
+    has_chunks    rows see keys of their own chunk alone
     has_dropout   some probabilities become 0, at random
     """
 
     has_softcap: bool = False
     has_alibi: bool = False
+    attn_mask: str = ""
+    has_chunks: bool = False
     has_dropout: bool = False
 
     if TYPE_CHECKING:  # of the config
@@ -42,7 +48,12 @@ class ScoreFields:
     def has_natural_scores(self) -> bool:
         """Scores take softmax_scale, and become what is exponentiated to the base e, before the softmax: something is
         added to them in these units."""
-        return self.has_alibi
+        return self.has_alibi or self.has_bias
+
+    @property
+    def has_bias(self) -> bool:
+        """attn_mask is added to scores."""
+        return self.attn_mask not in ("", "bool")
 
     @property
     def transforms_scores(self) -> bool:

@@ -12,17 +12,18 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
 
 from ...planning.config import KernelConfig
 from ...planning.strategies import Steps, Values
 from .barriers import all_agree, pass_turn, sync_warpgroup, wait_turn
 from .block_range import BlockRange, first_key
 from .copies import clear_rows
-from .dropout import Dropout, RowDropout
+from .dropout import RowDropout
 from .fp8 import Descales
-from .layout import ROW_STEP, as_operand_a, convert, fragment_row
-from .row_end import end_rows, end_rows_without_keys
+from .layout import ROW_STEP, as_operand_a, convert
+from .row_end import Sinks, end_rows, end_rows_without_keys
+from .score_mask import RowMask
 from .scores import RowFactors, ScoreTransform
 from .softmax import OnlineSoftmax, Scores, by_head
 from .tiles import Tile
@@ -52,11 +53,13 @@ class Attend:
     value_factor: Optional[Float32]
     factors: Optional[RowFactors]
     dropout: Optional[RowDropout]
+    row_mask: Optional[RowMask]
 
     @cute.jit
-    def start_tile(self, descales: Optional[Descales], tile: Tile, packed_heads: Int32 | int = 1):
-        """Read what the tile's scores and values are to be multiplied with: FP8's descales, and ALiBi's slopes; dropout:
-        find the rows' heads."""
+    def start_tile(self, descales: Optional[Descales], mask: Mask, packed_heads: Int32 | int = 1):
+        """Read what the tile's scores and values are to be multiplied with, FP8's descales, and ALiBi's slopes; find the
+        rows of attn_mask, and the rows' heads for dropout."""
+        tile = mask.tile
         if const_expr(self.cfg.is_fp8):
             self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
             if const_expr(self.cfg.has_dropout):
@@ -66,27 +69,31 @@ class Attend:
             else:
                 scales, scale = self.softmax.scale_log2, self.scores.scale_log2
             for r in cutlass.range_constexpr(cute.size(scales)):
-                head = self.head_of_row(tile, r, packed_heads)
+                head = self.head_of_row(mask, r, packed_heads)
                 scales[r] = descales.score_factor(scale, head, tile.kv_head, tile.sequence)
         if const_expr(self.cfg.has_alibi):
             for r in cutlass.range_constexpr(cute.size(self.factors.slopes)):
-                self.factors.slopes[r] = self.scores.slopes[self.head_of_row(tile, r, packed_heads), tile.sequence]
+                self.factors.slopes[r] = self.scores.slopes[self.head_of_row(mask, r, packed_heads), tile.sequence]
+        if const_expr(self.cfg.attn_mask):
+            for r in cutlass.range_constexpr(cute.size(self.row_mask.rows)):
+                head, query = self.head_of_row(mask, r, packed_heads), mask.query(r)
+                self.row_mask.rows[r] = self.scores.mask.row(self.cfg, tile.sequence, head, query)
         if const_expr(self.cfg.has_dropout and self.cfg.packs_heads):
             for r in cutlass.range_constexpr(cute.size(self.dropout.heads)):
-                self.dropout.heads[r] = self.head_of_row(tile, r, packed_heads)
+                self.dropout.heads[r] = self.head_of_row(mask, r, packed_heads)
 
-    def head_of_row(self, tile: Tile, r: int, packed_heads: Int32 | int) -> Int32:
+    def head_of_row(self, mask: Mask, r: int, packed_heads: Int32 | int) -> Int32:
         """The head of the thread's r-th row."""
         if not self.cfg.packs_heads:
-            return tile.head
-        row = tile.m_block * self.cfg.tile_m + fragment_row(cute.arch.thread_idx()[0]) + ROW_STEP * r
-        return tile.head + row % packed_heads
+            return mask.tile.head
+        row = mask.tile.m_block * self.cfg.tile_m + mask.first_row + ROW_STEP * r
+        return mask.tile.head + row % packed_heads
 
     @cute.jit
     def first_qk(self, mask: Mask, n_block: Int32):
         """S[last] alone, there is no P to overlap with yet. P = exp(S), O = 0."""
-        acc_S = self.qk_alone()
-        self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
+        acc_S, ahead = self.qk_alone(mask, n_block)
+        self.transform(acc_S, mask, n_block, ahead)
         mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, Scores.FIRST)
         self.make_P(acc_S, mask, n_block)
@@ -104,8 +111,8 @@ class Attend:
     def step_serial(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], known: Constexpr[Scores]):
         """`step` one after the other: S and T may share registers."""
         self.add_pv()
-        acc_S = self.qk_alone()
-        self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
+        acc_S, ahead = self.qk_alone(mask, n_block)
+        self.transform(acc_S, mask, n_block, ahead)
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
@@ -120,9 +127,10 @@ class Attend:
         self.start_qk(acc_S, k.index)
         v, acc_PV = self.start_pv()
         pass_turn(self.cfg, self.wg_idx)
+        ahead = self.fetch(acc_S, mask, n_block)
         in_flight(1)                     # S[n] is complete, PV[n+1] may still run
         k.release()
-        self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
+        self.transform(acc_S, mask, n_block, ahead)
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
@@ -132,6 +140,18 @@ class Attend:
         if const_expr(not self.cfg.rescale_before_pv):
             self.softmax.rescale(self.acc_O)
 
+    def fetch(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32) -> Optional[cute.Tensor]:
+        """What attn_mask has for one K/V tile, in flight; None without."""
+        return self.row_mask.fetch(acc_S, mask.place(n_block), n_block) if self.cfg.attn_mask else None
+
+    def transform(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32, ahead: Optional[cute.Tensor]):
+        """Scores of one K/V tile, before the mask that follows from lengths and the window."""
+        self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
+        if self.cfg.has_bias:
+            self.row_mask.add(acc_S, ahead)
+        elif self.cfg.attn_mask:
+            self.row_mask.hide(acc_S, ahead)
+
     def make_P(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32):
         """P of one K/V tile, as PV reads it."""
         convert(as_operand_a(self.cfg, acc_S), self.tOrP)
@@ -139,10 +159,10 @@ class Attend:
             self.dropout.apply(self.tOrP, mask.place(n_block))
 
     @cute.jit
-    def last_pv(self):
+    def last_pv(self, sinks: Optional[cute.Tensor]):
         """O += P[first] V[first], then normalise."""
         self.add_pv()
-        end_rows(self.softmax, self.acc_O, self.value_factor)
+        end_rows(self.softmax, self.acc_O, self.value_factor, sinks)
 
     @cute.jit
     def add_pv(self):
@@ -154,9 +174,19 @@ class Attend:
             self.softmax.fold(self.acc_O, acc_PV)
 
     @cute.jit
-    def no_visible_key(self):
-        """O = 0 and LSE = -inf: no row of the tile sees a key. Takes no turn and no K or V slot."""
-        end_rows_without_keys(self.softmax, self.acc_O)
+    def no_visible_key(self, sinks: Optional[cute.Tensor]):
+        """O = 0 and LSE = -inf, or the sink: no row of the tile sees a key. Takes no turn and no K or V slot."""
+        end_rows_without_keys(self.softmax, self.acc_O, sinks)
+
+    @cute.jit
+    def read_sinks(self, sinks: Optional[Sinks], mask: Mask) -> Optional[cute.Tensor]:
+        """Of each row; None where the row's end is not here."""
+        if const_expr(sinks is None):
+            return None
+        values = cute.make_rmem_tensor(cute.size(self.softmax.row_sum), Float32)
+        for r in cutlass.range_constexpr(cute.size(values)):
+            values[r] = sinks.of(mask.tile, self.head_of_row(mask, r, getattr(self.cfg, "packed_heads", 1)))
+        return values
 
     @cute.jit
     def has_negative_row(self) -> Boolean:
@@ -164,16 +194,17 @@ class Attend:
         return not all_agree(self.wg_idx, self.softmax.is_nonnegative())
 
     @cute.jit
-    def qk_alone(self) -> cute.Tensor:
-        """S of the next K slot, complete."""
+    def qk_alone(self, mask: Mask, n_block: Int32) -> tuple[cute.Tensor, Optional[cute.Tensor]]:
+        """S of the next K slot, complete, and what `fetch` brings."""
         acc_S = self.new_acc_S()
         k = self.k_consumer.wait_and_advance()
         wait_turn(self.cfg, self.wg_idx)
         self.start_qk(acc_S, k.index)
         pass_turn(self.cfg, self.wg_idx)
+        ahead = self.fetch(acc_S, mask, n_block)
         in_flight(0)
         k.release()
-        return acc_S
+        return acc_S, ahead
 
     def start_qk(self, acc_S: cute.Tensor, k_slot: Int32):
         """S = Q K^T of one K slot, left in flight."""
@@ -211,10 +242,11 @@ class Attend:
         return cute.make_rmem_tensor(self.mmas.qk.partition_shape_C((self.cfg.tile_m, self.cfg.tile_n)), Float32)
 
 
-def make_attend(cfg: KernelConfig, scores: ScoreTransform, mmas: Mmas, smem, pipes, wg_idx: Int32,
-                num_used: Optional[Int32] = None, dropout: Optional[Dropout] = None) -> Attend:
-    """Fragments and state of consumer warpgroup `wg_idx`; smem and pipes: either kernel's bundles of sQ, sK, sV, sVt
-    and of the rings k and vt; num_used: see OnlineSoftmax.create."""
+def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int32,
+                num_used: Optional[Int32] = None) -> Attend:
+    """Fragments and state of consumer warpgroup `wg_idx`; params, smem and pipes: either kernel's bundles of
+    scores and dropout, of sQ, sK, sV, sVt and of the rings k and vt; num_used: see OnlineSoftmax.create."""
+    scores, dropout, row_mask = params.scores, params.dropout, None
     first_threads = cute.make_layout(cfg.num_consumer_wgs, stride=128)
     wg_qk, wg_pv = mmas.qk.get_slice(first_threads(wg_idx)), mmas.pv.get_slice(first_threads(wg_idx))
     acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.dim_v)), Float32)
@@ -222,6 +254,8 @@ def make_attend(cfg: KernelConfig, scores: ScoreTransform, mmas: Mmas, smem, pip
     if cfg.transforms_scores:
         scale = by_head(cfg, num_rows, scores.scale) if cfg.is_fp8 else scores.scale
         factors = RowFactors(scale, by_head(cfg, num_rows, Float32(0.0)) if cfg.has_alibi else None)
+    if cfg.attn_mask:
+        row_mask = RowMask(cfg, cute.make_rmem_tensor(num_rows, Int64), scores.mask.is_paired)
     return Attend(
         cfg, mmas,
         tSrQ=mmas.qk.make_fragment_A(wg_qk.partition_A(smem.sQ)),
@@ -233,7 +267,7 @@ def make_attend(cfg: KernelConfig, scores: ScoreTransform, mmas: Mmas, smem, pip
         k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
         sV=smem.sV, sVt=smem.sVt,
         value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.is_fp8 else None, factors=factors,
-        dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None)
+        dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask)
 
 
 @cute.jit
@@ -253,8 +287,11 @@ def clear_unused_rows(cfg: KernelConfig, sV: cute.Tensor, v_consumer: pipeline.P
 
 @cute.jit
 def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV: cute.Tensor,
-              tidx: Int32) -> Attend:
-    """O and LSE of one Q tile over a range of K/V tiles, from the last one down. Returns the state that it advanced."""
+              tidx: Int32, sinks: Optional[Sinks] = None) -> Attend:
+    """O and LSE of one Q tile over a range of K/V tiles, from the last one down. Returns the state that it advanced.
+
+    sinks   where the rows end here
+    """
     n_block = blocks.n_block_max - 1
     if n_block >= blocks.n_block_min:
         attend.first_qk(mask, n_block)
@@ -289,9 +326,9 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
             num_gone = mask.first_visible - first_key(cfg, blocks.n_block_min)
             if num_gone > 0:
                 clear_unused_rows(cfg, sV, attend.v_consumer, Int32(0), num_gone, tidx)
-        attend.last_pv()
+        attend.last_pv(attend.read_sinks(sinks, mask))
     else:
-        attend.no_visible_key()
+        attend.no_visible_key(attend.read_sinks(sinks, mask))
     return attend
 
 

@@ -3,6 +3,7 @@
 Plain arithmetic: the same code runs on Python ints in the tests, against brute force.
 """
 from dataclasses import dataclass
+from typing import Optional
 
 from cutlass import Int32
 
@@ -12,9 +13,32 @@ from .arithmetic import ceil_div, maximum, minimum
 
 @dataclass(frozen=True)
 class Window:
-    """How far a row sees from its diagonal, in tokens; at most config.UNBOUNDED_WINDOW."""
+    """How far a row sees from its diagonal, in tokens; at most config.UNBOUNDED_WINDOW.
+
+    chunk   of so many keys, counted from the sequence's first: a row sees none outside the one of its diagonal
+    """
     left: Int32
     right: Int32
+    chunk: Optional[Int32] = None
+
+    @staticmethod
+    def create(cfg: KernelConfig, a) -> "Window":
+        """From a kernel's arguments."""
+        return Window(a.window_size_left, a.window_size_right, a.attention_chunk if cfg.has_chunks else None)
+
+    def chunk_start(self, diagonal: Int32) -> Int32:
+        """The first key of a row's chunk; -chunk of diagonals before the first key, which see none."""
+        return (maximum(diagonal, -1) + self.chunk) // self.chunk * self.chunk - self.chunk
+
+    def first_key(self, diagonal: Int32) -> Int32:
+        """That a row sees."""
+        start = diagonal - self.left
+        return start if self.chunk is None else maximum(start, self.chunk_start(diagonal))
+
+    def end(self, diagonal: Int32) -> Int32:
+        """Of the keys that a row sees."""
+        end = diagonal + self.right + 1
+        return end if self.chunk is None else minimum(end, self.chunk_start(diagonal) + self.chunk)
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,7 @@ def first_key(cfg: KernelConfig, n_block: Int32) -> Int32:
 def key_origin(cfg: FwdConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> Int32:
     """The first key that some row of Q tile `m_block` of a window sees, counted from the sequence's first."""
     first_query = m_block * cfg.queries_per_tile
-    return maximum(first_query - seqlen_q + seqlen_k - window.left, 0)
+    return maximum(window.first_key(first_query - seqlen_q + seqlen_k), 0)
 
 
 def block_range(cfg: KernelConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32,
@@ -65,12 +89,12 @@ def block_range(cfg: KernelConfig, window: Window, m_block: Int32, seqlen_q: Int
             first_query = m_block * tile_m // packed_heads
             last_query = minimum((m_block * tile_m + tile_m - 1) // packed_heads, seqlen_q - 1)
             first_diagonal, last_diagonal = (query - seqlen_q + seqlen_k for query in (first_query, last_query))
-        reach = window.right + 1 if cfg.is_local else 1
-        n_block_max = minimum(n_block_max, ceil_div(maximum(last_diagonal + reach, 0), cfg.tile_n))
-        n_block_full_max = minimum(n_block_full_max, maximum(first_diagonal + reach, 0) // cfg.tile_n)
+        first_end, last_end = (window.end(row) if cfg.is_local else row + 1 for row in (first_diagonal, last_diagonal))
+        n_block_max = minimum(n_block_max, ceil_div(maximum(last_end, 0), cfg.tile_n))
+        n_block_full_max = minimum(n_block_full_max, maximum(first_end, 0) // cfg.tile_n)
         if cfg.is_local:
-            n_block_min = maximum(first_diagonal - window.left, 0) // cfg.tile_n
-            n_block_full_min = ceil_div(maximum(last_diagonal - window.left, 0), cfg.tile_n)
+            n_block_min = maximum(window.first_key(first_diagonal), 0) // cfg.tile_n
+            n_block_full_min = ceil_div(maximum(window.first_key(last_diagonal), 0), cfg.tile_n)
     return BlockRange(n_block_min, n_block_max, n_block_full_min, n_block_full_max)
 
 

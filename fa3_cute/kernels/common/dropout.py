@@ -20,7 +20,7 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, Uint64
 from ...contract.dropout import BLOCK_KEYS, counter_of, key_of, philox
 from ...planning.config import KernelConfig
 from .arithmetic import maximum, minimum
-from .scores import Place
+from .tiles import Place
 
 GROUP_KEYS = 16              # that one step of PV's WGMMA takes in 16 bit, half a step in FP8
 LOW_BITS = 0x7F7F7F7F

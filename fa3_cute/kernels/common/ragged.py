@@ -64,7 +64,8 @@ class RaggedBatch:
 
     @cute.jit
     def place(self, sequence: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-        """(offset_q, seqlen_q, offset_k, seqlen_k) in tokens; no queries of what this kernel does not serve.
+        """(offset_q, seqlen_q, offset_k, seqlen_k) in tokens; no queries of what this kernel does not serve. Padding has
+        -1 keys: not even a sink.
 
         All loads come before the first use of one: they are in flight together.
         """
@@ -82,8 +83,9 @@ class RaggedBatch:
             if is_present(arrays.seqused_k):
                 used_k = arrays.seqused_k[sequence]
         elif sequence < self.batch_size:
-            first_q, end_q = arrays.cu_seqlens_q[arrays.batch_size], arrays.rows_q
+            first_q, end_q, end_k = arrays.cu_seqlens_q[arrays.batch_size], arrays.rows_q, Int32(-1)
         seqlen_q = maximum(minimum(end_q - first_q, used_q), 0)
         if seqlen_q < self.least_queries or seqlen_q > self.most_queries:
             seqlen_q = Int32(0)
-        return first_q, seqlen_q, first_k, maximum(minimum(end_k - first_k, used_k), 0)
+        seqlen_k = maximum(minimum(end_k - first_k, used_k), 0)
+        return first_q, seqlen_q, first_k, Int32(-1) if end_k < 0 else seqlen_k

@@ -19,7 +19,8 @@ from cutlass import Float32, Int32, const_expr
 from ...planning.config import KernelConfig
 from .arithmetic import LOG2_E
 from .layout import as_rows_cols, col_offset
-from .tiles import Tile
+from .score_mask import ScoreMask
+from .tiles import Place
 
 # tanh x ~ x P(x^2) / Q(x^2) up to |x| = TANH_END, behind which it is 1 but for 2e-6: the error is 1.1e-6 at most (a fit
 # by iteratively weighted least squares). tanh.approx is one instruction of relative error 2^-11 (PTX ISA): times a
@@ -28,19 +29,6 @@ from .tiles import Tile
 TANH_END = 6.9
 TANH_P = (0.9999961227208275, 0.12315139577774467, 0.0022885856271214894, 3.98521846035644e-06)
 TANH_Q = (1.0, 0.4564712577496305, 0.021126140587286298, 0.000143615089699543)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one thread's scores of one K/V tile belong; layout.py has the distances of the others from the first.
-
-    first_row, first_key   of its first score: row of the Q tile, key of the sequence
-    diagonals              keys on the diagonal of its two rows
-    """
-    tile: Tile
-    first_row: Int32
-    first_key: Int32
-    diagonals: tuple[Int32, Int32]
 
 
 @dataclass(frozen=True)
@@ -70,24 +58,27 @@ class ScoreTransform:
     scale        RowFactors.scale but for descales; used if cfg.transforms_scores
     softcap      used if cfg.has_softcap
     slopes       (head, sequence) f32; used if cfg.has_alibi
+    mask         used if cfg.attn_mask
     """
     scale_log2: Float32
     scale: Optional[Float32] = None
     softcap: Optional[Float32] = None
     slopes: Optional[cute.Tensor] = None
+    mask: Optional[ScoreMask] = None
 
     @staticmethod
     def create(cfg: KernelConfig, a) -> "ScoreTransform":
         """From a kernel's arguments, on the host: what is constant over a launch is computed here, not per score."""
+        mask = ScoreMask.create(cfg, a) if cfg.attn_mask else None
         if not cfg.transforms_scores:
-            return ScoreTransform(a.softmax_scale * LOG2_E)
+            return ScoreTransform(a.softmax_scale * LOG2_E, mask=mask)
         unit = Float32(1.0) if cfg.has_natural_scores else a.softcap
         slopes = None
         if cfg.has_alibi:
             slopes = cute.make_tensor(a.alibi_slopes, cute.make_layout(
                 (a.num_heads, a.batch_size), stride=(1, a.alibi_batch_stride)))
         scale = a.softmax_scale / a.softcap if cfg.has_softcap else a.softmax_scale
-        return ScoreTransform(unit * LOG2_E, scale, a.softcap if cfg.has_softcap else None, slopes)
+        return ScoreTransform(unit * LOG2_E, scale, a.softcap if cfg.has_softcap else None, slopes, mask)
 
     @cute.jit
     def apply(self, cfg: KernelConfig, acc_S: cute.Tensor, place: Place, factors: Optional[RowFactors]):

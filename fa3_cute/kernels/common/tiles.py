@@ -24,6 +24,19 @@ class Tile:
     sequence: Int32    # index of the sequence in the batch
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one thread's scores of one K/V tile belong; layout.py has the distances of the others from the first.
+
+    first_row, first_key   of its first score: row of the Q tile, key of the sequence
+    diagonals              keys on the diagonal of its two rows
+    """
+    tile: Tile
+    first_row: Int32
+    first_key: Int32
+    diagonals: tuple[Int32, Int32]
+
+
 def rows_from(cfg: KernelConfig, offset, mX: cute.Tensor) -> cute.Tensor:
     """A sequence's (row, column) view: of packed tensors, from its first row on.
 

@@ -11,11 +11,10 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ...planning.config import FwdConfig
-from .arithmetic import minimum
+from .arithmetic import maximum, minimum
 from .block_range import BlockRange, Window, block_range, first_key, key_origin, warpgroup_range
 from .layout import ROW_STEP, as_rows_cols, col_offset, fragment_col, fragment_row
-from .scores import Place
-from .tiles import Tile
+from .tiles import Place, Tile
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,10 @@ class Visibility:
         next_row = row + ROW_STEP
         if const_expr(self.cfg.packs_heads):
             row, next_row = row // self.packed_heads, next_row // self.packed_heads
-        to_diagonal = self.tile.seqlen_k - self.tile.seqlen_q
-        return Mask(self.cfg, self.window, self.tile, first_row, fragment_col(tidx), row + to_diagonal,
-                    next_row + to_diagonal, self.first_visible())
+        diagonals = tuple(i + self.tile.seqlen_k - self.tile.seqlen_q for i in (row, next_row))
+        chunks = tuple(self.window.chunk_start(i) for i in diagonals) if const_expr(self.cfg.has_chunks) else None
+        return Mask(self.cfg, self.window, self.tile, first_row, fragment_col(tidx), *diagonals,
+                    self.first_visible(), chunks)
 
     def first_visible(self) -> Optional[Int32]:
         """The first key that some row sees, 0 or less if it is the sequence's first; None where all before it are keys
@@ -54,7 +54,7 @@ class Visibility:
             return None
         first_row = self.tile.m_block * self.cfg.tile_m
         first_query = first_row // self.packed_heads if self.cfg.packs_heads else first_row
-        return first_query - self.tile.seqlen_q + self.tile.seqlen_k - self.window.left
+        return self.window.first_key(first_query - self.tile.seqlen_q + self.tile.seqlen_k)
 
 
 def from_first_visible(cfg: FwdConfig, window: Window, tile: Tile) -> Tile:
@@ -84,6 +84,12 @@ class Mask:
     diagonal: Int32        # key on the diagonal of this thread's first row
     next_diagonal: Int32   # and of its second row; used if cfg.packs_heads
     first_visible: Optional[Int32]     # Visibility.first_visible
+    chunks: Optional[tuple[Int32, Int32]]     # first keys of its rows' chunks; None unless cfg.has_chunks
+
+    def query(self, r: int) -> Int32:
+        """Index in its sequence of the thread's r-th row; the last one's of rows behind it."""
+        diagonal = self.next_diagonal if self.cfg.packs_heads and r else self.diagonal + r * ROW_STEP
+        return minimum(diagonal - self.tile.seqlen_k + self.tile.seqlen_q, self.tile.seqlen_q - 1)
 
     def origin(self, n_block: Int32) -> Int32:
         """The key of the thread's first column in a K/V tile."""
@@ -109,6 +115,9 @@ class Mask:
             if const_expr(self.cfg.is_local):
                 end = minimum(end, diagonal + self.window.right + 1 - origin)
                 start = diagonal - self.window.left - origin
+            if const_expr(self.cfg.has_chunks):
+                end = minimum(end, self.chunks[r] + self.window.chunk - origin)
+                start = maximum(start, self.chunks[r] - origin)
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
                 is_visible = end > col_offset(c)
                 if const_expr(self.cfg.is_local):

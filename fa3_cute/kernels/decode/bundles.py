@@ -10,6 +10,7 @@ from ..common.block_range import Window
 from ..common.dropout import Dropout
 from ..common.fp8 import Descales
 from ..common.keys_values import KeyPlaces, Operand
+from ..common.row_end import Sinks
 from ..common.scores import ScoreTransform
 from ..common.sequences import UsedLengths
 from .ragged import RaggedGrid
@@ -29,6 +30,7 @@ class DecodeParams:
     descales: Optional[Descales]   # None unless cfg.is_fp8
     scratch: SplitScratch
     scores: ScoreTransform
+    sinks: Sinks
     dropout: Optional[Dropout]     # None unless cfg.has_dropout
     window: Window                 # used if cfg.is_local
     grid: SplitGrid

@@ -29,9 +29,9 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: Mmas, smem: Dec
     read_Q(cfg, params, smem, work, tidx)
     warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16      # fragment_row's first one in this warp, then 8 by 8
     num_used = ceil_div(work.num_rows - warp_row, 8)
-    attend = make_attend(cfg, params.scores, mmas, smem, pipes, Int32(0), num_used, params.dropout)
+    attend = make_attend(cfg, params, mmas, smem, pipes, Int32(0), num_used)
     mask = Visibility(cfg, params.window, work.tile, params.grid.packed_heads).of_thread(tidx)
-    attend.start_tile(params.descales, work.tile, params.grid.packed_heads)
+    attend.start_tile(params.descales, mask, params.grid.packed_heads)
     attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)
     cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
     send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)

@@ -22,6 +22,7 @@ from ..common.keys_values import KeyPlaces, capacity, key_value_operand, key_val
 from ..common.layout import element_type, lse_view, smem_ring, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import RaggedBatch
+from ..common.row_end import Sinks
 from ..common.scores import ScoreTransform
 from ..common.sequences import UsedLengths, is_present
 from ..common.tiles import Tile
@@ -78,8 +79,8 @@ class FlashAttentionDecode:
             k=k, v=v, mQ=mQ, mO=mO, mLSE=lse_view(a, batches), lengths=UsedLengths.create(a), places=places,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
             scratch=self.scratch(grid, num_clusters, a),
-            scores=ScoreTransform.create(cfg, a), dropout=Dropout.create(cfg, a),
-            window=Window(a.window_size_left, a.window_size_right),
+            scores=ScoreTransform.create(cfg, a), sinks=Sinks.create(a), dropout=Dropout.create(cfg, a),
+            window=Window.create(cfg, a),
             grid=grid, ragged=ragged, num_clusters=num_clusters,
             kv_policy=kv_policy(num_tokens * a.num_heads_k * cfg.kv_bytes_per_token))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)

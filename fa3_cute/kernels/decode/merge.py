@@ -20,6 +20,7 @@ from ..common.arithmetic import LOG2_E
 from ..common.barriers import sync_warpgroup
 from ..common.cluster import send, sync_cluster
 from ..common.layout import ROW_STEP, fragment_col, fragment_row, out_type, pieces_of_row
+from ..common.row_end import with_sink
 from ..common.sequences import is_present
 from .bundles import DecodeParams, DecodeSmem
 from .split import SplitWork
@@ -91,13 +92,17 @@ class Merge:
                 self.acc[c] = self.acc[c] + weights[i] * O[c, i]
 
     @cute.jit
-    def finish(self) -> Float32:
-        """acc becomes O; returns LSE. No key at all: O = 0, LSE = -inf. Of merged rows the end (common/row_end.py)."""
-        is_empty = self.total == 0.0
-        inverse = Float32(0.0) if is_empty else cute.arch.rcp_approx(self.total)
+    def finish(self, sink: Float32) -> Float32:
+        """acc becomes O; returns LSE. No key at all: O = 0, LSE = -inf. Of merged rows the end (common/row_end.py),
+        where the sink of the row joins, -inf without."""
+        top, total, factor = self.maximum, self.total, Float32(1.0)
+        if sink != -Float32.inf:
+            top, total, factor = with_sink(top, total, sink, LOG2_E)
+        is_empty = total == 0.0
+        inverse = Float32(0.0) if is_empty else cute.arch.rcp_approx(total) * factor
         for c in cutlass.range_constexpr(COLUMNS):
             self.acc[c] = self.acc[c] * inverse
-        lse = self.maximum + cute.math.log2(self.total, fastmath=True) * math.log(2.0)
+        lse = top + cute.math.log2(total, fastmath=True) * math.log(2.0)
         return -Float32.inf if is_empty else lse
 
 
@@ -118,13 +123,20 @@ def read_partials(source_O: cute.Tensor, source_LSE: cute.Tensor, count: Int32, 
 
 
 @cute.jit
-def merge_columns(source_O: cute.Tensor, source_LSE: cute.Tensor, count: Int32, chunk: Int32):
-    """(O, LSE) of COLUMNS columns of one row: source_O (count, dim_v), source_LSE (count,)."""
+def merge_columns(source_O: cute.Tensor, source_LSE: cute.Tensor, count: Int32, chunk: Int32, sink: Float32):
+    """(O, LSE) of COLUMNS columns of one row: source_O (count, dim_v), source_LSE (count,); sink: of the whole row."""
     merge = Merge.create()
     for first in cutlass.range(0, count, IN_FLIGHT, unroll=1):
         O, LSE = read_partials(source_O, source_LSE, count, first, chunk)
         merge.add(O, LSE)
-    return merge.acc, merge.finish()
+    return merge.acc, merge.finish(sink)
+
+
+@cute.jit
+def sink_of(cfg: DecodeConfig, params: DecodeParams, work: SplitWork, row: Int32) -> Float32:
+    """Of a row of the tile; -inf without sinks."""
+    _, head = divmod(work.tile.m_block * cfg.tile_m + row, params.grid.packed_heads)
+    return params.sinks.of(work.tile, work.tile.head + head)
 
 
 @cute.jit
@@ -151,9 +163,11 @@ def merge_cluster(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, wor
     for unit in cutlass.range(tidx, work.num_own_rows * chunks, 128, unroll=1):
         slot, chunk = unit // chunks, unit % chunks
         count = grid.cluster_size.divisor
+        row, sink = slot * count + work.rank, -Float32.inf
+        if work.num_clusters == 1:
+            sink = sink_of(cfg, params, work, row)
         O, lse = merge_columns(cute.domain_offset((slot * count, 0), smem.sPartial),
-                               cute.domain_offset(slot * count, smem.sPartialLSE), count, chunk)
-        row = slot * count + work.rank
+                               cute.domain_offset(slot * count, smem.sPartialLSE), count, chunk, sink)
         if work.num_clusters == 1:
             write_out(cfg, params, work, row, chunk, O, lse)
         else:
@@ -182,7 +196,7 @@ def merge_clusters(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, wo
             slot, chunk = unit // chunks, unit % chunks
             row = slot * grid.cluster_size.divisor + work.rank
             O, lse = merge_columns(scratch.O[work.item, None, row, None], scratch.LSE[work.item, None, row],
-                                   work.num_clusters, chunk)
+                                   work.num_clusters, chunk, sink_of(cfg, params, work, row))
             write_out(cfg, params, work, row, chunk, O, lse)
         if tidx == 0:
             scratch.arrivals[arrivals] = Int32(0)

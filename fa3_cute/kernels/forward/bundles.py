@@ -15,6 +15,7 @@ from ..common.dropout import Dropout
 from ..common.fp8 import Descales
 from ..common.keys_values import KeyPlaces, Operand
 from ..common.ragged import RaggedBatch
+from ..common.row_end import Sinks
 from ..common.scores import ScoreTransform
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
@@ -32,6 +33,7 @@ class FwdParams:
     mLSE: Optional[cute.Tensor]    # (seqlen_q, num_heads, batch) f32; None unless cfg.has_lse
     descales: Optional[Descales]   # None unless cfg.is_fp8
     scores: ScoreTransform
+    sinks: Sinks
     dropout: Optional[Dropout]     # None unless cfg.has_dropout
     window: Window                 # used if cfg.is_local
     grid: TileGrid                 # used unless cfg.is_varlen

@@ -24,7 +24,7 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
     """
     tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
-    attend = make_attend(cfg, params.scores, mmas, smem, pipes, wg_idx, dropout=params.dropout)
+    attend = make_attend(cfg, params, mmas, smem, pipes, wg_idx)
     q_consumer, o_producer = pipes.q.make_consumer(), pipes.o.make_producer()
     open_turnstile(cfg, wg_idx)
 
@@ -37,12 +37,12 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
         mask, blocks = visible.of_thread(tidx), visible.tiles()
         q = q_consumer.wait_and_advance()
         attend.q_slot = q.index
-        attend.start_tile(params.descales, tile, cfg.packed_heads)
+        attend.start_tile(params.descales, mask, cfg.packed_heads)
         own = blocks
         if const_expr(cfg.skips_per_warpgroup):
             own = visible.tiles_of_warpgroup(blocks, wg_idx)
             attend = skip_tiles(attend, blocks.n_block_max - own.n_block_max)
-        attend = attend_to(cfg, attend, mask, own, smem.sV, tidx)
+        attend = attend_to(cfg, attend, mask, own, smem.sV, tidx, params.sinks)
         if const_expr(cfg.skips_per_warpgroup and cfg.is_local):
             attend = skip_tiles(attend, own.n_block_min - blocks.n_block_min)
         if const_expr(cfg.is_fp8):

@@ -17,6 +17,7 @@ from ..common.keys_values import KeyPlaces, key_value_operand, key_value_ring, w
 from ..common.layout import element_type, lse_view, out_type, smem_ring, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import UNLIMITED, RaggedBatch
+from ..common.row_end import Sinks
 from ..common.scores import ScoreTransform
 from ..common.sequences import Sequences, is_present
 from ..common.tiles import with_packed_heads
@@ -74,8 +75,8 @@ class FlashAttentionForward:
             o=tma_store(mO, layouts.sO, rows) if const_expr(layouts.sO is not None) else None,
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
-            scores=ScoreTransform.create(cfg, a), dropout=Dropout.create(cfg, a),
-            window=Window(a.window_size_left, a.window_size_right),
+            scores=ScoreTransform.create(cfg, a), sinks=Sinks.create(a), dropout=Dropout.create(cfg, a),
+            window=Window.create(cfg, a),
             grid=grid, sequences=sequences, places=places, num_heads=num_groups, num_heads_k=a.num_heads_k,
             tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
