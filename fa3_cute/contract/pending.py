@@ -8,18 +8,7 @@ from .status import shown
 
 # {field: what is not done yet}
 PENDING = {
-    "softcap": "scores are not capped",
-    "s_aux": "there are no attention sinks",
-    "alibi_slopes": "there are no position biases",
-    "attn_mask": "masks are not read",
-    "attention_chunk": "there are no chunks",
-    "p_dropout": "nothing is dropped",
-    "score_mod": "functions of scores are not called",
-    "mask_mod": "functions that mask are not called",
     "block_mask": "block lists are not read",
-    "mod_pointers": "no function reads them",
-    "mod_strides": "no function reads them",
-    "mod_scalars": "no function reads them",
 }
 
 

@@ -181,7 +181,7 @@ class Batch:
         queries, keys = list(self.queries), [min(max(n, 0), self.shape.seqlen_k) for n in self.keys]
         if self.plan.has_padding:
             queries.append(self.shape.seqlen_q - sum(queries))
-            keys.append(0)
+            keys.append(-1)
         served = enumerate(zip(queries, keys, strict=True))
         return {i: (q, k) for i, (q, k) in served if 0 < q <= self.plan.decode_queries}
 
