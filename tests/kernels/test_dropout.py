@@ -40,7 +40,8 @@ def registers_are_ints(monkeypatch):
         return found
 
     monkeypatch.setattr(dropout, "Uint32", word)
-    monkeypatch.setattr(dropout, "Uint64", int)
+    for name in ("Int32", "Uint64", "unhoisted"):
+        monkeypatch.setattr(dropout, name, int)
     monkeypatch.setattr(cute.arch, "prmt", prmt)
 
 

@@ -20,6 +20,7 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, Uint64
 from ...contract.dropout import BLOCK_KEYS, counter_of, key_of, philox
 from ...planning.config import KernelConfig
 from .arithmetic import maximum, minimum
+from .layout import unhoisted
 from .tiles import Place
 
 GROUP_KEYS = 16              # that one step of PV's WGMMA takes in 16 bit, half a step in FP8
@@ -95,6 +96,8 @@ class RowDropout:
 
     def draws(self, query: Uint32, first_key: Uint32, head: Int32, place: Place) -> list[tuple]:
         """The calls of Philox that have a part in a tile, in order of keys."""
+        if self.cfg.is_fp8 and self.cfg.packs_heads:        # else it spills 8 bytes at head_dim 96
+            query = Uint32(unhoisted(Int32(query)))
         first, rows = counter_of(query, first_key)
         num_calls = (self.cfg.tile_n + BLOCK_KEYS - 1) // BLOCK_KEYS
         return [philox((first + 4 * i, rows, Uint32(head), Uint32(place.tile.sequence)), (self.key0, self.key1),
