@@ -5,8 +5,9 @@ of its own (the number of SMs, splits), the scale and the stream. Strides are in
 seqlen_q and seqlen_k are the tensors' rows (packed: total_q, total_k); windows are in [0, UNBOUNDED_WINDOW].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from .mods import MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER
 from .params import ARGUMENTS, DECODE, FORWARD, Argument
 
 KINDS = {
@@ -85,3 +86,19 @@ DECODE_COUNTS = (
     "partial_rows",
 )
 DECODE_ENTRY = entry_of(DECODE, ("partials", "arrivals"), DECODE_COUNTS)
+
+
+# Of kernels that call mods: addresses, strides and scalars of all that the mods read, in front of the stream.
+MOD_ARGUMENTS = (
+    *((f"mod_pointer_{i}", "int64") for i in range(MAX_POINTERS)),
+    *((f"mod_stride_{i}", "int64") for i in range(MAX_POINTERS * STRIDES_PER_POINTER)),
+    *((f"mod_scalar_{i}", "float32") for i in range(MAX_SCALARS)),
+)
+
+
+def _with_mods(entry: Entry) -> Entry:
+    *others, stream = entry.arguments
+    return replace(entry, arguments=(*others, *MOD_ARGUMENTS, stream))
+
+
+FORWARD_MODS_ENTRY, DECODE_MODS_ENTRY = _with_mods(FORWARD_ENTRY), _with_mods(DECODE_ENTRY)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from functools import cache
 
+from .mods import MaskMod, ScoreMod
 from .status import Status
 
 
@@ -196,12 +197,14 @@ class FlashAttentionParams:
     p_dropout: float = _field(0.0, "number", takers=BOTH)  # the probability to drop, 0 <= p < 1; needs rng_state
     rng_state: int | None = _optional("uint64", 8)  # uint64 [2]: seed, offset
     # Functions of score and place, and what they read: see mods.py.
-    score_mod: object | None = _field(None, "object")
-    mask_mod: object | None = _field(None, "object")
+    # A user's functions of scores (contract/mods.py), and of what both read, the ScoreMod's first: the address of each
+    # array; its strides of all dimensions but the last, two of each array, None: contiguous; scalars as float32.
+    score_mod: ScoreMod | None = _field(None, "object")
+    mask_mod: MaskMod | None = _field(None, "object")
     block_mask: object | None = _field(None, "object")
-    mod_pointers: tuple[int, ...] | None = _field(None, "object")
-    mod_strides: tuple[int, ...] | None = _field(None, "object")
-    mod_scalars: tuple[float, ...] | None = _field(None, "object")
+    mod_pointers: tuple[int, ...] | None = _field(None, "object", varies=True)
+    mod_strides: tuple[int, ...] | None = _field(None, "object", varies=True)
+    mod_scalars: tuple[float, ...] | None = _field(None, "object", varies=True)
 
     num_splits: int = _field(0, "count")  # 0 automatic, 1 never (batch-invariant), n exactly n
     max_num_splits: int = _field(0, "count")  # of what num_splits = 0 chooses; 0: 256

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from numbers import Complex, Real
 from operator import attrgetter
 
+from .mods import MaskMod, ScoreMod
 from .params import (
     ARGUMENTS,
     SHAPE,
@@ -35,6 +36,13 @@ class _Bad:
 
 
 BAD = _Bad()
+# The types of fields that are objects; of what is in a tuple the rules speak.
+OBJECTS = {name: frozenset({type(None), tuple}) for name in names(kind="object")}
+OBJECTS |= {
+    "score_mod": frozenset({type(None), ScoreMod}),
+    "mask_mod": frozenset({type(None), MaskMod}),
+    "block_mask": frozenset({type(None)}),
+}
 ENUMS = dict.fromkeys(names(kind="choice"), DataType) | {"mode": AttentionMode}
 REQUIRED_CHOICES = ("dtype", "mode")  # of others None is one
 # Fields that None switches off, besides pointers, and the value that they have then.
@@ -120,7 +128,11 @@ def _choice(name: str, value):
 
 
 def _object(name: str, value):
-    return None if is_off(value) else value
+    if is_off(value):
+        return None
+    if name.startswith("mod_") and isinstance(value, (list, tuple)):
+        return tuple(value)
+    return value if type(value) in OBJECTS[name] or name == "block_mask" else BAD
 
 
 _READERS: dict[str, Callable] = {
@@ -141,7 +153,7 @@ def _accepted(name: str) -> frozenset[type]:
     if kind == "choice":
         return frozenset({ENUMS[name]} | (set() if name in REQUIRED_CHOICES else {_NONE}))
     if kind == "object":
-        return frozenset({_NONE})
+        return OBJECTS[name]
     if name in OFF_AS_ZERO:
         return frozenset({int})
     return frozenset(_TYPES[kind] | ({_NONE} if name == "pack_gqa" else set()))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .formats import FP8_HEAD_DIMS, HEAD_DIMS, MAX_SPLITS
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
+from .mod_rules import mod_arguments, mods
 from .params import (
     ARGUMENTS,
     DESCALES,
@@ -283,6 +284,8 @@ RULES = (
     Rule(Status.INVALID_ARGUMENT, _scale),
     Rule(Status.INVALID_ARGUMENT, score_choices, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, rng_state),
+    Rule(Status.INVALID_ARGUMENT, mods, of_choices=True),
+    Rule(Status.INVALID_ARGUMENT, mod_arguments),
     Rule(Status.INVALID_ARGUMENT, _workspace),
     Rule(Status.INVALID_ARGUMENT, _descales, concerns=_has_no_descales),
     Rule(Status.SOFTCAP_UNSUPPORTED, softcap, of_choices=True),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..contract.arguments import DECODE_ENTRY, FORWARD_ENTRY
+from ..contract.arguments import DECODE_ENTRY, DECODE_MODS_ENTRY, FORWARD_ENTRY, FORWARD_MODS_ENTRY, Entry
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES, PARTIAL
 from .key_source import KeySourceFields
 from .packing import PackedFields
@@ -161,6 +161,21 @@ class KernelConfig(KeySourceFields, ScoreFields):
         """The dtypes in a name: that of Q, K and V, and O's where it is another."""
         return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
 
+    @property
+    def entry(self) -> Entry:
+        """What the kernel takes."""
+        return self.entries[self.has_mods]
+
+    @property
+    def arguments(self) -> tuple[tuple[str, str], ...]:
+        """(name, kind) of each."""
+        return self.entry.arguments
+
+    @property
+    def kernel(self) -> str:
+        """The class of the kernel, by its whole name."""
+        return self.kernels[self.has_mods]
+
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""
         return asdict(self)
@@ -200,9 +215,11 @@ class FwdConfig(PackedFields, KernelConfig):
     ctas_per_sm = 1
     takes_max_of_bits = True
     uses_setmaxnreg = True
-    entry = FORWARD_ENTRY
-    arguments = FORWARD_ARGUMENTS
-    kernel = "fa3_cute.kernels.forward.kernel.FlashAttentionForward"
+    entries = FORWARD_ENTRY, FORWARD_MODS_ENTRY
+    kernels = (
+        "fa3_cute.kernels.forward.kernel.FlashAttentionForward",
+        "fa3_cute.kernels.forward.with_mods.FlashAttentionForwardWithMods",
+    )
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """As common_rules: what this kernel asks besides."""
@@ -327,9 +344,11 @@ class DecodeConfig(KernelConfig):
     packs_heads = True
     splits_keys = True
     is_varlen = True
-    entry = DECODE_ENTRY
-    arguments = DECODE_ARGUMENTS
-    kernel = "fa3_cute.kernels.decode.kernel.FlashAttentionDecode"
+    entries = DECODE_ENTRY, DECODE_MODS_ENTRY
+    kernels = (
+        "fa3_cute.kernels.decode.kernel.FlashAttentionDecode",
+        "fa3_cute.kernels.decode.with_mods.FlashAttentionDecodeWithMods",
+    )
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """As common_rules: what this kernel asks besides."""

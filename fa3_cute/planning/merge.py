@@ -109,6 +109,11 @@ class MergeShape(NamedTuple):
         return ()
 
     @property
+    def mod_values(self) -> tuple[float, ...]:
+        """No mods."""
+        return ()
+
+    @property
     def optionals(self) -> tuple[str, ...]:
         """Every call has all pointers."""
         return ()

@@ -5,6 +5,7 @@ argument buffer reads this and no field of FlashAttentionParams. Pure Python.
 """
 
 import math
+from collections import namedtuple
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from ..contract.params import (
     is_paged,
     names,
 )
+from ..contract.mod_rules import arrays_of
+from ..contract.mods import MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER, SIZES
 from ..contract.scores import MASK_STRIDES
 from ..contract.strides import DESCALE_STRIDES, STRIDES
 
@@ -38,6 +41,7 @@ _read_lengths, _read_strides, _read_descale_strides, _read_mask_strides, _read_o
 )
 
 
+ModSizes = namedtuple("ModSizes", SIZES)  # of a call, by which mods declare extents
 # The first fields of a ProblemShape.
 Chosen = tuple[
     str,
@@ -59,6 +63,8 @@ Chosen = tuple[
     tuple[float, ...],
     str,
     int,
+    str,
+    str,
 ]
 
 
@@ -77,6 +83,8 @@ class ProblemShape(NamedTuple):
     attention_chunk     keys of a chunk; 0 without chunks
     mask_dtype, sink_dtype   of attn_mask: "bool" or as configs call them; of s_aux a number of DataType. They mean
                         nothing without: see attn_mask
+    score_mod, mask_mod   ids of mods, "" without
+    mod_values          what mods read: addresses, strides, scalars, in the order of MOD_ARGUMENTS; () without
     optionals           pointers of OPTIONALS that are given
     numbers             features, in the order of NUMBERS; 0 where they are off
     lengths             addresses on the device, 0 if absent, in the order of LENGTHS
@@ -104,6 +112,8 @@ class ProblemShape(NamedTuple):
     numbers: tuple[float, ...]
     mask_dtype: str
     sink_dtype: int
+    score_mod: str
+    mask_mod: str
     is_packed: bool
     has_packed_keys: bool
     has_lse: bool
@@ -120,6 +130,7 @@ class ProblemShape(NamedTuple):
     strides: tuple[int, ...]
     workspace: int
     tile_counter: int
+    mod_values: tuple[float, ...]
 
     @property
     def element_bytes(self) -> int:
@@ -207,6 +218,7 @@ class ProblemShape(NamedTuple):
                 strides + (_score_strides_of(p, optionals) if optionals else _NO_SCORE_STRIDES),
                 p.workspace or 0,
                 p.tile_counter or 0,
+                _mod_values_of(p) if p.score_mod or p.mask_mod else (),
             )
         )
 
@@ -240,6 +252,8 @@ def chosen_by(p: FlashAttentionParams) -> Chosen:
         tuple([getattr(p, name) or 0.0 for name in NUMBERS]),
         "bool" if p.attn_mask_dtype is None else DTYPE_NAMES[p.attn_mask_dtype],
         int(DataType.FP32 if p.s_aux_dtype is None else p.s_aux_dtype),
+        p.score_mod.id if p.score_mod else "",
+        p.mask_mod.id if p.mask_mod else "",
     )
 
 
@@ -299,3 +313,18 @@ def _score_strides_of(p, optionals: tuple[str, ...]) -> tuple[int, int, int, int
         for stride, default, size in zip(_read_mask_strides(p), contiguous, sizes, strict=True)
     ]
     return alibi, batch, head, row
+
+
+def _mod_values_of(p) -> tuple[float, ...]:
+    """ProblemShape.mod_values of params with mods; 0 where there is no array and no scalar."""
+    strides = p.mod_strides
+    if strides is None:
+        _, rows_q, _, rows_k = all_sizes(p)
+        sizes = ModSizes(p.batch_size, p.num_heads, p.num_heads_k, rows_q, p.seqlen_k if is_paged(p) else rows_k)
+        strides = tuple([stride for array in arrays_of(p) for stride in array.strides(array.extents(sizes))])
+    values = (
+        (p.mod_pointers or (), MAX_POINTERS),
+        (strides, MAX_POINTERS * STRIDES_PER_POINTER),
+        (p.mod_scalars or (), MAX_SCALARS),
+    )
+    return tuple([value for given, number in values for value in (*given, *[0] * (number - len(given)))])

@@ -50,12 +50,12 @@ class Layout:
 
     def values(self, shape: ProblemShape, counts: tuple[int, ...]) -> tuple:
         """The values of per_shape, in its order: an entry has pointers, strides, sizes, counts, then the scale
-        and the numbers of features.
+        and the numbers of features, and what mods read.
 
         counts   what the launch adds (Launch.counts)
         """
         lengths = shape.lengths
-        return (*[lengths[index] for index in self.lengths], *shape.strides, *shape.sizes, *counts, *shape.scales)
+        return (*[lengths[index] for index in self.lengths], *shape.strides, *shape.sizes, *counts, *shape.scales, *shape.mod_values)
 
     def pack(self, shape: ProblemShape, counts: tuple[int, ...]) -> bytes:
         """The bytes of per_shape."""

@@ -42,11 +42,11 @@ _places = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))  # processes 
 
 def described(cfg: KernelConfig) -> dict | None:
     """A config in words that another process understands; None where it is more than the plain fields of a class of
-    this package."""
+    this package, or calls functions that this process alone has."""
     kind = type(cfg)
     job = {"module": kind.__module__, "config": kind.__qualname__, "fields": cfg.as_dict()}
     is_known = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is kind
-    if not is_known or not kind.__module__.startswith(f"{_package()}."):
+    if not is_known or getattr(cfg, "has_mods", False) or not kind.__module__.startswith(f"{_package()}."):
         return None
     try:
         return job if kind(**json.loads(json.dumps(job["fields"]))) == cfg else None

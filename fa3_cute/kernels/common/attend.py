@@ -22,6 +22,7 @@ from .copies import clear_rows
 from .dropout import RowDropout
 from .fp8 import Descales
 from .layout import ROW_STEP, as_operand_a, convert
+from .mods import RowMods
 from .row_end import Sinks, end_rows, end_rows_without_keys
 from .score_mask import RowMask
 from .scores import RowFactors, ScoreTransform
@@ -54,6 +55,7 @@ class Attend:
     factors: Optional[RowFactors]
     dropout: Optional[RowDropout]
     row_mask: Optional[RowMask]
+    mods: Optional[RowMods]
 
     @cute.jit
     def start_tile(self, descales: Optional[Descales], mask: Mask, packed_heads: Int32 | int = 1):
@@ -78,6 +80,9 @@ class Attend:
             for r in cutlass.range_constexpr(cute.size(self.row_mask.rows)):
                 head, query = self.head_of_row(mask, r, packed_heads), mask.query(r)
                 self.row_mask.rows[r] = self.scores.mask.row(self.cfg, tile.sequence, head, query)
+        if const_expr(self.cfg.has_mods and self.cfg.packs_heads):
+            for r in cutlass.range_constexpr(cute.size(self.mods.heads)):
+                self.mods.heads[r] = self.head_of_row(mask, r, packed_heads)
         if const_expr(self.cfg.has_dropout and self.cfg.packs_heads):
             for r in cutlass.range_constexpr(cute.size(self.dropout.heads)):
                 self.dropout.heads[r] = self.head_of_row(mask, r, packed_heads)
@@ -149,7 +154,9 @@ class Attend:
         self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
         if self.cfg.has_bias:
             self.row_mask.add(acc_S, ahead)
-        elif self.cfg.attn_mask:
+        if self.cfg.has_mods:
+            self.mods.apply(acc_S, mask.place(n_block))
+        if self.cfg.attn_mask and not self.cfg.has_bias:
             self.row_mask.hide(acc_S, ahead)
 
     def make_P(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32):
@@ -267,7 +274,8 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
         k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
         sV=smem.sV, sVt=smem.sVt,
         value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.is_fp8 else None, factors=factors,
-        dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask)
+        dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask,
+        mods=scores.mods.start(cfg, num_rows) if cfg.has_mods else None)
 
 
 @cute.jit

@@ -19,6 +19,7 @@ from cutlass import Float32, Int32, const_expr
 from ...planning.config import KernelConfig
 from .arithmetic import LOG2_E
 from .layout import as_rows_cols, col_offset
+from .mods import ModArguments
 from .score_mask import ScoreMask
 from .tiles import Place
 
@@ -59,26 +60,29 @@ class ScoreTransform:
     softcap      used if cfg.has_softcap
     slopes       (head, sequence) f32; used if cfg.has_alibi
     mask         used if cfg.attn_mask
+    mods         used if cfg.has_mods
     """
     scale_log2: Float32
     scale: Optional[Float32] = None
     softcap: Optional[Float32] = None
     slopes: Optional[cute.Tensor] = None
     mask: Optional[ScoreMask] = None
+    mods: Optional[ModArguments] = None
 
     @staticmethod
     def create(cfg: KernelConfig, a) -> "ScoreTransform":
         """From a kernel's arguments, on the host: what is constant over a launch is computed here, not per score."""
         mask = ScoreMask.create(cfg, a) if cfg.attn_mask else None
+        mods = ModArguments.create(a) if cfg.has_mods else None
         if not cfg.transforms_scores:
-            return ScoreTransform(a.softmax_scale * LOG2_E, mask=mask)
+            return ScoreTransform(a.softmax_scale * LOG2_E, mask=mask, mods=mods)
         unit = Float32(1.0) if cfg.has_natural_scores else a.softcap
         slopes = None
         if cfg.has_alibi:
             slopes = cute.make_tensor(a.alibi_slopes, cute.make_layout(
                 (a.num_heads, a.batch_size), stride=(1, a.alibi_batch_stride)))
         scale = a.softmax_scale / a.softcap if cfg.has_softcap else a.softmax_scale
-        return ScoreTransform(unit * LOG2_E, scale, a.softcap if cfg.has_softcap else None, slopes, mask)
+        return ScoreTransform(unit * LOG2_E, scale, a.softcap if cfg.has_softcap else None, slopes, mask, mods)
 
     @cute.jit
     def apply(self, cfg: KernelConfig, acc_S: cute.Tensor, place: Place, factors: Optional[RowFactors]):

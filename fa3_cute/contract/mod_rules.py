@@ -1,0 +1,85 @@
+"""The rules of ScoreMod and MaskMod and of what they read. Pure Python."""
+
+from .limits import TMA_STRIDE_BYTES
+from .mods import ELEMENTS, MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER, MaskMod, ModArray, ScoreMod
+from .plain import BAD
+from .sentences import Sentences, is_int, must
+
+MOST = (2 - 2**-23) * 2.0**127  # of float32
+ARGUMENTS = ("mod_pointers", "mod_strides", "mod_scalars")
+
+
+def mods_of(p) -> tuple[ScoreMod | MaskMod, ...]:
+    """The mods of good plain params, in the order in which they take what is given."""
+    return tuple([mod for mod in (p.score_mod, p.mask_mod) if mod is not None])
+
+
+def arrays_of(p) -> tuple[ModArray, ...]:
+    """What they read."""
+    return tuple([array for mod in mods_of(p) for array in mod.pointers])
+
+
+def mods(p) -> Sentences:
+    """The rule of the mods themselves."""
+    if p.score_mod is p.mask_mod is None:
+        return ()
+    found = [
+        must(p, name, f"None or a fa3_cute.{kind.__name__}")
+        for name, kind in (("score_mod", ScoreMod), ("mask_mod", MaskMod))
+        if getattr(p, name) is BAD
+    ]
+    if found:
+        return found
+    pointers, scalars = len(arrays_of(p)), sum(mod.scalars for mod in mods_of(p))
+    if pointers > MAX_POINTERS:
+        found.append(f"score_mod and mask_mod read {pointers} arrays: must be at most {MAX_POINTERS} together")
+    if scalars > MAX_SCALARS:
+        found.append(f"score_mod and mask_mod take {scalars} scalars: must be at most {MAX_SCALARS} together")
+    return found
+
+
+def mod_arguments(p) -> Sentences:
+    """The rule of what mods read."""
+    if p.score_mod is p.mask_mod is p.mod_pointers is p.mod_strides is p.mod_scalars is None:
+        return ()
+    if BAD in (p.score_mod, p.mask_mod):
+        return ()
+    found = [must(p, name, "a tuple or None") for name in ARGUMENTS if getattr(p, name) is BAD]
+    if found:
+        return found
+    arrays, scalars = arrays_of(p), sum(mod.scalars for mod in mods_of(p))
+    return [*_pointers(p, arrays), *_strides(p, len(arrays)), *_scalars(p, scalars)]
+
+
+def _pointers(p, arrays: tuple[ModArray, ...]) -> Sentences:
+    given = p.mod_pointers or ()
+    if len(given) != len(arrays):
+        return [must(p, "mod_pointers", f"{len(arrays)} device addresses, one for each array that the mods read")]
+    return [
+        must(p, "mod_pointers", f"int device addresses, the one at {i} aligned to {ELEMENTS[array.element]} bytes")
+        for i, (address, array) in enumerate(zip(given, arrays, strict=True))
+        if not is_int(address, 1, 2**64 - 1) or address % ELEMENTS[array.element]
+    ]
+
+
+def _strides(p, arrays: int) -> Sentences:
+    given = p.mod_strides
+    if given is None:
+        return ()
+    number, most = STRIDES_PER_POINTER * arrays, TMA_STRIDE_BYTES - 1
+    if len(given) == number and all(is_int(stride, 0, most) for stride in given):
+        return ()
+    return [
+        must(
+            p,
+            "mod_strides",
+            f"None (contiguous) or {number} ints from 0 to {most}, {STRIDES_PER_POINTER} of each array",
+        )
+    ]
+
+
+def _scalars(p, scalars: int) -> Sentences:
+    given = p.mod_scalars or ()
+    if len(given) == scalars and all(type(value) in (int, float) and -MOST <= value <= MOST for value in given):
+        return ()
+    return [must(p, "mod_scalars", f"{scalars} finite numbers, as many as the mods take")]
