@@ -395,8 +395,5 @@ def test_what_a_new_array_says_of_itself(gpu):
 def test_the_call_has_the_arguments_of_attention():
     import inspect
 
-    from fa3_cute.contract.params import NUMBERS
-
-    numbers = {"dropout_p" if name == "p_dropout" else name for name in NUMBERS}  # flash-attn's name
     fields = set(AttentionCall.__dataclass_fields__) - {"numbers"}
-    assert set(inspect.signature(attention).parameters) == fields | {"softmax_scale"} | numbers
+    assert set(inspect.signature(attention).parameters) == fields | {"softmax_scale", "softcap", "dropout_p"}

@@ -7,6 +7,7 @@ from cache_calls import CACHES, PACKED_CACHE, PACKED_PAGED, PAGED
 from rule_calls import BF16, DECODE, DENSE, FP8, PACKED, A, Array, Handle, every, first_problem
 
 from fa3_cute.contract.limits import MAX_MASKED_ROWS, MAX_SIZE
+from fa3_cute.contract.scores import MASK_STRIDES
 from fa3_cute.contract.status import Status, error_for
 from fa3_cute.planning.operations import problems
 from fa3_cute.planning.problem import STRIDES, ProblemShape
@@ -197,7 +198,8 @@ def test_bad_values_of_features_are_value_errors(status):
 
 def strides_of(params) -> dict:
     shape = ProblemShape.of(params)
-    return dict(zip((*STRIDES, "page_table_batch_stride"), shape.strides, strict=True))
+    names = *STRIDES, "page_table_batch_stride", "alibi_batch_stride", *MASK_STRIDES
+    return dict(zip(names, shape.strides, strict=True))
 
 
 def test_a_pool_has_the_strides_of_its_pages():
