@@ -88,7 +88,7 @@ def test_what_is_kept_is_the_references(dtype, head_dim, is_decode, stream):
     for batch, head in product(range(2), range(4)):
         kept = keep_mask(0.3, seed, offset, batch, head, range(case.seqlen_q), range(case.seqlen_k))
         assert np.array_equal(counts[batch, :, head], kept.reshape(case.seqlen_q, 4, head_dim).sum(axis=1))
-    assert np.allclose(lse, np.log(case.seqlen_k), atol=1e-5)  # of all keys, dropped or not
+    assert np.allclose(lse, np.log(case.seqlen_k), atol=1e-4)  # of all keys, dropped or not
 
 
 def test_states_are_read_at_every_call_and_average_to_no_dropout(stream):
