@@ -34,8 +34,8 @@ def function_hash(fn: Any, key: str = "") -> str:
 
 def undecorated(fn: Any) -> Any:
     """The function that `cute.jit` was applied to; any other one is its own."""
-    while isinstance(fn, FunctionType) and "_decorator_kind" in vars(fn) and hasattr(fn, "__wrapped__"):
-        fn = fn.__wrapped__
+    while isinstance(fn, FunctionType) and "_decorator_kind" in vars(fn) and "__wrapped__" in vars(fn):
+        fn = vars(fn)["__wrapped__"]
     return fn
 
 
@@ -116,7 +116,7 @@ class _Description:
         """What the caller's key stands for."""
         if not self.key:
             raise NoHash(f"{where} is of type {type(value).__name__}, which has no hash of its own: {ADVICE}")
-        return ["unknown", type(value).__qualname__]
+        return ["unknown", self.key, type(value).__qualname__]
 
 
 def _chains(code: CodeType) -> Iterator[tuple[str, ...]]:

@@ -54,8 +54,8 @@ class Layout:
 
         counts   what the launch adds (Launch.counts)
         """
-        lengths = shape.lengths
-        return (*[lengths[index] for index in self.lengths], *shape.strides, *shape.sizes, *counts, *shape.scales, *shape.mod_values)
+        lengths, scales = shape.lengths, shape.scales + shape.mod_values
+        return (*[lengths[index] for index in self.lengths], *shape.strides, *shape.sizes, *counts, *scales)
 
     def pack(self, shape: ProblemShape, counts: tuple[int, ...]) -> bytes:
         """The bytes of per_shape."""
