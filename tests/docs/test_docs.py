@@ -42,9 +42,8 @@ def drawn_by_reference(options: dict, sizes: dict) -> list[str]:
     used = {name: [sizes[name]] for name in ("seqused_q", "seqused_k") if name in sizes}
     window = options.get("window_size_left", -1), options.get("window_size_right", -1)
     zeros, one_hot = np.zeros((1, max(n_q, n_k), 1, n_k)), np.eye(n_k)[None, :, None]
-    out, _ = attention_reference(
-        zeros[:, :n_q], zeros[:, :n_k], one_hot, causal=bool(options.get("is_causal", 0)), window_size=window, **used
-    )
+    asked = {"causal": bool(options.get("is_causal", 0)), "attention_chunk": options.get("attention_chunk", 0)}
+    out, _ = attention_reference(zeros[:, :n_q], zeros[:, :n_k], one_hot, window_size=window, **asked, **used)
     return [" ".join("-" if np.isnan(weight) else str(int(weight > 0)) for weight in row) for row in out[0, :, 0]]
 
 
@@ -61,7 +60,7 @@ def test_pictures_are_what_the_reference_computes(page):
 @pytest.mark.parametrize(
     "page, masks",
     [
-        (API, {"is_causal=1", "window_size_left=2 window_size_right=0", "window_size_left=1 window_size_right=1"}),
+        (API, {"is_causal=1", "attention_chunk=3 is_causal=1", "window_size_left=2 window_size_right=0", "window_size_left=1 window_size_right=1"}),
         (API_ZH, {"is_causal=1"}),
     ],
     ids=["api.md", "api.zh-CN.md"],
