@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..contract.formats import ELEMENT_BYTES
 from .problem import ProblemShape
+from .score_features import FEATURES, features_of
 
 PACKED_HEADS = (8, 4, 2)  # of one KV head, that may share a tile
 # {head_dim: keys that a query sees, up to which packing is faster}: it is of 128 keys, not of 1024 (tables.PACKED), and
 # between them by the keys of the tiles that are visited: of (511, 0) 576 against 640 at head_dim 64, of (255, 0) 320
 # against 384 at 128.
 MOST_KEYS = {64: 512, 128: 256}
-# What a call may ask for besides. Softcap spills with these tiles (56 bytes of 128x160 at head_dim 64); the rest asks
-# for the places of keys in their sequence, and K/V tiles of packed heads do not count from its first key.
-BESIDE = frozenset({"s_aux", "alibi_slopes"})
+# Features that know keys by their distance from the diagonal. The others ask for their places in the sequence, and K/V
+# tiles of packed heads do not count from its first key. Softcap is not packed: it spills (56 bytes at head_dim 64 with
+# 128x160).
+OF_DISTANCES = frozenset({"has_softcap", "has_alibi"})
+PACKED_FEATURES = frozenset({"has_alibi"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,10 @@ class PackedFields:
             (
                 not self.packs_heads or self.out_dtype is None and not self.page_box,
                 "packed_heads: only with 16-bit elements in and out, and without pages",
+            ),
+            (
+                not (self.packs_heads and any(getattr(self, field) for field in set(FEATURES) - OF_DISTANCES)),
+                "packed_heads: not with features that ask for the places of keys",
             ),
         )
 
@@ -77,5 +84,5 @@ def packed_heads_of_window(shape: ProblemShape) -> int:
 def is_packable(shape: ProblemShape) -> bool:
     """Whether there are kernels for it: of 16-bit elements in and out, of keys that do not lie in pages."""
     is_16_bit = ELEMENT_BYTES[shape.dtype] == 2 and shape.out_dtype is None
-    is_simple = not (any(shape.numbers) or shape.attention_chunk) and BESIDE.issuperset(shape.optionals)
-    return is_16_bit and shape.head_dim in MOST_KEYS and not shape.is_paged and is_simple
+    has_row = is_16_bit and shape.head_dim in MOST_KEYS and not shape.is_paged
+    return has_row and PACKED_FEATURES.issuperset(field for field, _ in features_of(shape))

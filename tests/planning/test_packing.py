@@ -98,7 +98,8 @@ def test_what_serves_a_call(params, expected):
     [
         {"attention_chunk": 64},
         {"optionals": ("attn_mask",)},
-        {"optionals": ("s_aux", "rng_state")},
+        {"score_mod": "a"},
+        {"mask_mod": "a"},
         *({"numbers": tuple(0.1 if name == other else 0.0 for name in NUMBERS)} for other in NUMBERS),
     ],
     ids=str,
@@ -145,6 +146,11 @@ def test_the_reason_is_that_of_the_packed_row():
             forward_config("bf16", 64, "local", False, True),
             {"packed_heads": 4, "is_ragged": True, "page_box": 16},
             "without pages",
+        ),
+        (
+            forward_config("bf16", 64, "local", False, True),
+            {"packed_heads": 4, "has_chunks": True},
+            "not with features that ask for the places of keys",
         ),
     ],
 )
