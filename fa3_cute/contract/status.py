@@ -61,7 +61,7 @@ _MEANING = {
     Status.MODE_MISMATCH: "DECODE needs seqlen_q == 1",
     Status.INVALID_ARGUMENT: "an argument is misaligned, out of range, of the wrong type or out of place",
     Status.BF16_UNSUPPORTED: "BF16 is not supported (reserved: this library supports it)",
-    Status.SOFTCAP_UNSUPPORTED: "softcap is not supported",
+    Status.SOFTCAP_UNSUPPORTED: "softcap must be 0 or a positive finite number",
     Status.PACK_GQA_UNSUPPORTED: "pack_gqa is not supported (reserved: this library supports it)",
     Status.SPLIT_KV_UNSUPPORTED: "num_splits, max_num_splits and fixed_split_size must give at most 256 splits",
     Status.PAGED_KV_UNSUPPORTED: "page_table, page_size, num_pages, seqused_k and seqlen_k do not fit together",

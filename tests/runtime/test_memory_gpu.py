@@ -107,11 +107,12 @@ REFUSED = {
     "negative length": ({"seqlen_k": -1}, Status.INVALID_SHAPE),
     "decode": ({"mode": AttentionMode.DECODE}, Status.MODE_MISMATCH),
     "scale": ({"softmax_scale": float("nan")}, Status.INVALID_ARGUMENT),
-    "softcap": ({"softcap": 30.0}, Status.SOFTCAP_UNSUPPORTED),
+    "softcap": ({"softcap": -30.0}, Status.SOFTCAP_UNSUPPORTED),
     "splits": ({"num_splits": 257}, Status.SPLIT_KV_UNSUPPORTED),
     "pages": ({"page_table": 16, "page_size": 128}, Status.PAGED_KV_UNSUPPORTED),
     "rotary": ({"rotary_dim": 64}, Status.ROTARY_UNSUPPORTED),
-    "dropout": ({"p_dropout": 0.1}, Status.FEATURE_UNSUPPORTED),
+    "dropout": ({"p_dropout": 0.1}, Status.INVALID_ARGUMENT),
+    "left padding": ({"leftpad_k": 16}, Status.FEATURE_UNSUPPORTED),
 }
 
 
