@@ -49,7 +49,7 @@ def test_first_problem_follows_the_table():
         page_table=A,
         rotary_dim=8,
         total_q=1,
-        attention_chunk=64,
+        leftpad_k=A,
         dtype=FP8,
     )
     mending = [
@@ -66,7 +66,7 @@ def test_first_problem_follows_the_table():
         (-13, {"num_splits": 0}),
         (-14, {"page_table": None}),
         (-15, {"rotary_dim": 0}),
-        (-16, {"attention_chunk": 0}),
+        (-16, {"leftpad_k": 0}),
     ]
     for status, change in mending:
         assert first_problem(params).status == status, (first_problem(params), change)
