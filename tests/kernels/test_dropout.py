@@ -40,8 +40,7 @@ def registers_are_ints(monkeypatch):
         return found
 
     monkeypatch.setattr(dropout, "Uint32", word)
-    for name in ("Int32", "Uint64", "unhoisted"):
-        monkeypatch.setattr(dropout, name, int)
+    monkeypatch.setattr(dropout, "Uint64", int)
     monkeypatch.setattr(cute.arch, "prmt", prmt)
 
 
@@ -55,7 +54,7 @@ def dropped_of_tile(cfg, tile: Tile, n_block: int, packed_heads: int) -> np.ndar
         heads = [tile.head + row % packed_heads for row in rows]
         state = RowDropout(cfg, *key_of(SEED, OFFSET), num_dropped(P_DROPOUT) * 0x01010101, 1.0, heads)
         words = [0xFFFFFFFF] * (cfg.tile_n // 16 * (2 if cfg.is_fp8 else 4))
-        for group, flags in enumerate(state.flags(mask.place(n_block))):
+        for group, flags in enumerate(state.flags(mask.place(n_block), 0)):
             for r in range(2):
                 state.drop(words, group, r, flags[r])
         masks = np.array(words, "<u4").view(np.uint8 if cfg.is_fp8 else np.uint16)

@@ -20,7 +20,6 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Uint32, Uint64
 from ...contract.dropout import BLOCK_KEYS, counter_of, key_of, philox
 from ...planning.config import KernelConfig
 from .arithmetic import maximum, minimum
-from .layout import unhoisted
 from .tiles import Place
 
 GROUP_KEYS = 16              # that one step of PV's WGMMA takes in 16 bit, half a step in FP8
@@ -74,15 +73,18 @@ class RowDropout:
     def apply(self, P: cute.Tensor, place: Place):
         """0 for what is dropped of one K/V tile. P: compact, in the order of PV's A operand."""
         words = cute.recast_tensor(cute.coalesce(P), Uint32)
-        for group, flags in enumerate(self.flags(place)):
+        # P is never negative, which the compiler does not know: in FP8 it draws when P is converted and S's registers are
+        # free, and not before. Else kernels spill, such as those of 192x160 tiles at head_dim 96.
+        zero = words[cute.size(words) - 1] >> 31 if self.cfg.is_fp8 else Uint32(0)
+        for group, flags in enumerate(self.flags(place, zero)):
             for r in range(2):
                 self.drop(words, group, r, flags[r])
 
-    def flags(self, place: Place) -> list[tuple[Uint32, Uint32]]:
+    def flags(self, place: Place, zero: Uint32) -> list[tuple[Uint32, Uint32]]:
         """Of each 16 keys of a tile, for the thread's two rows: in a word's four top bits, whether a probability is
-        dropped. The other bits are anything."""
+        dropped. The other bits are anything. Not before `zero` is known."""
         to_query, first_key = place.tile.seqlen_q - place.tile.seqlen_k, Uint32(place.first_key)
-        first, second = (Uint32(diagonal + to_query) for diagonal in place.diagonals)
+        first, second = (Uint32(diagonal + to_query) + zero for diagonal in place.diagonals)
         groups = range(self.cfg.tile_n // GROUP_KEYS)
         if not self.cfg.packs_heads:
             draws = self.draws(first, first_key, place.tile.head, place)
@@ -96,8 +98,6 @@ class RowDropout:
 
     def draws(self, query: Uint32, first_key: Uint32, head: Int32, place: Place) -> list[tuple]:
         """The calls of Philox that have a part in a tile, in order of keys."""
-        if self.cfg.is_fp8 and self.cfg.packs_heads:        # else it spills 8 bytes at head_dim 96
-            query = Uint32(unhoisted(Int32(query)))
         first, rows = counter_of(query, first_key)
         num_calls = (self.cfg.tile_n + BLOCK_KEYS - 1) // BLOCK_KEYS
         return [philox((first + 4 * i, rows, Uint32(head), Uint32(place.tile.sequence)), (self.key0, self.key1),
