@@ -123,6 +123,23 @@ def test_dense_with_used_lengths(family, packed, window, stream):
     run_and_check(make_problem(sized(family, (300, 420), window), lengths=lengths), packed, stream)
 
 
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"sinks": (0.5, -2.0, 3.0)},
+        {"sinks": (0.5, -2.0, 3.0), "sink_dtype": "bf16", "has_lse": False},
+        {"alibi": "heads"},
+        {"alibi": "sequences", "sinks": (1.0, -1.0, 2.5)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family, packed", [*KINDS[:1], *KINDS[4:]], ids=[*IDS[:1], *IDS[4:]])
+def test_sinks_and_slopes(family, packed, feature, stream):
+    """Each row's is its head's; a row without keys has its sink alone."""
+    run_and_check(make_problem(sized(family, (550, 430), (127, 0), **feature)), packed, stream)
+    run_and_check(packed_problem(family, LAYOUT, window=(60, 5), **feature), packed, stream)
+
+
 @pytest.mark.parametrize("family, packed", KINDS[::2], ids=IDS[::2])
 def test_runs_agree_bit_for_bit(family, packed, stream):
     problem = make_problem(sized(family, (1900, 2100), (127, 0)))
