@@ -85,7 +85,7 @@ class Thread(threading.local):
         self.seen: set[int] = set()  # hashes of values
 
     def known_for(self, values: Any) -> Repeatable | None:
-        """What can repeat a call of these values; mostly it is the last one."""
+        """What can repeat a call of these values, if there is something."""
         try:
             if values == self.last.values:
                 return self.last
