@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, PARTIAL
@@ -315,9 +316,18 @@ def all_decode_configs() -> list[DecodeConfig]:
     ]
 
 
+def all_packed_configs() -> list[FwdConfig]:
+    """Every config that packs heads, but of ragged batches."""
+    return [
+        packed_config(forward_config(dtype, head_dim, "local", has_lse, is_varlen), packed_heads)
+        for head_dim, packed_heads in PACKED
+        for dtype, is_varlen, has_lse in product(("bf16", "fp16"), (False, True), (False, True))
+    ]
+
+
 def dense_configs() -> list[FwdConfig | DecodeConfig]:
     """Every config that some call of dense or packed Q, K and V alike can need."""
-    return [*all_forward_configs(), *all_decode_configs()]
+    return [*all_forward_configs(), *all_packed_configs(), *all_decode_configs()]
 
 
 def configs_over(page_size: int) -> list[FwdConfig | DecodeConfig]:
@@ -379,16 +389,12 @@ def partial_configs() -> list[FwdConfig | DecodeConfig]:
     ]
 
 
-def packed_configs() -> list[FwdConfig | DecodeConfig]:
-    """Of the configs that pack heads some that stand for all: each row of PACKED with both element types, packed
-    sequences and dense ones, with LSE and without, in turn."""
-    return [
-        packed_config(forward_config(dtype, head_dim, "local", (turn + number) % 2 == 0, turn % 2 == 1), packed_heads)
-        for number, (head_dim, packed_heads) in enumerate(PACKED)
-        for turn, dtype in enumerate(("bf16", "fp16"), number // 2)
-    ]
+def packed_configs() -> list[FwdConfig]:
+    """Of those some that stand for all: each row of PACKED with both element types, the other options in turn."""
+    return [cfg for number, cfg in enumerate(all_packed_configs()) if number % 4 == number // 8 % 4]
 
 
 def all_configs() -> list[FwdConfig | DecodeConfig]:
     """Every config that some supported call can need, but of ragged batches, FP32 and packed heads a selection."""
-    return [*dense_configs(), *ragged_configs(), *partial_configs(), *packed_configs()]
+    tables = all_forward_configs(), all_decode_configs(), ragged_configs(), partial_configs(), packed_configs()
+    return [cfg for configs in tables for cfg in configs]
