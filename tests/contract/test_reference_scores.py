@@ -262,6 +262,26 @@ def test_packed_sequences_have_the_options_of_dense_ones():
     assert_same(packed, (out.reshape(10, 4, 8), np.concatenate(list(lse), axis=-1)))
 
 
+def test_pages_have_the_options_of_a_dense_cache():
+    """The mask is that of the sequence's keys, as many as it may have."""
+    q, k, v = random_call(n_k=12)
+    used, pages = [7, 12], np.array([[0, 1, 2], [3, 4, 5]])
+    options = {
+        "seqused_k": used,
+        "attn_mask": RNG.random((2, 4, 5, 12)) < 0.7,
+        "alibi_slopes": RNG.random(4),
+        "attention_chunk": 5,
+        "p_dropout": 0.25,
+        "rng_state": (3, 4),
+    }
+    pool_k, pool_v = (tensor.reshape(6, 4, 2, 8) for tensor in (k, v))
+    assert_same(
+        attention_reference(q, pool_k, pool_v, page_table=pages, **options), attention_reference(q, k, v, **options)
+    )
+    swapped = attention_reference(q, pool_k, pool_v, page_table=pages[::-1], kv_batch_idx=[1, 0], **options)
+    assert_same(swapped, attention_reference(q, k, v, **options))
+
+
 def test_a_part_of_the_heads_has_the_bits_of_all():
     """first_head: numbers of heads are those of the whole call."""
     q, k, v = random_call()
