@@ -14,7 +14,7 @@ aux          aux.scalars[i], float32; aux.load(i, *index), an element of the i-t
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class Mod:
     _: KW_ONLY
     name: str = ""
     key: str = ""
-    pointers: tuple[ModArray, ...] = ()
+    pointers: Sequence[Any] = ()
     scalars: int = 0
     numpy: Callable | None = None
     id: str = field(init=False)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..contract.arguments import DECODE_ENTRY, DECODE_MODS_ENTRY, FORWARD_ENTRY, FORWARD_MODS_ENTRY, Entry
+from ..contract.arguments import DECODE_ENTRY, DECODE_MODS_ENTRY, FORWARD_ENTRY, FORWARD_MODS_ENTRY
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES, PARTIAL
 from .key_source import KeySourceFields
 from .packing import PackedFields
@@ -161,21 +161,6 @@ class KernelConfig(KeySourceFields, ScoreFields):
         """The dtypes in a name: that of Q, K and V, and O's where it is another."""
         return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
 
-    @property
-    def entry(self) -> Entry:
-        """What the kernel takes."""
-        return self.entries[self.has_mods]
-
-    @property
-    def arguments(self) -> tuple[tuple[str, str], ...]:
-        """(name, kind) of each."""
-        return self.entry.arguments
-
-    @property
-    def kernel(self) -> str:
-        """The class of the kernel, by its whole name."""
-        return self.kernels[self.has_mods]
-
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""
         return asdict(self)
@@ -213,7 +198,6 @@ class FwdConfig(PackedFields, KernelConfig):
     out_dtype: str | None = None
 
     ctas_per_sm = 1
-    takes_max_of_bits = True
     uses_setmaxnreg = True
     entries = FORWARD_ENTRY, FORWARD_MODS_ENTRY
     kernels = (
@@ -252,6 +236,11 @@ class FwdConfig(PackedFields, KernelConfig):
     @property
     def mask(self) -> str:
         return "causal" if self.is_causal else super().mask
+
+    @property
+    def takes_max_of_bits(self) -> bool:
+        """Not with ALiBi, whose rows have negative maxima for long."""
+        return not self.has_alibi
 
     @property
     def num_consumer_wgs(self) -> int:

@@ -15,12 +15,13 @@ from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
 from ..contract.status import Problem, Status, shown
 from .config import DecodeConfig, FwdConfig
+from .decode_rows import decode_row
 from .packing import packed_heads_of_window
 from .problem import Chosen, ProblemShape, chosen_by
 from .ragged import is_ragged, kernels_of, ragged_plan_of
 from .score_features import features_of
 from .splits import is_windowed, plan_of
-from .tables import DENSE, KeySource, decode_config, decode_row, forward_config, forward_row, packed_config
+from .tables import DENSE, KeySource, decode_config, forward_config, forward_row, packed_config
 
 Config = FwdConfig | DecodeConfig
 MAX_CHOICES = 512  # that are remembered; the next ones start anew
@@ -112,12 +113,14 @@ def _forward(
 
 
 def _forward_launch(cfg: FwdConfig) -> Launch:
-    return Launch(cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask, cfg.packed_heads).reason, "tile_counter")
+    return Launch(
+        cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask, cfg.packed_heads, cfg.has_mods).reason, "tile_counter"
+    )
 
 
 def _decode_launch(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int = 0) -> Launch:
     plan = ragged_plan_of(cfg, shape, decode_queries) if cfg.is_ragged else plan_of(cfg, shape)
-    row = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged)
+    row = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.has_mods)
     return Launch(cfg, row.reason, "splits" if plan.partial_bytes else "none", plan)
 
 

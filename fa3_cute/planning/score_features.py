@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..contract.arguments import Entry
 from ..contract.mods import short_name
 
 # What a call may ask for that changes the inner loop: {field of both configs: what a ProblemShape asks for}; what is
@@ -26,6 +27,11 @@ def features_of(shape: Any) -> Features:
     """What a problem asks for."""
     asked = [(field, ask(shape)) for field, ask in FEATURES.items()]
     return frozenset([feature for feature in asked if feature[1]])
+
+
+def has_mods(features: Features) -> bool:
+    """A user's functions are among them."""
+    return any(field in MODS for field, _ in features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +61,10 @@ class ScoreFields:
     @property
     def has_natural_scores(self) -> bool:
         """Scores take softmax_scale, and become what is exponentiated to the base e, before the softmax: something is
-        added to them in these units."""
-        return self.has_alibi or self.has_bias or bool(self.score_mod)
+        added to them in these units. ALiBi's slopes are turned into units of raw scores instead, where these have one
+        unit."""
+        is_one_unit = not self.has_softcap and not self.is_fp8
+        return self.has_alibi and not is_one_unit or self.has_bias or bool(self.score_mod)
 
     @property
     def has_bias(self) -> bool:
@@ -69,9 +77,30 @@ class ScoreFields:
         return bool(self.score_mod or self.mask_mod)
 
     @property
+    def entry(self) -> Entry:
+        """What the kernel takes."""
+        return self.entries[self.has_mods]
+
+    @property
+    def arguments(self) -> tuple[tuple[str, str], ...]:
+        """(name, kind) of each."""
+        return self.entry.arguments
+
+    @property
+    def kernel(self) -> str:
+        """The class of the kernel, by its whole name."""
+        return self.kernels[self.has_mods]
+
+    @property
+    def mod_names(self) -> str:
+        """Those functions, as messages name them; "" without."""
+        mods = [(field, getattr(self, field)) for field in MODS]
+        return " and ".join(f"{field} {value.rpartition('_')[0]}" for field, value in mods if value)
+
+    @property
     def transforms_scores(self) -> bool:
         """Scores are not raw when the softmax sees them."""
-        return self.has_softcap or self.has_natural_scores
+        return self.has_softcap or self.has_alibi or self.has_natural_scores
 
     @property
     def feature_names(self) -> str:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, PARTIAL
 from .config import DecodeConfig, FwdConfig
+from .decode_rows import DECODE, decode_row
 from .key_source import PAGE_BOXES
-from .score_features import NO_FEATURES, Features
+from .score_features import NO_FEATURES, Features, has_mods
 
 
 @dataclass(frozen=True)
@@ -137,50 +138,6 @@ PACKED = {
 }
 
 
-@dataclass(frozen=True)
-class DecodeRow:
-    """Tile choice of one (bytes per element, head_dim) for decode.
-
-    tile_us   microseconds that a CTA takes per K/V tile when it does not wait for memory
-    """
-
-    tile_n: int
-    num_kv_stages: int
-    ctas_per_sm: int
-    tile_us: float
-    reason: str
-
-
-# Reasons: microseconds of BF16, 16:2 heads, batch x context, with the best number of splits; H200, 2026-11-22, graph
-# replay. A name like 64x3x2 is tile_n x num_kv_stages x ctas_per_sm.
-DECODE = {
-    (2, 64): DecodeRow(
-        128, 3, 2, 0.65, "16x8k 18.8, 64x8k 32:8 238; 64x4x3 19.0, 239; 64x6x2 19.9, 239; 128x2x3 spills"
-    ),
-    (2, 96): DecodeRow(64, 4, 2, 0.45, "16x8k 29.0; 64x8x1 29.9; 128x2x2 spills 32 bytes"),
-    (2, 128): DecodeRow(
-        64,
-        3,
-        2,
-        0.55,
-        "1x32k 9.5, 16x8k 34.3, 24x4k 26.2; 128x3x1 9.4, 35.1, 29.6; in an earlier form 1x32k 15.3, 32x6x2 17.0",
-    ),
-    (2, 192): DecodeRow(64, 4, 1, 0.75, "what fits one CTA per SM"),
-    (2, 256): DecodeRow(64, 3, 1, 0.9, "what fits one CTA per SM"),
-    # FP8, the same.
-    (1, 64): DecodeRow(128, 5, 2, 0.9, "4x2k 5.1, 1x32k 7.9, 16x8k 12.9, 64x8k 32:8 168"),
-    (1, 96): DecodeRow(128, 4, 2, 1.3, "4x2k 5.5, 1x32k 9.5, 16x8k 22.0, 64x8k 32:8 246"),
-    (1, 128): DecodeRow(
-        128,
-        6,
-        1,
-        1.1,
-        "4x2k 5.6, 1x32k 10.0, 16x8k 23.8, 64x8k 32:8 281; 64x12x1 6.1, 11.1, 28.1, "
-        "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256",
-    ),
-}
-
-
 class KeySource(NamedTuple):
     """Where K and V come from, as a config has it; page_size: of K and V in pages, for what tile_n makes of it."""
 
@@ -197,17 +154,16 @@ class KeySource(NamedTuple):
 
 
 DENSE = KeySource()  # and packed K and V with packed Q
-# {(bytes per element, head_dim, is_local): its own row in ragged batches}
-RAGGED_DECODE = {
-    (1, 96, True): DecodeRow(128, 8, 1, 1.0, "with two CTAs per SM it spills 16 bytes, over pages 24; not measured"),
-}
 # (dtype, out_dtype) of every config.
 DTYPES = (("fp16", None), ("bf16", None), *((FP8, out) for out in FP8_OUT_DTYPES))
 
 
-def forward_row(dtype: str, head_dim: int, mask: str, packed_heads: int = 1) -> Row:
-    """The row of FORWARD that serves a problem, or of PACKED."""
-    return PACKED[head_dim, packed_heads] if packed_heads > 1 else FORWARD[ELEMENT_BYTES[dtype], head_dim, mask]
+def forward_row(dtype: str, head_dim: int, mask: str, packed_heads: int = 1, has_mods: bool = False) -> Row:
+    """The row of FORWARD that serves a problem, or of PACKED. With mods that of windows: a function that reads arrays
+    spills with larger tiles."""
+    if packed_heads > 1:
+        return PACKED[head_dim, packed_heads]
+    return FORWARD[ELEMENT_BYTES[dtype], head_dim, "local" if has_mods else mask]
 
 
 _interned: dict[FwdConfig | DecodeConfig, FwdConfig | DecodeConfig] = {}
@@ -230,7 +186,7 @@ def forward_config(
     source: KeySource = DENSE,
 ) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
-    row = forward_row(dtype, head_dim, mask)
+    row = forward_row(dtype, head_dim, mask, has_mods=has_mods(features))
     return interned(
         FwdConfig(
             dtype,
@@ -273,13 +229,6 @@ def all_forward_configs() -> list[FwdConfig]:
 
 
 @cache
-def decode_row(dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False) -> DecodeRow:
-    """The row of DECODE that serves a problem, or that of RAGGED_DECODE."""
-    key = ELEMENT_BYTES[dtype], head_dim
-    return is_ragged and RAGGED_DECODE.get((*key, is_local)) or DECODE[key]
-
-
-@cache
 def decode_config(
     dtype: str,
     head_dim: int,
@@ -289,7 +238,7 @@ def decode_config(
     source: KeySource = DENSE,
 ) -> DecodeConfig:
     """The config that serves a decode problem."""
-    row = decode_row(dtype, head_dim, is_local, source.is_ragged)
+    row = decode_row(dtype, head_dim, is_local, source.is_ragged, has_mods(features))
     return interned(
         DecodeConfig(
             dtype,
@@ -317,7 +266,7 @@ def all_decode_configs() -> list[DecodeConfig]:
 
 
 def all_packed_configs() -> list[FwdConfig]:
-    """Every config that packs heads, but of ragged batches."""
+    """Every config that packs heads."""
     return [
         packed_config(forward_config(dtype, head_dim, "local", has_lse, is_varlen), packed_heads)
         for head_dim, packed_heads in PACKED

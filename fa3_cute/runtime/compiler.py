@@ -26,7 +26,7 @@ from .build import compile_config as _compile
 from .compile_process import compile_elsewhere, described
 from .disk_cache import cache_dir
 from .dsl import cutlass, load_object
-from .report import Report, compile_and_read, compile_report
+from .report import Report, compile_and_read, compile_report, spills_of
 from .sources import hash_of_imports, source_hash
 
 __all__ = [
@@ -124,6 +124,8 @@ def _compile_and_store(cfg: Config) -> Any:
         kernel = _load(code, cfg.name)
     except Exception as error:
         raise CompileError(f"{cfg.name} was compiled but does not load: {plain_text(error)}") from error
+    if getattr(cfg, "mod_names", "") and (spills := spills_of(cfg, code)):
+        log.warning("%s", spills)
     log.info("compiled %s in %.2f s", cfg.name, time.perf_counter() - start)
     return kernel
 

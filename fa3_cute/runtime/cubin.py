@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+ELF_MAGIC = b"\x7fELF\x02"  # of 64 bits
 EM_CUDA = 190  # ELF e_machine
 SHT_NOBITS = 8
 INSTRUCTION_BYTES = 16
@@ -59,6 +60,14 @@ class CubinKernel:
     def count(self, mnemonic: str) -> int:
         """Instructions of one kind of OPCODES; KeyError for a kind that is not in the table."""
         return sum(self.opcodes[opcode] for opcode in OPCODES[mnemonic])
+
+
+def cubin_in(code: bytes) -> bytes:
+    """From where on an object file of the host has its cubin; b"" if it has none."""
+    start = code.find(ELF_MAGIC, len(ELF_MAGIC))
+    while start >= 0 and code[start + 18 : start + 20] != struct.pack("<H", EM_CUDA):
+        start = code.find(ELF_MAGIC, start + len(ELF_MAGIC))
+    return code[start:] if start >= 0 else b""
 
 
 def read_cubin(data: bytes) -> dict[str, CubinKernel]:
@@ -129,7 +138,7 @@ def _attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _sections(data: bytes) -> dict[str, bytes]:
     """ELF sections by name, bytes only for those that occupy the file."""
-    if data[:5] != b"\x7fELF\x02" or struct.unpack_from("<H", data, 18) != (EM_CUDA,):
+    if data[:5] != ELF_MAGIC or struct.unpack_from("<H", data, 18) != (EM_CUDA,):
         raise ValueError("not a cubin: no 64-bit CUDA ELF header")
     (table,) = struct.unpack_from("<Q", data, 40)
     entry_bytes, count, names_index = struct.unpack_from("<HHH", data, 58)

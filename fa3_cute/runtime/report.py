@@ -10,7 +10,7 @@ from pathlib import Path
 from ..planning.config import SMEM_BYTES_PER_CTA
 from ..planning.operations import Config
 from .build import CompileError, compile_config
-from .cubin import CubinKernel, read_cubin
+from .cubin import CubinKernel, cubin_in, read_cubin
 
 # ptxas remarks that cost performance without failing the compile, and what they mean.
 UNACCEPTABLE_REMARKS = {
@@ -55,10 +55,11 @@ class Report:
         """Why this config must not ship, one sentence each; empty if it may."""
         spilled = (self.stack_bytes, self.spill_store_bytes, self.spill_load_bytes, self.spill_stores, self.spill_loads)
         budget = min(self.config.smem_bytes, SMEM_BYTES_PER_CTA)
+        stores, loads = f"{self.spill_stores} stores", f"{self.spill_loads} loads"
         rules = (
             (
                 not any(spilled),
-                f"spills: {self.stack_bytes} bytes of stack, {self.spill_stores} stores, {self.spill_loads} loads",
+                f"spills: {self.stack_bytes} bytes of stack, {stores}, {loads}{advice(self.config)}",
             ),
             (
                 min(1, budget) <= self.smem_bytes <= budget,
@@ -75,6 +76,18 @@ class Report:
     def as_dict(self) -> dict:
         """The fields as plain values: a JSON row."""
         return asdict(self)
+
+
+def advice(cfg: Config) -> str:
+    """What to do about a spill where a user's function is part of the kernel."""
+    names = getattr(cfg, "mod_names", "")
+    return f"; {names} must keep fewer values at a time" if names else ""
+
+
+def spills_of(cfg: Config, code: bytes) -> str:
+    """What spills in the object file of a config's kernel, in words; "" if nothing does."""
+    spilled = [kernel for kernel in read_cubin(cubin_in(code)).values() if kernel.stack_bytes]
+    return f"{cfg.name} spills {spilled[0].stack_bytes} bytes per thread{advice(cfg)}" if spilled else ""
 
 
 def compile_report(cfg: Config) -> Report:

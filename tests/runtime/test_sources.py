@@ -1,6 +1,7 @@
 """Which sources a kernel is made of: what its module and the compiler's import, and nothing else."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_the_kernels_keys_cover_their_folders_and_no_command(monkeypatch):
     monkeypatch.setattr(compiler, "hash_of_imports", sources.hash_of_imports.__wrapped__)
     for cfg in (forward_config("bf16", 64, "causal", True, False), decode_config("bf16", 64, True)):
         compiler.cache_key(cfg)
+        compiler.cache_key(replace(cfg, mask_mod="name_0"))
     files = {path_of(module) for module in read} - {None}
     folders = [sources.PACKAGE / "kernels" / name for name in ("common", "decode", "forward")]
     kernels = {path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py"}

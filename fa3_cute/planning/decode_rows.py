@@ -1,0 +1,76 @@
+"""Which tile the decode kernel has for which problem: one table, a row per (bytes per element, head_dim), each with its
+reason."""
+
+from dataclasses import dataclass
+from functools import cache
+
+from ..contract.formats import ELEMENT_BYTES
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """Tile choice of one (bytes per element, head_dim) for decode.
+
+    tile_us   microseconds that a CTA takes per K/V tile when it does not wait for memory
+    """
+
+    tile_n: int
+    num_kv_stages: int
+    ctas_per_sm: int
+    tile_us: float
+    reason: str
+
+
+# Reasons: microseconds of BF16, 16:2 heads, batch x context, with the best number of splits; H200, 2026-11-22, graph
+# replay. A name like 64x3x2 is tile_n x num_kv_stages x ctas_per_sm.
+DECODE = {
+    (2, 64): DecodeRow(
+        128, 3, 2, 0.65, "16x8k 18.8, 64x8k 32:8 238; 64x4x3 19.0, 239; 64x6x2 19.9, 239; 128x2x3 spills"
+    ),
+    (2, 96): DecodeRow(64, 4, 2, 0.45, "16x8k 29.0; 64x8x1 29.9; 128x2x2 spills 32 bytes"),
+    (2, 128): DecodeRow(
+        64,
+        3,
+        2,
+        0.55,
+        "1x32k 9.5, 16x8k 34.3, 24x4k 26.2; 128x3x1 9.4, 35.1, 29.6; in an earlier form 1x32k 15.3, 32x6x2 17.0",
+    ),
+    (2, 192): DecodeRow(64, 4, 1, 0.75, "what fits one CTA per SM"),
+    (2, 256): DecodeRow(64, 3, 1, 0.9, "what fits one CTA per SM"),
+    # FP8, the same.
+    (1, 64): DecodeRow(128, 5, 2, 0.9, "4x2k 5.1, 1x32k 7.9, 16x8k 12.9, 64x8k 32:8 168"),
+    (1, 96): DecodeRow(128, 4, 2, 1.3, "4x2k 5.5, 1x32k 9.5, 16x8k 22.0, 64x8k 32:8 246"),
+    (1, 128): DecodeRow(
+        128,
+        6,
+        1,
+        1.1,
+        "4x2k 5.6, 1x32k 10.0, 16x8k 23.8, 64x8k 32:8 281; 64x12x1 6.1, 11.1, 28.1, "
+        "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256",
+    ),
+}
+# {(bytes per element, head_dim, is_local): its own row in ragged batches}
+RAGGED_DECODE = {
+    (1, 96, True): DecodeRow(128, 8, 1, 1.0, "with two CTAs per SM it spills 16 bytes, over pages 24; not measured"),
+}
+# {(bytes per element, head_dim)} with mods: a CTA has all registers of an SM, or a function that reads arrays spills.
+# Not measured; microseconds per tile as without mods.
+MOD_DECODE = {
+    (2, 64): DecodeRow(64, 8, 1, 0.45, "registers for mods"),
+    (2, 96): DecodeRow(64, 8, 1, 0.45, "registers for mods"),
+    (2, 128): DecodeRow(64, 6, 1, 0.55, "registers for mods"),
+    (1, 64): DecodeRow(64, 16, 1, 0.5, "registers for mods"),
+    (1, 96): DecodeRow(128, 8, 1, 1.0, "registers for mods; 64 keys are not divisible among the warps that transpose"),
+    (1, 128): DecodeRow(64, 12, 1, 0.6, "registers for mods"),
+}
+
+
+@cache
+def decode_row(
+    dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False, has_mods: bool = False
+) -> DecodeRow:
+    """The row of DECODE that serves a problem, or that of RAGGED_DECODE or MOD_DECODE."""
+    key = ELEMENT_BYTES[dtype], head_dim
+    if has_mods:
+        return MOD_DECODE.get(key, DECODE[key])
+    return is_ragged and RAGGED_DECODE.get((*key, is_local)) or DECODE[key]
