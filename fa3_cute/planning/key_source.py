@@ -53,3 +53,10 @@ class KeySourceFields:
         """Where K and V come from, in a name."""
         box = f"_p{self.page_box}{'w' * self.box_is_wide}" if self.page_box else ""
         return "_ragged" * self.is_ragged + box
+
+
+def is_apart(shape: Any) -> bool:
+    """Whether keys lie otherwise than queries do, dense or packed both: in a cache or in pages, or by an index; or rows
+    without any are to be filled."""
+    is_split = shape.is_packed and not shape.has_packed_keys
+    return is_split or shape.is_paged or shape.length("kv_batch_idx") != 0 or shape.zero_padding

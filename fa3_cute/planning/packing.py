@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..contract.formats import ELEMENT_BYTES
+from .key_source import is_apart
 from .problem import ProblemShape
 from .score_features import FEATURES, features_of
 
@@ -43,8 +44,8 @@ class PackedFields:
         return (
             (self.packed_heads in (1, *PACKED_HEADS), f"packed_heads={self.packed_heads}: must be 1, 2, 4 or 8"),
             (
-                not self.packs_heads or self.out_dtype is None and not self.page_box,
-                "packed_heads: only with 16-bit elements in and out, and without pages",
+                not self.packs_heads or self.out_dtype is None and not self.is_ragged,
+                "packed_heads: only with 16-bit elements in and out, and not with is_ragged",
             ),
             (
                 not (self.packs_heads and any(getattr(self, field) for field in set(FEATURES) - OF_DISTANCES)),
@@ -82,7 +83,8 @@ def packed_heads_of_window(shape: ProblemShape) -> int:
 
 
 def is_packable(shape: ProblemShape) -> bool:
-    """Whether there are kernels for it: of 16-bit elements in and out, of keys that do not lie in pages."""
+    """Whether there are kernels for it: of 16-bit elements in and out, of keys that lie as the queries do. Those in a
+    cache have the bits of the same keys in pages, whose tiles start at multiples of a box."""
     is_16_bit = ELEMENT_BYTES[shape.dtype] == 2 and shape.out_dtype is None
-    has_row = is_16_bit and shape.head_dim in MOST_KEYS and not shape.is_paged
+    has_row = is_16_bit and shape.head_dim in MOST_KEYS and not is_apart(shape)
     return has_row and PACKED_FEATURES.issuperset(field for field, _ in features_of(shape))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..contract.formats import MAX_SPLITS
 from .config import SMEM_BYTES_PER_CTA, DecodeConfig
+from .key_source import is_apart
 from .problem import ProblemShape
 from .splits import (
     CLUSTER_SLOTS,
@@ -64,8 +65,7 @@ def max_queries(shape: ProblemShape) -> int:
 def is_ragged(shape: ProblemShape, has_decode: bool) -> bool:
     """Whether a call needs kernels of ragged batches: keys that lie apart from packed queries, an index or a table of
     them, padding, or splits that follow from lengths on the device."""
-    apart = shape.is_packed and not shape.has_packed_keys or shape.is_paged or shape.length("kv_batch_idx") != 0
-    return apart or shape.zero_padding or has_decode and (shape.has_lengths or shape.fixed_split_size > 0)
+    return is_apart(shape) or has_decode and (shape.has_lengths or shape.fixed_split_size > 0)
 
 
 class Batch(NamedTuple):

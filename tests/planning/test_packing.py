@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from cache_calls import PACKED_PAGED, PAGED
+from cache_calls import PACKED_CACHE, PACKED_PAGED, PAGED
 from rule_calls import DECODE, DENSE, FP8, PACKED, A
 
 from fa3_cute import DataType, explain
@@ -71,9 +71,12 @@ SERVED = {
         replace(SMALL, window_size_left=-1, window_size_right=-1, pack_gqa=True),
         ["decode"],
     ),
-    # Ragged batches.
+    # Lengths, and keys that lie apart.
     "used lengths": (replace(SMALL, seqused_k=A), [4]),
-    "entries": (replace(SMALL, kv_batch_idx=A, batch_size_k=9), [4]),
+    "entries": (replace(SMALL, kv_batch_idx=A, batch_size_k=9), [1]),
+    "a cache": (replace(PACKED_CACHE, total_q=300, **WINDOW), ["decode", 1]),
+    "padding": (replace(SEQUENCES, zero_padding=True), [1]),
+    "padding, to be packed": (replace(SEQUENCES, zero_padding=True, pack_gqa=True), ["decode"]),
     "sequences": (SEQUENCES, [4]),
     "short sequences": (replace(SEQUENCES, max_seqlen_q=16), ["decode"]),
     "sequences to be packed": (replace(SEQUENCES, pack_gqa=True, window_size_left=2000), [4]),
@@ -144,8 +147,8 @@ def test_the_reason_is_that_of_the_packed_row():
         (forward_config("fp8_e4m3", 64, "local", False, True, "bf16"), {"packed_heads": 4}, "16-bit elements"),
         (
             forward_config("bf16", 64, "local", False, True),
-            {"packed_heads": 4, "is_ragged": True, "page_box": 16},
-            "without pages",
+            {"packed_heads": 4, "is_ragged": True},
+            "not with is_ragged",
         ),
         (
             forward_config("bf16", 64, "local", False, True),
