@@ -60,7 +60,15 @@ def test_pictures_are_what_the_reference_computes(page):
 @pytest.mark.parametrize(
     "page, masks",
     [
-        (API, {"is_causal=1", "attention_chunk=3 is_causal=1", "window_size_left=2 window_size_right=0", "window_size_left=1 window_size_right=1"}),
+        (
+            API,
+            {
+                "is_causal=1",
+                "attention_chunk=3 is_causal=1",
+                "window_size_left=2 window_size_right=0",
+                "window_size_left=1 window_size_right=1",
+            },
+        ),
         (API_ZH, {"is_causal=1"}),
     ],
     ids=["api.md", "api.zh-CN.md"],
