@@ -232,17 +232,20 @@ def chosen_by(p: FlashAttentionParams) -> Chosen:
     left, right = p.window_size_left, p.window_size_right
     left = left if 0 <= left < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
     right = 0 if p.is_causal else right if 0 <= right < UNBOUNDED_WINDOW else UNBOUNDED_WINDOW
+    chunk = min(p.attention_chunk, UNBOUNDED_WINDOW)
+    if chunk:  # a window too, which no row sees beyond
+        left, right = min(left, chunk - 1), min(right, chunk - 1)
     return (
         dtype,
         out_dtype,
         p.head_dim,
-        _MASKS.get((left, right), "local"),
+        "local" if chunk else _MASKS.get((left, right), "local"),
         p.mode is AttentionMode.DECODE,
         p.num_heads,
         p.num_heads_k,
         left,
         right,
-        p.attention_chunk,
+        chunk,
         p.num_splits,
         p.max_num_splits,
         p.fixed_split_size,

@@ -7,8 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 from cases import FP8, Case, Layout
-from check import check, make_problem, packed_problem, poison_of, run, run_and_check
-from test_decode_gpu import run_each_and_check
+from check import check, make_problem, packed_problem, poison_of, run, run_and_check, run_each_and_check
 
 pytestmark = pytest.mark.gpu
 
@@ -96,7 +95,7 @@ def test_packed(case, feature, stream):
     run_and_check(packed_problem(with_feature(case, feature), layout, used={"seqused_k": (400, 0, 1, 260)}), stream)
 
 
-@pytest.mark.parametrize("mask_dims", ("bhqk", "qk", "bk", "hq", "k", "bh"))
+@pytest.mark.parametrize("mask_dims", ("bhqk", "qk", "bk", "hk", "k", "bqk"))
 @pytest.mark.parametrize("kind", ("bool", "bf16"))
 def test_masks_are_broadcast(kind, mask_dims, stream):
     case = replace(ROWS[3], attn_mask=kind, mask_dims=mask_dims, mask_gap=len(mask_dims) % 2)
@@ -125,7 +124,7 @@ def test_sinks(case, sink, stream):
 @pytest.mark.parametrize("splits", (1, 3, 32))
 def test_a_sink_joins_once_however_many_splits(splits, sink_dtype, stream):
     case = Case("bf16", 128, False, 16, 2, 1, 700, batch=2, sinks=(2.0, 5.0, -1.0, 0.25, 6.0), sink_dtype=sink_dtype)
-    run_and_check(make_problem(case), stream, num_splits=splits)
+    run_each_and_check(make_problem(case), stream, [{"num_splits": splits}])
 
 
 @pytest.mark.parametrize("case", [replace(ROWS[3], seqlen_q=799, seqlen_k=3), replace(ROWS[2], seqlen_q=1)], ids=str)
@@ -143,7 +142,7 @@ def test_rows_without_keys_have_the_sink(case, stream):
 def test_decode_without_keys_has_the_sink(splits, stream):
     case = Case("bf16", 128, False, 16, 2, 1, 700, batch=2, sinks=(2.0, 5.0, -1.0))
     problem = make_problem(case, lengths={"seqused_k": (0, 700)})
-    run_and_check(problem, stream, num_splits=splits)
+    run_each_and_check(problem, stream, [{"num_splits": splits}])
 
 
 def test_no_sink_is_none(stream):
@@ -183,7 +182,7 @@ def test_nan_in_unused_keys_is_not_seen(feature, stream):
 def test_a_nan_query_gives_nan(feature, index, stream):
     """In its own row alone."""
     problem = make_problem(with_feature(ROWS[2 + index], feature))
-    problem.q.array[0, 7, 1] = poison_of(problem.q.array.dtype)
+    problem.q.array[0, 207, 1] = poison_of(problem.q.array.dtype)
     problem.upload()
-    out, lse = run(problem, stream)
-    assert np.isnan(lse[0, 1, 7]) and np.isfinite(np.delete(lse[0, 1], 7)).sum() >= 290
+    _, lse = run(problem, stream)
+    assert np.isnan(lse[0, 1, 207]) and not np.isnan(np.delete(lse[0, 1], 207)).any()

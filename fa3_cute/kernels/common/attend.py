@@ -75,7 +75,8 @@ class Attend:
                 scales[r] = descales.score_factor(scale, head, tile.kv_head, tile.sequence)
         if const_expr(self.cfg.has_alibi):
             for r in cutlass.range_constexpr(cute.size(self.factors.slopes)):
-                self.factors.slopes[r] = self.scores.slopes[self.head_of_row(mask, r, packed_heads), tile.sequence]
+                slope = self.scores.slopes[self.head_of_row(mask, r, packed_heads), tile.sequence]
+                self.factors.slopes[r] = slope if self.cfg.has_natural_scores else slope / self.scores.scale
         if const_expr(self.cfg.attn_mask):
             for r in cutlass.range_constexpr(cute.size(self.row_mask.rows)):
                 head, query = self.head_of_row(mask, r, packed_heads), mask.query(r)
@@ -151,9 +152,7 @@ class Attend:
 
     def transform(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32, ahead: Optional[cute.Tensor]):
         """Scores of one K/V tile, before the mask that follows from lengths and the window."""
-        self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors)
-        if self.cfg.has_bias:
-            self.row_mask.add(acc_S, ahead)
+        self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors, ahead if self.cfg.has_bias else None)
         if self.cfg.has_mods:
             self.mods.apply(acc_S, mask.place(n_block))
         if self.cfg.attn_mask and not self.cfg.has_bias:

@@ -83,14 +83,6 @@ class RowMask:
         return cute.make_ptr(element, start, cute.AddressSpace.gmem, assumed_align=alignment) + offset
 
     @cute.jit
-    def add(self, acc_S: cute.Tensor, values: cute.Tensor):
-        """To scores in natural units."""
-        S = as_rows_cols(acc_S)
-        for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
-            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-                S[r, c] = S[r, c] + Float32(values[r, c])
-
-    @cute.jit
     def hide(self, acc_S: cute.Tensor, values: cute.Tensor):
         """-inf where a byte is 0."""
         S = as_rows_cols(acc_S)

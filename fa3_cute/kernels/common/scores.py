@@ -37,7 +37,7 @@ class RowFactors:
     """What the scores of a thread's rows take part in, which a tile of O has one of or each row its own.
 
     scale    what a raw score is multiplied with first, to be in units of softcap or in natural ones
-    slopes   of ALiBi, natural units per key; None without
+    slopes   of ALiBi, per key in the scores' units; None without
     """
     scale: Float32 | cute.Tensor
     slopes: Optional[cute.Tensor]
@@ -76,7 +76,9 @@ class ScoreTransform:
         mods = ModArguments.create(a) if cfg.has_mods else None
         if not cfg.transforms_scores:
             return ScoreTransform(a.softmax_scale * LOG2_E, mask=mask, mods=mods)
-        unit = Float32(1.0) if cfg.has_natural_scores else a.softcap
+        unit = a.softcap if cfg.has_softcap else a.softmax_scale
+        if cfg.has_natural_scores:
+            unit = Float32(1.0)
         slopes = None
         if cfg.has_alibi:
             slopes = cute.make_tensor(a.alibi_slopes, cute.make_layout(
@@ -85,8 +87,9 @@ class ScoreTransform:
         return ScoreTransform(unit * LOG2_E, scale, a.softcap if cfg.has_softcap else None, slopes, mask, mods)
 
     @cute.jit
-    def apply(self, cfg: KernelConfig, acc_S: cute.Tensor, place: Place, factors: Optional[RowFactors]):
-        """Transform the scores of one K/V tile in place."""
+    def apply(self, cfg: KernelConfig, acc_S: cute.Tensor, place: Place, factors: Optional[RowFactors],
+              bias: Optional[cute.Tensor]):
+        """Transform the scores of one K/V tile in place; bias (rows, columns): what is added to them, if there is."""
         if const_expr(cfg.transforms_scores):
             S = as_rows_cols(acc_S)
             for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
@@ -94,11 +97,15 @@ class ScoreTransform:
                 if const_expr(cfg.has_alibi):
                     slope, to_diagonal = factors.slope_of(r), Float32(place.diagonals[r] - place.first_key)
                 for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-                    score = S[r, c] * scale
+                    score = S[r, c]
                     if const_expr(cfg.has_softcap):
-                        score = tanh(score)
+                        score = tanh(score * scale)
                         if const_expr(cfg.has_natural_scores):
                             score = score * self.softcap
+                    elif const_expr(cfg.has_natural_scores):
+                        score = score * scale
+                    if const_expr(bias is not None):
+                        score = score + Float32(bias[r, c])
                     if const_expr(cfg.has_alibi):
                         score = score - slope * cute.math.absf(to_diagonal - float(col_offset(c)))
                     S[r, c] = score
