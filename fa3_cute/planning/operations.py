@@ -114,7 +114,7 @@ def _forward(
 
 def _forward_launch(cfg: FwdConfig) -> Launch:
     return Launch(
-        cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask, cfg.packed_heads, cfg.has_mods).reason, "tile_counter"
+        cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask, cfg.packed_heads, cfg.takes_registers).reason, "tile_counter"
     )
 
 

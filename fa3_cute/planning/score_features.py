@@ -19,6 +19,7 @@ FEATURES: dict[str, Callable[[Any], Any]] = {
     "has_dropout": lambda shape: shape.number("p_dropout") != 0,
 }
 MODS = ("score_mod", "mask_mod")
+HEAVY = ("has_softcap", "attn_mask", *MODS)  # features that need registers beside the scores
 Features = frozenset[tuple[str, Any]]
 NO_FEATURES: Features = frozenset()
 
@@ -32,6 +33,11 @@ def features_of(shape: Any) -> Features:
 def has_mods(features: Features) -> bool:
     """A user's functions are among them."""
     return any(field in MODS for field, _ in features)
+
+
+def take_registers(features: Features) -> bool:
+    """Some of them spill where tiles are as large as without."""
+    return any(field in HEAVY for field, _ in features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +96,11 @@ class ScoreFields:
     def kernel(self) -> str:
         """The class of the kernel, by its whole name."""
         return self.kernels[self.has_mods]
+
+    @property
+    def takes_registers(self) -> bool:
+        """See take_registers."""
+        return any(getattr(self, field) for field in HEAVY)
 
     @property
     def mod_names(self) -> str:

@@ -10,7 +10,7 @@ from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, PARTIAL
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import DECODE, decode_row
 from .key_source import PAGE_BOXES
-from .score_features import NO_FEATURES, Features, has_mods
+from .score_features import NO_FEATURES, Features, has_mods, take_registers
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,12 @@ DENSE = KeySource()  # and packed K and V with packed Q
 DTYPES = (("fp16", None), ("bf16", None), *((FP8, out) for out in FP8_OUT_DTYPES))
 
 
-def forward_row(dtype: str, head_dim: int, mask: str, packed_heads: int = 1, has_mods: bool = False) -> Row:
+def forward_row(dtype: str, head_dim: int, mask: str, packed_heads: int = 1, takes_registers: bool = False) -> Row:
     """The row of FORWARD that serves a problem, or of PACKED. With mods that of windows: a function that reads arrays
     spills with larger tiles."""
     if packed_heads > 1:
         return PACKED[head_dim, packed_heads]
-    return FORWARD[ELEMENT_BYTES[dtype], head_dim, "local" if has_mods else mask]
+    return FORWARD[ELEMENT_BYTES[dtype], head_dim, "local" if takes_registers else mask]
 
 
 _interned: dict[FwdConfig | DecodeConfig, FwdConfig | DecodeConfig] = {}
@@ -186,7 +186,7 @@ def forward_config(
     source: KeySource = DENSE,
 ) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
-    row = forward_row(dtype, head_dim, mask, has_mods=has_mods(features))
+    row = forward_row(dtype, head_dim, mask, takes_registers=take_registers(features))
     return interned(
         FwdConfig(
             dtype,

@@ -97,14 +97,13 @@ class BoundMods:
     mask_mod: Constexpr[Optional[Mod]]
     mask_aux: Optional[Aux]
 
-    def of(self, score: Float32, batch: Int32, head: Int32, query: Int32, key: Int32, info: Info) -> Float32:
-        """What becomes of one score."""
-        if self.score_mod is not None:
-            score = Float32(self.score_mod.fn(score, batch, head, query, key, info, self.score_aux))
-        if self.mask_mod is not None:
-            counts = self.mask_mod.fn(batch, head, query, key, info, self.mask_aux)
-            score = cutlass.select_(Boolean(counts), score, Float32(-Float32.inf))
-        return score
+    def scored(self, score: Float32, *place) -> Float32:
+        """What the ScoreMod makes of a score."""
+        return Float32(self.score_mod.fn(score, *place, self.score_aux))
+
+    def masked(self, score: Float32, *place) -> Float32:
+        """The score, or -inf where the MaskMod says that it does not count."""
+        return cutlass.select_(Boolean(self.mask_mod.fn(*place, self.mask_aux)), score, Float32(-Float32.inf))
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,12 @@ class RowMods:
         if const_expr(self.cfg.packs_heads):
             heads = [unhoisted(self.heads[r]) for r in range(len(queries))]
         mods, info = self.arguments.bound(self.cfg), Info(tile.seqlen_q, tile.seqlen_k)
-        # Column by column: what is read of a key is read for both rows at once, and not kept.
-        for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-            for r in cutlass.range_constexpr(len(queries)):
-                S[r, c] = mods.of(S[r, c], batch, heads[r], queries[r], first_key + col_offset(c), info)
+        # One function after the other and column by column: what is read of a key is read for both rows, and not kept.
+        if const_expr(self.cfg.score_mod):
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                for r in cutlass.range_constexpr(len(queries)):
+                    S[r, c] = mods.scored(S[r, c], batch, heads[r], queries[r], first_key + col_offset(c), info)
+        if const_expr(self.cfg.mask_mod):
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                for r in cutlass.range_constexpr(len(queries)):
+                    S[r, c] = mods.masked(S[r, c], batch, heads[r], queries[r], first_key + col_offset(c), info)
