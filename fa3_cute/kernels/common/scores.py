@@ -24,7 +24,6 @@ from .score_mask import ScoreMask
 from .tiles import Place
 
 
-
 @dataclass(frozen=True)
 class RowFactors:
     """What the scores of a thread's rows take part in, which a tile of O has one of or each row its own.
@@ -105,5 +104,8 @@ class ScoreTransform:
 
 
 def tanh(x: Float32) -> Float32:
-    """+-1 of infinities, NaN of NaN."""
-    return 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + cute.math.exp2(x * (2.0 * LOG2_E), fastmath=True))
+    """One instruction, tanh.approx.f32. The PTX ISA allows it a relative error of 2^-11; on H200 it is 1.1e-5 at most, 8e-6
+    of the softcap (2^20 arguments each of ten ranges from 1e-4 to 8, 2026-11-29). The other ways took longer: softcap
+    makes attention at head_dim 128 (causal, 4 x 4k) take 1.32 times as long, with two special functions 1.83 times,
+    with a rational function on the FMA units 1.90 times."""
+    return cute.math.tanh(x, approx=True)
