@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # type checkers and editors, which do not run __getattr__
         warmup,
         workspace_size,
     )
+    from .contract.block_mask import BlockMask, block_lists, block_sizes
     from .contract.mods import MaskMod, ScoreMod
     from .contract.quantize import dequantize_fp8, quantize_fp8
     from .contract.status import (
@@ -50,6 +51,7 @@ _HOME = {
         "warmup",
         "workspace_size",
     ),
+    "contract.block_mask": ("BlockMask", "block_lists", "block_sizes"),
     "contract.mods": ("MaskMod", "ScoreMod"),
     "contract.quantize": ("dequantize_fp8", "quantize_fp8"),
     "contract.status": (

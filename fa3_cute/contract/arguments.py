@@ -7,6 +7,7 @@ seqlen_q and seqlen_k are the tensors' rows (packed: total_q, total_k); windows 
 
 from dataclasses import dataclass, replace
 
+from .block_mask import LISTS
 from .mods import MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER
 from .params import ARGUMENTS, DECODE, FORWARD, Argument
 
@@ -94,11 +95,16 @@ MOD_ARGUMENTS = (
     *((f"mod_stride_{i}", "int64") for i in range(MAX_POINTERS * STRIDES_PER_POINTER)),
     *((f"mod_scalar_{i}", "float32") for i in range(MAX_SCALARS)),
 )
+# And those of block lists: addresses of BlockMask's four, its strides along sequences and heads in rows of the lists,
+# entries per row, Q tiles per row.
+BLOCK_ARGUMENTS = tuple(
+    (f"block_{name}", "int64") for name in (*LISTS, "batch_stride", "head_stride", "row_length", "tiles_per_row")
+)
 
 
 def _with_mods(entry: Entry) -> Entry:
     *others, stream = entry.arguments
-    return replace(entry, arguments=(*others, *MOD_ARGUMENTS, stream))
+    return replace(entry, arguments=(*others, *MOD_ARGUMENTS, *BLOCK_ARGUMENTS, stream))
 
 
 FORWARD_MODS_ENTRY, DECODE_MODS_ENTRY = _with_mods(FORWARD_ENTRY), _with_mods(DECODE_ENTRY)

@@ -1,9 +1,13 @@
 """The rules of ScoreMod and MaskMod and of what they read. Pure Python."""
 
-from .limits import TMA_STRIDE_BYTES
+from .block_mask import LISTS, BlockMask, block_sizes
+from .formats import ELEMENT_BYTES, FP8_HEAD_DIMS, HEAD_DIMS
+from .limits import MAX_SIZE, TMA_STRIDE_BYTES
 from .mods import ELEMENTS, MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER, MaskMod, ModArray, ScoreMod
+from .params import DTYPE_NAMES
 from .plain import BAD
 from .sentences import Sentences, is_int, must
+from .status import shown
 
 MOST = (2 - 2**-23) * 2.0**127  # of float32
 ARGUMENTS = ("mod_pointers", "mod_strides", "mod_scalars")
@@ -83,3 +87,53 @@ def _scalars(p, scalars: int) -> Sentences:
     if len(given) == scalars and all(type(value) in (int, float) and -MOST <= value <= MOST for value in given):
         return ()
     return [must(p, "mod_scalars", f"{scalars} finite numbers, as many as the mods take")]
+
+
+# What the kernel that reads block lists does not serve.
+_NOT_WITH_LISTS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx")
+
+
+def block_mask(p) -> Sentences:
+    """The rule of block lists."""
+    lists = p.block_mask
+    if lists is None:
+        return ()
+    if not isinstance(lists, BlockMask):
+        return [must(p, "block_mask", f"None or a fa3_cute.{BlockMask.__name__}")]
+    if p.mask_mod is None:
+        return [must(p, "block_mask", "None without a mask_mod, which it is of")]
+    found = [
+        f"block_mask.{name}={shown(value)}: must be an int device address aligned to 4 bytes"
+        for name in LISTS
+        if not is_int(value := getattr(lists, name), 4, 2**64 - 1) or value % 4
+    ]
+    found += [
+        f"block_mask.{name}={shown(getattr(lists, name))}: must be 1, or {size}={shown(getattr(p, size))}"
+        for name, size in (("batches", "batch_size"), ("heads", "num_heads"))
+        if type(getattr(lists, name)) is not int or getattr(lists, name) not in (1, getattr(p, size))
+    ]
+    return found + _blocks(p, lists)
+
+
+def _blocks(p, lists: BlockMask) -> list[str]:
+    dtype = DTYPE_NAMES[p.dtype] if p.dtype is not BAD else ""
+    if dtype not in ELEMENT_BYTES or p.head_dim not in (FP8_HEAD_DIMS if ELEMENT_BYTES[dtype] == 1 else HEAD_DIMS):
+        return []  # other rules say so
+    q_rows, kv_rows = block_sizes(dtype, p.head_dim)
+    found = []
+    if not is_int(lists.q_block, 1, MAX_SIZE) or lists.q_block % q_rows:
+        found.append(f"block_mask.q_block={shown(lists.q_block)}: must be a multiple of {q_rows} with this head_dim")
+    if lists.kv_block != kv_rows:
+        found.append(f"block_mask.kv_block={shown(lists.kv_block)}: must be {kv_rows} with this head_dim")
+    return found
+
+
+def listed_blocks(p) -> Sentences:
+    """The rule of what block lists have no kernel for."""
+    if p.block_mask is None:
+        return ()
+    found = [must(p, name, "None or 0 with block_mask") for name in _NOT_WITH_LISTS if getattr(p, name)]
+    if p.num_splits > 1 or p.fixed_split_size:
+        name = "num_splits" if p.num_splits > 1 else "fixed_split_size"
+        found.append(must(p, name, "0 with block_mask: keys are those of the lists"))
+    return found

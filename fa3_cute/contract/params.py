@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from functools import cache
 
+from .block_mask import BlockMask
 from .mods import MaskMod, ScoreMod
 from .status import Status
 
@@ -201,7 +202,7 @@ class FlashAttentionParams:
     # array; its strides of all dimensions but the last, two of each array, None: contiguous; scalars as float32.
     score_mod: ScoreMod | None = _field(None, "object")
     mask_mod: MaskMod | None = _field(None, "object")
-    block_mask: object | None = _field(None, "object")
+    block_mask: BlockMask | None = _field(None, "object", varies=True)  # lists of the mask_mod's blocks
     mod_pointers: tuple[int, ...] | None = _field(None, "object", varies=True)
     mod_strides: tuple[int, ...] | None = _field(None, "object", varies=True)
     mod_scalars: tuple[float, ...] | None = _field(None, "object", varies=True)

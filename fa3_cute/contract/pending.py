@@ -7,9 +7,7 @@ from .sentences import Sentences
 from .status import shown
 
 # {field: what is not done yet}
-PENDING = {
-    "block_mask": "block lists are not read",
-}
+PENDING: dict[str, str] = {}
 
 
 def pending_choices(p) -> Sentences:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from numbers import Complex, Real
 from operator import attrgetter
 
+from .block_mask import BlockMask
 from .mods import MaskMod, ScoreMod
 from .params import (
     ARGUMENTS,
@@ -41,7 +42,7 @@ OBJECTS = {name: frozenset({type(None), tuple}) for name in names(kind="object")
 OBJECTS |= {
     "score_mod": frozenset({type(None), ScoreMod}),
     "mask_mod": frozenset({type(None), MaskMod}),
-    "block_mask": frozenset({type(None)}),
+    "block_mask": frozenset({type(None), BlockMask}),
 }
 ENUMS = dict.fromkeys(names(kind="choice"), DataType) | {"mode": AttentionMode}
 REQUIRED_CHOICES = ("dtype", "mode")  # of others None is one
@@ -132,7 +133,7 @@ def _object(name: str, value):
         return None
     if name.startswith("mod_") and isinstance(value, (list, tuple)):
         return tuple(value)
-    return value if type(value) in OBJECTS[name] or name == "block_mask" else BAD
+    return value if type(value) in OBJECTS[name] else BAD
 
 
 _READERS: dict[str, Callable] = {

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .formats import FP8_HEAD_DIMS, HEAD_DIMS, MAX_SPLITS
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
-from .mod_rules import mod_arguments, mods
+from .mod_rules import block_mask, listed_blocks, mod_arguments, mods
 from .params import (
     ARGUMENTS,
     DESCALES,
@@ -286,6 +286,7 @@ RULES = (
     Rule(Status.INVALID_ARGUMENT, rng_state),
     Rule(Status.INVALID_ARGUMENT, mods, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, mod_arguments),
+    Rule(Status.INVALID_ARGUMENT, block_mask),
     Rule(Status.INVALID_ARGUMENT, _workspace),
     Rule(Status.INVALID_ARGUMENT, _descales, concerns=_has_no_descales),
     Rule(Status.SOFTCAP_UNSUPPORTED, softcap, of_choices=True),
@@ -295,6 +296,7 @@ RULES = (
     Rule(Status.ROTARY_UNSUPPORTED, _off(Status.ROTARY_UNSUPPORTED), of_choices=True),
     Rule(Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED), of_choices=True),
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
+    Rule(Status.FEATURE_UNSUPPORTED, listed_blocks),
     Rule(Status.FEATURE_UNSUPPORTED, pending_choices, of_choices=True),
     Rule(Status.FEATURE_UNSUPPORTED, pending_pointers),
 )

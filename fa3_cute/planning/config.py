@@ -200,10 +200,7 @@ class FwdConfig(PackedFields, KernelConfig):
     ctas_per_sm = 1
     uses_setmaxnreg = True
     entries = FORWARD_ENTRY, FORWARD_MODS_ENTRY
-    kernels = (
-        "fa3_cute.kernels.forward.kernel.FlashAttentionForward",
-        "fa3_cute.kernels.forward.with_mods.FlashAttentionForwardWithMods",
-    )
+    kernel_class = "forward", "FlashAttentionForward"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """As common_rules: what this kernel asks besides."""
@@ -218,6 +215,10 @@ class FwdConfig(PackedFields, KernelConfig):
                 "rescale_before_pv: not with FP8, where O is rescaled as PV is added to it",
             ),
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
+            (
+                not self.has_block_lists or self.has_mods and not self.is_varlen,
+                "has_block_lists: with mods, not is_varlen",
+            ),
             (self.is_varlen or not self.is_ragged, "is_ragged: only with is_varlen"),
             *self.packing_rules(),
             (
@@ -334,10 +335,7 @@ class DecodeConfig(KernelConfig):
     splits_keys = True
     is_varlen = True
     entries = DECODE_ENTRY, DECODE_MODS_ENTRY
-    kernels = (
-        "fa3_cute.kernels.decode.kernel.FlashAttentionDecode",
-        "fa3_cute.kernels.decode.with_mods.FlashAttentionDecodeWithMods",
-    )
+    kernel_class = "decode", "FlashAttentionDecode"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """As common_rules: what this kernel asks besides."""

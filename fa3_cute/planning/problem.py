@@ -9,6 +9,8 @@ from collections import namedtuple
 from operator import attrgetter
 from typing import NamedTuple
 
+from ..contract.arguments import BLOCK_ARGUMENTS, MOD_ARGUMENTS
+from ..contract.block_mask import LISTS, block_sizes
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW
 from ..contract.params import (
     ARGUMENTS,
@@ -84,7 +86,7 @@ class ProblemShape(NamedTuple):
     mask_dtype, sink_dtype   of attn_mask: "bool" or as configs call them; of s_aux a number of DataType. They mean
                         nothing without: see attn_mask
     score_mod, mask_mod   ids of mods, "" without
-    mod_values          what mods read: addresses, strides, scalars, in the order of MOD_ARGUMENTS; () without
+    mod_values          of mods and block lists, in the order of MOD_ARGUMENTS, BLOCK_ARGUMENTS; () without mods
     optionals           pointers of OPTIONALS that are given
     numbers             features, in the order of NUMBERS; 0 where they are off
     lengths             addresses on the device, 0 if absent, in the order of LENGTHS
@@ -168,6 +170,11 @@ class ProblemShape(NamedTuple):
             self.window_right,
             self.attention_chunk,
         )
+
+    @property
+    def has_block_lists(self) -> bool:
+        """Lists say which K/V tiles are visited."""
+        return bool(self.mod_values) and self.mod_values[len(MOD_ARGUMENTS)] != 0
 
     @property
     def has_alibi(self) -> bool:
@@ -330,4 +337,15 @@ def _mod_values_of(p) -> tuple[float, ...]:
         (strides, MAX_POINTERS * STRIDES_PER_POINTER),
         (p.mod_scalars or (), MAX_SCALARS),
     )
-    return tuple([value for given, number in values for value in (*given, *[0] * (number - len(given)))])
+    read = tuple([value for given, number in values for value in (*given, *[0] * (number - len(given)))])
+    return (*read, *(_block_values_of(p) if p.block_mask else [0] * len(BLOCK_ARGUMENTS)))
+
+
+def _block_values_of(p) -> tuple[int, ...]:
+    """BLOCK_ARGUMENTS of params with a block mask."""
+    lists = p.block_mask
+    rows, row_length = -(-p.seqlen_q // lists.q_block), -(-p.seqlen_k // lists.kv_block)
+    head_stride = rows if lists.heads > 1 else 0
+    batch_stride = rows * lists.heads if lists.batches > 1 else 0
+    tiles = lists.q_block // block_sizes(DTYPE_NAMES[p.dtype], p.head_dim)[0]
+    return (*[getattr(lists, name) for name in LISTS], batch_stride, head_stride, row_length, tiles)

@@ -16,10 +16,11 @@ FEATURES: dict[str, Callable[[Any], Any]] = {
     "has_chunks": lambda shape: shape.attention_chunk != 0,
     "score_mod": lambda shape: shape.score_mod,
     "mask_mod": lambda shape: shape.mask_mod,
+    "has_block_lists": lambda shape: shape.has_block_lists,
     "has_dropout": lambda shape: shape.number("p_dropout") != 0,
 }
 MODS = ("score_mod", "mask_mod")
-HEAVY = ("has_softcap", "attn_mask", *MODS)  # features that need registers beside the scores
+HEAVY = ("attn_mask", *MODS)  # features that need registers beside the scores
 Features = frozenset[tuple[str, Any]]
 NO_FEATURES: Features = frozenset()
 
@@ -49,6 +50,7 @@ class ScoreFields:
     attn_mask     element type of what is added to them, or "bool": bytes that hide some; "" without
     has_chunks    rows see keys of their own chunk alone
     score_mod, mask_mod   ids of functions of a user (contract/mods.py); "" without
+    has_block_lists   lists say which K/V tiles a Q tile visits (contract/block_mask.py)
     has_dropout   some probabilities become 0, at random
     """
 
@@ -58,6 +60,7 @@ class ScoreFields:
     has_chunks: bool = False
     score_mod: str = ""
     mask_mod: str = ""
+    has_block_lists: bool = False
     has_dropout: bool = False
 
     if TYPE_CHECKING:  # of the config
@@ -95,7 +98,8 @@ class ScoreFields:
     @property
     def kernel(self) -> str:
         """The class of the kernel, by its whole name."""
-        return self.kernels[self.has_mods]
+        folder, name = self.kernel_class
+        return f"fa3_cute.kernels.{folder}." + (f"with_mods.{name}WithMods" if self.has_mods else f"kernel.{name}")
 
     @property
     def takes_registers(self) -> bool:

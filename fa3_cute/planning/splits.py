@@ -98,6 +98,8 @@ def packed_heads_of(shape: ProblemShape) -> int:
 
 def is_decode(shape: ProblemShape) -> bool:
     """Whether the decode kernel serves a problem of dense queries: few rows per KV head, or K and V in splits."""
+    if shape.has_block_lists:  # the forward kernel reads them
+        return False
     rows = shape.seqlen_q * packed_heads_of(shape)
     return rows <= MAX_DECODE_ROWS or shape.is_decode_mode or shape.num_splits > 1 or packs_many_rows(shape)
 

@@ -332,7 +332,7 @@ def test_the_table_of_strides_goes_to_the_shape():
 
     shape = ProblemShape.of(plain(replace(DENSE, **GOOD)))
     strides = (32, 0, 0, 0, DENSE.seqlen_k, 0, 0, 0)
-    assert shape.mod_values == (A, A + 1, A + 4, 0, *strides, 1, 2.0, -3.5, 0)
+    assert shape.mod_values == (A, A + 1, A + 4, 0, *strides, 1, 2.0, -3.5, 0, *[0] * 8)
     assert (shape.score_mod, shape.mask_mod) == (BIAS.id, DOCUMENTS.id)
     assert ProblemShape.of(plain(DENSE)).mod_values == ()
     assert isinstance(DENSE, FlashAttentionParams) and json.dumps(shape.mod_values)

@@ -16,7 +16,9 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
 
 from ...planning.config import KernelConfig
 from ...planning.strategies import Steps, Values
+from .arithmetic import maximum
 from .barriers import all_agree, pass_turn, sync_warpgroup, wait_turn
+from .block_list import BlockList
 from .block_range import BlockRange, first_key
 from .copies import clear_rows
 from .dropout import RowDropout
@@ -99,7 +101,7 @@ class Attend:
     def first_qk(self, mask: Mask, n_block: Int32):
         """S[last] alone, there is no P to overlap with yet. P = exp(S), O = 0."""
         acc_S, ahead = self.qk_alone(mask, n_block)
-        self.transform(acc_S, mask, n_block, ahead)
+        self.transform(acc_S, mask, n_block, ahead, is_masked=True)
         mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, Scores.FIRST)
         self.make_P(acc_S, mask, n_block)
@@ -118,7 +120,7 @@ class Attend:
         """`step` one after the other: S and T may share registers."""
         self.add_pv()
         acc_S, ahead = self.qk_alone(mask, n_block)
-        self.transform(acc_S, mask, n_block, ahead)
+        self.transform(acc_S, mask, n_block, ahead, is_masked)
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
@@ -136,7 +138,7 @@ class Attend:
         ahead = self.fetch(acc_S, mask, n_block)
         in_flight(1)                     # S[n] is complete, PV[n+1] may still run
         k.release()
-        self.transform(acc_S, mask, n_block, ahead)
+        self.transform(acc_S, mask, n_block, ahead, is_masked)
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
@@ -150,11 +152,14 @@ class Attend:
         """What attn_mask has for one K/V tile, in flight; None without."""
         return self.row_mask.fetch(acc_S, mask.place(n_block), n_block) if self.cfg.attn_mask else None
 
-    def transform(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32, ahead: Optional[cute.Tensor]):
-        """Scores of one K/V tile, before the mask that follows from lengths and the window."""
+    def transform(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32, ahead: Optional[cute.Tensor], is_masked: bool):
+        """Scores of one K/V tile, before the mask that follows from lengths and the window.
+
+        is_masked   some row does not see every key; only block lists say so of a MaskMod
+        """
         self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors, ahead if self.cfg.has_bias else None)
         if self.cfg.has_mods:
-            self.mods.apply(acc_S, mask.place(n_block))
+            self.mods.apply(acc_S, mask.place(n_block), is_masked or not self.cfg.has_block_lists)
         if self.cfg.attn_mask and not self.cfg.has_bias:
             self.row_mask.hide(acc_S, ahead)
 
@@ -333,6 +338,33 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
             num_gone = mask.first_visible - first_key(cfg, blocks.n_block_min)
             if num_gone > 0:
                 clear_unused_rows(cfg, sV, attend.v_consumer, Int32(0), num_gone, tidx)
+        attend.last_pv(attend.read_sinks(sinks, mask))
+    else:
+        attend.no_visible_key(attend.read_sinks(sinks, mask))
+    return attend
+
+
+@cute.jit
+def attend_to_listed(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockList,
+                     sinks: Optional[Sinks] = None) -> Attend:
+    """`attend_to` over the K/V tiles of a list: partial ones first, then those that all rows see, without mask code."""
+    if blocks.num_blocks > 0:
+        attend.first_qk(mask, blocks.block(Int32(0)))
+        following = blocks.block(Int32(1))     # read a step ahead, so that it is there when S is
+        first_full = maximum(blocks.num_partial, 1)
+        for i in cutlass.range(1, first_full, unroll=1):
+            n_block, following = following, blocks.block(i + 1)
+            attend.step(mask, n_block, is_masked=True)
+        index = first_full
+        if const_expr(cfg.takes_max_of_bits):
+            while (index < blocks.num_blocks) & attend.has_negative_row():
+                n_block, following = following, blocks.block(index + 1)
+                attend.step(mask, n_block, is_masked=False)
+                index += 1
+        known = Scores.NONNEGATIVE if const_expr(cfg.takes_max_of_bits) else Scores.ANY
+        for i in cutlass.range(index, blocks.num_blocks, unroll=1):
+            n_block, following = following, blocks.block(i + 1)
+            attend.step(mask, n_block, is_masked=False, known=known)
         attend.last_pv(attend.read_sinks(sinks, mask))
     else:
         attend.no_visible_key(attend.read_sinks(sinks, mask))

@@ -114,8 +114,8 @@ class RowMods:
     heads: Optional[cute.Tensor]
 
     @cute.jit
-    def apply(self, acc_S: cute.Tensor, place: Place):
-        """Scores of one K/V tile, in place."""
+    def apply(self, acc_S: cute.Tensor, place: Place, is_masked: Constexpr[bool]):
+        """Scores of one K/V tile, in place; is_masked: the MaskMod has something to hide there."""
         S, tile, to_query = as_rows_cols(acc_S), place.tile, place.tile.seqlen_q - place.tile.seqlen_k
         # Through shuffles: what follows from these stays where it is, while the compiler would keep the addresses of
         # arrays over the loop over tiles, in registers that the main loop needs.
@@ -130,7 +130,7 @@ class RowMods:
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
                 for r in cutlass.range_constexpr(len(queries)):
                     S[r, c] = mods.scored(S[r, c], batch, heads[r], queries[r], first_key + col_offset(c), info)
-        if const_expr(self.cfg.mask_mod):
+        if const_expr(self.cfg.mask_mod != "" and is_masked):
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
                 for r in cutlass.range_constexpr(len(queries)):
                     S[r, c] = mods.masked(S[r, c], batch, heads[r], queries[r], first_key + col_offset(c), info)

@@ -10,6 +10,7 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Int32
 
+from ..common.block_list import BlockLists
 from ..common.block_range import Window
 from ..common.dropout import Dropout
 from ..common.fp8 import Descales
@@ -35,6 +36,7 @@ class FwdParams:
     scores: ScoreTransform
     sinks: Sinks
     dropout: Optional[Dropout]     # None unless cfg.has_dropout
+    block_lists: Optional[BlockLists]      # None unless cfg.has_block_lists
     window: Window                 # used if cfg.is_local
     grid: TileGrid                 # used unless cfg.is_varlen
     sequences: Sequences | RaggedBatch     # used if cfg.is_varlen

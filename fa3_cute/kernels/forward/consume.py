@@ -5,7 +5,7 @@ from cutlass import const_expr
 from ...planning.config import FwdConfig
 from ...planning.rings import WARP, by_name
 from ...planning.strategies import Output
-from ..common.attend import attend_to, make_attend, skip_tiles
+from ..common.attend import attend_to, attend_to_listed, make_attend, skip_tiles
 from ..common.barriers import open_turnstile
 from ..common.layout import unhoisted
 from ..common.visibility import Visibility
@@ -39,12 +39,15 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
         attend.q_slot = q.index
         attend.start_tile(params.descales, mask, cfg.packed_heads)
         own = blocks
-        if const_expr(cfg.skips_per_warpgroup):
-            own = visible.tiles_of_warpgroup(blocks, wg_idx)
-            attend = skip_tiles(attend, blocks.n_block_max - own.n_block_max)
-        attend = attend_to(cfg, attend, mask, own, smem.sV, tidx, params.sinks)
-        if const_expr(cfg.skips_per_warpgroup and cfg.is_local):
-            attend = skip_tiles(attend, own.n_block_min - blocks.n_block_min)
+        if const_expr(cfg.has_block_lists):
+            attend = attend_to_listed(cfg, attend, mask, params.block_lists.of(cfg, tile), params.sinks)
+        else:
+            if const_expr(cfg.skips_per_warpgroup):
+                own = visible.tiles_of_warpgroup(blocks, wg_idx)
+                attend = skip_tiles(attend, blocks.n_block_max - own.n_block_max)
+            attend = attend_to(cfg, attend, mask, own, smem.sV, tidx, params.sinks)
+            if const_expr(cfg.skips_per_warpgroup and cfg.is_local):
+                attend = skip_tiles(attend, own.n_block_min - blocks.n_block_min)
         if const_expr(cfg.is_fp8):
             tidx = unhoisted(tidx)
         if const_expr(cfg.output is Output.NOWHERE):

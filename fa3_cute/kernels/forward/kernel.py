@@ -9,6 +9,7 @@ from ...planning.config import FORWARD_ARGUMENTS, FwdConfig
 from ...planning.rings import by_name
 from ...planning.strategies import Output
 from ..common.arithmetic import ceil_div, minimum
+from ..common.block_list import BlockLists
 from ..common.block_range import Window
 from ..common.entry import flat_entry
 from ..common.dropout import Dropout
@@ -75,6 +76,7 @@ class FlashAttentionForward:
             o=tma_store(mO, layouts.sO, rows) if const_expr(layouts.sO is not None) else None,
             mLSE=lse_view(a, batches) if const_expr(cfg.has_lse) else None,
             descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
+            block_lists=BlockLists.create(a) if const_expr(cfg.has_block_lists) else None,
             scores=ScoreTransform.create(cfg, a), sinks=Sinks.create(a), dropout=Dropout.create(cfg, a),
             window=Window.create(cfg, a),
             grid=grid, sequences=sequences, places=places, num_heads=num_groups, num_heads_k=a.num_heads_k,

@@ -1,7 +1,9 @@
 """Load role: one warp brings Q, K and V tiles from global to shared memory with TMA."""
 import cutlass.cute as cute
+from cutlass import Int32, const_expr
 
 from ...planning.config import FwdConfig
+from ..common.block_list import load_listed
 from ..common.block_range import first_key
 from ..common.keys_values import load_after_first, source_of
 from ..common.tiles import group_of, rows_from
@@ -27,12 +29,20 @@ def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
         tQsQ, tQgQ = tma_views(params.q, cute.local_tile(mQ, (cfg.tile_m, cfg.dim_qk), (tile.m_block, 0)), smem.sQ)
         k, v = (source_of(cfg, op, ring, tile, places=params.places)
                 for op, ring in ((params.k, smem.sK), (params.v, smem.sV)))
-        blocks = Visibility(cfg, params.window, tile, cfg.packed_heads).tiles()
-        found = k.find(first_key(cfg, blocks.n_block_max - 1))
-        if blocks.n_block_max > blocks.n_block_min:
-            k.copy(k_producer.acquire_and_advance(), first_key(cfg, blocks.n_block_max - 1), found)
+        if const_expr(cfg.has_block_lists):
+            listed = params.block_lists.of(cfg, tile)
+            first, has_blocks, found = listed.block(Int32(0)), listed.num_blocks > 0, ()
+        else:
+            blocks = Visibility(cfg, params.window, tile, cfg.packed_heads).tiles()
+            first, has_blocks = blocks.n_block_max - 1, blocks.n_block_max > blocks.n_block_min
+            found = k.find(first_key(cfg, first))
+        if has_blocks:
+            k.copy(k_producer.acquire_and_advance(), first_key(cfg, first), found)
         slot = q_producer.acquire_and_advance()
         cute.copy(params.q.atom, tQgQ, tQsQ[None, slot.index], tma_bar_ptr=slot.barrier)
-        if blocks.n_block_max > blocks.n_block_min:
-            k_producer, v_producer = load_after_first(cfg, k, v, blocks, found, k_producer, v_producer)
+        if has_blocks:
+            if const_expr(cfg.has_block_lists):
+                k_producer, v_producer = load_listed(cfg, k, v, listed, first, k_producer, v_producer)
+            else:
+                k_producer, v_producer = load_after_first(cfg, k, v, blocks, found, k_producer, v_producer)
         reader.advance()
