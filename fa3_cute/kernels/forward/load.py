@@ -31,18 +31,20 @@ def load(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelines):
                 for op, ring in ((params.k, smem.sK), (params.v, smem.sV)))
         if const_expr(cfg.has_block_lists):
             listed = params.block_lists.of(cfg, tile)
-            first, has_blocks, found = listed.block(Int32(0)), listed.num_blocks > 0, ()
+            first = listed.block(Int32(0))
+            if listed.num_blocks > 0:
+                k.copy(k_producer.acquire_and_advance(), first_key(cfg, first), ())
         else:
             blocks = Visibility(cfg, params.window, tile, cfg.packed_heads).tiles()
-            first, has_blocks = blocks.n_block_max - 1, blocks.n_block_max > blocks.n_block_min
-            found = k.find(first_key(cfg, first))
-        if has_blocks:
-            k.copy(k_producer.acquire_and_advance(), first_key(cfg, first), found)
+            found = k.find(first_key(cfg, blocks.n_block_max - 1))
+            if blocks.n_block_max > blocks.n_block_min:
+                k.copy(k_producer.acquire_and_advance(), first_key(cfg, blocks.n_block_max - 1), found)
         slot = q_producer.acquire_and_advance()
         cute.copy(params.q.atom, tQgQ, tQsQ[None, slot.index], tma_bar_ptr=slot.barrier)
-        if has_blocks:
-            if const_expr(cfg.has_block_lists):
+        if const_expr(cfg.has_block_lists):
+            if listed.num_blocks > 0:
                 k_producer, v_producer = load_listed(cfg, k, v, listed, first, k_producer, v_producer)
-            else:
+        else:
+            if blocks.n_block_max > blocks.n_block_min:
                 k_producer, v_producer = load_after_first(cfg, k, v, blocks, found, k_producer, v_producer)
         reader.advance()

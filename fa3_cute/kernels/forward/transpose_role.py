@@ -31,10 +31,10 @@ def transpose(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipeli
         tile = reader.tile
         visible = Visibility(cfg, params.window, tile)
         blocks, first_visible = visible.tiles(), visible.first_visible()
+        num_used = tile.seqlen_k - first_key(cfg, blocks.n_block_max - 1)
         num_blocks = blocks.n_block_max - blocks.n_block_min
         if const_expr(cfg.has_block_lists):
             num_blocks = params.block_lists.of(cfg, tile).num_blocks
-        num_used = tile.seqlen_k - first_key(cfg, blocks.n_block_max - 1)
         for i in cutlass.range(num_blocks, unroll=1):
             v = v_consumer.wait_and_advance()
             slot_V = smem.sV[None, None, v.index]
