@@ -62,19 +62,31 @@ class RowMask:
         values = cute.make_rmem_tensor(cute.make_layout((num_rows, num_cols), stride=(num_cols, 1)), element)
         is_whole = first_key(self.cfg, n_block + 1) <= place.tile.seqlen_k
         if self.is_paired and is_whole:
-            for r in cutlass.range_constexpr(num_rows):
-                for c in cutlass.range_constexpr(0, num_cols, 2):
-                    source = self.pointer(r, place.first_key, col_offset(c), 2 * element.width // 8)
-                    pair = cute.make_tensor(values.iterator + (r * num_cols + c), cute.make_layout(2))
-                    cute.autovec_copy(cute.make_tensor(source, cute.make_layout(2)), pair)
+            self.fetch_pairs(values, place)
         else:
-            for r in cutlass.range_constexpr(num_rows):
-                for c in cutlass.range_constexpr(num_cols):
-                    values[r, c] = element(0)
-                    if place.first_key + col_offset(c) < place.tile.seqlen_k:
-                        source = self.pointer(r, place.first_key, col_offset(c), element.width // 8)
-                        values[r, c] = cute.make_tensor(source, cute.make_layout(1))[0]
+            self.fetch_visible(values, place)
         return values
+
+    @cute.jit
+    def fetch_pairs(self, values: cute.Tensor, place: Place):
+        """Two keys per load, of a tile that has all its keys."""
+        element, num_cols = values.element_type, cute.size(values, mode=[1])
+        for r in cutlass.range_constexpr(cute.size(values, mode=[0])):
+            for c in cutlass.range_constexpr(0, num_cols, 2):
+                source = self.pointer(r, place.first_key, col_offset(c), 2 * element.width // 8)
+                pair = cute.make_tensor(values.iterator + (r * num_cols + c), cute.make_layout(2))
+                cute.autovec_copy(cute.make_tensor(source, cute.make_layout(2)), pair)
+
+    @cute.jit
+    def fetch_visible(self, values: cute.Tensor, place: Place):
+        """Key by key, none behind the last."""
+        element = values.element_type
+        for r in cutlass.range_constexpr(cute.size(values, mode=[0])):
+            for c in cutlass.range_constexpr(cute.size(values, mode=[1])):
+                values[r, c] = element(0)
+                if place.first_key + col_offset(c) < place.tile.seqlen_k:
+                    source = self.pointer(r, place.first_key, col_offset(c), element.width // 8)
+                    values[r, c] = cute.make_tensor(source, cute.make_layout(1))[0]
 
     def pointer(self, r: int, first_key: Int32, offset: int, alignment: int) -> cute.Pointer:
         """To the element of a key of the r-th row."""
