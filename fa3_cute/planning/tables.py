@@ -1,12 +1,11 @@
 """Which kernel serves which problem: one table, a row per (bytes per element, head_dim, mask), each with its reason."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
-from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, PARTIAL
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import DECODE, decode_row
 from .key_source import PAGE_BOXES
@@ -298,52 +297,3 @@ def configs_over(page_size: int) -> list[FwdConfig | DecodeConfig]:
             for is_local in (False, True)
         ]
     return out
-
-
-def ragged_configs() -> list[FwdConfig | DecodeConfig]:
-    """Of the configs of ragged batches, which are too many, some that stand for all: each row of the tables with both
-    element types, the forward kernel's with LSE and without, and of the sources the next ones in turn."""
-    decode_rows = [(*row, is_local) for row in DECODE for is_local in (False, True)]
-    forward = [
-        forward_config(dtype, head_dim, mask, has_lse, True, out_dtype, source=source)
-        for (head_dim, mask), (dtype, out_dtype), has_lse, source in _in_turn(list(FORWARD))
-    ]
-    decode = [
-        decode_config(dtype, head_dim, is_local, out_dtype, source=source)
-        for (head_dim, is_local), (dtype, out_dtype), _, source in _in_turn(decode_rows)
-    ]
-    return [*forward, *decode]
-
-
-def _in_turn(rows: list[tuple]) -> Iterator[tuple]:
-    """(what else is in the row, (dtype, out_dtype), has_lse, source), two for each row (bytes per element, ...)."""
-    for size in (2, 1):
-        types = [names for names in DTYPES if ELEMENT_BYTES[names[0]] == size]
-        boxes = [(box, is_wide) for box in PAGE_BOXES for is_wide in (False, True)]
-        sources = [
-            KeySource(True),
-            *(KeySource(True, box, is_wide) for box, is_wide in boxes if not is_wide or size == 2 and box >= 8),
-        ]
-        own = [row[1:] for row in rows if row[0] == size]
-        for turn in range(2 * len(own)):
-            yield own[turn // 2], types[turn % 2], (turn + turn // 2) % 2 == 1, sources[turn % len(sources)]
-
-
-def partial_configs() -> list[FwdConfig | DecodeConfig]:
-    """Of the configs whose O is FP32 some that stand for all: each row of FORWARD, and of DECODE without a window."""
-    dtypes = {1: FP8, 2: "bf16"}
-    return [
-        *(forward_config(dtypes[size], head_dim, mask, True, True, PARTIAL) for size, head_dim, mask in FORWARD),
-        *(decode_config(dtypes[size], head_dim, False, PARTIAL) for size, head_dim in DECODE),
-    ]
-
-
-def packed_configs() -> list[FwdConfig]:
-    """Of those some that stand for all: each row of PACKED with both element types, the other options in turn."""
-    return [cfg for number, cfg in enumerate(all_packed_configs()) if number % 4 == number // 8 % 4]
-
-
-def all_configs() -> list[FwdConfig | DecodeConfig]:
-    """Every config that some supported call can need, but of ragged batches, FP32 and packed heads a selection."""
-    tables = all_forward_configs(), all_decode_configs(), ragged_configs(), partial_configs(), packed_configs()
-    return [cfg for configs in tables for cfg in configs]

@@ -11,7 +11,8 @@ from disassembler import nvdisasm
 from fa3_cute.cli import main, units
 from fa3_cute.cli import inspect as inspect_command
 from fa3_cute.planning.config import DecodeConfig
-from fa3_cute.planning.tables import all_configs, decode_config, forward_config
+from fa3_cute.planning.selections import all_configs
+from fa3_cute.planning.tables import decode_config, forward_config
 
 
 @pytest.mark.parametrize(

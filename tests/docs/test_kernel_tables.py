@@ -9,7 +9,8 @@ import fa3_cute
 from fa3_cute import FlashAttentionParams
 from fa3_cute.cli import report
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
-from fa3_cute.planning.tables import all_decode_configs, all_forward_configs, decode_config, packed_configs
+from fa3_cute.planning.selections import packed_configs
+from fa3_cute.planning.tables import all_decode_configs, all_forward_configs, decode_config
 from fa3_cute.planning.problem import ProblemShape
 from fa3_cute.planning.splits import is_decode, plan
 from fa3_cute.contract.plain import plain

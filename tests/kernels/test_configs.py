@@ -1,12 +1,13 @@
 """Configs compile clean: no spill, no serialised WGMMA, within their budgets, and to the code that is on record.
 
-Each row of the tables once, its options in turn: `selection` sees every option of a kernel beside every other, and of
-ragged batches each kernel with each kind of source.
+Each row of the tables once, its options in turn: `selection` sees every option of a kernel beside every other, of
+ragged batches each kernel with each kind of source, and every config of `feature_configs`.
 All configs: `make fingerprints`, or `python tests/support/fingerprints.py --check`.
 """
 
 import multiprocessing
 import os
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import cycle, product
@@ -14,18 +15,20 @@ from itertools import cycle, product
 import fingerprints
 import pytest
 
+from fa3_cute.kernels.common.score_mask import MASK_TYPES
 from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
+from fa3_cute.planning.decode_rows import DECODE
 from fa3_cute.planning.key_source import PAGE_BOXES
+from fa3_cute.planning.score_features import FEATURES, MODS
+from fa3_cute.planning.selections import all_configs, feature_configs, packed_configs, ragged_configs
 from fa3_cute.planning.tables import (
     DTYPES,
+    FORWARD,
     PACKED,
     KeySource,
-    all_configs,
     all_decode_configs,
     all_forward_configs,
     forward_config,
-    packed_configs,
-    ragged_configs,
 )
 
 PROCESSES = min(4, os.cpu_count() or 1)  # a compile takes 3 s of one core and 300 MB
@@ -33,7 +36,7 @@ PROCESSES = min(4, os.cpu_count() or 1)  # a compile takes 3 s of one core and 3
 
 def selection() -> list:
     """One config per row of FORWARD and two per row of DECODE (with a window and without), the element types and the
-    other options in turn; then `ragged_selection`, and one per row of PACKED."""
+    other options in turn; then `ragged_selection`, one per row of PACKED, and what has features."""
     chosen = {}
     options = cycle(product((False, True), (False, True), (0, 1)))
     for cfg in all_forward_configs():
@@ -51,7 +54,7 @@ def selection() -> list:
         decode.setdefault((cfg.element_bytes, cfg.head_dim, cfg.is_local), []).append((number, cfg))
     decode_ones = [variants[index % len(variants)][1] for index, variants in enumerate(decode.values())]
     packed_ones = [cfg for number, cfg in enumerate(packed_configs()) if number % 4 in (0, 3)]  # of each row's two
-    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones]
+    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_configs()]
 
 
 def kind_of(cfg) -> tuple:
@@ -131,6 +134,29 @@ def test_ragged_configs_cover_rows_and_options():
         wide = {box for box, is_wide in sources if is_wide}
         assert wide == ({box for box in PAGE_BOXES if box >= 8} if size == 2 else set())
     assert {kind_of(cfg) for cfg in CONFIGS if cfg.is_ragged} == {kind_of(cfg) for cfg in configs}
+
+
+def test_feature_configs_cover_rows_and_options():
+    """Each row with two features; each feature with every row's head_dim and element size, each kernel, mask, number of
+    bytes, kind of lengths, and with LSE and without."""
+    configs = feature_configs()
+    rows = Counter((type(cfg), cfg.element_bytes, cfg.head_dim, cfg.mask) for cfg in configs)
+    forward_rows = {(FwdConfig, *row): 2 for row in FORWARD}
+    assert rows == forward_rows | {(DecodeConfig, *row, mask): 1 for row in DECODE for mask in ("full", "local")}
+    features = {tuple((field, getattr(cfg, field)) for field in FEATURES if getattr(cfg, field)) for cfg in configs}
+    kinds = [(("attn_mask", kind),) for kind in MASK_TYPES]
+    others = [((field, True),) for field in FEATURES if field not in ("attn_mask", "has_block_lists", *MODS)]
+    assert features == {*kinds, *others}
+    for ((field, value),) in features:
+        own = [cfg for cfg in configs if getattr(cfg, field) == value]
+        forward = [cfg for cfg in own if type(cfg) is FwdConfig]
+        assert {(cfg.element_bytes, cfg.head_dim) for cfg in own} == set(DECODE)
+        assert {type(cfg) for cfg in own} == {FwdConfig, DecodeConfig}
+        assert {cfg.mask for cfg in forward} == ({"local"} if field == "has_chunks" else {"full", "causal", "local"})
+        assert {(cfg.is_varlen, cfg.is_ragged) for cfg in forward} == {(False, False), (True, False), (True, True)}
+        assert {cfg.has_lse for cfg in forward} == {False, True}
+        assert {cfg.element_bytes for cfg in forward} == {1, 2}
+    assert {(cfg.dtype, cfg.out_dtype) for cfg in configs} == set(DTYPES)
 
 
 @pytest.mark.parametrize(

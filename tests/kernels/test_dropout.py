@@ -17,7 +17,7 @@ from fa3_cute.kernels.common.dropout import Dropout, RowDropout
 from fa3_cute.kernels.common.layout import as_operand_a, as_rows_cols, fragment_row
 from fa3_cute.kernels.common.tiles import Tile
 from fa3_cute.kernels.common.visibility import Visibility
-from fa3_cute.planning.tables import all_configs
+from fa3_cute.planning.selections import all_configs
 
 SEED, OFFSET, P_DROPOUT = 0xFEDCBA9876543210, 0x8000000180000003, 0.3
 # One of each kind of fragment and tile; where the forward kernel packs heads, tiles start anywhere and nothing drops.

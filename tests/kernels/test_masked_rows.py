@@ -7,7 +7,7 @@ import pytest
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.contract.limits import MAX_MASKED_ROWS
 from fa3_cute.kernels.common.block_range import Window, block_range, key_origin
-from fa3_cute.planning.tables import all_configs, packed_configs
+from fa3_cute.planning.selections import all_configs, packed_configs
 
 
 class Int32(int):

@@ -16,7 +16,8 @@ from fa3_cute.contract.plain import plain
 from fa3_cute.contract.reference import attention_reference
 from fa3_cute.planning.operations import launch_of, operation_of
 from fa3_cute.planning.problem import ProblemShape
-from fa3_cute.planning.tables import all_configs, decode_config, forward_config
+from fa3_cute.planning.selections import all_configs
+from fa3_cute.planning.tables import decode_config, forward_config
 from fa3_cute.runtime import compiler
 from fa3_cute.runtime.arguments import layout_of
 from fa3_cute.runtime.compile_process import described

@@ -9,7 +9,8 @@ from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.kernels.common.block_range import Window, block_range
 from fa3_cute.kernels.common.tiles import Tile, query_and_head
 from fa3_cute.kernels.common.visibility import from_first_visible
-from fa3_cute.planning.tables import FORWARD, forward_config, packed_configs
+from fa3_cute.planning.selections import packed_configs
+from fa3_cute.planning.tables import FORWARD, forward_config
 
 CONFIGS = {(cfg.packed_heads, cfg.tile_n): cfg for cfg in packed_configs()}
 WINDOWS = [Window(*sides) for sides in product((0, 1, 127, 300, UNBOUNDED_WINDOW), (0, 17, 64, UNBOUNDED_WINDOW))]

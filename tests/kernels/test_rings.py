@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fa3_cute.planning.rings import WARP, by_name
-from fa3_cute.planning.tables import all_configs, all_decode_configs, all_forward_configs, ragged_configs
+from fa3_cute.planning.selections import all_configs, ragged_configs
+from fa3_cute.planning.tables import all_decode_configs, all_forward_configs
 
 TEXT = (Path(__file__).resolve().parents[2] / "fa3_cute" / "kernels" / "README.md").read_text()
 FORWARD_TEXT, DECODE_TEXT = TEXT.split("\n## The decode kernel\n")

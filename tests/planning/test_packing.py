@@ -12,7 +12,8 @@ from fa3_cute.contract.plain import plain
 from fa3_cute.planning.operations import operation_of
 from fa3_cute.planning.packing import MOST_KEYS, PACKED_HEADS, packed_heads_of_window
 from fa3_cute.planning.problem import ProblemShape
-from fa3_cute.planning.tables import FORWARD, PACKED as ROWS, forward_config, packed_config, packed_configs
+from fa3_cute.planning.selections import packed_configs
+from fa3_cute.planning.tables import FORWARD, PACKED as ROWS, forward_config, packed_config
 
 # All calls have 16 heads over 4, of 64: an M tile of the decode kernel holds 16 queries.
 WINDOW = {"window_size_left": 127, "window_size_right": 0, "head_dim": 64}

@@ -47,7 +47,7 @@ def code_hash(code: bytes) -> str:
 def recorded() -> list:
     """The configs whose fingerprints are kept: those of the tables, and merge kernels of all element types."""
     from fa3_cute.planning.merge import merge_config
-    from fa3_cute.planning.tables import all_configs
+    from fa3_cute.planning.selections import all_configs
 
     return [*all_configs(), *(merge_config(*types) for types in product(("fp16", "bf16", "fp32"), repeat=2))]
 

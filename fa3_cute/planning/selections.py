@@ -1,0 +1,108 @@
+"""Of the configs of tables.py, which are too many to compile each, some that stand for all: what tests compile."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL
+from .config import DecodeConfig, FwdConfig
+from .decode_rows import DECODE
+from .key_source import PAGE_BOXES
+from .tables import (
+    DENSE,
+    DTYPES,
+    FORWARD,
+    KeySource,
+    all_decode_configs,
+    all_forward_configs,
+    all_packed_configs,
+    decode_config,
+    forward_config,
+)
+
+# A field of FEATURES and a value of it, but a user's functions; has_chunks apart, which is of windows.
+FEATURE_VALUES = (
+    ("has_softcap", True),
+    ("attn_mask", "bool"),
+    ("has_alibi", True),
+    ("attn_mask", "bf16"),
+    ("has_dropout", True),
+    ("attn_mask", "fp32"),
+    ("attn_mask", "fp16"),
+)
+CHUNKS = ("has_chunks", True)
+# (kernel, mask) of the configs with features of one (bytes per element, head_dim).
+FORWARD_PLACES = tuple((FwdConfig, mask) for mask in ("full", "causal", "local") for _ in range(2))
+FEATURE_PLACES = (*FORWARD_PLACES, (DecodeConfig, "full"), (DecodeConfig, "local"))
+
+
+def ragged_configs() -> list[FwdConfig | DecodeConfig]:
+    """Of the configs of ragged batches, which are too many, some that stand for all: each row of the tables with both
+    element types, the forward kernel's with LSE and without, and of the sources the next ones in turn."""
+    decode_rows = [(*row, is_local) for row in DECODE for is_local in (False, True)]
+    forward = [
+        forward_config(dtype, head_dim, mask, has_lse, True, out_dtype, source=source)
+        for (head_dim, mask), (dtype, out_dtype), has_lse, source in _in_turn(list(FORWARD))
+    ]
+    decode = [
+        decode_config(dtype, head_dim, is_local, out_dtype, source=source)
+        for (head_dim, is_local), (dtype, out_dtype), _, source in _in_turn(decode_rows)
+    ]
+    return [*forward, *decode]
+
+
+def _in_turn(rows: list[tuple]) -> Iterator[tuple]:
+    """(what else is in the row, (dtype, out_dtype), has_lse, source), two for each row (bytes per element, ...)."""
+    for size in (2, 1):
+        types = [names for names in DTYPES if ELEMENT_BYTES[names[0]] == size]
+        boxes = [(box, is_wide) for box in PAGE_BOXES for is_wide in (False, True)]
+        sources = [
+            KeySource(True),
+            *(KeySource(True, box, is_wide) for box, is_wide in boxes if not is_wide or size == 2 and box >= 8),
+        ]
+        own = [row[1:] for row in rows if row[0] == size]
+        for turn in range(2 * len(own)):
+            yield own[turn // 2], types[turn % 2], (turn + turn // 2) % 2 == 1, sources[turn % len(sources)]
+
+
+def partial_configs() -> list[FwdConfig | DecodeConfig]:
+    """Of the configs whose O is FP32 some that stand for all: each row of FORWARD, and of DECODE without a window."""
+    dtypes = {1: FP8, 2: "bf16"}
+    return [
+        *(forward_config(dtypes[size], head_dim, mask, True, True, PARTIAL) for size, head_dim, mask in FORWARD),
+        *(decode_config(dtypes[size], head_dim, False, PARTIAL) for size, head_dim in DECODE),
+    ]
+
+
+def feature_configs() -> list[FwdConfig | DecodeConfig]:
+    """Of the configs with a feature some that stand for all: each (bytes per element, head_dim) with each feature once,
+    each row of FORWARD and of DECODE with two, each feature with each mask and kernel; the other options in turn."""
+    out, turns = [], Counter()
+    for number, (size, head_dim) in enumerate(DECODE):
+        features = [*FEATURE_VALUES[number % 7 :], *FEATURE_VALUES[: number % 7]]
+        features.insert(FEATURE_PLACES.index((FwdConfig if number % 2 else DecodeConfig, "local")), CHUNKS)
+        for (kernel, mask), feature in zip(FEATURE_PLACES, features, strict=True):
+            turn = turns[kernel, feature]
+            turns[kernel, feature] += 1
+            dtype, out_dtype = [names for names in DTYPES if ELEMENT_BYTES[names[0]] == size][turn // 2 % 2]
+            pages = KeySource(True, 16, size == 2)
+            if kernel is DecodeConfig:
+                source = (DENSE, pages)[turn % 2]
+                cfg = decode_config(dtype, head_dim, mask == "local", out_dtype, frozenset({feature}), source)
+            else:
+                source, is_varlen = ((DENSE, False), (DENSE, True), (pages, True))[turn % 3]
+                asked = dtype, head_dim, mask, turn % 2 == 1, is_varlen, out_dtype
+                cfg = forward_config(*asked, frozenset({feature}), source)
+            out.append(cfg)
+    return out
+
+
+def packed_configs() -> list[FwdConfig]:
+    """Of those some that stand for all: each row of PACKED with both element types, the other options in turn."""
+    return [cfg for number, cfg in enumerate(all_packed_configs()) if number % 4 == number // 8 % 4]
+
+
+def all_configs() -> list[FwdConfig | DecodeConfig]:
+    """Every config that some supported call can need, but of ragged batches, FP32, packed heads and features a
+    selection."""
+    tables = all_forward_configs(), all_decode_configs(), ragged_configs(), partial_configs(), packed_configs()
+    return [cfg for configs in (*tables, feature_configs()) for cfg in configs]
