@@ -20,11 +20,12 @@ from fa3_cute.kernels.common.visibility import Visibility
 from fa3_cute.planning.selections import all_configs
 
 SEED, OFFSET, P_DROPOUT = 0xFEDCBA9876543210, 0x8000000180000003, 0.3
-# One of each kind of fragment and tile; where the forward kernel packs heads, tiles start anywhere and nothing drops.
+# One of each kind of fragment and tile, without features, of which chunks need another window; where the forward kernel
+# packs heads, tiles start anywhere and nothing drops.
 CONFIGS = {
     (cfg.tile_n, cfg.is_fp8, cfg.packs_heads): cfg
     for cfg in all_configs()
-    if not cfg.packs_heads or cfg.kernel.endswith("Decode")
+    if not cfg.feature_names and (not cfg.packs_heads or cfg.kernel.endswith("Decode"))
 }
 
 
