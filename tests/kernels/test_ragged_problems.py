@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from cases import Case
 from ragged_problems import POOLS, Ragged, RaggedProblem
+from score_inputs import score_options
 
 from fa3_cute import explain
 from fa3_cute.contract.reference import as_float, attention_reference
 
 CASE = Case("bf16", 64, True, 4, 2, 0, 0)
 BATCH = Ragged(CASE, (1, 3, 0, 2), (70, 5, 0, 33))
+SCORES = {"softcap": 2.0, "sinks": (0.5, -1.0), "alibi": "sequences", "attention_chunk": 40}
 WINDOWED = replace(BATCH, case=replace(CASE, is_causal=False, window=(20, 0)))
 RAGGED = {
     **{layout: replace(BATCH, layout=layout) for layout in POOLS},
@@ -28,6 +30,8 @@ RAGGED = {
     "rest": replace(BATCH, total_q=30),
     "dense queries": replace(BATCH, is_packed=False),
     "window": WINDOWED,
+    "scores": replace(BATCH, case=replace(CASE, **SCORES)),
+    "scores of rows": replace(BATCH, case=replace(CASE, **SCORES), page_size=0, rows=(3, 1, 0, 1)),
     "FP8": replace(BATCH, case=replace(CASE, dtype="fp8_e4m3", out_dtype="bf16"), layout="odd"),
 }
 
@@ -49,6 +53,7 @@ def same(problem) -> None:
     own = {"causal": ragged.case.is_causal, "window_size": ragged.case.window, **lengths}
     if problem.table is not None:
         own["page_table"] = problem.table.array[:, :-1]
+    own |= score_options(ragged.case, problem.scores)
     own["zero_padding"] = ragged.fields.get("zero_padding", False)
     out, lse = attention_reference(q, problem.k.array, problem.v.array, **own)
     if not ragged.is_packed:
@@ -63,7 +68,7 @@ def test_the_device_holds_the_packed_keys(ragged):
     problem = RaggedProblem(ragged)
     assert explain(problem.params()) == []
     same(problem)
-    used = {"rows": 70 + 33, "shared": 32 + 38 + 5 + 1, "capacity": 64 + 5 + 64}
+    used = {"rows": 70 + 33, "scores of rows": 70 + 33, "shared": 32 + 38 + 5 + 1, "capacity": 64 + 5 + 64}
     name = next(name for name, other in RAGGED.items() if other is ragged)
     expected = used.get(name.removeprefix("cache "), 108)
     assert np.isfinite(as_float(problem.k.array)).all(axis=(2, 3)).sum() == expected
@@ -71,11 +76,16 @@ def test_the_device_holds_the_packed_keys(ragged):
     same(problem)
 
 
-def test_evicted_pages_hold_nothing():
+CHUNKED = replace(BATCH, case=replace(CASE, attention_chunk=32))
+
+
+@pytest.mark.parametrize(
+    ("ragged", "seen"), [(WINDOWED, (20 + 1, 5, 0, 20 + 2)), (CHUNKED, (70 - 64, 5, 0, 33))], ids=["window", "chunk"]
+)
+def test_evicted_pages_hold_nothing(ragged, seen):
     """What no query of a sequence sees is NaN; the packed keys have a value there, which no query sees."""
-    problem = RaggedProblem(WINDOWED, is_evicted=True)
+    problem = RaggedProblem(ragged, is_evicted=True)
     same(problem)
-    seen = 20 + 1, 5, 0, 20 + 2
     assert np.isfinite(as_float(problem.k.array)).all(axis=(2, 3)).sum() == sum(seen)
 
 

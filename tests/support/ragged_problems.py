@@ -14,6 +14,7 @@ import numpy as np
 from cases import Case
 from check import DATA_TYPES, Problem, check, poison_of
 from images import Image, Tensor, contiguous
+from score_inputs import score_inputs, score_params
 
 from fa3_cute import AttentionMode, FlashAttentionParams, forward
 from fa3_cute.contract.reference import to_bits
@@ -72,7 +73,8 @@ POOLS = {
 class Ragged:
     """A ragged batch.
 
-    case        dtype, heads, head_dim, mask and whether there is an LSE; its lengths are not used
+    case        dtype, heads, head_dim, mask, score options but attn_mask, and whether there is an LSE; its lengths are
+                not used
     queries, keys   of each sequence; keys beyond the capacity do not exist
     page_size   0: a dense cache
     layout      of POOLS
@@ -104,7 +106,7 @@ class Ragged:
 class RaggedProblem:
     """A ragged batch on the device; `fill` gives it other lengths, tables and values within its bounds.
 
-    is_evicted   pages that no query sees, left of a window, are one page full of NaN, and NaN fills the rest of them
+    is_evicted   pages left of what a window or a chunk shows are one page full of NaN, and NaN fills the rest of them
     """
 
     def __init__(self, ragged: Ragged, descale=None, inputs=None, is_evicted: bool = False):
@@ -132,6 +134,7 @@ class RaggedProblem:
         self.descales = {
             f"{name}_descale": descale(name, (self.batch, count)) for name, count in heads.items() if descale
         }
+        self.scores = score_inputs(replace(case, batch=self.batch))
         self.fill(ragged.queries, ragged.keys, inputs)
 
     @property
@@ -179,7 +182,7 @@ class RaggedProblem:
 
     def store(self, queries, keys, k, v, rng) -> None:
         """Lay packed keys out in the cache or in pages in any order, the pool's last one among them."""
-        ragged, case, size = self.ragged, self.ragged.case, self.ragged.page_size
+        ragged, size = self.ragged, self.ragged.page_size
         for tensor in (self.k, self.v):
             tensor.array[...] = poison_of(tensor.array.dtype)
         rows = ragged.rows or range(self.batch)
@@ -192,7 +195,7 @@ class RaggedProblem:
         step, done = size or self.capacity, set()
         for b in sorted(range(self.batch), key=lambda b: -keys[b]):
             n, row, first = keys[b], rows[b], firsts[b]
-            unseen = max(0, n - queries[b] - case.window[0]) if self.is_evicted else 0
+            unseen = self.first_seen(n - queries[b]) if self.is_evicted else 0
             for start in range(0, 0 if row in done else n, step):
                 end, place = min(start + step, n), row
                 if size:
@@ -204,6 +207,12 @@ class RaggedProblem:
                 for tensor, values in ((self.k, k), (self.v, v)):
                     tensor.array[place, seen - start : end - start] = values[first + seen : first + end]
             done.add(row)
+
+    def first_seen(self, diagonal: int) -> int:
+        """The first key that a query sees."""
+        (left, _), chunk = self.ragged.case.window, self.ragged.case.attention_chunk
+        starts = 0, diagonal - left if left >= 0 else 0, diagonal // chunk * chunk if chunk else 0
+        return max(starts)
 
     def logical(self, queries, keys, k, v) -> Problem:
         """The same as packed sequences on the host, and padding that is to be filled as one that sees no key."""
@@ -218,13 +227,13 @@ class RaggedProblem:
         batch = len(offsets["cu_seqlens_q"]) - 1
         case = replace(ragged.case, batch=batch, seqlen_q=self.total_q, seqlen_k=len(k))
         host: list[Any] = [SimpleNamespace(array=array) for array in (k, v)]
-        return Problem(case, self.q, *host, self.out, self.lse, None, arrays, self.descales)
+        return Problem(case, self.q, *host, self.out, self.lse, None, arrays, self.descales, scores=self.scores)
 
     @property
     def inputs(self) -> list[Tensor]:
         """All that the device reads."""
         tables = [] if self.table is None else [self.table]
-        return [self.q, self.k, self.v, *tables, *self.lengths.values(), *self.descales.values()]
+        return [self.q, self.k, self.v, *tables, *(self.lengths | self.descales | self.scores).values()]
 
     def upload(self) -> None:
         """Bring the inputs to the device, poison the outputs."""
@@ -261,7 +270,7 @@ class RaggedProblem:
         fields |= {"dtype": DATA_TYPES[case.dtype], "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype]}
         fields |= {"softmax_lse": self.lse and self.lse.address, "batch_size": self.batch, "seqlen_k": self.capacity}
         fields |= {name: getattr(case, name) for name in ("num_heads", "num_heads_k", "head_dim")}
-        return FlashAttentionParams(**fields | ragged.fields | overrides)
+        return FlashAttentionParams(**fields | score_params(case, self.scores) | ragged.fields | overrides)
 
     def results(self, stream) -> tuple[np.ndarray, np.ndarray | None]:
         """(out [total_q, heads, head_dim] as bits, LSE [heads, total_q]), the memory around both checked."""
