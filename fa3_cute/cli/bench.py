@@ -21,6 +21,10 @@ The suite serving is replayed too, and reads the same K and V in every call. Bes
 own calls over contiguous K and V, where one call can do the same. The peer vllm is called as vLLM's engine does, with
 the scheduler's metadata made ahead; where replays of that are wrong, without, and a line says so.
 
+The suite scores times what changes scores beside the same problem without: the rows of one problem, and the peer's, are
+timed in the same rounds. "of first" is a row's time over that of the first row of its problem, the median of each
+round's ratio.
+
 The suite host has no other libraries and no pictures: CPU time of a forward() call, by how shapes change from call to
 call, and the time to a process's first result with and without its kernel on disk.
 
@@ -31,6 +35,7 @@ kernels for what is asked.
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from statistics import median
 
 from .. import forward
@@ -48,6 +53,7 @@ from .shown import ARITHMETIC, OURS, OURS_16, Shown
 from .suites import decode
 from .suites import fp8
 from .suites import prefill
+from .suites import scores
 from .suites import serving
 from .suites import varlen
 from .suites import window
@@ -60,6 +66,7 @@ SUITES = {
     "decode": decode,
     "fp8": fp8,
     "serving": serving,
+    "scores": scores,
 }
 HOST = "host"  # a suite of its own kind: host.py
 COPY = "copy"
@@ -121,11 +128,11 @@ def run(args) -> int:
     table = Table(columns(compared, suite.SHOWN, max(len(case.name) for case in cases)))
     results = {"environment": bench.environment, "rows": [], "conclusions": []}
     times = {}
-    for case in cases:
-        row = bench.row(case)
-        times[case] = row["results"][OURS]["ms"]
-        table.print_row(cells(row, compared, suite.SHOWN))
-        results["rows"].append(row)
+    for _, together in groupby(cases, lambda case: case.group or case):
+        for case, row in bench.rows(list(together)).items():
+            times[case] = row["results"][OURS]["ms"]
+            table.print_row(cells(row, compared, suite.SHOWN))
+            results["rows"].append(row)
         write(results, args.json)  # a run that is cut short leaves what it has
     results["conclusions"] = suite.conclusions(times, results["rows"])
     write(results, args.json)
@@ -188,23 +195,36 @@ class Bench:
             peers.use_stream(self.handle)
         return found
 
-    def row(self, case: Case) -> dict:
-        """Checks and times one case."""
-        launches, errors, notes = self.checked(case)
-        cases = dict.fromkeys(launches, case) | own(case)
-        works = {name: Work(launch) for name, launch in launches.items()}
-        is_short = bool(case.l2) or any(self.stopwatch.is_short(work) for work in works.values())
+    def rows(self, cases: list[Case]) -> dict[Case, dict]:
+        """Checks cases, and times them in the same rounds."""
+        checked = {case: self.checked(case) for case in cases}
+        # By case and implementation, and the problem that this implementation solves.
+        problems = {
+            (case, name): own(case).get(name, case) for case, (launches, *_) in checked.items() for name in launches
+        }
+        works = {key: Work(checked[key[0]][0][key[1]]) for key in problems}
+        is_short = any(case.l2 for case in cases) or any(self.stopwatch.is_short(work) for work in works.values())
         if is_short:
             works = {
-                name: self.captured(name, work, cases[name].calls_per_graph, notes) for name, work in works.items()
+                (case, name): self.captured(name, work, problems[case, name].calls_per_graph, checked[case][2])
+                for (case, name), work in works.items()
             }
-        copy = {COPY: Work(self.tensors[OURS].copy_much)} if case.l2 else {}
+        copy = {COPY: Work(self.tensors[OURS].copy_much)} if cases[0].l2 else {}
         batches = self.stopwatch.rounds(works | copy, self.args.rounds, self.args.batch_ms)
-        results = {name: self.result(cases[name], batches[name], batches[OURS]) for name in works}
-        for name, work in works.items():
-            results[name]["replayed"] = work.calls > 1
-            results[name]["host_bound"] |= is_short and work.calls == 1
-            results[name] |= bandwidths(cases[name], batches[name], batches[COPY]) if copy else {}
+        results: dict[Case, dict] = {case: {} for case in cases}
+        for (case, name), work in works.items():
+            result = self.result(problems[case, name], batches[case, name], batches[case, OURS])
+            result["replayed"] = work.calls > 1
+            result["host_bound"] |= is_short and work.calls == 1
+            result |= bandwidths(problems[case, name], batches[case, name], batches[COPY]) if copy else {}
+            if case.group and (cases[0], name) in batches:
+                result["of_first"] = ratio(batches[case, name], batches[cases[0], name])
+            results[case][name] = result
+        return {case: self.row(case, checked[case], results[case]) for case in cases}
+
+    def row(self, case: Case, checked: tuple[dict, dict, list[str]], results: dict) -> dict:
+        """A row of the results."""
+        _, errors, notes = checked
         return {
             "name": case.name,
             "case": case.as_dict(),
@@ -258,17 +278,21 @@ class Bench:
         milliseconds = median(batch.milliseconds for batch in batches)
         tflops = case.flops / milliseconds / 1e9
         clock, power = (middle(getattr(batch, name) for batch in batches) for name in ("clock_mhz", "power_watts"))
-        ratios = [theirs.milliseconds / our.milliseconds for theirs, our in zip(batches, ours, strict=True)]
         return {
             "ms": milliseconds,
             "tflops": tflops,
             "peak": clock and tflops * 1e6 / (self.num_sms * FLOPS_PER_CLOCK_AND_SM[case.element_bytes] * clock),
             "clock_mhz": clock,
             "power_watts": power,
-            "ratio": median(ratios),
+            "ratio": ratio(batches, ours),
             "host_bound": sum(batch.is_host_bound for batch in batches) > len(batches) / 2,
             "rounds_ms": [batch.milliseconds for batch in batches],
         }
+
+
+def ratio(batches: list[Batch], others: list[Batch]) -> float:
+    """The time over another one, the median over the rounds."""
+    return median(mine.milliseconds / other.milliseconds for mine, other in zip(batches, others, strict=True))
 
 
 def bandwidths(case: Case, batches: list[Batch], copies: list[Batch]) -> dict:

@@ -10,7 +10,8 @@ from .. import AttentionMode, DataType, FlashAttentionParams
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, OUT_BYTES
 from ..arrays.memory import address, allocate, download, fill, upload
 from ..arrays.memory import window as window_of
-from ..contract.reference import as_float, attention_reference, to_bits
+from ..contract.reference import as_float, to_bits
+from .features import Array, Feature, arrays_of, expected, fields_of
 from .measure import CALLS_PER_GRAPH
 
 CHECKED_ROWS = 64
@@ -36,6 +37,8 @@ class Case:
     l2         "cold": successive calls read different sets of K and V, so that the L2 cache never holds what comes
                next; "warm": they all read the same one, and as many are in a graph as of the cold case; "": not looked
                at
+    scores     what else is asked of scores
+    group      cases that are called the same, one after the other, are timed in the same rounds; "": alone
     """
 
     dtype: str
@@ -53,12 +56,14 @@ class Case:
     out_dtype: str | None = None
     lengths_k: tuple[int, ...] = ()
     page_size: int | None = None
+    scores: Feature = Feature()
+    group: str = ""
 
     @property
     def name(self) -> str:
         out = "" if self.element_out in (self.dtype, FP8_OUT_DTYPES[0]) else f"->{self.out_dtype}"
-        tail = f" {self.keys}" * bool(self.keys) + f" {self.l2}" * bool(self.l2)
-        return f"{self.dtype}{out} d{self.head_dim} {self.mask} h{self.heads} {self.layout}{tail}"
+        parts = f"{self.dtype}{out} d{self.head_dim} {self.mask} h{self.heads} {self.layout}"
+        return " ".join(filter(None, (parts, self.keys, self.l2, self.scores.name)))
 
     @property
     def keys(self) -> str:
@@ -106,18 +111,17 @@ class Case:
     @property
     def flops(self) -> float:
         """FLOPs as everyone counts them: 4 H Sq Sk d for the two GEMMs of each sequence, half of it under a causal
-        mask; with a window, or where pages are looked at, those of the keys that a query sees."""
+        mask; with a window, or where pages are looked at, those of the keys that a query sees. Documents and chunks
+        are sequences of their own."""
         if max(self.window) >= 0 or self.page_size is not None:
             return self.visible_flops
-        pairs = sum(seqlen_q * seqlen_k * count for (seqlen_q, seqlen_k), count in self.sequences().items())
+        pairs = sum(seqlen_q * seqlen_k * count for (seqlen_q, seqlen_k), count in self.segments().items())
         return 4 * self.num_heads * self.head_dim * pairs * (0.5 if self.is_causal else 1)
 
     @property
     def visible_flops(self) -> float:
         """4 H d for each query and each key that it sees."""
-        pairs = sum(
-            visible_pairs(*lengths, *self.visible_bounds) * count for lengths, count in self.sequences().items()
-        )
+        pairs = sum(visible_pairs(*lengths, *self.visible_bounds) * count for lengths, count in self.segments().items())
         return 4 * self.num_heads * self.head_dim * pairs
 
     @property
@@ -155,6 +159,14 @@ class Case:
         """How many sequences there are of each (seqlen_q, seqlen_k)."""
         packed = Counter(zip(self.lengths, self.lengths_k or self.lengths, strict=True))
         return packed or Counter({(self.seqlen_q, self.seqlen_k): self.batch_size})
+
+    def segments(self) -> Counter[tuple[int, int]]:
+        """The same of what queries see nothing outside of: the sequences, or their documents or chunks."""
+        if not (length := self.scores.segment):
+            return self.sequences()
+        return Counter(
+            {(length, length): sum(seqlen_k * count for (_, seqlen_k), count in self.sequences().items()) // length}
+        )
 
     @property
     def q_shape(self) -> tuple[int, ...]:
@@ -216,9 +228,10 @@ class Case:
 
     def as_dict(self) -> dict:
         """A JSON row: the fields and what the name is made of; up to 10,000 lengths are told by their label."""
-        fields = {name: value for name, value in asdict(self).items() if name not in ("lengths", "lengths_k", "label")}
+        told = "lengths", "lengths_k", "label", "scores"
+        fields = {name: value for name, value in asdict(self).items() if name not in told}
         made = {name: getattr(self, name) for name in ("mask", "heads", "layout", "variant", "kv_sets")}
-        return fields | made
+        return fields | made | {"scores": self.scores.name}
 
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
@@ -253,11 +266,11 @@ class Tensors:
         self.buffers = {name: self.repeated(self.host[name], size) for name, size in sizes.items()}
         self.buffers["out"] = allocate(OUT_BYTES * q_size, stream=stream)
         self.scratch = None
-        self.indices = {}
+        self.arrays = {}
 
     def repeated(self, numbers: np.ndarray, size: int):
         """A buffer of `size` numbers that repeats these: they are uploaded once, then doubled on the device."""
-        nbytes, done = self.element_bytes * size, numbers.nbytes
+        nbytes, done = numbers.itemsize * size, numbers.nbytes
         buffer = allocate(nbytes, stream=self.stream)
         upload(numbers, window_of(buffer, 0, done), stream=self.stream)
         while done < nbytes:
@@ -293,17 +306,26 @@ class Tensors:
         return np.take(self.host[name], first[:, None] + np.arange(head_dim), mode="wrap")[None, :, None]
 
     def pointers(self, case: Case, kv_set: int = 0) -> dict[str, int]:
-        """Addresses of q, k, v and out, and of the case's index arrays: one cu_seqlens serves Q and K."""
+        """Addresses of q, k, v and out, of the case's index arrays, one cu_seqlens serves Q and K, and of what its
+        features read."""
         found = {
             name: address(buffer, kv_set * case.kv_bytes // 2 if name in ("k", "v") else 0)
             for name, buffer in self.buffers.items()
         }
         for name in case.index_shapes():
             key = name, case.lengths, case.lengths_k, case.page_size
-            if key not in self.indices:
-                self.indices[key] = upload(case.index(name), stream=self.stream)
-            found[name] = address(self.indices[key])
+            found[name] = self.placed(key, Array(lambda name=name: case.index(name)))
+        sizes = case.dtype, case.is_causal, case.batch_size, case.num_heads, case.head_dim, case.seqlen_q, case.seqlen_k
+        found |= {name: self.placed((name, case.scores, *sizes), array) for name, array in arrays_of(case).items()}
         return found
+
+    def placed(self, key: tuple, array: Array) -> int:
+        """The address of an array, which is made once."""
+        if key not in self.arrays:
+            numbers = array.make()
+            is_whole = array.size <= numbers.size
+            self.arrays[key] = upload(numbers, stream=self.stream) if is_whole else self.repeated(numbers, array.size)
+        return address(self.arrays[key])
 
     def poison_out(self) -> None:
         """Every element of O becomes NaN: what a kernel leaves out shows in its error."""
@@ -330,6 +352,7 @@ class Tensors:
                 "seqlen_q": case.seqlen_q,
                 "seqlen_k": case.seqlen_k,
             }
+        rows |= fields_of(case, pointers)
         return FlashAttentionParams(
             **pointers,
             **rows,
@@ -362,7 +385,7 @@ class Tensors:
             rows = case.rows_of(index, case.seqlen_q)[-CHECKED_ROWS:]
             q = self.vectors("q", rows, case.q_shape, head)
             k, v = (self.vectors(name, before + case.kv_rows_of(index), case.kv_shape, kv_head) for name in "kv")
-            exact, _ = attention_reference(q, k, v, window_size=case.visible_bounds)
+            exact = expected(case, index, head, q, k, v)
             differences += np.square(as_float(out[rows, head]) - exact[0, :, 0]).sum()
             norms += np.square(exact).sum()
         return float(np.sqrt(differences / norms))

@@ -16,6 +16,7 @@ from .measure import CALLS_PER_GRAPH, Work
 # cuDNN's FP8 attention rounds P, at most 1, to E4M3 as P * P_SCALE, and its O, which is E4M3 on Hopper, as O * O_SCALE:
 # small numbers then keep their bits, and no O of normal inputs, at most about 6, passes E4M3's largest number, 448.
 P_SCALE, O_SCALE = 256.0, 64.0
+DECODE_PAGE = 128  # tokens
 REPLAYS = 4  # that a call with metadata of its own has to get right
 SAME = 2e-2  # relative difference of two calls that cut K and V differently; of O that was never written, NaN
 # (typestr of the array interface, name of torch's dtype)
@@ -33,23 +34,29 @@ class PeerMissing(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """`make_launch(case, q, k, v, indices)` gets torch views in the case's shapes, indices by name, {} if dense; a
-    launch returns O alike, in FP8 as O * O_SCALE. What it raises says why the peer cannot do the case."""
+    """`make_launch(case, q, k, v, indices)` gets torch views in the case's shapes, indices by name, {} if dense, with
+    sinks as "s_aux" in BF16; a launch returns O alike, in FP8 as O * O_SCALE. What it raises says why the peer cannot
+    do the case. `features` are the fields of a Feature that it has."""
 
     name: str
     version: str
     dtypes: tuple[str, ...]
     make_launch: Callable
+    features: tuple[str, ...] = ()
 
     def launch(self, case: Case, pointers: dict[str, int]) -> Callable:
         """A call without arguments that queues the case on torch's current stream and returns O."""
         if case.dtype not in self.dtypes:
             raise PeerMissing(f"{self.name} has no {case.dtype} kernels")
+        if lacking := case.scores.asked - {*self.features}:
+            raise PeerMissing(f"{self.name} has no {', no '.join(sorted(lacking))}")
         q, k, v = (
             view(pointers[name], shape, case.dtype)
             for name, shape in (("q", case.q_shape), ("k", case.kv_shape), ("v", case.kv_shape))
         )
         indices = {name: view(pointers[name], shape, "int32") for name, shape in case.index_shapes().items()}
+        if case.scores.s_aux:
+            indices["s_aux"] = view(pointers["s_aux"], (case.num_heads,), "bf16")
         try:
             launch = self.make_launch(case, q, k, v, indices)
             launch()
@@ -137,8 +144,8 @@ def load_cudnn() -> Peer:
 
 
 def load_vllm() -> Peer:
-    """vLLM's fork of FlashAttention-3, called as its engine does: packed queries over pages, O in place, metadata of
-    the scheduler made ahead, once for all layers of a step."""
+    """vLLM's fork of FlashAttention-3, called as its engine does: packed queries, over pages or packed keys, O in
+    place; with pages, metadata of the scheduler made ahead, once for all layers of a step."""
     import torch
 
     try:
@@ -147,43 +154,73 @@ def load_vllm() -> Peer:
         from vllm.vllm_flash_attn import flash_attn_interface as interface
 
     def make_launch(case, q, k, v, indices):
-        if not case.page_size:
+        if case.page_size == 0:
             raise PeerMissing("vllm is timed over pages alone")
-        lengths = {"max_seqlen_q": case.seqlen_q, "max_seqlen_k": case.seqlen_k}
-        choices = {"causal": case.is_causal, "window_size": list(case.window), "num_splits": 0}
+        out = torch.empty(case.q_shape, dtype=getattr(torch, VIEWS[case.element_out][1]), device="cuda")
+        options = vllm_tensors(case, q, k, v, out, indices) | {
+            "max_seqlen_q": case.seqlen_q,
+            "max_seqlen_k": case.seqlen_k,
+            "causal": case.is_causal,
+            "window_size": list(case.window),
+            "num_splits": 0,
+        }
+
+        def call(**more):
+            interface.flash_attn_varlen_func(
+                **options, **more, softcap=case.scores.softcap, softmax_scale=case.head_dim**-0.5, fa_version=3
+            )
+            return out
+
+        if "block_table" not in options:
+            return call
+        shared = ("cu_seqlens_q", "max_seqlen_q", "max_seqlen_k", "causal", "window_size", "num_splits")
         metadata = interface.get_scheduler_metadata(
             batch_size=case.batch_size,
             num_heads_q=case.num_heads,
             num_heads_kv=case.num_heads_k,
             headdim=case.head_dim,
-            cache_seqlens=indices["seqused_k"],
+            cache_seqlens=options["seqused_k"],
             qkv_dtype=q.dtype,
-            cu_seqlens_q=indices["cu_seqlens"],
-            page_size=case.page_size,
-            **lengths,
-            **choices,
-        )
-        call = partial(
-            interface.flash_attn_varlen_func,
-            q=q,
-            k=k,
-            v=v,
-            out=torch.empty(case.q_shape, dtype=getattr(torch, VIEWS[case.element_out][1]), device="cuda"),
-            cu_seqlens_q=indices["cu_seqlens"],
-            seqused_k=indices["seqused_k"],
-            block_table=indices["page_table"],
-            softmax_scale=case.head_dim**-0.5,
-            fa_version=3,
-            **lengths,
-            **choices,
+            page_size=options["k"].shape[1],
+            has_softcap=case.scores.softcap > 0,
+            **{name: options[name] for name in shared},
         )
         ahead = partial(call, scheduler_metadata=metadata)
         if is_repeatable(ahead, call().float()):
             return ahead
         return Noted(call, f"{case.name}: vllm is wrong when it is replayed with metadata, and is timed without")
 
-    version = metadata_version("vllm_flash_attn", "vllm")
-    return Peer("vllm", f"vllm_flash_attn {version}, torch {torch.__version__}", ("fp16", "bf16", FP8), make_launch)
+    version = f"vllm_flash_attn {metadata_version('vllm_flash_attn', 'vllm')}, torch {torch.__version__}"
+    return Peer("vllm", version, ("fp16", "bf16", FP8), make_launch, ("softcap", "s_aux"))
+
+
+def vllm_tensors(case: Case, q, k, v, out, indices: dict) -> dict:
+    """What vLLM's function takes of a case. Dense problems are packed ones to it; of decode K and V are pages, one
+    after the other in memory."""
+    import torch
+
+    def steps(length: int, number: int):
+        return torch.arange(0, length * number, length, dtype=torch.int32, device="cuda")
+
+    sinks = {"s_aux": indices["s_aux"]} if case.scores.s_aux else {}
+    tensors = {"q": q, "k": k, "v": v, "out": out} | sinks
+    if case.page_size:
+        lengths = {"cu_seqlens_q": indices["cu_seqlens"], "seqused_k": indices["seqused_k"]}
+        return tensors | lengths | {"block_table": indices["page_table"]}
+    if case.lengths:
+        return tensors | {"cu_seqlens_q": indices["cu_seqlens"], "cu_seqlens_k": indices["cu_seqlens"]}
+    batch = case.batch_size
+    starts = {"cu_seqlens_q": steps(case.seqlen_q, batch + 1)}
+    if not case.is_decode:
+        starts["cu_seqlens_k"] = steps(case.seqlen_k, batch + 1)
+        return starts | sinks | {name: tensors[name].flatten(0, 1) for name in ("q", "k", "v", "out")}
+    if case.seqlen_k % DECODE_PAGE:
+        raise PeerMissing(f"vllm decodes in pages of {DECODE_PAGE} tokens here")
+    pages = batch, case.seqlen_k // DECODE_PAGE
+    starts |= {name: tensors[name].flatten(0, 1) for name in ("q", "out")}
+    starts |= {name: tensors[name].flatten(0, 1).unflatten(0, (-1, DECODE_PAGE)) for name in ("k", "v")}
+    used = torch.full((batch,), case.seqlen_k, dtype=torch.int32, device="cuda")
+    return starts | sinks | {"seqused_k": used, "block_table": steps(1, pages[0] * pages[1]).view(pages)}
 
 
 def metadata_version(*packages: str) -> str:

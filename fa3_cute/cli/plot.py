@@ -152,4 +152,4 @@ def roof(ours: dict, is_memory: bool) -> float | None:
 
 def tick(case: dict) -> str:
     """A case under its bars."""
-    return f"d{case['head_dim']} h{case['heads']}\n{case['layout']}"
+    return "\n".join(filter(None, (f"d{case['head_dim']} h{case['heads']}", case["layout"], case.get("scores"))))

@@ -1,5 +1,5 @@
 """Renders results of `bench --json` as markdown: one section per file, one line per problem, the masks side by side,
-or warm and cold, or page sizes.
+or warm and cold, or page sizes; of the suite scores, a line per row.
 
 Prints it; with --plot, draws it instead; with --into, replaces what stands between these two lines of a document:
 
@@ -109,18 +109,20 @@ def section(results: dict, head_dims: list[int]) -> str:
     """Heading, table, conclusions and provenance of one file."""
     known = results["environment"]
     suite = SUITES[known["suite"]]
-    variants = list(dict.fromkeys(variant(row["case"]) for row in results["rows"]))
+    shown = suite.SHOWN
+    variant_of = variant if shown.has_variants else lambda case: ""
+    variants = list(dict.fromkeys(variant_of(row["case"]) for row in results["rows"]))
     problems: dict[tuple, dict] = {}
     for row in results["rows"]:
         case = row["case"]
         if case["head_dim"] in head_dims:
-            key = case["dtype"].upper(), case["head_dim"], case["heads"], case["layout"]
-            problems.setdefault(key, {})[variant(case)] = row["results"]
+            key = tuple(case[name].upper() if name == "dtype" else case[name] for _, name in shown.problem)
+            problems.setdefault(key, {})[variant_of(case)] = row["results"]
     peers = [(name, PEER_NAMES[name]) for name in known["peers"]]
-    headings = ["type", "head_dim", "heads", "sequences", *(heading for heading, _, _ in suite.SHOWN.markdown)]
-    headings += [heading for _, name in peers for heading in (f"{name} {suite.SHOWN.peer[0]}", f"{name} time / ours")]
+    headings = [heading for heading, *_ in (*shown.problem, *shown.markdown)]
+    headings += [heading for _, name in peers for heading in (f"{name} {shown.peer[0]}", f"{name} time / ours")]
     rows = [
-        [*key, *cells([by_variant.get(name, {}) for name in variants], [name for name, _ in peers], suite.SHOWN)]
+        [*key, *cells([by_variant.get(name, {}) for name in variants], [name for name, _ in peers], shown)]
         for key, by_variant in problems.items()
     ]
     table = markdown(headings, rows)
@@ -129,8 +131,7 @@ def section(results: dict, head_dims: list[int]) -> str:
         [
             f"### {suite.TITLE}",
             "",
-            f"In a cell: {' / '.join(variants)}.",
-            "",
+            *([f"In a cell: {' / '.join(variants)}.", ""] if shown.has_variants else []),
             table,
             "",
             *conclusions,

@@ -14,11 +14,22 @@ Column = tuple[str, int, Callable[[dict], str]]
 
 @dataclass(frozen=True)
 class Shown:
-    """The columns of our own result and the one of a peer's, which is printed under the peer's name."""
+    """The columns of our own result and the one of a peer's, which is printed under the peer's name.
+
+    problem    the columns of markdown that say which problem it was: (heading, name in the JSON of a case)
+    has_variants   whether a cell has what problems differ in besides, side by side
+    """
 
     printed: tuple[Column, ...]
     markdown: tuple[Column, ...]
     peer: Column
+    problem: tuple[tuple[str, str], ...] = (
+        ("type", "dtype"),
+        ("head_dim", "head_dim"),
+        ("heads", "heads"),
+        ("sequences", "layout"),
+    )
+    has_variants: bool = True
 
 
 def rate(result: dict) -> str:
@@ -39,6 +50,11 @@ def marked_microseconds(result: dict) -> str:
 
 def mark(result: dict) -> str:
     return "*" if result["host_bound"] else ""
+
+
+def of_first(result: dict) -> str:
+    """Of the rows that were timed together, the time over the first one's."""
+    return f"{result['of_first']:.3f}"
 
 
 def share(name: str) -> Callable[[dict], str]:
