@@ -246,6 +246,10 @@ def attention(
     attention_chunk=0,
     dropout_p=0.0,
     rng_state=None,
+    score_mod=None,
+    mask_mod=None,
+    mod_arrays=(),
+    mod_scalars=(),
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     seqused_k=None,
@@ -276,6 +280,8 @@ def attention(
                   uint8, False and 0 hide a key; or float16, bfloat16, float32, added to the scores. For dense q alone
     attention_chunk   keys of a chunk: queries see those of their own; 0: no chunks
     dropout_p     the probability to drop a weight, 0 <= p < 1; with rng_state, [2] uint64 or int64: seed, offset
+    score_mod, mask_mod   a ScoreMod and a MaskMod: functions of every score; mod_arrays and mod_scalars are what they
+                  read, as they declare it, the ScoreMod's first (docs/mods.md)
     cu_seqlens_*  [batch + 1] int32: packed sequences; cu_seqlens_q alone with a cache and seqused_k
     seqused_k     [batch] int32; beyond the rows that there are it is these, in pages and with packed queries
     page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k

@@ -8,10 +8,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..contract.params import AttentionMode, DataType, FlashAttentionParams, is_true
+from ..contract.params import ARGUMENTS, AttentionMode, DataType, FlashAttentionParams, is_true
 from ..contract.plain import plain
 from ..contract.status import FlashAttentionError, Problem, Status, error_for, shown
 from ..planning.operations import checked
+from .mods import mod_arrays, mod_fields, require_mod_arrays, set_mods
 from .scores import SCORE_DTYPES, SCORES, require_score_shapes, set_scores
 
 FP8 = "float8_e4m3fn"
@@ -28,6 +29,7 @@ LAYOUTS = {
     "pages": (4, "[num_pages, page_size, heads, head_dim] with page_table"),
 }
 ANY_ADDRESS = 16
+FIELDS = frozenset(ARGUMENTS)
 # The words of the rules, which speak of FlashAttentionParams, as attention() has them.
 _WORDS = (
     (r"\bis_causal\b", "causal"),
@@ -41,6 +43,7 @@ _WORDS = (
     (r"\b(s_aux|alibi_slopes|attn_mask)=\w+: no kernel", r"\1: no kernel"),
     (r"\brng_state=\w+: must be a device address", "rng_state=None: must be an array"),
     (r"\bp_dropout\b", "dropout_p"),
+    (r"\bmod_pointers=(None|\([^)]*\)): must be (\d+) device addresses", r"mod_arrays: must be \2 arrays"),
     (r"\b(attn_mask)_(batch|head|row)_stride=", r"\1's \2 stride="),
 )
 
@@ -65,6 +68,10 @@ class AttentionCall:
     attn_mask: Any
     attention_chunk: Any
     rng_state: Any
+    score_mod: Any
+    mask_mod: Any
+    mod_arrays: Any
+    mod_scalars: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     seqused_k: Any
@@ -122,6 +129,7 @@ class AttentionCall:
             "window_size_right": right,
             **self.numbers,
             "attention_chunk": self.attention_chunk,
+            **mod_fields(self),
             "num_splits": self.num_splits,
             "max_seqlen_q": self.max_seqlen_q,
             "zero_padding": self.zero_padding,
@@ -214,6 +222,8 @@ def attention_on_device(call: AttentionCall, forward):
     from . import dlpack
 
     arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS, *DESCALES)}
+    mod_fields(call)
+    arrays |= mod_arrays(call)
     for name, array in arrays.items():
         dlpack.require_on_device(name, array)
     with dlpack.on_device_of(call.stream) as (handle, device):
@@ -249,6 +259,7 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
     found = {name: tensor.shape for name, tensor in tensors.items()}
     call.require_dims(found)
     require_score_shapes(found, call.sizes(found))
+    require_mod_arrays(call, call.sizes(found), found, {name: tensor.dtype for name, tensor in tensors.items()})
     shapes = _shapes(call, found)
     dtypes = {"out": out_dtypes(element)} | SCORE_DTYPES | dict.fromkeys(INTEGERS, ("int32",))
     dtypes |= dict.fromkeys(DESCALES, ("float32",))
@@ -305,12 +316,15 @@ def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionP
         if name in DESCALES:
             _set_descale(params, name, tensor, call.batch(shapes))
             continue
+        if name not in FIELDS:  # what mods read
+            continue
         setattr(params, name, (q.address or ANY_ADDRESS) if tensor.is_empty else tensor.address)
         if name == "page_table" and tensor.shape[0] > 1:
             params.page_table_batch_stride = tensor.strides[0]
         elif name not in INTEGERS and name not in SCORES:
             _set_strides(params, name, tensor)
     set_scores(params, tensors)
+    set_mods(params, tensors, ANY_ADDRESS)
     return params
 
 

@@ -7,6 +7,7 @@ from ..contract.params import DataType, FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import contract_problems
 from ..contract.status import Status, error_for, shown
+from .mods import host_mods, mod_arrays, mod_fields, require_mod_arrays
 from .scores import SCORES, require_score_numbers, require_score_shapes
 from .call import ANY_ADDRESS, DESCALES, DEVICE_DTYPES, FP8, INTEGERS, AttentionCall, out_dtypes, refusal
 
@@ -19,6 +20,7 @@ def attention_on_host(call: AttentionCall):
     from ..contract.reference import attention_reference
 
     q, k, v, out = call.q, call.k, call.v, call.out
+    mod_fields(call)
     _require_numpy(call)
     if call.stream is not None:
         raise error_for(Status.INVALID_ARGUMENT, f"stream={shown(call.stream)}: must be None with NumPy arrays")
@@ -28,6 +30,7 @@ def attention_on_host(call: AttentionCall):
     out_dtype, wants_lse = _out_dtype(call, element), call.wants_lse
     options = {name: getattr(call, name) for name in (*SCORES, *INTEGERS, *DESCALES)}
     options |= {name: getattr(params, name) for name in (*call.numbers, "attention_chunk", "zero_padding")}
+    options |= host_mods(call)
     window_size = params.window_size_left, params.window_size_right
     try:
         exact, lse = attention_reference(q, k, v, causal=params.is_causal, window_size=window_size, **options)
@@ -50,6 +53,7 @@ def _require_numpy(call: AttentionCall) -> None:
 
     arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS)}
     arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
+    arrays |= mod_arrays(call)
     for name, array in arrays.items():
         kind = type(array)
         if isinstance(array, ma.MaskedArray):  # what its mask hides would be computed with
@@ -97,6 +101,8 @@ def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
     if found := contract_problems(params):
         raise refusal(found[0])
     require_score_shapes(shapes, call.sizes(shapes))
+    own = {name: array.shape for name, array in mod_arrays(call).items()}
+    require_mod_arrays(call, call.sizes(shapes), shapes | own, {})
     params = plain(params)
     if params.num_splits > 1:
         raise error_for(Status.FEATURE_UNSUPPORTED, f"num_splits={params.num_splits}: must be 0 or 1 with NumPy arrays")
