@@ -253,6 +253,13 @@ class FwdConfig(PackedFields, KernelConfig):
         return {1: (56, 256), 2: (40, 232), 3: (32, 160)}[min(self.num_consumer_wgs, 3)]
 
     @property
+    def steps(self) -> Steps:
+        """Packed heads of three warpgroups have too few registers for more, and of a small window one K/V tile or two,
+        with little to overlap."""
+        is_serial = self.packs_heads and self.num_consumer_wgs == 3
+        return Steps.SERIAL if is_serial else super().steps
+
+    @property
     def values(self) -> Values:
         """In what form PV reads V. Where warps transpose it, warp 1 schedules as well as stores."""
         return Values.TRANSPOSED_BY_WARPS if self.is_fp8 else Values.AS_STORED
@@ -261,7 +268,7 @@ class FwdConfig(PackedFields, KernelConfig):
     def skips_per_warpgroup(self) -> bool:
         """A warpgroup leaves out the K/V tiles that only other warpgroups' rows see. With ping-pong all take the same
         number of turns."""
-        return self.steps is Steps.SERIAL and not self.use_pingpong
+        return self.steps is Steps.SERIAL and not self.use_pingpong and not self.packs_heads
 
     @property
     def output(self) -> Output:

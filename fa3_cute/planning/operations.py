@@ -21,7 +21,7 @@ from .problem import Chosen, ProblemShape, chosen_by
 from .ragged import is_ragged, kernels_of, ragged_plan_of
 from .score_features import features_of
 from .splits import is_windowed, plan_of
-from .tables import DENSE, KeySource, decode_config, forward_config, forward_row, packed_config
+from .tables import DENSE, KeySource, decode_config, forward_config, forward_row, packed_config, packed_row
 
 Config = FwdConfig | DecodeConfig
 MAX_CHOICES = 512  # that are remembered; the next ones start anew
@@ -113,9 +113,11 @@ def _forward(
 
 
 def _forward_launch(cfg: FwdConfig) -> Launch:
-    return Launch(
-        cfg, forward_row(cfg.dtype, cfg.head_dim, cfg.mask, cfg.packed_heads, cfg.takes_registers).reason, "tile_counter"
-    )
+    if cfg.packs_heads:
+        row = packed_row(cfg.head_dim, cfg.packed_heads, cfg.is_varlen)
+    else:
+        row = forward_row(cfg.dtype, cfg.head_dim, cfg.mask, cfg.takes_registers)
+    return Launch(cfg, row.reason, "tile_counter")
 
 
 def _decode_launch(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int = 0) -> Launch:

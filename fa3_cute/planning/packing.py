@@ -13,10 +13,17 @@ from .problem import ProblemShape
 from .score_features import FEATURES, features_of
 
 PACKED_HEADS = (8, 4, 2)  # of one KV head, that may share a tile
-# {head_dim: keys that a query sees, up to which packing is faster}: it is of 128 keys, not of 1024 (tables.PACKED), and
-# between them by the keys of the tiles that are visited: of (511, 0) 576 against 640 at head_dim 64, of (255, 0) 320
-# against 384 at 128.
-MOST_KEYS = {64: 512, 128: 256}
+PACKED_HEAD_DIMS = (64, 128)
+# {(head_dim, packed heads): keys that a query sees, up to which packing is faster}. Time with packed heads by time
+# without, of (127, 0), (255, 0), (383, 0), (511, 0); 8 KV heads, 2 x 8k tokens, BF16, H200, 2026-11-29.
+MOST_KEYS = {
+    (64, 8): 512,  # 0.63, 0.83, -, 0.92; of (1023, 0) 1.02 with the tile of two warpgroups
+    (64, 4): 256,  # 0.76, 0.96, 1.01, -
+    (64, 2): 128,  # 0.87, 1.09, 1.18, -
+    (128, 8): 512,  # 0.77, 0.87, 0.92, 0.94
+    (128, 4): 384,  # 0.81, 0.92, 0.97, 1.01
+    (128, 2): 128,  # 0.89, 1.08, 0.99, -
+}
 # Features that know keys by their distance from the diagonal. The others ask for their places in the sequence, and K/V
 # tiles of packed heads do not count from its first key. Softcap is not packed: it spills (56 bytes at head_dim 64 with
 # 128x160).
@@ -76,15 +83,15 @@ def packed_heads_of_window(shape: ProblemShape) -> int:
     """
     if shape.mask != "local" or shape.pack_gqa is False or not is_packable(shape):
         return 1
-    if not shape.pack_gqa and shape.window_left + shape.window_right >= MOST_KEYS[shape.head_dim]:
-        return 1
     group = shape.num_heads // shape.num_heads_k
-    return next((heads for heads in PACKED_HEADS if group % heads == 0), 1)
+    heads = next((heads for heads in PACKED_HEADS if group % heads == 0), 1)
+    is_small = shape.window_left + shape.window_right < MOST_KEYS.get((shape.head_dim, heads), 0)
+    return heads if is_small or shape.pack_gqa else 1
 
 
 def is_packable(shape: ProblemShape) -> bool:
     """Whether there are kernels for it: of 16-bit elements in and out, of keys that lie as the queries do. Those in a
     cache have the bits of the same keys in pages, whose tiles start at multiples of a box."""
     is_16_bit = ELEMENT_BYTES[shape.dtype] == 2 and shape.out_dtype is None
-    has_row = is_16_bit and shape.head_dim in MOST_KEYS and not is_apart(shape)
+    has_row = is_16_bit and shape.head_dim in PACKED_HEAD_DIMS and not is_apart(shape)
     return has_row and PACKED_FEATURES.issuperset(field for field, _ in features_of(shape))

@@ -113,28 +113,32 @@ FORWARD = {
 }
 
 # {(head_dim, packed_heads)} of small windows whose heads are packed (packing.py), in 16 bit: the largest of the numbers
-# of heads that divides num_heads / num_heads_k. tile_n is the span of (127, 0): tile_m / packed_heads + 127 keys.
-PACKED_SPAN = "not measured; one tile, or two, span the keys that a tile's rows see of (127, 0)"
+# of heads that divides num_heads / num_heads_k. One tile of K and V, or two, span the keys that a tile's rows see of
+# (127, 0): tile_m / packed_heads + 127. Reasons: microseconds of it and without packed heads; 8 KV heads, 2 x
+# 8k tokens, BF16, H200, 2026-11-29.
 PACKED = {
     (64, 8): Row(
-        128,
-        144,
-        2,
-        "162.9 us of (127, 0), 64:8 heads, 2 x 8k, where 128x128 without packed heads takes 242.1; 3 or 4 stages 162, "
-        "without ping-pong 165, 128x160 170; K/V tiles from multiples of tile_n on 246; of (1023, 0) 674 and 647",
-    ),
-    (64, 4): Row(128, 160, 2, PACKED_SPAN),
-    (64, 2): Row(128, 192, 2, PACKED_SPAN),
-    (128, 8): Row(128, 144, 2, PACKED_SPAN),
-    (128, 4): Row(
-        128,
+        192,
         160,
         2,
-        "127.1 us of (127, 0), 32:8 heads, 2 x 8k, where 128x128 without packed heads takes 155.2; of (1023, 0) 479 "
-        "and 476",
+        "154 of 246, with serial steps; 3 K/V stages 154; 128x144 171, with 3 stages 167, without ping-pong 168, with "
+        "serial steps 173; one Q stage 225",
+        use_pingpong=False,
     ),
-    (128, 2): Row(128, 96, 2, PACKED_SPAN),
+    (64, 4): Row(128, 160, 2, "96 of 127"),
+    (64, 2): Row(128, 192, 2, "59 of 68"),
+    (128, 8): Row(128, 144, 2, "220 of 288"),
+    (128, 4): Row(128, 160, 2, "138 of 170"),
+    (128, 2): Row(128, 96, 2, "80 of 89"),
 }
+# Those among them that have a row of their own with lengths on the device.
+PACKED_VARLEN = {(64, 8): Row(128, 144, 2, "171 of 246 without lengths; 192x160 spills 8 bytes")}
+
+
+def packed_row(head_dim: int, packed_heads: int, is_varlen: bool) -> Row:
+    """The row that serves packed heads."""
+    key = head_dim, packed_heads
+    return is_varlen and PACKED_VARLEN.get(key) or PACKED[key]
 
 
 class KeySource(NamedTuple):
@@ -157,11 +161,8 @@ DENSE = KeySource()  # and packed K and V with packed Q
 DTYPES = (("fp16", None), ("bf16", None), *((FP8, out) for out in FP8_OUT_DTYPES))
 
 
-def forward_row(dtype: str, head_dim: int, mask: str, packed_heads: int = 1, takes_registers: bool = False) -> Row:
-    """The row of FORWARD that serves a problem, or of PACKED. With mods that of windows: a function that reads arrays
-    spills with larger tiles."""
-    if packed_heads > 1:
-        return PACKED[head_dim, packed_heads]
+def forward_row(dtype: str, head_dim: int, mask: str, takes_registers: bool = False) -> Row:
+    """The row of FORWARD that serves a problem; of what takes registers that of windows: larger tiles spill."""
     return FORWARD[ELEMENT_BYTES[dtype], head_dim, "local" if takes_registers else mask]
 
 
@@ -210,7 +211,7 @@ def forward_config(
 @cache
 def packed_config(cfg: FwdConfig, packed_heads: int) -> FwdConfig:
     """The config that serves the window that cfg, of `forward_config`, serves without packed heads."""
-    fields = asdict(PACKED[cfg.head_dim, packed_heads])
+    fields = asdict(packed_row(cfg.head_dim, packed_heads, cfg.is_varlen))
     del fields["reason"]
     return interned(replace(cfg, packed_heads=packed_heads, **fields))
 

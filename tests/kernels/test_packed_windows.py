@@ -85,7 +85,7 @@ def test_a_window_of_128_keys_takes_the_tiles_that_it_needs(cfg):
     window, length = Window(127, 0), 4096
     counts = {check(cfg, window, length, length, tile)[0] for tile in tiles_of(cfg, window, length, length)}
     span = cfg.queries_per_tile + 127
-    assert max(counts) == -(-span // cfg.tile_n) and max(counts) * cfg.tile_n - span <= 1
+    assert max(counts) == -(-span // cfg.tile_n) and max(counts) * cfg.tile_n - span < 16
 
 
 def test_other_tiles_keep_the_sequence_s_first_key():

@@ -10,10 +10,10 @@ from fa3_cute import DataType, explain
 from fa3_cute.contract.params import NUMBERS
 from fa3_cute.contract.plain import plain
 from fa3_cute.planning.operations import operation_of
-from fa3_cute.planning.packing import MOST_KEYS, PACKED_HEADS, packed_heads_of_window
+from fa3_cute.planning.packing import MOST_KEYS, PACKED_HEAD_DIMS, PACKED_HEADS, packed_heads_of_window
 from fa3_cute.planning.problem import ProblemShape
 from fa3_cute.planning.selections import packed_configs
-from fa3_cute.planning.tables import FORWARD, PACKED as ROWS, forward_config, packed_config
+from fa3_cute.planning.tables import FORWARD, PACKED as ROWS, forward_config, packed_config, packed_row
 
 # All calls have 16 heads over 4, of 64: an M tile of the decode kernel holds 16 queries.
 WINDOW = {"window_size_left": 127, "window_size_right": 0, "head_dim": 64}
@@ -37,11 +37,13 @@ SERVED = {
     "with LSE": (replace(SMALL, softmax_lse=A), [4]),
     "FP16, head_dim 128": (replace(SMALL, dtype=DataType.FP16, head_dim=128), [4]),
     "both sides": (replace(SMALL, window_size_left=64, window_size_right=64), [4]),
-    "as wide as it is good for": (replace(SMALL, window_size_left=511), [4]),
-    "wider": (replace(SMALL, window_size_left=512), [1]),
-    "wider, to both sides": (replace(SMALL, window_size_left=256, window_size_right=256), [1]),
-    "head_dim 128, as wide": (replace(SMALL, head_dim=128, window_size_left=255), [4]),
-    "head_dim 128, wider": (replace(SMALL, head_dim=128, window_size_left=256), [1]),
+    "as wide as it is good for": (replace(SMALL, window_size_left=255), [4]),
+    "wider": (replace(SMALL, window_size_left=256), [1]),
+    "wider, to both sides": (replace(SMALL, window_size_left=128, window_size_right=128), [1]),
+    "more heads, as wide": (replace(SMALL, num_heads_k=2, window_size_left=511), [8]),
+    "more heads, wider": (replace(SMALL, num_heads_k=2, window_size_left=512), [1]),
+    "head_dim 128, as wide": (replace(SMALL, head_dim=128, window_size_left=383), [4]),
+    "head_dim 128, wider": (replace(SMALL, head_dim=128, window_size_left=384), [1]),
     "one side": (replace(SMALL, window_size_left=-1, window_size_right=3), [1]),
     "no window": (replace(SMALL, window_size_left=-1, window_size_right=-1), [1]),
     "a causal mask": (replace(SMALL, window_size_left=-1), [1]),
@@ -119,10 +121,11 @@ def test_sinks_and_slopes_are_packed():
 
 
 def test_a_config_for_each_number_of_heads():
-    assert set(ROWS) == {(head_dim, heads) for head_dim in MOST_KEYS for heads in PACKED_HEADS}
+    assert set(ROWS) == {(head_dim, heads) for head_dim in PACKED_HEAD_DIMS for heads in PACKED_HEADS} == set(MOST_KEYS)
     assert {(cfg.head_dim, cfg.packed_heads) for cfg in packed_configs()} == set(ROWS)
-    for (head_dim, heads), row in ROWS.items():
+    for head_dim, heads in ROWS:
         for is_varlen in (False, True):
+            row = packed_row(head_dim, heads, is_varlen)
             plain_one = forward_config("fp16", head_dim, "local", True, is_varlen)
             cfg = packed_config(plain_one, heads)
             assert (cfg.packed_heads, cfg.tile_m, cfg.tile_n, cfg.num_kv_stages) == (

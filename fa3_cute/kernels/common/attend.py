@@ -29,7 +29,6 @@ from .row_end import Sinks, end_rows, end_rows_without_keys
 from .score_mask import RowMask
 from .scores import RowFactors, ScoreTransform
 from .softmax import OnlineSoftmax, Scores, by_head
-from .tiles import Tile
 from .transpose import transpose_in_place
 from .visibility import Mask
 from .wgmma import Mmas, in_flight, issue_gemm
@@ -61,8 +60,8 @@ class Attend:
 
     @cute.jit
     def start_tile(self, descales: Optional[Descales], mask: Mask, packed_heads: Int32 | int = 1):
-        """Read what the tile's scores and values are to be multiplied with, FP8's descales, and ALiBi's slopes; find the
-        rows of attn_mask, and the rows' heads for dropout."""
+        """Read what the tile's scores and values are to be multiplied with, FP8's descales, and ALiBi's slopes; find
+        the rows of attn_mask, and the rows' heads for dropout."""
         tile = mask.tile
         if const_expr(self.cfg.is_fp8):
             self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)

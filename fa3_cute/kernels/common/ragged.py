@@ -64,8 +64,8 @@ class RaggedBatch:
 
     @cute.jit
     def place(self, sequence: Int32) -> tuple[Int32, Int32, Int32, Int32]:
-        """(offset_q, seqlen_q, offset_k, seqlen_k) in tokens; no queries of what this kernel does not serve. Padding has
-        -1 keys: not even a sink.
+        """(offset_q, seqlen_q, offset_k, seqlen_k) in tokens; no queries of what this kernel does not serve. Padding
+        has -1 keys: not even a sink.
 
         All loads come before the first use of one: they are in flight together.
         """

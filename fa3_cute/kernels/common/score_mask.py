@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Constexpr, Float16, Float32, Int32, Int64, Uint8, const_expr
+from cutlass import BFloat16, Boolean, Constexpr, Float16, Float32, Int32, Int64, Uint8
 
 from ...planning.config import KernelConfig
 from .block_range import first_key

@@ -14,7 +14,7 @@ from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, const_expr
 
 from ...planning.config import KernelConfig
 from .arithmetic import LOG2_E
@@ -104,8 +104,8 @@ class ScoreTransform:
 
 
 def tanh(x: Float32) -> Float32:
-    """One instruction, tanh.approx.f32. The PTX ISA allows it a relative error of 2^-11; on H200 it is 1.1e-5 at most, 8e-6
-    of the softcap (2^20 arguments each of ten ranges from 1e-4 to 8, 2026-11-29). The other ways took longer: softcap
+    """One instruction, tanh.approx.f32. The PTX ISA allows it a relative error of 2^-11; on H200 it is 1.1e-5 at most,
+    8e-6 of the softcap (2^20 arguments each of ten ranges from 1e-4 to 8, 2026-11-29). Other ways take longer: softcap
     makes attention at head_dim 128 (causal, 4 x 4k) take 1.32 times as long, with two special functions 1.83 times,
     with a rational function on the FMA units 1.90 times."""
     return cute.math.tanh(x, approx=True)
