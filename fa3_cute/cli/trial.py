@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # Relative error (norm) of a right row on normal inputs, by the bytes of an element of Q: BF16 rounding of P and of O
 # leaves at most 4e-3, E4M3 rounding of P at most 4.4e-2 in the rows of the small problem.
 WRONG = {1: 8e-2, 2: 1e-2}
-# What the problem decides; every other field of a config is ours to set.
+# What the problem decides, as it does features; every other field of a config is ours to set.
 GIVEN_FIELDS = (
     *("dtype", "out_dtype", "head_dim", "is_causal", "is_local", "has_lse", "is_varlen"),
     *("is_ragged", "page_box", "box_is_wide"),
@@ -56,6 +56,7 @@ class Question:
 
     def config(self):
         """The config of the tables' row with the changes made. ValueError, in FwdConfig's words if it is illegal."""
+        from ..planning.score_features import FEATURES
         from ..planning.tables import decode_config, forward_config
 
         out_dtype = out_dtype_of(self.dtype, self.head_dim, self.out_dtype)
@@ -65,7 +66,7 @@ class Question:
             cfg = forward_config(
                 self.dtype, self.head_dim, self.mask, has_lse=False, is_varlen=False, out_dtype=out_dtype
             )
-        kinds = {field.name: field.type for field in fields(cfg) if field.name not in GIVEN_FIELDS}
+        kinds = {field.name: field.type for field in fields(cfg) if field.name not in (*GIVEN_FIELDS, *FEATURES)}
         return replace(cfg, **{name: value_of(name, text, kinds) for name, text in self.changes})
 
     def cases(self) -> list[Case]:
