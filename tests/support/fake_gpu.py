@@ -117,6 +117,10 @@ class FakeGpu:
             keys,
         )
 
+    def options_of(self, p):
+        """What else a call asks of the reference."""
+        return {}
+
     def forward(self, p, stream):
         self.stream.now += self.milliseconds
         if self.stream.is_capturing:
@@ -127,9 +131,8 @@ class FakeGpu:
         packing, rows = self.packing_of(p)
         q_shape, kv_shape = (*rows[0], p.num_heads, p.head_dim), (*rows[1], p.num_heads_k, p.head_dim)
         q, k, v = (self.read(pointer, shape) for pointer, shape in ((p.q, q_shape), (p.k, kv_shape), (p.v, kv_shape)))
-        exact, _ = attention_reference(
-            q, k, v, causal=p.is_causal, **packing, window_size=(p.window_size_left, p.window_size_right)
-        )
+        options = packing | {"causal": p.is_causal, "window_size": (p.window_size_left, p.window_size_right)}
+        exact, _ = attention_reference(q, k, v, **options, **self.options_of(p))
         out = to_bits(exact, "bf16").reshape(-1)
         out_bytes[: out.nbytes] = out.view(np.uint8)
         return Status.OK
