@@ -84,7 +84,7 @@ def _strides(p, arrays: int) -> Sentences:
 
 def _scalars(p, scalars: int) -> Sentences:
     given = p.mod_scalars or ()
-    if len(given) == scalars and all(type(value) in (int, float) and -MOST <= value <= MOST for value in given):
+    if len(given) == scalars and all(type(value) in (int, float) and abs(value) <= MOST for value in given):
         return ()
     return [must(p, "mod_scalars", f"{scalars} finite numbers, as many as the mods take")]
 

@@ -131,11 +131,13 @@ def _choice(name: str, value):
 def _object(name: str, value):
     if is_off(value):
         return None
-    if name.startswith("mod_") and isinstance(value, (list, tuple)):
-        return tuple(value)
+    if name in _ITEMS and isinstance(value, (list, tuple)):
+        return tuple([_ITEMS[name](name, item) for item in value])
     return value if type(value) in OBJECTS[name] else BAD
 
 
+_ITEMS: dict[str, Callable] = {"mod_pointers": _pointer, "mod_strides": _integer, "mod_scalars": _number}
+_PLAIN_ITEMS = frozenset((int, float))
 _READERS: dict[str, Callable] = {
     "pointer": _pointer,
     "size": _integer,
@@ -161,17 +163,23 @@ def _accepted(name: str) -> frozenset[type]:
 
 
 _ACCEPTED = tuple(map(_accepted, _FIELDS))
-_plain_types: set[tuple[type, ...]] = set()  # tuples that were found to be accepted: calls have few of them
+# Types of values that were found to be accepted, of which calls have few; and whether tuples are among them.
+_plain_types: dict[tuple[type, ...], bool] = {}
+
+
+def _have_plain_items(params: FlashAttentionParams) -> bool:
+    """Tuples hold plain numbers alone."""
+    return all(_PLAIN_ITEMS.issuperset(map(type, getattr(params, name) or ())) for name in _ITEMS)
 
 
 def plain(params: FlashAttentionParams, shape: tuple | None = None) -> FlashAttentionParams:
     """The params themselves if every value is plain, else a copy in which it is; shape is `read_shape(params)`."""
     values = (read_shape(params) if shape is None else shape) + _read_addresses(params)
     types = tuple(map(type, values))
-    if types in _plain_types:
-        return params
-    if all(kind in accepted for kind, accepted in zip(types, _ACCEPTED, strict=True)):
-        _plain_types.add(types)
+    has_tuples = _plain_types.get(types)
+    if has_tuples is None and all(kind in accepted for kind, accepted in zip(types, _ACCEPTED, strict=True)):
+        has_tuples = _plain_types[types] = tuple in types
+    if has_tuples is False or has_tuples and _have_plain_items(params):
         return params
     copy = Plain()
     copy.raw = params

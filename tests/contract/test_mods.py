@@ -13,9 +13,11 @@ from rule_calls import A, DENSE, PACKED, first_problem
 
 from fa3_cute import FlashAttentionParams, MaskMod, ScoreMod
 from fa3_cute.contract.mods import ModArray, registered, short_name
+from fa3_cute.contract.plain import plain
 from fa3_cute.contract.reference import attention_reference
 from fa3_cute.contract.status import Status
 from fa3_cute.planning.operations import problems
+from fa3_cute.planning.problem import ProblemShape
 
 SLOPE = 0.5
 ARGUMENTS = "score, batch, head, query, key, info, aux"
@@ -283,6 +285,35 @@ def test_bad_calls(change, words):
     assert all(word in problem.detail for word in words), problem.detail
 
 
+class Handle:
+    """A pointer object of a framework."""
+
+    def __init__(self, address: int):
+        self.address = address
+
+    def __int__(self) -> int:
+        return self.address
+
+
+def test_numbers_of_any_kind():
+    """As in other fields; what is kept for a repeated call are plain numbers."""
+    given = {
+        "mod_pointers": [Handle(A), np.uint64(A + 1), A + 4],
+        "mod_scalars": (np.float32(0.5), np.int8(3), 1),
+        "mod_strides": np.arange(6).tolist(),
+    }
+    params = replace(DENSE, **GOOD | given)
+    assert not problems(params) and plain(params) is not params
+    shape = ProblemShape.of(plain(params))
+    assert shape.mod_values[:12] == (A, A + 1, A + 4, 0, 0, 1, 2, 3, 4, 5, 0, 0)
+    assert shape.mod_values[12:16] == (0.5, 3.0, 1, 0)
+    assert {*map(type, shape.mod_values)} <= {int, float}
+    good = replace(DENSE, **GOOD)
+    assert plain(good) is good
+    with_handle = replace(DENSE, **GOOD | {"mod_pointers": (Handle(A), A, A)})
+    assert plain(with_handle) is not with_handle and not problems(with_handle)
+
+
 def test_arguments_of_no_mod():
     for change in ({"mod_pointers": (A,)}, {"mod_scalars": (1.0,)}, {"mod_strides": (1, 1)}):
         assert first_problem(replace(DENSE, **change)).status is Status.INVALID_ARGUMENT, change
@@ -327,9 +358,6 @@ def test_mods_are_what_the_reference_computes():
 
 
 def test_the_table_of_strides_goes_to_the_shape():
-    from fa3_cute.contract.plain import plain
-    from fa3_cute.planning.problem import ProblemShape
-
     shape = ProblemShape.of(plain(replace(DENSE, **GOOD)))
     strides = (32, 0, 0, 0, DENSE.seqlen_k, 0, 0, 0)
     assert shape.mod_values == (A, A + 1, A + 4, 0, *strides, 1, 2.0, -3.5, 0, *[0] * 8)
