@@ -45,6 +45,7 @@ class KernelConfig(KeySourceFields, ScoreFields):
     splits_keys = False  # several CTAs may share the keys of a row
     takes_max_of_bits = False  # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
     uses_setmaxnreg = False
+    stages_mask = False
 
     if TYPE_CHECKING:  # what the configs of both kernels have: fields, rules, rings and roles
 
@@ -296,9 +297,26 @@ class FwdConfig(PackedFields, KernelConfig):
             Role("consume", range(first, first + self.num_consumer_warps), consumer),
         )
 
+    @property
+    def stages_mask(self) -> bool:
+        """attn_mask passes through shared memory: of 16-bit elements, where there is room; each K/V tile is followed
+        by the one before it, which block lists do not promise."""
+        return self.has_bias and self.attn_mask != "fp32" and not self.is_fp8 and not self.has_block_lists
+
+    @property
+    def mask_row_bytes(self) -> int:
+        """Between the rows of a staged attn_mask (kernels/common/staged_mask.py)."""
+        return 2 * self.tile_n + 16
+
+    @property
+    def mask_slot_bytes(self) -> int:
+        """A warp's rows of a staged attn_mask."""
+        return 16 * self.mask_row_bytes
+
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
-        """In the order of their slots in shared memory. One lane of a warp arrives where warps are counted."""
+        """In the order of their slots in shared memory. One lane of a warp arrives where warps are counted; a staged
+        attn_mask has no mbarriers, for each warp fills its own."""
         has_own, warps = self.output is Output.OWN_SLOT, self.num_consumer_warps
         producers = sum(len(role.warps) for role in self.roles if role.name not in ("schedule", "consume"))
         o = Ring("o", self.num_o_slots, self.o_slot_bytes if has_own else 0, WARP * warps, 1, "O")
@@ -310,6 +328,7 @@ class FwdConfig(PackedFields, KernelConfig):
             Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, warps, "K"),
             Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, v_readers, "V"),
             *[vt] * self.values.has_ring,
+            *[Ring("mask", warps, self.mask_slot_bytes, 0, 0, "attn_mask")] * self.stages_mask,
             # Each slot more commits the CTA one tile earlier: 2 slots lose 2-5 % on causal tiles.
             Ring("tiles", 1, 0, WARP, WARP * (producers + warps)),
         )

@@ -53,24 +53,24 @@ DECODE = {
 RAGGED_DECODE = {
     (1, 96, True): DecodeRow(128, 8, 1, 1.0, "with two CTAs per SM it spills 16 bytes, over pages 24; not measured"),
 }
-# {(bytes per element, head_dim)} with mods: a CTA has all registers of an SM, or a function that reads arrays spills.
-# Not measured; microseconds per tile as without mods.
-MOD_DECODE = {
-    (2, 64): DecodeRow(64, 8, 1, 0.45, "registers for mods"),
-    (2, 96): DecodeRow(64, 8, 1, 0.45, "registers for mods"),
-    (2, 128): DecodeRow(64, 6, 1, 0.55, "registers for mods"),
-    (1, 64): DecodeRow(64, 16, 1, 0.5, "registers for mods"),
-    (1, 96): DecodeRow(128, 8, 1, 1.0, "registers for mods; 64 keys are not divisible among the warps that transpose"),
-    (1, 128): DecodeRow(64, 12, 1, 0.6, "registers for mods"),
+# {(bytes per element, head_dim)} of what takes registers (score_features.HEAVY): a CTA has all those of an SM, or it
+# spills. Not measured; microseconds per tile as of DECODE.
+HEAVY_DECODE = {
+    (2, 64): DecodeRow(64, 8, 1, 0.45, "registers"),
+    (2, 96): DecodeRow(64, 8, 1, 0.45, "registers"),
+    (2, 128): DecodeRow(64, 6, 1, 0.55, "registers"),
+    (1, 64): DecodeRow(64, 16, 1, 0.5, "registers"),
+    (1, 96): DecodeRow(128, 8, 1, 1.0, "registers; 64 keys are not divisible among the warps that transpose"),
+    (1, 128): DecodeRow(64, 12, 1, 0.6, "registers"),
 }
 
 
 @cache
 def decode_row(
-    dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False, has_mods: bool = False
+    dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False, takes_registers: bool = False
 ) -> DecodeRow:
-    """The row of DECODE that serves a problem, or that of RAGGED_DECODE or MOD_DECODE."""
+    """The row of DECODE that serves a problem, or that of RAGGED_DECODE or HEAVY_DECODE."""
     key = ELEMENT_BYTES[dtype], head_dim
-    if has_mods:
-        return MOD_DECODE.get(key, DECODE[key])
+    if takes_registers:
+        return HEAVY_DECODE.get(key, DECODE[key])
     return is_ragged and RAGGED_DECODE.get((*key, is_local)) or DECODE[key]

@@ -122,7 +122,7 @@ def _forward_launch(cfg: FwdConfig) -> Launch:
 
 def _decode_launch(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int = 0) -> Launch:
     plan = ragged_plan_of(cfg, shape, decode_queries) if cfg.is_ragged else plan_of(cfg, shape)
-    row = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.has_mods)
+    row = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers)
     return Launch(cfg, row.reason, "splits" if plan.partial_bytes else "none", plan)
 
 

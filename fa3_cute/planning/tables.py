@@ -9,7 +9,7 @@ from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import DECODE, decode_row
 from .key_source import PAGE_BOXES
-from .score_features import NO_FEATURES, Features, has_mods, take_registers
+from .score_features import NO_FEATURES, Features, take_registers
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ def forward_config(
 ) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
     row = forward_row(dtype, head_dim, mask, takes_registers=take_registers(features))
+    tile_n = row.tile_n // 2 if ("attn_mask", "fp32") in features else row.tile_n  # its registers are as many as S's
     return interned(
         FwdConfig(
             dtype,
@@ -194,7 +195,7 @@ def forward_config(
             mask == "causal",
             has_lse,
             row.tile_m,
-            row.tile_n,
+            tile_n,
             row.num_q_stages,
             row.num_kv_stages,
             row.use_pingpong,
@@ -202,7 +203,7 @@ def forward_config(
             mask == "local",
             is_varlen,
             out_dtype,
-            **source.fields(row.tile_n),
+            **source.fields(tile_n),
             **dict(features),
         )
     )
@@ -238,7 +239,7 @@ def decode_config(
     source: KeySource = DENSE,
 ) -> DecodeConfig:
     """The config that serves a decode problem."""
-    row = decode_row(dtype, head_dim, is_local, source.is_ragged, has_mods(features))
+    row = decode_row(dtype, head_dim, is_local, source.is_ragged, take_registers(features))
     return interned(
         DecodeConfig(
             dtype,

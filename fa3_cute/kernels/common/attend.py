@@ -29,6 +29,7 @@ from .row_end import Sinks, end_rows, end_rows_without_keys
 from .score_mask import RowMask
 from .scores import RowFactors, ScoreTransform
 from .softmax import OnlineSoftmax, Scores, by_head
+from .staged_mask import StagedMask
 from .transpose import transpose_in_place
 from .visibility import Mask
 from .wgmma import Mmas, in_flight, issue_gemm
@@ -55,7 +56,7 @@ class Attend:
     value_factor: Optional[Float32]
     factors: Optional[RowFactors]
     dropout: Optional[RowDropout]
-    row_mask: Optional[RowMask]
+    row_mask: Optional[RowMask | StagedMask]
     mods: Optional[RowMods]
 
     @cute.jit
@@ -99,6 +100,8 @@ class Attend:
     @cute.jit
     def first_qk(self, mask: Mask, n_block: Int32):
         """S[last] alone, there is no P to overlap with yet. P = exp(S), O = 0."""
+        if const_expr(self.cfg.stages_mask):
+            self.row_mask.start(mask.tile, n_block)
         acc_S, ahead = self.qk_alone(mask, n_block)
         self.transform(acc_S, mask, n_block, ahead, is_masked=True)
         mask.apply(acc_S, n_block)
@@ -149,14 +152,19 @@ class Attend:
 
     def fetch(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32) -> Optional[cute.Tensor]:
         """What attn_mask has for one K/V tile, in flight; None without."""
-        return self.row_mask.fetch(acc_S, mask.place(n_block), n_block) if self.cfg.attn_mask else None
+        is_fetched = self.cfg.attn_mask and not self.cfg.stages_mask
+        return self.row_mask.fetch(acc_S, mask.place(n_block), n_block) if is_fetched else None
 
     def transform(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32, ahead: Optional[cute.Tensor], is_masked: bool):
         """Scores of one K/V tile, before the mask that follows from lengths and the window.
 
         is_masked   some row does not see every key; only block lists say so of a MaskMod
         """
+        if self.cfg.stages_mask:
+            ahead = self.row_mask.take()
         self.scores.apply(self.cfg, acc_S, mask.place(n_block), self.factors, ahead if self.cfg.has_bias else None)
+        if self.cfg.stages_mask:
+            self.row_mask.bring(mask.tile, n_block - 1)
         if self.cfg.has_mods:
             self.mods.apply(acc_S, mask.place(n_block), is_masked or not self.cfg.has_block_lists)
         if self.cfg.attn_mask and not self.cfg.has_bias:
@@ -264,7 +272,9 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
     if cfg.transforms_scores:
         scale = by_head(cfg, num_rows, scores.scale) if cfg.is_fp8 else scores.scale
         factors = RowFactors(scale, by_head(cfg, num_rows, Float32(0.0)) if cfg.has_alibi else None)
-    if cfg.attn_mask:
+    if cfg.stages_mask:
+        row_mask = StagedMask.create(cfg, scores.mask, smem.sMask, wg_idx)
+    elif cfg.attn_mask:
         row_mask = RowMask(cfg, cute.make_rmem_tensor(num_rows, Int64), scores.mask.is_paired)
     return Attend(
         cfg, mmas,

@@ -10,12 +10,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Constexpr, Float16, Float32, Int32, Int64, Uint8, const_expr
 
-from ...contract.mods import ELEMENTS, MAX_POINTERS, MAX_SCALARS, SIZES, STRIDES_PER_POINTER, Mod, registered
+from ...contract.mods import ELEMENTS, STRIDES_PER_POINTER, Mod, registered
 from ...planning.config import KernelConfig
 from .arithmetic import maximum, minimum
 from .layout import as_rows_cols, col_offset, unhoisted
 from .tiles import Place
 
+GROUP = int(__import__('os').environ.get('GROUP','8'))
+MAX_DIMS = STRIDES_PER_POINTER + 1
 POINTED = {"uint8": Uint8, "int32": Int32, "float16": Float16, "bfloat16": BFloat16, "float32": Float32}
 
 
@@ -28,40 +30,41 @@ class Info:
 
 @dataclass(frozen=True)
 class ModArguments:
-    """What the mods of a call read: their arrays and scalars one after the other, the ScoreMod's first.
+    """What the mods of a call read: arrays and scalars one after the other, the ScoreMod's first.
 
-    sizes   of the call, in the order of SIZES
+    strides   in bytes, of all dimensions but the last, STRIDES_PER_POINTER of each array
+    last      index in each dimension, MAX_DIMS of each array
     """
     addresses: tuple[Int64, ...]
     strides: tuple[Int64, ...]
+    last: tuple[Int32, ...]
     scalars: tuple[Float32, ...]
-    sizes: tuple[Int32, ...]
 
     @staticmethod
-    def create(a) -> "ModArguments":
-        """From a kernel's arguments, on the host."""
+    def create(cfg: KernelConfig, a) -> "ModArguments":
+        """From a kernel's arguments, on the host: the main loop takes these as they are, from constant memory."""
+        arrays = [array for mod in mods_of(cfg) for array in mod.pointers]
+        given = [getattr(a, f"mod_stride_{i}") for i in range(STRIDES_PER_POINTER * len(arrays))]
+        extents = [extent for array in arrays for extent in (*array.shape, *[1] * (MAX_DIMS - len(array.shape)))]
         return ModArguments(
-            tuple(getattr(a, f"mod_pointer_{i}") for i in range(MAX_POINTERS)),
-            tuple(getattr(a, f"mod_stride_{i}") for i in range(MAX_POINTERS * STRIDES_PER_POINTER)),
-            tuple(getattr(a, f"mod_scalar_{i}") for i in range(MAX_SCALARS)),
-            tuple(getattr(a, name) for name in SIZES))
+            tuple(getattr(a, f"mod_pointer_{i}") for i in range(len(arrays))),
+            tuple(stride * ELEMENTS[arrays[i // STRIDES_PER_POINTER].element] for i, stride in enumerate(given)),
+            tuple(Int32(getattr(a, extent) if isinstance(extent, str) else extent) - 1 for extent in extents),
+            tuple(getattr(a, f"mod_scalar_{i}") for i in range(sum(mod.scalars for mod in mods_of(cfg)))))
 
     def start(self, cfg: KernelConfig, num_rows: int) -> "RowMods":
         """Of a thread with so many rows; heads are to be filled in."""
         return RowMods(cfg, self, cute.make_rmem_tensor(num_rows, Int32) if cfg.packs_heads else None)
 
-    def bound(self, cfg: KernelConfig) -> "BoundMods":
-        """The mods of a config with what each reads."""
-        score_mod = registered(cfg.score_mod) if cfg.score_mod else None
-        mask_mod = registered(cfg.mask_mod) if cfg.mask_mod else None
-        taken = (len(score_mod.pointers), score_mod.scalars) if score_mod else (0, 0)
-        return BoundMods(score_mod, self.aux(score_mod) if score_mod else None,
-                         mask_mod, self.aux(mask_mod, *taken) if mask_mod else None)
-
     def aux(self, mod: Mod, pointers: int = 0, scalars: int = 0) -> "Aux":
         """Of a mod that comes after so many pointers and scalars of the other."""
-        strides = self.strides[STRIDES_PER_POINTER * pointers:]
-        return Aux(mod, self.addresses[pointers:], strides, self.scalars[scalars:][:mod.scalars], self.sizes)
+        return Aux(mod, self.addresses[pointers:], self.strides[STRIDES_PER_POINTER * pointers:],
+                   self.last[MAX_DIMS * pointers:], self.scalars[scalars:][:mod.scalars])
+
+
+def mods_of(cfg: KernelConfig) -> list[Mod]:
+    """The mods of a config, in the order in which they take what is given."""
+    return [registered(name) for name in (cfg.score_mod, cfg.mask_mod) if name]
 
 
 @dataclass(frozen=True)
@@ -70,40 +73,21 @@ class Aux:
     mod: Constexpr[Mod]
     addresses: tuple[Int64, ...]
     strides: tuple[Int64, ...]
+    last: tuple[Int32, ...]
     scalars: tuple[Float32, ...]
-    sizes: tuple[Int32, ...]
 
     def load(self, i: int, *index) -> Float32 | Int32:
         """An element of the i-th array; an index beyond the array is taken to its end."""
         element, shape = self.mod.pointers[i]
         if len(index) != len(shape):
             raise ValueError(f"{self.mod.kind} {self.mod.name} gives {len(index)} indices to array {i} of {len(shape)}")
-        own = self.strides[STRIDES_PER_POINTER * i:][:len(shape) - 1]
-        address, width = self.addresses[i], ELEMENTS[element]
-        for at, extent, stride in zip(index, shape, (*own, 1), strict=True):
-            end = self.sizes[SIZES.index(extent)] if isinstance(extent, str) else extent
-            place = maximum(minimum(Int32(at), Int32(end - 1)), Int32(0))
-            address = address + Int64(place) * (stride * width)
-        ptr = cute.make_ptr(POINTED[element], address, cute.AddressSpace.gmem, assumed_align=width)
+        strides = (*self.strides[STRIDES_PER_POINTER * i:][:len(shape) - 1], ELEMENTS[element])
+        address = self.addresses[i]
+        for at, last, stride in zip(index, self.last[MAX_DIMS * i:], strides):
+            address = address + Int64(maximum(minimum(Int32(at), last), Int32(0))) * stride
+        ptr = cute.make_ptr(POINTED[element], address, cute.AddressSpace.gmem, assumed_align=ELEMENTS[element])
         value = cute.make_tensor(ptr, cute.make_layout(1))[0]
         return value.to(Int32 if element in ("uint8", "int32") else Float32)
-
-
-@dataclass(frozen=True)
-class BoundMods:
-    """The mods of a config, None where there is none, with their `aux`."""
-    score_mod: Constexpr[Optional[Mod]]
-    score_aux: Optional[Aux]
-    mask_mod: Constexpr[Optional[Mod]]
-    mask_aux: Optional[Aux]
-
-    def scored(self, score: Float32, *place) -> Float32:
-        """What the ScoreMod makes of a score."""
-        return Float32(self.score_mod.fn(score, *place, self.score_aux))
-
-    def masked(self, score: Float32, *place) -> Float32:
-        """The score, or -inf where the MaskMod says that it does not count."""
-        return cutlass.select_(Boolean(self.mask_mod.fn(*place, self.mask_aux)), score, Float32(-Float32.inf))
 
 
 @dataclass(frozen=True)
@@ -124,13 +108,29 @@ class RowMods:
         heads = [unhoisted(tile.head)] * len(queries)
         if const_expr(self.cfg.packs_heads):
             heads = [unhoisted(self.heads[r]) for r in range(len(queries))]
-        mods, info = self.arguments.bound(self.cfg), Info(tile.seqlen_q, tile.seqlen_k)
+        info, taken = Info(tile.seqlen_q, tile.seqlen_k), (0, 0)
         # One function after the other and column by column: what is read of a key is read for both rows, and not kept.
         if const_expr(self.cfg.score_mod):
+            mod = registered(self.cfg.score_mod)
+            aux, taken = self.arguments.aux(mod), (len(mod.pointers), mod.scalars)
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
                 for r in cutlass.range_constexpr(len(queries)):
-                    S[r, c] = mods.scored(S[r, c], batch, heads[r], queries[r], first_key + col_offset(c), info)
+                    key = first_key + col_offset(c)
+                    S[r, c] = Float32(mod.fn(S[r, c], batch, heads[r], queries[r], key, info, aux))
+                if const_expr(mod.pointers != () and c % GROUP == GROUP - 1):
+                    first_key = after(first_key, S[1, c])
         if const_expr(self.cfg.mask_mod != "" and is_masked):
+            mod = registered(self.cfg.mask_mod)
+            aux = self.arguments.aux(mod, *taken)
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
                 for r in cutlass.range_constexpr(len(queries)):
-                    S[r, c] = mods.masked(S[r, c], batch, heads[r], queries[r], first_key + col_offset(c), info)
+                    counts = Boolean(mod.fn(batch, heads[r], queries[r], first_key + col_offset(c), info, aux))
+                    S[r, c] = cutlass.select_(counts, S[r, c], Float32(-Float32.inf))
+
+
+def after(value: Int32, score: Float32) -> Int32:
+    """The value, once a score is known: what is read by it is not read earlier, into registers that are in use.
+
+    By a shuffle from the lane itself, whose number's upper bits, which do not count, are the score's.
+    """
+    return cute.arch.shuffle_sync(value, score.bitcast(Int32) & -32 | cute.arch.lane_idx())

@@ -22,21 +22,22 @@ MASK_TYPES = {"bool": Uint8, "fp16": Float16, "bf16": BFloat16, "fp32": Float32}
 class ScoreMask:
     """(batch, head, query, key) of a launch; strides in elements.
 
-    is_paired   every row starts at a multiple of two elements
+    is_paired, is_aligned   every row starts at a multiple of two elements, of 16 bytes
     """
     address: Int64
     batch_stride: Int64
     head_stride: Int64
     row_stride: Int64
     is_paired: Boolean
+    is_aligned: Boolean
 
     @staticmethod
     def create(cfg: KernelConfig, a) -> "ScoreMask":
         """From a kernel's arguments, on the host."""
         strides = tuple(getattr(a, f"attn_mask_{of}_stride") for of in ("batch", "head", "row"))
-        address, pair_bytes = Int64(a.attn_mask.toint()), MASK_TYPES[cfg.attn_mask].width // 4
-        odd = (strides[0] | strides[1] | strides[2]) % 2 + address % pair_bytes
-        return ScoreMask(address, *strides, odd == 0)
+        address, element_bytes = Int64(a.attn_mask.toint()), MASK_TYPES[cfg.attn_mask].width // 8
+        all_bits = address | (strides[0] | strides[1] | strides[2]) * element_bytes
+        return ScoreMask(address, *strides, all_bits % (2 * element_bytes) == 0, all_bits % 16 == 0)
 
     def row(self, cfg: KernelConfig, sequence: Int32, head: Int32, query: Int32) -> Int64:
         """The address of a row's first key."""

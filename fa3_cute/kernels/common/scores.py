@@ -65,7 +65,7 @@ class ScoreTransform:
     def create(cfg: KernelConfig, a) -> "ScoreTransform":
         """From a kernel's arguments, on the host: what is constant over a launch is computed here, not per score."""
         mask = ScoreMask.create(cfg, a) if cfg.attn_mask else None
-        mods = ModArguments.create(a) if cfg.has_mods else None
+        mods = ModArguments.create(cfg, a) if cfg.has_mods else None
         if not cfg.transforms_scores:
             return ScoreTransform(a.softmax_scale * LOG2_E, mask=mask, mods=mods)
         unit = a.softcap if cfg.has_softcap else a.softmax_scale

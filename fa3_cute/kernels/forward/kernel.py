@@ -2,7 +2,7 @@
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Int32, Int64, const_expr
+from cutlass import Int32, Int64, Uint8, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ...planning.config import FORWARD_ARGUMENTS, FwdConfig
@@ -141,7 +141,10 @@ class FlashAttentionForward:
         sQ = view_as(sO, layouts.sQ, element_type(cfg)) if const_expr(shares) else tensor(layouts.sQ)
         sK, sV = tensor(layouts.sK), tensor(layouts.sV)
         sVt = tensor(layouts.sVt) if const_expr(cfg.values.has_ring) else transposed(sV)
-        smem = FwdSmem(sQ=sQ, sO=sO, sK=sK, sV=sV, sVt=sVt, sTiles=sTiles)
+        sMask = None
+        if const_expr(cfg.stages_mask):
+            sMask = allocator.allocate_tensor(Uint8, cute.make_layout(rings["mask"].nbytes), byte_alignment=128)
+        smem = FwdSmem(sQ=sQ, sO=sO, sK=sK, sV=sV, sVt=sVt, sTiles=sTiles, sMask=sMask)
 
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
         facts = lambda name: {
