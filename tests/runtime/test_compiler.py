@@ -102,12 +102,22 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
         "num_kv_stages": CFG.num_kv_stages - 1,
         "use_pingpong": not CFG.use_pingpong,
         "rescale_before_pv": not CFG.rescale_before_pv,
+        "packed_heads": 2,
+        "has_softcap": True,
+        "has_alibi": True,
+        "attn_mask": "bool",
+        "has_chunks": True,
+        "score_mod": "a_mod_0",
+        "mask_mod": "a_mod_0",
+        "has_dropout": True,
     }
     changed_fp8 = {"out_dtype": "fp16"}  # what only FP8 can change
     changed_ragged = {"is_ragged": True, "page_box": 32, "box_is_wide": True}  # each with the ones before it
+    changed_listed = {"mask_mod": "a_mod_0", "has_block_lists": True}
     small = replace(CFG, tile_n=64, is_causal=False)  # leaves room to change one field at a time
     small_fp8 = replace(small, dtype="fp8_e4m3", out_dtype="bf16")
-    assert changed.keys() | changed_fp8.keys() | changed_ragged.keys() == {field.name for field in fields(CFG)}
+    names = changed.keys() | changed_fp8.keys() | changed_ragged.keys() | changed_listed.keys()
+    assert names == {field.name for field in fields(CFG)}
     ragged = [dict(list(changed_ragged.items())[:count]) for count in (1, 2, 3)]
     cfgs = [
         small,
@@ -115,6 +125,7 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
         *(replace(small, **{name: value}) for name, value in changed.items()),
         *(replace(small_fp8, **{name: value}) for name, value in changed_fp8.items()),
         *(replace(small, is_varlen=True, **values) for values in ragged),
+        replace(small, **changed_listed),
     ]
     assert len({compiler.cache_key(cfg) for cfg in cfgs}) == len(cfgs)
     assert {type(value) for cfg in (CFG, small_fp8) for value in cfg.as_dict().values()} <= {int, bool, str, type(None)}
@@ -169,6 +180,10 @@ def test_pointers_have_their_type_and_no_more_alignment_than_validation_asks_for
         "seqused_k": "Int32",
         "page_table": "Int32",
         "kv_batch_idx": "Int32",
+        "s_aux": "Uint8",
+        "alibi_slopes": "Float32",
+        "attn_mask": "Uint8",
+        "rng_state": "Uint64",
         "tile_counter": "Int32",
         "arrivals": "Int32",
         "partials": "Float32",
