@@ -3,8 +3,8 @@ them, else the kernel that serves it, or the two of a mixed batch, its tile and 
 for decode how K and V are split. Needs no GPU and compiles nothing; exit status 1 if the problem would be refused.
 
 Tensors are taken to be contiguous. Of a tile's numbers the first are its own, those of other tiles follow
-(planning/tables.py says on which machine). Workspace bytes are scratch memory for the partial results of splits; within
-one cluster of CTAs they stay in shared memory.
+(planning/tables.py says on which machine); they are of kernels that do nothing else to scores. Workspace bytes are
+scratch memory for the partial results of splits; within one cluster of CTAs they stay in shared memory.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from ..planning.splits import SplitPlan
 ADDRESS = 1 << 20  # stands for any tensor
 MODES = {"prefill": AttentionMode.PREFILL, "decode": AttentionMode.DECODE, "varlen": AttentionMode.VARLEN_PREFILL}
 PACK_GQA = {"auto": None, "yes": True, "no": False}
+MASK_TYPES = {"bool": None, "fp16": DataType.FP16, "bf16": DataType.BF16, "fp32": DataType.FP32}
 UNBOUNDED = (-1, -1)
 # What the numbers of a tile's reason are.
 RELATIVE = "speed relative to FlashAttention-3's C++ at 4k / 16k tokens"
@@ -67,9 +68,34 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--lse", action="store_true", help="the log-sum-exp is wanted")
     parser.add_argument("--softmax-scale", type=float, metavar="X", help="default 1/sqrt(head_dim)")
+    add_scores(parser)
     parser.add_argument("--num-splits", **number, default=0, help="default 0, automatic; 1 is never")
     parser.add_argument("--pack-gqa", choices=PACK_GQA, default="auto", help="default auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def add_scores(parser) -> None:
+    """What is asked of scores; functions in Python are no options."""
+    parser.add_argument("--softcap", type=float, default=0.0, metavar="X", help="default 0: none")
+    parser.add_argument("--sinks", action="store_true", help="attention sinks, s_aux")
+    parser.add_argument("--alibi", action="store_true", help="slopes of ALiBi, of each head")
+    parser.add_argument("--attn-mask", choices=MASK_TYPES, help="bool hides keys, the others are added to scores")
+    parser.add_argument("--attention-chunk", type=int, default=0, metavar="N", help="keys of a chunk; default 0: none")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="the probability to drop; default 0")
+
+
+def scores_of(args) -> dict[str, Any]:
+    """The fields of these."""
+    return {
+        "softcap": args.softcap,
+        "s_aux": ADDRESS if args.sinks else None,
+        "alibi_slopes": ADDRESS if args.alibi else None,
+        "attn_mask": ADDRESS if args.attn_mask else None,
+        "attn_mask_dtype": args.attn_mask and MASK_TYPES[args.attn_mask],
+        "attention_chunk": args.attention_chunk,
+        "p_dropout": args.dropout,
+        "rng_state": ADDRESS if args.dropout else None,
+    }
 
 
 def window(text: str) -> tuple[int, int]:
@@ -135,6 +161,7 @@ def params_of(args) -> FlashAttentionParams:
         window_size_right=args.window[1],
         mode=MODES[args.mode],
         softmax_scale=args.softmax_scale,
+        **scores_of(args),
         num_splits=args.num_splits,
         pack_gqa=PACK_GQA[args.pack_gqa],
     )
@@ -187,7 +214,7 @@ def reason_unit(cfg: Config) -> str:
         return DECODE_US
     if cfg.packs_heads:
         return PACKED_US
-    return WINDOW_US if cfg.mask == "local" else RELATIVE
+    return WINDOW_US if cfg.mask == "local" or cfg.takes_registers else RELATIVE  # as forward_row chooses
 
 
 def ctas_per_sm(cfg: Config, plan: SplitPlan) -> int:

@@ -6,13 +6,14 @@ import sys
 from argparse import ArgumentParser
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fake_gpu import install
 
-from fa3_cute.cli import bench, features, main, peers
+from fa3_cute.cli import bench, features, main, peers, report
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli.case import Case
 from fa3_cute.cli.features import BIAS, Feature
@@ -21,6 +22,7 @@ from fa3_cute.cli.suites import scores
 from fa3_cute.contract.status import Status
 from fa3_cute.planning.operations import problems
 
+ROOT = Path(__file__).parents[2]
 ARGV = ["bench", "--suite", "scores", "--rounds", "2", "--batch-ms", "2"]
 FEATURES = {
     "s_aux": Feature("sinks", s_aux=True),
@@ -218,6 +220,15 @@ def test_conclusions_beside_a_peer(fake_gpu):
         "slower than the better peer in none of 2 rows",
         "bf16 d64 causal h4:2 2x96 sinks: 1.010x the time of the first row, 1.250x of vllm",
     ]
+
+
+def test_the_section_of_a_document():
+    """Is a place of its own in docs/performance.md."""
+    document = (ROOT / "docs" / "performance.md").read_text()
+    written = report.updated(document, [("scores", "a new table")])
+    begin, end = (f"<!-- performance of scores: {line} -->" for line in ("begin", "end"))
+    assert f"{begin}\na new table\n{end}" in written
+    assert report.replaced(written, "", begin, end) == report.replaced(document, "", begin, end)
 
 
 # ---- vLLM ------------------------------------------------------------------------------------------------------------

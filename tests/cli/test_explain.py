@@ -1,13 +1,15 @@
 """The command explain: what it says of a problem, which kernel it names, which exit status."""
 
+from argparse import ArgumentParser
+
 import pytest
 from commands import answer
 
 from fa3_cute.api import kernel_config
-from fa3_cute.cli import main
+from fa3_cute.cli import explain, main
 from fa3_cute.planning.config import DecodeConfig
-from fa3_cute.planning.tables import KeySource, decode_config, forward_config
-from fa3_cute.contract.params import FlashAttentionParams
+from fa3_cute.planning.tables import KeySource, decode_config, forward_config, forward_row
+from fa3_cute.contract.params import DataType, FlashAttentionParams
 from fa3_cute.contract.status import FlashAttentionError, Status
 
 
@@ -62,6 +64,47 @@ def test_explain_names_the_kernel(argv, cfg, capsys):
     unit = "us by" if cfg.packs_heads else "us with window" if cfg.mask == "local" else "speed relative to"
     assert said["reason_unit"].startswith(unit) and f"          ({said['reason_unit']})\n" in printed
     assert ("for V transposed" in printed) == (cfg.is_fp8 and not cfg.packs_heads)
+
+
+SCORES = ["--softcap", "30", "--sinks", "--alibi", "--attention-chunk", "64", "--dropout", "0.1"]
+
+
+def test_explain_of_what_changes_scores(capsys):
+    """Options are fields of the call, and choose its kernel: that of windows where chunks are asked for."""
+    status, said = answer(capsys, "explain", "--causal", *SCORES)
+    asked = ("has_softcap", "has_alibi", "has_chunks", "has_dropout")
+    features = frozenset((field, True) for field in asked)
+    cfg = forward_config("bf16", 128, "local", False, False, features=features)
+    assert (status, said["kernel"], said["config"]) == (0, cfg.name, cfg.as_dict() | {"tile_m": cfg.tile_m})
+    params = explain.params_of(parsed("--sinks", "--dropout", "0.1", "--attn-mask", "fp32"))
+    assert params.s_aux and params.rng_state and params.attn_mask and params.attn_mask_dtype is DataType.FP32
+    params = explain.params_of(parsed("--attn-mask", "bool"))
+    assert params.attn_mask and params.attn_mask_dtype is None and not params.s_aux and not params.rng_state
+
+
+@pytest.mark.parametrize("mask", ["bool", "bf16"])
+def test_explain_names_the_unit_of_the_windows_tiles(mask, capsys):
+    """Which serve masks that are read, whatever else is asked for."""
+    _, said = answer(capsys, "explain", "--causal", "--attn-mask", mask)
+    row = forward_row("bf16", 128, "causal", takes_registers=True)
+    assert said["reason"] == row.reason == forward_row("bf16", 128, "local").reason
+    assert said["reason_unit"] == explain.WINDOW_US
+
+
+def test_explain_refuses_scores_that_are_wrong(capsys):
+    argv = ["--softcap", "-1", "--dropout", "1", "--mode", "varlen", "--attn-mask", "bool"]
+    code, said = answer(capsys, "explain", *argv)
+    assert code == 1 and [problem["status"] for problem in said["problems"]] == [
+        "INVALID_ARGUMENT",
+        "SOFTCAP_UNSUPPORTED",
+        "FEATURE_UNSUPPORTED",
+    ]
+
+
+def parsed(*argv: str):
+    parser = ArgumentParser()
+    explain.add_arguments(parser)
+    return parser.parse_args(argv)
 
 
 PAGED = [
