@@ -73,13 +73,13 @@ def matrices(text: str, header: str) -> list[np.ndarray]:
     return [np.array([row for row in part if row], int) for part in cut]
 
 
-def masked_together(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def masked_together(mask: np.ndarray) -> list[np.ndarray]:
     """Which keys each row sees under a causal mask, and under a boolean one besides, by the reference."""
     n_q, n_k = mask.shape
     zeros, one_hot = np.zeros((1, n_q, 1, 8)), np.eye(n_k)[None, :, None]
     q, k = zeros[..., :n_k], np.zeros((1, n_k, 1, n_k))
     outs = [attention_reference(q, k, one_hot, causal=True, **more)[0] for more in ({}, {"attn_mask": mask > 0})]
-    return tuple((out[0, :, 0] > 0).astype(int) for out in outs)
+    return [(out[0, :, 0] > 0).astype(int) for out in outs]
 
 
 def wrong_masks(text: str) -> bool:
