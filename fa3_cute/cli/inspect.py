@@ -21,7 +21,8 @@ the others. The clocks are counted from the algorithm, for M x N scores and head
 
 A masked tile is one that the mask or the end of K and V cuts. Units wait for one another in a real kernel: a second
 unit close to the first one means that neither will be busy all the time. Loops, addresses and barriers are left out,
-and so are reads of K and V from the L2 cache by the forward kernel: the bytes are stated.
+and so are what softcap and the like do to scores, and reads of K and V from the L2 cache by the forward kernel: the
+bytes are stated.
 """
 
 import json
@@ -30,6 +31,7 @@ from ..contract.formats import HEAD_DIMS
 from ..planning.config import SMEM_BYTES_PER_CTA
 from ..planning.operations import Config
 from ..planning.rings import HEAD_BYTES
+from ..planning.score_features import Features
 from ..planning.tables import decode_config, forward_config
 from .dtypes import add_dtypes, out_dtype_of
 from .options import cannot_run
@@ -37,6 +39,9 @@ from .table import Table
 from .units import clocks_per_tile, instruction_mix
 
 MASKS = ("full", "causal", "local")
+# {option: field of a config}. Functions in Python are no options.
+FEATURES = {"softcap": "has_softcap", "alibi": "has_alibi", "attention_chunk": "has_chunks", "dropout": "has_dropout"}
+MASK_TYPES = ("bool", "fp16", "bf16", "fp32")
 
 
 def add_arguments(parser) -> None:
@@ -51,6 +56,11 @@ def add_arguments(parser) -> None:
         help="the decode kernel: it always reads lengths and may write the log-sum-exp, and a causal "
         "mask is a window to it",
     )
+    parser.add_argument("--softcap", action="store_true", help="what changes scores, as these:")
+    parser.add_argument("--alibi", action="store_true")
+    parser.add_argument("--attn-mask", choices=MASK_TYPES, default="", help="bool hides keys, the others are added")
+    parser.add_argument("--attention-chunk", action="store_true", help="with --mask local")
+    parser.add_argument("--dropout", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -86,9 +96,17 @@ def run(args) -> int:
 def config(args) -> Config:
     """The config asked for; ValueError if there is none."""
     out_dtype = out_dtype_of(args.dtype, args.head_dim, args.out_dtype)
+    if args.attention_chunk and args.mask != "local":
+        raise ValueError(f"--attention-chunk: only with --mask local, not {args.mask}, as chunks are windows")
     if args.decode:
-        return decode_config(args.dtype, args.head_dim, args.mask != "full", out_dtype)
-    return forward_config(args.dtype, args.head_dim, args.mask, args.lse, args.varlen, out_dtype)
+        return decode_config(args.dtype, args.head_dim, args.mask != "full", out_dtype, features(args))
+    return forward_config(args.dtype, args.head_dim, args.mask, args.lse, args.varlen, out_dtype, features(args))
+
+
+def features(args) -> Features:
+    """What the kernel does to scores."""
+    asked = {field: getattr(args, option) for option, field in FEATURES.items()} | {"attn_mask": args.attn_mask}
+    return frozenset((field, value) for field, value in asked.items() if value)
 
 
 def roles(cfg: Config) -> dict[str, int] | None:

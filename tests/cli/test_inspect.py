@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from argparse import ArgumentParser
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,27 @@ def test_inspect_of_fp8(argv, cfg, capsys):
     assert said["instruction_mix"]["tensor"] == said["wgmmas"] and units.OTHER not in said["instruction_mix"]
 
 
+@pytest.mark.parametrize(
+    "argv, asked",
+    [
+        (["--mask", "causal", "--softcap", "--dropout"], {("has_softcap", True), ("has_dropout", True)}),
+        (["--mask", "local", "--alibi", "--attention-chunk"], {("has_alibi", True), ("has_chunks", True)}),
+        (["--mask", "full", "--attn-mask", "bf16", "--lse"], {("attn_mask", "bf16")}),
+    ],
+)
+@pytest.mark.parametrize("decode", [False, True], ids=["forward", "decode"])
+def test_kernels_that_change_scores(argv, asked, decode):
+    """Options name their configs."""
+    parser = ArgumentParser()
+    inspect_command.add_arguments(parser)
+    args = parser.parse_args(argv + ["--decode"] * decode)
+    features = frozenset(asked)
+    cfg = forward_config("bf16", 128, args.mask, args.lse, False, features=features)
+    if decode:
+        cfg = decode_config("bf16", 128, args.mask != "full", features=features)
+    assert inspect_command.config(args) is cfg
+
+
 @pytest.mark.parametrize("cfg", all_configs(), ids=lambda cfg: cfg.name)
 def test_map_of_shared_memory(cfg):
     """Its parts are all of it, and what the barriers and the decode kernel's LSE are padded to is left for them."""
@@ -66,6 +88,7 @@ def test_map_of_shared_memory(cfg):
     [
         (["--dtype", "fp8_e4m3", "--head-dim", "192"], "fp8_e4m3 has 64, 96, 128"),
         (["--out-dtype", "fp16"], "O is bf16, as Q, K and V are"),
+        (["--attention-chunk", "--decode"], "--attention-chunk: only with --mask local, not full"),
     ],
 )
 def test_inspect_of_what_does_not_exist(argv, said, capsys):
