@@ -225,7 +225,11 @@ def test_options_are_served_as_the_table_says():
 
 
 @pytest.mark.parametrize(
-    "old, new", [("| yes | yes |\n| `attn_mask`", "| yes | no |\n| `attn_mask`"), ("; tiles of windows |", " |")]
+    "old, new",
+    [
+        ("| yes | yes |\n| `attn_mask`", "| yes | no |\n| `attn_mask`"),
+        ("tiles of windows, in decode", "tiles, in decode"),
+    ],
 )
 def test_a_wrong_table_of_options_is_found(old, new):
     text = SCORES.read_text()
