@@ -16,7 +16,7 @@ from .arithmetic import maximum, minimum
 from .layout import as_rows_cols, col_offset, unhoisted
 from .tiles import Place
 
-GROUP = int(__import__('os').environ.get('GROUP','8'))
+GROUP = 16                # columns of a thread for which a function reads arrays at a time; see `after`
 MAX_DIMS = STRIDES_PER_POINTER + 1
 POINTED = {"uint8": Uint8, "int32": Int32, "float16": Float16, "bfloat16": BFloat16, "float32": Float32}
 
@@ -108,21 +108,21 @@ class RowMods:
         heads = [unhoisted(tile.head)] * len(queries)
         if const_expr(self.cfg.packs_heads):
             heads = [unhoisted(self.heads[r]) for r in range(len(queries))]
-        info, taken = Info(tile.seqlen_q, tile.seqlen_k), (0, 0)
+        info, taken, num_cols = Info(tile.seqlen_q, tile.seqlen_k), (0, 0), cute.size(S, mode=[1])
         # One function after the other and column by column: what is read of a key is read for both rows, and not kept.
         if const_expr(self.cfg.score_mod):
             mod = registered(self.cfg.score_mod)
             aux, taken = self.arguments.aux(mod), (len(mod.pointers), mod.scalars)
-            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+            for c in cutlass.range_constexpr(num_cols):
                 for r in cutlass.range_constexpr(len(queries)):
                     key = first_key + col_offset(c)
                     S[r, c] = Float32(mod.fn(S[r, c], batch, heads[r], queries[r], key, info, aux))
-                if const_expr(mod.pointers != () and c % GROUP == GROUP - 1):
+                if const_expr(len(mod.pointers) > 0 and (c % GROUP == GROUP - 1 or c == num_cols - 1)):
                     first_key = after(first_key, S[1, c])
         if const_expr(self.cfg.mask_mod != "" and is_masked):
             mod = registered(self.cfg.mask_mod)
             aux = self.arguments.aux(mod, *taken)
-            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+            for c in cutlass.range_constexpr(num_cols):
                 for r in cutlass.range_constexpr(len(queries)):
                     counts = Boolean(mod.fn(batch, heads[r], queries[r], first_key + col_offset(c), info, aux))
                     S[r, c] = cutlass.select_(counts, S[r, c], Float32(-Float32.inf))
