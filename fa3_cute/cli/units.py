@@ -13,12 +13,12 @@ from ..planning.splits import NUM_SMS, RATES
 OPERATION_MASK = 0x1FF
 OTHER = "other"
 
-# {unit: {mnemonic: operations}}. IMAD takes the FP32 lanes, but computes addresses.
+# {unit: {mnemonic: operations}}. IMAD takes the FP32 lanes, but computes addresses; HADD2 turns 16 bits into FP32.
 OPERATIONS = {
     "tensor": {"HGMMA": (0x1F0,), "QGMMA": (0x1F3,)},
     "MUFU": {"MUFU": (0x108,)},
     "FP32": {"FADD": (0x21,), "FMUL": (0x20,), "FFMA": (0x23,), "FMNMX": (0x09,), "FSETP": (0x0B,), "FSEL": (0x08,)},
-    "conversion": {"F2FP": (0x3E,), "F2I": (0x105,), "I2F": (0x106,)},
+    "conversion": {"F2FP": (0x3E,), "F2I": (0x105,), "HADD2": (0x30,), "I2F": (0x106,), "I2FP": (0x45,)},
     "integer": {
         "IADD3": (0x10,),
         "IMAD": (0x24, 0x25, 0x27),
@@ -30,6 +30,7 @@ OPERATIONS = {
         "SEL": (0x07,),
         "MOV": (0x02,),
         "PRMT": (0x16,),
+        "FLO": (0x100,),
         "IABS": (0x13,),
         "POPC": (0x109,),
         "VIADD": (0x36,),
