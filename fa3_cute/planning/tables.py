@@ -166,6 +166,14 @@ def forward_row(dtype: str, head_dim: int, mask: str, takes_registers: bool = Fa
     return FORWARD[ELEMENT_BYTES[dtype], head_dim, "local" if takes_registers else mask]
 
 
+def with_registers_for_mask(row: Row, dtype: str, attn_mask: str) -> Row:
+    """The row, with registers left for what attn_mask has for a tile: of FP32 as many as S takes, of 16 bit and of
+    bytes half as many. 16-bit elements go through shared memory in the 16-bit kernels, which need none then."""
+    if ELEMENT_BYTES[dtype] == 1:
+        return replace(row, tile_m=128, tile_n=64 if attn_mask == "fp32" else 128)
+    return replace(row, tile_n={"fp32": row.tile_n // 2, "bool": row.tile_n - 16}.get(attn_mask, row.tile_n))
+
+
 _interned: dict[FwdConfig | DecodeConfig, FwdConfig | DecodeConfig] = {}
 
 
@@ -187,7 +195,8 @@ def forward_config(
 ) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
     row = forward_row(dtype, head_dim, mask, takes_registers=take_registers(features))
-    tile_n = row.tile_n // 2 if ("attn_mask", "fp32") in features else row.tile_n  # its registers are as many as S's
+    if attn_mask := dict(features).get("attn_mask"):
+        row = with_registers_for_mask(row, dtype, attn_mask)
     return interned(
         FwdConfig(
             dtype,
@@ -195,7 +204,7 @@ def forward_config(
             mask == "causal",
             has_lse,
             row.tile_m,
-            tile_n,
+            row.tile_n,
             row.num_q_stages,
             row.num_kv_stages,
             row.use_pingpong,
@@ -203,7 +212,7 @@ def forward_config(
             mask == "local",
             is_varlen,
             out_dtype,
-            **source.fields(tile_n),
+            **source.fields(row.tile_n),
             **dict(features),
         )
     )
