@@ -45,7 +45,6 @@ class KernelConfig(KeySourceFields, ScoreFields):
     splits_keys = False  # several CTAs may share the keys of a row
     takes_max_of_bits = False  # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
     uses_setmaxnreg = False
-    stages_mask = False
 
     if TYPE_CHECKING:  # what the configs of both kernels have: fields, rules, rings and roles
 
@@ -182,8 +181,7 @@ class FwdConfig(PackedFields, KernelConfig):
     is_local             sliding window around the bottom-right diagonal; excludes is_causal
     is_varlen            offsets and lengths of the sequences are read on the device (cu_seqlens_*, seqused_*)
     out_dtype            of O: "bf16" or "fp16" where Q, K and V are FP8, "fp32"; None: dtype
-    packed_heads         of PackedFields
-    is_ragged ..         of KeySourceFields; with is_varlen
+    packed_heads ..      of PackedFields, KeySourceFields and ScoreFields
     """
 
     is_causal: bool
@@ -216,11 +214,7 @@ class FwdConfig(PackedFields, KernelConfig):
                 "rescale_before_pv: not with FP8, where O is rescaled as PV is added to it",
             ),
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
-            (
-                not self.has_block_lists or self.has_mods and not self.is_varlen,
-                "has_block_lists: with mods, not is_varlen",
-            ),
-            (self.is_varlen or not self.is_ragged, "is_ragged: only with is_varlen"),
+            *self.score_rules(),
             *self.packing_rules(),
             (
                 self.smem_bytes <= SMEM_BYTES_PER_CTA,
@@ -297,26 +291,9 @@ class FwdConfig(PackedFields, KernelConfig):
             Role("consume", range(first, first + self.num_consumer_warps), consumer),
         )
 
-    @property
-    def stages_mask(self) -> bool:
-        """attn_mask passes through shared memory: of 16-bit elements, where there is room; each K/V tile is followed
-        by the one before it, which block lists do not promise."""
-        return self.has_bias and self.attn_mask != "fp32" and not self.is_fp8 and not self.has_block_lists
-
-    @property
-    def mask_row_bytes(self) -> int:
-        """Between the rows of a staged attn_mask (kernels/common/staged_mask.py)."""
-        return 2 * self.tile_n + 16
-
-    @property
-    def mask_slot_bytes(self) -> int:
-        """A warp's rows of a staged attn_mask."""
-        return 16 * self.mask_row_bytes
-
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
-        """In the order of their slots in shared memory. One lane of a warp arrives where warps are counted; a staged
-        attn_mask has no mbarriers, for each warp fills its own."""
+        """In the order of their slots in shared memory. One lane of a warp arrives where warps are counted."""
         has_own, warps = self.output is Output.OWN_SLOT, self.num_consumer_warps
         producers = sum(len(role.warps) for role in self.roles if role.name not in ("schedule", "consume"))
         o = Ring("o", self.num_o_slots, self.o_slot_bytes if has_own else 0, WARP * warps, 1, "O")

@@ -67,6 +67,11 @@ class ScoreFields:
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def score_rules(self) -> tuple[tuple[bool, str], ...]:
+        """(whether it holds, what to say if it does not)."""
+        has_right_rows = not self.has_block_lists or self.has_mods and not self.is_varlen
+        return ((has_right_rows, "has_block_lists: with mods, not is_varlen"),)
+
     @property
     def has_natural_scores(self) -> bool:
         """Scores take softmax_scale, and become what is exponentiated to the base e, before the softmax: something is
@@ -105,6 +110,24 @@ class ScoreFields:
     def takes_registers(self) -> bool:
         """See take_registers."""
         return any(getattr(self, field) for field in HEAVY)
+
+    @property
+    def stages_mask(self) -> bool:
+        """attn_mask passes through shared memory: of 16-bit elements, where there is room; each K/V tile is followed
+        by the one before it, which block lists do not promise."""
+        return (
+            self.has_bias and self.attn_mask != "fp32" and not (self.is_fp8 or self.splits_keys or self.has_block_lists)
+        )
+
+    @property
+    def mask_row_bytes(self) -> int:
+        """Between the rows of a staged attn_mask (kernels/common/staged_mask.py)."""
+        return 2 * self.tile_n + 16
+
+    @property
+    def mask_slot_bytes(self) -> int:
+        """A warp's rows of a staged attn_mask: it fills them itself, without mbarriers."""
+        return 16 * self.mask_row_bytes
 
     @property
     def mod_names(self) -> str:

@@ -186,3 +186,17 @@ def test_a_nan_query_gives_nan(feature, index, stream):
     problem.upload()
     _, lse = run(problem, stream)
     assert np.isnan(lse[0, 1, 207]) and not np.isnan(np.delete(lse[0, 1], 207)).any()
+
+
+@pytest.mark.parametrize("kind", ("bf16", "fp32"))
+@pytest.mark.parametrize("case", [ROWS[2], ROWS[3], Case("bf16", 128, False, 16, 2, 1, 700, batch=2)], ids=str)
+def test_the_lowest_number_hides(case, kind, stream):
+    """What many masks hold instead of -inf: whole tiles of it, the first that are visited among them."""
+    problem = make_problem(replace(case, attn_mask=kind, mask_dims="bk"))
+    mask = problem.scores["attn_mask"].array
+    lowest = {"bf16": np.uint16(0xFF7F), "fp32": np.finfo(np.float32).min}[kind]
+    mask[..., mask.shape[-1] // 3 :] = lowest
+    problem.upload()
+    out, lse = run(problem, stream)
+    mask[mask == lowest] = {"bf16": np.uint16(0xFF80), "fp32": -np.inf}[kind]
+    check(problem, out, lse)

@@ -21,6 +21,7 @@ from .fp8 import P_SCALE_LOG2
 from .layout import as_rows_cols
 
 THREADS_PER_ROW = 4   # of a WGMMA accumulator
+LOWEST = -(2.0 ** 126)   # that is subtracted from scores
 
 
 class Scores(enum.Enum):
@@ -58,6 +59,7 @@ class OnlineSoftmax:
     row_scale: cute.Tensor
     num_used: Optional[Int32]
     p_scale_log2: Constexpr
+    is_natural: Constexpr
 
     @staticmethod
     def create(cfg: KernelConfig, scale_log2: Float32, num_rows: int,
@@ -71,7 +73,8 @@ class OnlineSoftmax:
         row_max, row_sum, row_scale = (cute.make_rmem_tensor(num_rows, Float32) for _ in range(3))
         if cfg.is_fp8 and not cfg.transforms_scores:
             scale_log2 = by_head(cfg, num_rows, scale_log2)
-        return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, num_used, P_SCALE_LOG2 if cfg.is_fp8 else 0)
+        return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, num_used, P_SCALE_LOG2 if cfg.is_fp8 else 0,
+                             cfg.has_natural_scores)
 
     def scale_of(self, r: int) -> Float32:
         """scale_log2 of one row."""
@@ -113,7 +116,10 @@ class OnlineSoftmax:
     def exponentiate(self, S: cute.Tensor, r: Constexpr[int], scores: Constexpr[Scores], old_max: Float32):
         """`update` for one row whose row_max has been moved from old_max."""
         scale, subtracted = self.scale_of(r), self.row_max[r]
-        if const_expr(scores is not Scores.NONNEGATIVE):
+        if const_expr(self.is_natural):
+            # The lowest number of a format, which is added to hide a key, would overflow with the factor: NaN below.
+            subtracted = cute.arch.fmax(subtracted, Float32(LOWEST))
+        elif const_expr(scores is not Scores.NONNEGATIVE):
             # A row with no visible key so far: subtract 0 instead of -inf, since -inf - -inf is NaN.
             subtracted = Float32(0.0) if subtracted == -Float32.inf else subtracted
         top = subtracted * scale
