@@ -170,8 +170,7 @@ class KernelConfig(KeySourceFields, ScoreFields):
 class FwdConfig(PackedFields, KernelConfig):
     """Compile-time choices of one forward kernel.
 
-    is_causal            bottom-right aligned causal mask
-    has_lse              the kernel writes the log-sum-exp
+    is_causal, has_lse   bottom-right aligned causal mask; the kernel writes the log-sum-exp
     tile_m, tile_n       rows of Q, rows of K and V per tile; one consumer warpgroup per 64 rows of Q
     num_q_stages         depth of the Q ring; in 16 bit a slot carries Q in and O out, so 2 hides the O store and the
                          next Q load
