@@ -90,7 +90,10 @@ def _scalars(p, scalars: int) -> Sentences:
 
 
 # What the kernel that reads block lists does not serve.
-_NOT_WITH_LISTS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx")
+_NOT_WITH_LISTS = (
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx"),
+    *("attn_mask", "attention_chunk"),
+)
 
 
 def block_mask(p) -> Sentences:

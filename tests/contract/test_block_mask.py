@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rule_calls import A, DENSE, DENSE_FP8, PACKED, first_problem
 
-from fa3_cute import BlockMask, MaskMod, block_lists, block_sizes
+from fa3_cute import BlockMask, MaskMod, ScoreMod, block_lists, block_sizes
 from fa3_cute.api import kernel_config
 from fa3_cute.contract.arguments import BLOCK_ARGUMENTS
 from fa3_cute.contract.block_mask import BLOCK_SIZES
@@ -93,6 +93,24 @@ def test_what_reaches_the_kernel():
     assert broadcast == (0, 0, 6, 2)
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("mask", [{}, {"is_causal": True}, {"window_size_left": 64}], ids=str)
+def test_tiles_are_blocks_whatever_else_is_asked_for(head_dim, mask):
+    blocks = block_sizes("fp16", head_dim)
+    lists = replace(LISTS, q_block=blocks[0], kv_block=blocks[1])
+    base = replace(DENSE, **GOOD | {"head_dim": head_dim, "block_mask": lists, "is_causal": False} | mask)
+    score_mod = ScoreMod(lambda score, *rest: score + 1.0)
+    for other in (
+        {},
+        {"softcap": 3.0},
+        {"alibi_slopes": A, "s_aux": A},
+        {"p_dropout": 0.5, "rng_state": A},
+        {"score_mod": score_mod, "softmax_lse": A},
+    ):
+        cfg = kernel_config(replace(base, **other))
+        assert (cfg.tile_m, cfg.tile_n) == blocks, (other, cfg.name)
+
+
 def test_one_kernel_reads_them():
     """The forward kernel also where few queries are the decode kernel's."""
     few = replace(DENSE, **GOOD, seqlen_q=1)
@@ -129,6 +147,8 @@ def test_what_has_no_kernel_yet():
         (DENSE, {"seqused_k": A}, "seqused_k"),
         (DENSE, {"seqused_q": A}, "seqused_q"),
         (DENSE, {"num_splits": 2}, "num_splits"),
+        (DENSE, {"attn_mask": A}, "attn_mask"),
+        (DENSE, {"attention_chunk": 512}, "attention_chunk"),
         (PACKED, {}, "cu_seqlens_q"),
     ):
         problem = first_problem(replace(call, **GOOD | change))
