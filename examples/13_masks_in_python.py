@@ -1,6 +1,7 @@
 """Masks as functions in Python: documents, a prefix that all see, a tree of drafted tokens; each a MaskMod, FP16.
 
 The same functions run on the device, traced into the kernel, and in NumPy, where indices come as arrays that broadcast.
+Documents and prefixes come with block lists: what a list leaves out is skipped.
 Without a Hopper GPU: compiles one of the kernels for sm_90a, shows what came out, computes the examples in NumPy.
 """
 
@@ -8,12 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fa3_cute import DataType, FlashAttentionParams, MaskMod, forward
+from fa3_cute import BlockMask, DataType, FlashAttentionParams, MaskMod, block_lists, block_sizes, forward
 from fa3_cute.api import kernel_config
 from fa3_cute.arrays.memory import download, hopper_device_problem, open_device, upload
 from fa3_cute.contract.reference import attention_reference, low_precision_twin
 
 BATCH, HEADS, HEADS_K, HEAD_DIM = 2, 4, 2, 128
+A = 1 << 20  # an address, where none is needed
 
 
 def same_document(batch, head, query, key, info, aux):
@@ -40,6 +42,7 @@ class Example(NamedTuple):
     seqlen_q: int
     seqlen_k: int
     is_causal: bool = False
+    has_lists: bool = False  # of blocks of 128 queries x 128 keys: for a few queries there is nothing to skip
 
 
 def examples(rng) -> dict[str, Example]:
@@ -56,9 +59,14 @@ def examples(rng) -> dict[str, Example]:
             900,
             900,
             is_causal=True,
+            has_lists=True,
         ),
         "prefix": Example(
-            MaskMod(prefix, pointers=[("int32", ("batch_size",))]), np.array([100, 0], np.int32), 700, 700
+            MaskMod(prefix, pointers=[("int32", ("batch_size",))]),
+            np.array([100, 0], np.int32),
+            700,
+            700,
+            has_lists=True,
         ),
         "tree": Example(
             MaskMod(tree, pointers=[("uint8", ("batch_size", "seqlen_q", "seqlen_q"))]),
@@ -69,7 +77,21 @@ def examples(rng) -> dict[str, Example]:
     }
 
 
-def params_of(example: Example, q=1 << 20, k=1 << 20, v=1 << 20, out=1 << 20, array=1 << 20) -> FlashAttentionParams:
+def lists_of(example: Example):
+    """Which blocks of keys each block of queries visits, as four arrays of int32."""
+    sizes = (BATCH, 1, example.seqlen_q, example.seqlen_k)  # the same for all heads
+    blocks = block_sizes("fp16", HEAD_DIM)
+    return block_lists(example.mod, sizes, blocks, causal=example.is_causal, arrays=(example.array,))
+
+
+def block_mask(*addresses) -> BlockMask:
+    """Of the four arrays on the device."""
+    names = ("partial_count", "partial_index", "full_count", "full_index")
+    q_block, kv_block = block_sizes("fp16", HEAD_DIM)
+    return BlockMask(**dict(zip(names, addresses, strict=True)), q_block=q_block, kv_block=kv_block, batches=BATCH)
+
+
+def params_of(example: Example, q=A, k=A, v=A, out=A, array=A, lists=(A, A, A, A)) -> FlashAttentionParams:
     """The call."""
     return FlashAttentionParams(
         q=q,
@@ -86,6 +108,7 @@ def params_of(example: Example, q=1 << 20, k=1 << 20, v=1 << 20, out=1 << 20, ar
         dtype=DataType.FP16,
         mask_mod=example.mod,
         mod_pointers=(array,),
+        block_mask=block_mask(*lists) if example.has_lists else None,
     )
 
 
@@ -95,7 +118,9 @@ def on_gpu(example: Example, q, k, v):
     stream = device.create_stream()
     buffers = [upload(array, stream=stream) for array in (q, k, v)]
     buffers += [device.allocate(q.nbytes, stream=stream), upload(example.array, stream=stream)]
-    forward(params_of(example, *(int(buffer.handle) for buffer in buffers)), stream).check()
+    lists = [upload(array, stream=stream) for array in lists_of(example)] if example.has_lists else []
+    addresses = [int(buffer.handle) for buffer in buffers]
+    forward(params_of(example, *addresses, lists=[int(buffer.handle) for buffer in lists]), stream).check()
     return download(buffers[3], q.shape, np.float16, stream=stream)
 
 
@@ -125,7 +150,11 @@ def main() -> int:
         rounded, _ = low_precision_twin(q, k, v, "fp16", **options)  # the error that FP16 alone explains
         allowed = 2 * np.abs(rounded - exact).max() + 1e-5
         error = np.abs((rounded if problem else on_gpu(example, q, k, v)) - exact).max()
-        print(f"{name} {q.shape}: largest error against float64 {error:.1e}, allowed {allowed:.1e}")
+        visited = ""
+        if example.has_lists:
+            lists = lists_of(example)
+            visited = f", {lists.partial_count.sum() + lists.full_count.sum()} of {lists.full_index.size} blocks"
+        print(f"{name} {q.shape}{visited}: largest error against float64 {error:.1e}, allowed {allowed:.1e}")
         failed += error > allowed
     return int(failed > 0)
 
