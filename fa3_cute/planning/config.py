@@ -75,6 +75,7 @@ class KernelConfig(KeySourceFields, ScoreFields):
                 f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA",
             ),
             *self.source_rules(),
+            *self.score_rules(),
         )
 
     def transposes_in_blocks(self, num_warps: int) -> bool:
@@ -213,7 +214,6 @@ class FwdConfig(PackedFields, KernelConfig):
                 "rescale_before_pv: not with FP8, where O is rescaled as PV is added to it",
             ),
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
-            *self.score_rules(),
             *self.packing_rules(),
             (
                 self.smem_bytes <= SMEM_BYTES_PER_CTA,

@@ -70,7 +70,10 @@ class ScoreFields:
     def score_rules(self) -> tuple[tuple[bool, str], ...]:
         """(whether it holds, what to say if it does not)."""
         has_right_rows = not self.has_block_lists or self.has_mods and not self.is_varlen
-        return ((has_right_rows, "has_block_lists: with mods, not is_varlen"),)
+        return (
+            (has_right_rows, "has_block_lists: with mods, not is_varlen"),
+            (self.is_local or not self.has_chunks, "has_chunks: only with is_local, chunks are windows"),
+        )
 
     @property
     def has_natural_scores(self) -> bool:

@@ -192,7 +192,7 @@ def test_a_nan_query_gives_nan(feature, index, stream):
 @pytest.mark.parametrize("case", [ROWS[2], ROWS[3], Case("bf16", 128, False, 16, 2, 1, 700, batch=2)], ids=str)
 def test_the_lowest_number_hides(case, kind, stream):
     """What many masks hold instead of -inf: whole tiles of it, the first that are visited among them."""
-    problem = make_problem(replace(case, attn_mask=kind, mask_dims="bk"))
+    problem = make_problem(replace(case, attn_mask=kind))
     mask = problem.scores["attn_mask"].array
     lowest = {"bf16": np.uint16(0xFF7F), "fp32": np.finfo(np.float32).min}[kind]
     mask[..., mask.shape[-1] // 3 :] = lowest

@@ -3,7 +3,7 @@ tile ahead.
 
 From global memory a thread would read what belongs to its scores in 4-byte pieces, 8 rows at once: so many requests
 take longer than the rest of a tile. cp.async copies 16 bytes per lane, 64 of each row at once; ldmatrix then gives
-every thread the pairs that belong to its scores. Nobody else writes or reads a warp's rows, so that no barrier is needed.
+every thread the pairs that belong to its scores. Nobody else writes or reads a warp's rows: no barrier is needed.
 Rows are 16 bytes more than their elements apart: 8 rows of ldmatrix then lie in 8 different groups of banks.
 """
 from dataclasses import dataclass
