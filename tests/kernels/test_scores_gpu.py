@@ -1,5 +1,5 @@
-"""softcap, attention sinks, ALiBi, attn_mask and attention_chunk on the GPU: each feature with every head_dim and mask in
-turn, in the prefill and the decode kernel, and what they do to one another."""
+"""softcap, attention sinks, ALiBi, attn_mask and attention_chunk on the GPU: each feature with every head_dim and mask
+in turn, in the prefill and the decode kernel, and what they do to one another."""
 
 from dataclasses import replace
 from itertools import product
