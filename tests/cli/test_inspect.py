@@ -13,7 +13,7 @@ from fa3_cute.cli import main, units
 from fa3_cute.cli import inspect as inspect_command
 from fa3_cute.planning.config import DecodeConfig
 from fa3_cute.planning.selections import all_configs
-from fa3_cute.planning.tables import decode_config, forward_config
+from fa3_cute.planning.tables import KeySource, decode_config, forward_config
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,8 @@ def test_masked_tiles_cost_more(cfg):
         decode_config("bf16", 64, True),
         forward_config("fp8_e4m3", 64, "causal", True, True, "fp16"),
         decode_config("fp8_e4m3", 64, True, "bf16"),
+        forward_config("fp16", 64, "causal", False, False, features=frozenset({("attn_mask", "bf16")})),
+        decode_config("fp16", 96, False, source=KeySource(is_ragged=True)),
     ],
     ids=lambda cfg: cfg.name,
 )
