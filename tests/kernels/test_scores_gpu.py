@@ -178,7 +178,7 @@ def test_nan_in_unused_keys_is_not_seen(feature, stream):
     run_and_check(problem, stream)
 
 
-@pytest.mark.parametrize(("feature", "index"), product(("softcap", "alibi", "bias"), (0, 1)))
+@pytest.mark.parametrize(("feature", "index"), list(product(("softcap", "alibi", "bias"), (0, 1))))
 def test_a_nan_query_gives_nan(feature, index, stream):
     """In its own row alone."""
     problem = make_problem(with_feature(ROWS[2 + index], feature))
