@@ -72,7 +72,7 @@ def counts_of(problem, out: np.ndarray, p_dropout: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("is_decode", [False, True], ids=["forward", "decode"])
-@pytest.mark.parametrize(("dtype", "head_dim"), product(DTYPES, HEAD_DIMS))
+@pytest.mark.parametrize(("dtype", "head_dim"), list(product(DTYPES, HEAD_DIMS)))
 def test_what_is_kept_is_the_references(dtype, head_dim, is_decode, stream):
     """K is 0, so that probabilities are alike, and V tells keys apart but for head_dim: column c of O counts the kept
     ones among the keys c, c + head_dim, ..."""

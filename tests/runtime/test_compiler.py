@@ -106,17 +106,16 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
         "has_softcap": True,
         "has_alibi": True,
         "attn_mask": "bool",
-        "has_chunks": True,
         "score_mod": "a_mod_0",
         "mask_mod": "a_mod_0",
         "has_dropout": True,
     }
     changed_fp8 = {"out_dtype": "fp16"}  # what only FP8 can change
     changed_ragged = {"is_ragged": True, "page_box": 32, "box_is_wide": True}  # each with the ones before it
-    changed_listed = {"mask_mod": "a_mod_0", "has_block_lists": True}
+    changed_together = ({"mask_mod": "a_mod_0", "has_block_lists": True}, {"is_local": True, "has_chunks": True})
     small = replace(CFG, tile_n=64, is_causal=False)  # leaves room to change one field at a time
     small_fp8 = replace(small, dtype="fp8_e4m3", out_dtype="bf16")
-    names = changed.keys() | changed_fp8.keys() | changed_ragged.keys() | changed_listed.keys()
+    names = {name for some in (changed, changed_fp8, changed_ragged, *changed_together) for name in some}
     assert names == {field.name for field in fields(CFG)}
     ragged = [dict(list(changed_ragged.items())[:count]) for count in (1, 2, 3)]
     cfgs = [
@@ -125,7 +124,7 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
         *(replace(small, **{name: value}) for name, value in changed.items()),
         *(replace(small_fp8, **{name: value}) for name, value in changed_fp8.items()),
         *(replace(small, is_varlen=True, **values) for values in ragged),
-        replace(small, **changed_listed),
+        *(replace(small, **values) for values in changed_together),
     ]
     assert len({compiler.cache_key(cfg) for cfg in cfgs}) == len(cfgs)
     assert {type(value) for cfg in (CFG, small_fp8) for value in cfg.as_dict().values()} <= {int, bool, str, type(None)}
