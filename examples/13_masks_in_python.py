@@ -141,6 +141,8 @@ def main() -> int:
     if problem:
         print(f"No Hopper GPU here ({problem}): compiling a kernel, computing the examples in NumPy.")
         compile_only(all_examples["documents"])
+    else:
+        print(f"{open_device().name}: masks as functions")
     failed = 0
     for name, example in all_examples.items():
         q = rng.standard_normal((BATCH, example.seqlen_q, HEADS, HEAD_DIM), np.float32).astype(np.float16)
