@@ -16,6 +16,7 @@ from fa3_cute.contract.reference import as_float, attention_reference, low_preci
 
 BATCH, SEQLEN, HEADS, HEAD_DIM = 2, 1000, 4, 64
 BUCKETS, EXACT, MOST = 32, 16, 128  # the first distances have a bucket each, up to MOST they get wider
+PER_DOUBLING = EXACT / math.log2(MOST / EXACT)
 
 
 @cute.jit
@@ -24,9 +25,7 @@ def t5_bias(score, batch, head, query, key, info, aux):
     distance = cutlass.max(query + info.n_k - info.n_q - key, 0)
     bucket = distance
     if distance >= EXACT:
-        steps = cute.math.log2(cutlass.Float32(distance) * (1 / EXACT), fastmath=True) * (
-            EXACT / math.log2(MOST / EXACT)
-        )
+        steps = cute.math.log2(cutlass.Float32(distance) * (1 / EXACT), fastmath=True) * PER_DOUBLING
         bucket = cutlass.min(EXACT + cutlass.Int32(steps + 1e-4), BUCKETS - 1)
     return score + aux.load(0, head, bucket)  # an index beyond the array is taken to its end
 
@@ -34,7 +33,7 @@ def t5_bias(score, batch, head, query, key, info, aux):
 def t5_bias_on_host(score, batch, head, query, key, info, aux):
     """The same in NumPy, which defines it: indices come as arrays that broadcast."""
     distance = np.maximum(query + info.n_k - info.n_q - key, 0)
-    steps = np.log2(np.maximum(distance, EXACT) / EXACT) * (EXACT / math.log2(MOST / EXACT))
+    steps = np.log2(np.maximum(distance, EXACT) / EXACT) * PER_DOUBLING
     bucket = np.where(distance >= EXACT, EXACT + (steps + 1e-4).astype(int), distance)
     return score + aux.load(0, head, np.minimum(bucket, BUCKETS - 1))
 
@@ -95,7 +94,6 @@ def main() -> int:
     exact, _ = attention_reference(q, k, v, **options)  # float64
     rounded, _ = low_precision_twin(q, k, v, "bf16", **options)  # the error that BF16 alone explains
     allowed = 2 * np.abs(rounded - exact).max() + 1e-5
-
     problem = hopper_device_problem()
     if problem:
         print(f"No Hopper GPU here ({problem}): compiling the kernel, computing the example in NumPy.")
