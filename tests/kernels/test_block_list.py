@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from device_code import as_python
 from mod_cases import CAPPED, DOCUMENTS
 
 from fa3_cute.kernels.common import block_list
@@ -44,7 +45,7 @@ def test_partial_blocks_come_first(memory, partial, full):
     put(memory, "partial", 12 * 3 + 4 * 2 + 1, partial, 8)
     put(memory, "full", 12 * 3 + 4 * 2 + 1, full, 8)
     tile = SimpleNamespace(sequence=3, head=2, m_block=3, seqlen_k=1000)
-    own = BlockLists.of.__wrapped__(lists, SimpleNamespace(tile_n=128), tile)
+    own = as_python(BlockLists.of)(lists, SimpleNamespace(tile_n=128), tile)
     assert (own.num_partial, own.num_blocks, own.last) == (len(partial), len(partial + full), 7)
     assert [own.block(i) for i in range(own.num_blocks)] == partial + full
     if partial + full:
@@ -58,7 +59,7 @@ def test_bad_lists_stay_in_memory(memory):
     memory[1000], memory[5000] = 1 << 20, -7
     lists = BlockLists(**FIRST, batch_stride=0, head_stride=0, row_length=8, tiles_per_row=1)
     tile = SimpleNamespace(sequence=3, head=2, m_block=0, seqlen_k=300)
-    own = BlockLists.of.__wrapped__(lists, SimpleNamespace(tile_n=128), tile)
+    own = as_python(BlockLists.of)(lists, SimpleNamespace(tile_n=128), tile)
     assert (own.num_partial, own.num_blocks) == (8, 8) and {own.block(i) for i in range(8)} == {2}
     assert BlockList(0, 1, 2000, 6000, 2).block(0) == 0
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cache_calls import PACKED_CACHE, PACKED_PAGED, PAGED
+from device_code import as_python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rule_calls import A
@@ -123,7 +124,7 @@ def warp():
         for kind in (dealing.Dealer, dealing.RaggedGrid, batches.RaggedBatch):
             for name, method in list(vars(kind).items()):
                 if hasattr(method, "__wrapped__"):
-                    patch.setattr(kind, name, method.__wrapped__)
+                    patch.setattr(kind, name, as_python(method))
         for name in ("sequence", "clusters"):
             patch.setattr(dealing.Dealer, name, lane_by_lane(getattr(dealing.Dealer, name)))
         patch.setattr(dealing.Dealer, "partials_before", warp.partials_before(dealing.Dealer.partials_before))
