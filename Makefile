@@ -49,8 +49,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(PYTHON) examples/01_fp16_causal_prefill.py
 
+# Side by side, by files: compiles of a file share a pool of processes.
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 # The cache is filled first, by many processes: the tests compile one kernel at a time. What does not compile there fails
 # again where a test needs it.
