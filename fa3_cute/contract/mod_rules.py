@@ -136,7 +136,8 @@ def listed_blocks(p) -> Sentences:
     if p.block_mask is None:
         return ()
     found = [must(p, name, "None or 0 with block_mask") for name in _NOT_WITH_LISTS if getattr(p, name)]
-    if p.num_splits > 1 or p.fixed_split_size:
-        name = "num_splits" if p.num_splits > 1 else "fixed_split_size"
+    has_splits = type(p.num_splits) is int and p.num_splits > 1
+    if has_splits or p.fixed_split_size:
+        name = "num_splits" if has_splits else "fixed_split_size"
         found.append(must(p, name, "0 with block_mask: keys are those of the lists"))
     return found

@@ -153,5 +153,8 @@ def test_what_has_no_kernel_yet():
     ):
         problem = first_problem(replace(call, **GOOD | change))
         assert problem.status is Status.FEATURE_UNSUPPORTED and name in problem.detail, (change, problem)
+    for changes in ({"num_splits": None}, {"num_splits": None, "fixed_split_size": 64}):
+        found = [problem.detail for problem in problems(replace(DENSE, **GOOD | changes))]
+        assert any(detail.startswith("num_splits=None: must be an int") for detail in found), found
     fp8 = replace(DENSE_FP8, **GOOD)
     assert not problems(replace(fp8, block_mask=replace(LISTS, q_block=128)))
