@@ -86,7 +86,10 @@ class _Description:
             value = getattr(value, name)
         if isinstance(value, ModuleType) and _is_library(value.__name__):
             return ["library", ".".join((value.__name__, *attributes))]
-        return self.of_value(value, f"{'.'.join(chain)}, which {fn.__name__} refers to,")
+        where = f"{'.'.join(chain)}, which {fn.__name__} refers to,"
+        if attributes and isinstance(value, FunctionType) and not _is_library(value.__module__):
+            return [self.of_value(value, where), self.of_unknown(value, where)]  # what it carries besides its code
+        return self.of_value(value, where)
 
     def of_value(self, value: Any, where: str) -> Any:
         """A constant, a collection of constants, a function or what a library has; `where` it was found, in words."""

@@ -364,3 +364,21 @@ def test_the_table_of_strides_goes_to_the_shape():
     assert (shape.score_mod, shape.mask_mod) == (BIAS.id, DOCUMENTS.id)
     assert ProblemShape.of(plain(DENSE)).mod_values == ()
     assert isinstance(DENSE, FlashAttentionParams) and json.dumps(shape.mod_values)
+
+
+def helper(score):
+    return score
+
+
+helper.factor = 2.0
+
+
+def scaled_by_an_attribute(score, batch, head, query, key, info, aux):
+    return helper(score) * helper.factor
+
+
+def test_attributes_of_functions_need_a_key():
+    """They may be anything at any time, and are no part of the function's code."""
+    with pytest.raises(ValueError, match="helper.factor, which scaled_by_an_attribute refers to"):
+        ScoreMod(scaled_by_an_attribute)
+    assert ScoreMod(scaled_by_an_attribute, key="2").id != ScoreMod(scaled_by_an_attribute, key="3").id
