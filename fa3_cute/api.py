@@ -155,9 +155,9 @@ def explain(params: FlashAttentionParams | MergeParams) -> list[Problem]:
 def workspace_size(params: FlashAttentionParams) -> int:
     """Bytes of `workspace` that `forward(params)` needs for the partial results of split-KV; 0 if it needs none.
 
-    It depends on dtype, sizes, mask, num_splits and pack_gqa alone and needs no GPU. Without a `workspace` the library
-    keeps one per device and stream. Contents before the call do not matter. Raises FlashAttentionError for params that
-    `forward` would refuse, but for missing tensors and the workspace itself.
+    It depends on dtype, sizes, which lengths, masks and mods there are, splits and pack_gqa, and needs no GPU. Without
+    a `workspace` the library keeps one per device and stream. Contents before the call do not matter. Raises
+    FlashAttentionError for params that `forward` would refuse, but for missing tensors and the workspace itself.
     """
     _require_params(params)
     found = operations.workspace_bytes(params)

@@ -40,7 +40,6 @@ _WORDS = (
     (r"\b([qkv]|out|[qkv]_descale)_(batch|row|head)_stride=", r"\1's \2 stride="),
     (r"must be a device address(: cu_seqlens| with page_table)", r"must be an array\1"),
     (r"\b(page_table|kv_batch_idx|attn_mask|rng_state)=\w+: must be None or 0", r"\1: must be None"),
-    (r"\b(s_aux|alibi_slopes|attn_mask)=\w+: no kernel", r"\1: no kernel"),
     (r"\brng_state=\w+: must be a device address", "rng_state=None: must be an array"),
     (r"\bp_dropout\b", "dropout_p"),
     (r"\bmod_pointers=(None|\([^)]*\)): must be (\d+) device addresses", r"mod_arrays: must be \2 arrays"),

@@ -83,9 +83,13 @@ def block_lists(
     arrays, scalars   NumPy arrays of what the mod reads
 
     It computes batches * heads * seqlen_q * seqlen_k entries of the mask, a row of blocks at a time. Rows of the lists
-    are in descending order, as the kernel walks the keys without lists.
+    are in descending order, as the kernel walks the keys without lists. Raises ValueError for a causal mask beside a
+    window.
     """
     import numpy as np
+
+    if causal and max(window_size) >= 0:
+        raise ValueError(f"window_size={window_size}: must be negative (unbounded) with causal=True")
 
     batches, heads, seqlen_q, seqlen_k = sizes
     q_blocks, kv_blocks = (-(-length // block) for length, block in zip(sizes[2:], blocks, strict=True))

@@ -91,7 +91,12 @@ class Mod:
             raise TypeError(f"fn must be a function, not {type(self.fn).__name__}")
         name = self.name or re.sub(r"\W", "", getattr(self.fn, "__name__", type(self.fn).__name__))
         self._set("name", name)
-        self._set("pointers", tuple(ModArray(element, tuple(shape)) for element, shape in self.pointers))
+        try:
+            pointers = tuple([ModArray(element, tuple(shape)) for element, shape in self.pointers])
+        except (TypeError, ValueError):
+            found = f"pointers={self.pointers!r}: must be a sequence of (element, shape), as ('float32', (4,))"
+            raise ValueError(f"{self.kind} {name}: {found}") from None
+        self._set("pointers", pointers)
         problem = next(filter(None, self._problems()), "")
         if problem:
             raise ValueError(f"{self.kind} {name}: {problem}")
@@ -168,7 +173,9 @@ def registered(id: str) -> Mod:
     if mod is None:
         raise ValueError(f"no ScoreMod or MaskMod {id} was made in this process")
     if mod.id != f"{mod.name}_{mod._hash()}":
-        raise ValueError(f"{mod.kind} {mod.name} refers to values that have changed since it was made: make a new one")
+        raise ValueError(
+            f"{mod.kind} {mod.name} has changed since it was made, or its file or what it refers to has: make a new one"
+        )
     return mod
 
 

@@ -8,7 +8,7 @@ A value of the wrong type is a problem like any other, not an exception: it gets
 INVALID_ARGUMENT where the field has none. Integers are whatever has `__index__`, except bool and arrays.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -25,7 +25,6 @@ from .params import (
     has_packed_keys,
     is_packed,
 )
-from .pending import pending_choices, pending_pointers
 from .plain import BAD, plain
 from .scores import (
     alibi_stride,
@@ -297,19 +296,16 @@ RULES = (
     Rule(Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED), of_choices=True),
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
     Rule(Status.FEATURE_UNSUPPORTED, listed_blocks),
-    Rule(Status.FEATURE_UNSUPPORTED, pending_choices, of_choices=True),
-    Rule(Status.FEATURE_UNSUPPORTED, pending_pointers),
 )
-CONTRACT_RULES = tuple(rule for rule in RULES if rule.objections not in (pending_choices, pending_pointers))
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
 
 
 def contract_problems(params) -> list[Problem]:
-    """What the contract objects to, but not for want of a kernel, nor to how large a workspace is, which the plan knows
+    """What the contract objects to; nothing about how large a workspace must be, which the plan knows
     (planning/operations.py)."""
-    return list(walk(plain(params), CONTRACT_RULES))
+    return list(walk(plain(params)))
 
 
 def first_problem(p) -> Problem | None:
@@ -317,9 +313,9 @@ def first_problem(p) -> Problem | None:
     return next(walk(p), None)
 
 
-def walk(p, rules: Iterable[Rule] = RULES) -> Iterator[Problem]:
+def walk(p) -> Iterator[Problem]:
     """The problems of plain params, in the order of the rules."""
-    for status, objections, _, concerns in rules:
+    for status, objections, _, concerns in RULES:
         if concerns is None or concerns(p):
             for detail in objections(p):
                 yield Problem(status, detail)

@@ -27,8 +27,7 @@ NO_FEATURES: Features = frozenset()
 
 def features_of(shape: Any) -> Features:
     """What a problem asks for."""
-    asked = [(field, ask(shape)) for field, ask in FEATURES.items()]
-    return frozenset([feature for feature in asked if feature[1]])
+    return frozenset([(field, value) for field, ask in FEATURES.items() if (value := ask(shape))])
 
 
 def has_mods(features: Features) -> bool:

@@ -121,8 +121,8 @@ PACKED = {
         192,
         160,
         2,
-        "154 of 246, with serial steps; 3 K/V stages 154; 128x144 171, with 3 stages 167, without ping-pong 168, with "
-        "serial steps 173; one Q stage 225",
+        "154 of 246, with serial steps; 3 K/V stages 154; 128x144 171, with serial steps 173; of 243 in another run "
+        "128x144 167, 3 K/V stages 167, without ping-pong 168, one Q stage and 4 K/V stages 225",
         use_pingpong=False,
     ),
     (64, 4): Row(128, 160, 2, "96 of 127"),

@@ -7,16 +7,9 @@ import pytest
 from test_dlpack import OFFSETS, A, CAIArray, DLArray, dense, gpu, lengths, packed  # noqa: F401
 
 from fa3_cute import DataType, FlashAttentionError, attention
-from fa3_cute.contract import pending
 from fa3_cute.contract.reference import attention_reference
 
 FULL = (2, 4, 5, 9)  # of attn_mask, for dense()
-
-
-@pytest.fixture(autouse=True)
-def all_kernels(monkeypatch):
-    """Whatever has no kernel yet."""
-    monkeypatch.setattr(pending, "PENDING", {})
 
 
 def array(*shape, kind=DLArray, **facts):
@@ -144,14 +137,6 @@ def test_an_array_on_the_host_is_none_on_a_device(gpu):
     for name, value in (("s_aux", np.zeros(4, np.float32)), ("attn_mask", [[True]]), ("rng_state", (1, 2))):
         with pytest.raises((FlashAttentionError, TypeError), match=f"{name} "):
             attention(*dense(), **{name: value})
-
-
-def test_what_has_no_kernel_yet_shows_no_address(gpu, monkeypatch):
-    monkeypatch.setattr(pending, "PENDING", {"s_aux": "no sinks", "softcap": "no cap"})
-    with pytest.raises(NotImplementedError, match="^s_aux: no kernel yet: no sinks"):
-        attention(*dense(), s_aux=array(4))
-    with pytest.raises(NotImplementedError, match="softcap=30: no kernel yet: no cap"):
-        attention(*dense(), softcap=30)
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------

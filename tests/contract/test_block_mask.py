@@ -158,3 +158,8 @@ def test_what_has_no_kernel_yet():
         assert any(detail.startswith("num_splits=None: must be an int") for detail in found), found
     fp8 = replace(DENSE_FP8, **GOOD)
     assert not problems(replace(fp8, block_mask=replace(LISTS, q_block=128)))
+
+
+def test_lists_of_a_causal_mask_and_a_window_are_refused():
+    with pytest.raises(ValueError, match="window_size"):
+        block_lists(DOCUMENTS, (1, 1, 8, 8), (8, 8), causal=True, window_size=(3, -1))

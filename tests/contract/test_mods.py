@@ -201,7 +201,9 @@ def test_values_that_change_after_it_was_made():
     f = made(f"def f({ARGUMENTS}):\n    return score + C\n", C=1.0)
     mod = ScoreMod(f)
     f.__globals__["C"] = 2.0
-    with pytest.raises(ValueError, match="score_mod f refers to values that have changed"):
+    with pytest.raises(
+        ValueError, match="score_mod f has changed since it was made, or its file or what it refers to has"
+    ):
         registered(mod.id)
     assert registered(ScoreMod(f).id).fn is f
     with pytest.raises(ValueError, match="no ScoreMod or MaskMod theirs_0 was made"):
@@ -382,3 +384,9 @@ def test_attributes_of_functions_need_a_key():
     with pytest.raises(ValueError, match="helper.factor, which scaled_by_an_attribute refers to"):
         ScoreMod(scaled_by_an_attribute)
     assert ScoreMod(scaled_by_an_attribute, key="2").id != ScoreMod(scaled_by_an_attribute, key="3").id
+
+
+@pytest.mark.parametrize("pointers", [("float32", (4,)), [("float32", 4)], 7, [("float32",)]], ids=str)
+def test_bad_arrays_are_one_sentence(pointers):
+    with pytest.raises(ValueError, match=r"pointers=.*: must be a sequence of \(element, shape\)"):
+        ScoreMod(scaled_by_an_attribute, key="2", pointers=pointers)

@@ -10,8 +10,7 @@ from calls import GOOD, GOOD_FP8
 from cuda.bindings.driver import CUdeviceptr
 from rule_calls import A, BF16, DENSE, DENSE_FP8, FP8, FP16, FP32, ONE_ROW, PACKED, Handle, first_problem
 
-from fa3_cute import Status, explain, forward
-from fa3_cute.contract import pending
+from fa3_cute import Status, forward
 from fa3_cute.contract.limits import LARGEST_SCALE, MAX_MASKED_ROWS, MAX_SIZE, SMALLEST_SCALE, TMA_STRIDE_BYTES
 from fa3_cute.contract.plain import plain
 from fa3_cute.contract.rules import contract_problems
@@ -48,11 +47,9 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize("base, changes", ACCEPTED)
-def test_accepted(base, changes, monkeypatch):
+def test_accepted(base, changes):
     params = replace(base, **changes)
     assert contract_problems(params) == []
-    for name in tuple(pending.PENDING):
-        monkeypatch.delitem(pending.PENDING, name)
     assert problems(params) == [] and first_problem(params) is None
 
 
@@ -114,28 +111,6 @@ def test_refused(status, base, changes, words):
     assert [problem.status for problem in found] == [status], found
     assert all(word in found[0].detail for word in words), found[0].detail
     assert first_problem(params) == found[0] == problems(params)[0]
-
-
-# Each field that may be in PENDING, in a call that is good otherwise.
-GIVEN = {
-    "softcap": {"softcap": 30.0},
-    "s_aux": {"s_aux": A},
-    "alibi_slopes": {"alibi_slopes": A},
-    "attn_mask": {"attn_mask": A},
-    "attention_chunk": {"attention_chunk": 64},
-    "p_dropout": DROPS,
-}
-
-
-@pytest.mark.parametrize("name", GIVEN)
-def test_what_has_no_kernel_yet_is_refused_when_all_else_is_good(name, monkeypatch):
-    monkeypatch.setattr(pending, "PENDING", {name: "not yet"})
-    params = replace(DENSE, **GIVEN[name])
-    value = getattr(params, name)
-    assert explain(params) == [(Status.FEATURE_UNSUPPORTED, f"{name}={value!r}: no kernel yet: not yet")]
-    assert first_problem(params) == explain(params)[0] and contract_problems(params) == []
-    assert first_problem(replace(params, head_dim=80)).status == Status.UNSUPPORTED_HEAD_DIM
-    assert first_problem(DENSE) is None
 
 
 # ---- the shape -------------------------------------------------------------------------------------------------------
@@ -200,9 +175,8 @@ ALL = {"p_dropout": 0.5, "attn_mask_dtype": FP32, "softcap": 2.0, **ADDRESSES}
 
 
 @pytest.fixture
-def repeated(launches, monkeypatch):
-    """A launcher that repeats calls, for which every kernel is there."""
-    monkeypatch.setattr(pending, "PENDING", {})
+def repeated(launches):
+    """A launcher that repeats calls."""
     launches.stub.call.can_repeat = True
     return launches
 

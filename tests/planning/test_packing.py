@@ -111,7 +111,7 @@ def test_what_serves_a_call(params, expected):
     ids=str,
 )
 def test_what_scores_ask_for_is_not_packed(changes):
-    """K/V tiles of packed heads count keys from the first that a tile of O sees; softcap spills."""
+    """K/V tiles of packed heads count keys from the first that a tile of O sees; softcap has not run packed."""
     shape = shape_of(SMALL)
     assert packed_heads_of_window(shape) == 4 and packed_heads_of_window(shape._replace(**changes)) == 1
 
