@@ -20,6 +20,7 @@ FEATURES: dict[str, Callable[[Any], Any]] = {
     "has_dropout": lambda shape: shape.number("p_dropout") != 0,
 }
 MODS = ("score_mod", "mask_mod")
+STAGED_KEYS = 32  # of a row of a staged attn_mask that a warp copies at once (kernels/common/staged_mask.py)
 HEAVY = ("attn_mask", *MODS)  # features that need registers beside the scores
 Features = frozenset[tuple[str, Any]]
 NO_FEATURES: Features = frozenset()
@@ -72,6 +73,11 @@ class ScoreFields:
         return (
             (has_right_rows, "has_block_lists: with mods, not is_varlen"),
             (self.is_local or not self.has_chunks, "has_chunks: only with is_local, chunks are windows"),
+            (
+                not self.stages_mask or self.tile_n % STAGED_KEYS == 0,
+                f"attn_mask={self.attn_mask!r}: passes through shared memory {STAGED_KEYS} keys at a time, and "
+                f"tile_n={self.tile_n} is no multiple",
+            ),
         )
 
     @property

@@ -61,7 +61,7 @@ def test_sink_by_hand():
     assert (out.item(), lse.item()) == pytest.approx((3 / 4, math.log(4)))
 
 
-@pytest.mark.parametrize("sink", [-INF, -1e4, -5.0, 0.0, 60.0, 1e4])
+@pytest.mark.parametrize("sink", [-INF, -1e4, -5.0, 0.0, 60.0, 1e4, 3e38, INF])
 @pytest.mark.parametrize("dtype", [None, "bf16", "fp16", "fp8_e4m3"])
 def test_sink_of_a_row_without_keys_and_of_any_magnitude(sink, dtype):
     q, k, v = np.ones((1, 2, 1, 1)), np.ones((1, 1, 1, 1)), one_head(4)

@@ -9,6 +9,8 @@ import pytest
 from cases import FP8, Case, Layout
 from check import check, make_problem, packed_problem, poison_of, run, run_and_check, run_each_and_check
 
+from fa3_cute.contract.reference import as_float
+
 pytestmark = pytest.mark.gpu
 
 WINDOW = (90, 30)
@@ -136,6 +138,17 @@ def test_rows_without_keys_have_the_sink(case, stream):
     assert not out[0].any()
     assert (lse[0] == np.resize(np.float32((0.5, -3.0, 7.0)), case.num_heads)[:, None]).all()
     check(problem, out, lse)
+
+
+@pytest.mark.parametrize("splits", (1, 3))
+@pytest.mark.parametrize("case", [ROWS[0], FP8_ROWS[0], Case("bf16", 128, False, 16, 2, 1, 700, batch=2)], ids=str)
+def test_a_sink_above_every_score_is_all(case, splits, stream):
+    """O = 0 and LSE is the sink where that is +inf, or would be in units of log2(e): of rows with keys and without."""
+    sinks = 3e38, np.inf
+    problem = make_problem(replace(case, sinks=sinks), lengths={"seqused_k": (0, case.seqlen_k)})
+    out, lse = run(problem, stream, num_splits=splits)
+    assert not as_float(out, np.float32).any()
+    assert (lse == np.resize(np.float32(sinks), case.num_heads)[:, None]).all()
 
 
 @pytest.mark.parametrize("splits", (1, 3, 32))

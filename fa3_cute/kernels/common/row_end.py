@@ -51,15 +51,15 @@ class Sinks:
 
 
 @cute.jit
-def with_sink(top: Float32, total: Float32, sink: Float32, bits: float = 1.0) -> tuple[Float32, Float32, Float32]:
-    """(top, total, factor): a row's maximum and sum of 2^(bits (score - maximum)) once the sink has joined; what the
-    sum of values is to be multiplied with then, before the division. Of no key and no sink the total is 0."""
+def with_sink(top: Float32, total: Float32, sink: Float32) -> tuple[Float32, Float32, Float32]:
+    """(top, total, factor): a row's maximum, in natural units, and sum of e^(score - maximum) once a sink above -inf
+    has joined; what the sum of values is to be multiplied with then, before the division."""
     is_empty = total == 0.0
     old = -Float32.inf if is_empty else top
     new = cute.arch.fmax(old, sink)
-    subtracted = Float32(0.0) if new == -Float32.inf else new
-    factor = cute.math.exp2((old - subtracted) * bits, fastmath=True)
-    return subtracted, total * factor + cute.math.exp2((sink - subtracted) * bits, fastmath=True), factor
+    factor = cute.math.exp2((old - new) * LOG2_E, fastmath=True)
+    below = Float32(0.0) if sink == new else sink - new     # of a sink of +inf the difference is NaN
+    return new, total * factor + cute.math.exp2(below * LOG2_E, fastmath=True), factor
 
 
 @cute.jit
@@ -76,9 +76,10 @@ def end_rows(softmax: OnlineSoftmax, acc_O: cute.Tensor, value_factor: Optional[
         top, last_factor = softmax.row_max[r] * softmax.scale_of(r), Float32(1.0)
         if const_expr(softmax.p_scale_log2 != 0):
             top = top - softmax.p_scale_log2
+        top = top * math.log(2.0)    # and not the sink in units of log2(e), where a finite one may be infinite
         if const_expr(sinks is not None):
             if sinks[r] != -Float32.inf:
-                top, total, last_factor = with_sink(top, total, sinks[r] * LOG2_E)
+                top, total, last_factor = with_sink(top, total, sinks[r])
         is_empty = total == 0.0
         inverse = Float32(0.0) if is_empty else cute.arch.rcp_approx(total)
         if const_expr(sinks is not None):
@@ -86,7 +87,7 @@ def end_rows(softmax: OnlineSoftmax, acc_O: cute.Tensor, value_factor: Optional[
         if const_expr(value_factor is not None):
             inverse = inverse * value_factor
         O[r, None].store(O[r, None].load() * inverse)
-        lse = (top + cute.math.log2(total, fastmath=True)) * math.log(2.0)
+        lse = top + cute.math.log2(total, fastmath=True) * math.log(2.0)
         softmax.row_sum[r] = -Float32.inf if is_empty else lse
 
 

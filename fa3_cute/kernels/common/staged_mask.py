@@ -46,9 +46,13 @@ class StagedMask:
     @cute.jit
     def start(self, tile: Tile, n_block: Int32):
         """Bring the first K/V tile of a tile of O."""
-        cute.arch.cp_async_wait_group(0)
+        self.drain()
         cute.arch.sync_warp()
         self.bring(tile, n_block)
+
+    def drain(self):
+        """Wait for the tile that was brought last, which nobody takes: no copy outlives the kernel."""
+        cute.arch.cp_async_wait_group(0)
 
     @cute.jit
     def take(self) -> cute.Tensor:

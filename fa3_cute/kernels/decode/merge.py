@@ -97,7 +97,7 @@ class Merge:
         where the sink of the row joins, -inf without."""
         top, total, factor = self.maximum, self.total, Float32(1.0)
         if sink != -Float32.inf:
-            top, total, factor = with_sink(top, total, sink, LOG2_E)
+            top, total, factor = with_sink(top, total, sink)
         is_empty = total == 0.0
         inverse = Float32(0.0) if is_empty else cute.arch.rcp_approx(total) * factor
         for c in cutlass.range_constexpr(COLUMNS):

@@ -61,3 +61,5 @@ def consume(cfg: FwdConfig, params: FwdParams, mmas: Mmas, smem: FwdSmem, pipes:
         o_producer.advance()
         write_lse(cfg, params, tile, attend.softmax.row_sum, tidx)
         reader.advance()
+    if const_expr(cfg.stages_mask):
+        attend.row_mask.drain()
