@@ -60,14 +60,25 @@ def alibi_stride(p) -> Sentences:
 
 def mask_strides(p) -> Sentences:
     """The rule of the strides of attn_mask."""
-    if (given := _read_mask_strides(p)) == _CONTIGUOUS:
+    if (given := _read_mask_strides(p)) == _CONTIGUOUS and not p.attn_mask:
         return ()
-    accepted = f"None (contiguous) or an int from 0 (one for all along it) to below {TMA_STRIDE_BYTES}, in elements"
-    return [
-        must(p, name, accepted)
-        for name, stride, size in zip(MASK_STRIDES, given, (p.batch_size, p.num_heads, p.seqlen_q), strict=True)
-        if stride is BAD or stride is not None and size != 1 and not 0 <= stride < TMA_STRIDE_BYTES
-    ]
+    accepted, found = f"an int from 0 (one for all along it) to below {TMA_STRIDE_BYTES}, in elements", []
+    sizes = p.batch_size, p.num_heads, p.seqlen_q
+    for name, stride, default, size in zip(MASK_STRIDES, given, _contiguous_strides(p), sizes, strict=True):
+        if stride is None:
+            if size != 1 and default >= TMA_STRIDE_BYTES:
+                found.append(f"{name}=None (contiguous: {shown(default)}): must be {accepted}")
+        elif stride is BAD or size != 1 and not 0 <= stride < TMA_STRIDE_BYTES:
+            found.append(must(p, name, f"None (contiguous) or {accepted}"))
+    return found
+
+
+def _contiguous_strides(p) -> tuple[int, int, int]:
+    """Of attn_mask; 0 without, and where other rules object to sizes."""
+    heads, rows, keys = sizes = p.num_heads, p.seqlen_q, p.seqlen_k
+    if not p.attn_mask or is_packed(p) or not all(is_int(size, 1, MAX_SIZE) for size in sizes):
+        return 0, 0, 0
+    return heads * rows * keys, rows * keys, keys
 
 
 def rng_state(p) -> Sentences:

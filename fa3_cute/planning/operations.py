@@ -13,6 +13,7 @@ from ..contract.formats import FP8
 from ..contract.params import CHOICES, FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
+from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import decode_row
@@ -25,6 +26,8 @@ from .tables import DENSE, KeySource, decode_config, forward_config, forward_row
 
 Config = FwdConfig | DecodeConfig
 MAX_CHOICES = 512  # that are remembered; the next ones start anew
+# Kernels divide slopes by softmax_scale: beyond these, slopes as they are become infinite or nothing in FP32.
+ALIBI_SCALES = 2.0**-64, 2.0**64
 
 
 class Launch(NamedTuple):
@@ -149,7 +152,7 @@ def checked(p: FlashAttentionParams, values: tuple | None = None) -> Problem | P
         if objections(p):
             return _checked(p, ())
     shape = ProblemShape.of(p, chosen)
-    return _workspace_problem(p, shape) or shape
+    return _shape_problem(p, shape) or shape
 
 
 def _checked(p, choices: tuple) -> Problem | ProblemShape:
@@ -161,14 +164,14 @@ def _checked(p, choices: tuple) -> Problem | ProblemShape:
             _good_choices.clear()
         _good_choices[choices] = chosen_by(p), remaining(p)
     shape = ProblemShape.of(p)
-    return _workspace_problem(p, shape) or shape
+    return _shape_problem(p, shape) or shape
 
 
 def problems(params: FlashAttentionParams) -> list[Problem]:
     """Everything that `forward` would object to, in the order in which it would; [] if the call is good."""
     p = plain(params)
     found = list(walk(p))
-    if not found and (problem := _workspace_problem(p, ProblemShape.of(p))):
+    if not found and (problem := _shape_problem(p, ProblemShape.of(p))):
         return [problem]
     return found
 
@@ -182,8 +185,17 @@ def workspace_bytes(params: FlashAttentionParams) -> int | Problem:
     return operation_of(ProblemShape.of(p)).workspace_bytes
 
 
+def _shape_problem(p, shape: ProblemShape) -> Problem | None:
+    """What only kernels and plans object to, of a call that is right otherwise."""
+    least, most = ALIBI_SCALES
+    if shape.has_alibi and not least <= shape.softmax_scale <= most:
+        accepted = f"a number from {least:.8g} to {most:.8g} with alibi_slopes"
+        return Problem(Status.INVALID_ARGUMENT, must(p, "softmax_scale", accepted))
+    return _workspace_problem(p, shape)
+
+
 def _workspace_problem(p, shape: ProblemShape) -> Problem | None:
-    """The rule that needs a plan: what a workspace must hold is known for a call that is right otherwise."""
+    """The rule that needs a plan: what a workspace must hold."""
     if not shape.workspace or p.workspace_bytes >= (needed := operation_of(shape).workspace_bytes):
         return None
     return Problem(

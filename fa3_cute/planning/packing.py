@@ -15,20 +15,20 @@ from .score_features import FEATURES, features_of
 PACKED_HEADS = (8, 4, 2)  # of one KV head, that may share a tile
 PACKED_HEAD_DIMS = (64, 128)
 # {(head_dim, packed heads): keys that a query sees, up to which packing is faster}. Time with packed heads by time
-# without, of (127, 0), (255, 0), (383, 0), (511, 0); 8 KV heads, 2 x 8k tokens, BF16, H200, 2026-11-29.
+# without, of (127, 0), (255, 0), (383, 0), (511, 0), (1023, 0); 8 KV heads, 2 x 8k tokens, BF16, H200, 2026-11-29.
 MOST_KEYS = {
-    (64, 8): 512,  # 0.63, 0.83, -, 0.92; of (1023, 0) 1.02 with the tile of two warpgroups
-    (64, 4): 256,  # 0.76, 0.96, 1.01, -
-    (64, 2): 128,  # 0.87, 1.09, 1.18, -
-    (128, 8): 512,  # 0.77, 0.87, 0.92, 0.94
-    (128, 4): 384,  # 0.81, 0.92, 0.97, 1.01
-    (128, 2): 128,  # 0.89, 1.08, 0.99, -
+    (64, 8): 1024,  # 0.63, 0.83, -, 0.92, 0.92; the last 1.02 with the tile of two warpgroups
+    (64, 4): 256,  # 0.76, 0.96, 1.01, -, -
+    (64, 2): 128,  # 0.87, 1.09, 1.18, -, -
+    (128, 8): 512,  # 0.77, 0.87, 0.92, 0.94, -
+    (128, 4): 1024,  # 0.81, 0.92, 0.97, 1.01, 0.97
+    (128, 2): 128,  # 0.89, 1.08, 0.99, -, -
 }
-# Features that know keys by their distance from the diagonal. The others ask for their places in the sequence, and K/V
-# tiles of packed heads do not count from its first key. Softcap is not packed: its kernels compile without spills, but
-# none has run.
-OF_DISTANCES = frozenset({"has_softcap", "has_alibi"})
-PACKED_FEATURES = frozenset({"has_alibi"})
+# The same with lengths on the device, of what has another tile there (tables.PACKED_VARLEN).
+MOST_KEYS_VARLEN = {(64, 8): 512}
+# Features that know keys by their distance from the diagonal, or not at all. The others ask for their places in the
+# sequence, and K/V tiles of packed heads do not count from its first key.
+PACKED_FEATURES = frozenset({"has_softcap", "has_alibi"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class PackedFields:
                 "packed_heads: only with 16-bit elements in and out, and not with is_ragged",
             ),
             (
-                not (self.packs_heads and any(getattr(self, field) for field in set(FEATURES) - OF_DISTANCES)),
+                not (self.packs_heads and any(getattr(self, field) for field in set(FEATURES) - PACKED_FEATURES)),
                 "packed_heads: not with features that ask for the places of keys",
             ),
         )
@@ -85,8 +85,14 @@ def packed_heads_of_window(shape: ProblemShape) -> int:
         return 1
     group = shape.num_heads // shape.num_heads_k
     heads = next((heads for heads in PACKED_HEADS if group % heads == 0), 1)
-    is_small = shape.window_left + shape.window_right < MOST_KEYS.get((shape.head_dim, heads), 0)
+    is_small = shape.window_left + shape.window_right < most_keys(shape.head_dim, heads, shape.has_lengths)
     return heads if is_small or shape.pack_gqa else 1
+
+
+def most_keys(head_dim: int, packed_heads: int, has_lengths: bool) -> int:
+    """That a query of a window sees, up to which so many heads are packed."""
+    key = head_dim, packed_heads
+    return has_lengths and MOST_KEYS_VARLEN.get(key) or MOST_KEYS.get(key, 0)
 
 
 def is_packable(shape: ProblemShape) -> bool:

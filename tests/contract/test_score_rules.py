@@ -14,11 +14,12 @@ from fa3_cute import Status, forward
 from fa3_cute.contract.limits import LARGEST_SCALE, MAX_MASKED_ROWS, MAX_SIZE, SMALLEST_SCALE, TMA_STRIDE_BYTES
 from fa3_cute.contract.plain import plain
 from fa3_cute.contract.rules import contract_problems
-from fa3_cute.planning.operations import problems
+from fa3_cute.planning.operations import ALIBI_SCALES, checked, problems
 from fa3_cute.planning.problem import ProblemShape
 
 DROPS = {"p_dropout": 0.5, "rng_state": A}
 MASK_STRIDES = ("attn_mask_batch_stride", "attn_mask_head_stride", "attn_mask_row_stride")
+LONG = {"seqlen_q": 2**18, "seqlen_k": 2**18}
 # (the good call that is changed, the changes): no problem but for want of a kernel.
 ACCEPTED = [
     *((DENSE, {"softcap": cap}) for cap in (0, 0.0, None, 30, SMALLEST_SCALE, LARGEST_SCALE, np.float32(50))),
@@ -37,6 +38,10 @@ ACCEPTED = [
     (DENSE, {"attn_mask": A} | dict.fromkeys(MASK_STRIDES, TMA_STRIDE_BYTES - 1)),
     (ONE_ROW, {"attn_mask": A} | dict.fromkeys(MASK_STRIDES, -3)),
     (PAGED, {"attn_mask": A}),
+    (DENSE, LONG),  # 2^40 scores of a sequence
+    (DENSE, LONG | {"attn_mask": A, "attn_mask_batch_stride": 0}),
+    (DENSE, LONG | {"attn_mask": A, "batch_size": 1}),
+    *((DENSE, {"alibi_slopes": A, "softmax_scale": scale}) for scale in (None, *ALIBI_SCALES)),
     *((call, {"attention_chunk": n}) for call in (DENSE, PACKED, PAGED) for n in (0, 1, 8192, 2**31 - 1)),
     (DENSE, {"attention_chunk": np.int32(64), "is_causal": True}),
     (DENSE, {"attention_chunk": 64, "window_size_left": 7}),
@@ -79,6 +84,13 @@ REFUSED = [
         for name in MASK_STRIDES
         for value in (-1, TMA_STRIDE_BYTES, 0.5, "0", False)
     ),
+    (
+        -7,
+        DENSE,
+        LONG | {"attn_mask": A},
+        (f"attn_mask_batch_stride=None (contiguous: {2**40}): must be an int from 0", f"to below {2**40}"),
+    ),
+    (-7, DENSE, LONG | {"attn_mask": A, "seqlen_k": 2**22, "attn_mask_batch_stride": 0}, ("attn_mask_head_stride=",)),
     (-16, PACKED, {"attn_mask": A}, (f"attn_mask={A}", "None or 0 with cu_seqlens_q")),
     *(
         (-9, call, {"attention_chunk": value}, (f"attention_chunk={value!r}", "an int from 0 (off)"))
@@ -111,6 +123,18 @@ def test_refused(status, base, changes, words):
     assert [problem.status for problem in found] == [status], found
     assert all(word in found[0].detail for word in words), found[0].detail
     assert first_problem(params) == found[0] == problems(params)[0]
+
+
+@pytest.mark.parametrize("base", [DENSE, DENSE_FP8, PACKED, ONE_ROW])
+@pytest.mark.parametrize("scale", [SMALLEST_SCALE, ALIBI_SCALES[0] / 2, ALIBI_SCALES[1] * 2, LARGEST_SCALE])
+def test_slopes_ask_for_a_scale_that_they_can_be_divided_by(base, scale):
+    params = replace(base, softmax_scale=scale)
+    assert problems(params) == []
+    params = replace(params, alibi_slopes=A)
+    (found,) = problems(params)
+    assert found == checked(plain(params)) and found.status == -9
+    assert f"softmax_scale={scale!r}: must be a number from {2**-64:.8g} to" in found.detail
+    assert found.detail.endswith("with alibi_slopes")
 
 
 # ---- the shape -------------------------------------------------------------------------------------------------------

@@ -40,10 +40,13 @@ SERVED = {
     "as wide as it is good for": (replace(SMALL, window_size_left=255), [4]),
     "wider": (replace(SMALL, window_size_left=256), [1]),
     "wider, to both sides": (replace(SMALL, window_size_left=128, window_size_right=128), [1]),
-    "more heads, as wide": (replace(SMALL, num_heads_k=2, window_size_left=511), [8]),
-    "more heads, wider": (replace(SMALL, num_heads_k=2, window_size_left=512), [1]),
-    "head_dim 128, as wide": (replace(SMALL, head_dim=128, window_size_left=383), [4]),
-    "head_dim 128, wider": (replace(SMALL, head_dim=128, window_size_left=384), [1]),
+    "more heads, as wide": (replace(SMALL, num_heads_k=2, window_size_left=1023), [8]),
+    "more heads, wider": (replace(SMALL, num_heads_k=2, window_size_left=1024), [1]),
+    "more heads of sequences, as wide": (replace(SEQUENCES, num_heads_k=2, window_size_left=511), [8]),
+    "more heads of sequences, wider": (replace(SEQUENCES, num_heads_k=2, window_size_left=512), [1]),
+    "head_dim 128, as wide": (replace(SMALL, head_dim=128, window_size_left=1023), [4]),
+    "head_dim 128, wider": (replace(SMALL, head_dim=128, window_size_left=1024), [1]),
+    "head_dim 128 of sequences, as wide": (replace(SEQUENCES, head_dim=128, window_size_left=1023), [4]),
     "one side": (replace(SMALL, window_size_left=-1, window_size_right=3), [1]),
     "no window": (replace(SMALL, window_size_left=-1, window_size_right=-1), [1]),
     "a causal mask": (replace(SMALL, window_size_left=-1), [1]),
@@ -106,18 +109,21 @@ def test_what_serves_a_call(params, expected):
         {"optionals": ("attn_mask",)},
         {"score_mod": "a"},
         {"mask_mod": "a"},
-        *({"numbers": tuple(0.1 if name == other else 0.0 for name in NUMBERS)} for other in NUMBERS),
+        {"numbers": tuple(0.1 * (name == "p_dropout") for name in NUMBERS)},
     ],
     ids=str,
 )
 def test_what_scores_ask_for_is_not_packed(changes):
-    """K/V tiles of packed heads count keys from the first that a tile of O sees; softcap has not run packed."""
+    """K/V tiles of packed heads count keys from the first that a tile of O sees."""
     shape = shape_of(SMALL)
     assert packed_heads_of_window(shape) == 4 and packed_heads_of_window(shape._replace(**changes)) == 1
 
 
-def test_sinks_and_slopes_are_packed():
-    assert packed_heads_of_window(shape_of(SMALL)._replace(optionals=("s_aux", "alibi_slopes"))) == 4
+def test_sinks_slopes_and_softcap_are_packed():
+    for changes in ({}, {"softcap": 30.0}, {"s_aux": A, "alibi_slopes": A}, {"alibi_slopes": A, "softcap": 30.0}):
+        params = replace(SMALL, **changes)
+        (launch,) = operation_of(shape_of(params)).launches
+        assert served(params) == [4] and launch.config.has_softcap == ("softcap" in changes)
 
 
 def test_a_config_for_each_number_of_heads():
