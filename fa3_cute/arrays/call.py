@@ -42,8 +42,14 @@ _WORDS = (
     (r"\b(page_table|kv_batch_idx|attn_mask|rng_state)=\w+: must be None or 0", r"\1: must be None"),
     (r"\brng_state=\w+: must be a device address", "rng_state=None: must be an array"),
     (r"\bp_dropout\b", "dropout_p"),
-    (r"\bmod_pointers=(None|\([^)]*\)): must be (\d+) device addresses", r"mod_arrays: must be \2 arrays"),
-    (r"\b(attn_mask)_(batch|head|row)_stride=", r"\1's \2 stride="),
+    (r"\bmod_pointers=.*: must be (\d+) device addresses", r"mod_arrays: must be \1 arrays"),
+    (r"\bmod_pointers=.*: must be int device addresses, the one at (\d+) aligned", r"mod_arrays[\1]: must be aligned"),
+    (
+        r"\bmod_strides=(.*): must be None \(contiguous\) or (\d+) ints",
+        r"the strides of mod_arrays=\1: must be \2 ints",
+    ),
+    (r"\b(attn_mask|page_table)_(batch|head|row)_stride=", r"\1's \2 stride="),
+    (r"\balibi_batch_stride=", "alibi_slopes's batch stride="),
 )
 
 

@@ -75,8 +75,7 @@ class ScoreFields:
             (self.is_local or not self.has_chunks, "has_chunks: only with is_local, chunks are windows"),
             (
                 not self.stages_mask or self.tile_n % STAGED_KEYS == 0,
-                f"attn_mask={self.attn_mask!r}: passes through shared memory {STAGED_KEYS} keys at a time, and "
-                f"tile_n={self.tile_n} is no multiple",
+                f"tile_n={self.tile_n}: must be a multiple of {STAGED_KEYS} with attn_mask={self.attn_mask!r}, staged",
             ),
         )
 

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import DECODE
 from .key_source import PAGE_BOXES
+from .packing import PACKED_FEATURES
 from .tables import (
     DENSE,
     DTYPES,
@@ -17,6 +19,7 @@ from .tables import (
     all_packed_configs,
     decode_config,
     forward_config,
+    interned,
 )
 
 # A field of FEATURES and a value of it, but a user's functions; has_chunks apart, which is of windows.
@@ -97,8 +100,13 @@ def feature_configs() -> list[FwdConfig | DecodeConfig]:
 
 
 def packed_configs() -> list[FwdConfig]:
-    """Of those some that stand for all: each row of PACKED with both element types, the other options in turn."""
-    return [cfg for number, cfg in enumerate(all_packed_configs()) if number % 4 == number // 8 % 4]
+    """Of those some that stand for all: each row of PACKED with both element types, the other options in turn, and once
+    with one of PACKED_FEATURES."""
+    found = [cfg for number, cfg in enumerate(all_packed_configs()) if number % 4 == number // 8 % 4]
+    features = sorted(PACKED_FEATURES, reverse=True)
+    return found + [
+        interned(replace(cfg, **{features[number % len(features)]: True})) for number, cfg in enumerate(found[::2])
+    ]
 
 
 def all_configs() -> list[FwdConfig | DecodeConfig]:

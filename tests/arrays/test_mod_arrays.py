@@ -20,6 +20,7 @@ def same_document(batch, head, query, key, info, aux):
 
 BIAS = ScoreMod(bias, pointers=[("float32", ("num_heads", 17))], scalars=1)
 DOCUMENTS = MaskMod(same_document, pointers=[("int32", ("batch_size", "seqlen_k"))])
+FOUR_TABLES = ScoreMod(lambda score, batch, head, query, key, info, aux: score, pointers=BIAS.pointers * 4, key="none")
 MODS = {"score_mod": BIAS, "mask_mod": DOCUMENTS, "mod_scalars": (2.0,)}
 
 
@@ -57,6 +58,26 @@ REFUSED = {
     "shape": (-7, {"mask_mod": DOCUMENTS, "mod_arrays": (documents(1),)}, "mod_arrays[0].shape=(1, 9): must be (2, 9)"),
     "element": (-9, {"mask_mod": DOCUMENTS, "mod_arrays": (documents(dtype="int64"),)}, "is int64: must be int32"),
     "columns": (-7, {"mask_mod": DOCUMENTS, "mod_arrays": (documents(strides=(1, 2)),)}, "must be contiguous"),
+    "address": (
+        -9,
+        MODS | {"mod_arrays": (table(), documents(address=A + 2))},
+        "mod_arrays[1]: must be aligned to 4 bytes",
+    ),
+    "one address of many": (
+        -9,
+        {"score_mod": FOUR_TABLES, "mod_arrays": (table(),) * 3 + (table(address=A + 2),)},
+        "mod_arrays[3]: must be aligned to 4 bytes",
+    ),
+    "too many for a line": (
+        -9,
+        {"score_mod": FOUR_TABLES, "mod_arrays": (table(),) * 20},
+        "mod_arrays: must be 4 arrays",
+    ),
+    "strides": (
+        -9,
+        MODS | {"mod_arrays": (table(strides=(-17, 1)), documents())},
+        "the strides of mod_arrays=(-17, 0, 9, 0): must be 4 ints from 0 to",
+    ),
     "no mod": (-9, {"mask_mod": same_document}, "must be None or a fa3_cute.MaskMod"),
     "scalars": (-9, {"score_mod": BIAS, "mod_arrays": (table(),)}, "mod_scalars=None: must be 1 finite numbers"),
     "for no mod": (-9, {"mod_arrays": (documents(),)}, "mod_arrays: must be 0 arrays"),
@@ -68,6 +89,7 @@ def test_refusals_enqueue_and_allocate_nothing(gpu, code, options, words):
     with pytest.raises(FlashAttentionError) as caught:
         attention(*dense(), **options)
     assert caught.value.code == code and words in caught.value.detail, caught.value.detail
+    assert not any(name in caught.value.detail for name in ("mod_pointers", "mod_strides", "None (contiguous)"))
     assert gpu.launches == gpu.allocated == []
 
 

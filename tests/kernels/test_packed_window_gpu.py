@@ -130,12 +130,13 @@ def test_dense_with_used_lengths(family, packed, window, stream):
         {"sinks": (0.5, -2.0, 3.0), "sink_dtype": "bf16", "has_lse": False},
         {"alibi": "heads"},
         {"alibi": "sequences", "sinks": (1.0, -1.0, 2.5)},
+        {"softcap": 3.0},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("family, packed", [*KINDS[:1], *KINDS[4:]], ids=[*IDS[:1], *IDS[4:]])
-def test_sinks_and_slopes(family, packed, feature, stream):
-    """Each row's is its head's; a row without keys has its sink alone."""
+def test_sinks_slopes_and_softcap(family, packed, feature, stream):
+    """A row's sink and slope are its head's; a row without keys has its sink alone."""
     run_and_check(make_problem(sized(family, (550, 430), (127, 0), **feature)), packed, stream)
     run_and_check(packed_problem(family, LAYOUT, window=(60, 5), **feature), packed, stream)
 

@@ -129,6 +129,15 @@ def test_sinks_slopes_and_softcap_are_packed():
 def test_a_config_for_each_number_of_heads():
     assert set(ROWS) == {(head_dim, heads) for head_dim in PACKED_HEAD_DIMS for heads in PACKED_HEADS} == set(MOST_KEYS)
     assert {(cfg.head_dim, cfg.packed_heads) for cfg in packed_configs()} == set(ROWS)
+    with_features = [cfg for cfg in packed_configs() if cfg.transforms_scores]
+    assert {(cfg.head_dim, cfg.packed_heads) for cfg in with_features} == set(ROWS)
+    assert {(cfg.has_softcap, cfg.num_consumer_wgs, cfg.is_varlen) for cfg in with_features} >= {
+        (True, 3, False),
+        (True, 2, True),
+        (True, 2, False),
+        (False, 2, True),
+        (False, 2, False),
+    }
     for head_dim, heads in ROWS:
         for is_varlen in (False, True):
             row = packed_row(head_dim, heads, is_varlen)
