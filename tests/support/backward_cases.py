@@ -1,0 +1,221 @@
+"""Backward problems as data, their inputs on the host, what they must give, and the rule that judges it. NumPy only."""
+
+import zlib
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+from cases import HEADS, LONG_LENGTHS, Case, Layout
+from tolerance import Rule, assert_errors, errors
+
+from fa3_cute.contract.backward_reference import Gradients, Saved, backward_reference, backward_twin
+from fa3_cute.contract.reference import as_float, low_precision_twin, to_bits, used_rows
+
+RULE = Rule(max_factor=2.0, mean_factor=1.5)
+POISON = 0xFF  # every byte of rows that nobody uses: a NaN in every format
+NAMES = ("dq", "dk", "dv")
+
+# (seqlen_q, seqlen_k). What each is for:
+LENGTHS = (
+    (1, 1),  # the smallest problem
+    (1, 333),  # one query row over many key tiles
+    (64, 128),  # whole tiles only
+    (128, 64),  # the reverse
+    (63, 65),  # one row off a tile of 64 in each direction
+    (65, 63),
+    (79, 81),  # and of one of 80
+    (81, 79),
+    (127, 129),  # and of one of 128
+    (129, 127),
+    (160, 256),  # whole tiles of 80
+    (239, 1),  # one key; causal: 238 rows without any
+    (330, 3),  # causal: whole query tiles without a key
+    (200, 421),  # neither length a multiple of anything, the diagonal far from tile corners
+    (512, 256),  # causal: half of the rows without a key
+)
+# (mask, seqlen_q, seqlen_k) of windows: what they hide is whole tiles, parts of them, or next to nothing.
+WINDOWS = tuple(
+    (window, *lengths)
+    for window, lengths in (
+        ((0, 0), (200, 200)),
+        ((0, 0), (70, 300)),  # keys left of every window: their gradients are 0
+        ((33, 0), (64, 512)),
+        ((64, 0), (300, 300)),
+        ((100, 17), (257, 385)),
+        ((31, 7), (385, 130)),  # rows above every key
+        ((-1, 40), (150, 300)),
+        ((-1, 40), (300, 150)),
+        ((40, -1), (150, 300)),
+        ((40, -1), (300, 150)),
+        ((5, 130), (301, 299)),
+        ((1000, 1000), (190, 210)),  # hides nothing
+    )
+)
+LAYOUTS = {
+    "gaps": Layout((113, 0, 1, 200), (203, 64, 0, 128), before=3, after=5),
+    "empty ends": Layout((0, 64, 129, 0), (0, 65, 1, 77)),
+    "no queries": Layout((0, 0, 0), (5, 0, 70), after=2),
+    "no keys": Layout((7, 0, 133), (0, 0, 0), after=2),
+    "short ones": Layout(tuple(7 * i % 23 for i in range(24)), tuple(11 * i % 29 for i in range(24)), after=1),
+    "long one": Layout((1, 700, 64), (3, 650, 128)),
+}
+# Of a dense batch: (seqlen_q, seqlen_k), used ones; and of the layout "gaps".
+USED = ((200, 260), {"seqused_q": (0, 1, 130, 200, 77), "seqused_k": (260, 77, 0, 129, 1)})
+USED_OF_GAPS = {"seqused_q": (100, 0, 1, 128), "seqused_k": (203, 64, 0, 65)}
+
+
+@dataclass(frozen=True)
+class BackwardCase:
+    """One backward problem. `str(case)` is its test id and seeds its random inputs.
+
+    forward    the call that is differentiated; of packed sequences seqlen_q and seqlen_k are the rows of the tensors
+    layout     of LAYOUTS: packed sequences; "": dense
+    used       seqused_q, seqused_k as integers
+    has_dlse   the LSE has a gradient too
+    """
+
+    forward: Case
+    layout: str = ""
+    used: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    has_dlse: bool = False
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """Of cu_seqlens_q, cu_seqlens_k, seqused_q and seqused_k those that the call is given."""
+        return {**(LAYOUTS[self.layout].cu_seqlens if self.layout else {}), **self.used}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The reference's options."""
+        return {"causal": self.forward.is_causal, "window_size": self.forward.window, **self.lengths}
+
+    @property
+    def shape_q(self) -> tuple[int, ...]:
+        """Of q, out, dout and dq."""
+        outer = () if self.layout else (self.forward.batch,)
+        return (*outer, self.forward.seqlen_q, self.forward.num_heads, self.forward.head_dim)
+
+    @property
+    def shape_k(self) -> tuple[int, ...]:
+        """Of k, v, dk and dv."""
+        outer = () if self.layout else (self.forward.batch,)
+        return (*outer, self.forward.seqlen_k, self.forward.num_heads_k, self.forward.head_dim)
+
+    def is_used(self, side: str) -> np.ndarray:
+        """[batch, rows], packed [rows], of a side, "q" or "k": whether some sequence uses the row."""
+        shape = self.shape_q if side == "q" else self.shape_k
+        mask, lengths = np.zeros(shape[:-2], bool), self.lengths
+        for rows in used_rows(mask, lengths.get(f"cu_seqlens_{side}"), lengths.get(f"seqused_{side}")):
+            mask[rows] = True
+        return mask
+
+    def __str__(self) -> str:
+        parts = str(self.forward), self.layout.replace(" ", "_"), "used" * bool(self.used), "dlse" * self.has_dlse
+        return "-".join(filter(None, parts))
+
+
+def backward_cases(head_dim: int) -> list[BackwardCase]:
+    """Every mask with every length, layout and used lengths of a head_dim; dtypes, head ratios and dlse in turn, every
+    combination of them with each kind of mask."""
+    turns = list(product(("bf16", "fp16"), HEADS.values(), (False, True)))
+    cases: list[BackwardCase] = []
+
+    def add(mask, seqlen_q: int, seqlen_k: int, batch: int, **facts) -> None:
+        dtype, (heads, heads_k), has_dlse = turns[7 * len(cases) % len(turns)]
+        forward = Case(dtype, head_dim, mask == "causal", heads, heads_k, seqlen_q, seqlen_k, batch)
+        if not isinstance(mask, str):
+            forward = replace(forward, window=mask)
+        cases.append(BackwardCase(forward, has_dlse=has_dlse, **facts))
+
+    for mask in ("full", "causal"):
+        for lengths in LENGTHS + LONG_LENGTHS:
+            add(mask, *lengths, batch=1 if lengths in LONG_LENGTHS else 2)
+    for window, *lengths in WINDOWS:
+        add(window, *lengths, batch=2)
+    for mask in ("full", "causal", (50, 20)):
+        for name, layout in LAYOUTS.items():
+            add(mask, layout.total_q, layout.total_k, len(layout.q), layout=name)
+        gaps = LAYOUTS["gaps"]
+        add(mask, gaps.total_q, gaps.total_k, len(gaps.q), layout="gaps", used=USED_OF_GAPS)
+        add(mask, *USED[0], batch=len(USED[1]["seqused_q"]), used=USED[1])
+    return cases
+
+
+class Inputs(NamedTuple):
+    """What `backward` is given, as buffers hold it; rows that no sequence uses are poison.
+
+    q, k, v, dout   of the case's dtype, randn
+    out             of the case's dtype: what the forward twin makes
+    lse, dlse       float32 [batch, heads, rows], packed [heads, rows]; dlse randn, or None
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    dout: np.ndarray
+    out: np.ndarray
+    lse: np.ndarray
+    dlse: np.ndarray | None
+
+
+def inputs_of(case: BackwardCase, scale_of_q: float = 1.0, mean_of_v: float = 0.0) -> Inputs:
+    """Randn of the case; peaky rows with a larger q, a D that cancels with a mean of v."""
+    rng, dtype = np.random.default_rng(zlib.crc32(str(case).encode())), case.forward.dtype
+    used_q, used_k = case.is_used("q"), case.is_used("k")
+
+    def randn(shape, is_used, scale=1.0, mean=0.0):
+        return _poisoned(to_bits(mean + scale * rng.standard_normal(shape, np.float32), dtype), ~is_used)
+
+    q, dout = randn(case.shape_q, used_q, scale_of_q), randn(case.shape_q, used_q)
+    k, v = randn(case.shape_k, used_k), randn(case.shape_k, used_k, mean=mean_of_v)
+    out, lse = low_precision_twin(q, k, v, dtype, **case.options)
+    lse = lse.astype(np.float32)
+    unused = np.broadcast_to(~used_q[..., None, :], lse.shape)
+    dlse = _poisoned(rng.standard_normal(lse.shape, np.float32), unused) if case.has_dlse else None
+    return Inputs(q, k, v, dout, _poisoned(to_bits(out, dtype), ~used_q), _poisoned(lse, unused), dlse)
+
+
+def _poisoned(array: np.ndarray, where: np.ndarray) -> np.ndarray:
+    array[where] = np.frombuffer(bytes([POISON]) * array.itemsize, array.dtype)[0]
+    return array
+
+
+def expected_of(case: BackwardCase, inputs: Inputs, grad_dtype: str | None = None) -> tuple[Gradients, Gradients]:
+    """(reference, twin) of what the inputs hold; the twin from their out and LSE."""
+    tensors, dtype = (inputs.q, inputs.k, inputs.v, inputs.dout), case.forward.dtype
+    saved = Saved(inputs.out, inputs.lse, inputs.dlse)
+    reference = backward_reference(*tensors, Saved(dlse=inputs.dlse), **case.options)
+    return reference, backward_twin(*tensors, dtype, saved, grad_dtype=grad_dtype, **case.options)
+
+
+def check_gradients(dq, dk, dv, reference: Gradients, twin: Gradients, rule: Rule = RULE) -> None:
+    """Judge gradients, as buffers hold them (BF16 as bits); None: not wanted. For each of them
+
+        max|got - reference| <= 2 max|twin - reference| + 1e-5    and of the means 1.5 and 1e-6,
+
+    NaN exactly where the reference has it: in rows that no sequence uses. Keys that no row sees get exactly 0.
+    """
+    for name, got, exact, rounded in zip(NAMES, (dq, dk, dv), reference, twin, strict=True):
+        if got is None:
+            continue
+        values = as_float(got, np.float64)
+        assert_errors(rule, *errors(values, exact, rounded), f" ({name})")
+        if name != "dq":
+            assert_zeros(name, values, (reference.dv == 0).all(axis=-1))
+
+
+def check_case(case: BackwardCase, inputs: Inputs, dq, dk, dv) -> None:
+    """Judge the gradients of a case, likewise; and rows that see no key get a dq of exactly 0."""
+    check_gradients(dq, dk, dv, *expected_of(case, inputs))
+    if dq is not None:
+        sees_none = np.isinf(inputs.lse).swapaxes(-1, -2) & case.is_used("q")[..., None]
+        assert_zeros("dq", as_float(dq, np.float64), sees_none)
+
+
+def assert_zeros(name: str, values: np.ndarray, where: np.ndarray) -> None:
+    """[.., row, head]: these vectors are 0."""
+    wrong = np.argwhere(where & (values != 0).any(axis=-1))
+    assert not len(wrong), (
+        f"{name}: {len(wrong)} rows [.., row, head] should be 0 and are not, first {wrong[:4].tolist()}"
+    )
