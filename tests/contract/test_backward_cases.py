@@ -61,12 +61,12 @@ def one_head(case, tensors, vectors, sums, fault):
     for first, start in product(range(0, len(k), TILE_N), range(0, len(q), TILE_M)):
         n, m = slice(first, first + TILE_N), slice(start, start + TILE_M)
         log2e = np.float32(math.log2(math.e))
-        scores = q[m] @ k[n].T * (scale * log2e) - lse[m, None] * log2e
+        scores = q[m] @ k[n].T
+        scores = round_to(scores, dtype) if fault == "rounded S" else scores
+        scores = scores * (scale * log2e) - lse[m, None] * log2e
         sees = visible(case, len(q), len(k), fault)[m, n]
         p = np.where(sees, np.exp2(np.where(sees, scores, 0)), 0)
         dp = dout[m] @ v[n].T
-        if fault == "rounded P and dP":
-            p, dp = round_to(p, dtype), round_to(dp, dtype)
         ds = round_to(p * (dp - d[m, None]), dtype)
         if fault == "a tile" and first == TILE_N and start == TILE_M:
             continue
@@ -95,14 +95,14 @@ def test_an_honest_kernel_passes_with_inputs_that_are_hard(kind):
     check_case(case, inputs, *kernel(case, inputs))
 
 
-FAULTS = ("a head of the group", "D", "a tile", "the scale of dk", "top left", "dlse", "rounded P and dP")
+FAULTS = ("a head of the group", "D", "a tile", "the scale of dk", "top left", "dlse", "rounded S")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(fault):
     """In a case that has what they concern: groups, more keys than queries, a gradient of the LSE, several tiles."""
     case = BackwardCase(Case("bf16", 64, True, 6, 2, 160, 256, 2), has_dlse=True)
-    inputs = inputs_of(case, scale_of_q=4.0)  # peaky rows: what is rounded once too often shows
+    inputs = inputs_of(case)
     check_case(case, inputs, *kernel(case, inputs))
     with pytest.raises(AssertionError, match=r"out \(d[qkv]\)"):
         check_case(case, inputs, *kernel(case, inputs, fault))
