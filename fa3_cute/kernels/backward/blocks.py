@@ -1,0 +1,114 @@
+"""Blocks of rows of a batch, padded so that a sequence starts a block: where they lie, and what a block of keys is seen
+by. Plain arithmetic but for `Blocks.find`: the CPU tests run it against brute force.
+
+A sequence that starts at packed row r has its first block at (r + sequence * block_rows) / block_rows: blocks of
+different sequences never meet, and no length has to be known on the host. There are at most
+(total rows + batch_size * block_rows) / block_rows of them; some may belong to no sequence.
+"""
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32, const_expr
+
+from ...planning.backward import BackwardConfig
+from ..common.arithmetic import ceil_div, maximum, minimum
+from ..common.block_range import Window
+from ..common.sequences import Sequences, is_present
+
+LANES = 32
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of block_rows rows of Q or K.
+
+    cu_seqlens   [batch_size + 1] int32, or null: dense tensors of `rows` rows
+    num_blocks   of the whole batch
+    """
+    block_rows: Constexpr
+    cu_seqlens: cute.Tensor
+    rows: Int32
+    batch_size: Int32
+    num_blocks: Int32
+
+    @staticmethod
+    @cute.jit
+    def create(block_rows: Constexpr, cu_seqlens: cute.Tensor, rows: Int32, batch_size: Int32) -> "Blocks":
+        """Of packed tensors, or of dense ones."""
+        packed = rows // block_rows + batch_size
+        num_blocks = packed if is_present(cu_seqlens) else batch_size * ceil_div(rows, block_rows)
+        return Blocks(block_rows, cu_seqlens, rows, batch_size, num_blocks)
+
+    @cute.jit
+    def first(self, sequence: Int32) -> Int32:
+        """The first block of a sequence."""
+        block = sequence * ceil_div(self.rows, self.block_rows)
+        if is_present(self.cu_seqlens):
+            block = self.cu_seqlens[sequence] // self.block_rows + sequence
+        return block
+
+    @cute.jit
+    def find(self, block: Int32) -> Int32:
+        """The last sequence that starts at or before a block. Runs on: whole warps."""
+        found, first = Int32(0), Int32(0)
+        if is_present(self.cu_seqlens):
+            while first < self.batch_size:
+                sequence = first + cute.arch.lane_idx()
+                starts = Int32(0)
+                if sequence < self.batch_size:
+                    starts = Int32(1) if self.first(sequence) <= block else Int32(0)
+                count = cute.arch.popc(cute.arch.vote_ballot_sync(starts != 0))
+                found, first = found + count, first + LANES
+            found = found - 1
+        else:
+            found = block // ceil_div(self.rows, self.block_rows)
+        return found
+
+
+@dataclass(frozen=True)
+class KeyTile:
+    """One CTA's keys, and where their sequence lies, in tokens."""
+    n_block: Int32
+    kv_head: Int32
+    batch: Int32       # batch coordinate in the tensors; 0 if they are packed
+    offset_q: Int32    # first row of the sequence in Q and dO, 0 unless packed
+    seqlen_q: Int32
+    offset_k: Int32
+    seqlen_k: Int32
+    first_q_block: Int32   # of the sequence, among those of the batch
+
+
+@dataclass(frozen=True)
+class QueryRange:
+    """Q tiles [m_block_min, m_block_max) that hold a query which sees a key of the CTA; empty if there is none.
+
+    Every query of those in [m_block_full_min, m_block_full_max) sees all of its keys.
+    """
+    m_block_min: Int32
+    m_block_max: Int32
+    m_block_full_min: Int32
+    m_block_full_max: Int32
+
+
+def query_range(cfg: BackwardConfig, window: Window, n_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> QueryRange:
+    """Bottom-right aligned: query i has its diagonal at key i + seqlen_k - seqlen_q."""
+    tile_m, tile_n = cfg.tile_m, cfg.tile_n
+    first_key = n_block * tile_n
+    last_key = minimum(first_key + tile_n, seqlen_k) - 1
+    m_block_min, m_block_max = 0, ceil_div(seqlen_q, tile_m)
+    full_min, full_max = 0, m_block_max
+    if cfg.mask != "full":
+        offset = seqlen_k - seqlen_q + (window.right if cfg.is_local else 0)
+        m_block_min = maximum(first_key - offset, 0) // tile_m
+        full_min = ceil_div(maximum(last_key - offset, 0), tile_m)
+    if cfg.is_local:
+        end_of = lambda key: maximum(key - seqlen_k + seqlen_q + window.left + 1, 0)
+        m_block_max = minimum(m_block_max, ceil_div(end_of(last_key), tile_m))
+        full_max = minimum(m_block_max, end_of(first_key) // tile_m)
+    m_block_max = maximum(m_block_max, m_block_min)
+    # Keys behind the last are hidden in every tile: their P would not be finite for every LSE.
+    is_whole = minimum(maximum(seqlen_k - first_key - tile_n + 1, 0), 1)
+    full_min = minimum(maximum(full_min, m_block_min) + (1 - is_whole) * m_block_max, m_block_max)
+    full_max = maximum(full_min, minimum(full_max, m_block_max))
+    return QueryRange(m_block_min, m_block_max, full_min, full_max)

@@ -1,0 +1,79 @@
+"""Bundles that cross host jit -> device kernel -> role. All frozen: nothing in here ever advances.
+
+Letters: S = Q K^T (raw), P = exp(softmax_scale S - LSE), dP = dO V^T, D = rowsum(dO O) - dLSE, dS = P (dP - D).
+"""
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Float32, Int32
+
+from ..common.block_range import Window
+from ..common.sequences import Sequences
+from ..common.tma import TmaOperand
+from .blocks import Blocks
+
+
+@dataclass(frozen=True)
+class BwdMmas:
+    """The five GEMMs, over all consumer warpgroups; keys are on M of the first three."""
+    sdp: cute.TiledMma             # S^T = K Q^T and dP^T = V dO^T
+    dkv: cute.TiledMma             # dV += P^T dO and dK += dS^T Q, with P^T and dS^T in registers
+    dq: cute.TiledMma              # dQ = dS K, or dQ^T = K^T dS^T
+
+
+@dataclass(frozen=True)
+class BwdParams:
+    """Run-time arguments of the main kernel (device side)."""
+    q: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
+    do: TmaOperand                 # the same
+    k: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
+    v: TmaOperand                  # the same
+    mdK: cute.Tensor               # the same
+    mdV: cute.Tensor               # the same
+    start_S: cute.Tensor           # (padded rows, num_heads) f32: what S^T starts at, see prepare.py
+    start_dP: cute.Tensor          # (padded rows, num_heads) f32
+    dq_sum: cute.Tensor            # (tile_m * head_dim, Q blocks, num_heads) f32, each block in thread order
+    order: cute.Tensor             # (Q blocks, num_heads) int32: CTAs that have added to a block; 0 between launches
+    window: Window                 # used if cfg.is_local
+    sequences: Sequences
+    q_blocks: Blocks
+    k_blocks: Blocks
+    num_heads_k: Int32
+    group: Int32                   # query heads of a KV head
+    scale: Float32
+    scale_log2: Float32
+
+
+@dataclass(frozen=True)
+class BwdLayouts:
+    """Staged, swizzled shared-memory layouts."""
+    sQ: cute.ComposedLayout        # (tile_m, head_dim, num_q_stages)
+    sdO: cute.ComposedLayout       # (tile_m, head_dim, num_do_stages)
+    sK: cute.ComposedLayout        # (tile_n, head_dim, 1)
+    sV: cute.ComposedLayout        # (tile_n, head_dim, 1)
+    sdS: cute.ComposedLayout       # (tile_m, tile_n, num_ds_stages)
+
+
+@dataclass(frozen=True)
+class BwdSmem:
+    """Shared-memory tensors."""
+    sQ: cute.Tensor
+    sdO: cute.Tensor
+    sK: cute.Tensor                # dK at the end
+    sV: cute.Tensor                # dV at the end
+    sdS: cute.Tensor
+    sdQ: cute.Tensor               # (dq_part, num_consumer_wgs) f32, in thread order
+    sStartS: cute.Tensor           # (tile_m, num_q_stages) f32
+    sStartdP: cute.Tensor          # (tile_m, num_do_stages) f32
+
+
+@dataclass(frozen=True)
+class BwdPipelines:
+    """Barrier arrays only; each role makes its own producer or consumer, whose state stays a local variable."""
+    k: pipeline.PipelineTmaAsync   # load warp -> consumers, once
+    v: pipeline.PipelineTmaAsync   # load warp -> consumers, once
+    q: pipeline.PipelineTmaAsync   # load warp -> consumers: Q and the start of S
+    do: pipeline.PipelineTmaAsync  # load warp -> consumers: dO and the start of dP
+    ds: pipeline.PipelineAsync     # every consumer warp -> every consumer warp
+    dq: pipeline.PipelineAsync     # a slot per consumer warpgroup, filled in every round -> reduce warp

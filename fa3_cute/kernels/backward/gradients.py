@@ -1,0 +1,209 @@
+"""One consumer warpgroup's part of a backward pass: 64 keys, whose dK and dV stay in its registers while Q tiles pass.
+
+    S^T  = K Q^T - LSE / scale     A = K, B = Q, both K-major; the accumulator starts at -LSE / scale
+    dP^T = V dO^T - D              A = V, B = dO; the accumulator starts at -D
+    P^T  = exp2(scale_log2 S^T)    no maximum, no sum: the forward has left the LSE
+    dV  += P^T dO                  A = P^T from registers, B = dO read MN-major from the slot that dP^T reads K-major
+    dS^T = P^T dP^T                to shared memory, transposed by stmatrix: keys contiguous
+    dK  += dS^T Q                  A = dS^T from registers, B = Q read MN-major
+    dQ   = dS K                    of all warpgroups' dS; A = dS K-major, B = K MN-major; or dQ^T = K^T dS^T
+
+The accumulators that start at the rows' values take the subtractions out of the loop, and their registers: with them
+dV is in flight while dP is waited for and dS made, without a spill.
+"""
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass.experimental import primitives
+
+from ...planning.backward import BackwardConfig
+from ..common.copies import clear_rows
+from ..common.barriers import sync_warpgroup
+from ..common.layout import as_operand_a, convert, element_type, transposed
+from ..common.wgmma import in_flight, issue_gemm
+from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
+from .visible import KeyMask
+
+QUAD = 4
+
+
+@dataclass
+class Gradients:
+    """State of one consumer warpgroup. t<GEMM>r<operand>: fragments in shared memory."""
+    cfg: Constexpr
+    mmas: BwdMmas
+    smem: BwdSmem
+    tSrK: cute.Tensor
+    tSrQ: cute.Tensor
+    tPrV: cute.Tensor
+    tPrdO: cute.Tensor
+    tVrdO: cute.Tensor
+    tKrQ: cute.Tensor
+    tQrA: cute.Tensor          # dS, or K^T where dq_split is "transposed"
+    tQrB: cute.Tensor          # K, or dS
+    tSsdS: cute.Tensor         # where this thread's dS^T goes, (.., slot)
+    store_dS: cute.TiledCopy
+    acc_dK: cute.Tensor
+    acc_dV: cute.Tensor
+    q_consumer: pipeline.PipelineConsumer
+    do_consumer: pipeline.PipelineConsumer
+    ds_producer: pipeline.PipelineProducer
+    ds_consumer: pipeline.PipelineConsumer
+    dq_producer: pipeline.PipelineProducer
+    sdQ: cute.Tensor           # this warpgroup's part of dQ, (4, quads) of this thread
+    scale_log2: Float32
+    tidx: Int32
+
+    @cute.jit
+    def step(self, mask: KeyMask, m_block: Int32, is_masked: Constexpr[bool]):
+        """dK, dV and dQ of one Q tile. Nothing is in flight before or after."""
+        acc_S, acc_dP = self.new_acc_S(), self.new_acc_S()
+        q, do = self.q_consumer.wait_and_advance(), self.do_consumer.wait_and_advance()
+        if const_expr(self.cfg.is_varlen):
+            num_used = mask.tile.seqlen_q - m_block * self.cfg.tile_m
+            if num_used < self.cfg.tile_m:
+                self.clear_unused_rows(num_used, q.index, do.index)
+        start_at(acc_S, self.smem.sStartS[None, q.index], self.tidx)
+        start_at(acc_dP, self.smem.sStartdP[None, do.index], self.tidx)
+        issue_gemm(self.mmas.sdp, acc_S, self.tSrK[None, None, None, 0], self.tSrQ[None, None, None, q.index],
+                   zero_init=False)
+        issue_gemm(self.mmas.sdp, acc_dP, self.tPrV[None, None, None, 0], self.tPrdO[None, None, None, do.index],
+                   zero_init=False)
+        in_flight(1)                     # S is complete, dP may still run
+        if const_expr(is_masked):
+            mask.apply(acc_S, m_block)
+        rP = self.probabilities(acc_S)
+        issue_gemm(self.mmas.dkv, self.acc_dV, as_operand_a(self.cfg, rP), self.tVrdO[None, None, None, do.index],
+                   zero_init=False)
+        in_flight(1)                     # dP is complete, dV may still run
+        rdS = self.score_gradients(acc_S, acc_dP)
+        self.hand_over(rdS)
+        issue_gemm(self.mmas.dkv, self.acc_dK, as_operand_a(self.cfg, rdS), self.tKrQ[None, None, None, q.index],
+                   zero_init=False)
+        ds = self.ds_consumer.wait_and_advance()      # every warpgroup's
+        acc_dQ = self.start_dQ(ds.index)
+        in_flight(2)                     # dV
+        do.release()
+        in_flight(1)                     # dK
+        q.release()
+        in_flight(0)                     # dQ
+        with cute.arch.elect_one():
+            ds.release()
+        self.send_dQ(acc_dQ)
+
+    @cute.jit
+    def probabilities(self, acc_S: cute.Tensor) -> cute.Tensor:
+        """S -> P in place, and P rounded."""
+        for i in cutlass.range_constexpr(cute.size(acc_S)):
+            acc_S[i] = cute.math.exp2(acc_S[i] * self.scale_log2, fastmath=True)
+        return self.rounded(acc_S)
+
+    @cute.jit
+    def score_gradients(self, acc_S: cute.Tensor, acc_dP: cute.Tensor) -> cute.Tensor:
+        """P, dP -> dS rounded."""
+        for i in cutlass.range_constexpr(cute.size(acc_dP)):
+            acc_dP[i] = acc_S[i] * acc_dP[i]
+        return self.rounded(acc_dP)
+
+    def rounded(self, acc: cute.Tensor) -> cute.Tensor:
+        """In the type of the GEMMs' operands."""
+        out = cute.make_rmem_tensor_like(acc, element_type(self.cfg))
+        convert(acc, out)
+        return out
+
+    @cute.jit
+    def hand_over(self, rdS: cute.Tensor):
+        """dS of this warpgroup's keys, for all warpgroups' dQ."""
+        slot = self.ds_producer.acquire_and_advance()
+        cute.copy(self.store_dS, self.store_dS.retile(rdS), self.tSsdS[None, None, None, slot.index])
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            slot.commit()
+
+    def start_dQ(self, ds_slot: Int32) -> cute.Tensor:
+        """This warpgroup's part of dQ, left in flight."""
+        cfg, dq = self.cfg, self.mmas.dq
+        is_transposed = cfg.dq_split == "transposed"
+        shape = (cfg.head_dim, cfg.tile_m) if is_transposed else (cfg.tile_m, cfg.head_dim)
+        acc_dQ = cute.make_rmem_tensor(dq.partition_shape_C(shape), Float32)
+        a_slot, b_slot = (0, ds_slot) if is_transposed else (ds_slot, 0)
+        issue_gemm(dq, acc_dQ, self.tQrA[None, None, None, a_slot], self.tQrB[None, None, None, b_slot], zero_init=True)
+        return acc_dQ
+
+    @cute.jit
+    def send_dQ(self, acc_dQ: cute.Tensor):
+        """To the reduce warp, in thread order: element 4 j + i of thread t lies at 512 j + 4 t + i."""
+        slot = self.dq_producer.acquire()
+        quads = cute.make_tensor(acc_dQ.iterator, cute.make_layout((QUAD, cute.size(acc_dQ) // QUAD)))
+        cute.autovec_copy(quads, self.sdQ)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            slot.commit()
+        for _ in cutlass.range_constexpr(self.cfg.num_consumer_wgs):
+            self.dq_producer.advance()           # every round of the ring has a slot of each warpgroup
+
+    @cute.jit
+    def clear_unused_rows(self, num_used: Int32, q_slot: Int32, do_slot: Int32):
+        """Zero the rows of Q and dO behind the sequence's last: they may hold NaN, which P = dS = 0 would not silence.
+        Each warpgroup does it for itself, so that none waits for another: they write the same zeros."""
+        for slot in (self.smem.sQ[None, None, q_slot], self.smem.sdO[None, None, do_slot]):
+            clear_rows(self.cfg, slot, num_used, self.cfg.tile_m, self.tidx % 128, 128)
+        cute.arch.fence_view_async_shared()
+        sync_warpgroup(self.tidx // 128)
+
+    def new_acc_S(self) -> cute.Tensor:
+        """A fresh accumulator of S^T's shape."""
+        return cute.make_rmem_tensor(
+            self.mmas.sdp.partition_shape_C((self.cfg.tile_n, self.cfg.tile_m)), Float32)
+
+
+@cute.jit
+def start_at(acc: cute.Tensor, sX: cute.Tensor, tidx: Int32):
+    """acc[j, i] = sX[i]: the rows of the accumulator are keys, the columns queries.
+
+    Each element in a register of its own: two that share a value would be one variable, copied when the WGMMA is
+    issued, and ptxas would wait for the GEMM in flight before that (C7517).
+    """
+    num_pairs = cute.size(acc) // QUAD
+    values = cute.make_rmem_tensor((2, num_pairs), Float32)
+    cute.autovec_copy(cute.make_tensor(sX.iterator + 2 * (tidx % 4),
+                                       cute.make_layout((2, num_pairs), stride=(1, 8))), values)
+    for i in cutlass.range_constexpr(cute.size(acc)):
+        value = values[i % 2, i // QUAD]
+        if const_expr(i // 2 % 2 == 1):
+            value = primitives.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
+        acc[i] = value
+
+
+def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem, pipes: BwdPipelines,
+                   tidx: Int32, wg_idx: Int32) -> Gradients:
+    """Fragments and state of consumer warpgroup `wg_idx`."""
+    first_threads = cute.make_layout(cfg.num_consumer_wgs, stride=128)
+    part = lambda mma: mma.get_slice(first_threads(wg_idx))
+    operand_a = lambda mma, sX: mma.make_fragment_A(part(mma).partition_A(sX))
+    operand_b = lambda mma, sX: mma.make_fragment_B(part(mma).partition_B(sX))
+    sdSt, sKt = transposed(smem.sdS), transposed(smem.sK)
+    sA, sB = (sKt, smem.sdS) if cfg.dq_split == "transposed" else (smem.sdS, sKt)
+    stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(True, 4), element_type(cfg))
+    store_dS = cute.make_tiled_copy_C(stmatrix, mmas.sdp).get_slice(tidx)
+    acc_dK, acc_dV = (cute.make_rmem_tensor(mmas.dkv.partition_shape_C((cfg.tile_n, cfg.head_dim)), Float32)
+                      for _ in range(2))
+    acc_dK.fill(0.0)
+    acc_dV.fill(0.0)
+    sdQ = cute.make_tensor(smem.sdQ[None, wg_idx].iterator + QUAD * (tidx % 128),
+                           cute.make_layout((QUAD, cfg.dq_part // 128 // QUAD), stride=(1, 128 * QUAD)))
+    return Gradients(
+        cfg, mmas, smem,
+        tSrK=operand_a(mmas.sdp, smem.sK), tSrQ=operand_b(mmas.sdp, smem.sQ),
+        tPrV=operand_a(mmas.sdp, smem.sV), tPrdO=operand_b(mmas.sdp, smem.sdO),
+        tVrdO=operand_b(mmas.dkv, transposed(smem.sdO)), tKrQ=operand_b(mmas.dkv, transposed(smem.sQ)),
+        tQrA=operand_a(mmas.dq, sA), tQrB=operand_b(mmas.dq, sB),
+        tSsdS=store_dS.partition_D(sdSt), store_dS=store_dS, acc_dK=acc_dK, acc_dV=acc_dV,
+        q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(),
+        ds_producer=pipes.ds.make_producer(), ds_consumer=pipes.ds.make_consumer(),
+        dq_producer=pipes.dq.make_producer(), sdQ=sdQ, scale_log2=params.scale_log2, tidx=tidx)

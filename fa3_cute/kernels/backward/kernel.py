@@ -1,0 +1,170 @@
+"""FlashAttention-3 backward for sm_90a: a CTA has 64 keys per consumer warpgroup, past which the Q tiles go that see
+them; a load warp, a warp that adds dQ to global memory, 2-3 consumer warpgroups."""
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+
+from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
+from ...planning.config import ROWS_PER_WARPGROUP
+from ...planning.rings import by_name
+from ..common.arithmetic import LOG2_E
+from ..common.block_range import Window
+from ..common.entry import flat_entry
+from ..common.layout import element_type, smem_ring, tensor_view
+from ..common.sequences import Sequences
+from ..common.tma import tma_load
+from .blocks import Blocks, KeyTile, query_range
+from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
+from .consume import consume
+from .load import load
+from .order import heads_per_section, key_tile
+from .reduce import reduce_dq
+
+
+@flat_entry(BACKWARD_ARGUMENTS)
+class FlashAttentionBackward:
+    """The main kernel of one config. Compile `__call__`: its parameters are BACKWARD_ARGUMENTS, in order."""
+
+    def __init__(self, cfg: BackwardConfig):
+        self.cfg = cfg
+
+    # ---- host side: traced once per config, runs at every launch ------------------------------
+    @cute.jit
+    def launch(self, a):
+        """dV = P^T dO, dK = scale dS^T Q, dq_sum += dS K; dS = P (dP - D), P = exp(scale Q K^T - LSE), dP = dO V^T
+
+        Pointers and strides (in elements) as in fa3_cute.BackwardParams.
+        """
+        cfg, layouts, sequences = self.cfg, self.make_layouts(), Sequences.create(a)
+        batches = a.batch_size
+        if const_expr(cfg.is_varlen):
+            batches = Int32(1) if sequences.is_packed() else a.batch_size
+        shape_q = (a.seqlen_q, cfg.head_dim, a.num_heads, batches)
+        shape_k = (a.seqlen_k, cfg.head_dim, a.num_heads_k, batches)
+        q_blocks = Blocks.create(cfg.tile_m, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
+        k_blocks = Blocks.create(cfg.tile_n, sequences.cu_seqlens_k, a.seqlen_k, a.batch_size)
+        vector = cute.make_layout((q_blocks.num_blocks * cfg.tile_m, a.num_heads),
+                                  stride=(1, Int64(q_blocks.num_blocks) * cfg.tile_m))
+        tile = cfg.tile_m * cfg.head_dim
+        params = BwdParams(
+            q=tma_load(tensor_view(a, "q", shape_q), layouts.sQ, cfg.tile_m),
+            do=tma_load(tensor_view(a, "dout", shape_q), layouts.sdO, cfg.tile_m),
+            k=tma_load(tensor_view(a, "k", shape_k), layouts.sK, cfg.tile_n),
+            v=tma_load(tensor_view(a, "v", shape_k), layouts.sV, cfg.tile_n),
+            mdK=tensor_view(a, "dk", shape_k), mdV=tensor_view(a, "dv", shape_k),
+            start_S=cute.make_tensor(a.start_s, vector), start_dP=cute.make_tensor(a.start_dp, vector),
+            dq_sum=cute.make_tensor(a.dq_sum, cute.make_layout(
+                (tile, q_blocks.num_blocks, a.num_heads), stride=(1, Int64(tile), Int64(tile) * q_blocks.num_blocks))),
+            order=cute.make_tensor(a.order, cute.make_layout((q_blocks.num_blocks, a.num_heads))),
+            window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, k_blocks=k_blocks,
+            num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
+            scale_log2=a.softmax_scale * Float32(LOG2_E))
+        self.kernel.set_name_prefix(f"fa3_cute_bwd_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
+        self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
+            grid=(k_blocks.num_blocks * a.num_heads_k, 1, 1), block=(cfg.num_threads, 1, 1),
+            min_blocks_per_mp=1, stream=a.stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
+
+    def make_layouts(self) -> BwdLayouts:
+        """Shared-memory layouts of the rings."""
+        cfg, element = self.cfg, element_type(self.cfg)
+        return BwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
+                          sdO=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_do_stages),
+                          sK=smem_ring(element, cfg.tile_n, cfg.head_dim, 1),
+                          sV=smem_ring(element, cfg.tile_n, cfg.head_dim, 1),
+                          sdS=smem_ring(element, cfg.tile_m, cfg.tile_n, cfg.num_ds_stages))
+
+    # ---- device side --------------------------------------------------------------------------
+    @cute.kernel
+    def kernel(self, params: BwdParams, layouts: BwdLayouts, mmas: BwdMmas):
+        """Warp 0 loads, warp 1 reduces dQ, warps 2 and 3 retire; the other warpgroups consume."""
+        cfg = self.cfg
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx == 0:
+            for operand in (params.q, params.do, params.k, params.v):
+                cpasync.prefetch_descriptor(operand.atom)
+        smem, pipes = self.allocate(layouts)
+        tile, is_there = self.find_tile(params)
+        queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+        roles = by_name(cfg.roles)
+        if warp_idx < roles["consume"].warps[0]:
+            cute.arch.setmaxregister_decrease(roles["load"].registers)
+            if is_there:
+                if warp_idx == roles["load"].warps[0]:
+                    load(cfg, params, smem, pipes, tile, queries)
+                if warp_idx == roles["reduce"].warps[0]:
+                    reduce_dq(cfg, params, smem, pipes, tile, queries)
+        else:
+            cute.arch.setmaxregister_increase(roles["consume"].registers)
+            if is_there:
+                consume(cfg, params, mmas, smem, pipes, tile, queries)
+
+    @cute.jit
+    def find_tile(self, params: BwdParams) -> tuple[KeyTile, Boolean]:
+        """The CTA's keys, and whether there are any. Runs on: whole warps."""
+        cfg, index = self.cfg, cute.arch.block_idx()[0]
+        group, seqlen_q, seqlen_k = params.group, params.q.tensor.shape[0], params.k.tensor.shape[0]
+        if const_expr(cfg.is_varlen):
+            head = index // params.k_blocks.num_blocks
+            block = index - head * params.k_blocks.num_blocks
+            sequence = params.k_blocks.find(block)
+            offset_q, seqlen_q, offset_k, seqlen_k = params.sequences.place(sequence)
+            n_block = block - params.k_blocks.first(sequence)
+            batch = params.sequences.batch_coordinate(sequence)
+            tile = KeyTile(n_block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, params.q_blocks.first(sequence))
+        else:
+            num_heads = params.num_heads_k * params.sequences.batch_size
+            section = heads_per_section(num_heads, group, seqlen_q, cfg.head_dim)
+            num_blocks = params.k_blocks.num_blocks // params.sequences.batch_size
+            n_block, any_head = key_tile(cfg.is_causal, index, num_blocks, num_heads, section)
+            batch = any_head // params.num_heads_k
+            tile = KeyTile(n_block, any_head - batch * params.num_heads_k, batch, Int32(0), seqlen_q, Int32(0), seqlen_k,
+                           params.q_blocks.first(batch))
+        return tile, tile.n_block * cfg.tile_n < tile.seqlen_k
+
+    @cute.jit
+    def allocate(self, layouts: BwdLayouts):
+        """Carve shared memory; initialise and publish the mbarriers. cfg.rings has the arrival counts."""
+        cfg = self.cfg
+        allocator = cutlass.memory.SmemAllocator()
+        rings = by_name(cfg.rings)
+        names = ("k", "v", "q", "do", "ds", "dq")
+        bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in names}   # full and empty
+        tensor = lambda layout: allocator.allocate_tensor(
+            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        floats = lambda rows, slots: allocator.allocate_tensor(
+            Float32, cute.make_layout((rows, slots)), byte_alignment=128)
+        sK, sV, sQ, sdO, sdS = (tensor(layout) for layout in (
+            layouts.sK, layouts.sV, layouts.sQ, layouts.sdO, layouts.sdS))
+        smem = BwdSmem(sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=floats(cfg.dq_part, cfg.num_consumer_wgs),
+                       sStartS=floats(cfg.tile_m, cfg.num_q_stages), sStartdP=floats(cfg.tile_m, cfg.num_do_stages))
+
+        group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
+        facts = lambda name: {
+            "num_stages": rings[name].slots, "producer_group": group(rings[name].full),
+            "consumer_group": group(rings[name].empty), "barrier_storage": bars[name], "defer_sync": True}
+        tma_ring = lambda name, more: pipeline.PipelineTmaAsync.create(
+            **facts(name), tx_count=rings[name].slot_bytes + more)
+        rows = 4 * cfg.tile_m
+        pipes = BwdPipelines(
+            k=tma_ring("k", 0), v=tma_ring("v", 0), q=tma_ring("q", rows), do=tma_ring("do", rows),
+            ds=pipeline.PipelineAsync.create(**facts("ds")), dq=pipeline.PipelineAsync.create(**facts("dq")))
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return smem, pipes
+
+
+def make_bwd_mmas(cfg: BackwardConfig) -> BwdMmas:
+    """Of the five GEMMs; K and Q are read K-major for S and MN-major for dQ and dK from the same slots."""
+    element, wgs = element_type(cfg), cfg.num_consumer_wgs
+    k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+    make = lambda a, b, atoms, n, source=warpgroup.OperandSource.SMEM: sm90.make_trivial_tiled_mma(
+        element, element, a, b, Float32, (*atoms, 1), (ROWS_PER_WARPGROUP, n), source)
+    dq = {"rows": lambda: make(k_major, mn_major, (wgs, 1), cfg.head_dim),
+          "columns": lambda: make(k_major, mn_major, (1, wgs), cfg.head_dim // wgs),
+          "transposed": lambda: make(mn_major, k_major, (wgs, 1), cfg.tile_m)}
+    return BwdMmas(sdp=make(k_major, k_major, (wgs, 1), cfg.tile_m),
+                   dkv=make(k_major, mn_major, (wgs, 1), cfg.head_dim, warpgroup.OperandSource.RMEM),
+                   dq=dq[cfg.dq_split]())

@@ -1,0 +1,58 @@
+"""Load role: one warp brings K and V once, then Q and dO tiles with the rows' start values."""
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.experimental import primitives
+
+from ...planning.backward import BackwardConfig
+from ..common.tiles import rows_from
+from ..common.tma import TmaOperand, tma_views
+from .blocks import KeyTile, QueryRange
+from .bundles import BwdParams, BwdPipelines, BwdSmem
+
+
+@cute.jit
+def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile, queries: QueryRange):
+    """K, the first Q, V, the first dO, then the other pairs: of each query head of the group all Q tiles in order.
+
+    Runs on: warp 0. Synchronises: waits for the empty halves of the Q and dO rings; TMA signals the full halves.
+    """
+    q_producer, do_producer = pipes.q.make_producer(), pipes.do.make_producer()
+    if queries.m_block_max > queries.m_block_min:
+        load_keys(cfg, params.k, smem.sK, pipes.k, tile)
+        load_keys(cfg, params.v, smem.sV, pipes.v, tile)
+    for i in cutlass.range(params.group, unroll=1):
+        head = tile.kv_head * params.group + i
+        tQsQ, tQgQ = query_views(cfg, params.q, smem.sQ, tile, head)
+        tOsO, tOgO = query_views(cfg, params.do, smem.sdO, tile, head)
+        start_S, start_dP = params.start_S[None, head], params.start_dP[None, head]
+        for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
+            row = (tile.first_q_block + m_block) * cfg.tile_m
+            q = q_producer.acquire_and_advance()
+            cute.copy(params.q.atom, tQgQ[None, m_block], tQsQ[None, q.index], tma_bar_ptr=q.barrier)
+            load_rows(cfg, start_S, row, smem.sStartS[None, q.index], q.barrier)
+            do = do_producer.acquire_and_advance()
+            cute.copy(params.do.atom, tOgO[None, m_block], tOsO[None, do.index], tma_bar_ptr=do.barrier)
+            load_rows(cfg, start_dP, row, smem.sStartdP[None, do.index], do.barrier)
+
+
+@cute.jit
+def load_keys(cfg: BackwardConfig, op: TmaOperand, sX: cute.Tensor, ring, tile: KeyTile):
+    """The CTA's keys of K or V."""
+    mX = rows_from(cfg, tile.offset_k, op.tensor[None, None, tile.kv_head, tile.batch])
+    tXsX, tXgX = tma_views(op, cute.local_tile(mX, (cfg.tile_n, cfg.head_dim), (tile.n_block, 0)), sX)
+    slot = ring.make_producer().acquire_and_advance()
+    cute.copy(op.atom, tXgX, tXsX[None, slot.index], tma_bar_ptr=slot.barrier)
+
+
+def query_views(cfg: BackwardConfig, op: TmaOperand, sX: cute.Tensor, tile: KeyTile, head: Int32):
+    """TMA's view of a head's rows of Q or dO: smem (box, slot) and gmem (box, m_block)."""
+    mX = rows_from(cfg, tile.offset_q, op.tensor[None, None, head, tile.batch])
+    return tma_views(op, cute.local_tile(mX, (cfg.tile_m, cfg.head_dim), (None, 0)), sX)
+
+
+def load_rows(cfg: BackwardConfig, mX: cute.Tensor, row: Int32, sX: cute.Tensor, barrier):
+    """tile_m values of rows of a vector, counted on the barrier of the tile that they belong to."""
+    with cute.arch.elect_one():
+        primitives.cp_async_bulk_shared_cluster_global(
+            sX.iterator.llvm_ptr, (mX.iterator + row).llvm_ptr, barrier.llvm_ptr, 4 * cfg.tile_m)

@@ -1,0 +1,30 @@
+"""Which keys a CTA of the main kernel has: plain arithmetic that also runs on Python ints in the tests.
+
+Blocks of keys of one head run next to one another, since they read the same Q and dO and add to the same dQ. Causal
+ones differ in length: the first keys are seen by most queries and run first, within sections of heads whose Q, dO and
+dQ fit L2 together.
+"""
+from cutlass import Int32
+
+from ..common.arithmetic import ceil_div, maximum, minimum
+
+L2_BYTES = 32 << 20      # of 50 MB
+BYTES_PER_VALUE = 8      # Q, dO, and dQ in FP32
+
+
+def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim: int) -> Int32:
+    """KV heads, of any batch entry, whose Q, dO and dQ share L2."""
+    most = L2_BYTES // (BYTES_PER_VALUE * head_dim) // maximum(seqlen_q * group, 1)
+    return minimum(maximum(most, 1), num_heads)
+
+
+def key_tile(is_causal: bool, index: Int32, num_blocks: Int32, num_heads: Int32, section: Int32):
+    """(n_block, head) at a place of the order of num_heads heads with num_blocks blocks of keys each."""
+    if not is_causal:
+        head = index // num_blocks
+        return index - head * num_blocks, head
+    first_head = index // (section * num_blocks) * section
+    heads = minimum(section, num_heads - first_head)
+    within = index - first_head * num_blocks
+    n_block = within // heads
+    return n_block, first_head + within - n_block * heads

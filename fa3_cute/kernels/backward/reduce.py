@@ -1,0 +1,32 @@
+"""Reduce role: one warp adds the warpgroups' parts of dQ to global memory, one bulk reduction each."""
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+from cutlass.experimental import primitives
+
+from ...planning.backward import BackwardConfig
+from .blocks import KeyTile, QueryRange
+from .bundles import BwdParams, BwdPipelines, BwdSmem
+
+
+@cute.jit
+def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile,
+              queries: QueryRange):
+    """Per Q tile and warpgroup: its part from shared memory, added in FP32 (PTX ISA, "cp.reduce.async.bulk").
+
+    Runs on: warp 1. Synchronises: waits for the full halves of the dQ ring; empties it as soon as it is read.
+    """
+    consumer = pipes.dq.make_consumer()
+    for i in cutlass.range(params.group, unroll=1):
+        head = tile.kv_head * params.group + i
+        for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
+            target = params.dq_sum[None, tile.first_q_block + m_block, head]
+            for w in cutlass.range_constexpr(cfg.num_consumer_wgs):
+                part = consumer.wait_and_advance()
+                with cute.arch.elect_one():
+                    primitives.cp_reduce_async_bulk_global_shared_cta(
+                        (target.iterator + w * cfg.dq_part).llvm_ptr, smem.sdQ[None, w].iterator.llvm_ptr,
+                        4 * cfg.dq_part, op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
+                    cute.arch.cp_async_bulk_commit_group()
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                    part.release()

@@ -1,0 +1,52 @@
+"""Which queries see the keys that a thread holds, in a tile of S^T."""
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, const_expr
+
+from ...planning.backward import BackwardConfig
+from ..common.block_range import Window
+from ..common.layout import ROW_STEP, as_rows_cols, col_offset, fragment_col, fragment_row
+from .blocks import KeyTile
+
+NEVER = 1 << 30     # a query behind all
+
+
+@dataclass(frozen=True)
+class KeyMask:
+    """Visibility from one thread's point of view: S^T has keys as rows and queries as columns.
+
+    Queries behind the last need no test: S^T starts at -inf there (prepare.py).
+    """
+    cfg: Constexpr
+    window: Window
+    tile: KeyTile
+    first_key: Int32       # this thread's first key, of the sequence
+    first_col: Int32       # and its first column of a Q tile
+
+    @staticmethod
+    def create(cfg: BackwardConfig, window: Window, tile: KeyTile, tidx: Int32) -> "KeyMask":
+        """Of consumer thread `tidx`."""
+        return KeyMask(cfg, window, tile, tile.n_block * cfg.tile_n + fragment_row(tidx), fragment_col(tidx))
+
+    @cute.jit
+    def apply(self, acc_S: cute.Tensor, m_block: Int32):
+        """acc_S[j, i] = -inf where query i of Q tile m_block does not see key j."""
+        S = as_rows_cols(acc_S)
+        origin = m_block * self.cfg.tile_m + self.first_col
+        for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+            key = self.first_key + r * ROW_STEP
+            diagonal = key - self.tile.seqlen_k + self.tile.seqlen_q - origin
+            start = Int32(-NEVER)               # the columns [start, end) see the key
+            if const_expr(self.cfg.mask != "full"):
+                start = diagonal - (self.window.right if self.cfg.is_local else 0)
+            if const_expr(self.cfg.is_local):
+                end = diagonal + self.window.left + 1
+            if key >= self.tile.seqlen_k:
+                start = Int32(NEVER)
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                is_visible = start <= col_offset(c)
+                if const_expr(self.cfg.is_local):
+                    is_visible = is_visible & (end > col_offset(c))
+                S[r, c] = S[r, c] if is_visible else -Float32.inf

@@ -1,0 +1,213 @@
+"""BackwardConfig: compile-time choices of the backward kernels, and the table that makes them. Pure Python."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from .config import REGISTERS_PER_SM, ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
+from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, by_name, num_threads, smem_bytes
+
+FLOAT_BYTES = 4
+PREPARE_THREADS = 128
+
+_LENGTHS = [(name, "pointer") for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")]
+_STRIDES = {
+    x: [(f"{x}_{of}_stride", "int64") for of in ("batch", "row", "head")]
+    for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+}
+_SIZES = [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")]
+_P = lambda *names: [(name, "pointer") for name in names]
+BACKWARD_ARGUMENTS = tuple(
+    _P("q", "k", "v", "dout", "dk", "dv", "start_s", "start_dp", "dq_sum", "order")
+    + _LENGTHS
+    + [x for t in ("q", "k", "v", "dout", "dk", "dv") for x in _STRIDES[t]]
+    + _SIZES
+    + [
+        ("window_size_left", "int32"),
+        ("window_size_right", "int32"),
+        ("softmax_scale", "float32"),
+        ("stream", "stream"),
+    ]
+)
+PREPARE_ARGUMENTS = tuple(
+    _P("out", "dout", "softmax_lse", "dlse", "start_s", "start_dp", "dq_sum")
+    + _LENGTHS
+    + [x for t in ("out", "dout") for x in _STRIDES[t]]
+    + _SIZES
+    + [("softmax_scale", "float32"), ("stream", "stream")]
+)
+FINISH_ARGUMENTS = tuple(
+    _P("dq", "dq_sum") + _LENGTHS + _STRIDES["dq"] + _SIZES + [("softmax_scale", "float32"), ("stream", "stream")]
+)
+DQ_SPLITS = ("rows", "columns", "transposed")
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Compile-time choices of a backward pass: those of its main kernel, and of the two around it that share its tiles.
+
+    dtype             of Q, K, V, O and dO: "fp16" or "bf16"; P and dS are rounded to it, accumulation is FP32
+    mask              "full", "causal" or "local"
+    is_varlen         lengths are on the device
+    is_deterministic  the CTAs add to dQ in the order of their keys
+    tile_m            queries of a Q tile
+    num_*_stages      slots of the rings of Q, dO and dS
+    dq_split          what of a tile of dQ each warpgroup computes: its "rows", "columns" of it, or columns of the
+                      "transposed" one, whose tile_m need not be a multiple of 64
+    """
+
+    dtype: str
+    head_dim: int
+    mask: str
+    is_varlen: bool
+    is_deterministic: bool
+    tile_m: int
+    dq_split: str
+    num_consumer_wgs: int = 2
+    num_q_stages: int = 2
+    num_do_stages: int = 2
+    num_ds_stages: int = 2
+
+    is_fp8 = False
+    has_chunks = False
+    packs_heads = False
+    uses_setmaxnreg = True
+
+    def __post_init__(self):
+        if problem := next((sentence for holds, sentence in self.rules() if not holds), None):
+            raise ValueError(f"{self.name}: {problem}")
+
+    def rules(self) -> tuple[tuple[bool, str], ...]:
+        """(whether it holds, what to say if it does not)."""
+        of_split = {"rows": ROWS_PER_WARPGROUP * self.num_consumer_wgs, "columns": ROWS_PER_WARPGROUP, "transposed": 16}
+        return (
+            (self.dtype in ("fp16", "bf16"), f"dtype={self.dtype!r}: must be 'fp16' or 'bf16'"),
+            (self.head_dim % 32 == 0, f"head_dim={self.head_dim}: must be a multiple of 32"),
+            (self.mask in ("full", "causal", "local"), f"mask={self.mask!r}: must be 'full', 'causal' or 'local'"),
+            (self.dq_split in DQ_SPLITS, f"dq_split={self.dq_split!r}: must be one of {', '.join(DQ_SPLITS)}"),
+            (
+                self.tile_m % of_split.get(self.dq_split, 16) == 0,
+                f"tile_m={self.tile_m}: must be a multiple of {of_split.get(self.dq_split)} with dq_split={self.dq_split!r}",
+            ),
+            (
+                WARP * WARPS_PER_WARPGROUP * (self.registers[0] + self.num_consumer_wgs * self.registers[1])
+                <= REGISTERS_PER_SM,
+                f"registers={self.registers}: more than {REGISTERS_PER_SM} in all",
+            ),
+            (
+                self.smem_bytes <= SMEM_BYTES_PER_CTA,
+                f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}",
+            ),
+        )
+
+    @property
+    def name(self) -> str:
+        """Short and unique among the rows of the table: names cache entries and kernels."""
+        flags = "_varlen" * self.is_varlen + "_det" * self.is_deterministic
+        return f"{self.dtype}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
+
+    @property
+    def is_causal(self) -> bool:
+        return self.mask == "causal"
+
+    @property
+    def is_local(self) -> bool:
+        return self.mask == "local"
+
+    @property
+    def tile_n(self) -> int:
+        """Keys of a CTA: a warpgroup has the 64 of one WGMMA, with their dK and dV in its registers."""
+        return ROWS_PER_WARPGROUP * self.num_consumer_wgs
+
+    @property
+    def element_out(self) -> str:
+        """The element type of the gradients."""
+        return self.dtype
+
+    @property
+    def dim_v(self) -> int:
+        return self.head_dim
+
+    @property
+    def num_consumer_warps(self) -> int:
+        return WARPS_PER_WARPGROUP * self.num_consumer_wgs
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """(producer, consumer) registers per thread after setmaxnreg."""
+        return {2: (24, 240), 3: (32, 160)}[self.num_consumer_wgs]
+
+    @property
+    def dq_part(self) -> int:
+        """Floats of a tile of dQ that one warpgroup computes."""
+        return self.tile_m * self.head_dim // self.num_consumer_wgs
+
+    @cached_property
+    def roles(self) -> tuple[Role, ...]:
+        """Who does what: the producer warpgroup's warps, then the consumers."""
+        producer, consumer = self.registers
+        first = WARPS_PER_WARPGROUP
+        return (
+            Role("load", range(1), producer),
+            Role("reduce", range(1, 2), producer),
+            Role("consume", range(first, first + self.num_consumer_warps), consumer),
+        )
+
+    @cached_property
+    def rings(self) -> tuple[Ring, ...]:
+        """In the order of their slots in shared memory. One lane of a warp arrives where warps are counted."""
+        warps, row = self.num_consumer_warps, self.head_dim * 2
+        vector = FLOAT_BYTES * max(self.tile_m, 128 // FLOAT_BYTES)
+        return (
+            Ring("k", 1, self.tile_n * row, 1, warps, "K"),
+            Ring("v", 1, self.tile_n * row, 1, warps, "V"),
+            Ring("q", self.num_q_stages, self.tile_m * row, 1, warps, "Q"),
+            Ring("do", self.num_do_stages, self.tile_m * row, 1, warps, "dO"),
+            Ring("ds", self.num_ds_stages, self.tile_m * self.tile_n * 2, warps, warps, "dS"),
+            Ring("dq", self.num_consumer_wgs, FLOAT_BYTES * self.dq_part, WARPS_PER_WARPGROUP, 1, "dQ"),
+            Ring("lse", self.num_q_stages, vector, 0, 0, "LSE"),
+            Ring("delta", self.num_do_stages, vector, 0, 0, "D"),
+        )
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA of the main kernel."""
+        return smem_bytes(self.rings)
+
+    @property
+    def num_threads(self) -> int:
+        """Of a CTA of the main kernel."""
+        return num_threads(self.roles)
+
+    @property
+    def ring(self) -> dict[str, Ring]:
+        """{name: ring}."""
+        return by_name(self.rings)
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
+class Row(NamedTuple):
+    """tile_m and dq_split of some problems, and why."""
+
+    tile_m: int
+    dq_split: str
+    reason: str
+
+
+TABLE = {
+    (64, "full"): Row(128, "rows", ""),
+    (64, "causal"): Row(128, "rows", ""),
+    (64, "local"): Row(128, "rows", ""),
+    (128, "full"): Row(80, "transposed", ""),
+    (128, "causal"): Row(64, "columns", ""),
+    (128, "local"): Row(64, "columns", ""),
+}
+
+
+def backward_config(dtype: str, head_dim: int, mask: str, is_varlen: bool, is_deterministic: bool) -> BackwardConfig:
+    """The table's config."""
+    row = TABLE[head_dim, mask]
+    return BackwardConfig(dtype, head_dim, mask, is_varlen, is_deterministic, row.tile_m, row.dq_split)
