@@ -257,7 +257,7 @@ _OWN_RULES = (
     Rule(Status.INVALID_SHAPE, _key_tiles),
     Rule(Status.INVALID_SHAPE, _strides),
     Rule(Status.INVALID_ARGUMENT, _alignment),
-    Rule(Status.INVALID_ARGUMENT, _choices),
+    Rule(Status.INVALID_ARGUMENT, _choices, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _apart),
     Rule(Status.FEATURE_UNSUPPORTED, _not_served),
 )

@@ -32,17 +32,15 @@ def kernel(case, inputs: Inputs, fault: str = "") -> Gradients:
     q, k, v, dout, out = (as_float(array) for array in inputs[:5])
     found = [np.full(array.shape, np.nan, np.float32) for array in (q, k, v)]
     sides = zip(*(used_rows(array, *lengths(case, side)) for array, side in ((q, "q"), (k, "k"))), strict=True)
-    for (*outer, rows), of_k in sides:
-        for head_k in range(heads_k):
-            sums = [np.zeros_like(k[*of_k, head_k]) for _ in "kv"]
-            for head in range(head_k * heads // heads_k, (head_k + 1) * heads // heads_k):
-                if fault == "a head of the group" and head == heads - 1 and heads > heads_k:
-                    continue
-                vectors = inputs.lse[*outer, head, rows], 0 if inputs.dlse is None else inputs.dlse[*outer, head, rows]
-                of_q = [array[*outer, rows, head] for array in (q, dout, out)]
-                of_kv = [array[*of_k, head_k] for array in (k, v)]
-                found[0][*outer, rows, head] = one_head(case, (*of_q, *of_kv), vectors, sums, fault)
-            found[1][*of_k, head_k], found[2][*of_k, head_k] = sums
+    for ((*outer, rows), of_k), head_k in product(sides, range(heads_k)):
+        of_kv, sums = [array[*of_k, head_k] for array in (k, v)], [np.zeros_like(k[*of_k, head_k]) for _ in "kv"]
+        for head in range(head_k * heads // heads_k, (head_k + 1) * heads // heads_k):
+            if fault == "a head of the group" and head == heads - 1:
+                continue
+            vectors = inputs.lse[*outer, head, rows], 0 if inputs.dlse is None else inputs.dlse[*outer, head, rows]
+            of_q = [array[*outer, rows, head] for array in (q, dout, out)]
+            found[0][*outer, rows, head] = one_head(case, (*of_q, *of_kv), vectors, sums, fault)
+        found[1][*of_k, head_k], found[2][*of_k, head_k] = sums
     return Gradients(*(to_bits(array, dtype) for array in found))
 
 
