@@ -36,6 +36,9 @@ SERVED_HEAD_DIMS = (64, 128)
 SERVED_DTYPES = (DataType.FP16, DataType.BF16)
 SERVED_GRAD_DTYPES: tuple[DataType, ...] = ()  # besides that of q, k and v
 
+# LSE / softmax_scale, where scores start, is then finite in FP32 whatever the LSE.
+SMALLEST_SCALE = 2.0**-96
+
 _NO_GRADIENT = "backward has no kernel for it yet"
 _NO_SPLITS = "it is of forward's split-KV"
 # Fields that must be off, and why. A row goes when its kernel comes.
@@ -182,6 +185,15 @@ def _not_served(p) -> Sentences:
     return found
 
 
+def _scale(p) -> Sentences:
+    scale = p.softmax_scale
+    if (
+        scale is None or scale is BAD or not 0 < scale < SMALLEST_SCALE
+    ):  # of what is no scale at all forward's rule speaks
+        return ()
+    return [must(p, "softmax_scale", f"None (1/sqrt(head_dim)) or at least {SMALLEST_SCALE:.8g} in backward")]
+
+
 # ---- do tensors overlap ----------------------------------------------------------------------------------------------
 
 
@@ -258,6 +270,7 @@ _OWN_RULES = (
     Rule(Status.INVALID_SHAPE, _strides),
     Rule(Status.INVALID_ARGUMENT, _alignment),
     Rule(Status.INVALID_ARGUMENT, _choices, of_choices=True),
+    Rule(Status.INVALID_ARGUMENT, _scale),
     Rule(Status.INVALID_ARGUMENT, _apart),
     Rule(Status.FEATURE_UNSUPPORTED, _not_served),
 )

@@ -12,7 +12,9 @@ from rule_calls import BF16, DECODE, FP8, FP16, FP32, VALUES, VARLEN, Array, Han
 from fa3_cute.contract import backward_rules as rules
 from fa3_cute.contract.backward_params import ARGUMENTS, BACKWARD, NEW, BackwardParams, plain_backward, strides_of
 from fa3_cute.contract.backward_rules import REFUSED, SERVED_HEAD_DIMS, contract_problems
+from fa3_cute.contract.block_mask import BlockMask
 from fa3_cute.contract.limits import MAX_SIZE
+from fa3_cute.contract.mods import MaskMod, ScoreMod
 from fa3_cute.contract.params import ARGUMENTS as FORWARD_ARGUMENTS
 from fa3_cute.contract.params import OFF, FlashAttentionParams
 from fa3_cute.contract.plain import BAD
@@ -54,6 +56,7 @@ ACCEPTED = [
     (DENSE, {}),
     (ONE_ROW, {}),
     (PACKED, {}),
+    (DENSE, {"softmax_scale": 2.0**-96}),
     (DENSE, {"head_dim": 64, "dtype": BF16, "out_dtype": BF16, "grad_dtype": BF16, "softmax_scale": 0.3}),
     (DENSE, {"dlse": POINTERS["dq"] - 4 * APART - 4, "deterministic": True, "sm_margin": 8}),
     (DENSE, {"dlse": POINTERS["softmax_lse"], "deterministic": np.bool_(True)}),  # inputs may be the same
@@ -152,6 +155,7 @@ REFUSED_CALLS = [
     *((-9, DENSE, {"deterministic": value}, ("deterministic=", "True or False")) for value in (2, None, "yes")),
     *((-9, DENSE, {"grad_dtype": value}, ("grad_dtype=", "None, FP32 or dtype=DataType.FP16")) for value in ("x", 9)),
     (-9, DENSE, {"softmax_scale": 0}, ("softmax_scale=0", "a number from")),
+    (-9, DENSE, {"softmax_scale": 2.0**-97}, ("softmax_scale=6.3", "at least 1.2621774e-29 in backward")),
     (-9, DENSE, {"workspace_bytes": 8}, ("workspace=None", "together")),
     *(
         (-9, DENSE, {output: POINTERS[other]}, (f"{output}={POINTERS[other]:#x}: must not overlap {other}=",))
@@ -221,6 +225,17 @@ def test_caches_and_pages_are_refused():
         found = contract_problems(replace(DENSE, **changes))
         assert {problem.status for problem in found} == {-16}
         assert {problem.detail.split("=")[0] for problem in found} == set(changes) & set(REFUSED)
+
+
+def test_mods_and_block_lists_are_refused():
+    score_mod = ScoreMod(lambda score, batch, head, query, key, info, aux: score, name="same", key="same")
+    mask_mod = MaskMod(lambda batch, head, query, key, info, aux: query >= key, name="seen", key="seen")
+    lists = BlockMask(**every("partial_count partial_index full_count full_index", A), q_block=128, kv_block=128)
+    for changes in ({"score_mod": score_mod}, {"mask_mod": mask_mod}, {"mask_mod": mask_mod, "block_mask": lists}):
+        found = contract_problems(replace(DENSE, **changes))
+        assert [(problem.status, problem.detail.split("=")[0]) for problem in found] == [
+            (-16, name) for name in changes
+        ]
 
 
 def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
