@@ -215,9 +215,10 @@ def test_the_twin_rounds_where_a_kernel_does():
     np.testing.assert_array_equal(dk.ravel(), round_to(ds, "bf16"))
     np.testing.assert_array_equal(dq.item(), round_to(round_to(ds, "bf16")[1] * key, "bf16"))
     assert abs(out - p @ v.ravel()) > 1e-4  # D is from the rounded O, which shows in dS
-    in_fp32 = backward_twin(q, k, v, dout, "bf16", grad_dtype="fp32").dq.item()
-    np.testing.assert_allclose(in_fp32, round_to(ds, "bf16")[1] * key, rtol=1e-7)
-    assert in_fp32 != dq.item()
+    in_fp32 = backward_twin(q, k, v, dout, "bf16", grad_dtype="fp32")
+    np.testing.assert_allclose(in_fp32.dq.item(), round_to(ds, "bf16")[1] * key, rtol=1e-7)
+    np.testing.assert_array_equal(in_fp32.dv.ravel(), round_to(p, "bf16"))  # the operand, not P
+    assert in_fp32.dq.item() != dq.item()
 
 
 def test_the_twin_takes_what_buffers_hold():

@@ -86,6 +86,7 @@ ACCEPTED = [
     (DENSE, {"dq": None, "dq_row_stride": 3}),
     # side by side: the end of one is the start of the other
     (DENSE, {"dv": POINTERS["dk"] + 2 * 640 * 4 * 128 * 2}),
+    (DENSE, {"dq": POINTERS["softmax_lse"] + 2 * 16 * 512 * 4}),
     (DENSE, {"pack_gqa": False, "grad_dtype": FP16, "accumulate_dkv": 0, "softcap": 0}),
 ]
 
@@ -167,6 +168,7 @@ REFUSED_CALLS = [
     # the last row of one, the first of the other
     (-9, DENSE, {"dv": POINTERS["dk"] + 2 * 640 * 4 * 128 * 2 - 256}, ("dk=", "must not overlap dv=")),
     (-9, DENSE, {"dq": A - 2 * 512 * 16 * 128 * 2 + 256}, ("dq=", f"must not overlap q={A:#x}")),
+    (-9, DENSE, {"dq": POINTERS["softmax_lse"] + 2 * 16 * 512 * 4 - 16}, ("dq=", "must not overlap softmax_lse=")),
     (-9, PACKED, {"dk": A + 895 * 16 * 128 * 2}, ("dk=", f"must not overlap q={A:#x}")),
     # columns of one buffer that are not apart
     (-9, DENSE, FUSED | {"dv": D + 2 * 19 * 128}, ("dk=", "must not overlap dv=")),
