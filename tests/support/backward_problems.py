@@ -1,0 +1,122 @@
+"""Backward problems on the GPU: inputs amid poison, gradients between guard bands, the call and its judgement."""
+
+from functools import cached_property
+
+import numpy as np
+from backward_cases import NAMES, BackwardCase, check_case, expected_of, inputs_of
+from check import DATA_TYPES
+from images import POISON, Image, Tensor, contiguous
+
+from fa3_cute import AttentionMode
+from fa3_cute.contract.backward_params import BackwardParams
+
+WORKSPACE_GUARD = 4096
+
+
+class BackwardProblem:
+    """A case with its tensors on the device; rows that no sequence uses, and all that outputs hold, are poison.
+
+    place    `place(name, shape, dtype)` lays a tensor out (images.py)
+    inputs   of inputs_of, if not those
+    """
+
+    def __init__(self, case: BackwardCase, place=contiguous, inputs=None):
+        self.case, self.inputs = case, inputs or inputs_of(case)
+        dtype, shapes = case.forward.dtype, {"q": case.shape_q, "k": case.shape_k}
+        sides = dict.fromkeys(("q", "out", "dout", "dq"), "q") | dict.fromkeys(("k", "v", "dk", "dv"), "k")
+        self.tensors: dict[str, Tensor] = {name: place(name, shapes[side], dtype) for name, side in sides.items()}
+        self.vectors = {"softmax_lse": contiguous("lse", self.inputs.lse.shape, "fp32")}
+        if case.has_dlse:
+            self.vectors["dlse"] = contiguous("dlse", self.inputs.lse.shape, "fp32")
+        self.lengths = {name: contiguous(name, (len(values),), "int32") for name, values in case.lengths.items()}
+        self.fill(self.inputs)
+
+    def fill(self, inputs) -> None:
+        """Bring these inputs to the device, poison the outputs."""
+        self.inputs = inputs
+        self.__dict__.pop("expected", None)
+        values = {name: getattr(inputs, name) for name in ("q", "k", "v", "out", "dout")}
+        values |= {"softmax_lse": inputs.lse, "dlse": inputs.dlse} | self.case.lengths
+        read = {name: tensor for name, tensor in self.all.items() if name not in NAMES}
+        for name, tensor in read.items():
+            tensor.array[...] = values[name]
+        for image in {id(tensor.image): tensor.image for tensor in read.values()}.values():
+            image.upload()
+        self.poison()
+
+    @property
+    def all(self) -> dict[str, Tensor]:
+        """Every tensor by its field."""
+        return self.tensors | self.vectors | self.lengths
+
+    def poison(self, stream=None) -> None:
+        """Fill the outputs, at once or on `stream`."""
+        for name in NAMES:
+            self.tensors[name].poison(stream)
+
+    def params(self, **overrides) -> BackwardParams:
+        """The problem as a call. Strides are given only of tensors that are not C-contiguous: defaults are used too."""
+        forward, is_packed = self.case.forward, bool(self.case.layout)
+        dims = ("row", "head") if is_packed else ("batch", "row", "head")
+        fields = {name: tensor.address for name, tensor in self.all.items()} | {
+            f"{name}_{dim}_stride": stride
+            for name, tensor in self.tensors.items()
+            if not tensor.array.flags.c_contiguous
+            for dim, stride in zip(dims, tensor.strides, strict=False)
+        }
+        sizes = ("total_q", "total_k") if is_packed else ("seqlen_q", "seqlen_k")
+        fields |= dict(zip(sizes, (forward.seqlen_q, forward.seqlen_k), strict=True))
+        fields |= {"mode": AttentionMode.VARLEN_PREFILL} if is_packed else {}
+        fields |= dict(zip(("window_size_left", "window_size_right"), forward.window, strict=True))
+        fields |= {name: getattr(forward, name) for name in ("num_heads", "num_heads_k", "head_dim", "is_causal")}
+        fields |= {"batch_size": forward.batch, "dtype": DATA_TYPES[forward.dtype]}
+        return BackwardParams(**fields | overrides)
+
+    def workspace(self, nbytes: int) -> tuple[dict[str, int], Tensor]:
+        """(overrides of the params, tensor) of scratch memory of the caller's, full of NaN, between guard bands."""
+        image = Image((nbytes,), "bool", guard=WORKSPACE_GUARD)
+        image.upload()
+        tensor = image.tensor(image.whole)
+        return {"workspace": tensor.address, "workspace_bytes": nbytes}, tensor
+
+    def run(self, stream, **overrides) -> tuple[np.ndarray | None, ...]:
+        """`backward` over poisoned outputs; returns `results`."""
+        self.poison(stream)
+        params = self.params(**overrides)
+        call(params, stream).check()
+        return self.results(stream, *(bool(getattr(params, name)) for name in NAMES))
+
+    def results(self, stream, *wanted: bool) -> tuple[np.ndarray | None, ...]:
+        """dq, dk and dv as buffers hold them, after the work on `stream`, the memory around them checked; None if not
+        wanted, and then not written."""
+        found = []
+        for name, is_wanted in zip(NAMES, wanted or (True,) * 3, strict=True):
+            assert is_wanted or self.tensors[name].is_untouched(stream), f"{name} is not wanted, and written"
+            found.append(self.tensors[name].read(stream) if is_wanted else None)
+        return tuple(found)
+
+    @cached_property
+    def expected(self):
+        """(reference, twin)."""
+        return expected_of(self.case, self.inputs)
+
+    def check(self, dq, dk, dv) -> None:
+        """Judge gradients (check_case); every bit of rows that no sequence uses is as it was."""
+        check_case(self.case, self.inputs, dq, dk, dv, self.expected)
+        used_q, used_k = self.case.is_used("q"), self.case.is_used("k")
+        for name, got, is_used in zip(NAMES, (dq, dk, dv), (used_q, used_k, used_k), strict=True):
+            if got is not None:
+                written = (np.ascontiguousarray(got[~is_used]).view(np.uint8) != POISON).any()
+                assert not written, f"{name}: rows are written that no sequence uses"
+
+
+def call(params, stream):
+    """`backward`."""
+    from fa3_cute.api import backward
+
+    return backward(params, stream)
+
+
+def run_and_check(case: BackwardCase, stream, place=contiguous, **overrides) -> None:
+    problem = BackwardProblem(case, place)
+    problem.check(*problem.run(stream, **overrides))
