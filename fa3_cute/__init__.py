@@ -1,4 +1,4 @@
-"""FlashAttention-3 forward for Hopper GPUs, written in the CuTe DSL: raw device pointers in, a status out.
+"""FlashAttention-3 for Hopper GPUs, written in the CuTe DSL: raw device pointers in, a status out.
 
 `from fa3_cute import FlashAttentionParams, forward`. Importing the package imports neither CUDA, the DSL nor NumPy: the
 public names below are fetched from their modules on first use, and those import CUDA and the DSL when first called.
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # type checkers and editors, which do not run __getattr__
     from .api import (
         AttentionMode,
+        BackwardParams,
         DataType,
         FlashAttentionParams,
         MergeParams,
         attention,
+        backward,
+        backward_workspace_size,
         explain,
         forward,
         merge_attention,
@@ -41,10 +44,13 @@ __version__ = "0.1.0"
 _HOME = {
     "api": (
         "AttentionMode",
+        "BackwardParams",
         "DataType",
         "FlashAttentionParams",
         "MergeParams",
         "attention",
+        "backward",
+        "backward_workspace_size",
         "explain",
         "forward",
         "merge_attention",

@@ -9,21 +9,25 @@ from functools import cache
 
 from .arrays.call import AttentionCall, attention_on_device
 from .arrays.host import attention_on_host
+from .contract.backward_params import BackwardParams
 from .contract.merge import MergeParams
 from .contract.params import AttentionMode, DataType, FlashAttentionParams
 from .contract.plain import plain, read_shape
 from .contract.status import FlashAttentionError, Problem, Status, error_for, record_error
-from .planning import merge, operations
+from .planning import backward_launch, merge, operations
 from .planning.operations import Config, operation_of
 from .runtime.repeat import Repeatable
 from .runtime.repeat import Thread as _Thread
 
 __all__ = [
     "AttentionMode",
+    "BackwardParams",
     "DataType",
     "FlashAttentionParams",
     "MergeParams",
     "attention",
+    "backward",
+    "backward_workspace_size",
     "explain",
     "forward",
     "merge_attention",
@@ -87,13 +91,38 @@ def merge_attention(params: MergeParams, stream=None) -> Status:
     return _OK
 
 
-def _warm_merge(params: MergeParams, stream) -> Status:
-    """`warmup` of a merge."""
-    found = merge.checked(params)
+def backward(params: BackwardParams, stream=None) -> Status:
+    """The gradients dq, dk and dv of a `forward` call, enqueued on a stream; returns at once.
+
+        P = exp(softmax_scale q k^T - softmax_lse), masked;   D = rowsum(dout * out) - dlse
+        dS = P * (dout v^T - D)
+        dv = P^T dout,   dk = softmax_scale dS^T q,   dq = softmax_scale dS k
+
+    params   one call (see BackwardParams), with a workspace of backward_workspace_size(params) bytes; it may be changed
+             and used again as soon as this returns
+    stream   as of `forward`
+
+    Returns and raises as `forward`; `explain` and `warmup` take these params too. Three launches, captured into a CUDA
+    graph as they are. dk and dv have the same bits in every call, dq with deterministic=True alone.
+    Source: FlashAttention-2 (Dao 2023), algorithm 2; backward_reference in contract/backward_reference.py defines it.
+    """
+    found = backward_launch.checked(params)
     if isinstance(found, Problem):
         return record_error(*found)
     try:
-        _merger().warm(found[0], stream)
+        _differentiator().backward(*found, stream)
+    except RuntimeError as error:
+        return _failure(error)
+    return _OK
+
+
+def _warm_other(planning, runtime, params, stream) -> Status:
+    """`warmup` of a merge or a backward pass, by the modules that plan and launch it."""
+    found = planning.checked(params)
+    if isinstance(found, Problem):
+        return record_error(*found)
+    try:
+        runtime().warm(found[0], stream)
     except RuntimeError as error:
         return _failure(error)
     return _OK
@@ -118,15 +147,18 @@ def _first_call(params, values: tuple | None, stream) -> Status:
     return _OK
 
 
-def warmup(params: FlashAttentionParams | MergeParams, stream=None) -> Status:
+def warmup(params: FlashAttentionParams | BackwardParams | MergeParams, stream=None) -> Status:
     """Compile and load the kernel that `forward(params, stream)` would use; launches nothing, touches no tensor.
 
     After it, such a call can be captured into a CUDA graph, on any stream of the context. If it needs a workspace and
     none is given, this makes the stream's own. Arguments, returns and raises as `forward`; the params are checked in
-    full, but of the pointers only presence and alignment matter. Takes the params of `merge_attention` too.
+    full, but of the pointers only presence and alignment matter. Takes the params of `backward` and `merge_attention`
+    too.
     """
+    if isinstance(params, BackwardParams):
+        return _warm_other(backward_launch, _differentiator, params, stream)
     if isinstance(params, MergeParams):
-        return _warm_merge(params, stream)
+        return _warm_other(merge, _merger, params, stream)
     shape = operations.checked(_plain(params))
     if isinstance(shape, Problem):
         return record_error(*shape)
@@ -140,12 +172,14 @@ def warmup(params: FlashAttentionParams | MergeParams, stream=None) -> Status:
     return _OK
 
 
-def explain(params: FlashAttentionParams | MergeParams) -> list[Problem]:
+def explain(params: FlashAttentionParams | BackwardParams | MergeParams) -> list[Problem]:
     """Every reason why `forward` would refuse these params, in its order; [] if it would not. Needs no GPU.
 
     A Problem has `status` and `detail` (the field, its value, what is accepted) and prints as a sentence. Takes the
-    params of `merge_attention` too.
+    params of `backward` and `merge_attention` too.
     """
+    if isinstance(params, BackwardParams):
+        return backward_launch.problems(params)
     if isinstance(params, MergeParams):
         return merge.problems(params)
     _require_params(params)
@@ -161,6 +195,19 @@ def workspace_size(params: FlashAttentionParams) -> int:
     """
     _require_params(params)
     found = operations.workspace_bytes(params)
+    if isinstance(found, Problem):
+        raise error_for(*found)
+    return found
+
+
+def backward_workspace_size(params: BackwardParams) -> int:
+    """Bytes of `workspace` that `backward(params)` needs: for each row of q and head about 4 * (head_dim + 2).
+
+    It depends on dtype, sizes, windows and whether q is packed, and needs no GPU. Contents before the call do not
+    matter. Raises FlashAttentionError for params that `backward` would refuse, but for missing tensors and the
+    workspace itself.
+    """
+    found = backward_launch.workspace_bytes(params)
     if isinstance(found, Problem):
         raise error_for(*found)
     return found
@@ -184,7 +231,8 @@ def _plain(params) -> FlashAttentionParams:
 
 
 def _require_params(params) -> None:
-    if not isinstance(params, FlashAttentionParams):
+    """A forward call: BackwardParams is none, though it has the fields of one."""
+    if not isinstance(params, FlashAttentionParams) or isinstance(params, BackwardParams):
         raise TypeError(f"params must be a FlashAttentionParams, not {type(params).__name__}")
 
 
@@ -193,6 +241,13 @@ def _merger():
     from .runtime import merge  # as _launcher
 
     return merge
+
+
+@cache
+def _differentiator():
+    from .runtime import backward  # as _launcher
+
+    return backward
 
 
 @cache

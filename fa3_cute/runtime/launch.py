@@ -49,6 +49,7 @@ __all__ = [
     "launch_all",
     "launch_through",
     "prepare_workspace",
+    "require_loaded",
     "resolve_stream",
 ]
 
@@ -94,6 +95,18 @@ def ensure_loaded(cfg: Config, stream=None) -> None:
     initialise_driver()
     with device_made_current(resolve_stream(stream)) as device:
         _kernel(cfg).load(device)
+
+
+def require_loaded(steps, stream=None) -> None:
+    """Load the kernels of launches that belong together, so that none of them is enqueued if one cannot be.
+
+    Raises what `launch` raises.
+    """
+    initialise_driver()
+    handle = resolve_stream(stream)
+    with device_made_current(handle) as device:
+        for step in steps:
+            _kernel(step.config).load(device, handle)
 
 
 def prepare_workspace(step: Launch, shape: ProblemShape, stream=None) -> None:

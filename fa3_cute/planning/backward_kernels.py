@@ -1,0 +1,162 @@
+"""The three kernels of a backward pass as configs, and the entries that they take. Pure Python.
+
+A BackwardConfig chooses for all of them. Each compiles from those of its choices that change its code: one prepare
+kernel serves all masks, for instance.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+
+from ..contract.arguments import Entry
+from ..contract.backward_params import ARGUMENTS
+from .backward import (
+    BACKWARD_ARGUMENTS,
+    FINISH_ARGUMENTS,
+    PREPARE_ARGUMENTS,
+    PREPARE_THREADS,
+    TABLE,
+    BackwardConfig,
+    backward_config,
+)
+
+# Parts of the workspace: element, bytes of it, alignment that kernels count on.
+SCRATCH = {
+    "shift": ("float32", 4, 16),
+    "delta": ("float32", 4, 16),
+    "dq_sum": ("float32", 4, 16),
+    "order": ("int32", 4, 4),
+}
+
+
+def _entry(arguments: tuple[tuple[str, str], ...]) -> Entry:
+    """Of a kernel's arguments: what they point at, and which are other ones in every call, follow from the fields."""
+    pointers = tuple(name for name, kind in arguments if kind == "pointer")
+    changing = tuple(name for name in pointers if name in SCRATCH or ARGUMENTS[name].changes)
+    return Entry(arguments, (*changing, "stream"), frozenset(), (), tuple((name, *_pointed(name)) for name in pointers))
+
+
+def _pointed(name: str) -> tuple[str, int]:
+    """(element, alignment) of a pointer."""
+    if name in SCRATCH:
+        element, _, alignment = SCRATCH[name]
+        return element, alignment
+    return ARGUMENTS[name].element, ARGUMENTS[name].alignment
+
+
+PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY = map(_entry, (PREPARE_ARGUMENTS, BACKWARD_ARGUMENTS, FINISH_ARGUMENTS))
+
+
+class MainConfig(BackwardConfig):
+    """Of the main kernel: the choices as they are."""
+
+    entry = MAIN_ENTRY
+    arguments = MAIN_ENTRY.arguments
+    kernel = "fa3_cute.kernels.backward.kernel.FlashAttentionBackward"
+
+    @property
+    def name(self) -> str:
+        """Names cache entries and kernels."""
+        return f"bwd_{super().name}"
+
+
+class _Around:
+    """What the configs of the two kernels around the main one have in common: no GEMM, one role."""
+
+    is_fp8 = False
+    uses_setmaxnreg = False
+    has_gemms = False
+    dtype: str
+
+    @property
+    def element_out(self) -> str:
+        """The element type of the gradients."""
+        return self.dtype
+
+
+@dataclass(frozen=True)
+class PrepareConfig(_Around):
+    """Of the kernel before it; fields as in BackwardConfig."""
+
+    dtype: str
+    head_dim: int
+    tile_m: int
+
+    entry = PREPARE_ENTRY
+    arguments = PREPARE_ENTRY.arguments
+    kernel = "fa3_cute.kernels.backward.prepare.PrepareBackward"
+    num_threads = PREPARE_THREADS
+    smem_bytes = 0
+
+    @property
+    def name(self) -> str:
+        """Names cache entries and kernels."""
+        return f"bwd_prepare_{self.dtype}_d{self.head_dim}_{self.tile_m}"
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FinishConfig(_Around):
+    """Of the kernel after it, whose threads hold what the main one's consumers held; fields as in BackwardConfig."""
+
+    dtype: str
+    head_dim: int
+    tile_m: int
+    dq_split: str
+    num_consumer_wgs: int
+
+    entry = FINISH_ENTRY
+    arguments = FINISH_ENTRY.arguments
+    kernel = "fa3_cute.kernels.backward.finish.FinishBackward"
+    is_dq_transposed = BackwardConfig.is_dq_transposed
+    dq_part = BackwardConfig.dq_part
+
+    @property
+    def name(self) -> str:
+        """Names cache entries and kernels."""
+        tile = f"{self.tile_m}_{self.dq_split}_{self.num_consumer_wgs}wgs"
+        return f"bwd_finish_{self.dtype}_d{self.head_dim}_{tile}"
+
+    @property
+    def num_threads(self) -> int:
+        """Of a CTA: as many as the main kernel's consumers."""
+        return 128 * self.num_consumer_wgs
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA: a tile of dQ, rounded."""
+        return 2 * self.tile_m * self.head_dim
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
+KernelOfPass = PrepareConfig | MainConfig | FinishConfig
+
+
+@cache
+def kernels_of(cfg: BackwardConfig) -> tuple[PrepareConfig, MainConfig, FinishConfig]:
+    """The kernels of a pass, in the order of their launches."""
+    return (
+        PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m),
+        MainConfig(**cfg.as_dict()),
+        FinishConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, cfg.dq_split, cfg.num_consumer_wgs),
+    )
+
+
+def backward_configs() -> list[BackwardConfig]:
+    """Of the passes some that stand for all: BF16 with each row of the table, dense and with lengths on the device, and
+    in turn FP16 and deterministic ones."""
+    rows = list(TABLE)
+    bf16 = [backward_config("bf16", *row, is_varlen, False) for row in rows for is_varlen in (False, True)]
+    fp16 = [backward_config("fp16", *row, number % 2 == 1, False) for number, row in enumerate(rows) if number % 3]
+    ordered = [backward_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(rows) if number % 3]
+    return [*bf16, *fp16, *ordered]
+
+
+def backward_kernels() -> list[KernelOfPass]:
+    """The kernels of these, each once."""
+    return list(dict.fromkeys(kernel for cfg in backward_configs() for kernel in kernels_of(cfg)))

@@ -1,0 +1,289 @@
+"""A call of `backward` -> its launches and what they are given. Pure Python.
+
+A pass is three launches: prepare, main, finish, over the caller's workspace. Of rows, blocks and keys there is nothing
+to do where there are none: such launches are left out.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+
+from ..contract.backward_params import (
+    ARGUMENTS,
+    BACKWARD,
+    INPUTS,
+    LSES,
+    OUTPUTS,
+    BackwardParams,
+    plain_backward,
+    strides_of,
+)
+from ..contract.backward_rules import first_problem, walk
+from ..contract.formats import ELEMENT_BYTES
+from ..contract.params import are_constants
+from ..contract.sentences import must
+from ..contract.status import Problem, Status, shown
+from .backward import BackwardConfig, backward_config
+from .backward_kernels import SCRATCH, FinishConfig, KernelOfPass, kernels_of
+from .problem import ProblemShape
+
+MAX_SHAPES = 512  # that are remembered; the next one starts anew
+PART_ALIGNMENT = 16  # of the parts of a workspace, in bytes
+TENSORS = (*INPUTS, *OUTPUTS)
+# Addresses that are other ones in every call, in the order of the fields; the workspace's is the last.
+POINTERS = tuple(name for name, item in ARGUMENTS.items() if item.changes and BACKWARD in item.takers)
+WORKSPACE = ("workspace", "workspace_bytes")
+# What kernels are given: these, and the parts of the workspace.
+PLACES = (*POINTERS, *SCRATCH)
+_IS_OUTPUT = tuple(name in OUTPUTS for name in POINTERS)
+# All else is the same in every call of a shape.
+read_shape = attrgetter(*(name for name in ARGUMENTS if name not in POINTERS + WORKSPACE))
+read_pointers = attrgetter(*POINTERS, *WORKSPACE)
+
+
+class BackwardShape(NamedTuple):
+    """A valid call in plain values, without the addresses that change with every call.
+
+    forward            the call that is differentiated
+    strides            (tensor, its strides along batches, rows and heads, in elements; of packed ones 0 along batches)
+    is_deterministic   the same bits in every call
+    """
+
+    forward: ProblemShape
+    strides: tuple[tuple[str, tuple[int, int, int]], ...]
+    is_deterministic: bool
+
+    @staticmethod
+    def of(p: BackwardParams) -> "BackwardShape":
+        """Of plain params that the rules accept."""
+        forward = ProblemShape.of(p)._replace(workspace=0, optionals=())
+        strides = tuple((name, strides_of(p, name)) for name in TENSORS)
+        if forward.is_packed:
+            strides = tuple((name, (0, row, head)) for name, (_, row, head) in strides)
+        return BackwardShape(forward, strides, p.deterministic)
+
+    @property
+    def config(self) -> BackwardConfig:
+        """What the table has for it."""
+        of = self.forward
+        return backward_config(of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One launch, as operations.Launch, and what it takes of the shape, as problem.ProblemShape.
+
+    pick   of addresses in the order of PLACES those that the kernel takes, in the order of its entry
+    """
+
+    config: KernelOfPass
+    lengths: tuple[int, ...]
+    strides: tuple[int, ...]
+    sizes: tuple[int, ...]
+    scales: tuple[float, ...]
+    pick: itemgetter
+
+    scratch = "nothing"  # of the library's
+    plan = None
+    mod_values = ()
+    optionals = ()
+
+    def counts(self, num_sms: int) -> tuple[()]:
+        """What the launch adds to the entry's arguments."""
+        return ()
+
+    @property
+    def is_finish(self) -> bool:
+        """It writes dq, and nothing else."""
+        return isinstance(self.config, FinishConfig)
+
+
+@dataclass(eq=False)
+class Pass:
+    """How a shape is served.
+
+    stages            the launches, one after the other; without dq the last is left out
+    workspace_bytes   what the caller's workspace must hold; its parts begin at `offsets`, in the order of SCRATCH
+    extents           bytes from the address of each of POINTERS to behind its last element
+    apart             addresses of POINTERS that were found not to overlap
+    """
+
+    stages: tuple[Stage, ...]
+    workspace_bytes: int
+    offsets: tuple[int, ...]
+    extents: tuple[int, ...]
+    apart: tuple[int, ...] = ()
+
+    def places(self, addresses: tuple[int, ...]) -> tuple[int, ...]:
+        """In the order of PLACES, of addresses of POINTERS and the workspace.
+
+        Where there is no query, q and dout may have no address, but TMA's descriptors are made of one: k's.
+        """
+        q, k, v, out, lse, dout, *others, workspace = addresses
+        return (q or k, k, v, out, lse, dout or k, *others, *[workspace + offset for offset in self.offsets])
+
+
+def num_blocks(of: ProblemShape, tile_m: int) -> int:
+    """Q tiles of one head of a batch, as kernels/backward/blocks.py lays them out."""
+    return of.seqlen_q // tile_m + of.batch_size if of.is_packed else of.batch_size * -(-of.seqlen_q // tile_m)
+
+
+@lru_cache(MAX_SHAPES)
+def pass_of(shape: BackwardShape) -> Pass:
+    """How it is served."""
+    of, cfg = shape.forward, shape.config
+    prepare, main, finish = kernels_of(cfg)
+    has_queries, has_keys = of.seqlen_q > 0, of.seqlen_k > 0
+    kernels = [prepare] * has_queries + [main] * has_keys + [finish] * has_queries
+    rows = num_blocks(of, cfg.tile_m) * of.num_heads * has_queries
+    elements = {
+        "shift": rows * cfg.tile_m,
+        "delta": rows * cfg.tile_m,
+        "dq_sum": rows * cfg.tile_m * cfg.head_dim,
+        "order": rows,
+    }
+    sizes = [-(-elements[part] * SCRATCH[part][1] // PART_ALIGNMENT) * PART_ALIGNMENT for part in SCRATCH]
+    *offsets, total = accumulate(sizes, initial=0)
+    return Pass(tuple(_stage(kernel, shape) for kernel in kernels), total, tuple(offsets), _extents(shape))
+
+
+def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
+    of = shape.forward
+    values = {
+        name: getattr(of, name) for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")
+    } | {
+        "window_size_left": of.window_left,
+        "window_size_right": of.window_right,
+        "softmax_scale": of.softmax_scale,
+    }
+    for tensor, strides in shape.strides:
+        names = (f"{tensor}_{dim}_stride" for dim in ("batch", "row", "head"))
+        values |= dict(zip(names, strides, strict=True))
+    strides, sizes, scales = (
+        tuple(values[name] for name, kind in cfg.arguments if kind == wanted)
+        for wanted in ("int64", "int32", "float32")
+    )
+    picked = [PLACES.index(name) for name in cfg.entry.per_call if name != "stream"]
+    return Stage(cfg, of.lengths, strides, sizes, scales, itemgetter(*picked))
+
+
+def _extents(shape: BackwardShape) -> tuple[int, ...]:
+    of, strides = shape.forward, dict(shape.strides)
+    batches = 1 if of.is_packed else of.batch_size
+    rows_of_all = batches * of.seqlen_q * of.num_heads
+    found = dict.fromkeys(LSES, 4 * rows_of_all)
+    for tensor in TENSORS:
+        is_of_q = tensor in ("q", "out", "dout", "dq")
+        sizes = (batches, of.seqlen_q, of.num_heads) if is_of_q else (batches, of.seqlen_k, of.num_heads_k)
+        steps = sum(stride * (size - 1) for stride, size in zip(strides[tensor], sizes, strict=True))
+        found[tensor] = (steps + of.head_dim) * ELEMENT_BYTES[of.dtype] if all(sizes) else 0
+    return tuple(found[name] for name in POINTERS)
+
+
+# ---- checking --------------------------------------------------------------------------------------------------------
+
+# Of calls that were good, by their values of read_shape.
+_known: dict[tuple, Pass] = {}
+
+
+def checked(params: BackwardParams) -> Problem | tuple[Pass, tuple[int, ...]]:
+    """The first problem of a call, or how it is served and the addresses of POINTERS and of the workspace, 0 for absent
+    ones.
+
+    Of a shape that has come before only the addresses are looked at. Raises TypeError for what is no BackwardParams.
+    """
+    require(params)
+    values = read_shape(params)
+    try:
+        known = _known.get(values)
+    except Exception:  # a value that cannot be hashed or compared: the rules put it into words
+        known = None
+    if known is not None and (addresses := _addresses(known, read_pointers(params))):
+        return known, addresses
+    p = plain_backward(params)
+    if problem := first_problem(p):
+        return problem
+    shape = BackwardShape.of(p)
+    found = pass_of(shape)
+    if problem := _workspace_problem(p, found):
+        return problem
+    *given, workspace, _ = [address or 0 for address in read_pointers(p)]
+    if are_constants(values) and shape.forward.seqlen_q and shape.forward.seqlen_k:
+        if len(_known) >= MAX_SHAPES:
+            _known.clear()
+        _known[values] = found
+        found.apart = tuple(given)
+    return found, (*given, workspace)
+
+
+def _addresses(known: Pass, given: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """Good addresses in plain ints; None if the rules have to look."""
+    *pointers, workspace, nbytes = given
+    found = tuple([0 if address is None else address for address in pointers])
+    if not {int}.issuperset(map(type, found)) or not type(workspace) is type(nbytes) is int:
+        return None
+    if found != known.apart and not _are_good(found, known.extents):
+        return None
+    if not workspace or workspace & 15 or workspace >> 64 or nbytes < known.workspace_bytes:
+        return None
+    known.apart = found
+    return (*found, workspace)
+
+
+def _are_good(addresses: tuple[int, ...], extents: tuple[int, ...]) -> bool:
+    """Whether those that must be there are, aligned, and no output lies between another tensor's first byte and its
+    last; that is not asked of columns of one buffer, which the rules look at."""
+    q, k, v, out, lse, dout, dlse, dq, dk, dv = addresses
+    bits = q | k | v | out | dout | dq | dk | dv | (lse | dlse) << 2  # LSEs are aligned to 4 bytes, the others to 16
+    if bits & 15 or bits >> 64 or not (q and k and v and out and lse and dout and (dq or dk or dv)):
+        return False
+    end_of_any = end_of_outputs = 0
+    for start, extent, is_output in sorted(zip(addresses, extents, _IS_OUTPUT, strict=True)):
+        if start < end_of_outputs or is_output and 0 < start < end_of_any:
+            return False
+        if start:
+            end_of_any = max(end_of_any, start + extent)
+            end_of_outputs = end_of_any if is_output else end_of_outputs
+    return True
+
+
+def _workspace_problem(p: BackwardParams, found: Pass) -> Problem | None:
+    """The rule that needs a plan: what a workspace must hold."""
+    needed = found.workspace_bytes
+    if not needed or p.workspace and p.workspace_bytes >= needed:
+        return None
+    if not p.workspace:
+        accepted = f"the device address of backward_workspace_size(params)={needed} bytes"
+        return Problem(Status.NULL_POINTER, must(p, "workspace", accepted))
+    return Problem(
+        Status.INVALID_ARGUMENT,
+        f"workspace_bytes={shown(p.workspace_bytes)}: must be at least backward_workspace_size(params)={needed}",
+    )
+
+
+def problems(params: BackwardParams) -> list[Problem]:
+    """Everything that `backward` would object to, in the order in which it would; [] if the call is good."""
+    require(params)
+    p = plain_backward(params)
+    found = list(walk(p))
+    if not found and (problem := _workspace_problem(p, pass_of(BackwardShape.of(p)))):
+        return [problem]
+    return found
+
+
+def workspace_bytes(params: BackwardParams) -> int | Problem:
+    """What a workspace must hold for these params, whatever their tensors and workspace are; else what is wrong."""
+    require(params)
+    p = plain_backward(replace(params, workspace=None, workspace_bytes=0))
+    for problem in walk(p):
+        if problem.status is not Status.NULL_POINTER:
+            return problem
+    return pass_of(BackwardShape.of(p)).workspace_bytes
+
+
+def require(params) -> None:
+    """TypeError for what is no BackwardParams."""
+    if not isinstance(params, BackwardParams):
+        raise TypeError(f"params must be a BackwardParams, not {type(params).__name__}")
