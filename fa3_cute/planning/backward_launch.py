@@ -173,7 +173,7 @@ def _extents(shape: BackwardShape) -> tuple[int, ...]:
     of, strides = shape.forward, dict(shape.strides)
     batches = 1 if of.is_packed else of.batch_size
     rows_of_all = batches * of.seqlen_q * of.num_heads
-    found = dict.fromkeys(LSES, 4 * rows_of_all)
+    found: dict[str, int] = dict.fromkeys(LSES, 4 * rows_of_all)
     for tensor in TENSORS:
         is_of_q = tensor in ("q", "out", "dout", "dq")
         sizes = (batches, of.seqlen_q, of.num_heads) if is_of_q else (batches, of.seqlen_k, of.num_heads_k)
