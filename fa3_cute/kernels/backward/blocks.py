@@ -7,9 +7,8 @@ different sequences never meet, and no length has to be known on the host. There
 """
 from dataclasses import dataclass
 
-import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, const_expr
+from cutlass import Constexpr, Int32
 
 from ...planning.backward import BackwardConfig
 from ..common.arithmetic import ceil_div, maximum, minimum
@@ -80,6 +79,31 @@ class KeyTile:
 
 
 @dataclass(frozen=True)
+class QueryTile:
+    """A Q tile of one head, and where its sequence lies, in tokens."""
+    block: Int32       # among those of the batch
+    m_block: Int32     # among those of the sequence
+    head: Int32
+    batch: Int32
+    offset: Int32
+    seqlen: Int32
+
+    def rows_of(self, cfg: BackwardConfig, mX: cute.Tensor) -> cute.Tensor:
+        """(tile_m, head_dim) of a tensor (seqlen_q, head_dim, num_heads, batch)."""
+        mX = cute.domain_offset((self.offset, 0), mX[None, None, self.head, self.batch])
+        return cute.local_tile(mX, (cfg.tile_m, cfg.head_dim), (self.m_block, 0))
+
+
+@cute.jit
+def query_tile(blocks: Blocks, sequences: Sequences) -> QueryTile:
+    """Of a CTA of a grid (blocks, heads); its rows may all lie behind the sequence's last. Runs on: whole warps."""
+    block, head, _ = cute.arch.block_idx()
+    sequence = blocks.find(block)
+    offset, seqlen, _, _ = sequences.place(sequence)
+    return QueryTile(block, block - blocks.first(sequence), head, sequences.batch_coordinate(sequence), offset, seqlen)
+
+
+@dataclass(frozen=True)
 class QueryRange:
     """Q tiles [m_block_min, m_block_max) that hold a query which sees a key of the CTA; empty if there is none.
 
@@ -112,3 +136,13 @@ def query_range(cfg: BackwardConfig, window: Window, n_block: Int32, seqlen_q: I
     full_min = minimum(maximum(full_min, m_block_min) + (1 - is_whole) * m_block_max, m_block_max)
     full_max = maximum(full_min, minimum(full_max, m_block_max))
     return QueryRange(m_block_min, m_block_max, full_min, full_max)
+
+
+def last_key_block(cfg: BackwardConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> Int32:
+    """The last block of keys whose query_range holds Q tile m_block; its others are those right before it."""
+    last = ceil_div(seqlen_k, cfg.tile_n) - 1
+    if cfg.mask == "full":
+        return last
+    last_query = m_block * cfg.tile_m + cfg.tile_m - 1
+    last_visible = last_query + seqlen_k - seqlen_q + (window.right if cfg.is_local else 0)
+    return minimum(last, maximum(last_visible, 0) // cfg.tile_n)

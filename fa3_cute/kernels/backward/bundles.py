@@ -31,10 +31,10 @@ class BwdParams:
     v: TmaOperand                  # the same
     mdK: cute.Tensor               # the same
     mdV: cute.Tensor               # the same
-    start_S: cute.Tensor           # (padded rows, num_heads) f32: what S^T starts at, see prepare.py
-    start_dP: cute.Tensor          # (padded rows, num_heads) f32
+    shift: cute.Tensor             # (padded rows, num_heads) f32, see prepare.py
+    delta: cute.Tensor             # (padded rows, num_heads) f32
     dq_sum: cute.Tensor            # (tile_m * head_dim, Q blocks, num_heads) f32, each block in thread order
-    order: cute.Tensor             # (Q blocks, num_heads) int32: CTAs that have added to a block; 0 between launches
+    order: cute.Tensor             # (1, Q blocks, num_heads) int32: CTAs that have added to a block, if deterministic
     window: Window                 # used if cfg.is_local
     sequences: Sequences
     q_blocks: Blocks
@@ -64,8 +64,8 @@ class BwdSmem:
     sV: cute.Tensor                # dV at the end
     sdS: cute.Tensor
     sdQ: cute.Tensor               # (dq_part, num_consumer_wgs) f32, in thread order
-    sStartS: cute.Tensor           # (tile_m, num_q_stages) f32
-    sStartdP: cute.Tensor          # (tile_m, num_do_stages) f32
+    sShift: cute.Tensor           # (tile_m, num_q_stages) f32
+    sDelta: cute.Tensor          # (tile_m, num_do_stages) f32
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class BwdPipelines:
     """Barrier arrays only; each role makes its own producer or consumer, whose state stays a local variable."""
     k: pipeline.PipelineTmaAsync   # load warp -> consumers, once
     v: pipeline.PipelineTmaAsync   # load warp -> consumers, once
-    q: pipeline.PipelineTmaAsync   # load warp -> consumers: Q and the start of S
-    do: pipeline.PipelineTmaAsync  # load warp -> consumers: dO and the start of dP
+    q: pipeline.PipelineTmaAsync   # load warp -> consumers: Q and the rows' shift
+    do: pipeline.PipelineTmaAsync  # load warp -> consumers: dO and the rows' delta
     ds: pipeline.PipelineAsync     # every consumer warp -> every consumer warp
     dq: pipeline.PipelineAsync     # a slot per consumer warpgroup, filled in every round -> reduce warp

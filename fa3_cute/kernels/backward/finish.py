@@ -4,11 +4,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from ...planning.backward import FINISH_ARGUMENTS, BackwardConfig
-from ..common.copies import row_copy
 from ..common.entry import flat_entry
 from ..common.layout import convert, element_type, smem_ring, tensor_view, transposed
 from ..common.sequences import Sequences
-from .blocks import Blocks
+from .blocks import Blocks, query_tile
+from .consume import store_used_rows
 from .gradients import QUAD
 from .kernel import make_bwd_mmas
 
@@ -26,51 +26,37 @@ class FinishBackward:
         cfg, sequences = self.cfg, Sequences.create(a)
         batches = Int32(1) if sequences.is_packed() else a.batch_size
         blocks = Blocks.create(cfg.tile_m, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
+        size = cfg.tile_m * cfg.head_dim
+        dq_sum = cute.make_tensor(a.dq_sum, cute.make_layout(
+            (size, blocks.num_blocks, a.num_heads), stride=(1, Int64(size), Int64(size) * blocks.num_blocks)))
         mdQ = tensor_view(a, "dq", (a.seqlen_q, cfg.head_dim, a.num_heads, batches))
         sdQ = smem_ring(element_type(cfg), cfg.tile_m, cfg.head_dim, 1)
         self.kernel.set_name_prefix(f"fa3_cute_bwd_finish_{cfg.name}", remove_cutlass_symbol=True,
                                     keep_mangled_name=False)
-        self.kernel(mdQ, a.dq_sum, sdQ, make_bwd_mmas(cfg).dq, blocks, sequences, a.softmax_scale).launch(
+        self.kernel(mdQ, dq_sum, sdQ, make_bwd_mmas(cfg).dq, blocks, sequences, a.softmax_scale).launch(
             grid=(blocks.num_blocks, a.num_heads, 1), block=(128 * cfg.num_consumer_wgs, 1, 1), stream=a.stream)
 
     @cute.kernel
-    def kernel(self, mdQ: cute.Tensor, dq_sum: cute.Pointer, layout: cute.ComposedLayout, mma: cute.TiledMma,
+    def kernel(self, mdQ: cute.Tensor, dq_sum: cute.Tensor, layout: cute.ComposedLayout, mma: cute.TiledMma,
                blocks: Blocks, sequences: Sequences, scale: Float32):
         """A Q tile of one head per CTA: its threads take what the consumers of the main kernel held."""
-        cfg = self.cfg
-        block, head, _ = cute.arch.block_idx()
-        thread = cute.arch.thread_idx()[0]
+        cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
         allocator = cutlass.memory.SmemAllocator()
         sdQ = allocator.allocate_tensor(element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        sequence = blocks.find(block)
-        offset, seqlen, _, _ = sequences.place(sequence)
-        m_block, batch = block - blocks.first(sequence), sequences.batch_coordinate(sequence)
-        num_rows = seqlen - m_block * cfg.tile_m
-        is_transposed = cfg.dq_split == "transposed"
-        shape = (cfg.head_dim, cfg.tile_m) if is_transposed else (cfg.tile_m, cfg.head_dim)
+        shape = (cfg.head_dim, cfg.tile_m) if cfg.is_dq_transposed else (cfg.tile_m, cfg.head_dim)
         acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
-        place = (Int64(head) * blocks.num_blocks + block) * (cfg.tile_m * cfg.head_dim) + thread // 128 * cfg.dq_part
-        source = (dq_sum + place + QUAD * (thread % 128)).align(16)
+        source = dq_sum[None, tile.block, tile.head].iterator + thread // 128 * cfg.dq_part + QUAD * (thread % 128)
         quads = cute.make_layout((QUAD, cute.size(acc) // QUAD), stride=(1, 128 * QUAD))
-        cute.autovec_copy(cute.make_tensor(source, quads), cute.make_tensor(acc.iterator, cute.make_layout(quads.shape)))
+        cute.autovec_copy(cute.make_tensor(source.align(16), quads),
+                          cute.make_tensor(acc.iterator, cute.make_layout(quads.shape)))
         for i in cutlass.range_constexpr(cute.size(acc)):
             acc[i] = scale * acc[i]
         rdQ = cute.make_rmem_tensor_like(acc, element_type(cfg))
         convert(acc, rdQ)
-        stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(is_transposed, 4), element_type(cfg))
+        stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(cfg.is_dq_transposed, 4), element_type(cfg))
         thread_copy = cute.make_tiled_copy_C(stmatrix, mma).get_slice(thread)
-        slot = transposed(sdQ)[None, None, 0] if is_transposed else sdQ[None, None, 0]
+        slot = transposed(sdQ)[None, None, 0] if cfg.is_dq_transposed else sdQ[None, None, 0]
         cute.copy(thread_copy, thread_copy.retile(rdQ), thread_copy.partition_D(slot))
         cute.arch.sync_threads()
-        threads = 128 * cfg.num_consumer_wgs
-        copy, first_row, rows_per_step = row_copy(cfg.head_dim, element_type(cfg), thread, threads)
-        gdQ = cute.local_tile(cute.domain_offset((offset, 0), mdQ[None, None, head, batch]),
-                              (cfg.tile_m, cfg.head_dim), (m_block, 0))
-        tXsX, tXgX = copy.partition_S(sdQ[None, None, 0]), copy.partition_D(gdQ)
-        for step in cutlass.range_constexpr(-(-cfg.tile_m // rows_per_step)):
-            row = step * rows_per_step + first_row
-            if row < num_rows and row < cfg.tile_m:
-                for c in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
-                    piece = cute.make_rmem_tensor_like(tXsX[None, 0, 0])
-                    cute.autovec_copy(tXsX[None, step, c], piece)
-                    cute.autovec_copy(piece, tXgX[None, step, c])
+        store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), tile.seqlen - tile.m_block * cfg.tile_m, thread,
+                        128 * cfg.num_consumer_wgs)

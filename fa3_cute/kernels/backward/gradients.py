@@ -1,15 +1,12 @@
 """One consumer warpgroup's part of a backward pass: 64 keys, whose dK and dV stay in its registers while Q tiles pass.
 
-    S^T  = K Q^T - LSE / scale     A = K, B = Q, both K-major; the accumulator starts at -LSE / scale
-    dP^T = V dO^T - D              A = V, B = dO; the accumulator starts at -D
-    P^T  = exp2(scale_log2 S^T)    no maximum, no sum: the forward has left the LSE
-    dV  += P^T dO                  A = P^T from registers, B = dO read MN-major from the slot that dP^T reads K-major
-    dS^T = P^T dP^T                to shared memory, transposed by stmatrix: keys contiguous
-    dK  += dS^T Q                  A = dS^T from registers, B = Q read MN-major
-    dQ   = dS K                    of all warpgroups' dS; A = dS K-major, B = K MN-major; or dQ^T = K^T dS^T
-
-The accumulators that start at the rows' values take the subtractions out of the loop, and their registers: with them
-dV is in flight while dP is waited for and dS made, without a spill.
+    S^T  = K Q^T           A = K, B = Q, both K-major
+    dP^T = V dO^T          A = V, B = dO
+    P^T  = exp(scale S^T - LSE)     no maximum, no sum: the forward has left the LSE
+    dV  += P^T dO          A = P^T from registers, B = dO read MN-major from the slot that dP^T reads K-major
+    dS^T = P^T (dP^T - D)  to shared memory, transposed by stmatrix: keys contiguous
+    dK  += dS^T Q          A = dS^T from registers, B = Q read MN-major
+    dQ   = dS K            of all warpgroups' dS; A = dS K-major, B = K MN-major; or dQ^T = K^T dS^T
 """
 from dataclasses import dataclass
 
@@ -28,11 +25,13 @@ from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .visible import KeyMask
 
 QUAD = 4
+DS_BARRIER = 11
 
 
 @dataclass
 class Gradients:
-    """State of one consumer warpgroup. t<GEMM>r<operand>: fragments in shared memory."""
+    """State of one consumer warpgroup. t<GEMM>r<operand>: fragments in shared memory.
+    """
     cfg: Constexpr
     mmas: BwdMmas
     smem: BwdSmem
@@ -59,53 +58,76 @@ class Gradients:
 
     @cute.jit
     def step(self, mask: KeyMask, m_block: Int32, is_masked: Constexpr[bool]):
-        """dK, dV and dQ of one Q tile. Nothing is in flight before or after."""
-        acc_S, acc_dP = self.new_acc_S(), self.new_acc_S()
+        """dV, dK and dQ of one Q tile. Nothing is in flight before or after: what is in flight from one round of a loop
+        to the next, ptxas waits for at every WGMMA (C7514). dQ is sent while dK runs."""
         q, do = self.q_consumer.wait_and_advance(), self.do_consumer.wait_and_advance()
-        if const_expr(self.cfg.is_varlen):
-            num_used = mask.tile.seqlen_q - m_block * self.cfg.tile_m
-            if num_used < self.cfg.tile_m:
-                self.clear_unused_rows(num_used, q.index, do.index)
-        start_at(acc_S, self.smem.sStartS[None, q.index], self.tidx)
-        start_at(acc_dP, self.smem.sStartdP[None, do.index], self.tidx)
-        issue_gemm(self.mmas.sdp, acc_S, self.tSrK[None, None, None, 0], self.tSrQ[None, None, None, q.index],
-                   zero_init=False)
-        issue_gemm(self.mmas.sdp, acc_dP, self.tPrV[None, None, None, 0], self.tPrdO[None, None, None, do.index],
-                   zero_init=False)
+        self.clear_unused_rows(mask, m_block, q.index, do.index)
+        acc_S, acc_dP = self.start_scores(q.index, do.index)
         in_flight(1)                     # S is complete, dP may still run
         if const_expr(is_masked):
             mask.apply(acc_S, m_block)
-        rP = self.probabilities(acc_S)
-        issue_gemm(self.mmas.dkv, self.acc_dV, as_operand_a(self.cfg, rP), self.tVrdO[None, None, None, do.index],
-                   zero_init=False)
-        in_flight(1)                     # dP is complete, dV may still run
+        self.make_P(acc_S)
+        rP = self.rounded(acc_S)
+        if const_expr(self.cfg.is_dv_early):
+            self.start_dV(rP, do.index)
+            in_flight(1)                 # dP is complete, dV may still run
+        else:
+            in_flight(0)
         rdS = self.score_gradients(acc_S, acc_dP)
-        self.hand_over(rdS)
-        issue_gemm(self.mmas.dkv, self.acc_dK, as_operand_a(self.cfg, rdS), self.tKrQ[None, None, None, q.index],
-                   zero_init=False)
-        ds = self.ds_consumer.wait_and_advance()      # every warpgroup's
-        acc_dQ = self.start_dQ(ds.index)
-        in_flight(2)                     # dV
+        self.write_dS(rdS, q.index)
+        if const_expr(not self.cfg.is_dv_early):
+            self.start_dV(rP, do.index)
+        self.hand_over()
+        acc_dQ = self.start_dQ(q.index)
+        in_flight(1)                     # dV
         do.release()
-        in_flight(1)                     # dK
-        q.release()
-        in_flight(0)                     # dQ
-        with cute.arch.elect_one():
-            ds.release()
+        self.start_dK(rdS, q.index)
+        in_flight(1)                     # dQ
+        if const_expr(self.cfg.is_dv_early):
+            with cute.arch.elect_one():
+                self.ds_consumer.release()
+            self.ds_consumer.advance()
         self.send_dQ(acc_dQ)
+        in_flight(0)                     # dK
+        q.release()
 
     @cute.jit
-    def probabilities(self, acc_S: cute.Tensor) -> cute.Tensor:
-        """S -> P in place, and P rounded."""
+    def start_scores(self, q_slot: Int32, do_slot: Int32):
+        """S^T = K Q^T and dP^T = V dO^T of a pair of slots, left in flight.
+
+        Start values are written before the first WGMMA of both is issued: ptxas would wait for it otherwise (C7517).
+        """
+        acc_S, acc_dP = (cute.make_rmem_tensor(
+            self.mmas.sdp.partition_shape_C((self.cfg.tile_n, self.cfg.tile_m)), Float32) for _ in range(2))
+        start_at(acc_S, self.smem.sShift[None, q_slot], self.tidx)
+        start_at(acc_dP, self.smem.sDelta[None, do_slot], self.tidx)
+        issue_gemm(self.mmas.sdp, acc_S, self.tSrK[None, None, None, 0], self.tSrQ[None, None, None, q_slot],
+                   zero_init=False)
+        issue_gemm(self.mmas.sdp, acc_dP, self.tPrV[None, None, None, 0], self.tPrdO[None, None, None, do_slot],
+                   zero_init=False)
+        return acc_S, acc_dP
+
+    def start_dV(self, rP: cute.Tensor, slot: Int32):
+        """dV += P^T dO of one dO slot, left in flight."""
+        issue_gemm(self.mmas.dkv, self.acc_dV, as_operand_a(self.cfg, rP), self.tVrdO[None, None, None, slot],
+                   zero_init=False)
+
+    def start_dK(self, rdS: cute.Tensor, slot: Int32):
+        """dK += dS^T Q of one Q slot, left in flight."""
+        issue_gemm(self.mmas.dkv, self.acc_dK, as_operand_a(self.cfg, rdS), self.tKrQ[None, None, None, slot],
+                   zero_init=False)
+
+    @cute.jit
+    def make_P(self, acc_S: cute.Tensor):
+        """S -> P in place, in FP32."""
         for i in cutlass.range_constexpr(cute.size(acc_S)):
             acc_S[i] = cute.math.exp2(acc_S[i] * self.scale_log2, fastmath=True)
-        return self.rounded(acc_S)
 
     @cute.jit
-    def score_gradients(self, acc_S: cute.Tensor, acc_dP: cute.Tensor) -> cute.Tensor:
-        """P, dP -> dS rounded."""
+    def score_gradients(self, P: cute.Tensor, acc_dP: cute.Tensor) -> cute.Tensor:
+        """P, dP -> dS, rounded."""
         for i in cutlass.range_constexpr(cute.size(acc_dP)):
-            acc_dP[i] = acc_S[i] * acc_dP[i]
+            acc_dP[i] = P[i] * acc_dP[i]
         return self.rounded(acc_dP)
 
     def rounded(self, acc: cute.Tensor) -> cute.Tensor:
@@ -115,19 +137,29 @@ class Gradients:
         return out
 
     @cute.jit
-    def hand_over(self, rdS: cute.Tensor):
-        """dS of this warpgroup's keys, for all warpgroups' dQ."""
-        slot = self.ds_producer.acquire_and_advance()
-        cute.copy(self.store_dS, self.store_dS.retile(rdS), self.tSsdS[None, None, None, slot.index])
+    def write_dS(self, rdS: cute.Tensor, slot: Int32):
+        """dS of this warpgroup's keys to shared memory."""
+        if const_expr(self.cfg.is_dv_early):
+            self.ds_producer.acquire()
+        cute.copy(self.store_dS, self.store_dS.retile(rdS), self.tSsdS[None, None, None, slot])
+
+    @cute.jit
+    def hand_over(self):
+        """Until every warpgroup's dS is there, and visible to WGMMA."""
         cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            slot.commit()
+        if const_expr(self.cfg.is_dv_early):
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                self.ds_producer.commit()
+            self.ds_producer.advance()
+            self.ds_consumer.wait()
+        else:
+            cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=128 * self.cfg.num_consumer_wgs)
 
     def start_dQ(self, ds_slot: Int32) -> cute.Tensor:
         """This warpgroup's part of dQ, left in flight."""
         cfg, dq = self.cfg, self.mmas.dq
-        is_transposed = cfg.dq_split == "transposed"
+        is_transposed = cfg.is_dq_transposed
         shape = (cfg.head_dim, cfg.tile_m) if is_transposed else (cfg.tile_m, cfg.head_dim)
         acc_dQ = cute.make_rmem_tensor(dq.partition_shape_C(shape), Float32)
         a_slot, b_slot = (0, ds_slot) if is_transposed else (ds_slot, 0)
@@ -148,18 +180,16 @@ class Gradients:
             self.dq_producer.advance()           # every round of the ring has a slot of each warpgroup
 
     @cute.jit
-    def clear_unused_rows(self, num_used: Int32, q_slot: Int32, do_slot: Int32):
+    def clear_unused_rows(self, mask: KeyMask, m_block: Int32, q_slot: Int32, do_slot: Int32):
         """Zero the rows of Q and dO behind the sequence's last: they may hold NaN, which P = dS = 0 would not silence.
         Each warpgroup does it for itself, so that none waits for another: they write the same zeros."""
-        for slot in (self.smem.sQ[None, None, q_slot], self.smem.sdO[None, None, do_slot]):
-            clear_rows(self.cfg, slot, num_used, self.cfg.tile_m, self.tidx % 128, 128)
-        cute.arch.fence_view_async_shared()
-        sync_warpgroup(self.tidx // 128)
-
-    def new_acc_S(self) -> cute.Tensor:
-        """A fresh accumulator of S^T's shape."""
-        return cute.make_rmem_tensor(
-            self.mmas.sdp.partition_shape_C((self.cfg.tile_n, self.cfg.tile_m)), Float32)
+        if const_expr(self.cfg.is_varlen):
+            num_used = mask.tile.seqlen_q - m_block * self.cfg.tile_m
+            if num_used < self.cfg.tile_m:
+                for slot in (self.smem.sQ[None, None, q_slot], self.smem.sdO[None, None, do_slot]):
+                    clear_rows(self.cfg, slot, num_used, self.cfg.tile_m, self.tidx % 128, 128)
+                cute.arch.fence_view_async_shared()
+                sync_warpgroup(self.tidx // 128)
 
 
 @cute.jit
@@ -188,7 +218,7 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
     operand_a = lambda mma, sX: mma.make_fragment_A(part(mma).partition_A(sX))
     operand_b = lambda mma, sX: mma.make_fragment_B(part(mma).partition_B(sX))
     sdSt, sKt = transposed(smem.sdS), transposed(smem.sK)
-    sA, sB = (sKt, smem.sdS) if cfg.dq_split == "transposed" else (smem.sdS, sKt)
+    sA, sB = (sKt, smem.sdS) if cfg.is_dq_transposed else (smem.sdS, sKt)
     stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(True, 4), element_type(cfg))
     store_dS = cute.make_tiled_copy_C(stmatrix, mmas.sdp).get_slice(tidx)
     acc_dK, acc_dV = (cute.make_rmem_tensor(mmas.dkv.partition_shape_C((cfg.tile_n, cfg.head_dim)), Float32)
@@ -204,6 +234,8 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
         tVrdO=operand_b(mmas.dkv, transposed(smem.sdO)), tKrQ=operand_b(mmas.dkv, transposed(smem.sQ)),
         tQrA=operand_a(mmas.dq, sA), tQrB=operand_b(mmas.dq, sB),
         tSsdS=store_dS.partition_D(sdSt), store_dS=store_dS, acc_dK=acc_dK, acc_dV=acc_dV,
+       
         q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(),
+        
         ds_producer=pipes.ds.make_producer(), ds_consumer=pipes.ds.make_consumer(),
         dq_producer=pipes.dq.make_producer(), sdQ=sdQ, scale_log2=params.scale_log2, tidx=tidx)

@@ -6,6 +6,7 @@ import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.tensor_utils import LayoutEnum
 
 from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
@@ -55,10 +56,10 @@ class FlashAttentionBackward:
             k=tma_load(tensor_view(a, "k", shape_k), layouts.sK, cfg.tile_n),
             v=tma_load(tensor_view(a, "v", shape_k), layouts.sV, cfg.tile_n),
             mdK=tensor_view(a, "dk", shape_k), mdV=tensor_view(a, "dv", shape_k),
-            start_S=cute.make_tensor(a.start_s, vector), start_dP=cute.make_tensor(a.start_dp, vector),
+            shift=cute.make_tensor(a.shift, vector), delta=cute.make_tensor(a.delta, vector),
             dq_sum=cute.make_tensor(a.dq_sum, cute.make_layout(
                 (tile, q_blocks.num_blocks, a.num_heads), stride=(1, Int64(tile), Int64(tile) * q_blocks.num_blocks))),
-            order=cute.make_tensor(a.order, cute.make_layout((q_blocks.num_blocks, a.num_heads))),
+            order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, k_blocks=k_blocks,
             num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
             scale_log2=a.softmax_scale * Float32(LOG2_E))
@@ -72,7 +73,7 @@ class FlashAttentionBackward:
         cfg, element = self.cfg, element_type(self.cfg)
         return BwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
                           sdO=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_do_stages),
-                          sK=smem_ring(element, cfg.tile_n, cfg.head_dim, 1),
+                          sK=key_slot(cfg),
                           sV=smem_ring(element, cfg.tile_n, cfg.head_dim, 1),
                           sdS=smem_ring(element, cfg.tile_m, cfg.tile_n, cfg.num_ds_stages))
 
@@ -109,6 +110,8 @@ class FlashAttentionBackward:
         if const_expr(cfg.is_varlen):
             head = index // params.k_blocks.num_blocks
             block = index - head * params.k_blocks.num_blocks
+            if const_expr(cfg.is_deterministic):
+                block = params.k_blocks.num_blocks - 1 - block
             sequence = params.k_blocks.find(block)
             offset_q, seqlen_q, offset_k, seqlen_k = params.sequences.place(sequence)
             n_block = block - params.k_blocks.first(sequence)
@@ -119,6 +122,8 @@ class FlashAttentionBackward:
             section = heads_per_section(num_heads, group, seqlen_q, cfg.head_dim)
             num_blocks = params.k_blocks.num_blocks // params.sequences.batch_size
             n_block, any_head = key_tile(cfg.is_causal, index, num_blocks, num_heads, section)
+            if const_expr(cfg.is_deterministic):
+                n_block = num_blocks - 1 - n_block
             batch = any_head // params.num_heads_k
             tile = KeyTile(n_block, any_head - batch * params.num_heads_k, batch, Int32(0), seqlen_q, Int32(0), seqlen_k,
                            params.q_blocks.first(batch))
@@ -139,7 +144,7 @@ class FlashAttentionBackward:
         sK, sV, sQ, sdO, sdS = (tensor(layout) for layout in (
             layouts.sK, layouts.sV, layouts.sQ, layouts.sdO, layouts.sdS))
         smem = BwdSmem(sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=floats(cfg.dq_part, cfg.num_consumer_wgs),
-                       sStartS=floats(cfg.tile_m, cfg.num_q_stages), sStartdP=floats(cfg.tile_m, cfg.num_do_stages))
+                       sShift=floats(cfg.tile_m, cfg.num_q_stages), sDelta=floats(cfg.tile_m, cfg.num_do_stages))
 
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
         facts = lambda name: {
@@ -156,6 +161,14 @@ class FlashAttentionBackward:
         return smem, pipes
 
 
+def key_slot(cfg: BackwardConfig) -> cute.ComposedLayout:
+    """(tile_n, head_dim, 1): K, in the widest swizzle of which the columns that a warpgroup's dQ reads are whole ones."""
+    columns = cfg.head_dim if cfg.dq_split in ("rows", "queries") else cfg.head_dim // cfg.num_consumer_wgs
+    kind = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, element_type(cfg), columns)
+    atom = warpgroup.make_smem_layout_atom(kind, element_type(cfg))
+    return cute.tile_to_shape(atom, (cfg.tile_n, cfg.head_dim, 1), order=(0, 1, 2))
+
+
 def make_bwd_mmas(cfg: BackwardConfig) -> BwdMmas:
     """Of the five GEMMs; K and Q are read K-major for S and MN-major for dQ and dK from the same slots."""
     element, wgs = element_type(cfg), cfg.num_consumer_wgs
@@ -164,7 +177,8 @@ def make_bwd_mmas(cfg: BackwardConfig) -> BwdMmas:
         element, element, a, b, Float32, (*atoms, 1), (ROWS_PER_WARPGROUP, n), source)
     dq = {"rows": lambda: make(k_major, mn_major, (wgs, 1), cfg.head_dim),
           "columns": lambda: make(k_major, mn_major, (1, wgs), cfg.head_dim // wgs),
-          "transposed": lambda: make(mn_major, k_major, (wgs, 1), cfg.tile_m)}
+          "transposed": lambda: make(mn_major, k_major, (wgs, 1), cfg.tile_m),
+          "queries": lambda: make(mn_major, k_major, (1, wgs), cfg.tile_m // wgs)}
     return BwdMmas(sdp=make(k_major, k_major, (wgs, 1), cfg.tile_m),
                    dkv=make(k_major, mn_major, (wgs, 1), cfg.head_dim, warpgroup.OperandSource.RMEM),
                    dq=dq[cfg.dq_split]())

@@ -1,4 +1,4 @@
-"""Load role: one warp brings K and V once, then Q and dO tiles with the rows' start values."""
+"""Load role: one warp brings K and V once, then Q and dO tiles with the rows' values."""
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
@@ -25,15 +25,15 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
         head = tile.kv_head * params.group + i
         tQsQ, tQgQ = query_views(cfg, params.q, smem.sQ, tile, head)
         tOsO, tOgO = query_views(cfg, params.do, smem.sdO, tile, head)
-        start_S, start_dP = params.start_S[None, head], params.start_dP[None, head]
+        shift, delta = params.shift[None, head], params.delta[None, head]
         for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
             row = (tile.first_q_block + m_block) * cfg.tile_m
             q = q_producer.acquire_and_advance()
             cute.copy(params.q.atom, tQgQ[None, m_block], tQsQ[None, q.index], tma_bar_ptr=q.barrier)
-            load_rows(cfg, start_S, row, smem.sStartS[None, q.index], q.barrier)
+            load_rows(cfg, shift, row, smem.sShift[None, q.index], q.barrier)
             do = do_producer.acquire_and_advance()
             cute.copy(params.do.atom, tOgO[None, m_block], tOsO[None, do.index], tma_bar_ptr=do.barrier)
-            load_rows(cfg, start_dP, row, smem.sStartdP[None, do.index], do.barrier)
+            load_rows(cfg, delta, row, smem.sDelta[None, do.index], do.barrier)
 
 
 @cute.jit

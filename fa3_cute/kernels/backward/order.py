@@ -2,7 +2,8 @@
 
 Blocks of keys of one head run next to one another, since they read the same Q and dO and add to the same dQ. Causal
 ones differ in length: the first keys are seen by most queries and run first, within sections of heads whose Q, dO and
-dQ fit L2 together.
+dQ fit L2 together. Deterministic: the last keys first, since the CTAs add to dQ in that order: what a CTA waits for is
+then running or done. The queries of the diagonal, with which a causal CTA starts, are the last keys' first ones too.
 """
 from cutlass import Int32
 

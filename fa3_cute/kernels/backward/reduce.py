@@ -5,7 +5,7 @@ from cutlass import Int32, const_expr
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
-from .blocks import KeyTile, QueryRange
+from .blocks import KeyTile, QueryRange, last_key_block
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
@@ -14,13 +14,19 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
               queries: QueryRange):
     """Per Q tile and warpgroup: its part from shared memory, added in FP32 (PTX ISA, "cp.reduce.async.bulk").
 
+    Deterministic: the CTAs add to a block in the order of their keys, the last ones first.
+
     Runs on: warp 1. Synchronises: waits for the full halves of the dQ ring; empties it as soon as it is read.
     """
     consumer = pipes.dq.make_consumer()
     for i in cutlass.range(params.group, unroll=1):
         head = tile.kv_head * params.group + i
         for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
-            target = params.dq_sum[None, tile.first_q_block + m_block, head]
+            block = tile.first_q_block + m_block
+            target, count = params.dq_sum[None, block, head], params.order[None, block, head]
+            if const_expr(cfg.is_deterministic):
+                last = last_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
+                wait_for_turn(count, last - tile.n_block)
             for w in cutlass.range_constexpr(cfg.num_consumer_wgs):
                 part = consumer.wait_and_advance()
                 with cute.arch.elect_one():
@@ -28,5 +34,25 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
                         (target.iterator + w * cfg.dq_part).llvm_ptr, smem.sdQ[None, w].iterator.llvm_ptr,
                         4 * cfg.dq_part, op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
                     cute.arch.cp_async_bulk_commit_group()
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                    cute.arch.cp_async_bulk_wait_group(0, read=not cfg.is_deterministic)
                     part.release()
+            if const_expr(cfg.is_deterministic):
+                pass_turn(count)
+
+
+@cute.jit
+def wait_for_turn(count: cute.Tensor, turn: Int32):
+    """Until so many CTAs have added to a block of dQ: those of later keys, which run first (order.py)."""
+    with cute.arch.elect_one():
+        taken = cute.arch.atomic_add(count.iterator, Int32(0), sem="acquire", scope="gpu")
+        while taken != turn:
+            taken = cute.arch.atomic_add(count.iterator, Int32(0), sem="acquire", scope="gpu")
+    cute.arch.sync_warp()
+
+
+@cute.jit
+def pass_turn(count: cute.Tensor):
+    """The bulk reductions are complete, not only read: what the next CTA adds comes after them."""
+    with cute.arch.elect_one():
+        cute.arch.fence_acq_rel_gpu()
+        cute.arch.atomic_add(count.iterator, Int32(1), sem="release", scope="gpu")

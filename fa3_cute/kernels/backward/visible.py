@@ -17,7 +17,7 @@ NEVER = 1 << 30     # a query behind all
 class KeyMask:
     """Visibility from one thread's point of view: S^T has keys as rows and queries as columns.
 
-    Queries behind the last need no test: S^T starts at -inf there (prepare.py).
+    Queries behind the last need no test: their shift is -inf (prepare.py).
     """
     cfg: Constexpr
     window: Window
