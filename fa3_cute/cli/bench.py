@@ -1,4 +1,4 @@
-"""Times the forward on this machine's Hopper GPU with CUDA events, beside other libraries if asked to.
+"""Times attention on this machine's Hopper GPU with CUDA events, beside other libraries if asked to.
 
 Every implementation reads the same standard-normal inputs and is checked before it is timed. Rounds are interleaved and
 each batch of launches lasts long enough for the clock to settle; numbers are medians over rounds, ratios to a peer the
@@ -25,6 +25,10 @@ The suite scores times what changes scores beside the same problem without: the 
 timed in the same rounds. "of first" is a row's time over that of the first row of its problem, the median of each
 round's ratio.
 
+The suite backward times dQ, dK and dV, given O and its LSE, which forward() has made before; its TFLOP/s are 2.5 times
+the forward's, those of forward and backward together 3.5 times. "deterministic" is the pass with the same bits in every
+call, in the same rounds as without. The peers are fa4 and cudnn; they read our O and LSE.
+
 The suite host has no other libraries and no pictures: CPU time of a forward() call, by how shapes change from call to
 call, and the time to a process's first result with and without its kernel on disk.
 
@@ -38,7 +42,8 @@ from dataclasses import replace
 from itertools import groupby
 from statistics import median
 
-from .. import forward
+from .. import backward, forward
+from ..contract.backward_rules import SERVED_HEAD_DIMS
 from ..contract.formats import ELEMENT_BYTES, FP8, HEAD_DIMS
 from ..arrays.memory import hopper_device_problem, open_device
 from . import environment
@@ -47,9 +52,12 @@ from . import peers
 from . import plot
 from .case import COPIED_BYTES, Case, Tensors
 from .dtypes import head_dims
+from .gradients import GradientTensors
 from .measure import Batch, Stopwatch, Work, in_turn
+from .passes import BOTH, FORWARD
 from .options import cannot_run, count, milliseconds, new_file, one_or_more
 from .shown import ARITHMETIC, OURS, OURS_16, Shown
+from .suites import backward as gradients
 from .suites import decode
 from .suites import fp8
 from .suites import prefill
@@ -67,6 +75,7 @@ SUITES = {
     "fp8": fp8,
     "serving": serving,
     "scores": scores,
+    "backward": gradients,
 }
 HOST = "host"  # a suite of its own kind: host.py
 COPY = "copy"
@@ -116,7 +125,7 @@ def run(args) -> int:
     if fixed := [name for name in suite.FIXED if getattr(args, name) is not None]:
         return cannot_run(f"the {args.suite} suite has its own {', '.join(fixed)}")
     cases = suite.cases(args)
-    if unserved := [case.name for case in cases if case.head_dim not in head_dims(case.dtype)]:
+    if unserved := [case.name for case in cases if case.head_dim not in served(case)]:
         return cannot_run(f"there are no kernels for {unserved[0]}")
     if uneven := [case.name for case in cases if case.num_heads % case.num_heads_k]:
         return cannot_run(f"{uneven[0]}: the query heads must be a multiple of the KV heads")
@@ -157,6 +166,13 @@ def write(results: dict, path: str | None) -> None:
             json.dump(results, file, indent=1)
 
 
+def served(case: Case) -> tuple[int, ...]:
+    """The head dims that there are kernels for."""
+    if case.passes == FORWARD:
+        return head_dims(case.dtype)
+    return () if case.dtype == FP8 else SERVED_HEAD_DIMS
+
+
 def limit(dtype: str, name: str) -> float:
     """The error of one implementation's result from which on it is wrong."""
     return WRONG[ELEMENT_BYTES["bf16" if name == OURS_16 else dtype]]
@@ -177,7 +193,8 @@ class Bench:
         self.stream = device.create_stream()
         self.handle = int(self.stream.handle)
         self.stopwatch = Stopwatch(device, self.stream)
-        self.tensors = {name: Tensors([own(case)[name] for case in cases], self.stream) for name in own(cases[0])}
+        kind = GradientTensors if cases[0].passes else Tensors
+        self.tensors = {name: kind([own(case)[name] for case in cases], self.stream) for name in own(cases[0])}
         self.peers = self.find_peers(args.peers)
         self.environment = environment.describe(device, self.stopwatch.monitor, self.peers, args)
         if OURS_16 in self.tensors:
@@ -253,11 +270,24 @@ class Bench:
 
     def ours(self, tensors: Tensors, case: Case) -> tuple[Callable, float]:
         """The same of ours."""
-        every_params = [tensors.params(case, kv_set) for kv_set in range(case.kv_sets)]
+        calls = [self.call(tensors, case, kv_set) for kv_set in range(case.kv_sets)]
         tensors.poison_out()
-        forward(every_params[-1], self.handle).check()
-        launch = in_turn([lambda p=params: forward(p, self.handle).check() for params in every_params])
-        return launch, tensors.error_of_last_rows(case, case.kv_sets - 1)
+        if isinstance(tensors, GradientTensors):
+            forward(tensors.forward_params(case), self.handle).check()
+        calls[-1]().check()
+        launch = in_turn([lambda call=call: call().check() for call in calls])
+        return launch, tensors.error_of(case, case.kv_sets - 1)
+
+    def call(self, tensors: Tensors, case: Case, kv_set: int = 0) -> Callable:
+        """What is timed of a case, as a call without arguments that returns its status."""
+        handle = self.handle
+        if not isinstance(tensors, GradientTensors):
+            params = tensors.params(case, kv_set)
+            return lambda: forward(params, handle)
+        of_gradients, ahead = tensors.params(case, kv_set), tensors.forward_params(case)
+        if case.passes == BOTH:
+            return lambda: forward(ahead, handle) or backward(of_gradients, handle)
+        return lambda: backward(of_gradients, handle)
 
     def captured(self, name: str, work: Work, calls: int, notes: list[str]) -> Work:
         """So many calls of the work as a CUDA graph; the work as it is, with a note, if it cannot be captured."""
@@ -270,8 +300,8 @@ class Bench:
     def host_microseconds(self, case: Case) -> float:
         """Host time of one forward() call. A long problem is shortened until the GPU keeps up; decode is not, since
         how its keys are split is part of the call, nor is a batch over pages, which may be two launches."""
-        params = self.tensors[OURS].params(case if case.is_decode or case.page_size else case.shortened(128))
-        return self.stopwatch.host_microseconds(lambda: forward(params, self.handle))
+        measured = case if case.is_decode or case.page_size else case.shortened(128)
+        return self.stopwatch.host_microseconds(self.call(self.tensors[OURS], measured))
 
     def result(self, case: Case, batches: list[Batch], ours: list[Batch]) -> dict:
         """Medians over the rounds of one implementation, and its time over ours, round by round."""

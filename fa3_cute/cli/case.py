@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from ..arrays.memory import window as window_of
 from ..contract.reference import as_float, to_bits
 from .features import Array, Feature, arrays_of, expected, fields_of
 from .measure import CALLS_PER_GRAPH
+from .passes import FORWARD, PRODUCTS
 
 CHECKED_ROWS = 64
 # Random numbers drawn per tensor; a longer one repeats them. More than the dense grid needs, and an odd period: no row
@@ -38,6 +40,7 @@ class Case:
                next; "warm": they all read the same one, and as many are in a graph as of the cold case; "": not looked
                at
     scores     what else is asked of scores
+    passes     what is timed of it (passes.py)
     group      cases that are called the same, one after the other, are timed in the same rounds; "": alone
     """
 
@@ -57,13 +60,14 @@ class Case:
     lengths_k: tuple[int, ...] = ()
     page_size: int | None = None
     scores: Feature = Feature()
+    passes: str = FORWARD
     group: str = ""
 
     @property
     def name(self) -> str:
         out = "" if self.element_out in (self.dtype, FP8_OUT_DTYPES[0]) else f"->{self.out_dtype}"
         parts = f"{self.dtype}{out} d{self.head_dim} {self.mask} h{self.heads} {self.layout}"
-        return " ".join(filter(None, (parts, self.keys, self.l2, self.scores.name)))
+        return " ".join(filter(None, (parts, self.keys, self.l2, self.scores.name, self.passes)))
 
     @property
     def keys(self) -> str:
@@ -110,19 +114,23 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """FLOPs as everyone counts them: 4 H Sq Sk d for the two GEMMs of each sequence, half of it under a causal
-        mask; with a window, or where pages are looked at, those of the keys that a query sees. Documents and chunks
-        are sequences of their own."""
+        """FLOPs as everyone counts them: 2 H Sq Sk d for each GEMM of the passes and each sequence, half of it under a
+        causal mask; with a window, or where pages are looked at, those of the keys that a query sees. Documents and
+        chunks are sequences of their own."""
         if max(self.window) >= 0 or self.page_size is not None:
             return self.visible_flops
         pairs = sum(seqlen_q * seqlen_k * count for (seqlen_q, seqlen_k), count in self.segments().items())
-        return 4 * self.num_heads * self.head_dim * pairs * (0.5 if self.is_causal else 1)
+        return self._pair_flops * pairs * (0.5 if self.is_causal else 1)
 
     @property
     def visible_flops(self) -> float:
-        """4 H d for each query and each key that it sees."""
+        """The same of each query and each key that it sees."""
         pairs = sum(visible_pairs(*lengths, *self.visible_bounds) * count for lengths, count in self.segments().items())
-        return 4 * self.num_heads * self.head_dim * pairs
+        return self._pair_flops * pairs
+
+    @property
+    def _pair_flops(self) -> int:
+        return 2 * PRODUCTS[self.passes] * self.num_heads * self.head_dim
 
     @property
     def nbytes(self) -> int:
@@ -171,6 +179,12 @@ class Case:
     @property
     def q_shape(self) -> tuple[int, ...]:
         return (*self._rows(self.seqlen_q), self.num_heads, self.head_dim)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """[batch, num_heads, seqlen_q], packed [num_heads, total_q]."""
+        *batch, rows, heads, _ = self.q_shape
+        return (*batch, heads, rows)
 
     @property
     def kv_shape(self) -> tuple[int, ...]:
@@ -240,6 +254,28 @@ def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
     first = 0 if left < 0 else np.clip(diagonal - left, 0, seqlen_k)
     stop = seqlen_k if right < 0 else np.clip(diagonal + right + 1, 0, seqlen_k)
     return int(np.maximum(np.broadcast_to(stop - first, diagonal.shape), 0).sum())
+
+
+def call_of(case: Case, pointers: dict[str, int]) -> dict[str, Any]:
+    """The fields of a call, from the addresses of its arrays."""
+    if offsets := pointers.pop("cu_seqlens", None):
+        rows = {"mode": AttentionMode.VARLEN_PREFILL, "cu_seqlens_q": offsets, "total_q": case.q_shape[0]}
+        if case.page_size:
+            num_pages, page_size, *_ = case.kv_shape
+            _, max_pages = case.index_shapes()["page_table"]
+            rows |= {"max_seqlen_q": case.seqlen_q, "num_pages": num_pages, "page_size": page_size}
+            rows |= {"seqlen_k": max_pages * page_size}
+        else:
+            rows |= {"cu_seqlens_k": offsets, "total_k": case.kv_shape[0]}
+    else:
+        mode = AttentionMode.DECODE if case.is_decode else AttentionMode.PREFILL
+        rows = {"mode": mode, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
+    rows |= fields_of(case, pointers)
+    sizes = ("batch_size", "num_heads", "num_heads_k", "head_dim", "is_causal")
+    numbers = {name: getattr(case, name) for name in sizes}
+    numbers |= dict(zip(("window_size_left", "window_size_right"), case.window, strict=True))
+    types = {"dtype": DataType[case.dtype.upper()], "out_dtype": DataType[case.element_out.upper()]}
+    return pointers | rows | numbers | types
 
 
 class Tensors:
@@ -332,42 +368,10 @@ class Tensors:
         fill(self.buffers["out"], 0xFF, stream=self.stream)
 
     def params(self, case: Case, kv_set: int = 0) -> FlashAttentionParams:
-        pointers = self.pointers(case, kv_set)
-        if offsets := pointers.pop("cu_seqlens", None):
-            rows = {
-                "mode": AttentionMode.VARLEN_PREFILL,
-                "cu_seqlens_q": offsets,
-                "total_q": case.q_shape[0],
-            }
-            if case.page_size:
-                num_pages, page_size, *_ = case.kv_shape
-                _, max_pages = case.index_shapes()["page_table"]
-                rows |= {"max_seqlen_q": case.seqlen_q, "num_pages": num_pages, "page_size": page_size}
-                rows |= {"seqlen_k": max_pages * page_size}
-            else:
-                rows |= {"cu_seqlens_k": offsets, "total_k": case.kv_shape[0]}
-        else:
-            rows = {
-                "mode": AttentionMode.DECODE if case.is_decode else AttentionMode.PREFILL,
-                "seqlen_q": case.seqlen_q,
-                "seqlen_k": case.seqlen_k,
-            }
-        rows |= fields_of(case, pointers)
-        return FlashAttentionParams(
-            **pointers,
-            **rows,
-            batch_size=case.batch_size,
-            num_heads=case.num_heads,
-            num_heads_k=case.num_heads_k,
-            head_dim=case.head_dim,
-            is_causal=case.is_causal,
-            window_size_left=case.window[0],
-            window_size_right=case.window[1],
-            dtype=DataType[case.dtype.upper()],
-            out_dtype=DataType[case.element_out.upper()],
-        )
+        """The case as a call of `forward`."""
+        return FlashAttentionParams(**call_of(case, self.pointers(case, kv_set)))
 
-    def error_of_last_rows(self, case: Case, kv_set: int = 0) -> float:
+    def error_of(self, case: Case, kv_set: int = 0) -> float:
         """Relative error (norm) of O against the reference in the last rows of the first, the longest and the last
         sequence, for the first, a middle and the last head.
 

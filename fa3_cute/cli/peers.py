@@ -3,13 +3,15 @@
 A peer reads the benchmark's own tensors, in place, as torch views.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib import metadata
 from math import prod
+from typing import Any
 
 from ..contract.formats import FP8
+from . import gradient_peers
 from .case import Case
 from .measure import CALLS_PER_GRAPH, Work
 
@@ -25,6 +27,7 @@ VIEWS = {
     "bf16": ("<i2", "bfloat16"),
     FP8: ("|u1", "float8_e4m3fn"),
     "int32": ("<i4", "int32"),
+    "fp32": ("<f4", "float32"),
 }
 
 
@@ -36,13 +39,15 @@ class PeerMissing(Exception):
 class Peer:
     """`make_launch(case, q, k, v, indices)` gets torch views in the case's shapes, indices by name, {} if dense, with
     sinks as "s_aux" in BF16; a launch returns O alike, in FP8 as O * O_SCALE. What it raises says why the peer cannot
-    do the case. `features` are the fields of a Feature that it has."""
+    do the case. `features` are the fields of a Feature that it has. `make_backward(case, tensors, indices)` is of cases
+    with gradients (gradient_peers.py). What it is not timed for is None."""
 
     name: str
     version: str
     dtypes: tuple[str, ...]
-    make_launch: Callable
+    make_launch: Callable | None
     features: tuple[str, ...] = ()
+    make_backward: Callable | None = None
 
     def launch(self, case: Case, pointers: dict[str, int]) -> Callable:
         """A call without arguments that queues the case on torch's current stream and returns O."""
@@ -50,15 +55,15 @@ class Peer:
             raise PeerMissing(f"{self.name} has no {case.dtype} kernels")
         if lacking := case.scores.asked - {*self.features}:
             raise PeerMissing(f"{self.name} has no {', no '.join(sorted(lacking))}")
-        q, k, v = (
-            view(pointers[name], shape, case.dtype)
-            for name, shape in (("q", case.q_shape), ("k", case.kv_shape), ("v", case.kv_shape))
-        )
+        make = self.make_backward if case.passes else self.make_launch
+        if make is None:
+            raise PeerMissing(f"{self.name} is timed {'without gradients' if case.passes else 'for gradients alone'}")
+        tensors = views(case, pointers, ("q", "k", "v") + ("out", "dout", "softmax_lse") * bool(case.passes))
         indices = {name: view(pointers[name], shape, "int32") for name, shape in case.index_shapes().items()}
         if case.scores.s_aux:
             indices["s_aux"] = view(pointers["s_aux"], (case.num_heads,), "bf16")
         try:
-            launch = self.make_launch(case, q, k, v, indices)
+            launch = make(case, *([tensors] if case.passes else tensors.values()), indices)
             launch()
         except PeerMissing:
             raise
@@ -67,8 +72,13 @@ class Peer:
         return launch
 
     def error(self, case: Case, pointers: dict[str, int], launch: Callable) -> float:
-        """Relative difference (norm) between the O of `launch` and ours, which is in place."""
+        """Relative difference (norm) between the O of `launch` and ours, which is in place; the largest of those of the
+        gradients."""
         theirs = launch()
+        if case.passes:
+            ours = views(case, pointers, ("dq", "dk", "dv")).values()
+            pairs = [(mine.float(), other.float()) for mine, other in zip(ours, theirs, strict=True)]
+            return max(float((mine - other).norm() / other.norm()) for mine, other in pairs)
         theirs = theirs.float() / (O_SCALE if theirs.element_size() == 1 else 1)
         return float((view(pointers["out"], case.q_shape, case.element_out).float() - theirs).norm() / theirs.norm())
 
@@ -112,22 +122,29 @@ def load_cudnn() -> Peer:
     from torch.nn.functional import scaled_dot_product_attention
 
     @cache
-    def handle():
+    def frontend():
         import cudnn
 
-        made = cudnn.create_handle()
-        cudnn.set_stream(made, torch.cuda.current_stream().cuda_stream)
-        return made
+        handle = cudnn.create_handle()
+        cudnn.set_stream(handle, torch.cuda.current_stream().cuda_stream)
+        return cudnn, handle
 
     @lru_cache(maxsize=1)  # the sets of K and V of a case share one
     def graph_of(case):
-        return CudnnGraph(case, handle())
+        return CudnnGraph(case, *frontend())
 
-    def make_launch(case, q, k, v, indices):
+    def refuse(case):
         if case.lengths or max(case.window) >= 0:
             raise PeerMissing("cudnn is timed without packed sequences and windows")
         if case.is_causal and case.seqlen_q != case.seqlen_k:
             raise PeerMissing("cudnn has no bottom-right aligned causal mask here")
+
+    def make_backward(case, tensors, indices):
+        refuse(case)
+        return gradient_peers.cudnn(*frontend(), case, tensors)
+
+    def make_launch(case, q, k, v, indices):
+        refuse(case)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         if case.dtype == FP8:
             return graph_of(case).launch(q, k, v)
@@ -140,7 +157,16 @@ def load_cudnn() -> Peer:
         return launch
 
     version = f"cuDNN {torch.backends.cudnn.version()}, torch {torch.__version__}"
-    return Peer("cudnn", version, ("fp16", "bf16", FP8), make_launch)
+    return Peer("cudnn", version, ("fp16", "bf16", FP8), make_launch, make_backward=make_backward)
+
+
+def load_fa4() -> Peer:
+    """FlashAttention-4, whose kernels for Hopper are in the CuTe DSL too; its gradients."""
+    from flash_attn.cute import interface
+
+    make_backward = partial(gradient_peers.fa4, interface)
+    version = f"flash-attn-4 {metadata_version('flash-attn-4')}"
+    return Peer("fa4", version, ("fp16", "bf16"), None, make_backward=make_backward)
 
 
 def load_vllm() -> Peer:
@@ -263,8 +289,7 @@ class CudnnGraph:
     Blackwell only.
     """
 
-    def __init__(self, case: Case, handle):
-        import cudnn
+    def __init__(self, case: Case, cudnn, handle):
         import torch
 
         def scalar(value: float):
@@ -325,7 +350,7 @@ def strided(shape: tuple[int, ...]) -> dict[str, list[int]]:
     return {"dim": [batch, heads, rows, head_dim], "stride": [rows * width, head_dim, width, 1]}
 
 
-PEERS = {"fa3": load_fa3, "cudnn": load_cudnn, "vllm": load_vllm}
+PEERS = {"fa3": load_fa3, "cudnn": load_cudnn, "vllm": load_vllm, "fa4": load_fa4}
 
 
 def use_stream(handle: int) -> None:
@@ -344,6 +369,14 @@ def capture(launch: Callable, calls: int = CALLS_PER_GRAPH) -> Work:
         for _ in range(calls):
             launch()
     return Work(graph.replay, calls)
+
+
+def views(case: Case, pointers: dict[str, int], names: Sequence[str]) -> dict[str, Any]:
+    """Tensors of a case by name."""
+    shapes: dict[str, tuple] = {"k": case.kv_shape, "v": case.kv_shape, "dk": case.kv_shape, "dv": case.kv_shape}
+    shapes["softmax_lse"] = case.lse_shape
+    types = {"softmax_lse": "fp32"}
+    return {name: view(pointers[name], shapes.get(name, case.q_shape), types.get(name, case.dtype)) for name in names}
 
 
 def view(pointer: int, shape: tuple[int, ...], dtype: str):

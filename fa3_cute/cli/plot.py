@@ -10,7 +10,7 @@ from pathlib import Path
 from .environment import sentence
 from .shown import MEMORY, OURS, OURS_16
 
-NAMES = {OURS: "fa3_cute", OURS_16: "fa3_cute in BF16", "fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM"}
+NAMES = {OURS: "fa3_cute", OURS_16: "fa3_cute in BF16", "fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM", "fa4": "FA4"}
 # Okabe and Ito's, which colour-blind readers can tell apart; hatches for prints without colour.
 STYLES = {
     OURS: ("#0072B2", ""),
@@ -18,6 +18,7 @@ STYLES = {
     "fa3": ("#E69F00", "//"),
     "cudnn": ("#009E73", ".."),
     "vllm": ("#CC79A7", "--"),
+    "fa4": ("#F0E442", "xx"),
 }
 OTHER_STYLE = ("#999999", "xx")
 BAR, GAP = 0.21, 0.30  # inches: a bar, the space between two cases
@@ -152,4 +153,6 @@ def roof(ours: dict, is_memory: bool) -> float | None:
 
 def tick(case: dict) -> str:
     """A case under its bars."""
-    return "\n".join(filter(None, (f"d{case['head_dim']} h{case['heads']}", case["layout"], case.get("scores"))))
+    return "\n".join(
+        filter(None, (f"d{case['head_dim']} h{case['heads']}", case["layout"], case.get("scores"), case.get("passes")))
+    )

@@ -27,7 +27,7 @@ from .table import markdown
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 OWN = "performance of {}:"  # what "performance:" is in the lines of one suite
 FP8_PLACE = "fp8"
-PEER_NAMES = {OURS_16: "BF16", "fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM"}
+PEER_NAMES = {OURS_16: "BF16", "fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM", "fa4": "FA4"}
 
 
 def add_arguments(parser) -> None:

@@ -171,7 +171,7 @@ def test_a_feature_that_does_nothing_is_a_wrong_result(name, fake_gpu):
         fake_gpu.options_of = lambda p, without=without: options_of(fake_gpu, p, without)
         tensors.poison_out()
         assert fake_gpu.forward(tensors.params(case), 1) is Status.OK
-        assert (tensors.error_of_last_rows(case) < bench.limit("bf16", bench.OURS)) == is_right
+        assert (tensors.error_of(case) < bench.limit("bf16", bench.OURS)) == is_right
 
 
 def test_masks_of_full_size_repeat_few_numbers(fake_gpu):
