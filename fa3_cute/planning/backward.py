@@ -39,7 +39,6 @@ PREPARE_ARGUMENTS = tuple(
 FINISH_ARGUMENTS = tuple(
     _P("dq", "dq_sum") + _LENGTHS + _STRIDES["dq"] + _SIZES + [("softmax_scale", "float32"), ("stream", "stream")]
 )
-DQ_SPLITS = ("rows", "columns", "transposed", "queries")
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class BackwardConfig:
     tile_m            queries of a Q tile
     is_dv_early       dV is issued before dS is made, which warpgroups hand over by a ring; else they meet at a barrier
     num_*_stages      slots of the rings of Q, dO and dS
-    dq_split          what of a tile of dQ each warpgroup computes: its "rows", "columns" of it, or columns of the
-                      "transposed" one, whose tile_m need not be a multiple of 64
+    is_dq_transposed  dQ^T = K^T dS^T, each warpgroup its columns of dQ, for which tile_m need not be a multiple of 64
+                      per warpgroup; else dQ = dS K, each its rows
     """
 
     dtype: str
@@ -63,7 +62,7 @@ class BackwardConfig:
     is_varlen: bool
     is_deterministic: bool
     tile_m: int
-    dq_split: str
+    is_dq_transposed: bool
     is_dv_early: bool
     num_consumer_wgs: int = 2
     num_q_stages: int = 2
@@ -81,15 +80,17 @@ class BackwardConfig:
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """(whether it holds, what to say if it does not)."""
-        of_split = {"rows": ROWS_PER_WARPGROUP * self.num_consumer_wgs, "columns": ROWS_PER_WARPGROUP, "transposed": 16, "queries": 16}
         return (
             (self.dtype in ("fp16", "bf16"), f"dtype={self.dtype!r}: must be 'fp16' or 'bf16'"),
             (self.head_dim % 32 == 0, f"head_dim={self.head_dim}: must be a multiple of 32"),
             (self.mask in ("full", "causal", "local"), f"mask={self.mask!r}: must be 'full', 'causal' or 'local'"),
-            (self.dq_split in DQ_SPLITS, f"dq_split={self.dq_split!r}: must be one of {', '.join(DQ_SPLITS)}"),
             (
-                self.tile_m % of_split.get(self.dq_split, 16) == 0,
-                f"tile_m={self.tile_m}: must be a multiple of {of_split.get(self.dq_split)} with dq_split={self.dq_split!r}",
+                self.tile_m % (16 if self.is_dq_transposed else self.tile_n) == 0,
+                f"tile_m={self.tile_m}: must be a multiple of {16 if self.is_dq_transposed else self.tile_n}",
+            ),
+            (
+                not self.is_dq_transposed or self.head_dim % self.tile_n == 0,
+                f"head_dim={self.head_dim}: must be a multiple of {self.tile_n}, M of dQ^T, if is_dq_transposed",
             ),
             (
                 WARP * WARPS_PER_WARPGROUP * (self.registers[0] + self.num_consumer_wgs * self.registers[1])
@@ -138,11 +139,6 @@ class BackwardConfig:
     def registers(self) -> tuple[int, int]:
         """(producer, consumer) registers per thread after setmaxnreg."""
         return {2: (24, 240), 3: (32, 160)}[self.num_consumer_wgs]
-
-    @property
-    def is_dq_transposed(self) -> bool:
-        """dQ^T = K^T dS^T is computed."""
-        return self.dq_split in ("transposed", "queries")
 
     @property
     def dq_part(self) -> int:
@@ -197,10 +193,10 @@ class BackwardConfig:
 
 
 class Row(NamedTuple):
-    """tile_m, dq_split and is_dv_early of some problems, and why."""
+    """tile_m, is_dq_transposed and is_dv_early of some problems, and why."""
 
     tile_m: int
-    dq_split: str
+    is_dq_transposed: bool
     is_dv_early: bool
     reason: str
 
@@ -208,14 +204,14 @@ class Row(NamedTuple):
 # Times of the whole call, BF16, 16k tokens, hidden 2048, H200, 2026-11-29.
 WIDE = Row(
     80,
-    "transposed",
+    True,
     True,
     "80 queries: at N = 64, A and B of S and dP take all of shared memory's bandwidth: 64 queries in columns take 1.24 "
     "times as long at 16k tokens, causal 1.08; dV after dS takes 1.04 at 2k, 0.97 at 16k",
 )
 SQUARE = Row(
     128,
-    "rows",
+    False,
     False,
     "dV before dS takes 1.08 times as long, mbarriers instead of the barrier 1.05; 96 queries, whose dQ is split by "
     "queries, take 1.1 with either",
@@ -234,5 +230,5 @@ def backward_config(dtype: str, head_dim: int, mask: str, is_varlen: bool, is_de
     """The table's config."""
     row = TABLE[head_dim, mask]
     return BackwardConfig(
-        dtype, head_dim, mask, is_varlen, is_deterministic, row.tile_m, row.dq_split, row.is_dv_early
+        dtype, head_dim, mask, is_varlen, is_deterministic, row.tile_m, row.is_dq_transposed, row.is_dv_early
     )

@@ -18,6 +18,7 @@ from .backward import (
     BackwardConfig,
     backward_config,
 )
+from .config import ROWS_PER_WARPGROUP
 
 # Parts of the workspace: element, bytes of it, alignment that kernels count on.
 SCRATCH = {
@@ -104,20 +105,23 @@ class FinishConfig(_Around):
     dtype: str
     head_dim: int
     tile_m: int
-    dq_split: str
+    is_dq_transposed: bool
     num_consumer_wgs: int
 
     entry = FINISH_ENTRY
     arguments = FINISH_ENTRY.arguments
     kernel = "fa3_cute.kernels.backward.finish.FinishBackward"
-    is_dq_transposed = BackwardConfig.is_dq_transposed
-    dq_part = BackwardConfig.dq_part
 
     @property
     def name(self) -> str:
         """Names cache entries and kernels."""
-        tile = f"{self.tile_m}_{self.dq_split}_{self.num_consumer_wgs}wgs"
-        return f"bwd_finish_{self.dtype}_d{self.head_dim}_{tile}"
+        tile = f"{self.tile_m}x{ROWS_PER_WARPGROUP * self.num_consumer_wgs}"
+        return f"bwd_finish_{self.dtype}_d{self.head_dim}_{tile}{'_transposed' * self.is_dq_transposed}"
+
+    @property
+    def dq_part(self) -> int:
+        """Floats of a tile of dQ that one warpgroup has."""
+        return self.tile_m * self.head_dim // self.num_consumer_wgs
 
     @property
     def num_threads(self) -> int:
@@ -143,7 +147,7 @@ def kernels_of(cfg: BackwardConfig) -> tuple[PrepareConfig, MainConfig, FinishCo
     return (
         PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m),
         MainConfig(**cfg.as_dict()),
-        FinishConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, cfg.dq_split, cfg.num_consumer_wgs),
+        FinishConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, cfg.is_dq_transposed, cfg.num_consumer_wgs),
     )
 
 

@@ -8,9 +8,9 @@ from ..common.entry import flat_entry
 from ..common.layout import convert, element_type, smem_ring, tensor_view, transposed
 from ..common.sequences import Sequences
 from .blocks import Blocks, query_tile
-from .consume import store_used_rows
 from .gradients import QUAD
 from .kernel import make_bwd_mmas
+from .store import store_used_rows
 
 
 @flat_entry(FINISH_ARGUMENTS)
@@ -31,8 +31,7 @@ class FinishBackward:
             (size, blocks.num_blocks, a.num_heads), stride=(1, Int64(size), Int64(size) * blocks.num_blocks)))
         mdQ = tensor_view(a, "dq", (a.seqlen_q, cfg.head_dim, a.num_heads, batches))
         sdQ = smem_ring(element_type(cfg), cfg.tile_m, cfg.head_dim, 1)
-        self.kernel.set_name_prefix(f"fa3_cute_bwd_finish_{cfg.name}", remove_cutlass_symbol=True,
-                                    keep_mangled_name=False)
+        self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(mdQ, dq_sum, sdQ, make_bwd_mmas(cfg).dq, blocks, sequences, a.softmax_scale).launch(
             grid=(blocks.num_blocks, a.num_heads, 1), block=(128 * cfg.num_consumer_wgs, 1, 1), stream=a.stream)
 
@@ -58,5 +57,5 @@ class FinishBackward:
         slot = transposed(sdQ)[None, None, 0] if cfg.is_dq_transposed else sdQ[None, None, 0]
         cute.copy(thread_copy, thread_copy.retile(rdQ), thread_copy.partition_D(slot))
         cute.arch.sync_threads()
-        store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), tile.seqlen - tile.m_block * cfg.tile_m, thread,
-                        128 * cfg.num_consumer_wgs)
+        num_rows = tile.seqlen - tile.m_block * cfg.tile_m
+        store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), num_rows, thread, 128 * cfg.num_consumer_wgs)

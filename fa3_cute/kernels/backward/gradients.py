@@ -21,17 +21,16 @@ from ..common.copies import clear_rows
 from ..common.barriers import sync_warpgroup
 from ..common.layout import as_operand_a, convert, element_type, transposed
 from ..common.wgmma import in_flight, issue_gemm
+from .barriers import BarrierId
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .visible import KeyMask
 
 QUAD = 4
-DS_BARRIER = 11
 
 
 @dataclass
 class Gradients:
-    """State of one consumer warpgroup. t<GEMM>r<operand>: fragments in shared memory.
-    """
+    """State of one consumer warpgroup. t<GEMM>r<operand>: fragments in shared memory."""
     cfg: Constexpr
     mmas: BwdMmas
     smem: BwdSmem
@@ -41,7 +40,7 @@ class Gradients:
     tPrdO: cute.Tensor
     tVrdO: cute.Tensor
     tKrQ: cute.Tensor
-    tQrA: cute.Tensor          # dS, or K^T where dq_split is "transposed"
+    tQrA: cute.Tensor          # dS, or K^T if cfg.is_dq_transposed
     tQrB: cute.Tensor          # K, or dS
     tSsdS: cute.Tensor         # where this thread's dS^T goes, (.., slot)
     store_dS: cute.TiledCopy
@@ -61,7 +60,9 @@ class Gradients:
         """dV, dK and dQ of one Q tile. Nothing is in flight before or after: what is in flight from one round of a loop
         to the next, ptxas waits for at every WGMMA (C7514). dQ is sent while dK runs."""
         q, do = self.q_consumer.wait_and_advance(), self.do_consumer.wait_and_advance()
-        self.clear_unused_rows(mask, m_block, q.index, do.index)
+        if const_expr(self.cfg.is_varlen):
+            slots = self.smem.sQ[None, None, q.index], self.smem.sdO[None, None, do.index]
+            clear_unused_rows(self.cfg, slots, mask.tile.seqlen_q - m_block * self.cfg.tile_m, self.tidx)
         acc_S, acc_dP = self.start_scores(q.index, do.index)
         in_flight(1)                     # S is complete, dP may still run
         if const_expr(is_masked):
@@ -154,7 +155,7 @@ class Gradients:
             self.ds_producer.advance()
             self.ds_consumer.wait()
         else:
-            cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=128 * self.cfg.num_consumer_wgs)
+            cute.arch.barrier(barrier_id=BarrierId.DS, number_of_threads=128 * self.cfg.num_consumer_wgs)
 
     def start_dQ(self, ds_slot: Int32) -> cute.Tensor:
         """This warpgroup's part of dQ, left in flight."""
@@ -179,17 +180,19 @@ class Gradients:
         for _ in cutlass.range_constexpr(self.cfg.num_consumer_wgs):
             self.dq_producer.advance()           # every round of the ring has a slot of each warpgroup
 
-    @cute.jit
-    def clear_unused_rows(self, mask: KeyMask, m_block: Int32, q_slot: Int32, do_slot: Int32):
-        """Zero the rows of Q and dO behind the sequence's last: they may hold NaN, which P = dS = 0 would not silence.
-        Each warpgroup does it for itself, so that none waits for another: they write the same zeros."""
-        if const_expr(self.cfg.is_varlen):
-            num_used = mask.tile.seqlen_q - m_block * self.cfg.tile_m
-            if num_used < self.cfg.tile_m:
-                for slot in (self.smem.sQ[None, None, q_slot], self.smem.sdO[None, None, do_slot]):
-                    clear_rows(self.cfg, slot, num_used, self.cfg.tile_m, self.tidx % 128, 128)
-                cute.arch.fence_view_async_shared()
-                sync_warpgroup(self.tidx // 128)
+
+@cute.jit
+def clear_unused_rows(cfg: BackwardConfig, slots: tuple[cute.Tensor, cute.Tensor], num_used: Int32, tidx: Int32):
+    """Zero the rows of a tile in two slots from num_used on: they may hold NaN, which P = dS = 0 would not silence.
+
+    Each warpgroup does it for itself, so that none waits for another: they write the same zeros.
+    """
+    rows = slots[0].shape[0]
+    if num_used < rows:
+        for slot in slots:
+            clear_rows(cfg, slot, num_used, rows, tidx % 128, 128)
+        cute.arch.fence_view_async_shared()
+        sync_warpgroup(tidx // 128)
 
 
 @cute.jit
@@ -234,8 +237,6 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
         tVrdO=operand_b(mmas.dkv, transposed(smem.sdO)), tKrQ=operand_b(mmas.dkv, transposed(smem.sQ)),
         tQrA=operand_a(mmas.dq, sA), tQrB=operand_b(mmas.dq, sB),
         tSsdS=store_dS.partition_D(sdSt), store_dS=store_dS, acc_dK=acc_dK, acc_dV=acc_dV,
-       
         q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(),
-        
         ds_producer=pipes.ds.make_producer(), ds_consumer=pipes.ds.make_consumer(),
         dq_producer=pipes.dq.make_producer(), sdQ=sdQ, scale_log2=params.scale_log2, tidx=tidx)

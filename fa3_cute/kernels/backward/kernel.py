@@ -6,7 +6,6 @@ import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.tensor_utils import LayoutEnum
 
 from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
@@ -63,7 +62,7 @@ class FlashAttentionBackward:
             window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, k_blocks=k_blocks,
             num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
             scale_log2=a.softmax_scale * Float32(LOG2_E))
-        self.kernel.set_name_prefix(f"fa3_cute_bwd_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
+        self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
             grid=(k_blocks.num_blocks * a.num_heads_k, 1, 1), block=(cfg.num_threads, 1, 1),
             min_blocks_per_mp=1, stream=a.stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
@@ -73,7 +72,7 @@ class FlashAttentionBackward:
         cfg, element = self.cfg, element_type(self.cfg)
         return BwdLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_q_stages),
                           sdO=smem_ring(element, cfg.tile_m, cfg.head_dim, cfg.num_do_stages),
-                          sK=key_slot(cfg),
+                          sK=smem_ring(element, cfg.tile_n, cfg.head_dim, 1),
                           sV=smem_ring(element, cfg.tile_n, cfg.head_dim, 1),
                           sdS=smem_ring(element, cfg.tile_m, cfg.tile_n, cfg.num_ds_stages))
 
@@ -116,7 +115,8 @@ class FlashAttentionBackward:
             offset_q, seqlen_q, offset_k, seqlen_k = params.sequences.place(sequence)
             n_block = block - params.k_blocks.first(sequence)
             batch = params.sequences.batch_coordinate(sequence)
-            tile = KeyTile(n_block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, params.q_blocks.first(sequence))
+            first_q_block = params.q_blocks.first(sequence)
+            tile = KeyTile(n_block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block)
         else:
             num_heads = params.num_heads_k * params.sequences.batch_size
             section = heads_per_section(num_heads, group, seqlen_q, cfg.head_dim)
@@ -125,8 +125,8 @@ class FlashAttentionBackward:
             if const_expr(cfg.is_deterministic):
                 n_block = num_blocks - 1 - n_block
             batch = any_head // params.num_heads_k
-            tile = KeyTile(n_block, any_head - batch * params.num_heads_k, batch, Int32(0), seqlen_q, Int32(0), seqlen_k,
-                           params.q_blocks.first(batch))
+            head, first_q_block = any_head - batch * params.num_heads_k, params.q_blocks.first(batch)
+            tile = KeyTile(n_block, head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, first_q_block)
         return tile, tile.n_block * cfg.tile_n < tile.seqlen_k
 
     @cute.jit
@@ -161,24 +161,14 @@ class FlashAttentionBackward:
         return smem, pipes
 
 
-def key_slot(cfg: BackwardConfig) -> cute.ComposedLayout:
-    """(tile_n, head_dim, 1): K, in the widest swizzle of which the columns that a warpgroup's dQ reads are whole ones."""
-    columns = cfg.head_dim if cfg.dq_split in ("rows", "queries") else cfg.head_dim // cfg.num_consumer_wgs
-    kind = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, element_type(cfg), columns)
-    atom = warpgroup.make_smem_layout_atom(kind, element_type(cfg))
-    return cute.tile_to_shape(atom, (cfg.tile_n, cfg.head_dim, 1), order=(0, 1, 2))
-
-
 def make_bwd_mmas(cfg: BackwardConfig) -> BwdMmas:
     """Of the five GEMMs; K and Q are read K-major for S and MN-major for dQ and dK from the same slots."""
     element, wgs = element_type(cfg), cfg.num_consumer_wgs
     k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
     make = lambda a, b, atoms, n, source=warpgroup.OperandSource.SMEM: sm90.make_trivial_tiled_mma(
         element, element, a, b, Float32, (*atoms, 1), (ROWS_PER_WARPGROUP, n), source)
-    dq = {"rows": lambda: make(k_major, mn_major, (wgs, 1), cfg.head_dim),
-          "columns": lambda: make(k_major, mn_major, (1, wgs), cfg.head_dim // wgs),
-          "transposed": lambda: make(mn_major, k_major, (wgs, 1), cfg.tile_m),
-          "queries": lambda: make(mn_major, k_major, (1, wgs), cfg.tile_m // wgs)}
+    dq = make(mn_major, k_major, (wgs, 1), cfg.tile_m) if cfg.is_dq_transposed else make(
+        k_major, mn_major, (wgs, 1), cfg.head_dim)
     return BwdMmas(sdp=make(k_major, k_major, (wgs, 1), cfg.tile_m),
                    dkv=make(k_major, mn_major, (wgs, 1), cfg.head_dim, warpgroup.OperandSource.RMEM),
-                   dq=dq[cfg.dq_split]())
+                   dq=dq)

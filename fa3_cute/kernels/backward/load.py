@@ -12,7 +12,8 @@ from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
 @cute.jit
-def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile, queries: QueryRange):
+def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile,
+         queries: QueryRange):
     """K, the first Q, V, the first dO, then the other pairs: of each query head of the group all Q tiles in order.
 
     Runs on: warp 0. Synchronises: waits for the empty halves of the Q and dO rings; TMA signals the full halves.

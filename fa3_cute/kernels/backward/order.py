@@ -7,7 +7,7 @@ then running or done. The queries of the diagonal, with which a causal CTA start
 """
 from cutlass import Int32
 
-from ..common.arithmetic import ceil_div, maximum, minimum
+from ..common.arithmetic import maximum, minimum
 
 L2_BYTES = 32 << 20      # of 50 MB
 BYTES_PER_VALUE = 8      # Q, dO, and dQ in FP32

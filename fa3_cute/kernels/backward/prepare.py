@@ -56,8 +56,7 @@ class PrepareBackward:
             mdLSE=cute.make_tensor(a.dlse, lse.layout), shift=per_block(a.shift, cfg.tile_m),
             delta=per_block(a.delta, cfg.tile_m), dq_sum=per_block(a.dq_sum, cfg.tile_m * cfg.head_dim),
             order=per_block(a.order, 1), scale=a.softmax_scale)
-        self.kernel.set_name_prefix(f"fa3_cute_bwd_prepare_{cfg.name}", remove_cutlass_symbol=True,
-                                    keep_mangled_name=False)
+        self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, blocks, sequences).launch(
             grid=(blocks.num_blocks, a.num_heads, 1), block=(PREPARE_THREADS, 1, 1), stream=a.stream)
 

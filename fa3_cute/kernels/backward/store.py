@@ -1,0 +1,51 @@
+"""From accumulators to rows of a gradient, through shared memory: 16 bytes of a row at a time."""
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32
+
+from ...planning.backward import BackwardConfig
+from ...planning.config import ROWS_PER_WARPGROUP
+from ..common.barriers import sync_warpgroup
+from ..common.copies import row_copy
+from ..common.layout import convert, element_type
+from ..common.sequences import is_present
+from ..common.tiles import rows_from
+from .blocks import KeyTile
+from .bundles import BwdMmas
+
+
+@cute.jit
+def store_gradient(cfg: BackwardConfig, mmas: BwdMmas, acc: cute.Tensor, slot: cute.Tensor, mX: cute.Tensor,
+                   tile: KeyTile, tidx: Int32):
+    """acc (f32) -> the slot -> rows of dK or dV below seqlen_k. Not of a null pointer: a gradient that is not wanted.
+
+    Runs on: a consumer warpgroup, each its 64 keys.
+    """
+    wg_idx = tidx // 128
+    if is_present(mX):
+        rX = cute.make_rmem_tensor_like(acc, element_type(cfg))
+        convert(acc, rX)
+        stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
+        thread_copy = cute.make_tiled_copy_C(stmatrix, mmas.dkv).get_slice(tidx)
+        cute.copy(thread_copy, thread_copy.retile(rX), thread_copy.partition_D(slot[None, None, 0]))
+        sync_warpgroup(wg_idx)
+        shape, block = (ROWS_PER_WARPGROUP, cfg.head_dim), tile.n_block * cfg.num_consumer_wgs + wg_idx
+        gX = cute.local_tile(rows_from(cfg, tile.offset_k, mX[None, None, tile.kv_head, tile.batch]), shape, (block, 0))
+        sX = cute.local_tile(slot[None, None, 0], shape, (wg_idx, 0))
+        store_used_rows(cfg, sX, gX, tile.seqlen_k - block * ROWS_PER_WARPGROUP, tidx % 128, 128)
+
+
+@cute.jit
+def store_used_rows(cfg: BackwardConfig, sX: cute.Tensor, gX: cute.Tensor, num_rows: Int32, thread: Int32,
+                    num_threads: Constexpr[int]):
+    """The first num_rows rows of sX -> gX, in 16-byte pieces."""
+    copy, first_row, rows_per_step = row_copy(cfg.head_dim, element_type(cfg), thread, num_threads)
+    tXsX, tXgX = copy.partition_S(sX), copy.partition_D(gX)
+    rows = cute.size(sX, mode=[0])
+    for step in cutlass.range_constexpr(-(-rows // rows_per_step)):
+        row = step * rows_per_step + first_row
+        if row < num_rows and row < rows:
+            for c in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+                piece = cute.make_rmem_tensor_like(tXsX[None, 0, 0])
+                cute.autovec_copy(tXsX[None, step, c], piece)
+                cute.autovec_copy(piece, tXgX[None, step, c])
