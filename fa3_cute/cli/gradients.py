@@ -1,13 +1,12 @@
 """Tensors of the benchmark's backward passes: the forward's, what comes in beside them, gradients, and their errors."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import prod
 
 import numpy as np
 
-from .. import FlashAttentionParams
-from ..arrays.memory import allocate, download, fill
-from ..contract.backward_params import BackwardParams
+from .. import BackwardParams, FlashAttentionParams, backward_workspace_size
+from ..arrays.memory import address, allocate, download, fill
 from ..contract.backward_reference import Saved, backward_reference
 from ..contract.formats import OUT_BYTES
 from ..contract.reference import as_float, to_bits
@@ -19,8 +18,8 @@ FORWARD_FIELDS = frozenset(field.name for field in fields(FlashAttentionParams))
 
 
 class GradientTensors(Tensors):
-    """Q, K, V, O, its LSE and its gradient dO (standard normal, seeded), dQ, dK and dV on the device, large enough for
-    every case of a run."""
+    """Q, K, V, O, its LSE and its gradient dO (standard normal, seeded), dQ, dK, dV, a workspace on the device, large
+    enough for every case of a run."""
 
     def __init__(self, cases: list[Case], stream):
         super().__init__(cases, stream)
@@ -35,6 +34,8 @@ class GradientTensors(Tensors):
         for name, nbytes in written.items():
             self.buffers[name] = allocate(nbytes, stream=stream)
         self.written = ("out", *written)
+        self.workspace_bytes = max(backward_workspace_size(self.without_workspace(case)) for case in cases)
+        self.workspace = allocate(self.workspace_bytes, stream=stream)
 
     def poison_out(self) -> None:
         """The same of all that calls write."""
@@ -48,8 +49,12 @@ class GradientTensors(Tensors):
 
     def params(self, case: Case, kv_set: int = 0) -> BackwardParams:
         """The case as a call of `backward`."""
-        call = call_of(case, self.pointers(case, kv_set))
-        return BackwardParams(**call, deterministic=case.passes == DETERMINISTIC)
+        place = {"workspace": address(self.workspace), "workspace_bytes": self.workspace_bytes}
+        return replace(self.without_workspace(case), **place)
+
+    def without_workspace(self, case: Case) -> BackwardParams:
+        """The same before there is a workspace."""
+        return BackwardParams(**call_of(case, self.pointers(case)), deterministic=case.passes == DETERMINISTIC)
 
     def error_of(self, case: Case, kv_set: int = 0) -> float:
         """The largest of the relative errors (norm) of dQ, dK and dV against the reference, given the device's O and

@@ -7,6 +7,7 @@ import numpy as np
 from fake_fp8 import Described
 from fake_gpu import FakeGpu
 
+from fa3_cute import backward_workspace_size
 from fa3_cute.cli import bench
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli import gradients
@@ -52,6 +53,7 @@ class BackwardGpu(FakeGpu):
     def backward(self, p, stream):
         self.stream.now += DETERMINISTIC_MS if p.deterministic else BACKWARD_MS
         self.calls.append("deterministic" if p.deterministic else "backward")
+        assert p.workspace_bytes >= backward_workspace_size(p) and p.workspace not in (p.q, p.out, p.dq)
         found, options = self.tensors(p, ("q", "k", "v", "dout", "out"))
         out = found.pop("out")
         *batch, rows, heads, _ = out.shape
@@ -69,7 +71,7 @@ def install_backward(monkeypatch) -> BackwardGpu:
     monkeypatch.setattr(fake_gpu, "FakeGpu", BackwardGpu)
     gpu = fake_gpu.install(monkeypatch)
     monkeypatch.setattr(bench, "backward", lambda params, stream: gpu.backward(params, stream))
-    for name in ("allocate", "download", "fill"):
+    for name in ("address", "allocate", "download", "fill"):
         monkeypatch.setattr(gradients, name, getattr(case_module, name))
     return gpu
 
