@@ -187,7 +187,7 @@ def clear_unused_rows(cfg: BackwardConfig, slots: tuple[cute.Tensor, cute.Tensor
 
     Each warpgroup does it for itself, so that none waits for another: they write the same zeros.
     """
-    rows = slots[0].shape[0]
+    rows = cute.size(slots[0], mode=[0])
     if num_used < rows:
         for slot in slots:
             clear_rows(cfg, slot, num_used, rows, tidx % 128, 128)

@@ -1,0 +1,80 @@
+"""Which Q tiles a block of keys is passed by, and in what order blocks run, against brute force. No GPU."""
+
+import pytest
+
+from fa3_cute.planning.backward import TABLE, backward_config
+
+pytest.importorskip("cutlass")
+
+from fa3_cute.kernels.backward.blocks import last_key_block, query_range
+from fa3_cute.kernels.backward.order import heads_per_section, key_tile
+from fa3_cute.kernels.common.block_range import Window
+
+LENGTHS = [(1, 1), (64, 128), (80, 129), (200, 333), (333, 200), (257, 5), (5, 700), (640, 640)]
+WINDOWS = [(0, 0), (64, 0), (100, 50), (3, 300), (1000, 1000)]
+CASES = [
+    (head_dim, mask, window, lengths)
+    for head_dim, mask in TABLE
+    for window in (WINDOWS if mask == "local" else [(0, 0)])
+    for lengths in LENGTHS
+]
+
+
+def sees(mask: str, window: tuple[int, int], query: int, key: int, seqlen_q: int, seqlen_k: int) -> bool:
+    """Bottom-right aligned."""
+    distance = query + seqlen_k - seqlen_q - key
+    return (
+        mask == "full"
+        or -(window[1] if mask == "local" else 0) <= distance
+        and (mask == "causal" or distance <= window[0])
+    )
+
+
+@pytest.mark.parametrize("head_dim, mask, window, lengths", CASES)
+def test_query_range(head_dim, mask, window, lengths):
+    """Every tile with a query that sees one of the keys, and no mask where all see all of them."""
+    seqlen_q, seqlen_k = lengths
+    cfg = backward_config("bf16", head_dim, mask, False, False)
+    for n_block in range(-(-seqlen_k // cfg.tile_n)):
+        keys = range(n_block * cfg.tile_n, (n_block + 1) * cfg.tile_n)
+        found = query_range(cfg, Window(*window), n_block, seqlen_q, seqlen_k)
+        assert found.m_block_min <= found.m_block_full_min <= found.m_block_full_max <= found.m_block_max
+        if mask != "local":
+            assert found.m_block_full_max == found.m_block_max  # the role loops over no third part
+        for m_block in range(-(-seqlen_q // cfg.tile_m)):
+            queries = range(m_block * cfg.tile_m, min((m_block + 1) * cfg.tile_m, seqlen_q))
+            seen = [
+                key < seqlen_k and sees(mask, window, query, key, seqlen_q, seqlen_k)
+                for query in queries
+                for key in keys
+            ]
+            if any(seen):
+                assert found.m_block_min <= m_block < found.m_block_max
+            if found.m_block_full_min <= m_block < found.m_block_full_max:
+                assert all(seen)
+
+
+@pytest.mark.parametrize("head_dim, mask, window, lengths", CASES)
+def test_turns(head_dim, mask, window, lengths):
+    """The CTAs that add to a Q tile are neighbours, and their turns count from 0 at the last keys."""
+    seqlen_q, seqlen_k = lengths
+    cfg = backward_config("bf16", head_dim, mask, False, True)
+    ranges = [
+        query_range(cfg, Window(*window), n_block, seqlen_q, seqlen_k) for n_block in range(-(-seqlen_k // cfg.tile_n))
+    ]
+    for m_block in range(-(-seqlen_q // cfg.tile_m)):
+        adders = [n for n, found in enumerate(ranges) if found.m_block_min <= m_block < found.m_block_max]
+        last = last_key_block(cfg, Window(*window), m_block, seqlen_q, seqlen_k)
+        assert sorted(last - n for n in adders) == list(range(len(adders)))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_blocks, num_heads, seqlen_q, group", [(1, 1, 64, 1), (5, 7, 4096, 4), (32, 16, 4096, 1)])
+def test_order(is_causal, num_blocks, num_heads, seqlen_q, group):
+    """Every tile once; of each head ascending, as deterministic CTAs count on."""
+    section = heads_per_section(num_heads, group, seqlen_q, 128)
+    assert 1 <= section <= num_heads
+    tiles = [key_tile(is_causal, i, num_blocks, num_heads, section) for i in range(num_blocks * num_heads)]
+    assert sorted(tiles) == [(block, head) for block in range(num_blocks) for head in range(num_heads)]
+    for head in range(num_heads):
+        assert [block for block, of in tiles if of == head] == list(range(num_blocks))
