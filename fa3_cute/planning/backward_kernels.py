@@ -14,9 +14,7 @@ from .backward import (
     FINISH_ARGUMENTS,
     PREPARE_ARGUMENTS,
     PREPARE_THREADS,
-    TABLE,
     BackwardConfig,
-    backward_config,
 )
 from .config import ROWS_PER_WARPGROUP
 
@@ -149,18 +147,3 @@ def kernels_of(cfg: BackwardConfig) -> tuple[PrepareConfig, MainConfig, FinishCo
         MainConfig(**cfg.as_dict()),
         FinishConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, cfg.is_dq_transposed, cfg.num_consumer_wgs),
     )
-
-
-def backward_configs() -> list[BackwardConfig]:
-    """Of the passes some that stand for all: BF16 with each row of the table, dense and with lengths on the device, and
-    in turn FP16 and deterministic ones."""
-    rows = list(TABLE)
-    bf16 = [backward_config("bf16", *row, is_varlen, False) for row in rows for is_varlen in (False, True)]
-    fp16 = [backward_config("fp16", *row, number % 2 == 1, False) for number, row in enumerate(rows) if number % 3]
-    ordered = [backward_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(rows) if number % 3]
-    return [*bf16, *fp16, *ordered]
-
-
-def backward_kernels() -> list[KernelOfPass]:
-    """The kernels of these, each once."""
-    return list(dict.fromkeys(kernel for cfg in backward_configs() for kernel in kernels_of(cfg)))

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL
+from .backward import TABLE as BACKWARD
+from .backward import BackwardConfig, backward_config
+from .backward_kernels import KernelOfPass, kernels_of
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import DECODE
 from .key_source import PAGE_BOXES
@@ -114,3 +117,18 @@ def all_configs() -> list[FwdConfig | DecodeConfig]:
     selection."""
     tables = all_forward_configs(), all_decode_configs(), ragged_configs(), partial_configs(), packed_configs()
     return [cfg for configs in (*tables, feature_configs()) for cfg in configs]
+
+
+def backward_configs() -> list[BackwardConfig]:
+    """Of the passes some that stand for all: BF16 with each row of the table, dense and with lengths on the device, and
+    in turn FP16 and deterministic ones."""
+    rows = list(BACKWARD)
+    bf16 = [backward_config("bf16", *row, is_varlen, False) for row in rows for is_varlen in (False, True)]
+    fp16 = [backward_config("fp16", *row, number % 2 == 1, False) for number, row in enumerate(rows) if number % 3]
+    ordered = [backward_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(rows) if number % 3]
+    return [*bf16, *fp16, *ordered]
+
+
+def backward_kernels() -> list[KernelOfPass]:
+    """The kernels of backward_configs, each once."""
+    return list(dict.fromkeys(kernel for cfg in backward_configs() for kernel in kernels_of(cfg)))

@@ -45,11 +45,12 @@ def code_hash(code: bytes) -> str:
 
 
 def recorded() -> list:
-    """The configs whose fingerprints are kept: those of the tables, and merge kernels of all element types."""
+    """The configs whose fingerprints are kept: those of the tables, of backward, merge kernels of all element types."""
     from fa3_cute.planning.merge import merge_config
-    from fa3_cute.planning.selections import all_configs
+    from fa3_cute.planning.selections import all_configs, backward_kernels
 
-    return [*all_configs(), *(merge_config(*types) for types in product(("fp16", "bf16", "fp32"), repeat=2))]
+    merges = [merge_config(*types) for types in product(("fp16", "bf16", "fp32"), repeat=2)]
+    return [*all_configs(), *backward_kernels(), *merges]
 
 
 def environment() -> str:

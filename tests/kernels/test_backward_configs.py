@@ -1,0 +1,76 @@
+"""The kernels of a backward pass compile clean: each row of the table once, its element type and lengths in turn."""
+
+import fingerprints
+import pytest
+
+from fa3_cute.planning.backward import TABLE
+from fa3_cute.planning.backward_kernels import FinishConfig, MainConfig, PrepareConfig, kernels_of
+from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
+from fa3_cute.planning.selections import backward_configs
+from fa3_cute.runtime.compiler import compile_and_read
+
+LDG, STG = 0x981, 0x986
+VECTOR = 16  # bytes
+MOST_REGISTERS = REGISTERS_PER_SM // 1024  # around the main kernel: a thousand threads on an SM hide memory's latency
+
+
+def selection() -> list:
+    """The kernels of one config of each row."""
+    variants = [[cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask) == row] for row in TABLE]
+    chosen = [configs[-1 - index % 2] for index, configs in enumerate(variants)]
+    return list(dict.fromkeys(kernel for cfg in chosen for kernel in kernels_of(cfg)))
+
+
+CONFIGS = selection()
+of_kind = lambda kind: [cfg for cfg in CONFIGS if isinstance(cfg, kind)]
+
+
+def test_selection_covers_options():
+    mains = of_kind(MainConfig)
+    assert {(cfg.head_dim, cfg.mask) for cfg in mains} == set(TABLE)
+    for name in ("dtype", "is_varlen", "is_deterministic"):
+        assert len({getattr(cfg, name) for cfg in mains}) == 2, name
+
+
+def compiled(cfg):
+    """(Report, its cubin's kernel) of a clean config that is as on record, if it is there."""
+    report, kernel = compile_and_read(cfg)
+    assert report.problems() == [] and report.smem_bytes == cfg.smem_bytes <= SMEM_BYTES_PER_CTA
+    known = fingerprints.known().get(cfg.name)
+    found = [*(getattr(report, field) for field in fingerprints.FIELDS), fingerprints.code_hash(kernel.code)]
+    assert known in (None, found), "the kernel changed: on purpose? make fingerprints, say why"
+    return report, kernel
+
+
+@pytest.mark.parametrize("cfg", of_kind(MainConfig), ids=lambda cfg: cfg.name)
+def test_main(cfg):
+    report, _ = compiled(cfg)
+    assert report.registers == REGISTERS_PER_SM // cfg.num_threads // 8 * 8
+    # A Q tile is head_dim/16 WGMMAs for S and dP each, tile_m/16 for dV and dK each, and for dQ tile_n/16 per tile of
+    # its M; the code holds it once per kind of iteration.
+    tiles_of_dq = cfg.head_dim if cfg.is_dq_transposed else cfg.tile_m
+    of_dq = cfg.tile_n // 16 * (tiles_of_dq // cfg.tile_n)
+    step = 2 * cfg.head_dim // 16 + 2 * cfg.tile_m // 16 + of_dq
+    assert report.wgmmas % step == 0 and step <= report.wgmmas <= 8 * step
+
+
+@pytest.mark.parametrize("cfg", of_kind(PrepareConfig | FinishConfig), ids=lambda cfg: cfg.name)
+def test_around(cfg):
+    """They are as fast as memory: tensors are read and written 16 bytes at a time."""
+    report, kernel = compiled(cfg)
+    assert report.wgmmas == 0 and report.registers <= MOST_REGISTERS
+    vectors = cfg.tile_m * cfg.head_dim * 2 // VECTOR // cfg.num_threads  # of 16-bit elements
+    is_prepare = isinstance(cfg, PrepareConfig)  # O and dO -> dq_sum; the other reads that and writes dQ
+    assert accesses(kernel.code, LDG)[VECTOR] >= 2 * vectors
+    assert accesses(kernel.code, STG)[VECTOR] >= (2 if is_prepare else 1) * vectors
+
+
+def accesses(code: bytes, opcode: int) -> dict[int, int]:
+    """{bytes: how often a thread reads or writes so many of global memory with one instruction}."""
+    found: dict[int, int] = {}
+    for at in range(0, len(code), 16):
+        word = int.from_bytes(code[at : at + 16], "little")
+        if word & 0xFFF == opcode:
+            size = {4: 4, 5: 8, 6: 16}[word >> 73 & 7]  # of sm_90, found by comparing with nvdisasm
+            found[size] = found.get(size, 0) + 1
+    return found

@@ -1,0 +1,272 @@
+"""What `backward` plans on the host: entries, kernels, workspace, what is checked of a call that repeats a shape."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fa3_cute import AttentionMode, BackwardParams, DataType, MergeParams, Status
+from fa3_cute.api import backward, backward_workspace_size, explain, forward, kernel_config, warmup, workspace_size
+from fa3_cute.contract import backward_params as contract
+from fa3_cute.contract.arguments import KINDS
+from fa3_cute.contract.formats import UNBOUNDED_WINDOW
+from fa3_cute.contract.status import FlashAttentionError, Problem, last_error
+from fa3_cute.planning import backward_launch as planning
+from fa3_cute.planning.backward import TABLE, backward_config
+from fa3_cute.planning.backward_kernels import (
+    FINISH_ENTRY,
+    MAIN_ENTRY,
+    PREPARE_ENTRY,
+    SCRATCH,
+    MainConfig,
+    kernels_of,
+)
+from fa3_cute.planning.selections import backward_configs, backward_kernels
+
+A, STEP = 0x7F00_0000_0000, 1 << 32
+ADDRESSES = {name: A + index * STEP for index, name in enumerate(planning.POINTERS)}
+GOOD = BackwardParams(
+    **ADDRESSES,
+    workspace=A - STEP,
+    workspace_bytes=STEP,
+    batch_size=2,
+    seqlen_q=500,
+    seqlen_k=300,
+    num_heads=6,
+    num_heads_k=3,
+    head_dim=64,
+    dtype=DataType.BF16,
+)
+PACKED = replace(
+    GOOD, mode=AttentionMode.VARLEN_PREFILL, cu_seqlens_q=A + 64, cu_seqlens_k=A + 128, total_q=700, total_k=900
+)
+ENTRIES = {"prepare": PREPARE_ENTRY, "main": MAIN_ENTRY, "finish": FINISH_ENTRY}
+
+
+def plan(params):
+    """The Pass of a good call."""
+    found = planning.checked(params)
+    assert not isinstance(found, Problem), found
+    return found[0]
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def test_entries_say_what_the_fields_say():
+    """Each argument is a field that backward takes, of its kind, or a part of the workspace; no field is left over."""
+    taken = {name: item for name, item in contract.ARGUMENTS.items() if contract.BACKWARD in item.takers}
+    arguments = [row for entry in ENTRIES.values() for row in entry.arguments]
+    others = {"stream": "stream"} | dict.fromkeys(SCRATCH, "pointer")
+    for name, kind in arguments:
+        assert kind == (others[name] if name in others else KINDS[taken[name].kind]), name
+    assert {name for name, _ in arguments} == taken.keys() | others.keys()
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+def test_what_changes_with_every_call(entry):
+    pointers = [name for name, kind in entry.arguments if kind == "pointer"]
+    assert [name for name, _, _ in entry.pointers] == pointers
+    lengths = [name for name in pointers if name.startswith(("cu_seqlens", "seqused"))]
+    assert entry.per_call == (*(name for name in pointers if name not in lengths), "stream")
+
+
+def test_kernels_are_told_by_their_names():
+    """Those of one name are one kernel: masks and lengths make no other prepare and finish kernels."""
+    everything = [
+        kernel
+        for row, dtype, is_varlen, is_deterministic in product(TABLE, ("fp16", "bf16"), (False, True), (False, True))
+        for kernel in kernels_of(backward_config(dtype, *row, is_varlen, is_deterministic))
+    ]
+    distinct = set(everything)
+    assert len({kernel.name for kernel in distinct}) == len(distinct)
+    others = [kernel for kernel in distinct if not isinstance(kernel, MainConfig)]
+    tiles = {(backward_config("bf16", *row, False, False).tile_m, row[0]) for row in TABLE}
+    assert len(others) == 2 * 2 * len(tiles)
+
+
+def test_the_selection_has_every_row_and_option():
+    configs = backward_configs()
+    assert len(set(configs)) == len(configs) <= 20
+    rows = {(cfg.head_dim, cfg.mask, cfg.is_varlen) for cfg in configs if cfg.dtype == "bf16"}
+    assert rows == {(*row, is_varlen) for row in TABLE for is_varlen in (False, True)}
+    for facts in (("fp16", False), ("bf16", True)):
+        own = [cfg for cfg in configs if (cfg.dtype, cfg.is_deterministic) == facts]
+        assert {(cfg.head_dim, cfg.is_varlen) for cfg in own} == set(product({row[0] for row in TABLE}, (False, True)))
+        assert len({cfg.mask for cfg in own}) > 1
+    assert {kernel for cfg in configs for kernel in kernels_of(cfg)} == set(backward_kernels())
+
+
+# ---- the shape -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, mask, window",
+    [
+        ({}, "full", (UNBOUNDED_WINDOW, UNBOUNDED_WINDOW)),
+        ({"is_causal": True}, "causal", (UNBOUNDED_WINDOW, 0)),
+        ({"window_size_left": 40, "window_size_right": 3}, "local", (40, 3)),
+        ({"window_size_right": 0}, "causal", (UNBOUNDED_WINDOW, 0)),
+    ],
+)
+@pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
+def test_what_kernels_are_told(call, changes, mask, window):
+    """By name, whatever order their entries have."""
+    prepare, main, finish = plan(replace(call, deterministic=True, **changes)).stages
+    assert (main.config.mask, main.config.is_varlen, main.config.is_deterministic) == (mask, call is PACKED, True)
+    rows_q, rows_k = (700, 900) if call is PACKED else (500, 300)
+    sizes = {"batch_size": 2, "seqlen_q": rows_q, "seqlen_k": rows_k, "num_heads": 6, "num_heads_k": 3}
+    sizes |= dict(zip(("window_size_left", "window_size_right"), window, strict=True))
+    row_q, row_k = 6 * 64, 3 * 64
+    strides = {
+        **{f"{x}_row_stride": row_k if x in ("k", "v", "dk", "dv") else row_q for x in planning.TENSORS},
+        **{f"{x}_head_stride": 64 for x in planning.TENSORS},
+    }
+    strides |= {
+        f"{x}_batch_stride": 0 if call is PACKED else strides[f"{x}_row_stride"] * (rows_k if x[-1] in "kv" else rows_q)
+        for x in planning.TENSORS
+    }
+    for stage in (prepare, main, finish):
+        names = {kind: [name for name, own in stage.config.arguments if own == kind] for kind in ("int64", "int32")}
+        assert stage.strides == tuple(strides[name] for name in names["int64"])
+        assert stage.sizes == tuple(sizes[name] for name in names["int32"])
+        assert stage.scales == (64**-0.5,)
+
+
+# ---- the workspace ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_workspace(call, head_dim):
+    """Its parts lie one behind the other, aligned, and hold all Q tiles of each head."""
+    call = replace(call, head_dim=head_dim)
+    found = plan(call)
+    tile_m = found.stages[1].config.tile_m
+    tiles = (700 // tile_m + 2 if call.mode else 2 * -(-500 // tile_m)) * 6
+    sizes = [4 * tiles * tile_m, 4 * tiles * tile_m, 4 * tiles * tile_m * head_dim, 4 * tiles]
+    ends = [*found.offsets[1:], found.workspace_bytes]
+    for start, end, size in zip(found.offsets, ends, sizes, strict=True):
+        assert start % 16 == 0 and 0 <= end - start - size < 16
+    assert backward_workspace_size(call) == found.workspace_bytes
+
+
+def test_a_workspace_must_be_there_and_large_enough():
+    needed = backward_workspace_size(GOOD)
+    named = f"backward_workspace_size(params)={needed}"
+    missing = replace(GOOD, workspace=None, workspace_bytes=0)
+    small = replace(GOOD, workspace_bytes=needed - 1)
+    for call in (missing, small):
+        assert backward_workspace_size(call) == needed, "whatever is given"
+    assert explain(missing) == [
+        (Status.NULL_POINTER, f"workspace=None: must be the device address of {named} bytes"),
+    ]
+    assert explain(small) == [
+        (Status.INVALID_ARGUMENT, f"workspace_bytes={needed - 1}: must be at least {named}"),
+    ]
+    assert explain(replace(GOOD, workspace_bytes=needed)) == []
+    assert [problem.status for problem in explain(replace(missing, num_heads=5))] == [Status.INVALID_HEADS]
+
+
+def test_a_size_needs_no_tensors_and_good_sizes():
+    bare = replace(GOOD, **dict.fromkeys((*planning.POINTERS, "workspace")), workspace_bytes=0)
+    assert backward_workspace_size(bare) == backward_workspace_size(GOOD)
+    with pytest.raises(FlashAttentionError, match="num_heads=5") as caught:
+        backward_workspace_size(replace(GOOD, num_heads=5))
+    assert caught.value.code == Status.INVALID_HEADS
+
+
+# ---- checking --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The calls that the rules looked at, from here on; of GOOD's shape they have seen one."""
+    plan(GOOD)
+    seen, original = [], planning.plain_backward
+    monkeypatch.setattr(planning, "plain_backward", lambda params: seen.append(params) or original(params))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": A - 4 * STEP, "dv": A - 8 * STEP},
+        {"dlse": None},
+        {"dq": None, "dv": 0},
+        {"v": ADDRESSES["k"]},  # inputs may be the same memory
+        {"workspace": A - 2 * STEP},
+        {"dq": ADDRESSES["q"] + 2 * 500 * 6 * 64 * 2},  # right behind q
+    ],
+    ids=str,
+)
+def test_good_addresses_are_all_that_is_looked_at(counted, changes):
+    found = planning.checked(replace(GOOD, **changes))
+    assert not counted and not isinstance(found, Problem)
+    expected = {**ADDRESSES, "workspace": GOOD.workspace} | changes
+    assert found[1] == tuple(value or 0 for value in expected.values())
+
+
+@pytest.mark.parametrize(
+    "changes, status",
+    [
+        ({"k": None}, Status.NULL_POINTER),
+        ({"softmax_lse": 0}, Status.NULL_POINTER),
+        ({"dq": None, "dk": None, "dv": None}, Status.NULL_POINTER),
+        ({"dout": A + 8}, Status.INVALID_ARGUMENT),
+        ({"dlse": A + 2}, Status.INVALID_ARGUMENT),
+        ({"dk": 1 << 64}, Status.INVALID_ARGUMENT),
+        ({"dq": ADDRESSES["q"]}, Status.INVALID_ARGUMENT),
+        ({"dq": ADDRESSES["q"] + 2 * 500 * 6 * 64 * 2 - 16}, Status.INVALID_ARGUMENT),
+        ({"q": ADDRESSES["dv"] + 16}, Status.INVALID_ARGUMENT),
+        ({"dk": ADDRESSES["dv"]}, Status.INVALID_ARGUMENT),
+        ({"dv": ADDRESSES["softmax_lse"] - 16}, Status.INVALID_ARGUMENT),
+        ({"workspace": A + 8}, Status.INVALID_ARGUMENT),
+        ({"workspace": None, "workspace_bytes": 0}, Status.NULL_POINTER),
+        ({"workspace_bytes": 64}, Status.INVALID_ARGUMENT),
+        ({"s_aux": A}, Status.FEATURE_UNSUPPORTED),
+        ({"d_bias": A}, Status.FEATURE_UNSUPPORTED),
+        ({"q": "an address"}, Status.INVALID_ARGUMENT),
+        ({"softcap": np.ones(3)}, Status.SOFTCAP_UNSUPPORTED),
+    ],
+    ids=str,
+)
+def test_bad_ones_are_put_into_words(counted, changes, status):
+    call = replace(GOOD, **changes)
+    assert backward(call) == status and len(counted) == 1
+    assert warmup(call) == status
+    assert last_error().status == status and explain(call)[0].status == status
+
+
+def test_columns_of_one_buffer_are_good():
+    """dq, dk and dv of a packed dqkv: the rules are asked, in every call whose addresses are others."""
+    row = 3 * 6 * 64
+    fields = {f"{name}_row_stride": row for name in ("dq", "dk", "dv")}
+    fields |= {f"{name}_batch_stride": 500 * row for name in ("dq", "dk", "dv")}
+    places = {"dq": A + 16 * STEP, "dk": A + 16 * STEP + 768, "dv": A + 16 * STEP + 1536}
+    call = replace(GOOD, num_heads_k=6, seqlen_k=500, **fields, **places)
+    assert planning.checked(call)[1][-4:-1] == tuple(places.values())
+    moved = replace(call, **{name: address + STEP for name, address in places.items()})
+    assert planning.checked(moved)[1][-4:-1] == tuple(address + STEP for address in places.values())
+
+
+def test_values_that_can_change_are_not_remembered(counted):
+    """An array scalar is the same object when its value is another one."""
+    call = replace(GOOD, seqlen_q=np.int64(501))
+    for _ in range(2):
+        assert planning.checked(call)[0] is plan(replace(GOOD, seqlen_q=501))
+    assert counted.count(call) == 2
+
+
+@pytest.mark.parametrize("function", [forward, workspace_size, kernel_config], ids=lambda function: function.__name__)
+def test_a_backward_call_is_no_forward_call(function):
+    with pytest.raises(TypeError, match="FlashAttentionParams, not BackwardParams"):
+        function(GOOD)
+
+
+@pytest.mark.parametrize("function", [backward, backward_workspace_size], ids=lambda function: function.__name__)
+def test_others_are_no_backward_calls(function):
+    for params in (MergeParams(), None):
+        with pytest.raises(TypeError, match=f"BackwardParams, not {type(params).__name__}"):
+            function(params)
