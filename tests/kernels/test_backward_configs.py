@@ -2,6 +2,7 @@
 
 import fingerprints
 import pytest
+from test_merge_configs import LDG, STG, accesses
 
 from fa3_cute.planning.backward import TABLE
 from fa3_cute.planning.backward_kernels import FinishConfig, MainConfig, PrepareConfig, kernels_of
@@ -9,7 +10,6 @@ from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
 from fa3_cute.planning.selections import backward_configs
 from fa3_cute.runtime.compiler import compile_and_read
 
-LDG, STG = 0x981, 0x986
 VECTOR = 16  # bytes
 MOST_REGISTERS = REGISTERS_PER_SM // 1024  # around the main kernel: a thousand threads on an SM hide memory's latency
 
@@ -63,14 +63,3 @@ def test_around(cfg):
     is_prepare = isinstance(cfg, PrepareConfig)  # O and dO -> dq_sum; the other reads that and writes dQ
     assert accesses(kernel.code, LDG)[VECTOR] >= 2 * vectors
     assert accesses(kernel.code, STG)[VECTOR] >= (2 if is_prepare else 1) * vectors
-
-
-def accesses(code: bytes, opcode: int) -> dict[int, int]:
-    """{bytes: how often a thread reads or writes so many of global memory with one instruction}."""
-    found: dict[int, int] = {}
-    for at in range(0, len(code), 16):
-        word = int.from_bytes(code[at : at + 16], "little")
-        if word & 0xFFF == opcode:
-            size = {4: 4, 5: 8, 6: 16}[word >> 73 & 7]  # of sm_90, found by comparing with nvdisasm
-            found[size] = found.get(size, 0) + 1
-    return found

@@ -1,0 +1,230 @@
+"""Backward on the GPU: its cases against the reference, what is not wanted, NaN, bits that repeat, graphs.
+
+Kernels are those of `backward_configs`, which other tests compile as well.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from backward_cases import NAMES, BackwardCase, backward_cases, inputs_of
+from backward_problems import BackwardProblem
+from cases import Case
+from images import POISON, contiguous, heads_before_rows, padded
+
+from fa3_cute import backward, backward_workspace_size, warmup
+from fa3_cute.contract.backward_rules import SERVED_HEAD_DIMS
+from fa3_cute.contract.reference import as_float
+from fa3_cute.planning.backward import BackwardConfig, backward_config
+from fa3_cute.planning.selections import backward_configs
+
+pytestmark = pytest.mark.gpu
+
+CONFIGS = set(backward_configs())
+ALIGNMENT = 16
+REPEATS = 20
+
+
+def config_of(case: BackwardCase, is_deterministic: bool = False) -> BackwardConfig:
+    """Of the kernels that serve a case."""
+    forward = case.forward
+    mask = "causal" if forward.is_causal else "local" if max(forward.window) >= 0 else "full"
+    return backward_config(forward.dtype, forward.head_dim, mask, bool(case.lengths), is_deterministic)
+
+
+def of_dtype(case: BackwardCase, dtype: str) -> BackwardCase:
+    return replace(case, forward=replace(case.forward, dtype=dtype))
+
+
+EVERY = [case for head_dim in SERVED_HEAD_DIMS for case in backward_cases(head_dim)]
+BF16 = [of_dtype(case, "bf16") for case in EVERY]
+FP16 = [case for case in EVERY if case.forward.dtype == "fp16" and config_of(case) in CONFIGS]
+# Many tiles add to each of dQ.
+LONG = [
+    BackwardCase(Case("bf16", head_dim, is_causal, 2, 1, 2048, 2048, 1))
+    for head_dim in SERVED_HEAD_DIMS
+    for is_causal in (False, True)
+]
+DETERMINISTIC = [case for case in BF16 if config_of(case, True) in CONFIGS]
+
+
+def one_per_config(cases, is_deterministic: bool = False) -> list[BackwardCase]:
+    """Of each config the case of the most elements: several tiles in both directions, more than one sequence."""
+    chosen: dict[BackwardConfig, BackwardCase] = {}
+    for case in sorted(cases, key=lambda case: -case.forward.seqlen_q * case.forward.seqlen_k):
+        if case.forward.batch > 1:
+            chosen.setdefault(config_of(case, is_deterministic), case)
+    return list(chosen.values())
+
+
+FAMILIES = one_per_config(BF16)
+ORDERED = one_per_config(DETERMINISTIC, True)
+
+
+def workspace_of(problem: BackwardProblem, **overrides):
+    """(fields, memory): a workspace full of NaN behind 16 bytes that are not its own; None where none is needed."""
+    nbytes = backward_workspace_size(problem.params(**overrides))
+    if not nbytes:
+        return {}, None
+    given, memory = problem.workspace(ALIGNMENT + nbytes)
+    return {"workspace": given["workspace"] + ALIGNMENT, "workspace_bytes": nbytes}, memory
+
+
+def run(problem: BackwardProblem, stream, **overrides):
+    """The gradients; asserts that nothing around them and around the workspace is written."""
+    given, memory = workspace_of(problem, **overrides)
+    found = problem.run(stream, **given, **overrides)
+    if memory is not None:
+        assert (memory.read(stream)[:ALIGNMENT] == POISON).all(), "bytes before the workspace are written"
+    return found
+
+
+def run_and_check(case: BackwardCase, stream, place=contiguous, inputs=None, **overrides) -> None:
+    problem = BackwardProblem(case, place, inputs)
+    problem.check(*run(problem, stream, **overrides))
+
+
+def assert_same_bits(found, expected) -> None:
+    for name, got, wanted in zip(NAMES, found, expected, strict=True):
+        if got is not None:
+            differ = np.argwhere(got.view(np.uint16) != wanted.view(np.uint16))
+            assert not len(differ), f"{name}: {len(differ)} elements differ, first {differ[:4].tolist()}"
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*BF16, *FP16, *LONG], ids=str)
+def test_cases(case, stream):
+    run_and_check(case, stream)
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_deterministic_cases(case, stream):
+    run_and_check(case, stream, deterministic=True)
+
+
+@pytest.mark.parametrize("place", [padded, heads_before_rows], ids=lambda place: place.__name__)
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_layouts(case, place, stream):
+    """Gaps between rows and heads stay as they are; what lies there is NaN."""
+    run_and_check(case, stream, place)
+
+
+@pytest.mark.parametrize("facts", [{"scale_of_q": 8.0}, {"mean_of_v": 10.0}], ids=["peaky rows", "D cancels"])
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_hard_values(case, facts, stream):
+    run_and_check(case, stream, inputs=inputs_of(case, **facts))
+
+
+@pytest.mark.parametrize("wanted", [("dq",), ("dk",), ("dv",), ("dk", "dv"), ("dq", "dv")], ids="-".join)
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_only_what_is_wanted_is_written(case, wanted, stream):
+    problem = BackwardProblem(case)
+    found = run(problem, stream, **{name: None for name in NAMES if name not in wanted})
+    assert [name for name, gradient in zip(NAMES, found, strict=True) if gradient is not None] == list(wanted)
+    problem.check(*found)
+
+
+@pytest.mark.parametrize("absent", ["q", "k"])
+@pytest.mark.parametrize("head_dim", SERVED_HEAD_DIMS)
+def test_no_row_of_one_side(head_dim, absent, stream):
+    """Packed tensors without a row, which have no address: the gradients of the other side are 0."""
+    case = next(
+        case
+        for case in BF16
+        if case.forward.head_dim == head_dim and case.layout == "gaps" and not case.used and case.forward.is_causal
+    )
+    problem = BackwardProblem(case)
+    none = ("q", "out", "dout", "softmax_lse", "dlse", "dq") if absent == "q" else ("k", "v", "dk", "dv")
+    problem.lengths[f"cu_seqlens_{absent}"].array[...] = 0
+    problem.lengths[f"cu_seqlens_{absent}"].image.upload()
+    found = run(problem, stream, **{f"total_{absent}": 0}, **dict.fromkeys(none))
+    is_used = case.is_used("k" if absent == "q" else "q")
+    for gradient in (gradient for gradient in found if gradient is not None):
+        assert not as_float(gradient[is_used]).any() and (gradient[~is_used].view(np.uint8) == POISON).all()
+
+
+# ---- NaN and bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ORDERED, ids=str)
+def test_nan_stays_in_its_sequence_and_heads(case, stream):
+    """All of the first KV head of one sequence, and its query heads, is NaN: the rest has the same bits."""
+    problem = BackwardProblem(case)
+    clean = run(problem, stream, deterministic=True)
+    group = case.forward.num_heads // case.forward.num_heads_k
+    rows_q, rows_k = np.zeros_like(case.is_used("q")), np.zeros_like(case.is_used("k"))
+    for side, rows in (("q", rows_q), ("k", rows_k)):
+        bounds = case.lengths.get(f"cu_seqlens_{side}")
+        rows[1 if bounds is None else slice(bounds[-2], bounds[-1])] = True
+    inputs = problem.inputs
+    spoilt = {}
+    for name, rows, heads in (
+        *((name, rows_q, slice(group)) for name in ("q", "out", "dout")),
+        *((name, rows_k, slice(1)) for name in ("k", "v")),
+    ):
+        array = getattr(inputs, name).copy()
+        array[..., heads, :][rows] = np.frombuffer(bytes([POISON]) * array.itemsize, array.dtype)[0]
+        spoilt[name] = array
+    problem.fill(inputs._replace(**spoilt))
+    found = run(problem, stream, deterministic=True)
+    for name, got, wanted in zip(NAMES, found, clean, strict=True):
+        rows, heads = (rows_q, slice(group)) if name == "dq" else (rows_k, slice(1))
+        is_spoilt = np.zeros(got.shape[:-1], bool)
+        is_spoilt[..., heads][rows] = True
+        assert np.array_equal(got[~is_spoilt].view(np.uint16), wanted[~is_spoilt].view(np.uint16)), name
+
+
+@pytest.mark.parametrize("case", ORDERED, ids=str)
+def test_deterministic_bits(case, stream):
+    problem = BackwardProblem(case)
+    first = run(problem, stream, deterministic=True)
+    problem.check(*first)
+    for _ in range(REPEATS - 1):
+        assert_same_bits(run(problem, stream, deterministic=True), first)
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_dk_and_dv_have_the_same_bits_in_every_call(case, stream):
+    problem = BackwardProblem(case)
+    given, _ = workspace_of(problem)
+    first = problem.run(stream, **given)
+    for _ in range(REPEATS - 1):
+        dq, dk, dv = problem.run(stream, **given)
+        assert_same_bits((None, dk, dv), first)
+    problem.check(dq, dk, dv)
+
+
+def test_calls_of_several_shapes_in_turn(stream):
+    """One behind the other, over one workspace, without a wait: each has the arguments of its own."""
+    problems = [BackwardProblem(case) for case in FAMILIES]
+    nbytes = max(backward_workspace_size(problem.params()) for problem in problems)
+    given, _ = problems[0].workspace(nbytes)
+    for problem in problems:
+        problem.poison(stream)
+    for problem in problems * 3:
+        backward(problem.params(**given), stream).check()
+    for problem in problems:
+        problem.check(*problem.results(stream))
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_a_captured_call_is_replayed(case, device):
+    """With other values each time; the last time on another stream."""
+    stream, other = device.create_stream(), device.create_stream()
+    problem = BackwardProblem(case)
+    given, _ = workspace_of(problem)
+    params = problem.params(**given)
+    warmup(params, stream).check()
+    builder = stream.create_graph_builder().begin_building()
+    backward(params, builder).check()
+    graph = builder.end_building().complete()
+    assert all(problem.tensors[name].is_untouched(stream) for name in NAMES), "the capture launched something"
+    for scale_of_q, own in ((1.0, stream), (2.0, stream), (0.5, other)):
+        problem.fill(inputs_of(case, scale_of_q))
+        graph.launch(own)
+        problem.check(*problem.results(own))
