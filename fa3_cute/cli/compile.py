@@ -6,8 +6,12 @@ Exit status 1 if a kernel spills, draws a compiler warning or does not compile, 
 import json
 import os
 from dataclasses import asdict
+from typing import Any
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS
+from ..planning.backward import TABLE as BACKWARD
+from ..planning.backward import backward_config
+from ..planning.backward_kernels import KernelOfPass, kernels_of
 from ..planning.operations import Config
 from ..planning.tables import configs_over, dense_configs
 from .options import cannot_run, count, counted, one_or_more, whole
@@ -32,7 +36,13 @@ def add_arguments(parser) -> None:
         action="store_true",
         help="the variants for packed sequences and used lengths instead of the dense ones",
     )
-    parser.add_argument("--decode", action="store_true", help="only the decode kernels")
+    operation = parser.add_mutually_exclusive_group()
+    operation.add_argument("--decode", action="store_true", help="only the decode kernels")
+    operation.add_argument(
+        "--backward",
+        action="store_true",
+        help="the kernels of backward instead, with --all also those for packed sequences and the deterministic ones",
+    )
     parser.add_argument(
         "--page-size",
         type=whole(0),
@@ -62,15 +72,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    configs = [
-        cfg
-        for cfg in (dense_configs() if args.page_size is None else configs_over(args.page_size))
-        if cfg.head_dim in args.head_dim
-        and cfg.dtype in args.dtype
-        and cfg.mask in args.masks
-        and cfg.out_dtype in (None, *args.out_dtype)
-        and is_chosen(cfg, args)
-    ]
+    configs = backward_configs(args) if args.backward else forward_configs(args)
     if not configs:
         return cannot_run(
             "there are no such kernels: explain says which head dims, element types and masks go together"
@@ -90,17 +92,50 @@ def run(args) -> int:
     return 1 if failed else 0
 
 
+def forward_configs(args) -> list[Config]:
+    """Of `forward`, prefill and decode."""
+    return [
+        cfg
+        for cfg in (dense_configs() if args.page_size is None else configs_over(args.page_size))
+        if cfg.head_dim in args.head_dim
+        and cfg.dtype in args.dtype
+        and cfg.mask in args.masks
+        and cfg.out_dtype in (None, *args.out_dtype)
+        and is_chosen(cfg, args)
+    ]
+
+
+def backward_configs(args) -> list[KernelOfPass]:
+    """Of `backward`, each kernel once."""
+    if args.page_size is not None:
+        return []
+    passes = [
+        backward_config(dtype, head_dim, mask, is_varlen, is_deterministic)
+        for dtype in args.dtype
+        if dtype != FP8
+        for head_dim, mask in BACKWARD
+        if head_dim in args.head_dim and mask in args.masks
+        for is_varlen in layouts(args)
+        for is_deterministic in ((False, True) if args.all else (False,))
+    ]
+    return list(dict.fromkeys(kernel for cfg in passes for kernel in kernels_of(cfg)))
+
+
+def layouts(args) -> tuple[bool, ...]:
+    """Whether lengths are on the device."""
+    return (True,) if args.varlen else (False, True) if args.all else (False,)
+
+
 def is_chosen(cfg: Config, args) -> bool:
     """Whether the options ask for this variant."""
     if cfg.is_ragged and not cfg.splits_keys:
         return not args.decode and (args.all or not cfg.has_lse)
     if cfg.splits_keys:
         return args.decode or args.all and not args.varlen
-    layouts = (True,) if args.varlen else (False, True) if args.all else (False,)
-    return not args.decode and cfg.is_varlen in layouts and (args.all or not cfg.has_lse)
+    return not args.decode and cfg.is_varlen in layouts(args) and (args.all or not cfg.has_lse)
 
 
-def compile_row(cfg: Config) -> dict:
+def compile_row(cfg: Any) -> dict:
     """Compiles one config, once for the disk cache, once to look inside. Its Report's fields, and "problems"."""
     from ..runtime import compiler
 

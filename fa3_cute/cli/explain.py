@@ -4,21 +4,28 @@ for decode how K and V are split. Needs no GPU and compiles nothing; exit status
 
 Tensors are taken to be contiguous. Of a tile's numbers the first are its own, those of other tiles follow
 (planning/tables.py says on which machine); they are of kernels that do nothing else to scores. Workspace bytes are
-scratch memory for the partial results of splits; within one cluster of CTAs they stay in shared memory.
+scratch memory for the partial results of splits; within one cluster of CTAs they stay in shared memory. With
+--backward, the same of `backward` and its three kernels.
 """
 
 import argparse
 import json
+from dataclasses import fields
 from typing import Any
 
-from ..api import AttentionMode, DataType, FlashAttentionParams, explain
+from ..api import AttentionMode, BackwardParams, DataType, FlashAttentionParams, explain
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from ..contract.plain import plain
 from ..contract.status import Problem
+from ..planning import backward_launch
+from ..planning.backward import TABLE as BACKWARD
+from ..planning.backward_kernels import MainConfig
 from ..planning.operations import Config, Launch, checked, operation_of
 from ..planning.splits import SplitPlan
 
 ADDRESS = 1 << 20  # stands for any tensor
+GRADIENTS = {"dq": 1 << 50, "dk": 1 << 51, "dv": 1 << 52}  # far from it: they must not overlap it
+ANY_WORKSPACE = {"workspace": ADDRESS, "workspace_bytes": 1 << 60}
 MODES = {"prefill": AttentionMode.PREFILL, "decode": AttentionMode.DECODE, "varlen": AttentionMode.VARLEN_PREFILL}
 PACK_GQA = {"auto": None, "yes": True, "no": False}
 MASK_TYPES = {"bool": None, "fp16": DataType.FP16, "bf16": DataType.BF16, "fp32": DataType.FP32}
@@ -71,6 +78,10 @@ def add_arguments(parser) -> None:
     add_scores(parser)
     parser.add_argument("--num-splits", **number, default=0, help="default 0, automatic; 1 is never")
     parser.add_argument("--pack-gqa", choices=PACK_GQA, default="auto", help="default auto")
+    parser.add_argument("--backward", action="store_true", help="of the gradients of such a call")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="with --backward: dq has the same bits in every call"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
@@ -108,19 +119,20 @@ def window(text: str) -> tuple[int, int]:
 
 
 def run(args) -> int:
-    params = params_of(args)
+    params = gradients_of(params_of(args), args.deterministic) if args.backward else params_of(args)
     problems = explain(params)
     facts = {
         "problems": [{"status": status.name, "code": int(status), "detail": detail} for status, detail in problems]
     }
     if not problems:
-        facts |= served(params)
+        facts |= backward_served(params) if isinstance(params, BackwardParams) else served(params)
     if args.json:
         print(json.dumps(facts, indent=1))
     elif problems:
-        print("forward would refuse this:", *problems, sep="\n  ")
+        print(f"{'backward' if args.backward else 'forward'} would refuse this:", *problems, sep="\n  ")
     else:
-        print("\n".join(f"{name:10}{text}" for name, text in lines(facts)))
+        said = backward_lines(facts) if args.backward else lines(facts)
+        print("\n".join(f"{name:10}{text}" for name, text in said))
     return 1 if problems else 0
 
 
@@ -167,6 +179,15 @@ def params_of(args) -> FlashAttentionParams:
     )
 
 
+def gradients_of(params: FlashAttentionParams, deterministic: bool) -> BackwardParams:
+    """The call that differentiates a forward call, all gradients wanted."""
+    of_forward = {field.name: getattr(params, field.name) for field in fields(params)}
+    own: dict[str, Any] = (
+        {"softmax_lse": ADDRESS, "dout": ADDRESS, "deterministic": deterministic} | GRADIENTS | ANY_WORKSPACE
+    )
+    return BackwardParams(**of_forward | own)
+
+
 def pages_of(batch_size: int, seqlen_k: int, page_size: int) -> dict[str, Any]:
     """Fields of sequences of so many keys, in a pool that holds them all."""
     rows = max(1, page_size)
@@ -195,6 +216,29 @@ def facts_of(launch: Launch) -> dict:
         "reason_unit": reason_unit(cfg),
         "plan": plan and plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)},
     }
+
+
+def backward_served(params: BackwardParams) -> dict:
+    """Which kernels serve valid params, and why."""
+    found = backward_launch.checked(params)
+    assert not isinstance(found, Problem), "the params are valid"
+    kernels = [stage.config for stage in found[0].stages]
+    (main,) = (cfg for cfg in kernels if isinstance(cfg, MainConfig))
+    return {
+        "kernels": [cfg.name for cfg in kernels],
+        "config": main.as_dict() | {"tile_n": main.tile_n},
+        "reason": BACKWARD[main.head_dim, main.mask].reason,
+        "workspace_bytes": found[0].workspace_bytes,
+    }
+
+
+def backward_lines(facts: dict):
+    """As `lines`, of backward_served."""
+    cfg = facts["config"]
+    yield from zip(("kernels", "", ""), facts["kernels"], strict=True)
+    yield "tile", f"{cfg['tile_m']} rows of Q, {cfg['tile_n']} of K and V"
+    yield "measured", facts["reason"]
+    yield "workspace", f"{facts['workspace_bytes']} bytes"
 
 
 def splits_in_words(plan: dict) -> str:

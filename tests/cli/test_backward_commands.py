@@ -1,0 +1,72 @@
+"""compile --backward and explain --backward: which kernels, which words, which exit status."""
+
+import pytest
+from commands import answer
+
+from fa3_cute.cli import compile as compile_command
+from fa3_cute.cli import main
+from fa3_cute.planning.backward import TABLE, backward_config
+from fa3_cute.planning.backward_kernels import MainConfig, kernels_of
+
+SIZES = ["--num-heads", "6", "--num-heads-k", "2", "--seqlen-q", "700", "--head-dim", "64"]
+
+
+@pytest.mark.parametrize(
+    "argv, mains",
+    [
+        ([], 2 * len(TABLE)),
+        (["--all"], 2 * 4 * len(TABLE)),
+        (["--varlen", "--dtype", "bf16"], len(TABLE)),
+        (["--head-dim", "64", "--causal", "--dtype", "fp16,fp8_e4m3"], 1),
+    ],
+)
+def test_compile_selects(argv, mains, monkeypatch, capsys):
+    seen = []
+    row = {"registers": 168, "stack_bytes": 0, "smem_bytes": 1, "wgmmas": 32, "seconds": 1.0, "problems": []}
+    monkeypatch.setattr(compile_command, "compile_row", lambda cfg: seen.append(cfg) or row | {"name": cfg.name})
+    assert main(["compile", "--backward", "--jobs", "1", *argv]) == 0
+    own = [cfg for cfg in seen if isinstance(cfg, MainConfig)]
+    assert len(own) == mains and len({cfg.name for cfg in seen}) == len(seen)
+    assert {cfg.is_varlen for cfg in own} == ({False, True} if "--all" in argv else {"--varlen" in argv})
+    assert any(cfg.is_deterministic for cfg in own) == ("--all" in argv)
+    wanted = {kernel for cfg in own for kernel in kernels_of(backward_config(*_choices(cfg)))}
+    assert {cfg.name for cfg in seen} == {kernel.name for kernel in wanted}, "with those before and after them"
+    assert f"{len(seen)} kernel" in capsys.readouterr().out
+
+
+def _choices(cfg):
+    return cfg.dtype, cfg.head_dim, cfg.mask, cfg.is_varlen, cfg.is_deterministic
+
+
+@pytest.mark.parametrize("argv", [["--page-size", "16"], ["--dtype", "fp8_e4m3"], ["--head-dim", "256"]])
+def test_compile_has_no_other_kernels(argv, capsys):
+    assert main(["compile", "--backward", *argv]) == 2
+    assert "no such kernels" in capsys.readouterr().err
+
+
+def test_compile_of_decode_or_backward(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["compile", "--decode", "--backward"])
+    assert caught.value.code == 2 and "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["--deterministic", "--causal"], ["--mode", "varlen"], ["--window=10,3"]])
+def test_explain_names_the_kernels(argv, capsys):
+    mask = "causal" if "--causal" in argv else "local" if "--window=10,3" in argv else "full"
+    cfg = backward_config("bf16", 64, mask, "varlen" in argv, "--deterministic" in argv)
+    status, said = answer(capsys, "explain", "--backward", *SIZES, *argv)
+    assert (status, said["problems"]) == (0, [])
+    assert said["kernels"] == [kernel.name for kernel in kernels_of(cfg)]
+    assert said["config"] == cfg.as_dict() | {"tile_n": cfg.tile_n}
+    assert said["reason"] == TABLE[64, mask].reason
+    tiles = 700 // cfg.tile_m + 1 if "varlen" in argv else -(-700 // cfg.tile_m)
+    assert 0 <= said["workspace_bytes"] - tiles * 6 * (cfg.tile_m * (64 + 2) * 4 + 4) < 16
+    assert main(["explain", "--backward", *SIZES, *argv]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in said["kernels"]) and f"workspace {said['workspace_bytes']} bytes" in out
+
+
+def test_explain_refuses_what_backward_refuses(capsys):
+    argv = ["explain", "--backward", *SIZES, "--softcap", "30"]
+    assert main(argv) == 1
+    assert capsys.readouterr().out.startswith("backward would refuse this:\n  FEATURE_UNSUPPORTED (-16): softcap=30.0")
