@@ -1,0 +1,195 @@
+"""What the documents say of the backward pass: its fields, what is served, its rings, its shared memory."""
+
+import re
+from dataclasses import fields
+
+import pytest
+from documents import API, API_ZH, CONTRACT, blocks, both_languages
+
+import fa3_cute
+from fa3_cute import BackwardParams, FlashAttentionParams
+from fa3_cute.contract.backward_params import ARGUMENTS, NEW, OWN
+from fa3_cute.contract.backward_rules import REFUSED, SERVED_DTYPES, SERVED_HEAD_DIMS
+from fa3_cute.planning.backward import TABLE, backward_config
+
+ADDRESSES = {
+    f"{name}_ptr": place << 32
+    for place, name in enumerate(("q", "k", "v", "out", "lse", "dout", "dq", "dk", "dv"), start=1)
+}
+HEADINGS = {API: "\n## backward()\n", API_ZH: "\n## 反向传播：backward\n"}
+
+
+def section(page) -> str:
+    return page.read_text().partition(HEADINGS[page])[2].partition("\n## ")[0]
+
+
+# ---- fields ----------------------------------------------------------------------------------------------------------
+
+
+def told(text: str) -> dict[str, str]:
+    """{field: shape, type, default} of the table of fields; a row with a stride stands for those of four tensors."""
+    found = {}
+    for cell, kind in re.findall(r"^\| ((?:`\w+`(?:, )?)+)[^|]*\| ([^|]*) \| [^|]+ \|$", text, re.MULTILINE):
+        for name in re.findall(r"\w+", cell):
+            found |= dict.fromkeys(strides(), kind) if name == "dout_batch_stride" else {name: kind}
+    return found
+
+
+def strides() -> list[str]:
+    return [name for name in NEW if name.endswith("_stride")]
+
+
+def wrong_fields(text: str) -> list[str]:
+    """Fields of BackwardParams' own that the table leaves out, or of which it says another element or alignment."""
+    found = told(text)
+    wrong = sorted(found.keys() ^ OWN)
+    for name in found.keys() & OWN:
+        kind, argument = found[name], ARGUMENTS[name]
+        alignments = [int(number) for number in re.findall(r"(\d+)(?:-byte aligned| 字节对齐)", kind)]
+        is_right = alignments == [number for number in (argument.alignment,) if argument.kind == "pointer"]
+        if argument.kind == "pointer":
+            is_right &= ("FP32" in kind) == (argument.element == "float32")
+        wrong += [name] * (not is_right)
+    return wrong
+
+
+@both_languages
+def test_the_table_has_every_field(page):
+    assert wrong_fields(section(page)) == []
+    given = {field.name for field in fields(FlashAttentionParams)}
+    assert given - OWN | OWN == {field.name for field in fields(BackwardParams)}
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("`dlse`", "`d_lse`"),
+        ("FP32", "FP16"),
+        ("| `dq` |", "| `dq`, `dp` |"),
+        ("16", "8"),
+        ("`deterministic` |", "x |"),
+    ],
+)
+@both_languages
+def test_a_wrong_table_of_fields_is_found(page, old, new):
+    text = section(page)
+    assert old in text and wrong_fields(text.replace(old, new))
+
+
+# ---- what is served --------------------------------------------------------------------------------------------------
+
+
+def served(text: str) -> tuple[set[str], set[int], set[str]]:
+    """(element types, head dims, fields that are refused)."""
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    types, dims = (
+        next(said for what, said in rows if what in names) for names in (("element types", "类型"), ("head_dim",))
+    )
+    of_refusal = re.findall(r"^\| (.+) \| -16 \|$", text, re.MULTILINE)
+    of_fields = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*-16", text, re.MULTILINE)
+    refused = {name for cell in of_refusal + of_fields for name in re.findall(r"`(\w+)`", cell)}
+    return set(re.findall(r"\w+\d+", types)), set(map(int, re.findall(r"\d+", dims))), refused
+
+
+def expected() -> tuple[set[str], set[int], set[str]]:
+    return {dtype.name for dtype in SERVED_DTYPES}, set(SERVED_HEAD_DIMS), {*REFUSED, "out_dtype", "grad_dtype"}
+
+
+@both_languages
+def test_what_is_served(page):
+    assert served(section(page)) == expected()
+
+
+@pytest.mark.parametrize("old, new", [("| 64, 128 |", "| 64, 96 |"), ("| 64、128 |", "| 64 |"), ("`tile_counter`", "")])
+def test_a_wrong_table_of_what_is_served_is_found(old, new):
+    pages = [page for page in (API, API_ZH) if old in section(page)]
+    assert pages and all(served(section(page).replace(old, new)) != expected() for page in pages)
+
+
+@both_languages
+def test_the_example_is_a_good_call(page, monkeypatch):
+    calls = []
+    monkeypatch.setattr(fa3_cute, "forward", lambda params, stream: calls.append(params) or fa3_cute.Status.OK)
+    monkeypatch.setattr(fa3_cute, "backward", lambda params, stream: calls.append(params) or fa3_cute.Status.OK)
+    (example,) = blocks(section(page), "python")
+    exec(example, ADDRESSES | {"stream": 0, "allocate": lambda nbytes: 1 << 40})
+    assert [type(params) for params in calls] == [FlashAttentionParams, BackwardParams]
+    assert [fa3_cute.explain(params) for params in calls] == [[], []]
+
+
+# ---- the contract of the kernels -------------------------------------------------------------------------------------
+
+
+def contract() -> str:
+    return CONTRACT.read_text().partition("\n## The backward kernels\n")[2].partition("\n## ")[0]
+
+
+CONFIGS = [backward_config("bf16", head_dim, mask, False, False) for head_dim, mask in TABLE]
+
+
+def memory_in(text: str) -> set[tuple[str, ...]]:
+    rows = re.findall(r"^\| (\d+) \| ([a-z, ]+) \| (\d+x\d+)" + r" \| ([\dx ]+)" * 6 + r" \|$", text, re.MULTILINE)
+    return {(head_dim, mask, *rest) for head_dim, masks, *rest in rows for mask in masks.split(", ")}
+
+
+def memory() -> set[tuple[str, ...]]:
+    """(head_dim, mask, tile, K or V, Q or dO, dS, dQ, shift or delta, all) of every config."""
+    found = set()
+    for cfg in CONFIGS:
+        ring = cfg.ring
+        assert [ring[a][1:3] == ring[b][1:3] for a, b in (("k", "v"), ("q", "do"), ("lse", "delta"))] == [True] * 3
+        slots = [f"{ring[name].slots} x {ring[name].slot_bytes}" for name in ("q", "ds", "dq", "lse")]
+        tile = f"{cfg.tile_m}x{cfg.tile_n}"
+        found.add((str(cfg.head_dim), cfg.mask, tile, str(ring["k"].slot_bytes), *slots, str(cfg.smem_bytes)))
+    return found
+
+
+def test_the_table_of_shared_memory_is_the_configs():
+    assert memory_in(contract()) == memory()
+
+
+def rings_in(text: str, cfg) -> list[tuple[str, int, int, int]]:
+    """(ring, slots, full, empty) of the table, in numbers of a config."""
+    n = cfg.num_consumer_wgs
+    numbers = {"n": n, "4n": 4 * n, "num_q_stages": cfg.num_q_stages, "num_do_stages": cfg.num_do_stages}
+    numbers |= {"num_ds_stages": cfg.num_ds_stages}
+    value = lambda word: int(word) if word.isdigit() else numbers[word]
+    rows = re.findall(
+        r"^\| (\w+) \| (\w+) \| [^|]*\((\w+)\)[^|]*\| [^|]*\((\w+)\)[^|]*\| [^|]+ \|$", text, re.MULTILINE
+    )
+    return [(name, *map(value, counts)) for name, *counts in rows if name != "ring"]
+
+
+def rings(cfg) -> list[tuple[str, int, int, int]]:
+    return [(ring.name, ring.slots, ring.full, ring.empty) for ring in cfg.rings]
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.name)
+def test_the_table_of_rings_is_the_config(cfg):
+    assert rings_in(contract(), cfg) == rings(cfg)
+
+
+def test_the_table_of_roles_is_the_configs():
+    of_roles = re.findall(r"`(load|consume)`[^|]*\| (\d+) \((?:2 consumer warpgroups|2)\)", contract())
+    assert {name: int(registers) for name, registers in of_roles} == {
+        role.name: role.registers for role in CONFIGS[0].roles if role.name != "reduce"
+    }
+    warps = {role.name: role.warps for role in CONFIGS[0].roles}
+    assert warps == {"load": range(1), "reduce": range(1, 2), "consume": range(4, 12)}
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("| 231680 |", "| 231681 |"),
+        ("| full, causal, local | 128x128", "| full, causal | 128x128"),
+        ("2 x 20480 | 2 x 320", "2 x 20480 | 2 x 640"),
+    ],
+)
+def test_a_wrong_table_of_shared_memory_is_found(old, new):
+    assert old in contract() and memory_in(contract().replace(old, new)) != memory()
+
+
+@pytest.mark.parametrize("old, new", [("| dq | n |", "| dq | 1 |"), ("(4), after", "(1), after"), ("| ds |", "| dS |")])
+def test_a_wrong_table_of_rings_is_found(old, new):
+    assert old in contract() and rings_in(contract().replace(old, new), CONFIGS[0]) != rings(CONFIGS[0])
