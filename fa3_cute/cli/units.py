@@ -13,12 +13,28 @@ from ..planning.splits import NUM_SMS, RATES
 OPERATION_MASK = 0x1FF
 OTHER = "other"
 
-# {unit: {mnemonic: operations}}. IMAD takes the FP32 lanes, but computes addresses; HADD2 turns 16 bits into FP32.
+# {unit: {mnemonic: operations}}. IMAD takes the FP32 lanes, but computes addresses; HADD2 turns 16 bits into FP32,
+# HFMA2 makes constants.
 OPERATIONS = {
     "tensor": {"HGMMA": (0x1F0,), "QGMMA": (0x1F3,)},
     "MUFU": {"MUFU": (0x108,)},
-    "FP32": {"FADD": (0x21,), "FMUL": (0x20,), "FFMA": (0x23,), "FMNMX": (0x09,), "FSETP": (0x0B,), "FSEL": (0x08,)},
-    "conversion": {"F2FP": (0x3E,), "F2I": (0x105,), "HADD2": (0x30,), "I2F": (0x106,), "I2FP": (0x45,)},
+    "FP32": {
+        "FADD": (0x21,),
+        "FMUL": (0x20,),
+        "FFMA": (0x23,),
+        "FMNMX": (0x09,),
+        "FSETP": (0x0B,),
+        "FSEL": (0x08,),
+        "FCHK": (0x102,),
+    },
+    "conversion": {
+        "F2FP": (0x3E,),
+        "F2I": (0x105,),
+        "HADD2": (0x30,),
+        "HFMA2": (0x35,),
+        "I2F": (0x106,),
+        "I2FP": (0x45,),
+    },
     "integer": {
         "IADD3": (0x10,),
         "IMAD": (0x24, 0x25, 0x27),
@@ -66,7 +82,14 @@ OPERATIONS = {
         "SYNCS": (0x1A7, 0x1B2),
         "SHFL": (0x189,),
     },
-    "TMA": {"UTMALDG": (0x1B4,), "UTMASTG": (0x1B5,), "UTMACMDFLUSH": (0x1B7,), "UTMACCTL": (0x1B9,)},
+    "TMA": {
+        "UTMALDG": (0x1B4,),
+        "UTMASTG": (0x1B5,),
+        "UTMACMDFLUSH": (0x1B7,),
+        "UTMACCTL": (0x1B9,),
+        "UBLKCP": (0x1BA,),
+        "UBLKRED": (0x1BB,),
+    },
     "other memory": {
         "LDG": (0x181,),
         "LDGSTS": (0x1AE,),
@@ -80,6 +103,10 @@ OPERATIONS = {
     },
     "control": {
         "BRA": (0x147,),
+        "CALL": (0x144,),
+        "RET": (0x150,),
+        "YIELD": (0x146,),
+        "WARPSYNC": (0x148,),
         "BSSY": (0x145,),
         "BSYNC": (0x141,),
         "EXIT": (0x14D,),
