@@ -72,8 +72,8 @@ class BackwardParams(FlashAttentionParams):
     d_bias: int | None = _field(None, "pointer", element="float32", alignment=4, changes=True, is_optional=True)
 
     deterministic: bool = _field(False, "flag")  # the same bits in every call; else sums of dq may differ in rounding
-    # Scratch memory, of backward_workspace_size(params) bytes; None: ours. Its contents mean nothing between calls.
-    # Launches that may run at the same time must not share it.
+    # Scratch memory, of backward_workspace_size(params) bytes; required, but where there is no query. Its contents mean
+    # nothing between calls. Launches that may run at the same time must not share it.
     workspace: int | None = _field(None, "pointer", element="bytes", alignment=16, varies=True)
     workspace_bytes: int = _field(0, "count")
 

@@ -76,6 +76,8 @@ def launch(step: Launch, shape: ProblemShape, addresses: tuple[int, ...], stream
 
 def launch_all(steps: tuple[Launch, ...], shape: ProblemShape, addresses: tuple[int, ...], stream=None):
     """`launch` of one after the other; returns what can repeat them all."""
+    if len(steps) > 1:
+        require_loaded(steps, stream)
     calls = tuple([launch(step, shape, addresses, stream) for step in steps])
     return calls[0] if len(calls) == 1 else Calls(calls)
 

@@ -58,7 +58,7 @@ ACCEPTED = [
     (PACKED, {}),
     (DENSE, {"softmax_scale": 2.0**-96}),
     (DENSE, {"head_dim": 64, "dtype": BF16, "out_dtype": BF16, "grad_dtype": BF16, "softmax_scale": 0.3}),
-    (DENSE, {"dlse": POINTERS["dq"] - 4 * APART - 4, "deterministic": True, "sm_margin": 8}),
+    (DENSE, {"dlse": POINTERS["dq"] - 4 * APART - 4, "deterministic": True}),
     (DENSE, {"dlse": POINTERS["softmax_lse"], "deterministic": np.bool_(True)}),  # inputs may be the same
     (DENSE, {"is_causal": True, "seqused_q": LENGTHS, "seqused_k": LENGTHS + 4}),
     (DENSE, {"window_size_left": 100, "window_size_right": 0}),
@@ -251,7 +251,7 @@ def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
     }
     without_kernel = {"head_dim", "dtype", "out_dtype", "is_causal", "mode", "total_q", "total_k", "max_seqlen_q"}
     read = {name for name, argument in ARGUMENTS.items() if argument.takers == (BACKWARD,)} | without_kernel
-    read |= {"sm_margin", "workspace", "workspace_bytes"}
+    read |= {"workspace", "workspace_bytes"}
     by_forward = {name for name, argument in FORWARD_ARGUMENTS.items() if argument.refused}
     assert set(FORWARD_ARGUMENTS) == (read | set(REFUSED) | companions | by_forward) & set(FORWARD_ARGUMENTS)
     assert not (read | companions | by_forward) & set(REFUSED)
