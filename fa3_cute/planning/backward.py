@@ -93,6 +93,10 @@ class BackwardConfig:
                 f"head_dim={self.head_dim}: must be a multiple of {self.tile_n}, M of dQ^T, if is_dq_transposed",
             ),
             (
+                self.num_ds_stages == self.num_q_stages,
+                f"num_ds_stages={self.num_ds_stages}: must be num_q_stages={self.num_q_stages}, as dS takes its slots",
+            ),
+            (
                 WARP * WARPS_PER_WARPGROUP * (self.registers[0] + self.num_consumer_wgs * self.registers[1])
                 <= REGISTERS_PER_SM,
                 f"registers={self.registers}: more than {REGISTERS_PER_SM} in all",

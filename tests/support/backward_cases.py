@@ -57,7 +57,8 @@ LAYOUTS = {
     "empty ends": Layout((0, 64, 129, 0), (0, 65, 1, 77)),
     "no queries": Layout((0, 0, 0), (5, 0, 70), after=2),
     "no keys": Layout((7, 0, 133), (0, 0, 0), after=2),
-    "short ones": Layout(tuple(7 * i % 23 for i in range(24)), tuple(11 * i % 29 for i in range(24)), after=1),
+    # More than 32: a block's sequence is searched for among 32 at a time.
+    "short ones": Layout(tuple(7 * i % 9 for i in range(75)), tuple(11 * i % 13 for i in range(75)), after=1),
     "long one": Layout((1, 700, 64), (3, 650, 128)),
 }
 # Of a dense batch: (seqlen_q, seqlen_k), used ones; and of the layout "gaps".

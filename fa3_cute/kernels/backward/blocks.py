@@ -50,18 +50,17 @@ class Blocks:
     @cute.jit
     def find(self, block: Int32) -> Int32:
         """The last sequence that starts at or before a block. Runs on: whole warps."""
-        found, first = Int32(0), Int32(0)
+        found = block // ceil_div(maximum(self.rows, 1), self.block_rows)
         if is_present(self.cu_seqlens):
-            while first < self.batch_size:
-                sequence = first + cute.arch.lane_idx()
-                starts = Int32(0)
-                if sequence < self.batch_size:
-                    starts = Int32(1) if self.first(sequence) <= block else Int32(0)
-                count = cute.arch.popc(cute.arch.vote_ballot_sync(starts != 0))
-                found, first = found + count, first + LANES
-            found = found - 1
-        else:
-            found = block // ceil_div(self.rows, self.block_rows)
+            found, end = Int32(0), self.batch_size       # the sequence is one of [found, end)
+            while found + 1 < end:                       # each lane looks at one of 32 that divide them
+                step = ceil_div(end - found, LANES)
+                sequence = found + cute.arch.lane_idx() * step
+                is_before = Int32(0)
+                if sequence < end:
+                    is_before = Int32(1) if self.first(sequence) <= block else Int32(0)
+                found += (cute.arch.popc(cute.arch.vote_ballot_sync(is_before != 0)) - 1) * step
+                end = minimum(end, found + step)
         return found
 
 
