@@ -158,12 +158,12 @@ def sizes_of(p: BackwardParams, tensor: str) -> tuple[int, int, int]:
 
 def strides_of(p: BackwardParams, tensor: str) -> tuple[int, int, int]:
     """(batch, row, head) of a tensor of good plain params, in elements; the contiguous ones where they are None, or
-    never used because the dimension has one entry."""
-    batch, rows, heads = sizes_of(p, tensor)
+    never used because the dimension has one entry or the tensor none."""
+    batch, rows, heads = sizes = sizes_of(p, tensor)
     contiguous = rows * heads * p.head_dim, heads * p.head_dim, p.head_dim
     given = [getattr(p, f"{tensor}_{dim}_stride") for dim in ("batch", "row", "head")]
     batch_stride, row_stride, head_stride = [
-        default if stride is None or size == 1 else stride
-        for stride, default, size in zip(given, contiguous, (batch, rows, heads), strict=True)
+        default if stride is None or size == 1 or 0 in sizes else stride
+        for stride, default, size in zip(given, contiguous, sizes, strict=True)
     ]
     return batch_stride, row_stride, head_stride

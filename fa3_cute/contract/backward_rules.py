@@ -112,7 +112,9 @@ def _key_tiles(p) -> Sentences:
 
 
 def _strides(p) -> Sentences:
-    return [sentence for tensor in _TENSORS if getattr(p, tensor) for sentence in _strides_of(p, tensor)]
+    """Given ones of an absent gradient too: a shape does not say which of them a call wants."""
+    looked_at = [tensor for tensor in _TENSORS if getattr(p, tensor) or _read_strides[tensor](p) != _CONTIGUOUS]
+    return [sentence for tensor in looked_at for sentence in _strides_of(p, tensor)]
 
 
 def _strides_of(p, tensor: str) -> Sentences:

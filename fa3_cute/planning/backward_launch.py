@@ -37,7 +37,7 @@ POINTERS = tuple(name for name, item in ARGUMENTS.items() if item.changes and BA
 WORKSPACE = ("workspace", "workspace_bytes")
 # What kernels are given: these, and the parts of the workspace.
 PLACES = (*POINTERS, *SCRATCH)
-_IS_OUTPUT = tuple(name in OUTPUTS for name in POINTERS)
+_IS_WRITTEN = (*(name in OUTPUTS for name in POINTERS), True)  # and the workspace
 # All else is the same in every call of a shape.
 read_shape = attrgetter(*(name for name in ARGUMENTS if name not in POINTERS + WORKSPACE))
 read_pointers = attrgetter(*POINTERS, *WORKSPACE)
@@ -107,7 +107,7 @@ class Pass:
     stages            the launches, one after the other; without dq the last is left out
     workspace_bytes   what the caller's workspace must hold; its parts begin at `offsets`, in the order of SCRATCH
     extents           bytes from the address of each of POINTERS to behind its last element
-    apart             addresses of POINTERS that were found not to overlap
+    apart             addresses of POINTERS and a workspace that were found not to overlap
     """
 
     stages: tuple[Stage, ...]
@@ -209,38 +209,37 @@ def checked(params: BackwardParams) -> Problem | tuple[Pass, tuple[int, ...]]:
     found = pass_of(shape)
     if problem := _workspace_problem(p, found):
         return problem
-    *given, workspace, _ = [address or 0 for address in read_pointers(p)]
+    *given, _ = [address or 0 for address in read_pointers(p)]
     if are_constants(values) and shape.forward.seqlen_q and shape.forward.seqlen_k:
         if len(_known) >= MAX_SHAPES:
             _known.clear()
         _known[values] = found
         found.apart = tuple(given)
-    return found, (*given, workspace)
+    return found, tuple(given)
 
 
 def _addresses(known: Pass, given: tuple[Any, ...]) -> tuple[int, ...] | None:
     """Good addresses in plain ints; None if the rules have to look."""
-    *pointers, workspace, nbytes = given
-    found = tuple([0 if address is None else address for address in pointers])
-    if not {int}.issuperset(map(type, found)) or not type(workspace) is type(nbytes) is int:
+    *addresses, nbytes = given
+    found = tuple([0 if address is None else address for address in addresses])
+    if not {int}.issuperset(map(type, found)) or type(nbytes) is not int or nbytes < known.workspace_bytes:
         return None
-    if found != known.apart and not _are_good(found, known.extents):
-        return None
-    if not workspace or workspace & 15 or workspace >> 64 or nbytes < known.workspace_bytes:
+    if found != known.apart and not _are_good(found, (*known.extents, known.workspace_bytes)):
         return None
     known.apart = found
-    return (*found, workspace)
+    return found
 
 
 def _are_good(addresses: tuple[int, ...], extents: tuple[int, ...]) -> bool:
     """Whether those that must be there are, aligned, and no output lies between another tensor's first byte and its
     last; that is not asked of columns of one buffer, which the rules look at."""
-    q, k, v, out, lse, dout, dlse, dq, dk, dv = addresses
-    bits = q | k | v | out | dout | dq | dk | dv | (lse | dlse) << 2  # LSEs are aligned to 4 bytes, the others to 16
-    if bits & 15 or bits >> 64 or not (q and k and v and out and lse and dout and (dq or dk or dv)):
+    q, k, v, out, lse, dout, dlse, dq, dk, dv, workspace = addresses
+    # LSEs are aligned to 4 bytes, the others to 16.
+    bits = q | k | v | out | dout | dq | dk | dv | workspace | (lse | dlse) << 2
+    if bits & 15 or bits >> 64 or not (q and k and v and out and lse and dout and workspace and (dq or dk or dv)):
         return False
     end_of_any = end_of_outputs = 0
-    for start, extent, is_output in sorted(zip(addresses, extents, _IS_OUTPUT, strict=True)):
+    for start, extent, is_output in sorted(zip(addresses, extents, _IS_WRITTEN, strict=True)):
         if start < end_of_outputs or is_output and 0 < start < end_of_any:
             return False
         if start:
@@ -252,8 +251,10 @@ def _are_good(addresses: tuple[int, ...], extents: tuple[int, ...]) -> bool:
 def _workspace_problem(p: BackwardParams, found: Pass) -> Problem | None:
     """The rule that needs a plan: what a workspace must hold."""
     needed = found.workspace_bytes
-    if not needed or p.workspace and p.workspace_bytes >= needed:
+    if not needed:
         return None
+    if p.workspace and p.workspace_bytes >= needed:
+        return _overlap_problem(p, found)
     if not p.workspace:
         accepted = f"the device address of backward_workspace_size(params)={needed} bytes"
         return Problem(Status.NULL_POINTER, must(p, "workspace", accepted))
@@ -261,6 +262,17 @@ def _workspace_problem(p: BackwardParams, found: Pass) -> Problem | None:
         Status.INVALID_ARGUMENT,
         f"workspace_bytes={shown(p.workspace_bytes)}: must be at least backward_workspace_size(params)={needed}",
     )
+
+
+def _overlap_problem(p: BackwardParams, found: Pass) -> Problem | None:
+    """Of the workspace with a tensor."""
+    begin, end = p.workspace or 0, (p.workspace or 0) + found.workspace_bytes
+    for name, extent in zip(POINTERS, found.extents, strict=True):
+        address = getattr(p, name)
+        if address and address < end and begin < address + extent:
+            detail = f"workspace={begin:#x}: its {found.workspace_bytes} bytes overlap {name}={address:#x}"
+            return Problem(Status.INVALID_ARGUMENT, detail)
+    return None
 
 
 def problems(params: BackwardParams) -> list[Problem]:

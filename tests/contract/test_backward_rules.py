@@ -82,8 +82,6 @@ ACCEPTED = [
     (DENSE, {"dq_head_stride": 512 * 128, "dq_row_stride": 128, "dk_head_stride": 640 * 128, "dk_row_stride": 128}),
     (DENSE, FUSED),
     (DENSE, FUSED | {"dk": None}),
-    # without a gradient its strides are not looked at
-    (DENSE, {"dq": None, "dq_row_stride": 3}),
     # side by side: the end of one is the start of the other
     (DENSE, {"dv": POINTERS["dk"] + 2 * 640 * 4 * 128 * 2}),
     (DENSE, {"dq": POINTERS["softmax_lse"] + 2 * 16 * 512 * 4}),

@@ -70,7 +70,7 @@ tell(ok=ok, log=log, end=parts["order"] + 4 * rows - WORKSPACE, nbytes=nbytes, t
     prepare, main, finish = found["log"]
     is_packed, tile_m = lengths == "PACKED", found["tile_m"]
     rows_q, rows_k = (3000, 2100) if is_packed else (1000, 700)
-    assert prepare["grid"] == finish["grid"] == [blocks(tile_m, rows_q, is_packed), 12, 1]
+    assert prepare["grid"] == finish["grid"] == [blocks(tile_m, rows_q, is_packed) * 12, 1, 1]
     assert main["grid"] == [blocks(TILE_N, rows_k, is_packed) * 4, 1, 1]
     assert 0 <= found["nbytes"] - found["end"] < 16, "the parts fill the workspace"
     given = [{name for name, is_there in launch["given"].items() if is_there} for launch in found["log"]]

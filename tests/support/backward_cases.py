@@ -59,7 +59,7 @@ LAYOUTS = {
     "no keys": Layout((7, 0, 133), (0, 0, 0), after=2),
     # More than 32: a block's sequence is searched for among 32 at a time.
     "short ones": Layout(tuple(7 * i % 9 for i in range(75)), tuple(11 * i % 13 for i in range(75)), after=1),
-    "long one": Layout((1, 700, 64), (3, 650, 128)),
+    "long one": Layout((1, 700, 64), (3, 650, 128), before=230),
 }
 # Of a dense batch: (seqlen_q, seqlen_k), used ones; and of the layout "gaps".
 USED = ((200, 260), {"seqused_q": (0, 1, 130, 200, 77), "seqused_k": (260, 77, 0, 129, 1)})

@@ -1,9 +1,9 @@
 """Blocks of rows of a batch, padded so that a sequence starts a block: where they lie, and what a block of keys is seen
 by. Plain arithmetic but for `Blocks.find`: the CPU tests run it against brute force.
 
-A sequence that starts at packed row r has its first block at (r + sequence * block_rows) / block_rows: blocks of
-different sequences never meet, and no length has to be known on the host. There are at most
-(total rows + batch_size * block_rows) / block_rows of them; some may belong to no sequence.
+A sequence that starts r packed rows behind the first one's start has its first block at r / block_rows + sequence:
+blocks of different sequences never meet, and no length has to be known on the host. There are at most
+total rows / block_rows + batch_size of them; some may belong to no sequence.
 """
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ class Blocks:
         """The first block of a sequence."""
         block = sequence * ceil_div(self.rows, self.block_rows)
         if is_present(self.cu_seqlens):
-            block = self.cu_seqlens[sequence] // self.block_rows + sequence
+            block = (self.cu_seqlens[sequence] - self.cu_seqlens[0]) // self.block_rows + sequence
         return block
 
     @cute.jit
@@ -95,8 +95,10 @@ class QueryTile:
 
 @cute.jit
 def query_tile(blocks: Blocks, sequences: Sequences) -> QueryTile:
-    """Of a CTA of a grid (blocks, heads); its rows may all lie behind the sequence's last. Runs on: whole warps."""
-    block, head, _ = cute.arch.block_idx()
+    """Of a CTA, one per block and head; its rows may all lie behind the sequence's last. Runs on: whole warps."""
+    index = cute.arch.block_idx()[0]
+    head = index // blocks.num_blocks
+    block = index - head * blocks.num_blocks
     sequence = blocks.find(block)
     offset, seqlen, _, _ = sequences.place(sequence)
     return QueryTile(block, block - blocks.first(sequence), head, sequences.batch_coordinate(sequence), offset, seqlen)

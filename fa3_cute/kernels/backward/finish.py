@@ -33,7 +33,7 @@ class FinishBackward:
         sdQ = smem_ring(element_type(cfg), cfg.tile_m, cfg.head_dim, 1)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(mdQ, dq_sum, sdQ, make_bwd_mmas(cfg).dq, blocks, sequences, a.softmax_scale).launch(
-            grid=(blocks.num_blocks, a.num_heads, 1), block=(128 * cfg.num_consumer_wgs, 1, 1), stream=a.stream)
+            grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(128 * cfg.num_consumer_wgs, 1, 1), stream=a.stream)
 
     @cute.kernel
     def kernel(self, mdQ: cute.Tensor, dq_sum: cute.Tensor, layout: cute.ComposedLayout, mma: cute.TiledMma,

@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.rings import by_name
-from ..common.arithmetic import LOG2_E
+from ..common.arithmetic import LOG2_E, maximum
 from ..common.block_range import Window
 from ..common.entry import flat_entry
 from ..common.layout import element_type, smem_ring, tensor_view
@@ -42,7 +42,7 @@ class FlashAttentionBackward:
         batches = a.batch_size
         if const_expr(cfg.is_varlen):
             batches = Int32(1) if sequences.is_packed() else a.batch_size
-        shape_q = (a.seqlen_q, cfg.head_dim, a.num_heads, batches)
+        shape_q = (maximum(a.seqlen_q, 1), cfg.head_dim, a.num_heads, batches)     # TMA knows no empty tensor
         shape_k = (a.seqlen_k, cfg.head_dim, a.num_heads_k, batches)
         q_blocks = Blocks.create(cfg.tile_m, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
         k_blocks = Blocks.create(cfg.tile_n, sequences.cu_seqlens_k, a.seqlen_k, a.batch_size)
@@ -105,7 +105,7 @@ class FlashAttentionBackward:
     def find_tile(self, params: BwdParams) -> tuple[KeyTile, Boolean]:
         """The CTA's keys, and whether there are any. Runs on: whole warps."""
         cfg, index = self.cfg, cute.arch.block_idx()[0]
-        group, seqlen_q, seqlen_k = params.group, params.q.tensor.shape[0], params.k.tensor.shape[0]
+        group, seqlen_q, seqlen_k = params.group, params.sequences.rows_q, params.sequences.rows_k
         if const_expr(cfg.is_varlen):
             head = index // params.k_blocks.num_blocks
             block = index - head * params.k_blocks.num_blocks

@@ -58,7 +58,7 @@ class PrepareBackward:
             order=per_block(a.order, 1), scale=a.softmax_scale)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, blocks, sequences).launch(
-            grid=(blocks.num_blocks, a.num_heads, 1), block=(PREPARE_THREADS, 1, 1), stream=a.stream)
+            grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(PREPARE_THREADS, 1, 1), stream=a.stream)
 
     @cute.kernel
     def kernel(self, params: PrepareParams, blocks: Blocks, sequences: Sequences):
