@@ -223,6 +223,8 @@ def test_good_addresses_are_all_that_is_looked_at(counted, changes):
         ({"dk": ADDRESSES["dv"]}, Status.INVALID_ARGUMENT),
         ({"dv": ADDRESSES["softmax_lse"] - 16}, Status.INVALID_ARGUMENT),
         ({"workspace": A + 8}, Status.INVALID_ARGUMENT),
+        ({"workspace": ADDRESSES["dv"]}, Status.INVALID_ARGUMENT),
+        ({"workspace": ADDRESSES["q"] + 2 * 500 * 6 * 64 * 2 - 16}, Status.INVALID_ARGUMENT),
         ({"workspace": None, "workspace_bytes": 0}, Status.NULL_POINTER),
         ({"workspace_bytes": 64}, Status.INVALID_ARGUMENT),
         ({"s_aux": A}, Status.FEATURE_UNSUPPORTED),
@@ -237,6 +239,22 @@ def test_bad_ones_are_put_into_words(counted, changes, status):
     assert backward(call) == status and len(counted) == 1
     assert warmup(call) == status
     assert last_error().status == status and explain(call)[0].status == status
+
+
+@pytest.mark.parametrize("name", ["dq", "dk", "dv"])
+@pytest.mark.parametrize("stride", [8, 3, "x", True, float("nan"), 2**70, -1])
+def test_strides_of_an_absent_gradient_are_looked_at(name, stride):
+    """A shape is remembered for calls that want the gradient, too."""
+    bad = {f"{name}_row_stride": stride}
+    assert backward(replace(GOOD, **{name: None}, **bad)) == Status.INVALID_SHAPE
+    assert backward(replace(GOOD, **bad)) == Status.INVALID_SHAPE
+
+
+def test_an_empty_tensor_has_no_strides():
+    """Descriptors are made of those of a contiguous one."""
+    huge = {f"{name}_{dim}_stride": 2**70 for name in ("q", "out", "dout", "dq") for dim in ("row", "head")}
+    (main,) = plan(replace(PACKED, total_q=0, **huge)).stages
+    assert max(main.strides) < 2**31
 
 
 def test_columns_of_one_buffer_are_good():
