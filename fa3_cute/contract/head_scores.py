@@ -26,6 +26,7 @@ class HeadScores:
 
     place        batch, head: numbers of the sequence and of the query head
     n_q, n_k     used lengths
+    leftpad      first keys that do not exist
     window       (left, right) around the diagonal; negative is unbounded
     sink         logit of one more key, of value 0
     slope        of ALiBi
@@ -36,6 +37,7 @@ class HeadScores:
     n_q: int
     n_k: int
     window: tuple[int, int]
+    leftpad: int = 0
     attention_chunk: int = 0
     softcap: float = 0.0
     sink: float | None = None
@@ -48,12 +50,13 @@ class HeadScores:
 
     def seen_keys(self, rows: slice) -> tuple[np.ndarray | None, slice]:
         """(seen, keys): which of these rows sees which of these keys (None: all see all), and the keys' slice."""
-        (left, right), chunk, n_k = self.window, self.attention_chunk, self.n_k
+        (left, right), chunk, n_k, pad = self.window, self.attention_chunk, self.n_k, self.leftpad
         first, last = self.diagonal(rows.start), self.diagonal(rows.stop - 1)
         start, stop = first - left if left >= 0 else 0, last + right + 1 if right >= 0 else n_k
         if chunk:
-            start, stop = max(start, first // chunk * chunk), min(stop, (last // chunk + 1) * chunk)
-        start = min(max(start, 0), n_k)
+            begin, end = ((first - pad) // chunk * chunk + pad, ((last - pad) // chunk + 1) * chunk + pad)
+            start, stop = max(start, begin), min(stop, end)
+        start = min(max(start, pad), n_k)
         keys = slice(start, max(min(stop, n_k), start))
         queries, columns = self.indices(rows, keys)
         diagonals, seen = self.diagonal(queries), True
@@ -62,7 +65,7 @@ class HeadScores:
         if left >= 0:
             seen = seen & (columns >= diagonals - left)
         if chunk:
-            seen = seen & (columns // chunk == diagonals // chunk)
+            seen = seen & ((columns - pad) // chunk == (diagonals - pad) // chunk)
         if self.mask_mod is not None:
             seen = seen & np.asarray(self.mask_mod(*self.place, queries, columns, Lengths(self.n_q, n_k))).astype(bool)
         if self.bias is not None:
@@ -111,7 +114,7 @@ class HeadScores:
 
 
 def heads_of(options: Any, sizes: tuple[int, int, int, int]) -> Callable[..., HeadScores]:
-    """A function (sequence, head, n_q, n_k) -> HeadScores, of a call's options (reference.Options).
+    """A function (sequence, head, n_q, n_k, leftpad) -> HeadScores, of a call's options (reference.Options).
 
     sizes   batch, num_heads, and what attn_mask has: rows of a dense q, rows of k or the capacity of a cache
 
@@ -124,12 +127,13 @@ def heads_of(options: Any, sizes: tuple[int, int, int, int]) -> Callable[..., He
     window = (-1, 0) if options.causal else tuple(options.window_size)
     seed, offset = (0, 0) if options.rng_state is None else (int(number) % 2**64 for number in options.rng_state)
 
-    def head_scores(b: int, head: int, n_q: int, n_k: int) -> HeadScores:
+    def head_scores(b: int, head: int, n_q: int, n_k: int, leftpad: int = 0) -> HeadScores:
         return HeadScores(
             place=(b, head + options.first_head),
             n_q=n_q,
             n_k=n_k,
             window=window,
+            leftpad=leftpad,
             attention_chunk=options.attention_chunk,
             softcap=options.softcap or 0.0,
             sink=None if sinks is None else float(as_float(sinks[head], np.float64)),

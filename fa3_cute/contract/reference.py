@@ -35,6 +35,12 @@ sees, gives NaN. Keys and values that a row does not see contribute nothing to i
 for those at or past the used length and those outside the tensor. Query rows that no sequence uses are untouched, but
 for those that zero_padding asks for: they hold NaN in the arrays returned here.
 
+leftpad_k: the first keys of a sequence do not exist, j < leftpad_k: no row sees them. They count in j and n_k as ever,
+and chunks begin behind them.
+
+New rows k_new, v_new are written to k and v before, behind seqused_k, which n_k then includes; rotary_cos and
+rotary_sin rotate q and k_new before that: see append_reference.py.
+
 Keys in pages: key j of sequence b is row j % page_size of page page_table[b, j // page_size], which others may share.
 
 Arrays hold what number_formats.py says: BF16 and FP8 of ml_dtypes, or their bits as uint16 and uint8.
@@ -46,6 +52,7 @@ from typing import Any
 
 import numpy as np
 
+from .append_reference import updated
 from .head_scores import HeadScores, heads_of
 from .number_formats import (
     ROUND,
@@ -72,6 +79,7 @@ __all__ = [
     "low_precision_twin",
     "round_to",
     "to_bits",
+    "update_cache",
     "used_rows",
 ]
 
@@ -80,9 +88,9 @@ SCORES_PER_CHUNK = 1 << 17
 # FP8 P is rounded as P * 2^8: the row maximum, 1, lands at 256 of e4m3's 448 and small P keep their bits (FA3 does so).
 FP8_P_SCALE = 256.0
 # Options that are integers, and their dimensions.
-DIMENSIONS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "kv_batch_idx"), 1) | {
-    "page_table": 2
-}
+VECTORS = "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "kv_batch_idx"
+NEW_VECTORS = "cu_seqlens_k_new", "seqlens_rotary", "leftpad_k"
+DIMENSIONS = dict.fromkeys((*VECTORS, *NEW_VECTORS), 1) | {"page_table": 2}
 
 
 # ---- what is computed, and where it is rounded ----------------------------------------------------------------------
@@ -131,6 +139,11 @@ class Options:
     page_table         [batch, max_pages] pages of each sequence, one after the other; those past seqused_k may be
                        anything
     kv_batch_idx       [batch] entry of k and v, or row of page_table, of each sequence; None: its own
+    leftpad_k          [batch] first rows of each sequence that do not exist, at most its used length
+    k_new, v_new       [batch, rows, heads, head_dim], or [rows, heads, head_dim] with cu_seqlens_k_new [batch + 1]:
+                       rows behind the seqused_k of each sequence; needs a cache, of which copies are written
+    rotary_cos, _sin   [positions, rotary_dim / 2]; with rotary_interleaved pairs are neighbours
+    seqlens_rotary     [batch] the position of the first new key
     zero_padding       packed rows behind the last sequence are O = 0, LSE = -inf
     q_, k_, v_descale  scalar, [heads], [batch, 1] or [batch, heads]: real value = stored value * descale; heads are
                        query heads for q, KV heads for k and v; None: 1
@@ -155,6 +168,14 @@ class Options:
     seqused_k: Any = None
     page_table: Any = None
     kv_batch_idx: Any = None
+    leftpad_k: Any = None
+    k_new: Any = None
+    v_new: Any = None
+    cu_seqlens_k_new: Any = None
+    rotary_cos: Any = None
+    rotary_sin: Any = None
+    rotary_interleaved: bool = False
+    seqlens_rotary: Any = None
     zero_padding: bool = False
     q_descale: Any = None
     k_descale: Any = None
@@ -195,6 +216,10 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     q, k, v = (np.asarray(tensor) for tensor in (q, k, v))
     options = replace(options, **_lengths(options))
     _check(q, k, v, options)
+    if is_updating(options):
+        k, v = k.copy(), v.copy()
+        q, seqused_k = updated(q, k, v, options)
+        options = replace(options, seqused_k=seqused_k)
     softmax_scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     num_heads, num_heads_k = q.shape[-2], k.shape[-2]
     group = num_heads // num_heads_k
@@ -220,6 +245,10 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     def operand(tensor, rows, head):
         return arithmetic.round_input(as_float(tensor[*rows, head], arithmetic.accumulate))
 
+    leftpad = np.zeros(batch, int) if options.leftpad_k is None else options.leftpad_k
+    if leftpad.shape != (batch,) or (leftpad < 0).any():
+        raise ValueError(f"leftpad_k {leftpad.tolist()}: must be one entry for each of {batch} sequences, at least 0")
+
     for b, kv_head in np.ndindex(batch, num_heads_k):
         k_head, v_head = operand(k, k_rows[b], kv_head), operand(v, k_rows[b], kv_head)
         *outer, rows = q_rows[b]
@@ -231,11 +260,30 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
                 operand(q, q_rows[b], head),
                 k_head,
                 v_head,
-                scores_of(b, head, n_q, n_k),
+                scores_of(b, head, n_q, n_k, int(leftpad[b])),
                 scale,
                 v_descale[b, kv_head],
             )
     return out, lse
+
+
+def update_cache(q, k, v, **options) -> tuple[np.ndarray, np.ndarray | None]:
+    """What attention does ahead: new rows are written to k and v, in place. Returns q, rotated if it is asked for, and
+    the seqused_k that attention then has.
+
+    Arguments as `attention_reference`; `attention_reference(q, k, v, ...)` of what this returns, without the options of
+    new rows and rotary, is what the call would be.
+    """
+    given = Options(**options)
+    given = replace(given, **_lengths(given))
+    _check(q, k, v, given)
+    return updated(q, k, v, given) if is_updating(given) else (q, given.seqused_k)
+
+
+def is_updating(options: Options) -> bool:
+    """There is something to do before attention."""
+    names = "k_new", "v_new", "cu_seqlens_k_new", "rotary_cos", "rotary_sin", "seqlens_rotary"
+    return any(getattr(options, name) is not None for name in names)
 
 
 def _lengths(options: Options) -> dict[str, np.ndarray]:
