@@ -234,10 +234,13 @@ def test_the_twin_takes_what_buffers_hold():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"dout": np.ones((2, 3, 2, 2))}, "dout.shape=(2, 3, 2, 2): must be that of q, (2, 3, 2, 3)"),
+        ({"dout": np.ones((2, 3, 2, 2))}, "dout.shape=(2, 3, 2, 2): must be that of out, (2, 3, 2, 3)"),
         ({"saved": Saved(dlse=np.ones((2, 3, 2)))}, "dlse.shape=(2, 3, 2): must be (2, 2, 3)"),
         ({"saved": Saved(out=np.ones(2))}, "out.shape=(2,): must be (2, 3, 2, 3)"),
-        ({"softcap": 1.0}, "softcap: has no gradient here; those that have: causal"),
+        ({"saved": Saved(dv=np.ones((2, 4, 2, 3)))}, "dv.shape=(2, 4, 2, 3): must be (2, 4, 1, 3)"),
+        ({"score_mod": lambda score, *place: score}, "score_mod: has no gradient here; those that have: alibi_slopes"),
+        ({"s_aux": np.ones(3)}, "s_aux.shape=(3,): must broadcast to [2]"),
+        ({"p_dropout": 0.5}, "p_dropout, rng_state: come together"),
         ({"causal": True, "window_size": (1, 1)}, "together with causal"),
         ({"seqused_k": [5, 1]}, "seqused_k [5, 1]: must be"),
     ],
