@@ -21,7 +21,6 @@ from ..common.copies import clear_rows
 from ..common.barriers import sync_warpgroup
 from ..common.layout import as_operand_a, convert, element_type, transposed
 from ..common.wgmma import in_flight, issue_gemm
-from .barriers import BarrierId
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .visible import KeyMask
 
@@ -71,23 +70,25 @@ class Gradients:
         rP = self.rounded(acc_S)
         if const_expr(self.cfg.is_dv_early):
             self.start_dV(rP, do.index)
-            in_flight(1)                 # dP is complete, dV may still run
-        else:
-            in_flight(0)
+        # Also a wall: ptxas would move the exponentials behind the wait for dP, where no GEMM hides them.
+        slot = self.ds_producer.acquire_and_advance()
+        in_flight(int(self.cfg.is_dv_early))     # dP is complete, an early dV may still run
         rdS = self.score_gradients(acc_S, acc_dP)
-        self.write_dS(rdS, q.index)
+        cute.copy(self.store_dS, self.store_dS.retile(rdS), self.tSsdS[None, None, None, slot.index])
         if const_expr(not self.cfg.is_dv_early):
             self.start_dV(rP, do.index)
-        self.hand_over()
-        acc_dQ = self.start_dQ(q.index)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            slot.commit()
+        ds = self.ds_consumer.wait_and_advance()     # every warpgroup's
+        acc_dQ = self.start_dQ(ds.index)
         in_flight(1)                     # dV
         do.release()
         self.start_dK(rdS, q.index)
         in_flight(1)                     # dQ
-        if const_expr(self.cfg.is_dv_early):
-            with cute.arch.elect_one():
-                self.ds_consumer.release()
-            self.ds_consumer.advance()
+        with cute.arch.elect_one():
+            ds.release()
         self.send_dQ(acc_dQ)
         in_flight(0)                     # dK
         q.release()
@@ -136,26 +137,6 @@ class Gradients:
         out = cute.make_rmem_tensor_like(acc, element_type(self.cfg))
         convert(acc, out)
         return out
-
-    @cute.jit
-    def write_dS(self, rdS: cute.Tensor, slot: Int32):
-        """dS of this warpgroup's keys to shared memory."""
-        if const_expr(self.cfg.is_dv_early):
-            self.ds_producer.acquire()
-        cute.copy(self.store_dS, self.store_dS.retile(rdS), self.tSsdS[None, None, None, slot])
-
-    @cute.jit
-    def hand_over(self):
-        """Until every warpgroup's dS is there, and visible to WGMMA."""
-        cute.arch.fence_view_async_shared()
-        if const_expr(self.cfg.is_dv_early):
-            cute.arch.sync_warp()
-            with cute.arch.elect_one():
-                self.ds_producer.commit()
-            self.ds_producer.advance()
-            self.ds_consumer.wait()
-        else:
-            cute.arch.barrier(barrier_id=BarrierId.DS, number_of_threads=128 * self.cfg.num_consumer_wgs)
 
     def start_dQ(self, ds_slot: Int32) -> cute.Tensor:
         """This warpgroup's part of dQ, left in flight."""
