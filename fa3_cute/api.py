@@ -18,6 +18,8 @@ from .planning import backward_launch, merge, operations
 from .planning.operations import Config, operation_of
 from .runtime.repeat import Repeatable
 from .runtime.repeat import Thread as _Thread
+from .runtime.tracing.stats import first_calls, stats
+from .runtime.tracing.watch import watched
 
 __all__ = [
     "AttentionMode",
@@ -31,6 +33,7 @@ __all__ = [
     "explain",
     "forward",
     "merge_attention",
+    "stats",
     "warmup",
     "workspace_size",
 ]
@@ -39,6 +42,7 @@ _OK = Status.OK
 _thread = _Thread()
 
 
+@watched
 def forward(params: FlashAttentionParams, stream=None) -> Status:
     """out = softmax(softmax_scale * q k^T, masked) v, enqueued on a stream; returns at once.
 
@@ -66,6 +70,7 @@ def forward(params: FlashAttentionParams, stream=None) -> Status:
         return _failure(error)
 
 
+@watched
 def merge_attention(params: MergeParams, stream=None) -> Status:
     """One attention result of two over disjoint keys, enqueued on a stream; returns at once.
 
@@ -91,6 +96,7 @@ def merge_attention(params: MergeParams, stream=None) -> Status:
     return _OK
 
 
+@watched
 def backward(params: BackwardParams, stream=None) -> Status:
     """The gradients dq, dk and dv of a `forward` call, enqueued on a stream; returns at once.
 
@@ -130,6 +136,7 @@ def _warm_other(planning, runtime, params, stream) -> Status:
 
 def _first_call(params, values: tuple | None, stream) -> Status:
     """`forward` of a shape that this thread has not launched yet, or in another way."""
+    first_calls.add()
     p = _plain(params) if values is None else plain(params, values)
     if p is not params:  # values that are not plain may change and still be the same objects
         values = None
