@@ -1,0 +1,199 @@
+"""The operators on a CUDA device: calls of `forward`, `backward` and `merge_attention` on torch's current stream.
+
+All memory is torch's. What is allocated and used on one stream needs no events; in a capture of a CUDA graph it comes
+from the graph's own pool, so that each graph has its own workspaces and counters.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from .. import api
+from ..arrays.call import refusal
+from ..contract.merge import MergeParams
+from ..contract.plain import plain
+from ..contract.status import Problem
+from ..planning.operations import checked, operation_of
+from .calls import (
+    FIELDS,
+    NUM_TENSORS,
+    OUT_DTYPE,
+    BackwardCall,
+    ForwardCall,
+    MergeCall,
+    backward_params,
+    forward_params,
+    key_of,
+    lse_shape,
+    merge_params,
+    new_merged,
+)
+
+MAX_PLANS = 512  # that a thread remembers; the next one starts anew
+BYTES_PER_COUNTER = 32  # of split-KV's workspace, which goes with an eighth of its bytes of tile_counter
+TMA_BYTES = 16
+
+
+class Plan:
+    """A call that was checked: what it needs, and its params, of which only addresses change.
+
+    optional   (place in the call, field) of the tensors that not every call has
+    """
+
+    __slots__ = "params", "optional", "lse_shape", "out_dtype", "workspace_bytes", "num_counters"
+
+    def __init__(self, call: ForwardCall):
+        self.params = forward_params(call)
+        shape = checked(plain(self.params))
+        if isinstance(shape, Problem):
+            raise refusal(shape)
+        first, names = 3, ForwardCall._fields[: NUM_TENSORS[ForwardCall]]
+        self.optional = tuple(
+            (place, FIELDS.get(name, name))
+            for place, name in enumerate(names)
+            if place >= first and call[place] is not None
+        )
+        self.lse_shape, self.out_dtype = lse_shape(call.q), OUT_DTYPE.get(call.q.dtype, call.q.dtype)
+        self.workspace_bytes = 0 if call.q.numel() == 0 else operation_of(shape).workspace_bytes
+        self.num_counters = max(1, -(-self.workspace_bytes // BYTES_PER_COUNTER))
+
+
+class BackwardPlan:
+    """As Plan, of a backward pass."""
+
+    __slots__ = "params", "optional", "workspace_bytes"
+
+    def __init__(self, call: BackwardCall):
+        self.params = backward_params(call)
+        self.workspace_bytes = api.backward_workspace_size(self.params)
+        names = BackwardCall._fields[: NUM_TENSORS[BackwardCall]]
+        self.optional = tuple((place, name) for place, name in enumerate(names) if call[place] is not None)
+
+
+class _Thread(threading.local):
+    """A thread's plans, whose params are filled in and used at once; by key_of their calls."""
+
+    def __init__(self):
+        self.plans: dict[tuple, Plan] = {}
+        self.backward_plans: dict[tuple, BackwardPlan] = {}
+
+
+_thread = _Thread()
+
+
+def forward(call: ForwardCall, wants_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(out, LSE) of `fa3_cute::forward`; None for an LSE that is not wanted."""
+    q, k, v, *_ = call
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        call = call._replace(q=_with_unit_stride(q), k=_with_unit_stride(k), v=_with_unit_stride(v))
+        q, k, v, *_ = call
+    key = key_of(call)
+    plan = _thread.plans.get(key)
+    if plan is None:
+        plan = _remember(_thread.plans, key, Plan(call))
+    out = torch.empty(q.shape, dtype=plan.out_dtype, device=q.device)
+    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device) if wants_lse else None
+    if not out.numel():
+        return out, lse
+    params = plan.params
+    params.q, params.k, params.v, params.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    params.softmax_lse = None if lse is None else lse.data_ptr()
+    for place, field in plan.optional:
+        setattr(params, field, call[place].data_ptr())
+    _launch(q, _forward, plan)
+    return out, lse
+
+
+def _forward(plan: Plan, device: torch.device, stream: int) -> None:
+    params = plan.params
+    workspace = counters = None
+    if plan.workspace_bytes:
+        workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
+        params.workspace, params.workspace_bytes = workspace.data_ptr(), plan.workspace_bytes
+    if torch.cuda.is_current_stream_capturing():  # else the library's, of the stream
+        counters = torch.zeros(plan.num_counters, dtype=torch.int32, device=device)
+    params.tile_counter = None if counters is None else counters.data_ptr()
+    status = api.forward(params, stream)
+    if status:
+        status.check()
+
+
+def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of `fa3_cute::backward`; 0 in rows that no sequence uses."""
+    call = call._replace(
+        **{name: _for_tma(getattr(call, name)) for name in ("dout", "q", "k", "v", "out")},
+        softmax_lse=call.softmax_lse.contiguous(),
+        dlse=None if call.dlse is None else call.dlse.contiguous(),
+    )
+    key = key_of(call)
+    plan = _thread.backward_plans.get(key)
+    if plan is None:
+        plan = _remember(_thread.backward_plans, key, BackwardPlan(call))
+    has_lengths = any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k))
+    new = torch.zeros if has_lengths else torch.empty
+    grads = [new(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v)]
+    params = plan.params
+    for place, name in plan.optional:
+        setattr(params, name, call[place].data_ptr())
+    params.dq, params.dk, params.dv = [x.data_ptr() for x in grads]
+    if call.q.numel() or call.k.numel():
+        _launch(call.q, _backward, plan)
+    return grads[0], grads[1], grads[2]
+
+
+def _backward(plan: BackwardPlan, device: torch.device, stream: int) -> None:
+    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
+    plan.params.workspace, plan.params.workspace_bytes = workspace.data_ptr() or None, plan.workspace_bytes
+    api.backward(plan.params, stream).check()
+
+
+def merge(call: MergeCall) -> tuple[Tensor, Tensor]:
+    """(out, LSE) of `fa3_cute::merge_attention`."""
+    call = MergeCall(*map(_for_tma, call))
+    params = merge_params(call)
+    out, lse = new_merged(call)
+    params.out_a, params.lse_a, params.out_b, params.lse_b = [x.data_ptr() for x in call]
+    params.out, params.lse = out.data_ptr(), lse.data_ptr()
+    if out.numel():
+        _launch(out, _merge, params)
+    return out, lse
+
+
+def _merge(params: MergeParams, device: torch.device, stream: int) -> None:
+    api.merge_attention(params, stream).check()
+
+
+# ---- tensors, devices, plans -----------------------------------------------------------------------------------------
+
+
+def _launch(x: Tensor, call, what) -> None:
+    """call(what, device, stream) with the tensor's device made current, and its current stream: the handle of a default
+    stream does not say which device is meant."""
+    device = x.device
+    if device.index == torch.cuda.current_device():
+        call(what, device, torch.cuda.current_stream(device).cuda_stream)
+        return
+    with torch.cuda.device(device):
+        call(what, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _remember(plans: dict, key: tuple, plan):
+    if len(plans) >= MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """The tensor, copied if TMA cannot read it: autograd hands over gradients of any strides, expanded ones too."""
+    *strides, last = x.stride()
+    multiple = TMA_BYTES // x.element_size()
+    can_be_read = last == 1 and x.data_ptr() % TMA_BYTES == 0
+    if can_be_read and all(stride > 0 and stride % multiple == 0 for stride in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

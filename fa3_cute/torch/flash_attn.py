@@ -1,0 +1,273 @@
+"""flash-attn's functions. Names, order and defaults of arguments are those of FlashAttention-3's
+flash_attn_interface.py; what this library has no kernel for is refused by name."""
+
+import torch
+from torch import Tensor
+
+from ..contract.status import Status, error_for
+from . import ops
+from .calls import ForwardCall, MergeCall
+
+
+def flash_attn_func(
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+    *,
+    s_aux=None,
+):
+    """softmax(softmax_scale * q k^T, masked) v
+
+    q           [batch, seqlen_q, num_heads, head_dim], float16, bfloat16 or float8_e4m3fn
+    k, v        [batch, seqlen_k, num_heads_k, head_dim]; num_heads is a multiple of num_heads_k
+    causal      bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q
+    window_size (left, right) keys around that diagonal, inclusive; -1 is unbounded. With causal right is 0
+    *_descale   FP8 only: float32 [batch, num_heads_k]; q's may be [batch, num_heads] too
+    num_splits  1 never splits keys, 0 is automatic, n exactly n
+    s_aux       [num_heads] float32, bfloat16 or float16: attention sinks; not of FlashAttention-3's own signature
+    deterministic  the same bits of dq in every call; all else has them anyway
+
+    Returns out of q's shape and dtype (FP8: bfloat16), with return_attn_probs (out, LSE): LSE is float32
+    [batch, num_heads, seqlen_q], the natural logarithm, and differentiable. q, k and v have gradients in 16 bit with
+    head_dim 64 and 128. Raises FlashAttentionError with the status of the contract and a sentence.
+    Source: FlashAttention-3 (Shah et al. 2024).
+    """
+    _refuse("qv", qv)
+    call = ForwardCall(
+        q,
+        k,
+        v,
+        q_descale=_by_query_head(q, k, q_descale),
+        k_descale=k_descale,
+        v_descale=v_descale,
+        s_aux=s_aux,
+        softmax_scale=softmax_scale,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
+        is_deterministic=deterministic,
+        **_mask(causal, window_size),
+    )
+    return _attend(call, return_attn_probs)
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+    *,
+    s_aux=None,
+):
+    """`flash_attn_func` of packed sequences.
+
+    q               [total_q, num_heads, head_dim]
+    k, v            [total_k, num_heads_k, head_dim]
+    cu_seqlens_*    int32 [batch + 1]: where each sequence begins, and the end of the last
+    max_seqlen_q    a hint: no sequence has more queries; None is unknown. max_seqlen_k is not needed
+    seqused_*       int32 [batch]: rows of each sequence that are used; out and LSE of the others are anything
+
+    LSE is [num_heads, total_q]. Gradients of rows that no sequence uses are 0.
+    """
+    _refuse("qv", qv)
+    call = ForwardCall(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        q_descale=_by_query_head(q, k, q_descale),
+        k_descale=k_descale,
+        v_descale=v_descale,
+        s_aux=s_aux,
+        softmax_scale=softmax_scale,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        max_seqlen_q=0 if max_seqlen_q is None else max_seqlen_q,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
+        is_deterministic=deterministic,
+        **_mask(causal, window_size),
+    )
+    return _attend(call, return_attn_probs)
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    qv=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    page_table=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    max_seqlen_q=None,
+    rotary_seqlens=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    rotary_interleaved=True,
+    scheduler_metadata=None,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+    return_softmax_lse=False,
+    *,
+    s_aux=None,
+):
+    """`flash_attn_func` over a cache of keys and values.
+
+    q                 [batch, seqlen_q, num_heads, head_dim], or [total_q, ...] with cu_seqlens_q, int32 [batch + 1]
+    k_cache, v_cache  [batch, capacity, num_heads_k, head_dim], or pages [num_pages, page_size, num_heads_k, head_dim]
+    cache_seqlens     int32 [batch]: keys of each sequence, those of q included; an int: of all; None: the capacity
+    cache_batch_idx   int32 [batch]: the entry of the cache, or row of page_table, of each sequence
+    page_table        int32 [batch, max_pages]; needs cache_seqlens
+    max_seqlen_q      a hint, with cu_seqlens_q
+    num_splits        0 is automatic
+
+    k, v, rotary_cos, rotary_sin, cache_leftpad and what goes with them are refused; scheduler_metadata,
+    rotary_interleaved and rotary_seqlens are ignored without them. Returns as flash_attn_func.
+    """
+    for name, value in (("k", k), ("v", v), ("cu_seqlens_k_new", cu_seqlens_k_new), ("qv", qv)):
+        _refuse(name, value)
+    for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("rotary_seqlens", rotary_seqlens)):
+        _refuse(name, value, Status.ROTARY_UNSUPPORTED)
+    _refuse("cache_leftpad", cache_leftpad)
+    if isinstance(cache_seqlens, (int, torch.SymInt)):
+        is_dense = page_table is None and cu_seqlens_q is None
+        q_batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        k_cache, v_cache, cache_seqlens = _cut(k_cache, v_cache, cache_seqlens, q_batch, is_dense)
+    call = ForwardCall(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q,
+        seqused_k=cache_seqlens,
+        page_table=page_table,
+        kv_batch_idx=cache_batch_idx,
+        q_descale=_by_query_head(q, k_cache, q_descale),
+        k_descale=k_descale,
+        v_descale=v_descale,
+        s_aux=s_aux,
+        softmax_scale=softmax_scale,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        max_seqlen_q=max_seqlen_q if max_seqlen_q is not None and cu_seqlens_q is not None else 0,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        sm_margin=sm_margin,
+        **_mask(causal, window_size),
+    )
+    return _attend(call, return_softmax_lse)
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, LSE) of attention over the keys of both of two results over disjoint keys.
+
+    out_a, out_b   [batch, seqlen_q, num_heads, head_dim], or [rows, num_heads, head_dim]; float16, bfloat16 or float32
+    lse_a, lse_b   float32 [batch, num_heads, seqlen_q], or [num_heads, rows]; natural logarithms, -inf: saw no key
+
+    Sums are float32. Not differentiable: raises FlashAttentionError where a gradient is asked for.
+    """
+    return torch.ops.fa3_cute.merge_attention(*MergeCall(out_a, lse_a, out_b, lse_b))
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+_INSTEAD = {
+    "k": "append to the cache before the call",
+    "v": "append to the cache before the call",
+    "cu_seqlens_k_new": "append to the cache before the call",
+    "qv": "MLA's second product has no kernel",
+    "rotary_cos": "rotate q and k before the call",
+    "rotary_sin": "rotate q and k before the call",
+    "rotary_seqlens": "rotate q and k before the call",
+    "cache_leftpad": "cache_seqlens gives the used length of each sequence",
+}
+
+
+def _refuse(name: str, value, status: Status = Status.FEATURE_UNSUPPORTED) -> None:
+    if value is not None:
+        raise error_for(status, f"{name}: must be None; {_INSTEAD[name]}")
+
+
+def _attend(call: ForwardCall, wants_lse: bool):
+    out, lse = ops.attend(call, wants_lse)
+    return (out, lse) if wants_lse else out
+
+
+def _mask(causal: bool, window_size) -> dict:
+    """flash-attn's causal windows end at the diagonal, whatever their right bound is."""
+    left, right = window_size
+    if not causal or left < 0:
+        bounds = (-1, -1) if causal else (left, right)
+        return {"is_causal": causal, "window_size_left": bounds[0], "window_size_right": bounds[1]}
+    return {"window_size_left": left, "window_size_right": 0}
+
+
+def _by_query_head(q: Tensor, k: Tensor, descale: Tensor | None) -> Tensor | None:
+    """flash-attn has one q_descale for the query heads of a KV head, this library one for each."""
+    if descale is None or descale.dim() != 2 or descale.shape[1] == q.shape[-2] or descale.shape[1] != k.shape[-2]:
+        return descale
+    return descale.repeat_interleave(q.shape[-2] // k.shape[-2], dim=1)
+
+
+def _cut(k: Tensor, v: Tensor, length, batch: int, is_dense: bool):
+    """(k, v, seqused_k) of a cache of which each sequence uses so many rows: a slice where that is one."""
+    if not is_dense:
+        return k, v, torch.full((batch,), length, dtype=torch.int32, device=k.device)
+    if not 0 <= length <= k.shape[1]:
+        sentence = f"cache_seqlens={length}: must be from 0 to the capacity of the cache, {k.shape[1]}"
+        raise error_for(Status.INVALID_SHAPE, sentence)
+    if length == 0:
+        return k, v, torch.zeros(batch, dtype=torch.int32, device=k.device)
+    return k[:, :length], v[:, :length], None

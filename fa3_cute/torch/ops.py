@@ -1,0 +1,149 @@
+"""The operators `fa3_cute::forward`, `backward` and `merge_attention` of torch, and how eager calls spare them.
+
+The dispatcher costs a call of so many arguments about as much as all else: tensors of a device whom nobody watches go
+to it directly. In graphs, under modes and for other tensors the operator stands.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..contract.status import Status, error_for
+from . import device, host
+from .calls import BackwardCall, ForwardCall, MergeCall, OUT_DTYPE, lse_shape, new_merged, schema
+
+_library = torch.library.Library("fa3_cute", "DEF")
+
+
+def _define(name: str, kind, results: int, on_host, on_device, fake) -> None:
+    """One operator; implementations take a call of this kind."""
+    _library.define(name + schema(kind, results), tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, lambda *args, **options: on_host(kind(*args, **options)), "CPU")
+    _library.impl(name, lambda *args, **options: on_device(kind(*args, **options)), "CUDA")
+    torch.library.register_fake(
+        f"fa3_cute::{name}", lambda *args, **options: fake(kind(*args, **options)), lib=_library
+    )
+
+
+def _new_results(call: ForwardCall) -> tuple[Tensor, Tensor]:
+    q = call.q
+    out = torch.empty(q.shape, dtype=OUT_DTYPE.get(q.dtype, q.dtype), device=q.device)
+    return out, torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
+
+
+def _new_gradients(call: BackwardCall) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
+
+
+_define("forward", ForwardCall, 2, host.forward, device.forward, _new_results)
+_define("backward", BackwardCall, 3, host.backward, device.backward, _new_gradients)
+_define("merge_attention", MergeCall, 2, host.merge, device.merge, new_merged)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+# What backward does not differentiate (contract/backward_rules.py), and its value where it is off.
+_NOT_DIFFERENTIATED = {"page_table": None, "kv_batch_idx": None, "s_aux": None, "attention_chunk": 0, "softcap": 0.0}
+
+
+def require_differentiable(call: ForwardCall) -> None:
+    """Raise where backward would, before forward has run: a sentence that names the argument."""
+    for name, off in _NOT_DIFFERENTIATED.items():
+        value = getattr(call, name)
+        if value is not off and (off is None or value != off):
+            stated = name if isinstance(value, Tensor) else f"{name}={value}"
+            _refuse(f"{stated}: must be {off} where a gradient is asked for")
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
+    if call.q.shape[-1] not in (64, 128):
+        _refuse(f"head_dim={call.q.shape[-1]}: must be 64 or 128 where a gradient is asked for")
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is None:
+        _refuse("cu_seqlens_k=None: must be given with cu_seqlens_q where a gradient is asked for")
+
+
+def _refuse(what: str) -> None:
+    sentence = f"{what}: backward has no kernel for it yet; or call under torch.no_grad()"
+    raise error_for(Status.FEATURE_UNSUPPORTED, sentence)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    call = ForwardCall(*inputs)
+    require_differentiable(call)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*call[:7], *output)
+    ctx.options = call.softmax_scale, call.is_causal, call.window_size_left, call.window_size_right
+    ctx.is_deterministic = call.is_deterministic
+
+
+def _backward_call(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> BackwardCall:
+    q, k, v, *lengths, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    return BackwardCall(dout, q, k, v, out, lse, dlse, *lengths, *ctx.options, ctx.is_deterministic)
+
+
+_NO_GRADIENTS = (None,) * (len(ForwardCall._fields) - 3)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    return *torch.ops.fa3_cute.backward(*_backward_call(ctx, dout, dlse)), *_NO_GRADIENTS
+
+
+torch.library.register_autograd("fa3_cute::forward", _differentiate, setup_context=_save, lib=_library)
+
+
+class Attention(torch.autograd.Function):
+    """`fa3_cute::forward` and its gradient, past the dispatcher."""
+
+    @staticmethod
+    def forward(*inputs):  # type: ignore[override]
+        """(out, LSE)"""
+        return device.forward(ForwardCall(*inputs))
+
+    setup_context = staticmethod(_save)  # type: ignore[assignment]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):  # type: ignore[override]
+        """Those of q, k and v."""
+        return *device.backward(_backward_call(ctx, dout, dlse)), *_NO_GRADIENTS
+
+
+def _has_no_gradient(name: str, instead: str) -> None:
+    """Of an operator whose results are not differentiated, which must not be for want of a formula, in silence."""
+
+    def save(ctx, inputs, output):
+        raise error_for(Status.FEATURE_UNSUPPORTED, f"{name}: has no gradient; {instead}")
+
+    torch.library.register_autograd(f"fa3_cute::{name}", lambda ctx, *grads: None, setup_context=save, lib=_library)
+
+
+_has_no_gradient("backward", "attention is differentiated once")
+_has_no_gradient("merge_attention", "call it under torch.no_grad()")
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+def attend(call: ForwardCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out, LSE); an LSE that is not wanted may be None."""
+    q, k, v, *_ = call
+    if torch.compiler.is_compiling() or not is_plain(q):
+        return torch.ops.fa3_cute.forward(*call)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return Attention.apply(*call)  # type: ignore[return-value]
+    return device.forward(call, wants_lse)
+
+
+def is_plain(x: Tensor) -> bool:
+    """A tensor of a CUDA device, of which no mode, subclass or transform wants to know what is done with it."""
+    return (
+        x.is_cuda
+        and type(x) in _PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
