@@ -78,7 +78,8 @@ def read(name: str, wanted: int | None) -> Iterator[dict[str, Any]]:
         try:
             if (record := parsed(line)) is None:
                 continue
-            facts |= {"call": record[KEY], "record": record, "params": params_of(record)}
+            facts |= {"call": record[KEY], "record": record}
+            facts["params"] = params_of(record)
             problems = explain(stood_in(facts["params"]))
             yield facts | ({"problem": str(problems[0])} if problems else {})
         except Unreadable as error:
