@@ -143,12 +143,15 @@ def _first_call(params, values: tuple | None, stream) -> Status:
     shape = operations.checked(p, values)
     if isinstance(shape, Problem):
         return record_error(*shape)
-    if shape.seqlen_q == 0:
-        return _OK  # packed: no row to write
+    if shape.seqlen_q == 0:  # packed: no row to write
+        if not shape.append or not shape.append.has_new:
+            return _OK
+        p = replace(p, q=p.q or p.k, out=p.out or p.k)  # neither is looked at
     if shape.seqlen_k == 0:  # nothing of k and v is read, but TMA's descriptors are made: of an address that is one
         p = replace(p, k=p.k or p.q, v=p.v or p.q)
     launcher = _launcher()
-    call = launcher.launch_all(operation_of(shape).launches, shape, launcher.addresses_of(p), stream)
+    launch_all = _appender().launch_all if shape.append else launcher.launch_all
+    call = launch_all(operation_of(shape).launches, shape, launcher.addresses_of(p), stream)
     if values is not None:
         _thread.remember(values, Repeatable(values, call, shape, p, _resolved))
     return _OK
@@ -248,6 +251,13 @@ def _merger():
     from .runtime import merge  # as _launcher
 
     return merge
+
+
+@cache
+def _appender():
+    from .runtime import append  # as _launcher
+
+    return append
 
 
 @cache

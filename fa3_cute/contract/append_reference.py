@@ -57,7 +57,8 @@ def updated(q: np.ndarray, k: np.ndarray, v: np.ndarray, options: Any) -> tuple[
     _check(k, options)
     q_rows = used_rows(q, options.cu_seqlens_q, options.seqused_q)
     batch, has_new = len(q_rows), options.k_new is not None
-    starts, used, new_rows = np.zeros(batch, int), options.seqused_k, []
+    starts = old = np.zeros(batch, int)
+    used, new_rows = options.seqused_k, []
     if has_new:
         capacity = _capacity(k, options)
         starts = old = np.minimum(used, capacity)

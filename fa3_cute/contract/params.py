@@ -92,6 +92,15 @@ def _size(*takers: str, varies: bool = True):
     return _field(0, "size", takers=takers, varies=varies)
 
 
+def _new(element: str, alignment: int):
+    """Of what is done before attention, by a kernel with an entry of its own (append.py)."""
+    return _field(None, "pointer", element=element, alignment=alignment, varies=True)
+
+
+def _new_stride():
+    return _field(None, "stride", varies=True)
+
+
 def _refused(status: Status, default=None, kind: str = "pointer", instead: str = ""):
     return _field(default, kind, refused=status, instead=instead)
 
@@ -221,16 +230,35 @@ class FlashAttentionParams:
     # workspace_size(params) / 8 bytes. Launches that may run at the same time must not share them.
     tile_counter: int | None = _field(None, "pointer", element="int32", alignment=4, varies=True)
 
+    # Rows that the call itself writes behind the seqused_k rows of each sequence, which are those before the call, and
+    # then attends. [batch, seqlen_knew, num_heads_k, head_dim], packed [seqlen_knew, num_heads_k, head_dim] with
+    # cu_seqlens_k_new, int32 [batch + 1]; of dtype, 16-byte aligned, last dimension contiguous.
+    k_new: int | None = _new("bytes", 16)
+    v_new: int | None = _new("bytes", 16)
+    seqlen_knew: int = _size()
+    cu_seqlens_k_new: int | None = _new("int32", 4)
+    k_new_batch_stride: int | None = _new_stride()
+    k_new_row_stride: int | None = _new_stride()
+    k_new_head_stride: int | None = _new_stride()
+    v_new_batch_stride: int | None = _new_stride()
+    v_new_row_stride: int | None = _new_stride()
+    v_new_head_stride: int | None = _new_stride()
+    # Rotary positions of q and k_new: cosines and sines [rotary_positions, rotary_dim / 2], rows of rotary_row_stride
+    # elements (None: contiguous), 16-byte aligned, of rotary_dtype (None: dtype; or FP32). Pairs are (2i, 2i + 1) if
+    # interleaved, else (i, i + rotary_dim / 2). rotary_positions 0: as many as the keys can be.
+    rotary_cos: int | None = _new("bytes", 16)
+    rotary_sin: int | None = _new("bytes", 16)
+    rotary_dim: int = _size()
+    rotary_positions: int = _size()
+    rotary_interleaved: bool = _field(False, "flag")
+    rotary_dtype: DataType | None = _field(None, "choice")
+    rotary_row_stride: int | None = _new_stride()
+    seqlens_rotary: int | None = _new("int32", 4)  # int32 [batch]: the position of the first new key
+
     # Known by name, refused while set.
-    rotary_cos: int | None = _refused(Status.ROTARY_UNSUPPORTED, instead="rotate q and k before the call")
-    rotary_sin: int | None = _refused(Status.ROTARY_UNSUPPORTED, instead="rotate q and k before the call")
-    rotary_dim: int = _refused(Status.ROTARY_UNSUPPORTED, 0, "count", "rotate q and k before the call")
     leftpad_k: int | None = _refused(
         Status.FEATURE_UNSUPPORTED, instead="seqused_k gives the used length of each sequence"
     )
-    k_new: int | None = _refused(Status.FEATURE_UNSUPPORTED, instead="append to k and v before the call")
-    v_new: int | None = _refused(Status.FEATURE_UNSUPPORTED, instead="append to k and v before the call")
-    seqlen_knew: int = _refused(Status.FEATURE_UNSUPPORTED, 0, "count", "append to k and v before the call")
 
 
 ARGUMENTS: dict[str, Argument] = {item.name: item.metadata["argument"] for item in fields(FlashAttentionParams)}

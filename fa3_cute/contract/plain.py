@@ -51,6 +51,9 @@ OFF_AS_ZERO = frozenset(
     (
         "workspace_bytes",
         "alibi_batch_stride",
+        "seqlen_knew",
+        "rotary_dim",
+        "rotary_positions",
         *(name for name, argument in ARGUMENTS.items() if argument.kind == "stride" and argument.is_fp8),
     )
 )

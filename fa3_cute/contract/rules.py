@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
+from .append import fp8_rotary, new_keys, new_sizes, rotary
 from .formats import FP8_HEAD_DIMS, HEAD_DIMS, MAX_SPLITS
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
 from .mod_rules import block_mask, listed_blocks, mod_arguments, mods
@@ -276,6 +277,7 @@ RULES = (
     Rule(Status.INVALID_SHAPE, descale_strides, concerns=has_descale_strides),
     Rule(Status.INVALID_SHAPE, alibi_stride, concerns=has_alibi_stride),
     Rule(Status.INVALID_SHAPE, mask_strides),
+    Rule(Status.INVALID_SHAPE, new_sizes),
     Rule(Status.MODE_MISMATCH, _decode, concerns=_is_decode),
     Rule(Status.INVALID_ARGUMENT, _alignment),
     Rule(Status.INVALID_ARGUMENT, _choices, of_choices=True),
@@ -286,14 +288,16 @@ RULES = (
     Rule(Status.INVALID_ARGUMENT, mods, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, mod_arguments),
     Rule(Status.INVALID_ARGUMENT, block_mask),
+    Rule(Status.INVALID_ARGUMENT, new_keys),
     Rule(Status.INVALID_ARGUMENT, _workspace),
     Rule(Status.INVALID_ARGUMENT, _descales, concerns=_has_no_descales),
     Rule(Status.SOFTCAP_UNSUPPORTED, softcap, of_choices=True),
     Rule(Status.SPLIT_KV_UNSUPPORTED, _num_splits, of_choices=True),
     Rule(Status.SPLIT_KV_UNSUPPORTED, fixed_splits, concerns=has_fixed_splits),
     Rule(Status.PAGED_KV_UNSUPPORTED, pages),
-    Rule(Status.ROTARY_UNSUPPORTED, _off(Status.ROTARY_UNSUPPORTED), of_choices=True),
+    Rule(Status.ROTARY_UNSUPPORTED, rotary),
     Rule(Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED), of_choices=True),
+    Rule(Status.FEATURE_UNSUPPORTED, fp8_rotary),
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
     Rule(Status.FEATURE_UNSUPPORTED, listed_blocks),
 )

@@ -65,7 +65,7 @@ _MEANING = {
     Status.PACK_GQA_UNSUPPORTED: "pack_gqa is not supported (reserved: this library supports it)",
     Status.SPLIT_KV_UNSUPPORTED: "num_splits, max_num_splits and fixed_split_size must give at most 256 splits",
     Status.PAGED_KV_UNSUPPORTED: "page_table, page_size, num_pages, seqused_k and seqlen_k do not fit together",
-    Status.ROTARY_UNSUPPORTED: "rotary embeddings are not supported",
+    Status.ROTARY_UNSUPPORTED: "rotary_cos, rotary_sin, rotary_dim and what belongs to them do not fit together",
     Status.FEATURE_UNSUPPORTED: "the call asks for a feature that is not supported",
     Status.CUDA_ERROR: "a CUDA call failed",
     Status.UNSUPPORTED_DEVICE: "needs a CUDA driver and a GPU of compute capability 9.0 (Hopper)",

@@ -15,6 +15,7 @@ from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
+from .append import append_plan
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import decode_row
 from .packing import packed_heads_of_window
@@ -35,8 +36,8 @@ class Launch(NamedTuple):
 
     config    the kernel, as its compile-time choices
     reason    the measurement behind the config's row of the tables
-    scratch   what it needs of the library's memory: "tile_counter", "splits" or "none"
-    plan      of split-KV (a SplitPlan), None where K and V are never split
+    scratch   what it needs of the library's memory: "tile_counter", "splits", "append" or "none"
+    plan      of split-KV (a SplitPlan), None where K and V are never split; of what is ahead an AppendPlan
     sm_margin   SMs that a persistent grid leaves free
     ragged      has_padding and decode_queries (arguments.RAGGED_COUNTS) of the forward kernel
     """
@@ -68,11 +69,20 @@ class Operation(NamedTuple):
     @property
     def workspace_bytes(self) -> int:
         """What a caller's workspace must hold."""
-        return max(launch.plan.partial_bytes if launch.plan else 0 for launch in self.launches)
+        return max((launch.plan.partial_bytes if launch.plan else 0 for launch in self.launches), default=0)
 
 
 def operation_of(shape: ProblemShape) -> Operation:
-    """The operation that serves a problem."""
+    """The operation that serves a problem; what is done ahead of attention is its first launch."""
+    if shape.append is None:
+        return _attention_of(shape)
+    attention = _attention_of(shape) if shape.seqlen_q else Operation(())
+    config: Any = shape.append.config
+    plan = append_plan(shape.append, attention.workspace_bytes)
+    return Operation((Launch(config, "as fast as memory", "append", plan), *attention.launches))
+
+
+def _attention_of(shape: ProblemShape) -> Operation:
     dtype, head_dim, out_dtype = shape.dtype, shape.head_dim, shape.out_dtype
     features = features_of(shape)
     has_decode, has_forward, decode_queries = kernels_of(shape)

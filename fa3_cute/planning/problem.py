@@ -30,6 +30,7 @@ from ..contract.mod_rules import arrays_of
 from ..contract.mods import MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER, SIZES
 from ..contract.scores import MASK_STRIDES
 from ..contract.strides import DESCALE_STRIDES, STRIDES
+from .append import AppendShape, append_shape
 
 LENGTHS = tuple(name for name in names(kind="pointer", element="int32") if ARGUMENTS[name].takers)
 _CONTIGUOUS = (None,) * len(STRIDES)
@@ -93,6 +94,7 @@ class ProblemShape(NamedTuple):
     strides             in elements, in the order of STRIDES, then of the page table, of FP8 those of DESCALE_STRIDES,
                         of the slopes, of MASK_STRIDES; 0 without
     workspace, tile_counter   addresses of the caller's, 0 if there is none
+    append              what is done ahead of attention; None: nothing
     """
 
     dtype: str
@@ -133,6 +135,7 @@ class ProblemShape(NamedTuple):
     workspace: int
     tile_counter: int
     mod_values: tuple[float, ...]
+    append: AppendShape | None = None
 
     @property
     def element_bytes(self) -> int:
@@ -206,7 +209,7 @@ class ProblemShape(NamedTuple):
             strides += _descale_strides_of(p)
         given = _read_optionals(p)
         optionals = tuple([name for name, value in zip(OPTIONALS, given, strict=True) if value]) if any(given) else ()
-        return ProblemShape._make(
+        shape = ProblemShape._make(
             chosen
             + (
                 packed,
@@ -226,8 +229,12 @@ class ProblemShape(NamedTuple):
                 p.workspace or 0,
                 p.tile_counter or 0,
                 _mod_values_of(p) if p.score_mod or p.mask_mod else (),
+                None,
             )
         )
+        if not (p.k_new or p.rotary_cos):
+            return shape
+        return shape._replace(append=append_shape(p, shape))
 
 
 def chosen_by(p: FlashAttentionParams) -> Chosen:

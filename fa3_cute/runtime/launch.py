@@ -113,7 +113,7 @@ def require_loaded(steps, stream=None) -> None:
 
 def prepare_workspace(step: Launch, shape: ProblemShape, stream=None) -> None:
     """Make the scratch memory that `launch` would need on this stream, which `ensure_loaded` knows."""
-    if step.scratch == "splits" and not shape.workspace:
+    if step.scratch in ("splits", "append") and not shape.workspace:
         handle = resolve_stream(stream)
         with device_made_current(handle):
             identity = 0 if is_capturing(handle) else stream_id(handle)

@@ -207,18 +207,7 @@ REFUSED = [
         for value in (-1, float("nan"), float("inf"), 1e39, 1e-39, "30", True)
     ),
     *((-13, DENSE, {"num_splits": value}, (f"num_splits={value}", "256")) for value in (-1, 257)),
-    *(
-        (status, DENSE, {name: value}, (f"{name}={value!r}", "None or 0", "not supported"))
-        for status, name, value in (
-            (-15, "rotary_cos", A),
-            (-15, "rotary_sin", A),
-            (-15, "rotary_dim", 64),
-            (-16, "leftpad_k", A),
-            (-16, "k_new", A),
-            (-16, "v_new", A),
-            (-16, "seqlen_knew", 128),
-        )
-    ),
+    (-16, DENSE, {"leftpad_k": A}, (f"leftpad_k={A}", "None or 0", "not supported")),
 ]
 
 

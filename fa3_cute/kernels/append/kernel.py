@@ -1,0 +1,208 @@
+"""Ahead of attention: rotates q into scratch memory, rotates and writes new keys and values into the cache.
+
+contract/append_reference.py says what comes out. A CTA has one token, of the queries, then of the new keys and values;
+behind these, CTAs have a sequence per thread and write its length with the new rows. A thread has one piece of 16 bytes
+of one head, of k and of v both. The other half of a pair that is not in its piece it reads as well: each byte of q and
+k_new is read twice, the second time from L1, and no thread waits for another.
+"""
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, const_expr
+
+from ...planning.append import AppendConfig
+from ..common.arithmetic import ceil_div, maximum, minimum
+from ..common.entry import flat_entry
+from ..common.layout import ELEMENT_TYPES, tensor_view
+from .rows import Cache, Rows
+
+Divisor = cute.FastDivmodDivisorV2
+PIECE_BYTES = 16
+
+
+@dataclass(frozen=True)
+class AppendWork:
+    """Extents of a launch's work.
+
+    num_queries, num_new   tokens, of all sequences
+    num_heads, num_heads_k
+    pieces                 of a row
+    """
+    num_queries: Int32
+    num_new: Int32
+    num_heads: Int32
+    num_heads_k: Int32
+    pieces: Divisor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """mCos, mSin (positions, rotary_dim / 2); query_step: positions from a query to the next, 0 or 1."""
+    mCos: cute.Tensor
+    mSin: cute.Tensor
+    rotary_dim: Int32
+    query_step: Int32
+
+
+@dataclass(frozen=True)
+class AppendTensors:
+    """(rows, head_dim, heads, batch) all but the lengths: q and what becomes of it, new rows, lengths with them."""
+    mQ: cute.Tensor
+    mRotatedQ: cute.Tensor
+    mK_new: cute.Tensor
+    mV_new: cute.Tensor
+    new_lengths: cute.Tensor
+
+
+@flat_entry(AppendConfig.arguments)
+class AppendKeys:
+    """The kernel of one config. Compile `__call__`: its parameters are AppendConfig.arguments, in order."""
+
+    def __init__(self, cfg: AppendConfig):
+        self.cfg = cfg
+
+    # ---- host side: traced once per config, runs at every launch ------------------------------
+    @cute.jit
+    def launch(self, a):
+        """Rotate q and the new keys, write new keys and values behind the old ones: before attention.
+
+        Pointers, strides (in elements) and sizes as in contract/append.py.
+        """
+        cfg = self.cfg
+        work = AppendWork(a.num_queries, a.num_new, a.num_heads, a.num_heads_k,
+                          Divisor(a.head_dim // self.columns))
+        # Extents mean nothing to ordinary loads and stores: those of packed rows are others.
+        mQ = tensor_view(a, "q", (a.seqlen_q, a.head_dim, a.num_heads, a.batch_size))
+        aligned = cute.assume(a.head_dim, divby=self.columns)
+        row = cute.assume(cutlass.Int64(a.num_heads) * a.head_dim, divby=self.columns)
+        rotated = cute.make_layout((a.seqlen_q, a.head_dim, a.num_heads, a.batch_size),
+                                   stride=(row, 1, aligned, cute.assume(row * a.seqlen_q, divby=self.columns)))
+        mK_new, mV_new = (tensor_view(a, name, (a.seqlen_knew, a.head_dim, a.num_heads_k, a.batch_size))
+                          for name in ("k_new", "v_new"))
+        t = AppendTensors(mQ, cute.make_tensor(a.rotated_q, rotated), mK_new, mV_new,
+                          cute.make_tensor(a.new_lengths, cute.make_layout(a.batch_size)))
+        rotary = self.rotary(a) if const_expr(cfg.rotary) else None
+        self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
+        length_ctas = ceil_div(a.batch_size, cfg.num_threads) if a.num_new > 0 else Int32(0)
+        heads = maximum(a.num_heads if a.num_queries > 0 else Int32(0), a.num_heads_k)
+        self.kernel(t, Rows.create(a), Cache.create(a), rotary, work).launch(
+            grid=(a.num_queries + a.num_new + length_ctas,
+                  ceil_div(heads * (a.head_dim // self.columns), cfg.num_threads), 1),
+            block=(cfg.num_threads, 1, 1), use_pdl=True, stream=a.stream)
+
+    @property
+    def columns(self) -> int:
+        """Elements of a piece."""
+        return 8 * PIECE_BYTES // ELEMENT_TYPES[self.cfg.dtype].width
+
+    def rotary(self, a) -> Rotary:
+        """The tables, whose elements the config knows."""
+        element = ELEMENT_TYPES[self.cfg.table_dtype]
+        stride = cute.assume(a.rotary_row_stride, divby=8 * PIECE_BYTES // element.width)
+        layout = cute.make_layout((a.rotary_positions, a.rotary_dim // 2), stride=(stride, 1))
+        mCos, mSin = (cute.make_tensor(cute.recast_ptr(pointer, dtype=element), layout)
+                      for pointer in (a.rotary_cos, a.rotary_sin))
+        return Rotary(mCos, mSin, a.rotary_dim, a.query_step)
+
+    # ---- device side --------------------------------------------------------------------------
+    @cute.kernel
+    def kernel(self, t: AppendTensors, rows: Rows, cache: Cache, rotary, work: AppendWork):
+        """The role of the CTA. What attention reads by TMA is written by ordinary stores: hence the fence."""
+        token, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
+        index = cute.arch.block_idx()[1] * self.cfg.num_threads + thread
+        head, piece = divmod(index, work.pieces)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        if token < work.num_queries:
+            if const_expr(self.cfg.rotary):
+                self.rotate_query(t, rows, rotary, token, head, piece, head < work.num_heads)
+        elif token < work.num_queries + work.num_new:
+            self.append(t, rows, cache, rotary, token - work.num_queries, head, piece, head < work.num_heads_k)
+        elif cute.arch.block_idx()[1] == 0:
+            sequence = (token - work.num_queries - work.num_new) * self.cfg.num_threads + thread
+            if sequence < rows.batch_size:
+                t.new_lengths[sequence] = minimum(rows.old_length(sequence) + rows.num_new(sequence), rows.seqlen_k)
+        cute.arch.fence_proxy("async.global")
+
+    @cute.jit
+    def rotate_query(self, t: AppendTensors, rows: Rows, rotary: Rotary, token: Int32, head: Int32, piece: Int32,
+                     has_piece):
+        """One query's piece, to scratch memory; queries that are not used are not read."""
+        sequence, row, place, batch = rows.query(token)
+        first, num_queries = rows.query_start(sequence), rows.num_queries(sequence)
+        if has_piece and row < num_queries:
+            position = rows.position(first + row * rotary.query_step)
+            source, target = t.mQ[place, None, head, batch], t.mRotatedQ[place, None, head, batch]
+            self.write_rotated(source, target, rotary, position, piece)
+
+    @cute.jit
+    def append(self, t: AppendTensors, rows: Rows, cache: Cache, rotary, token: Int32, head: Int32, piece: Int32,
+               has_piece):
+        """A piece of one new key and of its value, to the cache, if there is room for it."""
+        sequence, row, place, batch = rows.new_row(token)
+        old = rows.old_length(sequence)
+        page, within, exists = cache.find(sequence, old + row, rows.seqlen_k)
+        if has_piece and exists and row >= 0 and row < rows.num_new(sequence):
+            source, target = t.mK_new[place, None, head, batch], cache.mK[within, None, head, page]
+            if const_expr(self.cfg.rotary):
+                position = rows.position(rows.key_start(sequence, old) + row)
+                self.write_rotated(source, target, rotary, position, piece)
+            else:
+                self.write(source, target, piece)
+            self.write(t.mV_new[place, None, head, batch], cache.mV[within, None, head, page], piece)
+
+    @cute.jit
+    def write(self, source: cute.Tensor, target: cute.Tensor, piece: Int32):
+        """The bits as they are."""
+        fragment = cute.make_rmem_tensor(self.columns, source.element_type)
+        cute.autovec_copy(cute.local_tile(source, (self.columns,), (piece,)), fragment)
+        cute.autovec_copy(fragment, cute.local_tile(target, (self.columns,), (piece,)))
+
+    @cute.jit
+    def write_rotated(self, source: cute.Tensor, target: cute.Tensor, rotary: Rotary, position: Int32, piece: Int32):
+        """A piece of a row at a position; behind rotary_dim its bits as they are."""
+        if piece * self.columns < rotary.rotary_dim:
+            own = cute.make_rmem_tensor(self.columns, source.element_type)
+            cute.autovec_copy(cute.local_tile(source, (self.columns,), (piece,)), own)
+            if const_expr(self.cfg.rotary == "halves"):
+                self.turn_halves(source, own, rotary, position, piece)
+            else:
+                self.turn_neighbours(own, rotary, position, piece)
+            cute.autovec_copy(own, cute.local_tile(target, (self.columns,), (piece,)))
+        else:
+            self.write(source, target, piece)
+
+    @cute.jit
+    def turn_halves(self, source: cute.Tensor, own: cute.Tensor, rotary: Rotary, position: Int32, piece: Int32):
+        """Pairs (i, i + rotary_dim / 2), of which the piece has one side."""
+        half = rotary.rotary_dim // (2 * self.columns)          # pieces
+        is_second = piece >= half
+        column = piece - half if is_second else piece
+        other = cute.make_rmem_tensor(self.columns, source.element_type)
+        partner = column if is_second else column + half
+        cute.autovec_copy(cute.local_tile(source, (self.columns,), (partner,)), other)
+        cos, sin = (angles(table, position, column, self.columns) for table in (rotary.mCos, rotary.mSin))
+        sign = Float32(1.0) if is_second else Float32(-1.0)
+        for i in cutlass.range_constexpr(self.columns):
+            turned = own[i].to(Float32) * cos[i] + sign * (other[i].to(Float32) * sin[i])
+            own[i] = turned.to(own.element_type)
+
+    @cute.jit
+    def turn_neighbours(self, own: cute.Tensor, rotary: Rotary, position: Int32, piece: Int32):
+        """Pairs (2i, 2i + 1), all in the piece."""
+        cos, sin = (angles(table, position, piece, self.columns // 2) for table in (rotary.mCos, rotary.mSin))
+        for i in cutlass.range_constexpr(self.columns // 2):
+            a, b = own[2 * i].to(Float32), own[2 * i + 1].to(Float32)
+            own[2 * i] = (a * cos[i] - b * sin[i]).to(own.element_type)
+            own[2 * i + 1] = (a * sin[i] + b * cos[i]).to(own.element_type)
+
+
+@cute.jit
+def angles(table: cute.Tensor, position: Int32, index: Int32, count: Constexpr[int]) -> cute.Tensor:
+    """Numbers index * count to (index + 1) * count - 1 of a row of a table, in FP32."""
+    read = cute.make_rmem_tensor(count, table.element_type)
+    cute.autovec_copy(cute.local_tile(table[position, None], (count,), (index,)), read)
+    wide = cute.make_rmem_tensor(count, Float32)
+    wide.store(read.load().to(Float32))
+    return wide

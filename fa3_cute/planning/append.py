@@ -1,0 +1,177 @@
+"""What is done ahead of attention: new keys and values go to the cache, rotary positions turn q and them. Pure Python.
+
+A launch of its own makes what attention's launches then have instead of the caller's: the rotated q, and the lengths
+with the new rows. Both lie in the workspace, behind the partial results of split-KV.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import NamedTuple
+
+from ..contract.append import APPEND_ENTRY, LISTS, NEW_STRIDES, has_new_keys, has_rotary, table_dtype
+from ..contract.params import DTYPE_NAMES
+from ..contract.sequences import is_masked
+
+ALIGNMENT = 256  # bytes, of each part of the workspace
+
+
+@dataclass(frozen=True)
+class AppendConfig:
+    """Compile-time choices of one kernel. It has neither shared memory nor WGMMA.
+
+    dtype         of q, k and v
+    rotary        how pairs lie: "halves", "neighbours"; "" turns nothing
+    table_dtype   of the rotary tables; "" without
+    """
+
+    dtype: str
+    rotary: str = ""
+    table_dtype: str = ""
+
+    is_fp8 = False  # nothing here depends on it
+    uses_setmaxnreg = False
+    smem_bytes = 0
+    num_threads = 256
+    entry = APPEND_ENTRY
+    arguments = APPEND_ENTRY.arguments
+    kernel = "fa3_cute.kernels.append.kernel.AppendKeys"
+
+    @property
+    def name(self) -> str:
+        """Names cache entries and kernels."""
+        return f"append_{self.dtype}" + f"_{self.rotary}_{self.table_dtype}" * bool(self.rotary)
+
+    @property
+    def element_out(self) -> str:
+        """The element type of what it writes."""
+        return self.dtype
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
+@cache
+def append_config(dtype: str, rotary: str = "", table_dtype: str = "") -> AppendConfig:
+    """The one config of these choices."""
+    return AppendConfig(dtype, rotary, table_dtype)
+
+
+class AppendShape(NamedTuple):
+    """What is the same for all calls of one shape.
+
+    lengths      addresses, in the order of the problem's
+    strides      addresses and strides, in the order of the entry, from the lists on
+    q_elements   of the rotated q, contiguous; 0 where q stays
+    """
+
+    config: AppendConfig
+    lengths: tuple[int, ...]
+    strides: tuple[int, ...]
+    sizes: tuple[int, ...]
+    has_new: bool
+    batch_size: int
+    q_elements: int
+    workspace: int
+
+    @property
+    def scales(self) -> tuple[()]:
+        """None."""
+        return ()
+
+    @property
+    def mod_values(self) -> tuple[()]:
+        """None."""
+        return ()
+
+    @property
+    def optionals(self) -> tuple[()]:
+        """None."""
+        return ()
+
+
+class AppendPlan(NamedTuple):
+    """Where its results lie in a workspace, in bytes; 0 is behind partial results that are none.
+
+    partial_bytes   of the workspace, all of it
+    """
+
+    q_offset: int
+    lengths_offset: int
+    partial_bytes: int
+    num_arrivals: int = 0
+    counts: tuple[()] = ()
+
+
+def append_plan(append: AppendShape, partial_bytes: int) -> AppendPlan:
+    """Of a problem whose attention needs so much of the workspace."""
+    start = _aligned(partial_bytes)
+    lengths = start + _aligned(append.q_elements * 2)  # rotation has 16-bit elements
+    return AppendPlan(start, lengths, lengths + 4 * append.batch_size * append.has_new)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def append_shape(p, shape) -> AppendShape | None:
+    """Of plain params that the rules accept, and their ProblemShape; None if there is nothing to do."""
+    has_new, turns = has_new_keys(p), has_rotary(p)
+    if not (has_new or turns):
+        return None
+    config = append_config(shape.dtype)
+    if turns:
+        rotary = "neighbours" if p.rotary_interleaved else "halves"
+        config = append_config(shape.dtype, rotary, DTYPE_NAMES[table_dtype(p)])
+    packed_new = bool(p.cu_seqlens_k_new)
+    num_new = (p.seqlen_knew if packed_new else p.batch_size * p.seqlen_knew) if has_new else 0
+    num_queries = (shape.seqlen_q if shape.is_packed else shape.batch_size * shape.seqlen_q) if turns else 0
+    pointers = [getattr(p, name) or 0 for name in (*LISTS, "k_new", "v_new", "rotary_cos", "rotary_sin")]
+    row_stride = p.rotary_dim // 2 if p.rotary_row_stride is None else p.rotary_row_stride
+    strides = *shape.strides[:9], *_new_strides(p, packed_new), shape.strides[12], row_stride
+    sizes = (
+        *(shape.batch_size, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.num_heads_k, shape.head_dim),
+        *(shape.page_size, shape.num_pages, shape.batch_size_k, p.seqlen_knew if has_new else 0, num_new, num_queries),
+        *(p.rotary_dim if turns else 0, p.rotary_positions or shape.seqlen_k),
+        int(is_masked(p) or not has_new),
+    )
+    return AppendShape(
+        config,
+        shape.lengths,
+        (*pointers, *strides),
+        sizes,
+        has_new,
+        shape.batch_size,
+        num_queries * shape.num_heads * shape.head_dim,
+        shape.workspace,
+    )
+
+
+def _new_strides(p, packed: bool) -> tuple[int, ...]:
+    """NEW_STRIDES with the contiguous ones where they are None, or along dimensions of size 1; of packed rows 0 along
+    batches."""
+    rows, heads, head_dim = p.seqlen_knew, p.num_heads_k, p.head_dim
+    contiguous = (0 if packed else rows * heads * head_dim, heads * head_dim, head_dim) * 2
+    sizes = (1 if packed else p.batch_size, rows, heads) * 2
+    return tuple(
+        [
+            default if size == 1 or (stride := getattr(p, name)) is None else stride
+            for name, default, size in zip(NEW_STRIDES, contiguous, sizes, strict=True)
+        ]
+    )
+
+
+def attended(shape, q_is_rotated: bool, lengths_at: tuple[int, int] | None):
+    """The ProblemShape of attention's launches: what is ahead of them is done.
+
+    q_is_rotated   q is contiguous, in the workspace
+    lengths_at     (place of seqused_k among lengths, address of those with the new rows); None: they are the caller's
+    """
+    strides, lengths = shape.strides, shape.lengths
+    if q_is_rotated:
+        head_dim, row = shape.head_dim, shape.num_heads * shape.head_dim
+        strides = (0 if shape.is_packed else shape.seqlen_q * row, row, head_dim, *strides[3:])
+    if lengths_at is not None:
+        place, address = lengths_at
+        lengths = (*lengths[:place], address, *lengths[place + 1 :])
+    return shape._replace(append=None, strides=strides, lengths=lengths)
