@@ -23,6 +23,7 @@ COMMANDS = {
     "tune": "sweep the tiles and stages of a problem and print the row of planning/tables.py that they speak for",
     "bench": "time the forward on this machine's GPU, beside other libraries if asked to",
     "report": "render results of bench --json as markdown tables",
+    "replay": "repeat logged calls on random data, or say which kernels would serve them",
 }
 
 
