@@ -64,11 +64,14 @@ class BackwardParams(FlashAttentionParams):
     dv_row_stride: int | None = _stride()
     dv_head_stride: int | None = _stride()
     grad_dtype: DataType | None = _field(None, "choice")  # of dq, dk and dv; None: dtype, or FP32
-    accumulate_dkv: bool = _field(False, "flag")  # dk and dv are added to what they hold
+    # dk and dv are added to what they hold, in FP32, and rounded then; rows that no sequence uses stay as they are.
+    accumulate_dkv: bool = _field(False, "flag")
 
-    # FP32 [num_heads], contiguous: the gradient of s_aux.
+    # FP32 [num_heads], contiguous: the gradient of s_aux, which it needs; of all sequences, every head is written.
     d_s_aux: int | None = _field(None, "pointer", element="float32", alignment=4, changes=True, is_optional=True)
-    # FP32, the gradient of an attn_mask that is added, with its strides; along a stride of 0 the sum.
+    # FP32, the gradient of an attn_mask that is added (attn_mask_dtype is not None), which it needs, with its strides:
+    # along a stride of 0 the sum, along others rows must lie apart. 0 where a key is hidden, and where seqused_q or
+    # seqused_k say that the row or the key is not used: all of it is written.
     d_bias: int | None = _field(None, "pointer", element="float32", alignment=4, changes=True, is_optional=True)
 
     deterministic: bool = _field(False, "flag")  # the same bits in every call; else sums of dq may differ in rounding
@@ -99,6 +102,8 @@ def _described(item) -> Argument:
 OWN = frozenset(BackwardParams.__annotations__)
 ARGUMENTS: dict[str, Argument] = {item.name: _described(item) for item in fields(BackwardParams)}
 OUTPUTS = ("dq", "dk", "dv")
+SCORE_OUTPUTS = ("d_s_aux", "d_bias")
+SCORE_INPUTS = ("s_aux", "alibi_slopes", "attn_mask", "rng_state")
 INPUTS = ("q", "k", "v", "out", "dout")
 LSES = ("softmax_lse", "dlse")
 # Those that plain.py, which reads forward's fields, does not know.

@@ -15,6 +15,8 @@ from .backward_params import (
     LSES,
     NEW,
     OUTPUTS,
+    SCORE_INPUTS,
+    SCORE_OUTPUTS,
     BackwardParams,
     grad_dtype_of,
     plain_backward,
@@ -27,6 +29,8 @@ from .params import DataType, has_packed_keys, is_packed
 from .plain import BAD
 from .rules import RULES as FORWARD_RULES
 from .rules import Rule
+from .scores import ELEMENT_BYTES as SCORE_BYTES
+from .scores import MASK_STRIDES
 from .sentences import Sentences, is_int, listed, must
 from .status import Problem, Status, shown
 from .strides import overlap
@@ -54,6 +58,8 @@ REFUSED = {
     "page_table": "dk and dv are those of dense or packed keys, not of pages",
     "kv_batch_idx": "dk and dv are those of each sequence, not of entries of a cache",
     "batch_size_k": "dk and dv are those of each sequence, not of entries of a cache",
+    **dict.fromkeys(("k_new", "v_new"), "dk and dv are those of keys that are there before the call"),
+    **dict.fromkeys(("rotary_cos", "rotary_sin"), "rotate q and k before the call, and turn dq and dk back after it"),
     "num_splits": f"{_NO_SPLITS}; deterministic=True gives the same bits in every call",
     "max_num_splits": _NO_SPLITS,
     "fixed_split_size": f"{_NO_SPLITS}; deterministic=True gives the same bits in every call",
@@ -68,7 +74,10 @@ STRIDES = {name: tuple(f"{name}_{dim}_stride" for dim in DIMS) for name in (*INP
 _CONTIGUOUS = (None,) * len(DIMS)
 _read_strides = {name: attrgetter(*STRIDES[name]) for name in STRIDES}
 _ADDRESSES = (*INPUTS, *LSES, *OUTPUTS)
-_read_addresses = attrgetter(*_ADDRESSES)
+_OF_SCORES = (*SCORE_INPUTS, *SCORE_OUTPUTS)
+_WRITTEN = (*OUTPUTS, *SCORE_OUTPUTS)
+_read_addresses, _read_of_scores = attrgetter(*_ADDRESSES), attrgetter(*_OF_SCORES)
+_read_mask_strides = attrgetter(*MASK_STRIDES)
 _OF_KEYS = ("k", "v", "dk", "dv")
 _GRADIENT_BYTES = {DataType.FP32: 4}  # else 2
 _FLAGS = ("deterministic", "accumulate_dkv")
@@ -144,6 +153,30 @@ def _strides_of(p, tensor: str) -> Sentences:
     return found
 
 
+def _bias_strides(p) -> Sentences:
+    """The rule of d_bias, which has the strides of attn_mask, of which forward's rule says what they may be."""
+    keys, dims = p.seqlen_k, _dims_of_mask(p)
+    if not p.d_bias or not dims or not is_int(keys, 1, MAX_SIZE):
+        return ()
+    moving = [(name, stride, size) for name, stride, size in dims if size > 1 and stride > 0]
+    accepted = f"0 or at least {keys} (seqlen_k) with d_bias: rows of a gradient must not overlap"
+    found = [must(p, name, accepted) for name, stride, _ in moving if stride < keys]
+    if found or not overlap([(stride, size) for _, stride, size in moving], keys):
+        return found
+    stated = ", ".join(f"{name}={shown(getattr(getattr(p, 'raw', p), name))}" for name in MASK_STRIDES)
+    return [f"{stated}: must keep the rows of d_bias apart; with sizes {[size for _, _, size in dims]} some overlap"]
+
+
+def _dims_of_mask(p) -> list[tuple[str, int, int]]:
+    """(field, stride, size) along batches, heads and rows of attn_mask; none where another rule has to speak."""
+    sizes, given = (p.batch_size, p.num_heads, p.seqlen_q), _read_mask_strides(p)
+    if is_packed(p) or BAD in given or not all(is_int(size, 1, MAX_SIZE) for size in (*sizes, p.seqlen_k)):
+        return []
+    contiguous = p.num_heads * p.seqlen_q * p.seqlen_k, p.seqlen_q * p.seqlen_k, p.seqlen_k
+    strides = [default if stride is None else stride for stride, default in zip(given, contiguous, strict=True)]
+    return list(zip(MASK_STRIDES, strides, sizes, strict=True))
+
+
 def _element_bytes(p, tensor: str) -> int:
     return _GRADIENT_BYTES.get(grad_dtype_of(p), 2) if tensor in OUTPUTS else 2
 
@@ -168,6 +201,20 @@ def _choices(p) -> Sentences:
     if p.grad_dtype not in (None, p.dtype, DataType.FP32) or p.grad_dtype is BAD:
         found.append(must(p, "grad_dtype", f"None, FP32 or dtype={shown(p.dtype)}"))
     return found
+
+
+def _score_gradients(p) -> Sentences:
+    """The rule of gradients that need what they are of."""
+    is_added = bool(p.attn_mask) and p.attn_mask_dtype is not None
+    needed = (
+        ("d_s_aux", bool(p.s_aux), "s_aux, whose gradient it is"),
+        ("d_bias", is_added, "an attn_mask that is added: one whose attn_mask_dtype is FP16, BF16 or FP32"),
+    )
+    return [
+        must(p, name, f"None or 0 without {what}")
+        for name, is_there, what in needed
+        if not is_there and getattr(p, name) and getattr(p, name) is not BAD
+    ]
 
 
 def _not_served(p) -> Sentences:
@@ -203,17 +250,17 @@ def _scale(p) -> Sentences:
 def _apart(p) -> Sentences:
     """The rule of outputs, which must not lie where an input or another output does."""
     spans = _spans(p)
-    outputs = [(name, spans[name]) for name in OUTPUTS if name in spans]
+    outputs = [(name, spans[name]) for name in _WRITTEN if name in spans]
     met = [
         (output, other)
-        for n, (output, (start, stop)) in enumerate(outputs)
+        for output, (start, stop) in outputs
         for other, (first, end) in spans.items()
-        if first < stop and start < end and (other not in OUTPUTS or OUTPUTS.index(other) > OUTPUTS.index(output))
+        if first < stop and start < end and (other not in _WRITTEN or _WRITTEN.index(other) > _WRITTEN.index(output))
     ]
     return [
         f"{output}={spans[output][0]:#x}: must not overlap {other}={spans[other][0]:#x}"
         for output, other in met
-        if other in LSES or not _are_columns(p, output, other)
+        if not (output in STRIDES and other in STRIDES and _are_columns(p, output, other))
     ]
 
 
@@ -238,7 +285,28 @@ def _spans(p) -> dict[str, tuple[int, int]]:
         else:
             size = _reach(p, name)
         found[name] = address, address + size
-    return found
+    return found | _spans_of_scores(p)
+
+
+def _spans_of_scores(p) -> dict[str, tuple[int, int]]:
+    """The same of what scores are changed with, and of its gradients; of those whose size another rule objects to, none
+    is looked at."""
+    addresses, heads, slopes = _read_of_scores(p), p.num_heads, p.alibi_batch_stride
+    if not any(addresses) or BAD in addresses:
+        return {}
+    dims = _dims_of_mask(p)
+    scores = sum(stride * (size - 1) for _, stride, size in dims) + p.seqlen_k if dims else 0
+    rows = slopes * (p.batch_size - 1) if type(slopes) is type(p.batch_size) is int else 0
+    sizes = {
+        "s_aux": heads * SCORE_BYTES.get(p.s_aux_dtype, 4),
+        "alibi_slopes": (rows + heads) * 4,
+        "attn_mask": scores * SCORE_BYTES.get(p.attn_mask_dtype, 1),
+        "rng_state": 16,
+        "d_s_aux": heads * 4,
+        "d_bias": scores * 4,
+    }
+    given = zip(_OF_SCORES, addresses, strict=True)
+    return {name: (address, address + sizes[name]) for name, address in given if address and sizes[name] > 0}
 
 
 def _reach(p, tensor: str, pitch: int = 0) -> int:
@@ -271,9 +339,11 @@ _OWN_RULES = (
     Rule(Status.UNSUPPORTED_HEAD_DIM, _head_dim, of_choices=True),
     Rule(Status.INVALID_SHAPE, _key_tiles),
     Rule(Status.INVALID_SHAPE, _strides),
+    Rule(Status.INVALID_SHAPE, _bias_strides),
     Rule(Status.INVALID_ARGUMENT, _alignment),
     Rule(Status.INVALID_ARGUMENT, _choices, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _scale),
+    Rule(Status.INVALID_ARGUMENT, _score_gradients),
     Rule(Status.INVALID_ARGUMENT, _apart),
     Rule(Status.FEATURE_UNSUPPORTED, _not_served),
 )

@@ -7,9 +7,11 @@ import pytest
 from cuda.bindings.driver import CUdeviceptr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_calls import BF16, DECODE, FP8, FP16, FP32, VALUES, VARLEN, Array, Handle, every
+from backward_calls import APART, DENSE, LENGTHS, PACKED, POINTERS, SCORES, A
+from rule_calls import BF16, DECODE, FP8, FP16, FP32, VALUES, Array, Handle, every
 
 from fa3_cute.contract import backward_rules as rules
+from fa3_cute.contract.append import NEW_STRIDES
 from fa3_cute.contract.backward_params import ARGUMENTS, BACKWARD, NEW, BackwardParams, plain_backward, strides_of
 from fa3_cute.contract.backward_rules import REFUSED, SERVED_HEAD_DIMS, contract_problems
 from fa3_cute.contract.block_mask import BlockMask
@@ -19,22 +21,6 @@ from fa3_cute.contract.params import ARGUMENTS as FORWARD_ARGUMENTS
 from fa3_cute.contract.params import OFF, FlashAttentionParams
 from fa3_cute.contract.plain import BAD
 
-A, APART = 0x7F00_0000_0000, 1 << 30
-TENSORS = ("q", "k", "v", "out", "softmax_lse", "dout", "dq", "dk", "dv", "dlse")
-POINTERS = {name: A + number * APART for number, name in enumerate(TENSORS) if name != "dlse"}
-LENGTHS = A + 16 * APART
-HEADS = {"num_heads": 16, "num_heads_k": 4, "head_dim": 128}
-DENSE = BackwardParams(**POINTERS, **HEADS, batch_size=2, seqlen_q=512, seqlen_k=640)
-PACKED = BackwardParams(
-    **POINTERS,
-    **HEADS,
-    batch_size=3,
-    mode=VARLEN,
-    cu_seqlens_q=LENGTHS,
-    cu_seqlens_k=LENGTHS,
-    total_q=896,
-    total_k=700,
-)
 ONE_ROW = replace(DENSE, batch_size=1, seqlen_q=1, seqlen_k=1, num_heads=1, num_heads_k=1)
 # Columns of one buffer [batch, rows, 16 + 2 * 4 heads, 128], as of a fused projection of q, k and v.
 PITCH = 24 * 128
@@ -173,8 +159,7 @@ REFUSED_CALLS = [
     (-9, DENSE, FUSED | {"dv": D + 2 * (PITCH - 128)}, ("dq=", "must not overlap dv=")),
     (-11, DENSE, {"softcap": -1}, ("softcap=-1", "0 (off) or a number")),
     (-13, DENSE, {"num_splits": 300}, ("num_splits=300", "256")),
-    (-15, DENSE, {"rotary_dim": 64}, ("rotary_dim=64", "not supported")),
-    (-16, DENSE, {"k_new": A}, (f"k_new={A}", "not supported")),
+    (-15, DENSE, {"rotary_dim": 64}, ("rotary_dim=64",)),
     *((-16, DENSE, {"head_dim": n}, (f"head_dim={n}: must be 64 or 128", "no kernel")) for n in (96, 192, 256)),
     (-16, DENSE, {"dtype": FP8, "head_dim": 64}, ("dtype=DataType.FP8_E4M3", "FP16 or BF16")),
     (-16, DENSE, {"out_dtype": FP32}, ("out_dtype=DataType.FP32", "out is an input in dtype")),
@@ -189,8 +174,6 @@ REFUSED_CALLS = [
             ("attn_mask", LENGTHS, {}, "no kernel"),
             ("attention_chunk", 128, {}, "no kernel"),
             ("p_dropout", 0.1, {"rng_state": LENGTHS}, "no kernel"),
-            ("d_s_aux", LENGTHS, {}, "gradient of s_aux"),
-            ("d_bias", LENGTHS, {}, "gradient of attn_mask"),
             ("accumulate_dkv", True, {}, "add them up"),
             ("batch_size_k", 2, {}, "entries of a cache"),
             ("num_splits", 1, {}, "deterministic=True"),
@@ -227,6 +210,13 @@ def test_caches_and_pages_are_refused():
         assert {problem.detail.split("=")[0] for problem in found} == set(changes) & set(REFUSED)
 
 
+def test_rows_that_forward_appends_are_refused():
+    changes = every("k_new v_new", A + 20 * APART) | {"seqlen_knew": 1, "seqused_k": LENGTHS}
+    found = contract_problems(replace(DENSE, **changes))
+    assert {problem.status for problem in found} == {-16}
+    assert {problem.detail.split("=")[0] for problem in found} >= {"k_new", "v_new"}
+
+
 def test_mods_and_block_lists_are_refused():
     score_mod = ScoreMod(lambda score, batch, head, query, key, info, aux: score, name="same", key="same")
     mask_mod = MaskMod(lambda batch, head, query, key, info, aux: query >= key, name="seen", key="seen")
@@ -245,8 +235,12 @@ def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
         *(f"attn_mask_{dim}_stride" for dim in ("batch", "head", "row")),
         *("mod_pointers", "mod_strides", "mod_scalars"),
         *("page_table_batch_stride", "page_size", "num_pages"),
+        *("seqlen_knew", "cu_seqlens_k_new", "seqlens_rotary", *NEW_STRIDES),
+        *(f"rotary_{name}" for name in ("dim", "positions", "interleaved", "dtype", "row_stride")),
         *(name for name, argument in FORWARD_ARGUMENTS.items() if argument.is_fp8),
-    }
+        *(name for name in FORWARD_ARGUMENTS if name.startswith(("k_new_", "v_new_", "rotary_"))),
+        *("seqlen_knew", "cu_seqlens_k_new", "seqlens_rotary"),
+    } - set(REFUSED)
     without_kernel = {"head_dim", "dtype", "out_dtype", "is_causal", "mode", "total_q", "total_k", "max_seqlen_q"}
     read = {name for name, argument in ARGUMENTS.items() if argument.takers == (BACKWARD,)} | without_kernel
     read |= {"workspace", "workspace_bytes"}
@@ -350,10 +344,14 @@ def test_forward_fields_are_forward_s():
 # ---- any value -------------------------------------------------------------------------------------------------------
 
 # By number: hypothesis wants to print what it draws.
-NAMES = st.sampled_from([*NEW, *NEW, *(field.name for field in fields(BackwardParams))])
+SCORE_FIELDS = (*SCORES, *(name for name in FORWARD_ARGUMENTS if name.startswith(("attn_mask", "alibi", "s_aux"))))
+NAMES = st.sampled_from([*NEW, *NEW, *SCORE_FIELDS, *(field.name for field in fields(BackwardParams))])
 CHANGES = st.dictionaries(NAMES, st.integers(0, len(VALUES) - 1), max_size=6)
 BASES = st.sampled_from(
-    [DENSE, PACKED, ONE_ROW, replace(DENSE, **FUSED), replace(DENSE, dtype=FP8), replace(PACKED, seqused_k=LENGTHS)]
+    [
+        *(DENSE, PACKED, ONE_ROW, replace(DENSE, **FUSED), replace(DENSE, dtype=FP8)),
+        *(replace(PACKED, seqused_k=LENGTHS), replace(DENSE, **SCORES), replace(PACKED, **SCORES)),
+    ]
 )
 CHOICES = {name for name, argument in ARGUMENTS.items() if not argument.changes and not argument.varies}
 
