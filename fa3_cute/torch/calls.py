@@ -119,6 +119,13 @@ def key_of(call) -> tuple:
     return *facts, call[count:]
 
 
+def require_tensors(call) -> None:
+    """TypeError for what must be a tensor and is none."""
+    for name, x in zip(call._fields, call[: NUM_TENSORS[type(call)]], strict=False):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, not {type(x).__name__}")
+
+
 def lse_shape(q: Tensor) -> tuple:
     """[batch, num_heads, seqlen_q], packed [num_heads, total_q]."""
     *batch, rows, heads, _ = q.shape
@@ -155,7 +162,8 @@ def forward_params(call: ForwardCall, **more: Tensor) -> FlashAttentionParams:
     described = _attention_call(call)
     names = (*"qkv", *described.given(*arrays.SCORES, *arrays.INTEGERS, *arrays.DESCALES))
     tensors = {name: _view(x) for name, x in ({name: getattr(call, name) for name in names} | more).items()}
-    element = described.element_type(*(tensors[name].dtype for name in "qkv"), arrays.DEVICE_DTYPES)
+    q, k, v = (tensors[name].dtype for name in "qkv")
+    element = described.element_type(q, k, v, arrays.DEVICE_DTYPES)
     # The rules that attention() has for arrays of any library.
     arrays._check_tensors(described, tensors, element, call.q.device)  # type: ignore[arg-type]
     params = arrays._params(described, tensors, element)
@@ -168,7 +176,7 @@ def forward_params(call: ForwardCall, **more: Tensor) -> FlashAttentionParams:
 
 
 def _attention_call(call: ForwardCall) -> arrays.AttentionCall:
-    given = {name: getattr(call, name) for name in ForwardCall._fields}
+    given: dict[str, Any] = call._asdict()
     numbers = {name: given.pop(name) for name in ("softmax_scale", "softcap")}
     given |= {
         "causal": given.pop("is_causal"),
@@ -180,7 +188,7 @@ def _attention_call(call: ForwardCall) -> arrays.AttentionCall:
         "return_lse": True,
     }
     fields = arrays.AttentionCall.__dataclass_fields__
-    return arrays.AttentionCall(**{name: given.get(name) for name in fields})
+    return arrays.AttentionCall(**{name: given.get(name) for name in fields})  # type: ignore[arg-type]
 
 
 def backward_params(call: BackwardCall) -> BackwardParams:
@@ -246,5 +254,5 @@ def _require(name: str, x: Tensor, shape: tuple, dtype: torch.dtype, device: tor
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise error_for(
             Status.INVALID_SHAPE,
-            f"{name} has the strides {tuple(x.stride())} (elements): the last dimension must be contiguous, of stride 1",
+            f"{name} has the strides {tuple(x.stride())} (elements): the last one must be 1",
         )

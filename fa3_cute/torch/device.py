@@ -5,6 +5,7 @@ from the graph's own pool, so that each graph has its own workspaces and counter
 """
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from .calls import (
     lse_shape,
     merge_params,
     new_merged,
+    require_tensors,
 )
 
 MAX_PLANS = 512  # that a thread remembers; the next one starts anew
@@ -88,10 +90,7 @@ def forward(call: ForwardCall, wants_lse: bool = True) -> tuple[Tensor, Tensor |
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         call = call._replace(q=_with_unit_stride(q), k=_with_unit_stride(k), v=_with_unit_stride(v))
         q, k, v, *_ = call
-    key = key_of(call)
-    plan = _thread.plans.get(key)
-    if plan is None:
-        plan = _remember(_thread.plans, key, Plan(call))
+    plan: Plan = _plan_of(call, Plan, _thread.plans)
     out = torch.empty(q.shape, dtype=plan.out_dtype, device=q.device)
     lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device) if wants_lse else None
     if not out.numel():
@@ -99,8 +98,9 @@ def forward(call: ForwardCall, wants_lse: bool = True) -> tuple[Tensor, Tensor |
     params = plan.params
     params.q, params.k, params.v, params.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     params.softmax_lse = None if lse is None else lse.data_ptr()
+    tensors: tuple[Any, ...] = call
     for place, field in plan.optional:
-        setattr(params, field, call[place].data_ptr())
+        setattr(params, field, tensors[place].data_ptr())
     _launch(q, _forward, plan)
     return out, lse
 
@@ -126,16 +126,14 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         softmax_lse=call.softmax_lse.contiguous(),
         dlse=None if call.dlse is None else call.dlse.contiguous(),
     )
-    key = key_of(call)
-    plan = _thread.backward_plans.get(key)
-    if plan is None:
-        plan = _remember(_thread.backward_plans, key, BackwardPlan(call))
+    plan: BackwardPlan = _plan_of(call, BackwardPlan, _thread.backward_plans)
     has_lengths = any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k))
     new = torch.zeros if has_lengths else torch.empty
     grads = [new(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v)]
     params = plan.params
+    tensors: tuple[Any, ...] = call
     for place, name in plan.optional:
-        setattr(params, name, call[place].data_ptr())
+        setattr(params, name, tensors[place].data_ptr())
     params.dq, params.dk, params.dv = [x.data_ptr() for x in grads]
     if call.q.numel() or call.k.numel():
         _launch(call.q, _backward, plan)
@@ -178,11 +176,20 @@ def _launch(x: Tensor, call, what) -> None:
         call(what, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-def _remember(plans: dict, key: tuple, plan):
-    if len(plans) >= MAX_PLANS:
-        plans.clear()
-    plans[key] = plan
-    return plan
+def _plan_of(call, kind: type, plans: dict):
+    """The plan of such calls; raises what is wrong with this one."""
+    try:
+        key = key_of(call)
+        found = plans.get(key)
+    except (AttributeError, TypeError):  # no tensor, or a value that cannot be hashed: the rules put it into words
+        require_tensors(call)
+        return kind(call)
+    if found is None:
+        found = kind(call)
+        if len(plans) >= MAX_PLANS:
+            plans.clear()
+        plans[key] = found
+    return found
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ flash_attn_interface.py; what this library has no kernel for is refused by name.
 import torch
 from torch import Tensor
 
-from ..contract.status import Status, error_for
+from ..contract.status import Status, error_for, shown
 from . import ops
 from .calls import ForwardCall, MergeCall
 
@@ -182,7 +182,7 @@ def flash_attn_with_kvcache(
     for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("rotary_seqlens", rotary_seqlens)):
         _refuse(name, value, Status.ROTARY_UNSUPPORTED)
     _refuse("cache_leftpad", cache_leftpad)
-    if isinstance(cache_seqlens, (int, torch.SymInt)):
+    if isinstance(cache_seqlens, _INTS):
         is_dense = page_table is None and cu_seqlens_q is None
         q_batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         k_cache, v_cache, cache_seqlens = _cut(k_cache, v_cache, cache_seqlens, q_batch, is_dense)
@@ -223,6 +223,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
+_INTS = (int, torch.SymInt)
 _INSTEAD = {
     "k": "append to the cache before the call",
     "v": "append to the cache before the call",
@@ -245,12 +246,17 @@ def _attend(call: ForwardCall, wants_lse: bool):
     return (out, lse) if wants_lse else out
 
 
-def _mask(causal: bool, window_size) -> dict:
+def _mask(causal, window_size) -> dict:
     """flash-attn's causal windows end at the diagonal, whatever their right bound is."""
-    left, right = window_size
-    if not causal or left < 0:
-        bounds = (-1, -1) if causal else (left, right)
-        return {"is_causal": causal, "window_size_left": bounds[0], "window_size_right": bounds[1]}
+    try:
+        left, right = window_size
+    except (TypeError, ValueError) as error:
+        sentence = f"window_size={shown(window_size)}: must be a pair (left, right)"
+        raise error_for(Status.INVALID_ARGUMENT, sentence) from error
+    if not causal:
+        return {"is_causal": causal, "window_size_left": left, "window_size_right": right}
+    if isinstance(left, _INTS) and left < 0:
+        return {"is_causal": causal}
     return {"window_size_left": left, "window_size_right": 0}
 
 

@@ -16,15 +16,16 @@ from ..contract.rows import used_rows
 from ..contract.status import Problem
 from ..planning.operations import checked
 from .calls import NUM_TENSORS, OUT_DTYPE, BackwardCall, ForwardCall, MergeCall, backward_params, forward_params
-from .calls import lse_shape, merge_params
+from .calls import lse_shape, merge_params, require_tensors
 
 BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}  # of what NumPy does not have
 # Arguments that the reference does not have: they choose kernels, or are of the other pass.
 _CHOICES = ("max_seqlen_q", "num_splits", "pack_gqa", "sm_margin", "is_deterministic")
 
 
-def forward(call: ForwardCall) -> tuple[Tensor, Tensor]:
-    """(out, LSE) of `fa3_cute::forward`; NaN in rows that no sequence uses."""
+def forward(call: ForwardCall, wants_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """(out, LSE) of `fa3_cute::forward`, always both; NaN in rows that no sequence uses."""
+    require_tensors(call)
     call = call._replace(**{name: _with_unit_stride(getattr(call, name)) for name in "qkv"})
     found = checked(plain(forward_params(call)))
     if isinstance(found, Problem):
@@ -46,7 +47,8 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     if not (q.numel() and k.numel()):
         return zeros[0], zeros[1], zeros[2]
     options = _options(call.differentiated)
-    saved = Saved(*[x if x is None else _numbers(x) for x in (call.out, call.softmax_lse, call.dlse)])
+    dlse = None if call.dlse is None else _numbers(call.dlse)
+    saved = Saved(_numbers(call.out), _numbers(call.softmax_lse), dlse)
     wanted = ("causal", "window_size", "softmax_scale", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
     gradients = backward_reference(
         *map(_numbers, (q, k, v, call.dout)), saved, **{name: options[name] for name in wanted if name in options}

@@ -1,7 +1,7 @@
 """The operators `fa3_cute::forward`, `backward` and `merge_attention` of torch, and how eager calls spare them.
 
-The dispatcher costs a call of so many arguments about as much as all else: tensors of a device whom nobody watches go
-to it directly. In graphs, under modes and for other tensors the operator stands.
+The dispatcher costs a call of so many arguments about as much as all else, and has words of its own for what is wrong:
+tensors that nobody watches go past it. In graphs, under modes and for other tensors the operator stands.
 """
 
 from typing import Any
@@ -68,11 +68,9 @@ def _refuse(what: str) -> None:
     raise error_for(Status.FEATURE_UNSUPPORTED, sentence)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    call = ForwardCall(*inputs)
-    require_differentiable(call)
+def _save(ctx: Any, call: ForwardCall, results: tuple) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*call[:7], *output)
+    ctx.save_for_backward(*call[:7], *results)
     ctx.options = call.softmax_scale, call.is_causal, call.window_size_left, call.window_size_right
     ctx.is_deterministic = call.is_deterministic
 
@@ -80,7 +78,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_call(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> BackwardCall:
     q, k, v, *lengths, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    return BackwardCall(dout, q, k, v, out, lse, dlse, *lengths, *ctx.options, ctx.is_deterministic)
+    return BackwardCall._make((dout, q, k, v, out, lse, dlse, *lengths, *ctx.options, ctx.is_deterministic))
 
 
 _NO_GRADIENTS = (None,) * (len(ForwardCall._fields) - 3)
@@ -90,24 +88,32 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     return *torch.ops.fa3_cute.backward(*_backward_call(ctx, dout, dlse)), *_NO_GRADIENTS
 
 
-torch.library.register_autograd("fa3_cute::forward", _differentiate, setup_context=_save, lib=_library)
+def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:
+    call = ForwardCall(*inputs)
+    require_differentiable(call)
+    _save(ctx, call, output)
+
+
+torch.library.register_autograd("fa3_cute::forward", _differentiate, setup_context=_set_up, lib=_library)
 
 
 class Attention(torch.autograd.Function):
-    """`fa3_cute::forward` and its gradient, past the dispatcher."""
+    """`fa3_cute::forward` and its gradient, past the dispatcher. Few arguments: each costs about a microsecond."""
 
     @staticmethod
-    def forward(*inputs):  # type: ignore[override]
-        """(out, LSE)"""
-        return device.forward(ForwardCall(*inputs))
-
-    setup_context = staticmethod(_save)  # type: ignore[assignment]
+    def forward(ctx, q, k, v, call):  # type: ignore[override]
+        """(out, LSE) of the call, whose q, k and v these are."""
+        require_differentiable(call)
+        results = _implementation(q).forward(call)
+        _save(ctx, call, results)
+        return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        """Those of q, k and v."""
-        return *device.backward(_backward_call(ctx, dout, dlse)), *_NO_GRADIENTS
+        """The gradients of q, k and v."""
+        call = _backward_call(ctx, dout, dlse)
+        return *_implementation(call.q).backward(call), None
 
 
 def _has_no_gradient(name: str, instead: str) -> None:
@@ -127,19 +133,22 @@ _has_no_gradient("merge_attention", "call it under torch.no_grad()")
 
 
 def attend(call: ForwardCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """(out, LSE); an LSE that is not wanted may be None."""
+    """(out, LSE); an LSE that is not wanted may be None. Raises TypeError where q, k or v is no tensor."""
     q, k, v, *_ = call
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        kinds = ", ".join(type(x).__name__ for x in (q, k, v))
+        raise TypeError(f"q, k and v must be torch tensors, not {kinds}")
     if torch.compiler.is_compiling() or not is_plain(q):
         return torch.ops.fa3_cute.forward(*call)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return Attention.apply(*call)  # type: ignore[return-value]
-    return device.forward(call, wants_lse)
+        return Attention.apply(q, k, v, call)  # type: ignore[return-value]
+    return _implementation(q).forward(call, wants_lse)
 
 
 def is_plain(x: Tensor) -> bool:
-    """A tensor of a CUDA device, of which no mode, subclass or transform wants to know what is done with it."""
+    """A tensor with memory, of which no mode, subclass or transform wants to know what is done with it."""
     return (
-        x.is_cuda
+        (x.is_cuda or x.is_cpu)
         and type(x) in _PLAIN
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -147,3 +156,7 @@ def is_plain(x: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _implementation(x: Tensor):
+    return device if x.is_cuda else host
