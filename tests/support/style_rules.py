@@ -15,7 +15,8 @@ MAX_FUNCTION, MAX_FUNCTION_ELSEWHERE = 60, 80  # of the package; of tests and ex
 # package's own __init__.py. The command line uses the package as anyone does, hence its place at the end.
 FOLDERS = ("contract", "planning", "kernels", "runtime", "arrays", "api", "", "cli", "__main__")
 # Of the folders within kernels/: which of them a module there may import.
-KERNELS = {"common": {"common"}, **{kind: {"common", kind} for kind in ("forward", "decode", "merge", "backward", "append")}}
+KINDS = "forward", "decode", "merge", "backward", "append"
+KERNELS = {"common": {"common"}, **{kind: {"common", kind} for kind in KINDS}}
 FRAMEWORKS = {"torch", "cupy", "jax", "tensorflow", "triton"}
 DEVICE = {"cutlass", "cuda"}
 # What a folder may not import. A call's meaning and its plan are known where there is neither the DSL nor CUDA.
