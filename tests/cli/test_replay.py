@@ -130,8 +130,9 @@ def test_types():
 
 
 def test_a_shared_array_is_as_large_as_its_largest_user():
-    found = arrays("forward", replace(DENSE, q=at(2), seqlen_q=300))
-    assert found["q"].size == 2 * 300 * 4 * 64 and "k" not in found
+    for seqlen_q, seqlen_k, size in ((300, 90, 2 * 300 * 4 * 64), (70, 900, 2 * 900 * 2 * 64)):
+        found = arrays("forward", replace(DENSE, q=at(2), seqlen_q=seqlen_q, seqlen_k=seqlen_k))
+        assert found["q"].size == size and "k" not in found
 
 
 def test_lengths_that_are_not_known_use_all_rows():
