@@ -1,16 +1,18 @@
 """Backward problems as data, their inputs on the host, what they must give, and the rule that judges it. NumPy only."""
 
+import math
 import zlib
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
+from backward_scores import check_score_gradients, score_arrays
 from cases import HEADS, LONG_LENGTHS, Case, Layout
 from tolerance import Rule, assert_errors, errors
 
 from fa3_cute.contract.backward_reference import Gradients, Saved, backward_reference, backward_twin
-from fa3_cute.contract.reference import as_float, low_precision_twin, to_bits, used_rows
+from fa3_cute.contract.reference import as_float, attention_reference, low_precision_twin, to_bits, used_rows
 
 RULE = Rule(max_factor=2.0, mean_factor=1.5)
 POISON = 0xFF  # every byte of rows that nobody uses: a NaN in every format
@@ -74,12 +76,16 @@ class BackwardCase:
     layout     of LAYOUTS: packed sequences; "": dense
     used       seqused_q, seqused_k as integers
     has_dlse   the LSE has a gradient too
+    grad_dtype   of dq, dk and dv: None is that of q, or "fp32"
+    accumulates  dk and dv are added to what they hold
     """
 
     forward: Case
     layout: str = ""
     used: dict[str, tuple[int, ...]] = field(default_factory=dict)
     has_dlse: bool = False
+    grad_dtype: str | None = None
+    accumulates: bool = False
 
     @property
     def lengths(self) -> dict[str, Any]:
@@ -88,8 +94,15 @@ class BackwardCase:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The reference's options."""
-        return {"causal": self.forward.is_causal, "window_size": self.forward.window, **self.lengths}
+        """The reference's options, but for arrays (options_of)."""
+        forward = self.forward
+        scores = {name: getattr(forward, name) for name in ("softcap", "attention_chunk", "p_dropout")}
+        return {"causal": forward.is_causal, "window_size": forward.window, **self.lengths, **scores}
+
+    @property
+    def element_of_gradients(self) -> str:
+        """The dtype of dq, dk and dv."""
+        return self.grad_dtype or self.forward.dtype
 
     @property
     def shape_q(self) -> tuple[int, ...]:
@@ -113,7 +126,8 @@ class BackwardCase:
 
     def __str__(self) -> str:
         parts = str(self.forward), self.layout.replace(" ", "_"), "used" * bool(self.used), "dlse" * self.has_dlse
-        return "-".join(filter(None, parts))
+        gradients = f"grad_{self.grad_dtype}" if self.grad_dtype else "", "accumulates" * self.accumulates
+        return "-".join(filter(None, parts + gradients))
 
 
 def backward_cases(head_dim: int) -> list[BackwardCase]:
@@ -143,12 +157,75 @@ def backward_cases(head_dim: int) -> list[BackwardCase]:
     return cases
 
 
+# What scores are changed with, beyond masks of positions, and what can go wrong with it.
+FEATURES: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 30.0},  # hardly bends the scores of randn
+    "flat softcap": {"softcap": 0.5},  # most slopes are next to 0
+    "sinks": {"sinks": (0.0, 2.5, -3.0, 5.0, -math.inf)},
+    "sinks that take all": {"sinks": (60.0, 1e4, 0.0), "sink_dtype": "bf16"},
+    "alibi": {"alibi": "heads"},
+    "alibi of sequences": {"alibi": "sequences"},
+    "chunks": {"attention_chunk": 100},  # their ends lie within tiles
+    "whole chunks": {"attention_chunk": 64},
+    "dropout": {"p_dropout": 0.1},
+    "heavy dropout": {"p_dropout": 0.6},
+    "all but masks": {"softcap": 5.0, "sinks": (1.0,), "alibi": "heads", "attention_chunk": 130, "p_dropout": 0.25},
+}
+# Masks of dense calls alone: of bytes; added, with every pattern of dimensions that a gradient is summed along.
+MASKED: dict[str, dict[str, Any]] = {
+    "boolean": {"attn_mask": "bool"},
+    "boolean of keys": {"attn_mask": "bool", "mask_dims": "bk", "mask_gap": 3},
+    "bias": {"attn_mask": "fp32"},
+    "bias of heads": {"attn_mask": "bf16", "mask_dims": "hqk"},
+    "bias of sequences": {"attn_mask": "fp16", "mask_dims": "bqk", "mask_gap": 5},
+    "bias of scores": {"attn_mask": "fp32", "mask_dims": "qk"},
+    "bias of keys": {"attn_mask": "bf16", "mask_dims": "bk"},
+    "all": {"softcap": 5.0, "sinks": (1.0, -2.0), "attn_mask": "bf16", "mask_dims": "hqk", "p_dropout": 0.25},
+}
+FEATURE_LENGTHS = ((200, 200), (130, 289), (257, 90))
+
+
+def feature_cases(head_dim: int) -> list[BackwardCase]:
+    """Every feature with every kind of mask of positions, packed where it may be, with used lengths; lengths, dtypes,
+    head ratios and dlse in turn. Then gradients in FP32, and those that are added to, with and without a feature."""
+    turns = list(product(("bf16", "fp16"), HEADS.values(), (False, True)))
+    cases: list[BackwardCase] = []
+
+    def add(mask, facts: dict, lengths=None, batch: int = 2, **more) -> None:
+        dtype, (heads, heads_k), has_dlse = turns[7 * len(cases) % len(turns)]
+        lengths = lengths or FEATURE_LENGTHS[len(cases) % len(FEATURE_LENGTHS)]
+        forward = Case(dtype, head_dim, mask == "causal", heads, heads_k, *lengths, batch, **facts)
+        if not isinstance(mask, str):
+            forward = replace(forward, window=mask)
+        cases.append(BackwardCase(forward, has_dlse=has_dlse, **more))
+
+    gaps = LAYOUTS["gaps"]
+    in_gaps = {"lengths": (gaps.total_q, gaps.total_k), "batch": len(gaps.q), "layout": "gaps"}
+    partly = {"lengths": USED[0], "batch": len(USED[1]["seqused_q"]), "used": USED[1]}
+    masks = ("full", "causal", (50, 20))
+    for number, facts in enumerate((FEATURES | MASKED).values()):
+        for mask in masks:
+            add(mask, facts)
+        add(masks[number % 3], facts, **partly)
+    for number, facts in enumerate(FEATURES.values()):
+        add(masks[number % 3], facts, **in_gaps)
+    for mask in masks:
+        add(mask, {}, grad_dtype="fp32")
+        for grad_dtype in (None, "fp32"):
+            add(mask, {}, accumulates=True, grad_dtype=grad_dtype)
+            add(mask, {}, accumulates=True, grad_dtype=grad_dtype, **in_gaps)
+    add("causal", MASKED["all"], accumulates=True, grad_dtype="fp32")
+    return cases
+
+
 class Inputs(NamedTuple):
     """What `backward` is given, as buffers hold it; rows that no sequence uses are poison.
 
     q, k, v, dout   of the case's dtype, randn
     out             of the case's dtype: what the forward twin makes
     lse, dlse       float32 [batch, heads, rows], packed [heads, rows]; dlse randn, or None
+    scores          s_aux, alibi_slopes, attn_mask and rng_state, those that the case has
+    dk, dv          what dk and dv hold before, where they are added to, or None
     """
 
     q: np.ndarray
@@ -158,6 +235,14 @@ class Inputs(NamedTuple):
     out: np.ndarray
     lse: np.ndarray
     dlse: np.ndarray | None
+    scores: dict[str, np.ndarray]
+    dk: np.ndarray | None
+    dv: np.ndarray | None
+
+
+def options_of(case: BackwardCase, inputs: Inputs) -> dict[str, Any]:
+    """The reference's options."""
+    return case.options | inputs.scores
 
 
 def inputs_of(case: BackwardCase, scale_of_q: float = 1.0, mean_of_v: float = 0.0) -> Inputs:
@@ -170,11 +255,16 @@ def inputs_of(case: BackwardCase, scale_of_q: float = 1.0, mean_of_v: float = 0.
 
     q, dout = randn(case.shape_q, used_q, scale_of_q), randn(case.shape_q, used_q)
     k, v = randn(case.shape_k, used_k), randn(case.shape_k, used_k, mean=mean_of_v)
-    out, lse = low_precision_twin(q, k, v, dtype, **case.options)
+    scores = score_arrays(case.forward, rng)
+    out, lse = low_precision_twin(q, k, v, dtype, **case.options, **scores)
     lse = lse.astype(np.float32)
     unused = np.broadcast_to(~used_q[..., None, :], lse.shape)
     dlse = _poisoned(rng.standard_normal(lse.shape, np.float32), unused) if case.has_dlse else None
-    return Inputs(q, k, v, dout, _poisoned(to_bits(out, dtype), ~used_q), _poisoned(lse, unused), dlse)
+    out, before = _poisoned(to_bits(out, dtype), ~used_q), [None, None]
+    if case.accumulates:
+        held = [rng.standard_normal(case.shape_k, np.float32) for _ in before]
+        before = [_poisoned(to_bits(array, case.element_of_gradients), ~used_k) for array in held]
+    return Inputs(q, k, v, dout, out, _poisoned(lse, unused), dlse, scores, *before)
 
 
 def _poisoned(array: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -182,12 +272,13 @@ def _poisoned(array: np.ndarray, where: np.ndarray) -> np.ndarray:
     return array
 
 
-def expected_of(case: BackwardCase, inputs: Inputs, grad_dtype: str | None = None) -> tuple[Gradients, Gradients]:
+def expected_of(case: BackwardCase, inputs: Inputs) -> tuple[Gradients, Gradients]:
     """(reference, twin) of what the inputs hold; the twin from their out and LSE."""
     tensors, dtype = (inputs.q, inputs.k, inputs.v, inputs.dout), case.forward.dtype
-    saved = Saved(inputs.out, inputs.lse, inputs.dlse)
-    reference = backward_reference(*tensors, Saved(dlse=inputs.dlse), **case.options)
-    return reference, backward_twin(*tensors, dtype, saved, grad_dtype=grad_dtype, **case.options)
+    added = Saved(dlse=inputs.dlse, dk=inputs.dk, dv=inputs.dv)
+    saved, options = replace(added, out=inputs.out, softmax_lse=inputs.lse), options_of(case, inputs)
+    reference = backward_reference(*tensors, added, **options)
+    return reference, backward_twin(*tensors, dtype, saved, grad_dtype=case.grad_dtype, **options)
 
 
 def check_gradients(dq, dk, dv, reference: Gradients, twin: Gradients, rule: Rule = RULE) -> None:
@@ -203,16 +294,26 @@ def check_gradients(dq, dk, dv, reference: Gradients, twin: Gradients, rule: Rul
         values = as_float(got, np.float64)
         assert_errors(rule, *errors(values, exact, rounded), f" ({name})")
         if name != "dq":
-            assert_zeros(name, values, (reference.dv == 0).all(axis=-1))
+            # Dropout may drop all that sees a key: its dv alone is then 0.
+            assert_zeros(name, values, ((reference.dv == 0) & (reference.dk == 0)).all(axis=-1))
 
 
-def check_case(case: BackwardCase, inputs: Inputs, dq, dk, dv, expected=None) -> None:
+def check_case(case: BackwardCase, inputs: Inputs, dq, dk, dv, expected=None, d_s_aux=None, d_bias=None) -> None:
     """Judge the gradients of a case, likewise; and rows that see no key get a dq of exactly 0. `expected` is that of
     expected_of, if it is known."""
-    check_gradients(dq, dk, dv, *(expected or expected_of(case, inputs)))
+    expected = expected or expected_of(case, inputs)
+    check_gradients(dq, dk, dv, *expected)
+    check_score_gradients(inputs.scores, d_s_aux, d_bias, *expected, RULE)
     if dq is not None:
-        sees_none = np.isinf(inputs.lse).swapaxes(-1, -2) & case.is_used("q")[..., None]
+        sees_none = np.isinf(_lse_of_keys(case, inputs)).swapaxes(-1, -2) & case.is_used("q")[..., None]
         assert_zeros("dq", as_float(dq, np.float64), sees_none)
+
+
+def _lse_of_keys(case: BackwardCase, inputs: Inputs) -> np.ndarray:
+    """The LSE without sinks: infinite of rows that see no key."""
+    if "s_aux" not in inputs.scores:
+        return inputs.lse
+    return attention_reference(*inputs[:3], **options_of(case, inputs) | {"s_aux": None})[1]
 
 
 def assert_zeros(name: str, values: np.ndarray, where: np.ndarray) -> None:
