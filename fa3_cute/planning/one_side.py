@@ -1,0 +1,150 @@
+"""OneSideConfig: a backward kernel of one gradient, for head dims whose three do not fit one CTA. Pure Python.
+
+A CTA holds rows of one side, of queries for dQ or of keys for dK or dV, and their gradient in registers, while tiles of
+the other side pass. Nothing is added up across CTAs: there is no sum in FP32, no order to keep, and the same bits in
+every call. The price is S once per gradient and dP twice: 8 GEMMs where the kernel of all three has 5.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from .backward import BACKWARD_ARGUMENTS
+from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
+from .rings import WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
+
+SIDES = ("dq", "dk", "dv")
+PREPARED_ROWS = 128  # of a block of the prepare kernel, for all three: a sequence's vectors start with one
+# As the main kernel's, with the one gradient instead of its sums.
+ONE_SIDE_ARGUMENTS = tuple(
+    ("gradient", "pointer") if name == "dk" else (name.replace("dk_", "gradient_"), kind)
+    for name, kind in BACKWARD_ARGUMENTS
+    if name not in ("dv", "dq_sum", "order") and not name.startswith("dv_")
+)
+
+
+@dataclass(frozen=True)
+class OneSideConfig:
+    """Compile-time choices.
+
+    side            the gradient: "dq", "dk" or "dv"
+    tile_rows       of the CTA's side
+    tile_columns    of a tile of the other side
+    num_*_stages    slots of the other side's two tensors: K and V, or Q and dO
+    """
+
+    dtype: str
+    head_dim: int
+    mask: str
+    is_varlen: bool
+    side: str
+    tile_columns: int
+    num_consumer_wgs: int = 2
+    num_y_stages: int = 2
+    num_y2_stages: int = 1
+
+    is_fp8 = False
+    has_chunks = False
+    packs_heads = False
+    page_box = 0
+    uses_setmaxnreg = True
+
+    def __post_init__(self):
+        if self.side not in SIDES:
+            raise ValueError(f"side={self.side!r}: must be one of {', '.join(SIDES)}")
+        if self.smem_bytes > SMEM_BYTES_PER_CTA:
+            raise ValueError(f"{self.name}: {self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}")
+
+    @property
+    def name(self) -> str:
+        """Names cache entries and kernels."""
+        varlen = "_varlen" * self.is_varlen
+        return f"bwd_{self.side}_{self.dtype}_d{self.head_dim}_{self.mask}{varlen}_{self.tile_rows}x{self.tile_columns}"
+
+    @property
+    def has_dp(self) -> bool:
+        """dV needs P alone."""
+        return self.side != "dv"
+
+    @property
+    def is_of_queries(self) -> bool:
+        return self.side == "dq"
+
+    @property
+    def tile_rows(self) -> int:
+        return ROWS_PER_WARPGROUP * self.num_consumer_wgs
+
+    @property
+    def tile_m(self) -> int:
+        """Queries of a tile, as masks and blocks ask."""
+        return self.tile_rows if self.is_of_queries else self.tile_columns
+
+    @property
+    def tile_n(self) -> int:
+        """Keys of a tile."""
+        return self.tile_columns if self.is_of_queries else self.tile_rows
+
+    @property
+    def is_causal(self) -> bool:
+        return self.mask == "causal"
+
+    @property
+    def is_local(self) -> bool:
+        return self.mask == "local"
+
+    @property
+    def is_deterministic(self) -> bool:
+        return False  # there is no order to keep
+
+    @property
+    def element_out(self) -> str:
+        """The element type of the gradient."""
+        return self.dtype
+
+    @property
+    def dim_v(self) -> int:
+        return self.head_dim
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """(producer, consumer) registers per thread after setmaxnreg."""
+        return {2: (24, 240), 3: (32, 160)}[self.num_consumer_wgs]
+
+    @cached_property
+    def roles(self) -> tuple[Role, ...]:
+        """Who does what."""
+        producer, consumer = self.registers
+        first = WARPS_PER_WARPGROUP
+        return (
+            Role("load", range(1), producer),
+            Role("consume", range(first, first + first * self.num_consumer_wgs), consumer),
+        )
+
+    @cached_property
+    def rings(self) -> tuple[Ring, ...]:
+        """In the order of their slots in shared memory: x, x2 are the CTA's own rows, y, y2 the other side's tiles."""
+        warps, row = WARPS_PER_WARPGROUP * self.num_consumer_wgs, self.head_dim * 2
+        vector = 4 * max(self.tile_columns, 32) * (not self.is_of_queries)
+        return (
+            Ring("x", 1, self.tile_rows * row, 1, warps),
+            Ring("x2", 1, self.tile_rows * row * self.has_dp, 1, warps),
+            Ring("y", self.num_y_stages, self.tile_columns * row, 1, warps),
+            Ring("y2", self.num_y2_stages, self.tile_columns * row, 1, warps),
+            Ring("shift", self.num_y_stages, vector, 0, 0),
+            Ring("delta", self.num_y2_stages, vector * self.has_dp, 0, 0),
+        )
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA."""
+        return smem_bytes(self.rings)
+
+    @property
+    def num_threads(self) -> int:
+        """Of a CTA."""
+        return num_threads(self.roles)
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
