@@ -98,9 +98,7 @@ def forward(call: ForwardCall, wants_lse: bool = True) -> tuple[Tensor, Tensor |
     params = plan.params
     params.q, params.k, params.v, params.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     params.softmax_lse = None if lse is None else lse.data_ptr()
-    tensors: tuple[Any, ...] = call
-    for place, field in plan.optional:
-        setattr(params, field, tensors[place].data_ptr())
+    _set_addresses(plan, call)
     _launch(q, _forward, plan)
     return out, lse
 
@@ -131,9 +129,7 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     new = torch.zeros if has_lengths else torch.empty
     grads = [new(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v)]
     params = plan.params
-    tensors: tuple[Any, ...] = call
-    for place, name in plan.optional:
-        setattr(params, name, tensors[place].data_ptr())
+    _set_addresses(plan, call)
     params.dq, params.dk, params.dv = [x.data_ptr() for x in grads]
     if call.q.numel() or call.k.numel():
         _launch(call.q, _backward, plan)
@@ -148,7 +144,7 @@ def _backward(plan: BackwardPlan, device: torch.device, stream: int) -> None:
 
 def merge(call: MergeCall) -> tuple[Tensor, Tensor]:
     """(out, LSE) of `fa3_cute::merge_attention`."""
-    call = MergeCall(*map(_for_tma, call))
+    call = call._replace(out_a=_for_tma(call.out_a), out_b=_for_tma(call.out_b))
     params = merge_params(call)
     out, lse = new_merged(call)
     params.out_a, params.lse_a, params.out_b, params.lse_b = [x.data_ptr() for x in call]
@@ -174,6 +170,11 @@ def _launch(x: Tensor, call, what) -> None:
         return
     with torch.cuda.device(device):
         call(what, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _set_addresses(plan: Plan | BackwardPlan, call: Any) -> None:
+    for place, field in plan.optional:
+        setattr(plan.params, field, call[place].data_ptr())
 
 
 def _plan_of(call, kind: type, plans: dict):

@@ -50,9 +50,8 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     dlse = None if call.dlse is None else _numbers(call.dlse)
     saved = Saved(_numbers(call.out), _numbers(call.softmax_lse), dlse)
     wanted = ("causal", "window_size", "softmax_scale", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-    gradients = backward_reference(
-        *map(_numbers, (q, k, v, call.dout)), saved, **{name: options[name] for name in wanted if name in options}
-    )
+    given = {name: options[name] for name in wanted if name in options}
+    gradients = backward_reference(_numbers(q), _numbers(k), _numbers(v), _numbers(call.dout), saved, **given)
     for zero, gradient, of in zip(zeros, gradients, "qkk", strict=True):
         lengths = (options.get(f"cu_seqlens_{of}"), options.get(f"seqused_{of}"))
         for rows in used_rows(gradient, *lengths):

@@ -1,0 +1,29 @@
+"""Tensors, and a device that is host memory."""
+
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch (pip install 'fa3_cute[torch]')")
+
+from host_memory import HostMemory  # noqa: E402
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    """CPU tensors go where those of a CUDA device do: params of host addresses, which the reference computes.
+
+    is_capturing may be set; allocated lists what is asked of torch.empty and torch.zeros: (elements, dtype).
+    """
+    from fa3_cute.torch import device, ops
+
+    memory = HostMemory()
+    memory.install(monkeypatch)
+    memory.is_capturing = False
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x7770))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: memory.is_capturing)
+    monkeypatch.setattr(ops, "_implementation", lambda x: device)
+    device._thread.plans.clear()
+    device._thread.backward_plans.clear()
+    return memory

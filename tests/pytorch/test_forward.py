@@ -1,0 +1,216 @@
+"""Calls of flash-attn's functions: what they compute, on the CPU and as params of a device."""
+
+import math
+
+import pytest
+import torch
+from tensors import BF16, CALLS, FP8, ints, packed, qkv, rand
+
+from fa3_cute import explain
+from fa3_cute.contract.status import FlashAttentionError, Status
+from fa3_cute.torch import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_attention
+
+ERROR_BF16 = 2**-7
+
+
+def exact(q, k, v, mask=None):
+    """(out, LSE) in float64 of dense tensors; mask True where a query sees a key."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def diagonals(seqlen_q, seqlen_k, left=None, right=None):
+    distance = torch.arange(seqlen_k)[None] - torch.arange(seqlen_q)[:, None] - (seqlen_k - seqlen_q)
+    return (distance >= (-math.inf if left is None else -left)) & (distance <= (math.inf if right is None else right))
+
+
+@pytest.mark.parametrize(
+    "options, bounds",
+    [
+        ({}, {}),
+        ({"causal": True}, {"right": 0}),
+        ({"causal": True, "window_size": (-1, 3)}, {"right": 0}),
+        ({"causal": True, "window_size": (8, 3)}, {"left": 8, "right": 0}),
+        ({"window_size": (8, 3)}, {"left": 8, "right": 3}),
+        ({"window_size": (8, -1)}, {"left": 8}),
+    ],
+)
+def test_masks_are_flash_attns(options, bounds):
+    q, k, v = qkv()
+    out, lse = flash_attn_func(q, k, v, **options, return_attn_probs=True)
+    expected, expected_lse = exact(q, k, v, diagonals(24, 40, **bounds))
+    assert out.dtype == BF16 and out.shape == q.shape and lse.dtype == torch.float32 and lse.shape == (2, 4, 24)
+    assert (out.double() - expected).abs().max() <= ERROR_BF16
+    assert (lse - expected_lse).abs().max() < 1e-5
+    assert torch.equal(flash_attn_func(q, k, v, **options), out)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_params_say_what_the_call_says(fake_device, monkeypatch, name):
+    """The same from the params of a device as from the tensors on the CPU, and from a plan that is used again."""
+    first = CALLS[name]()
+    second = CALLS[name]()
+    assert len(fake_device.calls) == 2 and fake_device.streams == [0x7770] * 2
+    monkeypatch.undo()
+    expected = CALLS[name]()
+    for got in (first, second):
+        assert got[0].dtype == expected[0].dtype
+        assert torch.allclose(got[0].float(), expected[0].float(), rtol=2**-7, atol=0)
+        assert torch.equal(got[1], expected[1]) and not got[1].isnan().any()
+
+
+def test_params_of_the_choices(fake_device):
+    q, k, v = qkv()
+    flash_attn_func(q, k, v, num_splits=3, pack_gqa=True, sm_margin=8)
+    params = fake_device.calls[-1]
+    assert (params.num_splits, params.pack_gqa, params.sm_margin, params.softmax_lse) == (3, True, 8, None)
+    flash_attn_varlen_func(*packed(), 33, 49)
+    assert (fake_device.calls[-1].max_seqlen_q, fake_device.calls[-1].num_splits) == (33, 1)
+    assert flash_attn_with_kvcache(q, k, v).shape == q.shape and fake_device.calls[-1].num_splits == 0
+
+
+def test_a_plan_is_of_all_that_a_call_is(fake_device):
+    """Of shapes that are equal, and strides, options or dtypes that are not."""
+    q, k, v = qkv()
+    for changed in (q, q.transpose(1, 2).contiguous().transpose(1, 2), q.half()):
+        same = [x.to(changed.dtype) for x in (k, v)]
+        for options in ({}, {"causal": True}, {"softmax_scale": 0.5}):
+            out = flash_attn_func(changed, *same, **options)
+            assert out.dtype == changed.dtype and explain(fake_device.calls[-1]) == []
+    assert len({(c.q_row_stride, c.dtype, c.is_causal, c.softmax_scale) for c in fake_device.calls}) == 9
+
+
+def test_scratch_memory_is_torchs(fake_device):
+    """Splits need a workspace; a capture has counters of its own besides, which are 0."""
+    q, k, v = qkv(seqlen_q=1, seqlen_k=4096, dim=128)
+    call = {"cache_seqlens": ints(4096, 4096), "num_splits": 20}
+    expected = flash_attn_with_kvcache(q, k, v, **call)
+    params = fake_device.calls[-1]
+    assert params.workspace and params.workspace_bytes > 0 and params.tile_counter is None
+    fake_device.is_capturing = True
+    asked = []
+    original = torch.zeros
+
+    def zeros(*size, **options):
+        asked.append((size, options["dtype"]))
+        return original(*size, **options)
+
+    torch.zeros = zeros
+    try:
+        assert torch.equal(flash_attn_with_kvcache(q, k, v, **call), expected)
+        flash_attn_func(q, k, v)
+    finally:
+        torch.zeros = original
+    split, prefill = fake_device.calls[-2:]
+    assert split.workspace and split.tile_counter and prefill.tile_counter and prefill.workspace is None
+    bytes_of_counters = [4 * size[0] for size, dtype in asked if dtype == torch.int32]
+    assert bytes_of_counters == [-(-split.workspace_bytes // 32) * 4, 4]
+    fake_device.is_capturing = False
+    flash_attn_func(q, k, v)
+    assert fake_device.calls[-1].tile_counter is None
+
+
+def test_rows_of_any_length_without_queries_or_keys(fake_device):
+    q, k, v, cu_q, cu_k = packed()
+    out, lse = flash_attn_varlen_func(q[:0], k, v, 0 * cu_q, cu_k, 0, 49, return_attn_probs=True)
+    assert out.shape == (0, 4, 64) and lse.shape == (4, 0) and not fake_device.calls
+    out, lse = flash_attn_varlen_func(q, k[:0], v[:0], cu_q, 0 * cu_k, 33, 0, return_attn_probs=True)
+    assert not out.any() and (lse == -math.inf).all()
+
+
+def test_a_last_dimension_of_any_stride(fake_device):
+    q, k, v = qkv()
+    expected = flash_attn_func(q, k, v)
+    spread = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    assert torch.equal(flash_attn_func(*spread), expected)
+
+
+def test_merge_attention(fake_device, monkeypatch):
+    q, k, v = qkv()
+    whole, whole_lse = flash_attn_func(q, k, v, return_attn_probs=True)
+    a = flash_attn_func(q, k[:, :13], v[:, :13], return_attn_probs=True)
+    b = flash_attn_func(q, k[:, 13:], v[:, 13:], return_attn_probs=True)
+    monkeypatch.undo()
+    out, lse = merge_attention(*a, *b)
+    assert (out.float() - whole.float()).abs().max() <= 2 * ERROR_BF16 and (lse - whole_lse).abs().max() < 1e-5
+
+
+def test_merge_attention_as_params(fake_device):
+    from fa3_cute.torch import device, host
+    from fa3_cute.torch.calls import MergeCall
+
+    of_a, of_b = (rand(2, 5, 3, 64, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    lse_a, lse_b = rand(2, 3, 5, dtype=torch.float32), rand(5, 2, 3, dtype=torch.float32).permute(1, 2, 0)
+    call = MergeCall(of_a, lse_a, of_b, lse_b)
+    for got, expected in zip(device.merge(call), host.merge(call), strict=True):
+        assert torch.equal(got, expected)
+    flat = MergeCall(of_a[0], lse_a[0], of_b[0], lse_b[0])
+    for got, expected in zip(device.merge(flat), host.merge(flat), strict=True):
+        assert torch.equal(got, expected)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+q, k, v = qkv()
+REFUSED = [
+    (lambda: flash_attn_func(q, k, v, qv=q), Status.FEATURE_UNSUPPORTED, "qv"),
+    (lambda: flash_attn_func(q.float(), k.float(), v.float()), Status.INVALID_ARGUMENT, "float32"),
+    (lambda: flash_attn_func(q, k, v.half()), Status.INVALID_ARGUMENT, "float16"),
+    (lambda: flash_attn_func(q, k, v[:, :30]), Status.INVALID_SHAPE, "v.shape=(2, 30, 2, 64)"),
+    (lambda: flash_attn_func(q[0], k, v), Status.INVALID_SHAPE, "q.shape=(24, 4, 64)"),
+    (lambda: flash_attn_func(q[:, :, :3], k, v), Status.INVALID_HEADS, "num_heads"),
+    (lambda: flash_attn_func(q, k, v, num_splits=500), Status.SPLIT_KV_UNSUPPORTED, "num_splits=500"),
+    (lambda: flash_attn_func(q, k, v, num_splits=[1]), Status.INVALID_ARGUMENT, "num_splits"),
+    (lambda: flash_attn_func(q, k, v, softcap=-1.0), Status.SOFTCAP_UNSUPPORTED, "softcap=-1.0"),
+    (lambda: flash_attn_func(q, k, v, window_size=3), Status.INVALID_ARGUMENT, "window_size=3"),
+    (lambda: flash_attn_func(q, k, v, softmax_scale=math.nan), Status.INVALID_ARGUMENT, "softmax_scale=nan"),
+    (lambda: flash_attn_func(q, k, v, q_descale=torch.ones(2, 4)), Status.INVALID_ARGUMENT, "q_descale"),
+    (lambda: flash_attn_func(q, k, v, s_aux=torch.ones(3)), Status.INVALID_SHAPE, "s_aux"),
+    (lambda: flash_attn_varlen_func(q[0], k[0], v[0], ints(0, 24).long(), ints(0, 40), 24, 40), -9, "cu_seqlens_q"),
+    (lambda: flash_attn_varlen_func(q[0], k[0], v[0], ints(0, 24), ints(0, 9, 40), 24, 40), -7, "cu_seqlens_k"),
+    (lambda: flash_attn_varlen_func(*packed(), 33, 49, seqused_q=ints(1)), Status.INVALID_SHAPE, "seqused_q"),
+    (lambda: flash_attn_with_kvcache(q, k, v, k=k), Status.FEATURE_UNSUPPORTED, "k"),
+    (lambda: flash_attn_with_kvcache(q, k, v, v=v), Status.FEATURE_UNSUPPORTED, "v"),
+    (lambda: flash_attn_with_kvcache(q, k, v, qv=v), Status.FEATURE_UNSUPPORTED, "qv"),
+    (lambda: flash_attn_with_kvcache(q, k, v, rotary_cos=q), Status.ROTARY_UNSUPPORTED, "rotary_cos"),
+    (lambda: flash_attn_with_kvcache(q, k, v, rotary_sin=q), Status.ROTARY_UNSUPPORTED, "rotary_sin"),
+    (lambda: flash_attn_with_kvcache(q, k, v, rotary_seqlens=q), Status.ROTARY_UNSUPPORTED, "rotary_seqlens"),
+    (lambda: flash_attn_with_kvcache(q, k, v, cache_leftpad=q), Status.FEATURE_UNSUPPORTED, "cache_leftpad"),
+    (lambda: flash_attn_with_kvcache(q, k, v, cu_seqlens_k_new=q), Status.FEATURE_UNSUPPORTED, "cu_seqlens_k_new"),
+    (lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=41), Status.INVALID_SHAPE, "cache_seqlens=41"),
+    (
+        lambda: flash_attn_with_kvcache(q, k, v, page_table=ints(0, 1)[:, None]),
+        Status.PAGED_KV_UNSUPPORTED,
+        "seqused_k",
+    ),
+]
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_refused_by_name(number, where, request):
+    """The same on a device as on the CPU; nothing runs."""
+    fake = request.getfixturevalue("fake_device") if where == "device" else None
+    call, status, words = REFUSED[number]
+    with pytest.raises(FlashAttentionError) as raised:
+        call()
+    assert raised.value.code == status and words in raised.value.detail
+    assert fake is None or not fake.calls
+
+
+def test_no_tensors(fake_device):
+    with pytest.raises(TypeError, match="q, k and v must be torch tensors, not list"):
+        flash_attn_func([1.0], k, v)
+    with pytest.raises(TypeError, match="cu_seqlens_q must be a torch tensor, not list"):
+        flash_attn_varlen_func(*packed()[:3], [0, 17, 17, 50], packed()[4], 33, 49)
+
+
+def test_fp8_descales_are_by_kv_head(fake_device):
+    tensors = [x.to(FP8) for x in qkv(dtype=torch.float32)]
+    flash_attn_func(*tensors, q_descale=torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    params = fake_device.calls[-1]
+    assert (params.q_descale_batch_stride, params.q_descale_head_stride) == (4, 1)

@@ -1,0 +1,146 @@
+"""Autograd: gradients by `backward`, their params, and the calls that have none."""
+
+import pytest
+import torch
+from tensors import BF16, ints, packed, qkv, rand
+from test_forward import diagonals, exact
+
+from fa3_cute.contract.backward_rules import REFUSED, SERVED_DTYPES, SERVED_HEAD_DIMS
+from fa3_cute.contract.status import UnsupportedFeatureError
+from fa3_cute.torch import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_attention, ops
+
+
+def gradients(call, tensors, with_lse):
+    """Of a call's out, and LSE, weighted by random numbers."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out, lse = call(*leaves)
+    loss = (out * rand(*out.shape, dtype=out.dtype, seed=7)).sum()
+    if with_lse:
+        loss = loss + (lse * rand(*lse.shape, dtype=lse.dtype, seed=8)).sum()
+    return torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("where", ["device", "host", "compiled"])
+@pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
+@pytest.mark.parametrize("options, bounds", [({"causal": True}, {"right": 0}), ({"window_size": (30, 4)}, None)])
+def test_dense(where, with_lse, options, bounds, request):
+    if where == "device":
+        request.getfixturevalue("fake_device")
+    bounds = bounds or {"left": 30, "right": 4}
+
+    def call(q, k, v):
+        return flash_attn_func(q, k, v, **options, return_attn_probs=True)
+
+    ours = torch.compile(call, fullgraph=True, backend="aot_eager") if where == "compiled" else call
+    found = gradients(ours, qkv(dim=128), with_lse)
+    wide = [x.double() for x in qkv(dim=128)]
+    expected = gradients(lambda q, k, v: exact(q, k, v, diagonals(24, 40, **bounds)), wide, with_lse)
+    for ours, theirs, of in zip(found, expected, "qkv", strict=True):
+        assert ours.dtype == BF16 and ours.shape == theirs.shape
+        error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+        assert error < 2**-6, f"d{of}: {error}"
+
+
+def test_deterministic_and_strides_reach_the_params(fake_device):
+    """Gradients of any strides, expanded and transposed ones, come as TMA can read them."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    out = flash_attn_func(q, k, v, deterministic=True)
+    transposed = rand(2, 4, 24, 64).transpose(1, 2)
+    (dq,) = torch.autograd.grad(out, q, transposed, retain_graph=True)
+    assert fake_device.calls[-1].deterministic and fake_device.calls[-1].dout_row_stride == 64
+    (again,) = torch.autograd.grad(out, q, transposed.contiguous(), retain_graph=True)
+    assert torch.equal(dq, again)
+    (summed,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+    (ones,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    assert torch.equal(summed, ones) and summed.any()
+    assert not flash_attn_func(q, k, v).isnan().any() and not fake_device.calls[-1].is_causal
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_packed(where, request):
+    """Rows that no sequence uses have gradients of 0, though their memory held anything."""
+    if where == "device":
+        request.getfixturevalue("fake_device")
+    q, k, v, cu_q, cu_k = packed()
+    cu_q, cu_k = ints(0, 17, 17, 44), ints(0, 30, 41, 80)
+    used = {"seqused_q": ints(9, 0, 27), "seqused_k": ints(30, 11, 28)}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = flash_attn_varlen_func(*leaves, cu_q, cu_k, 33, 49, causal=True, return_attn_probs=True, **used)
+    sequences = [(slice(0, 9), slice(0, 30)), (slice(17, 44), slice(41, 69))]
+    dout = torch.zeros(out.shape, dtype=BF16)
+    for rows, _ in sequences:
+        dout[rows] = rand(*out[rows].shape, seed=5)
+    found = torch.autograd.grad(out, leaves, dout)
+    expected = [torch.zeros(x.shape, dtype=torch.float64) for x in leaves]
+    for rows, keys in sequences:
+        wide = [
+            x.detach()[part][None].double().requires_grad_() for x, part in zip(leaves, (rows, keys, keys), strict=True)
+        ]
+        mask = diagonals(rows.stop - rows.start, keys.stop - keys.start, right=0)
+        pieces = torch.autograd.grad(exact(*wide, mask)[0][0], wide, dout[rows].double())
+        for whole, piece, part in zip(expected, pieces, (rows, keys, keys), strict=True):
+            whole[part] = piece[0]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).abs().max() / theirs.abs().max() < 2**-6
+        assert not ours[(theirs == 0).all(-1).all(-1)].any()
+
+
+def test_a_plan_of_backward_is_used_again(fake_device):
+    """With other addresses; dlse is part of what a call is."""
+    for with_lse in (False, True, False):
+        for _ in range(2):
+            gradients(lambda q, k, v: flash_attn_func(q, k, v, return_attn_probs=True), qkv(), with_lse)
+            params = fake_device.calls[-1]
+            assert params.workspace and bool(params.dlse) == with_lse
+    from fa3_cute.torch import device
+
+    assert len(device._thread.backward_plans) == 2
+
+
+# ---- what has no gradient --------------------------------------------------------------------------------------------
+
+HAVE_NONE = {
+    "softcap": lambda q, k, v: flash_attn_func(q, k, v, softcap=3.0),
+    "attention_chunk": lambda q, k, v: flash_attn_func(q, k, v, attention_chunk=16),
+    "s_aux": lambda q, k, v: flash_attn_func(q, k, v, s_aux=torch.ones(4)),
+    "head_dim": lambda q, k, v: flash_attn_func(*(torch.nn.functional.pad(x, (0, 32)) for x in (q, k, v))),
+    "kv_batch_idx": lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_batch_idx=ints(1, 0)),
+    "page_table": lambda q, k, v: flash_attn_with_kvcache(
+        q, k.view(10, 8, 2, 64), v.view(10, 8, 2, 64), cache_seqlens=ints(9, 9), page_table=ints(1, 0)[:, None]
+    ),
+    "cu_seqlens_k": lambda q, k, v: flash_attn_with_kvcache(
+        q[0], k, v, cache_seqlens=ints(40, 40), cu_seqlens_q=ints(0, 9, 24)
+    ),
+    "merge_attention": lambda q, k, v: merge_attention(q, torch.zeros(2, 4, 24), q.detach(), torch.zeros(2, 4, 24)),
+}
+
+
+@pytest.mark.parametrize("where", ["device", "host", "compiled"])
+@pytest.mark.parametrize("name", HAVE_NONE)
+def test_no_gradient_is_an_error_of_forward(name, where, request):
+    """It names the argument; without a gradient the call is served."""
+    call = HAVE_NONE[name]
+    if where == "device":
+        request.getfixturevalue("fake_device")
+    tensors = [x.requires_grad_() for x in qkv()]
+    run = torch.compile(call, fullgraph=True, backend="aot_eager") if where == "compiled" else call
+    with pytest.raises(Exception, match=name) as raised:
+        run(*tensors)
+    assert isinstance(raised.value, UnsupportedFeatureError) or where == "compiled"
+    with torch.no_grad():
+        call(*tensors)
+
+
+def test_what_has_no_gradient_is_what_backward_refuses():
+    """A kernel that comes for one of these is noticed here."""
+    assert REFUSED.keys() >= ops._NOT_DIFFERENTIATED.keys()
+    ours = {name for name in REFUSED if name in ops.ForwardCall._fields}
+    assert ours - ops._NOT_DIFFERENTIATED.keys() == {"num_splits", "pack_gqa", "sm_margin"}
+    assert SERVED_HEAD_DIMS == (64, 128) and len(SERVED_DTYPES) == 2
+
+
+def test_gradients_have_none(fake_device):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    (dq,) = torch.autograd.grad((flash_attn_func(q, k, v) ** 2).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()

@@ -1,0 +1,179 @@
+"""The operators in torch's compiler, its exporter and its fake tensors; and signatures. No GPU."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensors import BF16, FP8, ints, packed, pages, qkv, rand, varlen
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fa3_cute.torch as adapter
+from fa3_cute.torch import calls, flash_attn_func, flash_attn_varlen_func, merge_attention, ops
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATORS = torch.ops.fa3_cute
+# Of FlashAttention-3's flash_attn_interface.py.
+SIGNATURES = {
+    "flash_attn_func": (
+        "q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, "
+        "window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, "
+        "sm_margin=0, return_attn_probs=False"
+    ),
+    "flash_attn_varlen_func": (
+        "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, "
+        "softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, "
+        "window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, "
+        "sm_margin=0, return_attn_probs=False"
+    ),
+    "flash_attn_with_kvcache": (
+        "q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+        "cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None, "
+        "max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, "
+        "causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True, "
+        "scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature_is_flash_attns(name):
+    """Order and defaults too, but that max_seqlen_* may be left out; what is ours is keyword only."""
+    parameters = inspect.signature(getattr(adapter, name)).parameters.values()
+    theirs = [str(x) for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
+    assert (
+        ", ".join(theirs).replace("max_seqlen_q=None, max_seqlen_k=None, s", "max_seqlen_q, max_seqlen_k, s")
+        == (SIGNATURES[name])
+    )
+    assert [x.name for x in parameters if x.kind is x.KEYWORD_ONLY] == ["s_aux"]
+
+
+def test_documented_arguments():
+    """docs/migration.md has each argument of each function once."""
+    text = (ROOT / "docs" / "migration.md").read_text().partition("## From flash-attn in PyTorch")[2]
+    table = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, re.MULTILINE)
+    documented = sorted(name for cell in table for name in re.findall(r"`(\w+)`", cell))
+    known = {name for function in SIGNATURES for name in inspect.signature(getattr(adapter, function)).parameters}
+    assert documented == sorted(known)
+
+
+def test_schema_is_the_call():
+    for name, kind in (("forward", calls.ForwardCall), ("backward", calls.BackwardCall)):
+        schema = getattr(OPERATORS, name).default._schema
+        assert tuple(argument.name for argument in schema.arguments) == kind._fields
+        assert not schema.is_mutable
+
+
+def forward_calls():
+    q, k, v, cu_q, cu_k = packed()
+    dense, scales = qkv(), torch.ones(2, 4)
+    yield "dense", (*dense,), {"is_causal": True, "softmax_scale": 0.25}
+    yield "packed", (q, k, v, cu_q, cu_k), {"window_size_left": 9, "window_size_right": 0}
+    yield "fp8", tuple(x.to(FP8) for x in dense), {"q_descale": scales, "s_aux": torch.zeros(4)}
+
+
+@pytest.mark.parametrize("name, args, options", forward_calls())
+def test_opcheck_of_forward(name, args, options):
+    grad = name == "dense"
+    args = tuple(x.clone().requires_grad_() if grad and x.is_floating_point() else x for x in args)
+    found = torch.library.opcheck(OPERATORS.forward.default, args, options, raise_exception=True)
+    assert set(found.values()) == {"SUCCESS"}
+
+
+def test_opcheck_of_backward_and_merge():
+    q, k, v = qkv()
+    out, lse = flash_attn_func(q, k, v, return_attn_probs=True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPERATORS.backward.default, (rand(*q.shape), q, k, v, out, lse, 2 * lse), test_utils=tests)
+    torch.library.opcheck(OPERATORS.merge_attention.default, (out, lse, out, lse))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic):
+    """One graph for all sizes, without a break; sizes, windows and lengths are free."""
+
+    def model(q, k, v, window):
+        out, lse = flash_attn_func(q * 2, k, v, window_size=(window, 0), return_attn_probs=True)
+        return out + 1, lse
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
+    for batch, seqlen, window in ((2, 24, 8), (3, 40, 9), (4, 33, 11)):
+        tensors = qkv(batch=batch, seqlen_q=seqlen, seqlen_k=seqlen + 5)
+        for got, expected in zip(compiled(*tensors, window), model(*tensors, window), strict=True):
+            assert torch.equal(got, expected)
+    assert counter.frame_count == 1 or not dynamic
+
+
+@pytest.mark.parametrize("call", [varlen, pages], ids=["varlen", "pages"])
+def test_compiled_packed(call):
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(), call(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_exported():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, cu_q, cu_k):
+            return flash_attn_varlen_func(q, k, v, cu_q, cu_k, causal=True)
+
+    arguments = packed()
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    shapes = ({0: rows}, None, None, None, None)
+    program = torch.export.export(Model(), arguments, dynamic_shapes=shapes)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert OPERATORS.forward.default in targets
+    more = (torch.cat([arguments[0], arguments[0][:7]]), *arguments[1:])
+    assert torch.equal(program.module()(*more)[:50], Model()(*more)[:50])
+
+
+def test_fake_tensors_of_a_device():
+    """Shapes, dtypes and devices without a GPU, for every operator."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 16, 4, 64, dtype=FP8, device="cuda") for _ in range(3))
+        out, lse = flash_attn_func(q, k, v, return_attn_probs=True)
+        assert (out.dtype, out.device.type, out.shape) == (BF16, "cuda", q.shape)
+        assert (lse.dtype, lse.device.type, lse.shape) == (torch.float32, "cuda", (2, 4, 16))
+        merged, _ = merge_attention(out, lse, out, lse)
+        assert (merged.dtype, merged.shape) == (BF16, out.shape)
+        x = torch.empty(2, 16, 4, 64, dtype=BF16, device="cuda", requires_grad=True)
+        (grad,) = torch.autograd.grad(flash_attn_func(x, x[:, :, :2], x[:, :, :2]).sum(), x)
+        assert grad.shape == x.shape
+
+
+def test_meta_tensors():
+    q = torch.empty(2, 16, 4, 64, dtype=BF16, device="meta")
+    assert flash_attn_func(q, q, q).device.type == "meta"
+
+
+def test_eager_calls_spare_the_dispatcher_where_nobody_watches():
+    q = rand(2, 16, 4, 64)
+    assert ops.is_plain(q) and ops.is_plain(torch.nn.Parameter(q))
+    with FakeTensorMode() as mode:
+        assert not ops.is_plain(q) and not ops.is_plain(mode.from_tensor(q))
+    assert not ops.is_plain(q.to("meta"))
+    seen = []
+    torch.func.vmap(lambda x: seen.append(ops.is_plain(x)) or x)(q)
+    assert seen == [False]
+
+
+def test_package_does_not_import_torch():
+    script = "import sys, fa3_cute, fa3_cute.api; fa3_cute.forward; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_cache_seqlens_of_an_int_is_compiled():
+    q, k, v = qkv(seqlen_q=1)
+
+    def decode(length):
+        return adapter.flash_attn_with_kvcache(q, k, v, cache_seqlens=length)
+
+    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (7, 30, 40):
+        assert torch.equal(compiled(length), decode(length))
+        lengths = ints(length, length)
+        assert torch.equal(adapter.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths), decode(length))
