@@ -19,11 +19,13 @@ from .. import BackwardParams, MergeParams, backward, explain, forward, last_err
 from ..arrays.memory import address, allocate, download, hopper_device_problem, open_device, upload, window
 from ..contract.merge import out_dtype_of, plain_merge
 from ..contract.params import DTYPE_NAMES
+from ..contract.plain import plain
 from ..contract.reference import as_float, to_bits
 from ..contract.status import Problem
 from ..planning.merge import merge_config
+from ..planning.operations import checked, operation_of
 from ..runtime.tracing.record import KEY, MAX_ALIGNMENT, Params, Unreadable, params_of, parsed
-from .explain import backward_served, served
+from .explain import backward_served
 from .options import FAILED, cannot_run, count
 from .replayed import DISTINCT_NUMBERS, Array, arrays_of, placed, stood_in
 
@@ -108,8 +110,9 @@ def kernels_of(params: Params) -> list[str]:
         return [merge_config(DTYPE_NAMES[p.dtype], DTYPE_NAMES[out_dtype_of(p)]).name]
     if isinstance(params, BackwardParams):
         return backward_served(params)["kernels"]
-    facts = served(params)
-    return [launch["kernel"] for launch in (*facts["before"], facts)]
+    shape = checked(plain(params))
+    assert not isinstance(shape, Problem), "the params are valid"
+    return [launch.config.name for launch in operation_of(shape).launches] if shape.seqlen_q else []
 
 
 def repeated(params: Params, arrays: dict[str, Array], stream: Any) -> dict[str, Any]:
@@ -161,6 +164,6 @@ def sentence(row: dict[str, Any]) -> str:
     if problem := row.get("problem"):
         return f"{start}: {problem}"
     if "kernels" in row:
-        return f"{start}: {', '.join(row['kernels'])}"
+        return f"{start}: {', '.join(row['kernels']) or 'nothing to launch'}"
     wrong = [f"{number} of {name} are not finite" for name, number in row["not_finite"].items()]
     return f"{start}: OK{''.join(f', {each}' for each in wrong)}"

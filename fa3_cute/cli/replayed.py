@@ -12,8 +12,10 @@ import numpy as np
 
 from .. import workspace_size
 from ..contract import backward_params, merge
+from ..contract.append import table_dtype
 from ..contract.backward_params import BackwardParams, grad_dtype_of, plain_backward, sizes_of
 from ..contract.formats import FP8, FP8_OUT_DTYPES
+from ..contract.limits import DIMS
 from ..contract.merge import MergeParams, out_dtype_of, plain_merge
 from ..contract.params import ARGUMENTS, DESCALES, DTYPE_NAMES
 from ..contract.plain import plain
@@ -120,7 +122,7 @@ def _of_attention(params: Any, lengths: dict[str, Any]) -> dict[str, Array]:
     is_backward = isinstance(params, BackwardParams)
     p: Any = plain_backward(params) if is_backward else plain(params)
     batch, rows, heads = sizes_of(p, "q")
-    found = _tensors(p, is_backward) | _scores(p) | _lengths(p, lengths)
+    found = _tensors(p, is_backward) | _scores(p) | _appended(p) | _lengths(p, lengths)
     lse = batch * rows * heads
     if is_backward:
         found |= {"softmax_lse": Array(lse, lse_like(p)), "dlse": Array(lse, normal(FP32))}
@@ -166,6 +168,26 @@ def _scores(p: Any) -> dict[str, Array]:
     }
 
 
+def _appended(p: Any) -> dict[str, Array]:
+    """New keys and values, and rotary tables."""
+    sizes = 1 if p.cu_seqlens_k_new else p.batch_size, p.seqlen_knew, p.num_heads_k
+    contiguous = (math.prod(sizes[1:]) * p.head_dim, p.num_heads_k * p.head_dim, p.head_dim)
+    found = {}
+    for name in ("k_new", "v_new"):
+        given = [getattr(p, f"{name}_{dim}_stride") for dim in DIMS]
+        strides = tuple(own if stride is None else stride for stride, own in zip(given, contiguous, strict=True))
+        found[name] = Array(extent(sizes, strides, p.head_dim), normal(DTYPE_NAMES[p.dtype]))
+    columns = p.rotary_dim // 2
+    stride = columns if p.rotary_row_stride is None else p.rotary_row_stride
+    table = Array(extent((_positions(p),), (stride,), columns), normal(DTYPE_NAMES[table_dtype(p)]))
+    return found | {"rotary_cos": table, "rotary_sin": table}
+
+
+def _positions(p: Any) -> int:
+    """How many keys a sequence can have, and rotary tables have rows."""
+    return p.rotary_positions or p.seqlen_k
+
+
 def _mask_size(p: Any) -> int:
     if not p.attn_mask:
         return 0
@@ -187,7 +209,7 @@ def _assumed(p: Any, name: str) -> np.ndarray:
     """The lengths, offsets, entries or pages of a call that are not known."""
     batch = p.batch_size
     if name.startswith("cu_seqlens"):
-        total = p.total_q if name == "cu_seqlens_q" else p.total_k
+        total = {"cu_seqlens_q": p.total_q, "cu_seqlens_k": p.total_k}.get(name, p.seqlen_knew)
         return np.arange(batch + 1) * total // max(1, batch)
     if name == "kv_batch_idx":
         return np.arange(batch) % max(1, p.batch_size_k or batch)
@@ -195,10 +217,18 @@ def _assumed(p: Any, name: str) -> np.ndarray:
         rows, pages = p.batch_size_k or batch, p.seqlen_k // p.page_size
         order = np.random.default_rng(0).permutation(p.num_pages)
         return np.resize(order, rows * pages).reshape(rows, pages)
+    if name == "seqlens_rotary" or name == "seqused_k" and not p.cu_seqlens_k:
+        return np.full(batch, _keys_before(p))
     offsets = name.replace("seqused", "cu_seqlens")
     if getattr(p, offsets):
         return np.diff(_assumed(p, offsets))
-    return np.full(batch, p.seqlen_q if name == "seqused_q" else p.seqlen_k)
+    return np.full(batch, p.seqlen_q)
+
+
+def _keys_before(p: Any) -> int:
+    """The used length of each sequence in a cache that is as full as can be, and still takes the new rows."""
+    new = -(-p.seqlen_knew // max(1, p.batch_size)) if p.cu_seqlens_k_new else p.seqlen_knew
+    return max(0, min(p.seqlen_k, _positions(p)) - new)
 
 
 def _ints(name: str, array: Ints, values: Any) -> Array:

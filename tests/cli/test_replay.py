@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_gpu import FakeGpu
-from logged_calls import BACKWARD, CALLS, DECODE, DENSE, FORWARD, FP8, MERGE, PACKED, PAGED, SCORES, STRIDED, at
+from logged_calls import APPEND, BACKWARD, CALLS, DECODE, DENSE, FORWARD, FP8, MERGE, PACKED, PAGED, SCORES, STRIDED, at
 
 from fa3_cute import MaskMod, Status, explain, workspace_size
 from fa3_cute.api import kernel_config
@@ -85,6 +85,10 @@ SIZES = [
     (STRIDED, {"k": (1 << 20) + 89 * 128 + 64 + 64, "v": 2 * 90 * 2 * 64}),
     (PACKED, {"q": 100 * 4 * 64, "v": 100 * 2 * 64, "softmax_lse": 4 * 100, "cu_seqlens_q": 4}),
     (PAGED, {"q": 100 * 4 * 64, "k": 12 * 16 * 2 * 64, "page_table": 2 * 7 + 4, "seqused_k": 3, "cu_seqlens_q": 4}),
+    (
+        APPEND,
+        {"k_new": 31 * 2 * 64, "v_new": 30 * 256 + 2 * 64, "rotary_cos": 59 * 24 + 16, "rotary_sin": 59 * 24 + 16},
+    ),
     (FP8, {"q_descale_ptr": 9 + 3 * 2 + 1, "k_descale_ptr": 1, "out": 2 * 70 * 4 * 64}),
     (SCORES, {"s_aux": 4, "alibi_slopes": 8, "attn_mask": 6400 + 69 * 90 + 90, "rng_state": 2}),
     (DECODE, {"workspace": 1 << 20, "tile_counter": workspace_size(DECODE) // 8 + 16}),
@@ -143,6 +147,20 @@ def test_lengths_that_are_not_known_use_all_rows():
     cache = replace(PAGED, kv_batch_idx=at(30), batch_size_k=2, seqused_q=at(31))
     found = arrays("forward", cache)
     assert made(found["kv_batch_idx"]).tolist() == [0, 1, 0] and made(found["seqused_q"]).tolist() == [33, 33, 34]
+
+
+def test_new_keys_fit_behind_those_before():
+    """11 rows at most in each sequence, of 60 positions and 64 keys."""
+    found = {name: made(array).tolist() for name, array in arrays("forward", APPEND).items() if "seq" in name}
+    assert found == {
+        "cu_seqlens_q": [0, 33, 66, 100],
+        "cu_seqlens_k_new": [0, 10, 20, 31],
+        "seqused_k": [60 - 11] * 3,
+        "seqlens_rotary": [60 - 11] * 3,
+    }
+    dense = arrays("forward", replace(APPEND, cu_seqlens_k_new=None, seqlen_knew=5, rotary_positions=0))
+    assert made(dense["seqused_k"]).tolist() == [64 - 5] * 3
+    assert dense["k_new"].size == 3 * 5 * 2 * 64 and dense["rotary_cos"].size == 63 * 24 + 16
 
 
 def test_known_lengths_are_taken():
@@ -262,6 +280,11 @@ def test_explain_names_kernels_without_a_device(file_of, capsys):
     for name, params in FORWARD.items():
         assert kernel_config(params).name in lines[names.index(name)]
     assert "bwd" in lines[names.index("backward")] and "merge" in lines[names.index("merge")]
+
+
+def test_a_call_without_queries(file_of, capsys):
+    assert run(file_of(("forward", replace(PACKED, total_q=0))), "--explain") == 0
+    assert capsys.readouterr().out == "line 1: forward: nothing to launch\n"
 
 
 def test_one_line(file_of, capsys):

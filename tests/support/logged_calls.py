@@ -49,6 +49,21 @@ PAGED = replace(
     seqlen_k=64,
     max_seqlen_q=40,
 )
+APPEND = replace(
+    PAGED,
+    k_new=at(22),
+    v_new=at(23),
+    seqlen_knew=31,
+    cu_seqlens_k_new=at(24, 4),
+    v_new_row_stride=256,
+    rotary_cos=at(25),
+    rotary_sin=at(26),
+    rotary_dim=32,
+    rotary_row_stride=24,
+    rotary_positions=60,
+    rotary_dtype=DataType.FP32,
+    seqlens_rotary=at(27, 4),
+)
 FP8 = replace(
     DENSE,
     dtype=DataType.FP8_E4M3,
@@ -101,6 +116,7 @@ FORWARD = {
     "dense": DENSE,
     "packed": PACKED,
     "paged": PAGED,
+    "append": APPEND,
     "fp8": FP8,
     "scores": SCORES,
     "decode": DECODE,
