@@ -6,6 +6,7 @@ needs it: validation, `explain` and refusals work on any machine.
 
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 
 from .arrays.call import AttentionCall, attention_on_device
 from .arrays.host import attention_on_host
@@ -150,8 +151,8 @@ def _first_call(params, values: tuple | None, stream) -> Status:
     if shape.seqlen_k == 0:  # nothing of k and v is read, but TMA's descriptors are made: of an address that is one
         p = replace(p, k=p.k or p.q, v=p.v or p.q)
     launcher = _launcher()
-    launch_all = _appender().launch_all if shape.append else launcher.launch_all
-    call = launch_all(operation_of(shape).launches, shape, launcher.addresses_of(p), stream)
+    ahead = import_module(".runtime.append", __package__) if shape.append else launcher
+    call = ahead.launch_all(operation_of(shape).launches, shape, launcher.addresses_of(p), stream)
     if values is not None:
         _thread.remember(values, Repeatable(values, call, shape, p, _resolved))
     return _OK
@@ -254,13 +255,6 @@ def _merger():
 
 
 @cache
-def _appender():
-    from .runtime import append  # as _launcher
-
-    return append
-
-
-@cache
 def _differentiator():
     from .runtime import backward  # as _launcher
 
@@ -327,6 +321,13 @@ def attention(
     seqused_k=None,
     page_table=None,
     kv_batch_idx=None,
+    k_new=None,
+    v_new=None,
+    cu_seqlens_k_new=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    rotary_interleaved=False,
+    seqlens_rotary=None,
     q_descale=None,
     k_descale=None,
     v_descale=None,
@@ -358,6 +359,8 @@ def attention(
     seqused_k     [batch] int32; beyond the rows that there are it is these, in pages and with packed queries
     page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k
     kv_batch_idx  [batch] int32: the entry of k and v, or row of page_table, of each sequence; None: its own
+    k_new, v_new  [batch, rows, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new: written behind seqused_k
+    rotary_cos, rotary_sin   [positions, rotary_dim / 2] for q and k_new, from seqlens_rotary [batch] on or seqused_k
     *_descale     FP8 only: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q, num_heads_k
                   for k and v, batch the number of sequences; any strides; real value = FP8 value * descale
     num_splits    0 automatic, 1 never, n exactly n; max_seqlen_q a hint: no packed sequence has more; 0 unknown

@@ -13,13 +13,15 @@ from ..contract.plain import plain
 from ..contract.status import FlashAttentionError, Problem, Status, error_for, shown
 from ..planning.operations import checked
 from .mods import mod_arrays, mod_fields, require_mod_arrays, set_mods
+from .append import TABLES, UPDATES, require_update_shapes, require_writable, set_tables, update_dtypes, update_sizes
 from .scores import SCORE_DTYPES, SCORES, require_score_shapes, set_scores
 
 FP8 = "float8_e4m3fn"
 DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
 OUT_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP32}
 # The arrays of integers, by their dimensions.
-INTEGERS = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_batch_idx"), 1) | {"page_table": 2}
+VECTORS = "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_batch_idx", "cu_seqlens_k_new", "seqlens_rotary"
+INTEGERS = dict.fromkeys(VECTORS, 1) | {"page_table": 2}
 DESCALES = ("q_descale", "k_descale", "v_descale")
 DIMS = ("batch", "row", "head")
 # How q and k may lie in memory: dimensions, and what they are.
@@ -39,6 +41,9 @@ _WORDS = (
     (r"\b([qkv]_descale)_ptr=", r"\1="),
     (r"\b([qkv]|out|[qkv]_descale)_(batch|row|head)_stride=", r"\1's \2 stride="),
     (r"must be a device address(: cu_seqlens| with page_table)", r"must be an array\1"),
+    (r"must be a device address( with (?:k_new|v_new|rotary_cos|rotary_sin))", r"must be an array\1"),
+    (r"\b([kv]_new)_(batch|row|head)_stride=", r"\1's \2 stride="),
+    (r"\brotary_row_stride=", "rotary_cos's row stride="),
     (r"\b(page_table|kv_batch_idx|attn_mask|rng_state)=\w+: must be None or 0", r"\1: must be None"),
     (r"\brng_state=\w+: must be a device address", "rng_state=None: must be an array"),
     (r"\bp_dropout\b", "dropout_p"),
@@ -82,6 +87,13 @@ class AttentionCall:
     seqused_k: Any
     page_table: Any
     kv_batch_idx: Any
+    k_new: Any
+    v_new: Any
+    cu_seqlens_k_new: Any
+    rotary_cos: Any
+    rotary_sin: Any
+    rotary_interleaved: Any
+    seqlens_rotary: Any
     q_descale: Any
     k_descale: Any
     v_descale: Any
@@ -138,6 +150,7 @@ class AttentionCall:
             "num_splits": self.num_splits,
             "max_seqlen_q": self.max_seqlen_q,
             "zero_padding": self.zero_padding,
+            "rotary_interleaved": False if self.rotary_interleaved is None else self.rotary_interleaved,
             "mode": AttentionMode.VARLEN_PREFILL if self.is_packed else AttentionMode.PREFILL,
         }
 
@@ -193,6 +206,7 @@ class AttentionCall:
             "num_heads": q[-2],
             "num_heads_k": k[-2],
             "head_dim": q[-1],
+            **update_sizes(shapes),
         }
         if self.is_packed:
             found["total_q"] = q[0] if are_totals or not packed_keys else 1
@@ -226,7 +240,7 @@ def attention_on_device(call: AttentionCall, forward):
     """attention() of arrays on a CUDA device: one `forward(params, stream)`."""
     from . import dlpack
 
-    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS, *DESCALES)}
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS, *UPDATES, *DESCALES)}
     mod_fields(call)
     arrays |= mod_arrays(call)
     for name, array in arrays.items():
@@ -248,7 +262,7 @@ def attention_on_device(call: AttentionCall, forward):
             *batch, rows, heads, _ = q.shape
             lse = dlpack.new_array("the LSE", (*batch, heads, rows), "float32", call.stream, device)
             params.softmax_lse = lse.address
-        if not q.is_empty:
+        if not q.is_empty or call.k_new is not None:
             forward(params, handle).check()
         return out if lse is None else (out, lse)
 
@@ -264,10 +278,11 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
     found = {name: tensor.shape for name, tensor in tensors.items()}
     call.require_dims(found)
     require_score_shapes(found, call.sizes(found))
+    require_update_shapes(found, call.batch(found))
     require_mod_arrays(call, call.sizes(found), found, {name: tensor.dtype for name, tensor in tensors.items()})
     shapes = _shapes(call, found)
     dtypes = {"out": out_dtypes(element)} | SCORE_DTYPES | dict.fromkeys(INTEGERS, ("int32",))
-    dtypes |= dict.fromkeys(DESCALES, ("float32",))
+    dtypes |= dict.fromkeys(DESCALES, ("float32",)) | update_dtypes(tensors["q"].dtype)
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):
             raise error_for(Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must be {shapes[name]}")
@@ -279,6 +294,7 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
                 f"{name} has the strides {tensor.strides} (elements): the last "
                 "dimension must be contiguous, of stride 1",
             )
+    require_writable(tensors)
     if "out" in tensors and tensors["out"].is_readonly:
         raise error_for(
             Status.INVALID_ARGUMENT,
@@ -298,6 +314,8 @@ def _shapes(call: AttentionCall, found: dict) -> dict:
         "cu_seqlens_k": (batch + 1,),
         "seqused_k": (batch,),
         "kv_batch_idx": (batch,),
+        "cu_seqlens_k_new": (batch + 1,),
+        "seqlens_rotary": (batch,),
     }
     if "page_table" in found:
         shapes["page_table"] = (entries, found["page_table"][1])
@@ -326,9 +344,10 @@ def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionP
         setattr(params, name, (q.address or ANY_ADDRESS) if tensor.is_empty else tensor.address)
         if name == "page_table" and tensor.shape[0] > 1:
             params.page_table_batch_stride = tensor.strides[0]
-        elif name not in INTEGERS and name not in SCORES:
+        elif name not in (*INTEGERS, *SCORES, *TABLES):
             _set_strides(params, name, tensor)
     set_scores(params, tensors)
+    set_tables(params, tensors)
     set_mods(params, tensors, ANY_ADDRESS)
     return params
 

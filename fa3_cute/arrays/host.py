@@ -8,10 +8,12 @@ from ..contract.plain import plain
 from ..contract.rules import contract_problems
 from ..contract.status import Status, error_for, shown
 from .mods import host_mods, mod_arrays, mod_fields, require_mod_arrays
+from .append import UPDATES, require_update_numbers, require_update_shapes, updated_on_host
 from .scores import SCORES, require_score_numbers, require_score_shapes
 from .call import ANY_ADDRESS, DESCALES, DEVICE_DTYPES, FP8, INTEGERS, AttentionCall, out_dtypes, refusal
 
 # float32 and float64 exist on the host only; there they follow the rules of FP16.
+CHOICES = ("attention_chunk", "zero_padding", "rotary_interleaved")
 HOST_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP16, "float64": DataType.FP16}
 
 
@@ -28,12 +30,13 @@ def attention_on_host(call: AttentionCall):
     params = _checked_params(call, element)
     _require_numbers(call)
     out_dtype, wants_lse = _out_dtype(call, element), call.wants_lse
-    options = {name: getattr(call, name) for name in (*SCORES, *INTEGERS, *DESCALES)}
-    options |= {name: getattr(params, name) for name in (*call.numbers, "attention_chunk", "zero_padding")}
+    options = {name: getattr(call, name) for name in (*SCORES, *INTEGERS, *UPDATES, *DESCALES)}
+    options |= {name: getattr(params, name) for name in (*call.numbers, *CHOICES)}
     options |= host_mods(call)
-    window_size = params.window_size_left, params.window_size_right
+    options |= {"causal": params.is_causal, "window_size": (params.window_size_left, params.window_size_right)}
     try:
-        exact, lse = attention_reference(q, k, v, causal=params.is_causal, window_size=window_size, **options)
+        q, options = updated_on_host((q, k, v), options)
+        exact, lse = attention_reference(q, k, v, **options)
     except ValueError as error:
         raise error_for(Status.INVALID_SHAPE, str(error)) from error
     # Packed rows outside every sequence are not the call's to write.
@@ -51,7 +54,7 @@ def attention_on_host(call: AttentionCall):
 def _require_numpy(call: AttentionCall) -> None:
     from numpy import ma, ndarray
 
-    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS)}
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS, *UPDATES)}
     arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
     arrays |= mod_arrays(call)
     for name, array in arrays.items():
@@ -79,6 +82,7 @@ def _require_numbers(call: AttentionCall) -> None:
         if array.dtype.kind not in "iu":
             raise error_for(Status.INVALID_ARGUMENT, f"{name} is {array.dtype.name}: must be integers")
     require_score_numbers(call.given(*SCORES))
+    require_update_numbers(call.given(*UPDATES), call.k, call.v)
     for name, value in call.given(*DESCALES).items():
         dtype = asarray(value).dtype
         if dtype.kind not in "iuf":
@@ -88,9 +92,11 @@ def _require_numbers(call: AttentionCall) -> None:
 def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
     """The call as plain params without addresses; raises what `forward` would say to it, apart from addresses and from
     what has no kernel yet."""
-    shapes = {name: array.shape for name, array in call.given("q", "k", *SCORES, *INTEGERS).items()}
+    shapes = {name: array.shape for name, array in call.given("q", "k", *SCORES, *INTEGERS, *UPDATES).items()}
     call.require_dims(shapes)
-    pointers: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", *call.given(*SCORES, *INTEGERS)), ANY_ADDRESS)
+    pointers: dict[str, Any] = dict.fromkeys(
+        ("q", "k", "v", "out", *call.given(*SCORES, *INTEGERS, *UPDATES)), ANY_ADDRESS
+    )
     pointers |= {f"{name}_ptr": ANY_ADDRESS for name in call.given(*DESCALES)}
     if call.cu_seqlens_q is not None and call.cu_seqlens_q.size < 2:
         raise error_for(
@@ -101,6 +107,7 @@ def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
     if found := contract_problems(params):
         raise refusal(found[0])
     require_score_shapes(shapes, call.sizes(shapes))
+    require_update_shapes(shapes, call.batch(shapes))
     own = {name: array.shape for name, array in mod_arrays(call).items()}
     require_mod_arrays(call, call.sizes(shapes), shapes | own, {})
     params = plain(params)
