@@ -3,22 +3,48 @@
 import backward_problems
 import numpy as np
 import pytest
-from backward_cases import NAMES, BackwardCase, backward_cases, inputs_of
+from backward_cases import MASKED, NAMES, BackwardCase, backward_cases, feature_cases, inputs_of
 from backward_problems import BackwardProblem, run_and_check
 from cases import Case
 from fake_gpu import OFFSET_BITS
 from images import contiguous, heads_before_rows, padded
 
+from fa3_cute.contract import backward_rules
 from fa3_cute.contract.backward_params import plain_backward, sizes_of, strides_of
 from fa3_cute.contract.backward_reference import Saved, backward_twin
-from fa3_cute.contract.backward_rules import contract_problems
-from fa3_cute.contract.params import is_packed
+from fa3_cute.contract.backward_rules import REFUSED, contract_problems
+from fa3_cute.contract.params import DataType, is_packed
 from fa3_cute.contract.reference import to_bits
 from fa3_cute.contract.status import Status
 
 DENSE = BackwardCase(Case("bf16", 64, True, 6, 2, 70, 50, 2), has_dlse=True)
 PACKED = next(case for case in backward_cases(64) if case.layout == "gaps" and case.used)
+# As they follow from a call's fields: shapes and elements of what scores are changed with.
+ELEMENTS = {None: np.float32, DataType.FP32: np.float32, DataType.FP16: np.float16, DataType.BF16: np.uint16}
 PLACES = {"contiguous": contiguous, "padded": padded, "heads_before_rows": heads_before_rows}
+
+
+def of_mask(p, heads, rows):
+    """(shape, strides) of the mask, of one entry where the stride is 0."""
+    strides = [getattr(p, f"attn_mask_{dim}_stride") for dim in ("batch", "head", "row")]
+    sizes = zip((p.batch_size, heads, rows), strides, strict=True)
+    return (*(size if stride else 1 for size, stride in sizes), p.seqlen_k), strides
+
+
+def of_scores(at, p, heads, rows):
+    """The reference's options."""
+    found: dict = {"softcap": p.softcap, "attention_chunk": p.attention_chunk, "p_dropout": p.p_dropout}
+    if p.s_aux:
+        found["s_aux"] = at(p.s_aux, (heads,), ELEMENTS[p.s_aux_dtype])
+    if p.alibi_slopes:
+        found["alibi_slopes"] = at(p.alibi_slopes, (p.batch_size, heads)[not p.alibi_batch_stride :], np.float32)
+    if p.attn_mask:
+        element = np.uint8 if p.attn_mask_dtype is None else ELEMENTS[p.attn_mask_dtype]
+        shape, strides = of_mask(p, heads, rows)
+        found["attn_mask"] = at(p.attn_mask, shape, element, strides)
+    if p.rng_state:
+        found["rng_state"] = at(p.rng_state, (2,), np.uint64)
+    return found
 
 
 @pytest.fixture
@@ -36,9 +62,15 @@ def backward(gpu, monkeypatch):
         assert contract_problems(params) == []
         p = plain_backward(params)
         kept = slice(1 if is_packed(p) else 0, None)
-        element = np.float16 if p.dtype == 0 else np.uint16
+        of_gradients = p.grad_dtype or p.dtype
+        elements = dict.fromkeys(NAMES, ELEMENTS[of_gradients])
         tensors = {
-            name: at(getattr(p, name), (*sizes_of(p, name)[kept], p.head_dim), element, strides_of(p, name)[kept])
+            name: at(
+                getattr(p, name),
+                (*sizes_of(p, name)[kept], p.head_dim),
+                elements.get(name, ELEMENTS[p.dtype]),
+                strides_of(p, name)[kept],
+            )
             for name in ("q", "k", "v", "dout", "out", *NAMES)
             if getattr(p, name)
         }
@@ -53,13 +85,22 @@ def backward(gpu, monkeypatch):
             if (address := getattr(p, name))
         }
         options = {"causal": p.is_causal, "window_size": (p.window_size_left, p.window_size_right)}
-        dtype, saved = p.dtype.name.lower(), Saved(tensors["out"], lse, dlse)
+        before = {name: tensors[name].copy() for name in ("dk", "dv") if p.accumulate_dkv}
+        dtype, saved = p.dtype.name.lower(), Saved(tensors["out"], lse, dlse, **before)
         inputs = [tensors[name] for name in ("q", "k", "v", "dout")]
-        for name, values in zip(NAMES, backward_twin(*inputs, dtype, saved, **options, **lengths), strict=True):
+        scores, grad_dtype = of_scores(at, p, heads, rows), of_gradients.name.lower()
+        found = backward_twin(*inputs, dtype, saved, grad_dtype=grad_dtype, **options, **lengths, **scores)
+        for name, values in zip(NAMES, found, strict=True):
             if name in tensors:
                 is_there = ~np.isnan(values)
-                tensors[name][is_there] = to_bits(values, dtype)[is_there]
+                tensors[name][is_there] = to_bits(values, grad_dtype)[is_there]
                 call.spoil(name, tensors[name])
+        if p.d_s_aux:
+            at(p.d_s_aux, (heads,), np.float32)[...] = found.d_s_aux
+        if p.d_bias:
+            shape, strides = of_mask(p, heads, rows)
+            at(p.d_bias, shape, np.float32, strides)[...] = found.d_bias
+            call.spoil("d_bias", at(p.d_bias, shape, np.float32, strides))
         return Status.OK
 
     call.spoil = lambda name, array: None
@@ -71,6 +112,57 @@ def backward(gpu, monkeypatch):
 @pytest.mark.parametrize("case", [DENSE, PACKED], ids=str)
 def test_a_right_result_passes(backward, gpu, case, place):
     run_and_check(case, gpu.stream, place)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What has no kernel yet has one."""
+    for name in ("softcap", "s_aux", "alibi_slopes", "attn_mask", "attention_chunk", "p_dropout", "d_s_aux", "d_bias"):
+        monkeypatch.delitem(REFUSED, name, raising=False)
+    monkeypatch.delitem(REFUSED, "accumulate_dkv", raising=False)
+    monkeypatch.setattr(backward_rules, "SERVED_GRAD_DTYPES", (DataType.FP32,))
+
+
+SMALL = {"dtype": "fp16", "head_dim": 64, "is_causal": True, "num_heads": 4, "num_heads_k": 2, "batch": 2}
+EVERY_FEATURE = BackwardCase(
+    Case(
+        **SMALL, seqlen_q=40, seqlen_k=70, **MASKED["all"] | {"mask_gap": 3, "alibi": "sequences", "sink_dtype": "bf16"}
+    ),
+    has_dlse=True,
+    grad_dtype="fp32",
+    accumulates=True,
+)
+BOOLEAN = BackwardCase(Case(**SMALL, seqlen_q=40, seqlen_k=70, attn_mask="bool", attention_chunk=30))
+
+
+@pytest.mark.parametrize("place", [contiguous, padded], ids=lambda place: place.__name__)
+@pytest.mark.parametrize("case", [EVERY_FEATURE, BOOLEAN], ids=str)
+def test_a_right_result_with_features_passes(backward, served, gpu, case, place):
+    run_and_check(case, gpu.stream, place)
+
+
+def test_a_wrong_gradient_of_a_bias_is_found(backward, served, gpu):
+    def spoil(name, array):
+        if name == "d_bias":
+            array[0, 1, 30, 7] += 1
+
+    backward.spoil = spoil
+    with pytest.raises(AssertionError, match=r"out \(d_bias\)"):
+        run_and_check(EVERY_FEATURE, gpu.stream)
+
+
+def test_a_write_between_the_rows_of_a_bias_is_found(backward, served, gpu):
+    problem = BackwardProblem(EVERY_FEATURE)
+    problem.run(gpu.stream)
+    tensor = problem.score_gradients["d_bias"]
+    tensor.image.buffer.bytes[tensor.offset + 70 * 4] = 0  # behind the first row
+    with pytest.raises(AssertionError, match="1 bytes written outside the output"):
+        problem.score_results(gpu.stream)
+
+
+def test_every_case_of_a_feature_is_a_good_call(served, gpu):
+    for case in feature_cases(64)[::17]:
+        assert contract_problems(BackwardProblem(case).params()) == [], case
 
 
 @pytest.mark.parametrize("wanted", ["dq", "dk", "dv", "dk dv"])
