@@ -187,6 +187,23 @@ def test_dropout_by_hand(dtype):
     assert 0 < np.count_nonzero(kept) < n
 
 
+def test_values_of_fewer_columns_than_keys(monkeypatch):
+    """As those of a forward pass that takes them: dq and dk are those of values with columns of zeros."""
+    q, k, v, dout, _ = problem(head_dim=4)
+    v[..., 3:], dout[..., 3:] = 0, 0
+    expected = backward_reference(q, k, v, dout, **FEATURES["all"])
+
+    def narrow(q, k, v, **options):
+        out, lse = attention_reference(q, k, np.pad(v, ((0, 0),) * 3 + ((0, 1),)), **options)
+        return out[..., :3], lse
+
+    monkeypatch.setattr("fa3_cute.contract.backward_reference.attention_reference", narrow)
+    found = backward_reference(q, k, v[..., :3], dout[..., :3], **FEATURES["all"])
+    for name in GRADIENTS.values():
+        same = getattr(expected, name)
+        np.testing.assert_allclose(getattr(found, name), same[..., :3] if name == "dv" else same, atol=1e-14)
+
+
 def test_parts_of_the_heads_have_their_own_bits():
     q, k, v, dout, _ = problem()
     options = FEATURES["dropout"]

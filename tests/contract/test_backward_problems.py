@@ -3,23 +3,23 @@
 import backward_problems
 import numpy as np
 import pytest
+from backward_calls import serve_all
 from backward_cases import MASKED, NAMES, BackwardCase, backward_cases, feature_cases, inputs_of
 from backward_problems import BackwardProblem, run_and_check
 from cases import Case
 from fake_gpu import OFFSET_BITS
 from images import contiguous, heads_before_rows, padded
 
-from fa3_cute.contract import backward_rules
-from fa3_cute.contract.backward_params import plain_backward, sizes_of, strides_of
+from fa3_cute.contract.backward_params import grad_dtype_of, plain_backward, sizes_of, strides_of
 from fa3_cute.contract.backward_reference import Saved, backward_twin
-from fa3_cute.contract.backward_rules import REFUSED, contract_problems
+from fa3_cute.contract.backward_rules import contract_problems
 from fa3_cute.contract.params import DataType, is_packed
 from fa3_cute.contract.reference import to_bits
 from fa3_cute.contract.status import Status
 
 DENSE = BackwardCase(Case("bf16", 64, True, 6, 2, 70, 50, 2), has_dlse=True)
 PACKED = next(case for case in backward_cases(64) if case.layout == "gaps" and case.used)
-# As they follow from a call's fields: shapes and elements of what scores are changed with.
+# Of s_aux, attn_mask and gradients, by the field that names it; BF16 as bits.
 ELEMENTS = {None: np.float32, DataType.FP32: np.float32, DataType.FP16: np.float16, DataType.BF16: np.uint16}
 PLACES = {"contiguous": contiguous, "padded": padded, "heads_before_rows": heads_before_rows}
 
@@ -62,7 +62,7 @@ def backward(gpu, monkeypatch):
         assert contract_problems(params) == []
         p = plain_backward(params)
         kept = slice(1 if is_packed(p) else 0, None)
-        of_gradients = p.grad_dtype or p.dtype
+        of_gradients = grad_dtype_of(p)
         elements = dict.fromkeys(NAMES, ELEMENTS[of_gradients])
         tensors = {
             name: at(
@@ -116,11 +116,7 @@ def test_a_right_result_passes(backward, gpu, case, place):
 
 @pytest.fixture
 def served(monkeypatch):
-    """What has no kernel yet has one."""
-    for name in ("softcap", "s_aux", "alibi_slopes", "attn_mask", "attention_chunk", "p_dropout", "d_s_aux", "d_bias"):
-        monkeypatch.delitem(REFUSED, name, raising=False)
-    monkeypatch.delitem(REFUSED, "accumulate_dkv", raising=False)
-    monkeypatch.setattr(backward_rules, "SERVED_GRAD_DTYPES", (DataType.FP32,))
+    serve_all(monkeypatch)
 
 
 SMALL = {"dtype": "fp16", "head_dim": 64, "is_causal": True, "num_heads": 4, "num_heads_k": 2, "batch": 2}

@@ -3,22 +3,17 @@
 from dataclasses import replace
 
 import pytest
-from backward_calls import BIAS, DENSE, LENGTHS, PACKED, POINTERS, SCORES, SINKS, A
+from backward_calls import BIAS, DENSE, LENGTHS, PACKED, POINTERS, SCORES, SINKS, A, serve_all
 from rule_calls import BF16, FP16, FP32, Array, every
 
-from fa3_cute.contract import backward_rules as rules
-from fa3_cute.contract.backward_rules import REFUSED, contract_problems
+from fa3_cute.contract.backward_rules import contract_problems
 
 D = POINTERS["dq"]
 
 
 @pytest.fixture
 def served(monkeypatch):
-    """What has no kernel yet has one: all that is left to say is what the rules say."""
-    for name in ("softcap", "s_aux", "alibi_slopes", "attn_mask", "attention_chunk", "p_dropout", "d_s_aux", "d_bias"):
-        monkeypatch.delitem(REFUSED, name)
-    monkeypatch.delitem(REFUSED, "accumulate_dkv")
-    monkeypatch.setattr(rules, "SERVED_GRAD_DTYPES", (FP32,))
+    serve_all(monkeypatch)
 
 
 def test_gradients_of_scores_are_refused_with_what_they_are_of():

@@ -1,7 +1,8 @@
 """Good calls of `backward`, and what they are changed with: what the tests of its rules share."""
 
-from rule_calls import BF16, VARLEN
+from rule_calls import BF16, FP32, VARLEN
 
+from fa3_cute.contract import backward_rules
 from fa3_cute.contract.backward_params import BackwardParams
 
 A, APART = 0x7F00_0000_0000, 1 << 30
@@ -24,3 +25,14 @@ PACKED = BackwardParams(
 SINKS = {"s_aux": A + 17 * APART, "d_s_aux": A + 18 * APART}
 BIAS = {"attn_mask": A + 20 * APART, "d_bias": A + 22 * APART, "attn_mask_dtype": BF16}
 SCORES = SINKS | BIAS
+WITHOUT_KERNEL = (
+    *("softcap", "s_aux", "alibi_slopes", "attn_mask", "attention_chunk", "p_dropout", "d_s_aux", "d_bias"),
+    "accumulate_dkv",
+)
+
+
+def serve_all(monkeypatch) -> None:
+    """As if these had kernels: all that is left to say of them is what the rules say."""
+    for name in WITHOUT_KERNEL:
+        monkeypatch.delitem(backward_rules.REFUSED, name, raising=False)
+    monkeypatch.setattr(backward_rules, "SERVED_GRAD_DTYPES", (FP32,))
