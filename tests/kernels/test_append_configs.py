@@ -9,8 +9,9 @@ from fa3_cute.runtime.compiler import compile_and_read
 MOST_REGISTERS = 65536 // 1280  # five CTAs of 256 threads on an SM: as many bytes in flight as memory needs
 TYPES = [
     *((dtype, "", "") for dtype in ("fp16", "bf16", "fp8_e4m3")),
-    *((dtype, rotary, table) for dtype in ("fp16", "bf16") for rotary in ("halves", "neighbours") for table in (dtype, "fp32")),
-]  # fmt: skip
+    *((dtype, rotary, dtype) for dtype in ("fp16", "bf16") for rotary in ("halves", "neighbours")),
+    *((dtype, rotary, "fp32") for dtype in ("fp16", "bf16") for rotary in ("halves", "neighbours")),
+]
 
 
 @pytest.mark.parametrize("dtype, rotary, table", TYPES)
