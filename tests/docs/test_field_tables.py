@@ -104,7 +104,7 @@ def test_field_table_agrees_with_the_descriptions(page):
 @pytest.mark.parametrize(
     "old, new, field",
     [
-        ("-15", "-11", "rotary_dim"),
+        ("-16", "-11", "leftpad_k"),
         ("`page_table` | `None` | {}int32", "`page_table` | `None` | {}FP32", "page_table"),
         ("| `workspace_bytes` | `0` | int", "| `workspace_bytes` | `0` | int32", "workspace_bytes"),
         ("| `workspace_bytes` | `0` | int", "| `workspace_bytes` | `0` | bool", "workspace_bytes"),
