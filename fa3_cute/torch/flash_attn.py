@@ -46,24 +46,10 @@ def flash_attn_func(
     head_dim 64 and 128. Raises FlashAttentionError with the status of the contract and a sentence.
     Source: FlashAttention-3 (Shah et al. 2024).
     """
-    _refuse("qv", qv)
-    call = ForwardCall(
-        q,
-        k,
-        v,
-        q_descale=_by_query_head(q, k, q_descale),
-        k_descale=k_descale,
-        v_descale=v_descale,
-        s_aux=s_aux,
-        softmax_scale=softmax_scale,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-        is_deterministic=deterministic,
-        **_mask(causal, window_size),
-    )
+    _refuse(qv=qv)
+    scales = _scales(q, k, q_descale, k_descale, v_descale)
+    options = _options(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
+    call = ForwardCall(q, k, v, s_aux=s_aux, is_deterministic=deterministic, **scales, **options)
     return _attend(call, return_attn_probs)
 
 
@@ -104,30 +90,12 @@ def flash_attn_varlen_func(
 
     LSE is [num_heads, total_q]. Gradients of rows that no sequence uses are 0.
     """
-    _refuse("qv", qv)
-    call = ForwardCall(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        q_descale=_by_query_head(q, k, q_descale),
-        k_descale=k_descale,
-        v_descale=v_descale,
-        s_aux=s_aux,
-        softmax_scale=softmax_scale,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        max_seqlen_q=0 if max_seqlen_q is None else max_seqlen_q,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-        is_deterministic=deterministic,
-        **_mask(causal, window_size),
-    )
-    return _attend(call, return_attn_probs)
+    _refuse(qv=qv)
+    scales = _scales(q, k, q_descale, k_descale, v_descale)
+    options = _options(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
+    options |= {"max_seqlen_q": 0 if max_seqlen_q is None else max_seqlen_q, "is_deterministic": deterministic}
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    return _attend(ForwardCall(q, k, v, *lengths, s_aux=s_aux, **scales, **options), return_attn_probs)
 
 
 def flash_attn_with_kvcache(
@@ -171,43 +139,21 @@ def flash_attn_with_kvcache(
     cache_seqlens     int32 [batch]: keys of each sequence, those of q included; an int: of all; None: the capacity
     cache_batch_idx   int32 [batch]: the entry of the cache, or row of page_table, of each sequence
     page_table        int32 [batch, max_pages]; needs cache_seqlens
-    max_seqlen_q      a hint, with cu_seqlens_q
-    num_splits        0 is automatic
 
-    k, v, rotary_cos, rotary_sin, cache_leftpad and what goes with them are refused; scheduler_metadata,
-    rotary_interleaved and rotary_seqlens are ignored without them. Returns as flash_attn_func.
+    New rows, rotary embeddings and left padding are refused; scheduler_metadata and rotary_interleaved are ignored.
     """
-    for name, value in (("k", k), ("v", v), ("cu_seqlens_k_new", cu_seqlens_k_new), ("qv", qv)):
-        _refuse(name, value)
-    for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin), ("rotary_seqlens", rotary_seqlens)):
-        _refuse(name, value, Status.ROTARY_UNSUPPORTED)
-    _refuse("cache_leftpad", cache_leftpad)
+    _refuse(k=k, v=v, cu_seqlens_k_new=cu_seqlens_k_new, qv=qv, cache_leftpad=cache_leftpad)
+    _refuse(Status.ROTARY_UNSUPPORTED, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens)
     if isinstance(cache_seqlens, _INTS):
         is_dense = page_table is None and cu_seqlens_q is None
-        q_batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        k_cache, v_cache, cache_seqlens = _cut(k_cache, v_cache, cache_seqlens, q_batch, is_dense)
-    call = ForwardCall(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        seqused_k=cache_seqlens,
-        page_table=page_table,
-        kv_batch_idx=cache_batch_idx,
-        q_descale=_by_query_head(q, k_cache, q_descale),
-        k_descale=k_descale,
-        v_descale=v_descale,
-        s_aux=s_aux,
-        softmax_scale=softmax_scale,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        max_seqlen_q=max_seqlen_q if max_seqlen_q is not None and cu_seqlens_q is not None else 0,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        sm_margin=sm_margin,
-        **_mask(causal, window_size),
-    )
-    return _attend(call, return_softmax_lse)
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        k_cache, v_cache, cache_seqlens = _cut(k_cache, v_cache, cache_seqlens, batch, is_dense)
+    scales = _scales(q, k_cache, q_descale, k_descale, v_descale)
+    options = _options(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
+    if cu_seqlens_q is not None:
+        options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": 0 if max_seqlen_q is None else max_seqlen_q}
+    where = {"seqused_k": cache_seqlens, "page_table": page_table, "kv_batch_idx": cache_batch_idx}
+    return _attend(ForwardCall(q, k_cache, v_cache, s_aux=s_aux, **where, **scales, **options), return_softmax_lse)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,9 +182,10 @@ _INSTEAD = {
 }
 
 
-def _refuse(name: str, value, status: Status = Status.FEATURE_UNSUPPORTED) -> None:
-    if value is not None:
-        raise error_for(status, f"{name}: must be None; {_INSTEAD[name]}")
+def _refuse(status: Status = Status.FEATURE_UNSUPPORTED, **arguments) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise error_for(status, f"{name}: must be None; {_INSTEAD[name]}")
 
 
 def _attend(call: ForwardCall, wants_lse: bool):
@@ -246,18 +193,33 @@ def _attend(call: ForwardCall, wants_lse: bool):
     return (out, lse) if wants_lse else out
 
 
-def _mask(causal, window_size) -> dict:
+def _options(scale, causal, window_size, chunk, softcap, num_splits, pack_gqa, sm_margin) -> dict:
     """flash-attn's causal windows end at the diagonal, whatever their right bound is."""
     try:
         left, right = window_size
     except (TypeError, ValueError) as error:
         sentence = f"window_size={shown(window_size)}: must be a pair (left, right)"
         raise error_for(Status.INVALID_ARGUMENT, sentence) from error
-    if not causal:
-        return {"is_causal": causal, "window_size_left": left, "window_size_right": right}
-    if isinstance(left, _INTS) and left < 0:
-        return {"is_causal": causal}
-    return {"window_size_left": left, "window_size_right": 0}
+    if causal:
+        is_bounded = not isinstance(left, _INTS) or left >= 0
+        causal, left, right = (False, left, 0) if is_bounded else (causal, -1, -1)
+    return {
+        "softmax_scale": scale,
+        "is_causal": causal,
+        "window_size_left": left,
+        "window_size_right": right,
+        "attention_chunk": chunk,
+        "softcap": softcap,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "sm_margin": sm_margin,
+    }
+
+
+def _scales(q: Tensor, k: Tensor, q_descale, k_descale, v_descale) -> dict:
+    if q_descale is k_descale is v_descale is None:
+        return {}
+    return {"q_descale": _by_query_head(q, k, q_descale), "k_descale": k_descale, "v_descale": v_descale}
 
 
 def _by_query_head(q: Tensor, k: Tensor, descale: Tensor | None) -> Tensor | None:

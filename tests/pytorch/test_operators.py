@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from tensors import BF16, FP8, ints, packed, qkv, rand
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -58,6 +59,14 @@ def test_documented_arguments():
     documented = sorted(name for cell in table for name in re.findall(r"`(\w+)`", cell))
     known = {name for function in SIGNATURES for name in inspect.signature(getattr(adapter, function)).parameters}
     assert documented == sorted(known)
+
+
+def test_documented_snippet_runs():
+    text = (ROOT / "docs" / "migration.md").read_text().partition("## From flash-attn in PyTorch")[2]
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    names = dict(zip("qkv", qkv(), strict=True))
+    exec("\n".join(lines), names)
+    assert names["out"].shape == (2, 24, 4, 64) and names["lse"].shape == (2, 4, 24)
 
 
 def test_schema_is_the_call():
