@@ -122,7 +122,8 @@ class AppendKeys:
         elif cute.arch.block_idx()[1] == 0:
             sequence = (token - work.num_queries - work.num_new) * self.cfg.num_threads + thread
             if sequence < rows.batch_size:
-                t.new_lengths[sequence] = minimum(rows.old_length(sequence) + rows.num_new(sequence), rows.seqlen_k)
+                old = rows.old_length(sequence)
+                t.new_lengths[sequence] = old + minimum(rows.num_new(sequence), rows.seqlen_k - old)
         cute.arch.fence_proxy("async.global")
 
     @cute.jit
@@ -131,7 +132,7 @@ class AppendKeys:
         """One query's piece, to scratch memory; queries that are not used are not read."""
         sequence, row, place, batch = rows.query(token)
         first, num_queries = rows.query_start(sequence), rows.num_queries(sequence)
-        if has_piece and row < num_queries:
+        if has_piece and row >= 0 and row < num_queries:
             position = rows.position(first + row * rotary.query_step)
             source, target = t.mQ[place, None, head, batch], t.mRotatedQ[place, None, head, batch]
             self.write_rotated(source, target, rotary, position, piece)
