@@ -8,80 +8,29 @@ x, x2 are the CTA's own rows, y, y2 tiles of the other side:
 
 Each warpgroup has 64 rows and waits for no other: their GEMMs fill one another's gaps.
 """
-from dataclasses import dataclass
-from typing import Optional
-
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.one_side import ONE_SIDE_ARGUMENTS, PREPARED_ROWS, OneSideConfig
-from ...planning.rings import WARP, by_name
+from ...planning.rings import by_name
 from ..common.arithmetic import LOG2_E, maximum
-from ..common.barriers import sync_warpgroup
 from ..common.block_range import Window
 from ..common.entry import flat_entry
-from ..common.layout import (ROW_STEP, as_operand_a, as_rows_cols, convert, element_type, fragment_row, smem_ring,
-                             tensor_view, transposed)
-from ..common.sequences import Sequences, is_present
+from ..common.layout import element_type, smem_ring, tensor_view
+from ..common.sequences import Sequences
 from ..common.tiles import Tile, rows_from
 from ..common.tma import TmaOperand, tma_load, tma_views
 from ..common.visibility import Visibility
-from ..common.wgmma import in_flight, issue_gemm
 from .blocks import Blocks, KeyTile, query_range
-from .gradients import clear_unused_rows, start_at
 from .load import load_rows
+from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
+from .one_side_consume import consume_for_keys, consume_for_queries
 from .order import heads_per_section, key_tile
-from .store import store_used_rows
-from .visible import KeyMask
-
-
-@dataclass(frozen=True)
-class SideParams:
-    """Run-time arguments (device side)."""
-    x: TmaOperand
-    x2: TmaOperand
-    y: TmaOperand
-    y2: TmaOperand
-    mG: cute.Tensor                # the gradient, as x
-    shift: cute.Tensor             # (padded rows of queries, num_heads) f32, see prepare.py
-    delta: cute.Tensor
-    window: Window
-    sequences: Sequences
-    q_blocks: Blocks               # of the prepare kernel: a sequence's vectors start with one of PREPARED_ROWS rows
-    blocks: Blocks                 # of the CTA's side
-    num_heads: Int32               # of the CTA's side
-    group: Int32                   # query heads of a KV head
-    scale: Float32
-    scale_log2: Float32
-
-
-@dataclass(frozen=True)
-class SideMmas:
-    """The GEMMs, over all consumer warpgroups."""
-    scores: cute.TiledMma          # S and dP, or their transposes
-    gradient: cute.TiledMma        # with P or dS in registers
-
-
-@dataclass(frozen=True)
-class SideSmem:
-    sX: cute.Tensor                # the gradient at the end
-    sX2: cute.Tensor
-    sY: cute.Tensor
-    sY2: cute.Tensor
-    sShift: Optional[cute.Tensor]  # None if the CTA's rows are queries
-    sDelta: Optional[cute.Tensor]
-
-
-@dataclass(frozen=True)
-class SidePipelines:
-    x: pipeline.PipelineTmaAsync
-    y: pipeline.PipelineTmaAsync
-    y2: pipeline.PipelineTmaAsync
 
 
 @flat_entry(ONE_SIDE_ARGUMENTS)
@@ -93,7 +42,7 @@ class OneSideBackward:
 
     @cute.jit
     def launch(self, a):
-        """dQ = scale dS K, dK = scale dS^T Q or dV = P^T dO; dS = P (dP - D), P = exp(scale Q K^T - LSE), dP = dO V^T"""
+        """dQ = scale dS K, dK = scale dS^T Q or dV = P^T dO; dS = P (dP - D), P = exp(scale S - LSE), dP = dO V^T"""
         cfg, sequences, element = self.cfg, Sequences.create(a), element_type(self.cfg)
         batches = a.batch_size
         if const_expr(cfg.is_varlen):
@@ -283,194 +232,3 @@ def load_for_keys(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pipes:
             cute.copy(params.y2.atom, tZgZ[None, m_block], tZsZ[None, y2.index], tma_bar_ptr=y2.barrier)
             if const_expr(cfg.has_dp):
                 load_rows(cfg, delta, row, smem.sDelta[None, y2.index], y2.barrier)
-
-
-# ---- consume ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class OneSide:
-    """State of one consumer warpgroup."""
-    cfg: Constexpr
-    mmas: SideMmas
-    smem: SideSmem
-    tSrX: cute.Tensor
-    tSrY: cute.Tensor
-    tPrX2: cute.Tensor
-    tPrY2: cute.Tensor
-    tGrY: cute.Tensor              # the gradient's B: y, of dV y2, transposed
-    acc_G: cute.Tensor
-    row_shift: cute.Tensor         # of this thread's two rows, if they are queries: scaled by log2(e)
-    row_delta: cute.Tensor
-    y_consumer: pipeline.PipelineConsumer
-    y2_consumer: pipeline.PipelineConsumer
-    scale_log2: Float32
-    tidx: Int32
-
-    @cute.jit
-    def step(self, mask, index: Int32, num_used: Int32, is_masked: Constexpr[bool]):
-        """One tile of the other side: S, dP, and the gradient. Nothing is in flight before or after.
-
-        num_used   rows of the tile that the sequence has; the others of packed tensors are another's
-        """
-        cfg = self.cfg
-        acc_S, acc_dP = self.new_acc(), self.new_acc()
-        y = self.y_consumer.wait_and_advance()
-        y2 = self.y2_consumer.wait_and_advance()
-        if const_expr(cfg.is_varlen):
-            slots = self.smem.sY[None, None, y.index], self.smem.sY2[None, None, y2.index]
-            clear_unused_rows(cfg, slots, num_used, self.tidx)
-        if const_expr(not cfg.is_of_queries):
-            start_at(acc_S, self.smem.sShift[None, y.index], self.tidx)
-            if const_expr(cfg.has_dp):
-                start_at(acc_dP, self.smem.sDelta[None, y2.index], self.tidx)
-        issue_gemm(self.mmas.scores, acc_S, self.tSrX[None, None, None, 0], self.tSrY[None, None, None, y.index],
-                   zero_init=cfg.is_of_queries)
-        if const_expr(cfg.has_dp):
-            issue_gemm(self.mmas.scores, acc_dP, self.tPrX2[None, None, None, 0],
-                       self.tPrY2[None, None, None, y2.index], zero_init=cfg.is_of_queries)
-        in_flight(int(cfg.has_dp))           # S
-        if const_expr(is_masked):
-            mask.apply(acc_S, index)
-        self.make_P(acc_S)
-        if const_expr(cfg.has_dp):
-            in_flight(0)                     # dP
-            y2.release()
-            self.make_dS(acc_S, acc_dP)
-        factor = cute.make_rmem_tensor_like(acc_S, element_type(cfg))
-        convert(acc_S, factor)
-        slot = y.index if const_expr(cfg.has_dp) else y2.index
-        issue_gemm(self.mmas.gradient, self.acc_G, as_operand_a(cfg, factor), self.tGrY[None, None, None, slot],
-                   zero_init=False)
-        in_flight(0)
-        y.release()
-        if const_expr(not cfg.has_dp):
-            y2.release()
-
-    @cute.jit
-    def make_P(self, acc_S: cute.Tensor):
-        """S -> P in place, in FP32."""
-        S = as_rows_cols(acc_S)
-        for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
-            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
-                scaled = S[r, c] * self.scale_log2
-                if const_expr(self.cfg.is_of_queries):
-                    scaled = S[r, c] * self.scale_log2 + self.row_shift[r]
-                S[r, c] = cute.math.exp2(scaled, fastmath=True)
-
-    @cute.jit
-    def make_dS(self, P: cute.Tensor, acc_dP: cute.Tensor):
-        """P, dP -> dS in P's place."""
-        P, dP = as_rows_cols(P), as_rows_cols(acc_dP)
-        for r in cutlass.range_constexpr(cute.size(P, mode=[0])):
-            for c in cutlass.range_constexpr(cute.size(P, mode=[1])):
-                value = dP[r, c]
-                if const_expr(self.cfg.is_of_queries):
-                    value = dP[r, c] + self.row_delta[r]
-                P[r, c] = P[r, c] * value
-
-    def new_acc(self) -> cute.Tensor:
-        """A fresh accumulator of the scores' shape."""
-        shape = (self.cfg.tile_rows, self.cfg.tile_columns)
-        return cute.make_rmem_tensor(self.mmas.scores.partition_shape_C(shape), Float32)
-
-
-def make_one_side(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: SideSmem, pipes: SidePipelines,
-                  tidx: Int32) -> OneSide:
-    """Fragments and state of a consumer thread's warpgroup."""
-    wg_idx = cute.arch.make_warp_uniform(tidx // 128)
-    first = cute.make_layout(cfg.num_consumer_wgs, stride=128)
-    scores, gradient = mmas.scores.get_slice(first(wg_idx)), mmas.gradient.get_slice(first(wg_idx))
-    acc_G = cute.make_rmem_tensor(mmas.gradient.partition_shape_C((cfg.tile_rows, cfg.head_dim)), Float32)
-    acc_G.fill(0.0)
-    row_shift, row_delta = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
-    row_shift.fill(0.0)
-    row_delta.fill(0.0)
-    return OneSide(
-        cfg, mmas, smem,
-        tSrX=mmas.scores.make_fragment_A(scores.partition_A(smem.sX)),
-        tSrY=mmas.scores.make_fragment_B(scores.partition_B(smem.sY)),
-        tPrX2=mmas.scores.make_fragment_A(scores.partition_A(smem.sX2)),
-        tPrY2=mmas.scores.make_fragment_B(scores.partition_B(smem.sY2)),
-        tGrY=mmas.gradient.make_fragment_B(gradient.partition_B(transposed(smem.sY if cfg.has_dp else smem.sY2))),
-        acc_G=acc_G, row_shift=row_shift, row_delta=row_delta,
-        y_consumer=pipes.y.make_consumer(), y2_consumer=pipes.y2.make_consumer(), scale_log2=params.scale_log2,
-        tidx=tidx)
-
-
-@cute.jit
-def consume_for_queries(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: SideSmem, pipes: SidePipelines,
-                        tile: Tile):
-    """dQ of a tile of queries. Runs on: consumer warpgroups."""
-    tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
-    side = make_one_side(cfg, params, mmas, smem, pipes, tidx)
-    visible = Visibility(cfg, params.window, tile)
-    mask, blocks = visible.of_thread(tidx), visible.tiles()
-    if blocks.n_block_max > blocks.n_block_min:
-        pipes.x.make_consumer().wait_and_advance()
-        place = (tile.sequence + tile.m_block) * PREPARED_ROWS + fragment_row(tidx)
-        for r in cutlass.range_constexpr(2):
-            side.row_shift[r] = params.shift[place + r * ROW_STEP, tile.head] * params.scale_log2
-            side.row_delta[r] = params.delta[place + r * ROW_STEP, tile.head]
-    n_block = blocks.n_block_max - 1
-    num_right = blocks.num_cut_right(n_block + 1)
-    for i in cutlass.range(num_right, unroll=1):
-        side.step(mask, n_block - i, tile.seqlen_k - (n_block - i) * cfg.tile_n, is_masked=True)
-    n_block -= num_right
-    num_full = n_block + 1 - blocks.n_block_min
-    if const_expr(cfg.is_local):
-        num_full = blocks.num_full(n_block + 1)
-    for i in cutlass.range(num_full, unroll=1):
-        side.step(mask, n_block - i, Int32(cfg.tile_n), is_masked=False)
-    if const_expr(cfg.is_local):
-        n_block -= num_full
-        for i in cutlass.range(n_block + 1 - blocks.n_block_min, unroll=1):
-            side.step(mask, n_block - i, tile.seqlen_k - (n_block - i) * cfg.tile_n, is_masked=True)
-    store_own_rows(cfg, params, mmas, smem, side.acc_G, (tile.m_block, tile.offset_q, tile.seqlen_q), tile.head,
-                   tile.batch, tidx)
-
-
-@cute.jit
-def consume_for_keys(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: SideSmem, pipes: SidePipelines,
-                     tile: KeyTile):
-    """dK or dV of a block of keys. Runs on: consumer warpgroups."""
-    tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
-    side = make_one_side(cfg, params, mmas, smem, pipes, tidx)
-    mask = KeyMask.create(cfg, params.window, tile, tidx)
-    queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-    if queries.m_block_max > queries.m_block_min:
-        pipes.x.make_consumer().wait_and_advance()
-        if const_expr(cfg.is_varlen):
-            num_used = tile.seqlen_k - tile.n_block * cfg.tile_n
-            clear_unused_rows(cfg, (smem.sX[None, None, 0], smem.sX2[None, None, 0]), num_used, tidx)
-    for _ in cutlass.range(params.group, unroll=1):
-        for m_block in cutlass.range(queries.m_block_min, queries.m_block_full_min, unroll=1):
-            side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
-        for m_block in cutlass.range(queries.m_block_full_min, queries.m_block_full_max, unroll=1):
-            side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=False)
-        if const_expr(cfg.is_local):
-            for m_block in cutlass.range(queries.m_block_full_max, queries.m_block_max, unroll=1):
-                side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
-    store_own_rows(cfg, params, mmas, smem, side.acc_G, (tile.n_block, tile.offset_k, tile.seqlen_k), tile.kv_head,
-                   tile.batch, tidx)
-
-
-@cute.jit
-def store_own_rows(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: SideSmem, acc: cute.Tensor,
-                   where: tuple, head: Int32, batch: Int32, tidx: Int32):
-    """The gradient -> x's slot -> rows below the sequence's length. where: (block, first row, rows of the sequence)."""
-    (block, offset, seqlen), wg_idx = where, tidx // 128
-    if const_expr(cfg.side != "dv"):
-        for i in cutlass.range_constexpr(cute.size(acc)):
-            acc[i] = params.scale * acc[i]
-    rG = cute.make_rmem_tensor_like(acc, element_type(cfg))
-    convert(acc, rG)
-    stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
-    thread_copy = cute.make_tiled_copy_C(stmatrix, mmas.gradient).get_slice(tidx)
-    sync_warpgroup(wg_idx)                 # all of it has read its rows of x
-    cute.copy(thread_copy, thread_copy.retile(rG), thread_copy.partition_D(smem.sX[None, None, 0]))
-    sync_warpgroup(wg_idx)
-    shape, part = (ROWS_PER_WARPGROUP, cfg.head_dim), block * cfg.num_consumer_wgs + wg_idx
-    gG = cute.local_tile(rows_from(cfg, offset, params.mG[None, None, head, batch]), shape, (part, 0))
-    sG = cute.local_tile(smem.sX[None, None, 0], shape, (wg_idx, 0))
-    store_used_rows(cfg, sG, gG, seqlen - part * ROWS_PER_WARPGROUP, tidx % 128, 128)

@@ -1,0 +1,56 @@
+"""Bundles of the backward kernels of one gradient: as bundles.py, all frozen."""
+from dataclasses import dataclass
+from typing import Optional
+
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+from cutlass import Float32, Int32
+
+from ..common.block_range import Window
+from ..common.sequences import Sequences
+from ..common.tma import TmaOperand
+from .blocks import Blocks
+
+
+@dataclass(frozen=True)
+class SideParams:
+    """Run-time arguments (device side)."""
+    x: TmaOperand
+    x2: TmaOperand
+    y: TmaOperand
+    y2: TmaOperand
+    mG: cute.Tensor                # the gradient, as x
+    shift: cute.Tensor             # (padded rows of queries, num_heads) f32, see prepare.py
+    delta: cute.Tensor
+    window: Window
+    sequences: Sequences
+    q_blocks: Blocks               # of the prepare kernel: a sequence's vectors start with one of PREPARED_ROWS rows
+    blocks: Blocks                 # of the CTA's side
+    num_heads: Int32               # of the CTA's side
+    group: Int32                   # query heads of a KV head
+    scale: Float32
+    scale_log2: Float32
+
+
+@dataclass(frozen=True)
+class SideMmas:
+    """The GEMMs, over all consumer warpgroups."""
+    scores: cute.TiledMma          # S and dP, or their transposes
+    gradient: cute.TiledMma        # with P or dS in registers
+
+
+@dataclass(frozen=True)
+class SideSmem:
+    sX: cute.Tensor                # the gradient at the end
+    sX2: cute.Tensor
+    sY: cute.Tensor
+    sY2: cute.Tensor
+    sShift: Optional[cute.Tensor]  # None if the CTA's rows are queries
+    sDelta: Optional[cute.Tensor]
+
+
+@dataclass(frozen=True)
+class SidePipelines:
+    x: pipeline.PipelineTmaAsync
+    y: pipeline.PipelineTmaAsync
+    y2: pipeline.PipelineTmaAsync
