@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.testing
 from tensors import BF16, FP8, ints, packed, qkv, rand
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -105,26 +104,20 @@ def test_opcheck_of_backward_and_merge():
     torch.library.opcheck(OPERATORS.merge_attention.default, (out, lse, out, lse))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(dynamic):
-    """One graph for all sizes, without a break; sizes, windows and lengths are free."""
+def test_compiled():
+    """One graph for all sizes and bounds, without a break."""
 
     def model(q, k, v, window):
         out, lse = flash_attn_func(q * 2, k, v, window_size=(window, 0), return_attn_probs=True)
         return out + 1, lse
 
-    torch._dynamo.reset()  # graphs belong to code, which another parameter's test has compiled too
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
-    for batch, seqlen, window in (
-        (3, 24, 8),
-        (5, 40, 9),
-        (6, 33, 11),
-    ):  # no number of heads, which would be held for it
-        tensors = qkv(batch=batch, seqlen_q=seqlen, seqlen_k=seqlen + 5)
-        for got, expected in zip(compiled(*tensors, window), model(*tensors, window), strict=True):
-            assert torch.equal(got, expected)
-    assert counter.frame_count == 1 or not dynamic
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(*qkv(batch=3, seqlen_q=24, seqlen_k=29), 8)  # no size twice: they would be held for one
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch, seqlen, window in ((5, 40, 9), (6, 33, 11)):
+            arguments = *qkv(batch=batch, seqlen_q=seqlen, seqlen_k=seqlen + 5), window
+            for got, expected in zip(compiled(*arguments), model(*arguments), strict=True):
+                assert torch.equal(got, expected)
 
 
 def test_compiled_packed():
