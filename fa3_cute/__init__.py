@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # type checkers and editors, which do not run __getattr__
         explain,
         forward,
         merge_attention,
+        stats,
         warmup,
         workspace_size,
     )
@@ -54,6 +55,7 @@ _HOME = {
         "explain",
         "forward",
         "merge_attention",
+        "stats",
         "warmup",
         "workspace_size",
     ),

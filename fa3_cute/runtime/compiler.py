@@ -28,6 +28,7 @@ from .disk_cache import cache_dir
 from .dsl import cutlass, load_object
 from .report import Report, compile_and_read, compile_report, spills_of
 from .sources import hash_of_imports, source_hash
+from .tracing.stats import compiled, from_disk
 
 __all__ = [
     "CODE_SETTINGS",
@@ -106,10 +107,12 @@ def _find_on_disk(cfg: Config) -> Any | None:
     if found is None:
         return None
     try:
-        return _load(found.code, cfg.name)
+        kernel = _load(found.code, cfg.name)
     except Exception as error:  # whatever an object with a good checksum does wrong: compile it again
         log.warning("ignoring %s: %s", found.path, plain_text(error))
         return None
+    from_disk.add()
+    return kernel
 
 
 def _compile_and_store(cfg: Config) -> Any:
@@ -126,7 +129,8 @@ def _compile_and_store(cfg: Config) -> Any:
         raise CompileError(f"{cfg.name} was compiled but does not load: {plain_text(error)}") from error
     if getattr(cfg, "mod_names", "") and (spills := spills_of(cfg, code)):
         log.warning("%s", spills)
-    log.info("compiled %s in %.2f s", cfg.name, time.perf_counter() - start)
+    compiled.add(seconds := time.perf_counter() - start)
+    log.info("compiled %s in %.2f s", cfg.name, seconds)
     return kernel
 
 

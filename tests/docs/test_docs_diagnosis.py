@@ -4,8 +4,8 @@ import ast
 import re
 from pathlib import Path
 
-from fa3_cute import explain
-from fa3_cute.api import kernel_config, stats
+from fa3_cute import explain, stats
+from fa3_cute.api import kernel_config
 from fa3_cute.cli import main
 from fa3_cute.cli.replayed import stood_in
 from fa3_cute.runtime.tracing.record import fields_of, params_of, parsed

@@ -2,14 +2,13 @@
 
 import json
 
-from fa3_cute.api import stats
+from fa3_cute import stats
 from fa3_cute.runtime.tracing import watch
 from fa3_cute.runtime.tracing import stats as module
 from fa3_cute.runtime.tracing.stats import Counter
 
 SCRIPT = """
-from fa3_cute import forward
-from fa3_cute.api import stats
+from fa3_cute import forward, stats
 before = stats()
 forward(prefill_params(), STREAM[0]).check()
 for _ in range(3):
@@ -27,6 +26,9 @@ def test_what_a_process_has_done(run):
     assert found["before"] == {
         "calls": None,
         "first_calls": 0,
+        "compiles": 0,
+        "compile_seconds": 0,
+        "disk_hits": 0,
         "kernels": [],
         "workspaces": nothing,
         "counters_bytes": 0,
@@ -40,6 +42,21 @@ def test_what_a_process_has_done(run):
     made = sum(nbytes for _, nbytes, _ in found["allocations"])
     assert after["workspaces"]["number"] == 1 and after["workspaces"]["bytes"] > 0
     assert after["workspaces"]["bytes"] + after["counters_bytes"] == made
+
+
+KERNEL = """
+from fa3_cute import forward, stats
+forward(prefill_params(), STREAM[0]).check()
+forward(prefill_params(seqlen_q=77), STREAM[0]).check()
+tell(**stats())
+"""
+
+
+def test_where_kernels_come_from(run, tmp_path):
+    """The first process compiles, the next one reads; a second shape does neither."""
+    first, second = (run(KERNEL, FA3_CUTE_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert (first["compiles"], first["disk_hits"]) == (1, 0) and first["compile_seconds"] > 0
+    assert (second["compiles"], second["disk_hits"], second["compile_seconds"]) == (0, 1, 0)
 
 
 def test_calls_are_counted_on_request(run):
@@ -68,5 +85,5 @@ def test_counts_are_of_functions(monkeypatch):
 def test_a_counter():
     counter = Counter()
     counter.add()
-    counter.add()
-    assert counter.value == 2
+    counter.add(1.5)
+    assert (counter.value, counter.seconds) == (2, 1.5)

@@ -8,20 +8,22 @@ PACKAGE = __name__.rpartition(".tracing.")[0]
 
 
 class Counter:
-    """Counts what any thread does."""
+    """Counts what any thread does, and the seconds that it takes."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.value = 0
+        self.value, self.seconds = 0, 0.0
 
-    def add(self) -> None:
+    def add(self, seconds: float = 0.0) -> None:
         """One more."""
         with self.lock:
             self.value += 1
+            self.seconds += seconds
 
 
 calls: dict[str, Counter] = {}  # by function; empty where calls are not counted
 first_calls = Counter()
+compiled, from_disk = Counter(), Counter()  # kernels, by where they came from
 
 
 def stats() -> dict[str, Any]:
@@ -31,6 +33,8 @@ def stats() -> dict[str, Any]:
                        FA3_CUTE_STATS=1 at the import, since to count costs each call some time
     first_calls        of `forward`: those that were checked and planned in full, refused ones too. Where they grow
                        with every call, shapes, kinds of addresses or devices are new ones each time
+    compiles           kernels that were compiled, and compile_seconds, which include the wait for a process to do so
+    disk_hits          kernels that were read from a cache folder instead
     kernels            names of the kernels that are loaded, on some device
     workspaces         {"number": .., "bytes": ..} of split-KV's scratch memory that is the library's own
     counters_bytes     of the other device memory that it has made: a block of counters in each context
@@ -38,6 +42,9 @@ def stats() -> dict[str, Any]:
     return {
         "calls": {name: count.value for name, count in calls.items()} or None,
         "first_calls": first_calls.value,
+        "compiles": compiled.value,
+        "compile_seconds": compiled.seconds,
+        "disk_hits": from_disk.value,
         "kernels": _kernels(),
         **_memory(),
     }
