@@ -70,6 +70,7 @@ class BackwardConfig:
     num_ds_stages: int = 2
 
     is_fp8 = False
+    has_sums = True  # of dQ, in the workspace
     has_chunks = False
     packs_heads = False
     uses_setmaxnreg = True

@@ -17,7 +17,9 @@ from .backward import (
     BackwardConfig,
 )
 from .config import ROWS_PER_WARPGROUP
+from .one_side import ONE_SIDE_ARGUMENTS, OneSideConfig, OneSidePass
 
+GRADIENT = "gradient"  # what SideConfig's kernel calls its own
 # Parts of the workspace: element, bytes of it, alignment that kernels count on.
 SCRATCH = {
     "shift": ("float32", 4, 16),
@@ -30,19 +32,22 @@ SCRATCH = {
 def _entry(arguments: tuple[tuple[str, str], ...]) -> Entry:
     """Of a kernel's arguments: what they point at, and which are other ones in every call, follow from the fields."""
     pointers = tuple(name for name, kind in arguments if kind == "pointer")
-    changing = tuple(name for name in pointers if name in SCRATCH or ARGUMENTS[name].changes)
+    changing = tuple(name for name in pointers if name in (*SCRATCH, GRADIENT) or ARGUMENTS[name].changes)
     return Entry(arguments, (*changing, "stream"), frozenset(), (), tuple((name, *_pointed(name)) for name in pointers))
 
 
 def _pointed(name: str) -> tuple[str, int]:
-    """(element, alignment) of a pointer."""
+    """(element, alignment) of a pointer; `gradient` is one of dq, dk and dv."""
+    name = "dq" if name == GRADIENT else name
     if name in SCRATCH:
         element, _, alignment = SCRATCH[name]
         return element, alignment
     return ARGUMENTS[name].element, ARGUMENTS[name].alignment
 
 
-PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY = map(_entry, (PREPARE_ARGUMENTS, BACKWARD_ARGUMENTS, FINISH_ARGUMENTS))
+PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY = map(
+    _entry, (PREPARE_ARGUMENTS, BACKWARD_ARGUMENTS, FINISH_ARGUMENTS, ONE_SIDE_ARGUMENTS)
+)
 
 
 class MainConfig(BackwardConfig):
@@ -79,6 +84,7 @@ class PrepareConfig(_Around):
     dtype: str
     head_dim: int
     tile_m: int
+    has_sums: bool = True  # which it zeroes
 
     entry = PREPARE_ENTRY
     arguments = PREPARE_ENTRY.arguments
@@ -89,7 +95,7 @@ class PrepareConfig(_Around):
     @property
     def name(self) -> str:
         """Names cache entries and kernels."""
-        return f"bwd_prepare_{self.dtype}_d{self.head_dim}_{self.tile_m}"
+        return f"bwd_prepare_{self.dtype}_d{self.head_dim}_{self.tile_m}{'' if self.has_sums else '_no_sums'}"
 
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""
@@ -136,12 +142,23 @@ class FinishConfig(_Around):
         return asdict(self)
 
 
-KernelOfPass = PrepareConfig | MainConfig | FinishConfig
+class SideConfig(OneSideConfig):
+    """Of the kernel of one gradient: the choices as they are."""
+
+    entry = SIDE_ENTRY
+    arguments = SIDE_ENTRY.arguments
+    kernel = "fa3_cute.kernels.backward.one_side.OneSideBackward"
+
+
+KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig
 
 
 @cache
-def kernels_of(cfg: BackwardConfig) -> tuple[PrepareConfig, MainConfig, FinishConfig]:
+def kernels_of(cfg: BackwardConfig | OneSidePass) -> tuple[KernelOfPass, ...]:
     """The kernels of a pass, in the order of their launches."""
+    if isinstance(cfg, OneSidePass):
+        prepare = PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, has_sums=False)
+        return (prepare, *(SideConfig(**side.as_dict()) for side in cfg.sides))
     return (
         PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m),
         MainConfig(**cfg.as_dict()),

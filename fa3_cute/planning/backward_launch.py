@@ -26,7 +26,9 @@ from ..contract.params import are_constants
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
 from .backward import BackwardConfig, backward_config
-from .backward_kernels import SCRATCH, FinishConfig, KernelOfPass, kernels_of
+from .backward_kernels import GRADIENT, SCRATCH, FinishConfig, KernelOfPass, SideConfig, kernels_of
+from .one_side import TABLE as ONE_SIDE
+from .one_side import OneSidePass
 from .problem import ProblemShape
 
 MAX_SHAPES = 512  # that are remembered; the next one starts anew
@@ -65,9 +67,11 @@ class BackwardShape(NamedTuple):
         return BackwardShape(forward, strides, p.deterministic)
 
     @property
-    def config(self) -> BackwardConfig:
-        """What the table has for it."""
+    def config(self) -> BackwardConfig | OneSidePass:
+        """What the tables have for it."""
         of = self.forward
+        if of.head_dim in ONE_SIDE:
+            return OneSidePass(of.dtype, of.head_dim, of.mask, of.has_lengths)
         return backward_config(of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic)
 
 
@@ -95,16 +99,16 @@ class Stage:
         return ()
 
     @property
-    def is_finish(self) -> bool:
-        """It writes dq, and nothing else."""
-        return isinstance(self.config, FinishConfig)
+    def output(self) -> str:
+        """The one gradient without which it is left out; "" if it is never."""
+        return "dq" if isinstance(self.config, FinishConfig) else getattr(self.config, "side", "")
 
 
 @dataclass(eq=False)
 class Pass:
     """How a shape is served.
 
-    stages            the launches, one after the other; without dq the last is left out
+    stages            the launches, one after the other; a kernel of one gradient is left out if that is not wanted
     workspace_bytes   what the caller's workspace must hold; its parts begin at `offsets`, in the order of SCRATCH
     extents           bytes from the address of each of POINTERS to behind its last element
     apart             addresses of POINTERS and a workspace that were found not to overlap
@@ -119,10 +123,10 @@ class Pass:
     def places(self, addresses: tuple[int, ...]) -> tuple[int, ...]:
         """In the order of PLACES, of addresses of POINTERS and the workspace.
 
-        Where there is no query, q and dout may have no address, but TMA's descriptors are made of one: k's.
+        Where there is no query or no key, tensors may have no address, but TMA's descriptors are made of one.
         """
         q, k, v, out, lse, dout, *others, workspace = addresses
-        return (q or k, k, v, out, lse, dout or k, *others, *[workspace + offset for offset in self.offsets])
+        return (q or k, k or q, v or q, out, lse, dout or k, *others, *[workspace + offset for offset in self.offsets])
 
 
 def num_blocks(of: ProblemShape, tile_m: int) -> int:
@@ -134,19 +138,26 @@ def num_blocks(of: ProblemShape, tile_m: int) -> int:
 def pass_of(shape: BackwardShape) -> Pass:
     """How it is served."""
     of, cfg = shape.forward, shape.config
-    prepare, main, finish = kernels_of(cfg)
+    prepare, *others = kernels_of(cfg)
     has_queries, has_keys = of.seqlen_q > 0, of.seqlen_k > 0
-    kernels = [prepare] * has_queries + [main] * has_keys + [finish] * has_queries
+    kernels = [prepare] * has_queries + [
+        kernel for kernel in others if (has_queries if _is_of_queries(kernel) else has_keys)
+    ]
     rows = num_blocks(of, cfg.tile_m) * of.num_heads * has_queries
     elements = {
         "shift": rows * cfg.tile_m,
         "delta": rows * cfg.tile_m,
-        "dq_sum": rows * cfg.tile_m * cfg.head_dim,
-        "order": rows,
+        "dq_sum": rows * cfg.tile_m * cfg.head_dim * cfg.has_sums,
+        "order": rows * cfg.has_sums,
     }
     sizes = [-(-elements[part] * SCRATCH[part][1] // PART_ALIGNMENT) * PART_ALIGNMENT for part in SCRATCH]
     *offsets, total = accumulate(sizes, initial=0)
     return Pass(tuple(_stage(kernel, shape) for kernel in kernels), total, tuple(offsets), _extents(shape))
+
+
+def _is_of_queries(cfg: KernelOfPass) -> bool:
+    """Its CTAs have queries: it writes dq."""
+    return isinstance(cfg, FinishConfig) or isinstance(cfg, SideConfig) and cfg.is_of_queries
 
 
 def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
@@ -161,11 +172,12 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
     for tensor, strides in shape.strides:
         names = (f"{tensor}_{dim}_stride" for dim in ("batch", "row", "head"))
         values |= dict(zip(names, strides, strict=True))
+    own = getattr(cfg, "side", "")  # what `gradient` stands for
     strides, sizes, scales = (
-        tuple(values[name] for name, kind in cfg.arguments if kind == wanted)
+        tuple(values[name.replace(GRADIENT, own)] for name, kind in cfg.arguments if kind == wanted)
         for wanted in ("int64", "int32", "float32")
     )
-    picked = [PLACES.index(name) for name in cfg.entry.per_call if name != "stream"]
+    picked = [PLACES.index(name.replace(GRADIENT, own)) for name in cfg.entry.per_call if name != "stream"]
     return Stage(cfg, of.lengths, strides, sizes, scales, itemgetter(*picked))
 
 

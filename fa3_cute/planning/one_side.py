@@ -7,6 +7,7 @@ every call. The price is S once per gradient and dP twice: 8 GEMMs where the ker
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from .backward import BACKWARD_ARGUMENTS
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
@@ -148,3 +149,42 @@ class OneSideConfig:
         return asdict(self)
 
 
+class OneSideRow(NamedTuple):
+    """tile_columns and num_y2_stages of dQ and dK, and of dV, and why."""
+
+    tile_columns: int
+    num_y2_stages: int
+    of_dv: tuple[int, int]
+    reason: str
+
+
+TABLE = {
+    96: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
+    192: OneSideRow(64, 2, (64, 2), "not measured: the widest tiles that do not spill"),
+    256: OneSideRow(64, 1, (64, 2), "not measured: the widest tiles that do not spill and fit shared memory"),
+}
+
+
+@dataclass(frozen=True)
+class OneSidePass:
+    """A backward pass of three such kernels, none of which waits for another; fields as in OneSideConfig."""
+
+    dtype: str
+    head_dim: int
+    mask: str
+    is_varlen: bool
+
+    tile_m = PREPARED_ROWS  # of the prepare kernel
+    has_sums = False
+
+    @property
+    def sides(self) -> tuple[OneSideConfig, ...]:
+        """Of dQ, dK and dV."""
+        row = TABLE[self.head_dim]
+        shapes = dict.fromkeys(SIDES, (row.tile_columns, row.num_y2_stages)) | {"dv": row.of_dv}
+        return tuple(
+            OneSideConfig(
+                self.dtype, self.head_dim, self.mask, self.is_varlen, side, columns, num_y2_stages=num_y2_stages
+            )
+            for side, (columns, num_y2_stages) in shapes.items()
+        )

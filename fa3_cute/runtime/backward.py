@@ -6,12 +6,12 @@ from typing import Any
 from ..planning.backward_launch import MAX_SHAPES, POINTERS, Pass
 from .launch import Call, ensure_loaded, launch, require_loaded, resolve_stream
 
-DQ = POINTERS.index("dq")
+OUTPUTS = tuple((name, POINTERS.index(name)) for name in ("dq", "dk", "dv"))
 
 
 class _Thread(threading.local):
     def __init__(self):
-        self.calls: dict[Pass, tuple[Call, ...]] = {}
+        self.calls: dict[tuple[Pass, tuple[str, ...]], tuple[Call, ...]] = {}
 
 
 _thread = _Thread()
@@ -22,16 +22,19 @@ def backward(found: Pass, addresses: tuple[int, ...], stream=None) -> None:
     with nothing enqueued if a kernel is missing."""
     handle = resolve_stream(stream)
     places = found.places(addresses)
-    stages = found.stages if addresses[DQ] else tuple([stage for stage in found.stages if not stage.is_finish])
-    calls = _thread.calls.get(found, ())
-    if len(calls) < len(stages):
-        _keep(found, _first(stages, places, handle))
+    absent = tuple([name for name, index in OUTPUTS if not addresses[index]])
+    stages = tuple([stage for stage in found.stages if stage.output not in absent]) if absent else found.stages
+    if not stages:  # no query, and dq alone is wanted
+        return
+    calls = _thread.calls.get((found, absent))
+    if calls is None:
+        _keep((found, absent), _first(stages, places, handle))
         return
     own = [stage.pick(places) for stage in stages]
     if not calls[0].repeat(own[0], handle):  # another stream or context, where nothing may be loaded yet
         require_loaded(stages, handle)
         calls[0].launch(own[0], handle)
-    for call, values in zip(calls[1:], own[1:], strict=False):  # without dq, one less
+    for call, values in zip(calls[1:], own[1:], strict=True):
         if not call.repeat(values, handle):
             call.launch(values, handle)
 
@@ -41,10 +44,10 @@ def _first(stages: Any, places: tuple[int, ...], handle: int) -> tuple[Call, ...
     return tuple([launch(stage, stage, stage.pick(places), handle) for stage in stages])
 
 
-def _keep(found: Pass, calls: tuple[Call, ...]) -> None:
+def _keep(key: tuple[Pass, tuple[str, ...]], calls: tuple[Call, ...]) -> None:
     if len(_thread.calls) >= MAX_SHAPES:
         _thread.calls.clear()
-    _thread.calls[found] = calls
+    _thread.calls[key] = calls
 
 
 def warm(found: Pass, stream=None) -> None:

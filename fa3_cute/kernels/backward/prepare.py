@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from ...planning.backward import PREPARE_ARGUMENTS, PREPARE_THREADS, BackwardConfig
 from ..common.copies import row_copy, threads_per_row
@@ -64,7 +64,8 @@ class PrepareBackward:
     def kernel(self, params: PrepareParams, blocks: Blocks, sequences: Sequences):
         """A Q tile of one head per CTA."""
         cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
-        self.clear(params, tile, thread)
+        if const_expr(cfg.has_sums):
+            self.clear(params, tile, thread)
         element = element_type(cfg)
         copy, first_row, rows_per_step = row_copy(cfg.head_dim, element, thread, PREPARE_THREADS)
         per_row = threads_per_row(cfg.head_dim, element)
