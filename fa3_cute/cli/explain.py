@@ -25,7 +25,7 @@ from ..planning.splits import SplitPlan
 
 ADDRESS = 1 << 20  # stands for any tensor
 GRADIENTS = {"dq": 1 << 50, "dk": 1 << 51, "dv": 1 << 52}  # far from it: they must not overlap it
-ANY_WORKSPACE = {"workspace": ADDRESS, "workspace_bytes": 1 << 60}
+ANY_WORKSPACE = {"workspace": 1 << 53, "workspace_bytes": 1 << 60}
 MODES = {"prefill": AttentionMode.PREFILL, "decode": AttentionMode.DECODE, "varlen": AttentionMode.VARLEN_PREFILL}
 PACK_GQA = {"auto": None, "yes": True, "no": False}
 MASK_TYPES = {"bool": None, "fp16": DataType.FP16, "bf16": DataType.BF16, "fp32": DataType.FP32}

@@ -10,7 +10,7 @@ from fa3_cute.planning.selections import all_configs, ragged_configs
 from fa3_cute.planning.tables import all_decode_configs, all_forward_configs
 
 TEXT = (Path(__file__).resolve().parents[2] / "fa3_cute" / "kernels" / "README.md").read_text()
-FORWARD_TEXT, DECODE_TEXT = TEXT.split("\n## The decode kernel\n")
+FORWARD_TEXT, DECODE_TEXT = TEXT.split("\n## The backward kernels\n")[0].split("\n## The decode kernel\n")
 COUNT = re.compile(r"\b(1) \+ the bytes|\(([0-9n +]+)\)")
 
 
