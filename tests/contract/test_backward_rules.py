@@ -7,7 +7,7 @@ import pytest
 from cuda.bindings.driver import CUdeviceptr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_calls import BF16, DECODE, FP8, FP16, FP32, VALUES, VARLEN, Array, Handle, every
+from rule_calls import BF16, DECODE, FP8, FP16, FP32, VALUES, VARLEN, Array, Handle, Recorded, every
 
 from fa3_cute.contract import backward_rules as rules
 from fa3_cute.contract.backward_params import ARGUMENTS, BACKWARD, NEW, BackwardParams, plain_backward, strides_of
@@ -356,19 +356,6 @@ BASES = st.sampled_from(
     [DENSE, PACKED, ONE_ROW, replace(DENSE, **FUSED), replace(DENSE, dtype=FP8), replace(PACKED, seqused_k=LENGTHS)]
 )
 CHOICES = {name for name, argument in ARGUMENTS.items() if not argument.changes and not argument.varies}
-
-
-class Recorded:
-    """Params that list which of their fields are read."""
-
-    def __init__(self, params):
-        self.params, self.read = params, set()
-
-    def __getattr__(self, name):
-        if name == "raw":
-            raise AttributeError(name)
-        self.read.add(name)
-        return getattr(self.params, name)
 
 
 @settings(max_examples=600, deadline=None)
