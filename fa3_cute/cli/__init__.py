@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> int:
     """The same, for the signals to interrupt."""
-    parser = argparse.ArgumentParser(prog="fa3_cute", description="FlashAttention-3 forward for Hopper GPUs.")
+    parser = argparse.ArgumentParser(prog="fa3_cute", description="FlashAttention-3 for Hopper GPUs.")
     version = f"fa3_cute {import_module('fa3_cute').__version__}"
     parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -8,7 +8,7 @@ from cuda.bindings.driver import CUdeviceptr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from backward_calls import APART, DENSE, LENGTHS, PACKED, POINTERS, SCORES, A
-from rule_calls import BF16, DECODE, FP8, FP16, FP32, VALUES, Array, Handle, every
+from rule_calls import BF16, DECODE, FP8, FP16, FP32, VALUES, Array, Handle, Recorded, every
 
 from fa3_cute.contract import backward_rules as rules
 from fa3_cute.contract.append import NEW_STRIDES
@@ -354,19 +354,6 @@ BASES = st.sampled_from(
     ]
 )
 CHOICES = {name for name, argument in ARGUMENTS.items() if not argument.changes and not argument.varies}
-
-
-class Recorded:
-    """Params that list which of their fields are read."""
-
-    def __init__(self, params):
-        self.params, self.read = params, set()
-
-    def __getattr__(self, name):
-        if name == "raw":
-            raise AttributeError(name)
-        self.read.add(name)
-        return getattr(self.params, name)
 
 
 @settings(max_examples=600, deadline=None)

@@ -17,6 +17,7 @@ from rule_calls import (
     PACKED_FP8,
     PER_HEAD,
     first_problem,
+    Recorded,
     VALUES,
 )
 
@@ -97,19 +98,6 @@ BASES = st.sampled_from(
         replace(PACKED_CACHE, num_splits=0, fixed_split_size=64),
     ]
 )
-
-
-class Recorded:
-    """Params that list which of their fields are read."""
-
-    def __init__(self, params):
-        self.params, self.read = params, set()
-
-    def __getattr__(self, name):
-        if name == "raw":
-            raise AttributeError(name)
-        self.read.add(name)
-        return getattr(self.params, name)
 
 
 @settings(max_examples=300, deadline=None)

@@ -120,3 +120,16 @@ VALUES = [
     *DataType,
     *AttentionMode,
 ]
+
+
+class Recorded:
+    """Params that list which of their fields are read."""
+
+    def __init__(self, params):
+        self.params, self.read = params, set()
+
+    def __getattr__(self, name):
+        if name == "raw":
+            raise AttributeError(name)
+        self.read.add(name)
+        return getattr(self.params, name)
