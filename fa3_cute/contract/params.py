@@ -4,6 +4,7 @@ import operator
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from functools import cache
+from typing import Any
 
 from .block_mask import BlockMask
 from .mods import MaskMod, ScoreMod
@@ -63,45 +64,45 @@ class Argument:
     instead: str = ""
 
 
-def _field(default, kind: str, **facts):
+def _field(default, kind: str, **facts) -> Any:
     return field(default=default, metadata={"argument": Argument(kind, **facts)})
 
 
-def _tensor(element: str = "input", alignment: int = 16):
+def _tensor(element: str = "input", alignment: int = 16) -> Any:
     return _field(None, "pointer", element=element, alignment=alignment, takers=BOTH, changes=True)
 
 
-def _lengths(*takers: str):
+def _lengths(*takers: str) -> Any:
     return _field(None, "pointer", element="int32", alignment=4, takers=takers, varies=True)
 
 
-def _descale(entry: str):
+def _descale(entry: str) -> Any:
     return _field(None, "pointer", element="float32", alignment=4, takers=BOTH, entry=entry, is_fp8=True, changes=True)
 
 
-def _optional(element: str, alignment: int):
+def _optional(element: str, alignment: int) -> Any:
     return _field(None, "pointer", element=element, alignment=alignment, takers=BOTH, changes=True, is_optional=True)
 
 
-def _stride(default: int | None = None, is_fp8: bool = False):
+def _stride(default: int | None = None, is_fp8: bool = False) -> Any:
     """None: contiguous. 0 by default: one for all."""
     return _field(default, "stride", takers=BOTH, is_fp8=is_fp8, varies=default is None)
 
 
-def _size(*takers: str, varies: bool = True):
+def _size(*takers: str, varies: bool = True) -> Any:
     return _field(0, "size", takers=takers, varies=varies)
 
 
-def _new(element: str, alignment: int):
+def _new(element: str, alignment: int) -> Any:
     """Of what is done before attention, by a kernel with an entry of its own (append.py)."""
     return _field(None, "pointer", element=element, alignment=alignment, varies=True)
 
 
-def _new_stride():
+def _new_stride() -> Any:
     return _field(None, "stride", varies=True)
 
 
-def _refused(status: Status, default=None, kind: str = "pointer", instead: str = ""):
+def _refused(status: Status, default=None, kind: str = "pointer", instead: str = "") -> Any:
     return _field(default, kind, refused=status, instead=instead)
 
 

@@ -30,8 +30,7 @@ PIPELINE_STATE = re.compile(r"\b(PipelineState|\w*Producer|\w*Consumer)\b")
 
 # Signatures fixed from outside: attention() has flash-attn's names.
 WIDE_SIGNATURES = {("api", "attention")} | {
-    ("torch.flash_attn", name)
-    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+    ("torch.flash_attn", name) for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
 }
 
 
