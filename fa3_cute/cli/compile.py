@@ -9,9 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS
-from ..planning.backward import TABLE as BACKWARD
-from ..planning.backward import backward_config
-from ..planning.backward_kernels import KernelOfPass, kernels_of
+from ..planning.backward_kernels import ROWS, KernelOfPass, kernels_of, pass_config
 from ..planning.operations import Config
 from ..planning.tables import configs_over, dense_configs
 from .options import cannot_run, count, counted, one_or_more, whole
@@ -110,10 +108,10 @@ def backward_configs(args) -> list[KernelOfPass]:
     if args.page_size is not None:
         return []
     passes = [
-        backward_config(dtype, head_dim, mask, is_varlen, is_deterministic)
+        pass_config(dtype, head_dim, mask, is_varlen, is_deterministic)
         for dtype in args.dtype
         if dtype != FP8
-        for head_dim, mask in BACKWARD
+        for head_dim, mask in ROWS
         if head_dim in args.head_dim and mask in args.masks
         for is_varlen in layouts(args)
         for is_deterministic in ((False, True) if args.all else (False,))

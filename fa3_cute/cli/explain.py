@@ -5,7 +5,7 @@ for decode how K and V are split. Needs no GPU and compiles nothing; exit status
 Tensors are taken to be contiguous. Of a tile's numbers the first are its own, those of other tiles follow
 (planning/tables.py says on which machine); they are of kernels that do nothing else to scores. Workspace bytes are
 scratch memory for the partial results of splits; within one cluster of CTAs they stay in shared memory. With
---backward, the same of `backward` and its three kernels.
+--backward, the same of `backward` and its kernels.
 """
 
 import argparse
@@ -14,12 +14,13 @@ from dataclasses import fields
 from typing import Any
 
 from ..api import AttentionMode, BackwardParams, DataType, FlashAttentionParams, explain
+from ..contract.backward_params import plain_backward
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from ..contract.plain import plain
 from ..contract.status import Problem
 from ..planning import backward_launch
-from ..planning.backward import TABLE as BACKWARD
-from ..planning.backward_kernels import MainConfig
+from ..planning.backward_kernels import reason_of
+from ..planning.one_side import OneSidePass
 from ..planning.operations import Config, Launch, checked, operation_of
 from ..planning.splits import SplitPlan
 
@@ -222,12 +223,11 @@ def backward_served(params: BackwardParams) -> dict:
     """Which kernels serve valid params, and why."""
     found = backward_launch.checked(params)
     assert not isinstance(found, Problem), "the params are valid"
-    kernels = [stage.config for stage in found[0].stages]
-    (main,) = (cfg for cfg in kernels if isinstance(cfg, MainConfig))
+    cfg = backward_launch.BackwardShape.of(plain_backward(params)).config
     return {
-        "kernels": [cfg.name for cfg in kernels],
-        "config": main.as_dict() | {"tile_n": main.tile_n},
-        "reason": BACKWARD[main.head_dim, main.mask].reason,
+        "kernels": [stage.config.name for stage in found[0].stages],
+        "config": cfg.as_dict() if isinstance(cfg, OneSidePass) else cfg.as_dict() | {"tile_n": cfg.tile_n},
+        "reason": reason_of(cfg),
         "workspace_bytes": found[0].workspace_bytes,
     }
 
@@ -235,8 +235,12 @@ def backward_served(params: BackwardParams) -> dict:
 def backward_lines(facts: dict):
     """As `lines`, of backward_served."""
     cfg = facts["config"]
-    yield from zip(("kernels", "", ""), facts["kernels"], strict=True)
-    yield "tile", f"{cfg['tile_m']} rows of Q, {cfg['tile_n']} of K and V"
+    tiles = [
+        f"{own['tile_m']} rows of Q, {own['tile_n']} of K and V{' of ' + own['side'] if 'side' in own else ''}"
+        for own in cfg.get("sides", [cfg])
+    ]
+    for name, values in (("kernels", facts["kernels"]), ("tile", tiles)):
+        yield from zip((name, *[""] * (len(values) - 1)), values, strict=True)
     yield "measured", facts["reason"]
     yield "workspace", f"{facts['workspace_bytes']} bytes"
 

@@ -36,7 +36,7 @@ from .status import Problem, Status, shown
 from .strides import overlap
 
 # What has kernels. A head_dim that forward knows and backward does not is refused as a feature.
-SERVED_HEAD_DIMS = (64, 128)
+SERVED_HEAD_DIMS = (64, 96, 128, 192, 256)
 SERVED_DTYPES = (DataType.FP16, DataType.BF16)
 SERVED_GRAD_DTYPES: tuple[DataType, ...] = ()  # besides that of q, k and v
 

@@ -6,6 +6,7 @@ kernel serves all masks, for instance.
 
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product
 
 from ..contract.arguments import Entry
 from ..contract.backward_params import ARGUMENTS
@@ -14,10 +15,16 @@ from .backward import (
     FINISH_ARGUMENTS,
     PREPARE_ARGUMENTS,
     PREPARE_THREADS,
+    TABLE,
     BackwardConfig,
+    backward_config,
 )
 from .config import ROWS_PER_WARPGROUP
 from .one_side import ONE_SIDE_ARGUMENTS, OneSideConfig, OneSidePass
+from .one_side import TABLE as ONE_SIDE
+
+MASKS = ("full", "causal", "local")
+ROWS = (*TABLE, *product(ONE_SIDE, MASKS))  # (head_dim, mask) of all passes
 
 GRADIENT = "gradient"  # what SideConfig's kernel calls its own
 # Parts of the workspace: element, bytes of it, alignment that kernels count on.
@@ -151,6 +158,20 @@ class SideConfig(OneSideConfig):
 
 
 KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig
+
+
+def pass_config(
+    dtype: str, head_dim: int, mask: str, is_varlen: bool, is_deterministic: bool
+) -> BackwardConfig | OneSidePass:
+    """The pass of one of ROWS; one without sums has the same bits in every call, asked for or not."""
+    if head_dim in ONE_SIDE:
+        return OneSidePass(dtype, head_dim, mask, is_varlen)
+    return backward_config(dtype, head_dim, mask, is_varlen, is_deterministic)
+
+
+def reason_of(cfg: BackwardConfig | OneSidePass) -> str:
+    """Why the tables have it."""
+    return (ONE_SIDE[cfg.head_dim] if isinstance(cfg, OneSidePass) else TABLE[cfg.head_dim, cfg.mask]).reason
 
 
 @cache

@@ -1,6 +1,6 @@
 """A call of `backward` -> its launches and what they are given. Pure Python.
 
-A pass is three launches: prepare, main, finish, over the caller's workspace. Of rows, blocks and keys there is nothing
+A pass is prepare, main, finish, or prepare and a launch for each gradient, over the caller's workspace. Of rows, blocks and keys there is nothing
 to do where there are none: such launches are left out.
 """
 
@@ -25,9 +25,8 @@ from ..contract.formats import ELEMENT_BYTES
 from ..contract.params import are_constants
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
-from .backward import BackwardConfig, backward_config
-from .backward_kernels import GRADIENT, SCRATCH, FinishConfig, KernelOfPass, SideConfig, kernels_of
-from .one_side import TABLE as ONE_SIDE
+from .backward import BackwardConfig
+from .backward_kernels import GRADIENT, SCRATCH, FinishConfig, KernelOfPass, SideConfig, kernels_of, pass_config
 from .one_side import OneSidePass
 from .problem import ProblemShape
 
@@ -70,9 +69,7 @@ class BackwardShape(NamedTuple):
     def config(self) -> BackwardConfig | OneSidePass:
         """What the tables have for it."""
         of = self.forward
-        if of.head_dim in ONE_SIDE:
-            return OneSidePass(of.dtype, of.head_dim, of.mask, of.has_lengths)
-        return backward_config(of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic)
+        return pass_config(of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic)
 
 
 @dataclass(frozen=True, eq=False)

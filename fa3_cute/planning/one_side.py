@@ -188,3 +188,8 @@ class OneSidePass:
             )
             for side, (columns, num_y2_stages) in shapes.items()
         )
+
+    def as_dict(self) -> dict:
+        """The fields as plain values, and those of its kernels with their tiles."""
+        sides = [side.as_dict() | {"tile_m": side.tile_m, "tile_n": side.tile_n} for side in self.sides]
+        return asdict(self) | {"sides": sides}
