@@ -49,6 +49,18 @@ class ForwardCall(NamedTuple):
     is_deterministic: bool = False
 
 
+class Update(NamedTuple):
+    """What else `fa3_cute::update_forward` takes: rows that it appends to k and v, and rotary tables."""
+
+    k_new: Tensor | None = None
+    v_new: Tensor | None = None
+    cu_seqlens_k_new: Tensor | None = None
+    rotary_cos: Tensor | None = None
+    rotary_sin: Tensor | None = None
+    seqlens_rotary: Tensor | None = None
+    rotary_interleaved: bool = False
+
+
 class BackwardCall(NamedTuple):
     """Arguments of `fa3_cute::backward`, named as the fields of BackwardParams are."""
 
@@ -96,19 +108,23 @@ _SCHEMA = {
 }
 
 
-def schema(kind: type, results: int) -> str:
-    """An operator's schema, after its name: the fields of its arguments, and so many new tensors."""
-    defaults: dict[str, Any] = getattr(kind, "_field_defaults", {})
-    arguments = [
-        f"{_SCHEMA[annotation]} {name}{f'={defaults[name]}' if name in defaults else ''}"
-        for name, annotation in kind.__annotations__.items()
-    ]
+def schema(*kinds: type, results: int, written: tuple[str, ...] = ()) -> str:
+    """An operator's schema, after its name: the fields of its arguments, and so many new tensors.
+
+    written   the arguments that it writes to
+    """
+    arguments = []
+    for kind in kinds:
+        defaults: dict[str, Any] = getattr(kind, "_field_defaults", {})
+        for name, annotation in kind.__annotations__.items():
+            of_type = f"Tensor({name}!)" if name in written else _SCHEMA[annotation]
+            arguments.append(f"{of_type} {name}{f'={defaults[name]}' if name in defaults else ''}")
     return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * results)})"
 
 
 NUM_TENSORS = {
     kind: sum("Tensor" in _SCHEMA[annotation] for annotation in kind.__annotations__.values())
-    for kind in (ForwardCall, BackwardCall)
+    for kind in (ForwardCall, BackwardCall, Update)
 }
 
 
@@ -152,16 +168,16 @@ def _view(x: Tensor) -> _View:
     return _View(tuple(x.shape), tuple(x.stride()), dtype, x.device, x.numel() == 0)
 
 
-def forward_params(call: ForwardCall, **more: Tensor) -> FlashAttentionParams:
+def forward_params(call: ForwardCall, update: Update | None = None, **more: Tensor) -> FlashAttentionParams:
     """The call, of which all is checked that addresses do not say; those are placeholders.
 
     more   an `out` that there is already
 
     Raises FlashAttentionError for tensors that do not fit together.
     """
-    described = _attention_call(call)
-    names = (*"qkv", *described.given(*arrays.SCORES, *arrays.INTEGERS, *arrays.DESCALES))
-    tensors = {name: _view(x) for name, x in ({name: getattr(call, name) for name in names} | more).items()}
+    described = _attention_call(call, update)
+    names = (*"qkv", *described.given(*arrays.SCORES, *arrays.INTEGERS, *arrays.UPDATES, *arrays.DESCALES))
+    tensors = {name: _view(x) for name, x in ({name: getattr(described, name) for name in names} | more).items()}
     q, k, v = (tensors[name].dtype for name in "qkv")
     element = described.element_type(q, k, v, arrays.DEVICE_DTYPES)
     # The rules that attention() has for arrays of any library.
@@ -177,8 +193,8 @@ def forward_params(call: ForwardCall, **more: Tensor) -> FlashAttentionParams:
     return params
 
 
-def _attention_call(call: ForwardCall) -> arrays.AttentionCall:
-    given: dict[str, Any] = call._asdict()
+def _attention_call(call: ForwardCall, update: Update | None) -> arrays.AttentionCall:
+    given: dict[str, Any] = call._asdict() | ({} if update is None else update._asdict())
     numbers = {name: given.pop(name) for name in ("softmax_scale", "softcap")}
     given |= {
         "causal": given.pop("is_causal"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import api
-from ..arrays.call import refusal
+from ..arrays.call import ANY_ADDRESS, refusal
 from ..contract.merge import MergeParams
 from ..contract.plain import plain
 from ..contract.status import Problem
@@ -23,6 +23,7 @@ from .calls import (
     BackwardCall,
     ForwardCall,
     MergeCall,
+    Update,
     backward_params,
     forward_params,
     key_of,
@@ -40,25 +41,29 @@ TMA_BYTES = 16
 class Plan:
     """A call that was checked: what it needs, and its params, of which only addresses change.
 
-    optional   (place in the call, field) of the tensors that not every call has
+    optional   (place in the call, field) of the tensors that not every call has; updates, those of the Update
+    is_idle    nothing is to be done: there are no queries, and nothing is appended
     """
 
-    __slots__ = "params", "optional", "lse_shape", "out_dtype", "workspace_bytes", "num_counters"
+    __slots__ = "params", "optional", "updates", "is_idle", "lse_shape", "out_dtype", "workspace_bytes", "num_counters"
 
-    def __init__(self, call: ForwardCall):
-        self.params = forward_params(call)
+    def __init__(self, call: ForwardCall, update: Update | None = None):
+        self.params = forward_params(call, update)
         shape = checked(plain(self.params))
         if isinstance(shape, Problem):
             raise refusal(shape)
-        first, names = 3, ForwardCall._fields[: NUM_TENSORS[ForwardCall]]
-        self.optional = tuple(
-            (place, FIELDS.get(name, name))
-            for place, name in enumerate(names)
-            if place >= first and call[place] is not None
-        )
+        self.optional = tuple((place, name) for place, name in _places(call) if place >= len("qkv"))
+        self.updates = () if update is None else _places(update)
+        self.is_idle = not call.q.numel() and (update is None or update.k_new is None)
         self.lse_shape, self.out_dtype = lse_shape(call.q), OUT_DTYPE.get(call.q.dtype, call.q.dtype)
-        self.workspace_bytes = 0 if call.q.numel() == 0 else operation_of(shape).workspace_bytes
+        self.workspace_bytes = 0 if self.is_idle else operation_of(shape).workspace_bytes
         self.num_counters = max(1, -(-self.workspace_bytes // BYTES_PER_COUNTER))
+
+
+def _places(call: Any) -> tuple[tuple[int, str], ...]:
+    """(place in the call, field of the params) of the tensors that are given."""
+    names: tuple[str, ...] = type(call)._fields[: NUM_TENSORS[type(call)]]
+    return tuple((place, FIELDS.get(name, name)) for place, name in enumerate(names) if call[place] is not None)
 
 
 class BackwardPlan:
@@ -69,8 +74,7 @@ class BackwardPlan:
     def __init__(self, call: BackwardCall):
         self.params = backward_params(call)
         self.workspace_bytes = api.backward_workspace_size(self.params)
-        names = BackwardCall._fields[: NUM_TENSORS[BackwardCall]]
-        self.optional = tuple((place, name) for place, name in enumerate(names) if call[place] is not None)
+        self.optional = _places(call)
 
 
 class _Thread(threading.local):
@@ -84,23 +88,37 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def forward(call: ForwardCall, wants_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(out, LSE) of `fa3_cute::forward`; None for an LSE that is not wanted."""
+def forward(call: ForwardCall, wants_lse: bool = True, update: Update | None = None) -> tuple[Tensor, Tensor | None]:
+    """(out, LSE) of `fa3_cute::forward`, or of `update_forward`, which writes to k and v; None for an LSE that is not
+    wanted."""
+    call, update = _with_unit_strides(call, update)
     q, k, v, *_ = call
-    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
-        call = call._replace(q=_with_unit_stride(q), k=_with_unit_stride(k), v=_with_unit_stride(v))
-        q, k, v, *_ = call
-    plan: Plan = _plan_of(call, Plan, _thread.plans)
+    plan: Plan = _plan_of(call, Plan, _thread.plans, update)
     out = torch.empty(q.shape, dtype=plan.out_dtype, device=q.device)
     lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device) if wants_lse else None
-    if not out.numel():
+    if plan.is_idle:
         return out, lse
     params = plan.params
     params.q, params.k, params.v, params.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     params.softmax_lse = None if lse is None else lse.data_ptr()
-    _set_addresses(plan, call)
+    _set_addresses(params, plan.optional, call)
+    if update is not None:
+        _set_addresses(params, plan.updates, update)
+        if not out.numel():
+            params.q = params.out = ANY_ADDRESS
     _launch(q, _forward, plan)
     return out, lse
+
+
+def _with_unit_strides(call: ForwardCall, update: Update | None) -> tuple[ForwardCall, Update | None]:
+    """The same; tensors whose last dimension is not contiguous are copied, but for those that are written."""
+    if update is not None:
+        new = [x if x is None else _with_unit_stride(x) for x in (update.k_new, update.v_new)]
+        return call._replace(q=_with_unit_stride(call.q)), update._replace(k_new=new[0], v_new=new[1])
+    q, k, v, *_ = call
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        call = call._replace(q=_with_unit_stride(q), k=_with_unit_stride(k), v=_with_unit_stride(v))
+    return call, update
 
 
 def _forward(plan: Plan, device: torch.device, stream: int) -> None:
@@ -129,7 +147,7 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     new = torch.zeros if has_lengths else torch.empty
     grads = [new(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v)]
     params = plan.params
-    _set_addresses(plan, call)
+    _set_addresses(params, plan.optional, call)
     params.dq, params.dk, params.dv = [x.data_ptr() for x in grads]
     if call.q.numel() or call.k.numel():
         _launch(call.q, _backward, plan)
@@ -172,21 +190,23 @@ def _launch(x: Tensor, call, what) -> None:
         call(what, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-def _set_addresses(plan: Plan | BackwardPlan, call: Any) -> None:
-    for place, field in plan.optional:
-        setattr(plan.params, field, call[place].data_ptr())
+def _set_addresses(params: Any, places: tuple[tuple[int, str], ...], call: Any) -> None:
+    for place, field in places:
+        setattr(params, field, call[place].data_ptr())
 
 
-def _plan_of(call, kind: type, plans: dict):
+def _plan_of(call, kind: type, plans: dict, update: Update | None = None):
     """The plan of such calls; raises what is wrong with this one."""
+    calls = (call,) if update is None else (call, update)
     try:
-        key = key_of(call)
+        key = key_of(call) if update is None else (key_of(call), key_of(update))
         found = plans.get(key)
     except (AttributeError, TypeError):  # no tensor, or a value that cannot be hashed: the rules put it into words
-        require_tensors(call)
-        return kind(call)
+        for part in calls:
+            require_tensors(part)
+        return kind(*calls)
     if found is None:
-        found = kind(call)
+        found = kind(*calls)
         if len(plans) >= MAX_PLANS:
             plans.clear()
         plans[key] = found

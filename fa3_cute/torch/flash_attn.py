@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..contract.status import Status, error_for, shown
 from . import ops
-from .calls import ForwardCall, MergeCall
+from .calls import ForwardCall, MergeCall, Update
 
 
 def flash_attn_func(
@@ -136,16 +136,25 @@ def flash_attn_with_kvcache(
 
     q                 [batch, seqlen_q, num_heads, head_dim], or [total_q, ...] with cu_seqlens_q, int32 [batch + 1]
     k_cache, v_cache  [batch, capacity, num_heads_k, head_dim], or pages [num_pages, page_size, num_heads_k, head_dim]
-    cache_seqlens     int32 [batch]: keys of each sequence, those of q included; an int: of all; None: the capacity
+    k, v              new rows [batch, seqlen_new, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new, int32
+                      [batch + 1]: written to the cache, in place, behind its cache_seqlens rows, then attended too
+    cache_seqlens     int32 [batch]: keys of each sequence, those of q included, without those of k; an int: of all;
+                      None: the capacity
     cache_batch_idx   int32 [batch]: the entry of the cache, or row of page_table, of each sequence
     page_table        int32 [batch, max_pages]; needs cache_seqlens
+    rotary_cos, _sin  [positions, rotary_dim / 2], of q's dtype or float32: q and k are rotated; pairs are (2i, 2i + 1)
+                      if rotary_interleaved, else (i, i + rotary_dim / 2)
+    rotary_seqlens    int32 [batch]: the position of the first new row; None: cache_seqlens
 
-    New rows, rotary embeddings and left padding are refused; scheduler_metadata and rotary_interleaved are ignored.
+    Without k only q is rotated, by the positions of the last seqlen_q keys. With k or rotary tables there are no
+    gradients. Left padding is refused; scheduler_metadata is ignored.
     """
-    _refuse(k=k, v=v, cu_seqlens_k_new=cu_seqlens_k_new, qv=qv, cache_leftpad=cache_leftpad)
-    _refuse(Status.ROTARY_UNSUPPORTED, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens)
+    _refuse(qv=qv, cache_leftpad=cache_leftpad)
+    update = _update(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
+    if k is not None and cache_seqlens is None:
+        raise error_for(Status.INVALID_ARGUMENT, "cache_seqlens=None: must be given with k: the rows before the call")
     if isinstance(cache_seqlens, _INTS):
-        is_dense = page_table is None and cu_seqlens_q is None
+        is_dense = page_table is None and cu_seqlens_q is None and k is None
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         k_cache, v_cache, cache_seqlens = _cut(k_cache, v_cache, cache_seqlens, batch, is_dense)
     scales = _scales(q, k_cache, q_descale, k_descale, v_descale)
@@ -153,7 +162,8 @@ def flash_attn_with_kvcache(
     if cu_seqlens_q is not None:
         options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": 0 if max_seqlen_q is None else max_seqlen_q}
     where = {"seqused_k": cache_seqlens, "page_table": page_table, "kv_batch_idx": cache_batch_idx}
-    return _attend(ForwardCall(q, k_cache, v_cache, s_aux=s_aux, **where, **scales, **options), return_softmax_lse)
+    call = ForwardCall(q, k_cache, v_cache, s_aux=s_aux, **where, **scales, **options)
+    return _attend(call, return_softmax_lse, update)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,25 +181,19 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
 _INTS = (int, torch.SymInt)
 _INSTEAD = {
-    "k": "append to the cache before the call",
-    "v": "append to the cache before the call",
-    "cu_seqlens_k_new": "append to the cache before the call",
     "qv": "MLA's second product has no kernel",
-    "rotary_cos": "rotate q and k before the call",
-    "rotary_sin": "rotate q and k before the call",
-    "rotary_seqlens": "rotate q and k before the call",
     "cache_leftpad": "cache_seqlens gives the used length of each sequence",
 }
 
 
-def _refuse(status: Status = Status.FEATURE_UNSUPPORTED, **arguments) -> None:
+def _refuse(**arguments) -> None:
     for name, value in arguments.items():
         if value is not None:
-            raise error_for(status, f"{name}: must be None; {_INSTEAD[name]}")
+            raise error_for(Status.FEATURE_UNSUPPORTED, f"{name}: must be None; {_INSTEAD[name]}")
 
 
-def _attend(call: ForwardCall, wants_lse: bool):
-    out, lse = ops.attend(call, wants_lse)
+def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None):
+    out, lse = ops.attend(call, wants_lse) if update is None else ops.attend_updated(call, update, wants_lse)
     return (out, lse) if wants_lse else out
 
 
@@ -214,6 +218,17 @@ def _options(scale, causal, window_size, chunk, softcap, num_splits, pack_gqa, s
         "pack_gqa": pack_gqa,
         "sm_margin": sm_margin,
     }
+
+
+def _update(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved) -> Update | None:
+    """What is done before attention; None for nothing. Without tables their layout means nothing."""
+    tensors = k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens
+    if all(x is None for x in tensors):
+        return None
+    if (k is None) != (v is None):
+        missing, other = "kv" if k is None else "vk"
+        raise error_for(Status.INVALID_ARGUMENT, f"{missing}=None: must be given with {other}")
+    return Update(*tensors, False if rotary_cos is rotary_sin is None else rotary_interleaved)
 
 
 def _scales(q: Tensor, k: Tensor, q_descale, k_descale, v_descale) -> dict:

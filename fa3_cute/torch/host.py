@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..api import backward_workspace_size
+from ..arrays.append import updated_on_host
 from ..arrays.call import refusal
 from ..contract.backward_reference import Saved, backward_reference
 from ..contract.merge_reference import merge_reference
@@ -15,26 +16,33 @@ from ..contract.reference import attention_reference
 from ..contract.rows import used_rows
 from ..contract.status import Problem
 from ..planning.operations import checked
-from .calls import NUM_TENSORS, OUT_DTYPE, BackwardCall, ForwardCall, MergeCall, backward_params, forward_params
-from .calls import lse_shape, merge_params, require_tensors
+from .calls import NUM_TENSORS, OUT_DTYPE, BackwardCall, ForwardCall, MergeCall, Update, backward_params
+from .calls import forward_params, lse_shape, merge_params, require_tensors
 
 BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}  # of what NumPy does not have
 # Arguments that the reference does not have: they choose kernels, or are of the other pass.
 _CHOICES = ("max_seqlen_q", "num_splits", "pack_gqa", "sm_margin", "is_deterministic")
 
 
-def forward(call: ForwardCall, wants_lse: bool = True) -> tuple[Tensor, Tensor]:
-    """(out, LSE) of `fa3_cute::forward`, always both; NaN in rows that no sequence uses."""
+def forward(call: ForwardCall, wants_lse: bool = True, update: Update | None = None) -> tuple[Tensor, Tensor]:
+    """(out, LSE) of `fa3_cute::forward` or `update_forward`, always both; NaN in rows that no sequence uses."""
     require_tensors(call)
-    call = call._replace(**{name: _with_unit_stride(getattr(call, name)) for name in "qkv"})
-    found = checked(plain(forward_params(call)))
+    call = call._replace(
+        **{name: _with_unit_stride(getattr(call, name)) for name in ("qkv" if update is None else "q")}
+    )
+    if update is not None:
+        require_tensors(update)
+    found = checked(plain(forward_params(call, update)))
     if isinstance(found, Problem):
         raise refusal(found)
-    q = call.q
-    dtype = OUT_DTYPE.get(q.dtype, q.dtype)
-    if not q.numel():
-        return q.new_empty(q.shape, dtype=dtype), q.new_empty(lse_shape(q), dtype=torch.float32)
-    out, lse = attention_reference(*map(_numbers, call[:3]), **_options(call))
+    q, k, v = map(_numbers, call[:3])
+    options = _options(call)
+    if update is not None:
+        q, options = updated_on_host((q, k, v), options | _options(update))
+    dtype = OUT_DTYPE.get(call.q.dtype, call.q.dtype)
+    if not q.size:
+        return call.q.new_empty(q.shape, dtype=dtype), call.q.new_empty(lse_shape(call.q), dtype=torch.float32)
+    out, lse = attention_reference(q, k, v, **options)
     return torch.from_numpy(out).to(dtype), torch.from_numpy(lse).float()
 
 
@@ -66,12 +74,14 @@ def merge(call: MergeCall) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(out).to(call.out_a.dtype), torch.from_numpy(lse).float()
 
 
-def _options(call: ForwardCall) -> dict[str, Any]:
+def _options(call: ForwardCall | Update) -> dict[str, Any]:
     """Of the reference: what is given."""
     given = {name: value for name, value in call._asdict().items() if value is not None and name not in _CHOICES}
-    for name in ForwardCall._fields[: NUM_TENSORS[ForwardCall]]:
+    for name in call._fields[: NUM_TENSORS[type(call)]]:
         if name in given:
             given[name] = _numbers(given[name])
+    if isinstance(call, Update):
+        return given
     window_size = given.pop("window_size_left"), given.pop("window_size_right")
     given |= {"causal": given.pop("is_causal"), "window_size": window_size}
     return {name: value for name, value in given.items() if name not in "qkv"}

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..contract.backward_rules import SERVED_HEAD_DIMS
+from ..contract.formats import HEAD_DIMS
 from ..contract.status import Status, error_for
 from . import device, host
-from .calls import BackwardCall, ForwardCall, MergeCall, OUT_DTYPE, lse_shape, new_merged, schema
+from .calls import OUT_DTYPE, BackwardCall, ForwardCall, MergeCall, Update, lse_shape, new_merged, schema
 
 _library = torch.library.Library("fa3_cute", "DEF")
 
 
 def _define(name: str, kind, results: int, on_host, on_device, fake) -> None:
     """One operator; implementations take a call of this kind."""
-    _library.define(name + schema(kind, results), tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(name + schema(kind, results=results), tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, lambda *args, **options: on_host(kind(*args, **options)), "CPU")
     _library.impl(name, lambda *args, **options: on_device(kind(*args, **options)), "CUDA")
     torch.library.register_fake(
@@ -37,9 +39,36 @@ def _new_gradients(call: BackwardCall) -> tuple[Tensor, ...]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
 
 
+def _define_update() -> None:
+    """`fa3_cute::update_forward`: the arguments of forward, then those of an Update; it writes to k and v."""
+    _library.define(
+        "update_forward" + schema(ForwardCall, Update, results=2, written=("k", "v")),
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    count = len(ForwardCall._fields)
+
+    def split(args, options) -> tuple[ForwardCall, Update]:
+        new = {name: options.pop(name) for name in Update._fields if name in options}
+        return ForwardCall(*args[:count], **options), Update(*args[count:], **new)
+
+    def implementation(forward):
+        def run(*args, **options):
+            call, update = split(args, options)
+            return forward(call, True, update)
+
+        return run
+
+    _library.impl("update_forward", implementation(host.forward), "CPU")
+    _library.impl("update_forward", implementation(device.forward), "CUDA")
+    torch.library.register_fake(
+        "fa3_cute::update_forward", implementation(lambda call, *_: _new_results(call)), lib=_library
+    )
+
+
 _define("forward", ForwardCall, 2, host.forward, device.forward, _new_results)
 _define("backward", BackwardCall, 3, host.backward, device.backward, _new_gradients)
 _define("merge_attention", MergeCall, 2, host.merge, device.merge, new_merged)
+_define_update()
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -57,8 +86,9 @@ def require_differentiable(call: ForwardCall) -> None:
             _refuse(f"{stated}: must be {off} where a gradient is asked for")
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
-    if call.q.shape[-1] not in (64, 128):
-        _refuse(f"head_dim={call.q.shape[-1]}: must be 64 or 128 where a gradient is asked for")
+    if call.q.shape[-1] in HEAD_DIMS and call.q.shape[-1] not in SERVED_HEAD_DIMS:
+        served = ", ".join(map(str, SERVED_HEAD_DIMS))
+        _refuse(f"head_dim={call.q.shape[-1]}: must be one of {served} where a gradient is asked for")
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is None:
         _refuse("cu_seqlens_k=None: must be given with cu_seqlens_q where a gradient is asked for")
 
@@ -143,6 +173,24 @@ def attend(call: ForwardCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return Attention.apply(q, k, v, call)  # type: ignore[return-value]
     return _implementation(q).forward(call, wants_lse)
+
+
+def attend_updated(call: ForwardCall, update: Update, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """As attend, of a call that appends to k and v or rotates q, which has no gradient."""
+    tensors = call.q, call.k, call.v, update.k_new, update.v_new
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        name = next(name for name, value in zip(update._fields, update, strict=True) if value is not None)
+        _refuse(f"{_ARGUMENTS.get(name, name)}: must be None where a gradient is asked for")
+    if torch.compiler.is_compiling() or not is_plain(call.q):
+        return torch.ops.fa3_cute.update_forward(*call, *update)
+    results = _implementation(call.q).forward(call, wants_lse, update)
+    if update.k_new is not None:
+        torch.autograd.graph.increment_version([x for x in (call.k, call.v) if not x.is_inference()])
+    return results
+
+
+# What flash-attn calls otherwise.
+_ARGUMENTS = {"k_new": "k", "v_new": "v", "seqlens_rotary": "rotary_seqlens"}
 
 
 def is_plain(x: Tensor) -> bool:

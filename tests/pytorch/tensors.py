@@ -101,6 +101,40 @@ def pages(device="cpu"):
     )
 
 
+def rotary(device="cpu", dtype=torch.float32, rows=160):
+    angles = torch.arange(rows)[:, None] * 0.5 ** torch.arange(16)
+    return {name: f(angles).to(dtype).to(device) for name, f in (("rotary_cos", torch.cos), ("rotary_sin", torch.sin))}
+
+
+def append(device="cpu", caches=None, call=flash_attn_with_kvcache, **options):
+    """New rows of strides of a fused projection, behind a cache."""
+    q, *_ = qkv(seqlen_q=3, device=device)
+    new = rand(2, 3, 2, 2, 64, device=device, seed=4)
+    k, v = caches or [rand(2, 150, 2, 64, device=device, seed=seed) for seed in (1, 2)]
+    options = {"cache_seqlens": ints(140, 7, device=device), "causal": True} | options
+    return call(q, k, v, new[..., 0, :], new[..., 1, :], return_softmax_lse=True, **options)
+
+
+def append_packed(device="cpu"):
+    """Packed queries and rows, into pages, rotated from positions that are not the lengths."""
+    pool_k, pool_v = (rand(20, 16, 2, 64, device=device, seed=seed) for seed in (1, 2))
+    return flash_attn_with_kvcache(
+        rand(6, 4, 64, device=device),
+        pool_k,
+        pool_v,
+        *(rand(6, 2, 64, device=device, seed=seed) for seed in (3, 4)),
+        **rotary(device, BF16),
+        cache_seqlens=ints(40, 15, device=device),
+        page_table=torch.tensor([[3, 9, 1, 5], [7, 0, 19, 2]], dtype=torch.int32, device=device),
+        cu_seqlens_q=ints(0, 1, 6, device=device),
+        cu_seqlens_k_new=ints(0, 1, 6, device=device),
+        max_seqlen_q=5,
+        rotary_seqlens=ints(60, 3, device=device),
+        causal=True,
+        return_softmax_lse=True,
+    )
+
+
 CALLS = {
     "dense": dense,
     "causal": lambda device="cpu": dense(device, causal=True),
@@ -117,4 +151,11 @@ CALLS = {
     "kvcache int": kvcache_int,
     "kvcache entries": kvcache_entries,
     "pages": pages,
+    "append": append,
+    "append int": lambda device="cpu": append(device, cache_seqlens=20),
+    "append entries": lambda device="cpu": append(device, cache_batch_idx=ints(1, 0, device=device)),
+    "append rotary": lambda device="cpu": append(device, **rotary(device)),
+    "append halves": lambda device="cpu": append(device, **rotary(device), rotary_interleaved=False, causal=False),
+    "append packed": append_packed,
+    "rotary": lambda device="cpu": kvcache(device, **rotary(device, rows=200)),
 }

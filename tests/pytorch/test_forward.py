@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tensors import BF16, CALLS, FP8, ints, packed, qkv, rand
+from tensors import BF16, CALLS, FP8, append, ints, packed, qkv, rand, rotary
 
 from fa3_cute import explain
 from fa3_cute.contract.status import FlashAttentionError, Status
@@ -153,9 +153,73 @@ def test_merge_attention_as_params(fake_device):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("where", ["device", "host", "compiled"])
+def test_new_rows_are_written_behind_the_old_ones(where, request):
+    """Rotated by their positions; nothing else of the cache changes, autograd hears of it, and attention sees them."""
+    if where == "device":
+        request.getfixturevalue("fake_device")
+    before = [rand(2, 150, 2, 64, seed=seed) for seed in (1, 2)]
+    caches = [x.clone() for x in before]
+    call = flash_attn_with_kvcache
+    if where == "compiled":
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    tables = rotary()
+    with torch.no_grad():
+        out, lse = append(caches=caches, call=call, **tables)
+    new = rand(2, 3, 2, 2, 64, seed=4)
+    for b, length in enumerate((140, 7)):
+        angles = [tables[name][length : length + 3, None].double() for name in ("rotary_cos", "rotary_sin")]
+        before[0][b, length : length + 3] = neighbours_turned(new[b, ..., 0, :], *angles)
+        before[1][b, length : length + 3] = new[b, ..., 1, :]
+        rows = slice(0, length + 3)
+        q = neighbours_turned(qkv(seqlen_q=3)[0][b], *angles)
+        mask = diagonals(3, length + 3, right=0)
+        expected, expected_lse = exact(q[None], before[0][b, None, rows], before[1][b, None, rows], mask)
+        assert (out[b].double() - expected[0]).abs().max() <= ERROR_BF16
+        assert (lse[b] - expected_lse[0]).abs().max() < 1e-4
+    assert torch.equal(caches[0], before[0]) and torch.equal(caches[1], before[1])
+    assert all(x._version > 0 for x in caches)
+
+
+def neighbours_turned(x, cos, sin):
+    """Pairs (2i, 2i + 1) of the first elements."""
+    wide = x.double().clone()
+    a, b = wide[..., 0:32:2].clone(), wide[..., 1:32:2].clone()
+    wide[..., 0:32:2], wide[..., 1:32:2] = a * cos - b * sin, a * sin + b * cos
+    return wide.to(x.dtype)
+
+
+def test_rows_for_sequences_without_queries(fake_device):
+    """The cache is updated where there is nothing to attend."""
+    cache, rows = torch.zeros(2, 8, 2, 64, dtype=BF16), rand(3, 2, 64)
+    offsets = {"cu_seqlens_q": ints(0, 0, 0), "cu_seqlens_k_new": ints(0, 1, 3), "cache_seqlens": ints(2, 4)}
+    out = flash_attn_with_kvcache(rand(0, 4, 64), cache, cache.clone(), rows, rows, **offsets)
+    assert out.shape == (0, 4, 64) and torch.equal(cache[0, 2], rows[0]) and torch.equal(cache[1, 4:6], rows[1:])
+
+
+def test_a_plan_of_an_update_is_used_again(fake_device):
+    """Not for another layout of the rows or the tables."""
+    for rows in (160, 200):
+        for _ in range(2):
+            append(**rotary(rows=rows))
+    append()
+    from fa3_cute.torch import device
+
+    assert len(fake_device.calls) == 5 and len(device._thread.plans) == 3
+    assert [call.rotary_positions for call in fake_device.calls] == [160, 160, 200, 200, 0]
+    assert all(call.workspace and call.k_new_row_stride == 256 for call in fake_device.calls)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 q, k, v = qkv()
+used = ints(5, 9)
+
+
+def transposed(x):
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
 REFUSED = [
     (lambda: flash_attn_func(q, k, v, qv=q), Status.FEATURE_UNSUPPORTED, "qv"),
     (lambda: flash_attn_func(q.float(), k.float(), v.float()), Status.INVALID_ARGUMENT, "float32"),
@@ -173,14 +237,26 @@ REFUSED = [
     (lambda: flash_attn_varlen_func(q[0], k[0], v[0], ints(0, 24).long(), ints(0, 40), 24, 40), -9, "cu_seqlens_q"),
     (lambda: flash_attn_varlen_func(q[0], k[0], v[0], ints(0, 24), ints(0, 9, 40), 24, 40), -7, "cu_seqlens_k"),
     (lambda: flash_attn_varlen_func(*packed(), 33, 49, seqused_q=ints(1)), Status.INVALID_SHAPE, "seqused_q"),
-    (lambda: flash_attn_with_kvcache(q, k, v, k=k), Status.FEATURE_UNSUPPORTED, "k"),
-    (lambda: flash_attn_with_kvcache(q, k, v, v=v), Status.FEATURE_UNSUPPORTED, "v"),
     (lambda: flash_attn_with_kvcache(q, k, v, qv=v), Status.FEATURE_UNSUPPORTED, "qv"),
-    (lambda: flash_attn_with_kvcache(q, k, v, rotary_cos=q), Status.ROTARY_UNSUPPORTED, "rotary_cos"),
-    (lambda: flash_attn_with_kvcache(q, k, v, rotary_sin=q), Status.ROTARY_UNSUPPORTED, "rotary_sin"),
-    (lambda: flash_attn_with_kvcache(q, k, v, rotary_seqlens=q), Status.ROTARY_UNSUPPORTED, "rotary_seqlens"),
     (lambda: flash_attn_with_kvcache(q, k, v, cache_leftpad=q), Status.FEATURE_UNSUPPORTED, "cache_leftpad"),
-    (lambda: flash_attn_with_kvcache(q, k, v, cu_seqlens_k_new=q), Status.FEATURE_UNSUPPORTED, "cu_seqlens_k_new"),
+    (lambda: flash_attn_with_kvcache(q, k, v, k=k, cache_seqlens=used), Status.INVALID_ARGUMENT, "v=None"),
+    (lambda: flash_attn_with_kvcache(q, k, v, v=k, cache_seqlens=used), Status.INVALID_ARGUMENT, "k=None"),
+    (lambda: flash_attn_with_kvcache(q, k, v, k, k), Status.INVALID_ARGUMENT, "cache_seqlens=None"),
+    (lambda: flash_attn_with_kvcache(q, k, v, q, q, cache_seqlens=used), Status.INVALID_SHAPE, "k_new.shape"),
+    (
+        lambda: flash_attn_with_kvcache(q, k, v, k.half(), k, cache_seqlens=used),
+        Status.INVALID_ARGUMENT,
+        "k_new is float16",
+    ),
+    (lambda: flash_attn_with_kvcache(q, k, v, rotary_cos=q[0, :, 0, :16]), Status.ROTARY_UNSUPPORTED, "rotary_sin"),
+    (lambda: flash_attn_with_kvcache(q, k, v, **rotary(rows=9) | {"rotary_interleaved": 3}), -15, "rotary_interleaved"),
+    (lambda: flash_attn_with_kvcache(q, k, v, rotary_seqlens=used), Status.ROTARY_UNSUPPORTED, "seqlens_rotary"),
+    (lambda: flash_attn_with_kvcache(q, k, v, cu_seqlens_k_new=ints(0, 1, 2)), Status.INVALID_ARGUMENT, "cu_seqlens_k"),
+    (
+        lambda: flash_attn_with_kvcache(q, transposed(k), v, k, k, cache_seqlens=used),
+        Status.INVALID_SHAPE,
+        "contiguous",
+    ),
     (lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=41), Status.INVALID_SHAPE, "cache_seqlens=41"),
     (
         lambda: flash_attn_with_kvcache(q, k, v, page_table=ints(0, 1)[:, None]),

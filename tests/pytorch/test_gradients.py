@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tensors import BF16, ints, packed, qkv, rand
+from tensors import BF16, ints, packed, qkv, rand, rotary
 from test_forward import diagonals, exact
 
 from fa3_cute.contract.backward_rules import REFUSED, SERVED_DTYPES, SERVED_HEAD_DIMS
@@ -103,7 +103,6 @@ HAVE_NONE = {
     "softcap": lambda q, k, v: flash_attn_func(q, k, v, softcap=3.0),
     "attention_chunk": lambda q, k, v: flash_attn_func(q, k, v, attention_chunk=16),
     "s_aux": lambda q, k, v: flash_attn_func(q, k, v, s_aux=torch.ones(4)),
-    "head_dim": lambda q, k, v: flash_attn_func(*(torch.nn.functional.pad(x, (0, 32)) for x in (q, k, v))),
     "kv_batch_idx": lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_batch_idx=ints(1, 0)),
     "page_table": lambda q, k, v: flash_attn_with_kvcache(
         q, k.view(10, 8, 2, 64), v.view(10, 8, 2, 64), cache_seqlens=ints(9, 9), page_table=ints(1, 0)[:, None]
@@ -111,6 +110,10 @@ HAVE_NONE = {
     "cu_seqlens_k": lambda q, k, v: flash_attn_with_kvcache(
         q[0], k, v, cache_seqlens=ints(40, 40), cu_seqlens_q=ints(0, 9, 24)
     ),
+    "k: must be": lambda q, k, v: flash_attn_with_kvcache(
+        q.detach(), k.detach(), v.detach(), k[:, :3], v[:, :3], cache_seqlens=ints(9, 9)
+    ),
+    "rotary_cos": lambda q, k, v: flash_attn_with_kvcache(q, k, v, **rotary()),
     "merge_attention": lambda q, k, v: merge_attention(q, torch.zeros(2, 4, 24), q.detach(), torch.zeros(2, 4, 24)),
 }
 
@@ -136,7 +139,14 @@ def test_what_has_no_gradient_is_what_backward_refuses():
     assert REFUSED.keys() >= ops._NOT_DIFFERENTIATED.keys()
     ours = {name for name in REFUSED if name in ops.ForwardCall._fields}
     assert ours - ops._NOT_DIFFERENTIATED.keys() == {"num_splits", "pack_gqa", "sm_margin"}
-    assert SERVED_HEAD_DIMS == (64, 128) and len(SERVED_DTYPES) == 2
+    assert ops.SERVED_HEAD_DIMS is SERVED_HEAD_DIMS and len(SERVED_DTYPES) == 2
+
+
+def test_a_head_dim_without_gradient_is_an_error_of_forward(monkeypatch):
+    monkeypatch.setattr(ops, "SERVED_HEAD_DIMS", (96,))
+    q, k, v = (x.requires_grad_() for x in qkv())
+    with pytest.raises(UnsupportedFeatureError, match="head_dim=64: must be one of 96 where a gradient"):
+        flash_attn_func(q, k, v)
 
 
 def test_gradients_have_none(fake_device):

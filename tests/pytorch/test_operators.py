@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensors import BF16, FP8, ints, packed, qkv, rand
+from tensors import BF16, FP8, ints, packed, qkv, rand, rotary
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fa3_cute.torch as adapter
@@ -73,6 +73,9 @@ def test_schema_is_the_call():
         schema = getattr(OPERATORS, name).default._schema
         assert tuple(argument.name for argument in schema.arguments) == kind._fields
         assert not schema.is_mutable
+    schema = OPERATORS.update_forward.default._schema
+    assert tuple(x.name for x in schema.arguments) == calls.ForwardCall._fields + calls.Update._fields
+    assert [x.name for x in schema.arguments if x.alias_info and x.alias_info.is_write] == ["k", "v"]
 
 
 ALL_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -102,6 +105,15 @@ def test_opcheck_of_backward_and_merge():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPERATORS.backward.default, (rand(*q.shape), q, k, v, out, lse, 2 * lse), test_utils=tests)
     torch.library.opcheck(OPERATORS.merge_attention.default, (out, lse, out, lse))
+
+
+def test_opcheck_of_update_forward():
+    q, *_ = qkv(seqlen_q=3)
+    caches = [rand(2, 50, 2, 64, seed=seed) for seed in (1, 2)]
+    rows = [rand(2, 3, 2, 64, seed=seed) for seed in (3, 4)]
+    options = {"seqused_k": ints(9, 20), "is_causal": True, "k_new": rows[0], "v_new": rows[1], **rotary()}
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPERATORS.update_forward.default, (q, *caches), options, test_utils=tests)
 
 
 def test_compiled():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tensors import BF16, CALLS, ints, packed, qkv, rand
+from tensors import BF16, CALLS, append, ints, packed, qkv, rand
 
 from fa3_cute.torch import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_attention
 
@@ -23,6 +23,16 @@ def test_as_on_the_cpu(name):
     tolerance = TOLERANCE_FP8 if name == "fp8" else TOLERANCE
     assert (out.cpu().float() - expected.float()).abs().max() <= tolerance
     assert torch.allclose(lse.cpu(), expected_lse, rtol=0, atol=1e-4 if name != "fp8" else 1e-2)
+
+
+def test_new_rows_are_written():
+    """The cache afterwards is the CPU's, bit by bit, where nothing is rotated."""
+    caches = {}
+    for device in ("cpu", "cuda"):
+        caches[device] = [rand(2, 150, 2, 64, device=device, seed=seed) for seed in (1, 2)]
+        append(device, caches[device])
+    for ours, expected in zip(caches["cuda"], caches["cpu"], strict=True):
+        assert torch.equal(ours.cpu(), expected)
 
 
 def test_merge_attention():

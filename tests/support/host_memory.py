@@ -8,7 +8,9 @@ import ctypes
 
 import numpy as np
 
+
 from fa3_cute import BackwardParams, DataType, FlashAttentionParams, MergeParams, api, explain
+from fa3_cute.arrays.append import updated_on_host
 from fa3_cute.contract.backward_reference import Saved, backward_reference
 from fa3_cute.contract.merge_reference import merge_reference
 from fa3_cute.contract.params import has_packed_keys, is_packed, tensor_sizes
@@ -43,7 +45,10 @@ class HostMemory:
         self._check(params, stream)
         p = plain(params)
         q, k, v, out = (tensor(p, name) for name in ("q", "k", "v", "out"))
-        exact, lse = attention_reference(q, k, v, **options(p))
+        given = options(p)
+        if p.k_new or p.rotary_cos:
+            q, given = updated_on_host((q, k, v), given | updates(p))
+        exact, lse = attention_reference(q, k, v, **given)
         for rows in query_rows(p, out):
             out[rows] = to_bits(exact[rows], NAMES[out_dtype(p)])
         if p.softmax_lse:
@@ -144,6 +149,31 @@ def options(p) -> dict:
         if address := getattr(p, f"{name}_descale_ptr"):
             dims = [getattr(p, f"{name}_descale_{dim}_stride") for dim in ("batch", "head")]
             found[f"{name}_descale"] = array(address, (p.batch_size, heads), np.float32, dims)
+    return found
+
+
+def updates(p) -> dict:
+    """Options of the reference, of new rows and rotary positions."""
+    found = {"rotary_interleaved": p.rotary_interleaved}
+    shape = (p.seqlen_knew, p.num_heads_k, p.head_dim)
+    for name in ("k_new", "v_new"):
+        if getattr(p, name):
+            rows = array(getattr(p, name), (1 if p.cu_seqlens_k_new else p.batch_size, *shape), NUMPY[p.dtype])
+            dims = [getattr(p, f"{name}_{dim}_stride") for dim in ("batch", "row", "head")]
+            steps = [
+                step if dim is None else dim * rows.itemsize for dim, step in zip(dims, rows.strides, strict=False)
+            ]
+            rows = np.lib.stride_tricks.as_strided(rows, rows.shape, [*steps, rows.itemsize])
+            found[name] = rows[0] if p.cu_seqlens_k_new else rows
+    table = (p.rotary_positions, p.rotary_dim // 2)
+    for name in ("rotary_cos", "rotary_sin"):
+        if getattr(p, name):
+            stride = p.rotary_row_stride
+            kind = NUMPY[p.dtype if p.rotary_dtype is None else p.rotary_dtype]
+            found[name] = array(getattr(p, name), table, kind, [table[1] if stride is None else stride, 1])
+    for name, size in (("cu_seqlens_k_new", p.batch_size + 1), ("seqlens_rotary", p.batch_size)):
+        if getattr(p, name):
+            found[name] = array(getattr(p, name), (size,), np.int32)
     return found
 
 
