@@ -1,0 +1,101 @@
+"""Every scheme in every mode, compared with float64 attention over all rows; gradients too."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from fa3_cute.contract.backward_reference import backward_reference, backward_twin
+from fa3_cute.contract.reference import as_float, attention_reference, low_precision_twin, to_bits
+
+from .plan import Problem
+from .schemes import SCHEMES, AllGather, Gradients, Share
+from .shares import share_of
+
+MODES = {
+    "causal": {},
+    "full": {"is_causal": False},
+    "window": {"window": 50},
+    "packed": {"seqlens": (128, 32, 192)},
+    "packed window": {"seqlens": (128, 32, 192), "window": 50},
+}
+# Times the error of one call that rounds where the kernels must. The ring's result is rounded once, as theirs;
+# gradients of keys are rounded by each rank, and when they are added.
+ALLOWED, ALLOWED_OF_GRADIENTS = 2, 4
+
+
+def modes(base: Problem) -> dict[str, Problem]:
+    return {name: replace(base, **fields) for name, fields in MODES.items()}
+
+
+def inputs(problem: Problem) -> dict[str, np.ndarray]:
+    """[heads, total, head_dim], rounded to the problem's dtype."""
+    rng = np.random.default_rng(0)
+    heads = {"q": problem.num_heads, "k": problem.num_heads_k, "v": problem.num_heads_k, "dout": problem.num_heads}
+    shapes = {name: (count, problem.total, problem.head_dim) for name, count in heads.items()}
+    return {name: as_float(to_bits(rng.standard_normal(shape), problem.dtype)) for name, shape in shapes.items()}
+
+
+def options_of(problem: Problem) -> dict:
+    """The reference's, of all rows."""
+    offsets = np.cumsum((0, *problem.seqlens))
+    mask = {"causal": problem.is_causal} if problem.window is None else {"window_size": (problem.window, 0)}
+    return {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, **mask}
+
+
+def rows_first(arrays: dict, names) -> list[np.ndarray]:
+    return [arrays[name].swapaxes(0, 1) for name in names]
+
+
+def errors(comm, engine, base: Problem):
+    """Yields (scheme, mode, largest error against float64, what is allowed), over the rows of the ranks held here."""
+    for mode, problem in modes(base).items():
+        engine.problem, arrays = problem, inputs(problem)
+        exact, _ = attention_reference(*rows_first(arrays, "qkv"), **options_of(problem))
+        rounded, _ = low_precision_twin(*rows_first(arrays, "qkv"), problem.dtype, **options_of(problem))
+        allowed = ALLOWED * np.abs(rounded - exact).max() + 1e-5
+        for name, scheme in SCHEMES.items():
+            if name == "ring" and problem.window is not None or name == "ulysses" and problem.num_heads_k % comm.size:
+                continue
+            shares = shares_of(engine, problem, arrays, comm.ranks)
+            scheme(comm, engine, problem).forward(shares)
+            found = {rank: engine.download(share.out) for rank, share in shares.items()}
+            yield name, mode, _largest(problem, found, exact), allowed
+
+
+def gradient_errors(comm, engine, base: Problem):
+    """Yields ("all-gather", mode and gradient, largest error, allowed)."""
+    for mode, problem in modes(base).items():
+        engine.problem, arrays = problem, inputs(problem)
+        tensors, options = rows_first(arrays, ("q", "k", "v", "dout")), options_of(problem)
+        exact, rounded = backward_reference(*tensors, **options), backward_twin(*tensors, problem.dtype, **options)
+        shares = shares_of(engine, problem, arrays, comm.ranks)
+        gradients = {
+            rank: Gradients(
+                engine.upload(share_of(problem, arrays["dout"], rank)),
+                *(engine.empty(tensor.shape, "input") for tensor in (share.q, share.k, share.v)),
+            )
+            for rank, share in shares.items()
+        }
+        scheme = AllGather(comm, engine, problem, keeps_lse=True)
+        scheme.make_gradients()
+        scheme.forward(shares)
+        scheme.backward(shares, gradients)
+        for name in ("dq", "dk", "dv"):
+            found = {rank: engine.download(getattr(gradient, name)) for rank, gradient in gradients.items()}
+            expected = getattr(exact, name)
+            allowed = ALLOWED_OF_GRADIENTS * np.abs(getattr(rounded, name) - expected).max() + 1e-5
+            yield "all-gather", f"{mode} {name}", _largest(problem, found, expected), allowed
+
+
+def shares_of(engine, problem: Problem, arrays: dict, ranks) -> dict[int, Share]:
+    shares = {}
+    for rank in ranks:
+        q, k, v = (engine.upload(share_of(problem, arrays[name], rank)) for name in "qkv")
+        shares[rank] = Share(q, k, v, engine.empty(q.shape, "output"))
+    return shares
+
+
+def _largest(problem: Problem, found: dict, expected) -> float:
+    """Over the rows of these ranks; NaN stays."""
+    errors = [np.abs(array - share_of(problem, expected.swapaxes(0, 1), rank)).max() for rank, array in found.items()]
+    return float(np.max(errors))
