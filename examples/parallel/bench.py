@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from statistics import median
 
 from cuda.core import EventOptions
@@ -11,7 +12,7 @@ from cuda.core import EventOptions
 from .plan import Problem, whole_call
 from .schemes import AllGather, Gradients, Ring, Share, Ulysses
 
-WARM_UP, REPEATS, ROUNDS = 2, 4, 3
+MIN_REPEATS, ROUNDS, ROUND_MS = 3, 3, 60.0
 BACKWARD_FLOPS = 2.5  # times the forward pass's
 HEADER = f"{'':34} {'margin':>6} {'ms':>9} {'exchange':>9} {'TFLOP/s a GPU':>14} {'of one GPU':>11}"
 
@@ -83,8 +84,7 @@ class Bench:
         self.line("backward: one GPU, all rows", flops, alone)
         del whole, found
         shares = self.shares(problem, problem.rows)
-        scheme = AllGather(self.comm, engine, problem, keeps_lse=True)
-        scheme.make_gradients()
+        scheme = AllGather(self.comm, engine, problem, is_training=True)
         scheme.forward(shares)
         gradients = {rank: gradients_of(engine, shares[rank])}
         exchange = self.time(lambda: scheme.scatter(gradients))
@@ -100,19 +100,20 @@ class Bench:
         """Milliseconds of one run on the slowest rank, the median of a few rounds."""
         stream = self.engine.compute
         start, stop = (self.engine.device.create_event(EventOptions(timing_enabled=True)) for _ in range(2))
-        times = []
-        for _ in range(WARM_UP):
-            run()
-        for _ in range(ROUNDS):
-            stream.sync()
-            self.meeting.tell()  # all ranks begin together
+
+        def round_of(repeats: int) -> float:
+            self.meeting.tell()
+            run()  # what ranks are apart in time ends with its exchange
             stream.record(start)
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 run()
             stream.record(stop)
             stop.sync()
-            times.append((stop - start) / REPEATS)
-        return max(self.meeting.tell(median(times)))
+            return (stop - start) / repeats
+
+        run()
+        repeats = max(MIN_REPEATS, ceil(ROUND_MS / max(self.meeting.tell(round_of(MIN_REPEATS)))))
+        return max(self.meeting.tell(median(round_of(repeats) for _ in range(ROUNDS))))
 
     def line(self, name: str, flops: float, milliseconds: float, alone=None, exchange=None, margin=0) -> None:
         """flops: of one GPU; alone: milliseconds of all rows on one GPU."""

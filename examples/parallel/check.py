@@ -8,7 +8,7 @@ from fa3_cute.contract.backward_reference import backward_reference, backward_tw
 from fa3_cute.contract.reference import as_float, attention_reference, low_precision_twin, to_bits
 
 from .plan import Problem
-from .schemes import SCHEMES, AllGather, Gradients, Share
+from .schemes import SCHEMES, Gradients, Share
 from .shares import share_of
 
 MODES = {
@@ -63,28 +63,31 @@ def errors(comm, engine, base: Problem):
 
 
 def gradient_errors(comm, engine, base: Problem):
-    """Yields ("all-gather", mode and gradient, largest error, allowed)."""
+    """Yields (scheme, mode and gradient, largest error, allowed)."""
     for mode, problem in modes(base).items():
         engine.problem, arrays = problem, inputs(problem)
         tensors, options = rows_first(arrays, ("q", "k", "v", "dout")), options_of(problem)
         exact, rounded = backward_reference(*tensors, **options), backward_twin(*tensors, problem.dtype, **options)
-        shares = shares_of(engine, problem, arrays, comm.ranks)
-        gradients = {
-            rank: Gradients(
-                engine.upload(share_of(problem, arrays["dout"], rank)),
-                *(engine.empty(tensor.shape, "input") for tensor in (share.q, share.k, share.v)),
-            )
-            for rank, share in shares.items()
-        }
-        scheme = AllGather(comm, engine, problem, keeps_lse=True)
-        scheme.make_gradients()
-        scheme.forward(shares)
-        scheme.backward(shares, gradients)
-        for name in ("dq", "dk", "dv"):
-            found = {rank: engine.download(getattr(gradient, name)) for rank, gradient in gradients.items()}
-            expected = getattr(exact, name)
-            allowed = ALLOWED_OF_GRADIENTS * np.abs(getattr(rounded, name) - expected).max() + 1e-5
-            yield "all-gather", f"{mode} {name}", _largest(problem, found, expected), allowed
+        for scheme in ("all-gather", "ulysses") if problem.num_heads_k % comm.size == 0 else ("all-gather",):
+            gradients = gradients_of(comm, engine, problem, arrays, SCHEMES[scheme])
+            for name in ("dq", "dk", "dv"):
+                found = {rank: engine.download(getattr(gradient, name)) for rank, gradient in gradients.items()}
+                expected = getattr(exact, name)
+                allowed = ALLOWED_OF_GRADIENTS * np.abs(getattr(rounded, name) - expected).max() + 1e-5
+                yield scheme, f"{mode} {name}", _largest(problem, found, expected), allowed
+
+
+def gradients_of(comm, engine, problem: Problem, arrays: dict, make) -> dict[int, Gradients]:
+    """Of a scheme's forward and backward pass."""
+    shares = shares_of(engine, problem, arrays, comm.ranks)
+    gradients = {}
+    for rank, share in shares.items():
+        dout = engine.upload(share_of(problem, arrays["dout"], rank))
+        gradients[rank] = Gradients(dout, *(engine.empty(x.shape, "input") for x in (share.q, share.k, share.v)))
+    scheme = make(comm, engine, problem, is_training=True)
+    scheme.forward(shares)
+    scheme.backward(shares, gradients)
+    return gradients
 
 
 def shares_of(engine, problem: Problem, arrays: dict, ranks) -> dict[int, Share]:

@@ -1,8 +1,8 @@
 """What ranks exchange: a seam with two primitives, a set of moves and a set of sums, and the collectives made of them.
 
 A process holds the ranks in `comm.ranks`: one of them over NCCL (nccl.py), all of them in a simulation. Tensors come as
-{rank: tensor}, those of the ranks held here; every collective is said in full, from each rank to each other, and a
-process does its part. All of them are enqueued on the engine's exchange stream.
+{rank: tensor}, those of the ranks held here; a collective is the moves from and to them, those between two ranks in the
+same order on both sides. All of them are enqueued on the engine's exchange stream.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class Sum(NamedTuple):
 
 
 class Comm(Protocol):
-    """The ranks of a group. `move` and `add` are collective: all processes call them with the same list."""
+    """The ranks of a group. `move` and `add` are collective; sums are those for all ranks, in the same order."""
 
     size: int
     ranks: tuple[int, ...]
@@ -57,13 +57,11 @@ class SimulatedComm:
 def all_gather(comm: Comm, engine, problem: Problem, parts: dict, wholes: dict) -> None:
     """parts [heads, rows, dim] of each rank -> wholes [heads, total, dim], rows in their order, on every rank."""
     moves = []
-    for source in range(comm.size):
+    for source, target in _pairs(comm):
         for head, piece in _blocks(problem, source, _heads_of(parts)):
             taken = _block(engine, parts, source, head, piece.local, piece.rows)
-            moves += [
-                Move(source, target, taken, _block(engine, wholes, target, head, piece.whole, piece.rows))
-                for target in range(comm.size)
-            ]
+            put = _block(engine, wholes, target, head, piece.whole, piece.rows)
+            moves.append(Move(source, target, taken, put))
     comm.move(moves)
 
 
@@ -72,6 +70,8 @@ def send_recv(comm: Comm, engine, parts: dict, received: dict) -> None:
     moves = []
     for source in range(comm.size):
         target = (source + 1) % comm.size
+        if not {source, target} & set(comm.ranks):
+            continue
         taken, put = parts.get(source), received.get(target)
         moves.append(Move(source, target, _all_of(engine, taken), _all_of(engine, put)))
     comm.move(moves)
@@ -81,15 +81,14 @@ def all_to_all(comm: Comm, engine, problem: Problem, parts: dict, wholes: dict, 
     """parts [heads, rows, dim] -> wholes [heads / P, total, dim]: all rows of a share of the heads; or back."""
     heads = _heads_of(wholes)
     moves = []
-    for rank in range(comm.size):  # that holds rows, of every head
-        for owner in range(comm.size):  # that holds a share of the heads
-            for head, piece in _blocks(problem, rank, heads):
-                ends = [
-                    (rank, _block(engine, parts, rank, owner * heads + head, piece.local, piece.rows)),
-                    (owner, _block(engine, wholes, owner, head, piece.whole, piece.rows)),
-                ]
-                (source, taken), (target, put) = reversed(ends) if is_back else ends
-                moves.append(Move(source, target, taken, put))
+    for rank, owner in _pairs(comm):  # of rows, and of a share of the heads
+        for head, piece in _blocks(problem, rank, heads):
+            ends = [
+                (rank, _block(engine, parts, rank, owner * heads + head, piece.local, piece.rows)),
+                (owner, _block(engine, wholes, owner, head, piece.whole, piece.rows)),
+            ]
+            (source, taken), (target, put) = reversed(ends) if is_back else ends
+            moves.append(Move(source, target, taken, put))
     comm.move(moves)
 
 
@@ -105,6 +104,12 @@ def reduce_scatter(comm: Comm, engine, problem: Problem, wholes: dict, parts: di
 
 def _heads_of(tensors: dict) -> int:
     return next(iter(tensors.values())).shape[0]
+
+
+def _pairs(comm: Comm) -> list[tuple[int, int]]:
+    """Of ranks, those with one that is held here."""
+    pairs = ((first, second) for first in range(comm.size) for second in range(comm.size))
+    return [pair for pair in pairs if set(pair) & set(comm.ranks)]
 
 
 def _blocks(problem: Problem, rank: int, heads: int) -> Iterator[tuple[int, Piece]]:

@@ -5,7 +5,9 @@ Compute and exchange are two streams: `exchange_waits` lets the second wait for 
 a mark behind the last exchange, `wait` lets compute wait for it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from .comm import Comm, all_gather, all_to_all, reduce_scatter, send_recv
@@ -46,24 +48,23 @@ class _Group:
 class AllGather:
     """Every rank gathers K and V, and attends its own queries over them in one call.
 
-    groups   of KV heads, gathered one after the other: while the keys of one come, those before are attended
+    groups        of KV heads, gathered one after the other: while the keys of one come, those before are attended
+    is_training   `backward` comes after: makes memory for it
     """
 
-    def __init__(self, comm: Comm, engine, problem: Problem, groups: int = 1, keeps_lse: bool = False):
+    def __init__(self, comm: Comm, engine, problem: Problem, groups: int = 1, is_training: bool = False):
         if problem.num_heads_k % groups:
             raise ValueError(f"groups={groups}: must divide num_heads_k={problem.num_heads_k}")
+        if is_training and groups > 1:
+            raise ValueError(f"groups={groups}: must be 1 in training")
         self.comm, self.engine, self.problem = comm, engine, problem
         self.calls = {rank: gathered_calls(problem, rank) for rank in comm.ranks}
         shape = problem.num_heads_k, problem.total, problem.head_dim
-        self.k, self.v = ({rank: engine.empty(shape, "input") for rank in comm.ranks} for _ in "kv")
+        self.k, self.v = (_of_ranks(comm.ranks, engine.empty, shape, "input") for _ in "kv")
         per_q, per_k = problem.num_heads // groups, problem.num_heads_k // groups
         self.groups = [_Group(number * per_q, per_q, number * per_k, per_k) for number in range(groups)]
-        if keeps_lse:
-            for group in self.groups:
-                group.lses = {
-                    rank: [engine.empty_lse(group.heads_q, call) for call in calls]
-                    for rank, calls in self.calls.items()
-                }
+        if is_training:
+            self._make_gradients()
 
     def forward(self, shares: dict[int, Share]) -> None:
         self.engine.exchange_waits()
@@ -101,18 +102,21 @@ class AllGather:
     def _keys(self, group: _Group, tensor):
         return self.engine.heads(tensor, group.first_k, group.heads_k)
 
-    def make_gradients(self) -> None:
-        """Memory for `backward`: dk and dv of all keys, as often as a rank's calls write them, and their mean."""
-        problem, shape = self.problem, (self.problem.num_heads_k, self.problem.total, self.problem.head_dim)
-        self.num_copies = sum(call.key_gradients for call in next(iter(self.calls.values())))
-        several = self.num_copies * problem.num_heads_k, problem.total, problem.head_dim
-        self.copies = {x: {rank: self.engine.empty(several, "input") for rank in self.comm.ranks} for x in "kv"}
+    def _make_gradients(self) -> None:
+        """Memory for `backward`: LSEs, dk and dv of all keys as often as a rank's calls write them, and their mean."""
+        (group,), engine, ranks = self.groups, self.engine, self.comm.ranks
+        heads, *shape = self.problem.num_heads_k, self.problem.total, self.problem.head_dim
+        group.lses = {
+            rank: [engine.empty_lse(group.heads_q, call) for call in calls] for rank, calls in self.calls.items()
+        }
+        self.num_copies = sum(call.key_gradients for call in self.calls[ranks[0]])
+        self.copies = {x: _of_ranks(ranks, engine.empty, (self.num_copies * heads, *shape), "input") for x in "kv"}
         self.means = self.copies
         if self.num_copies == 2:
-            self.means = {x: {rank: self.engine.empty(shape, "input") for rank in self.comm.ranks} for x in "kv"}
+            self.means = {x: _of_ranks(ranks, engine.empty, (heads, *shape), "input") for x in "kv"}
 
     def backward(self, shares: dict[int, Share], gradients: dict[int, Gradients]) -> None:
-        """dq, dk and dv from dout, after `forward`, of whose K, V and LSE it makes use: one group.
+        """dq, dk and dv from dout, after `forward`, whose K, V and LSEs are still there.
 
         A key's gradient is the sum of what the queries of all ranks give it, and on a rank those of both its chunks.
         What merge_attention makes of two results of the same LSE is their mean; the reduction multiplies by 2, exactly.
@@ -152,13 +156,10 @@ class Ring:
         self.comm, self.engine, self.problem = comm, engine, problem
         keys = problem.num_heads_k, problem.rows, problem.head_dim
         queries = problem.num_heads, problem.rows, problem.head_dim
-
-        def of_ranks(make):
-            return {rank: make() for rank in comm.ranks}
-
-        self.k, self.v = ([of_ranks(lambda: engine.empty(keys, "input")) for _ in range(2)] for _ in "kv")
-        self.sums, self.partials = (of_ranks(lambda: engine.empty(queries, "float32")) for _ in range(2))
-        self.lses, self.partial_lses = (of_ranks(lambda: engine.empty(queries[:2], "float32")) for _ in range(2))
+        make = partial(_of_ranks, comm.ranks, engine.empty)
+        self.k, self.v = ([make(keys, "input"), make(keys, "input")] for _ in "kv")
+        self.sums, self.partials = (make(queries, "float32") for _ in range(2))
+        self.lses, self.partial_lses = (make(queries[:2], "float32") for _ in range(2))
 
     def forward(self, shares: dict[int, Share]) -> None:
         steps = self.comm.size
@@ -203,37 +204,55 @@ class Ring:
 class Ulysses:
     """Ranks exchange rows for heads, attend all rows of their share of the heads, and exchange them back."""
 
-    def __init__(self, comm: Comm, engine, problem: Problem):
+    def __init__(self, comm: Comm, engine, problem: Problem, is_training: bool = False):
         if problem.num_heads_k % comm.size:
             raise ValueError(f"num_heads_k={problem.num_heads_k}: must be a multiple of the {comm.size} ranks")
         self.comm, self.engine, self.problem = comm, engine, problem
         self.call = whole_call(problem)
         heads = {"q": problem.num_heads, "k": problem.num_heads_k, "v": problem.num_heads_k, "out": problem.num_heads}
-
-        def whole(name: str):
-            shape = heads[name] // comm.size, problem.total, problem.head_dim
-            return engine.empty(shape, "output" if name == "out" else "input")
-
-        self.wholes = {name: {rank: whole(name) for rank in comm.ranks} for name in heads}
+        if is_training:
+            heads |= {"dout": heads["q"], "dq": heads["q"], "dk": heads["k"], "dv": heads["v"]}
+        self.wholes = {}
+        for name, count in heads.items():
+            shape = count // comm.size, problem.total, problem.head_dim
+            self.wholes[name] = _of_ranks(comm.ranks, engine.empty, shape, "output" if name == "out" else "input")
+        heads_q = problem.num_heads // comm.size
+        self.lses = _of_ranks(comm.ranks, engine.empty_lse, heads_q, self.call) if is_training else {}
 
     def forward(self, shares: dict[int, Share]) -> None:
         self._swap(shares, "qkv")
         for rank in self.comm.ranks:
-            q, k, v, out = (self.wholes[name][rank] for name in ("q", "k", "v", "out"))
-            self.engine.attend(self.call, q, k, v, out, None)
+            q, k, v, out = self._of_rank(rank, "q", "k", "v", "out")
+            self.engine.attend(self.call, q, k, v, out, self.lses.get(rank))
         self._swap(shares, ("out",), is_back=True)
+
+    def backward(self, shares: dict[int, Share], gradients: dict[int, Gradients]) -> None:
+        """dq, dk and dv from dout, after `forward`, whose tensors and LSEs are still there."""
+        self._swap(gradients, ("dout",))
+        for rank in self.comm.ranks:
+            share = Share(*self._of_rank(rank, "q", "k", "v", "out"))
+            found = Gradients(*self._of_rank(rank, "dout", "dq", "dk", "dv"))
+            self.engine.differentiate(self.call, share, self.lses[rank], found)
+        self._swap(gradients, ("dq", "dk", "dv"), is_back=True)
+
+    def _of_rank(self, rank: int, *names: str) -> list:
+        return [self.wholes[name][rank] for name in names]
 
     def exchange(self, shares: dict[int, Share]) -> None:
         """The exchange alone."""
         self._swap(shares, "qkv")
         self._swap(shares, ("out",), is_back=True)
 
-    def _swap(self, shares: dict[int, Share], names, is_back: bool = False) -> None:
+    def _swap(self, shares: dict, names, is_back: bool = False) -> None:
         self.engine.exchange_waits()
         for name in names:
             parts = {rank: getattr(share, name) for rank, share in shares.items()}
             all_to_all(self.comm, self.engine, self.problem, parts, self.wholes[name], is_back)
         self.engine.wait(self.engine.arrival())
+
+
+def _of_ranks(ranks, make: Callable, *arguments) -> dict[int, Any]:
+    return {rank: make(*arguments) for rank in ranks}
 
 
 SCHEMES = {"all-gather": AllGather, "ring": Ring, "ulysses": Ulysses}

@@ -1,0 +1,28 @@
+"""Context parallelism on one GPU, which is all ranks in turn: within what rounding explains, by the rule of check.py."""
+
+import pytest
+from parallel.check import errors, gradient_errors
+from parallel.comm import SimulatedComm
+from parallel.plan import Problem
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("check", [errors, gradient_errors])
+@pytest.mark.parametrize("ranks", [1, 2, 8])  # the example itself has 4
+def test_within_rounding(device, ranks, check):
+    from parallel.gpu import GpuEngine
+
+    problem = Problem((256,), ranks, 16, 8, 128)
+    engine = GpuEngine(problem)
+    for scheme, mode, error, allowed in check(SimulatedComm(engine, ranks), engine, problem):
+        assert error <= allowed, (scheme, mode)
+
+
+def test_fp8(device):
+    from parallel.gpu import GpuEngine
+
+    problem = Problem((256,), 2, 16, 8, 128, dtype="fp8_e4m3")
+    engine = GpuEngine(problem)
+    for scheme, mode, error, allowed in errors(SimulatedComm(engine, 2), engine, problem):
+        assert error <= allowed, (scheme, mode)
