@@ -209,14 +209,17 @@ def _attention_call(call: ForwardCall, update: Update | None) -> arrays.Attentio
     return arrays.AttentionCall(**{name: given.get(name) for name in fields})  # type: ignore[arg-type]
 
 
-def backward_params(call: BackwardCall) -> BackwardParams:
-    """As forward_params, without the addresses of tensors that overlap nothing but by address; gradients are
-    contiguous."""
+def backward_params(call: BackwardCall, *gradients: Tensor) -> BackwardParams:
+    """As forward_params, without the addresses of tensors that overlap nothing but by address.
+
+    gradients   dq, dk and dv, of which only strides are read; none: contiguous ones
+    """
     forward = forward_params(call.differentiated, out=call.out)
     params = BackwardParams(**{name: getattr(forward, name) for name in FlashAttentionParams.__dataclass_fields__})
     params.q = params.k = params.v = params.out = None
     _require("dout", call.dout, call.q.shape, call.q.dtype, call.q.device)
-    arrays._set_strides(params, "dout", _view(call.dout))
+    for name, x in zip(("dout", "dq", "dk", "dv"), (call.dout, *gradients), strict=False):
+        arrays._set_strides(params, name, _view(x))
     for name in ("softmax_lse", "dlse"):
         if (x := getattr(call, name)) is not None:
             _require(name, x, lse_shape(call.q), torch.float32, call.q.device)

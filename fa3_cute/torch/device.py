@@ -36,6 +36,7 @@ from .calls import (
 MAX_PLANS = 512  # that a thread remembers; the next one starts anew
 BYTES_PER_COUNTER = 32  # of split-KV's workspace, which goes with an eighth of its bytes of tile_counter
 TMA_BYTES = 16
+_NOTHING = (None, None)
 
 
 class Plan:
@@ -47,8 +48,8 @@ class Plan:
 
     __slots__ = "params", "optional", "updates", "is_idle", "lse_shape", "out_dtype", "workspace_bytes", "num_counters"
 
-    def __init__(self, call: ForwardCall, update: Update | None = None):
-        self.params = forward_params(call, update)
+    def __init__(self, call: ForwardCall, update: Update | None = None, out: Tensor | None = None):
+        self.params = forward_params(call, update) if out is None else forward_params(call, update, out=out)
         shape = checked(plain(self.params))
         if isinstance(shape, Problem):
             raise refusal(shape)
@@ -67,12 +68,12 @@ def _places(call: Any) -> tuple[tuple[int, str], ...]:
 
 
 class BackwardPlan:
-    """As Plan, of a backward pass."""
+    """As Plan, of a backward pass into these gradients."""
 
     __slots__ = "params", "optional", "workspace_bytes"
 
-    def __init__(self, call: BackwardCall):
-        self.params = backward_params(call)
+    def __init__(self, call: BackwardCall, *gradients: Tensor):
+        self.params = backward_params(call, *gradients)
         self.workspace_bytes = api.backward_workspace_size(self.params)
         self.optional = _places(call)
 
@@ -88,26 +89,31 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def forward(call: ForwardCall, wants_lse: bool = True, update: Update | None = None) -> tuple[Tensor, Tensor | None]:
+def forward(
+    call: ForwardCall, wants_lse: bool = True, update: Update | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(out, LSE) of `fa3_cute::forward`, or of `update_forward`, which writes to k and v; None for an LSE that is not
-    wanted."""
+    wanted.
+
+    out   where the result goes, of any strides; None: a new contiguous tensor
+    """
     call, update = _with_unit_strides(call, update)
     q, k, v, *_ = call
-    plan: Plan = _plan_of(call, Plan, _thread.plans, update)
-    out = torch.empty(q.shape, dtype=plan.out_dtype, device=q.device)
+    plan: Plan = _plan_of(call, Plan, _thread.plans, update, out)
+    to: Tensor = torch.empty(q.shape, dtype=plan.out_dtype, device=q.device) if out is None else out
     lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device) if wants_lse else None
     if plan.is_idle:
-        return out, lse
+        return to, lse
     params = plan.params
-    params.q, params.k, params.v, params.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    params.q, params.k, params.v, params.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), to.data_ptr()
     params.softmax_lse = None if lse is None else lse.data_ptr()
     _set_addresses(params, plan.optional, call)
     if update is not None:
         _set_addresses(params, plan.updates, update)
-        if not out.numel():
+        if not to.numel():
             params.q = params.out = ANY_ADDRESS
     _launch(q, _forward, plan)
-    return out, lse
+    return to, lse
 
 
 def _with_unit_strides(call: ForwardCall, update: Update | None) -> tuple[ForwardCall, Update | None]:
@@ -135,23 +141,28 @@ def _forward(plan: Plan, device: torch.device, stream: int) -> None:
         status.check()
 
 
-def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of `fa3_cute::backward`; 0 in rows that no sequence uses."""
+def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+    """dq, dk and dv of `fa3_cute::backward`; 0 in rows that no sequence uses.
+
+    gradients   where they go, of any strides; None: new contiguous tensors
+    """
     call = call._replace(
         **{name: _for_tma(getattr(call, name)) for name in ("dout", "q", "k", "v", "out")},
         softmax_lse=call.softmax_lse.contiguous(),
         dlse=None if call.dlse is None else call.dlse.contiguous(),
     )
-    plan: BackwardPlan = _plan_of(call, BackwardPlan, _thread.backward_plans)
-    has_lengths = any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k))
-    new = torch.zeros if has_lengths else torch.empty
-    grads = [new(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v)]
+    plan: BackwardPlan = _plan_of(call, BackwardPlan, _thread.backward_plans, *(gradients or ()))
+    if gradients is None:
+        gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
+    if any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k)):
+        for gradient in gradients:
+            gradient.zero_()
     params = plan.params
     _set_addresses(params, plan.optional, call)
-    params.dq, params.dk, params.dv = [x.data_ptr() for x in grads]
+    params.dq, params.dk, params.dv = [x.data_ptr() for x in gradients]
     if call.q.numel() or call.k.numel():
         _launch(call.q, _backward, plan)
-    return grads[0], grads[1], grads[2]
+    return gradients
 
 
 def _backward(plan: BackwardPlan, device: torch.device, stream: int) -> None:
@@ -195,18 +206,25 @@ def _set_addresses(params: Any, places: tuple[tuple[int, str], ...], call: Any) 
         setattr(params, field, call[place].data_ptr())
 
 
-def _plan_of(call, kind: type, plans: dict, update: Update | None = None):
-    """The plan of such calls; raises what is wrong with this one."""
-    calls = (call,) if update is None else (call, update)
+def _plan_of(call, kind: type, plans: dict, *more: Any):
+    """The plan of such calls; raises what is wrong with this one.
+
+    more   an Update, and tensors that are written, or None
+    """
     try:
-        key = key_of(call) if update is None else (key_of(call), key_of(update))
+        key = key_of(call)
+        if more and more != _NOTHING:
+            key = (
+                key,
+                *(x if x is None else key_of(x) if isinstance(x, Update) else (x.dtype, x.stride()) for x in more),
+            )
         found = plans.get(key)
     except (AttributeError, TypeError):  # no tensor, or a value that cannot be hashed: the rules put it into words
-        for part in calls:
+        for part in (call, *(x for x in more if isinstance(x, Update))):
             require_tensors(part)
-        return kind(*calls)
+        return kind(call, *more)
     if found is None:
-        found = kind(*calls)
+        found = kind(call, *more)
         if len(plans) >= MAX_PLANS:
             plans.clear()
         plans[key] = found

@@ -24,15 +24,20 @@ BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}  # of wha
 _CHOICES = ("max_seqlen_q", "num_splits", "pack_gqa", "sm_margin", "is_deterministic")
 
 
-def forward(call: ForwardCall, wants_lse: bool = True, update: Update | None = None) -> tuple[Tensor, Tensor]:
-    """(out, LSE) of `fa3_cute::forward` or `update_forward`, always both; NaN in rows that no sequence uses."""
+def forward(
+    call: ForwardCall, wants_lse: bool = True, update: Update | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, LSE) of `fa3_cute::forward` or `update_forward`, always both; NaN in rows that no sequence uses.
+
+    out   where the result goes; None: a new tensor
+    """
     require_tensors(call)
     call = call._replace(
         **{name: _with_unit_stride(getattr(call, name)) for name in ("qkv" if update is None else "q")}
     )
     if update is not None:
         require_tensors(update)
-    found = checked(plain(forward_params(call, update)))
+    found = checked(plain(forward_params(call, update, **({} if out is None else {"out": out}))))
     if isinstance(found, Problem):
         raise refusal(found)
     q, k, v = map(_numbers, call[:3])
@@ -40,31 +45,39 @@ def forward(call: ForwardCall, wants_lse: bool = True, update: Update | None = N
     if update is not None:
         q, options = updated_on_host((q, k, v), options | _options(update))
     dtype = OUT_DTYPE.get(call.q.dtype, call.q.dtype)
+    to: Tensor = torch.empty(q.shape, dtype=dtype) if out is None else out
     if not q.size:
-        return call.q.new_empty(q.shape, dtype=dtype), call.q.new_empty(lse_shape(call.q), dtype=torch.float32)
-    out, lse = attention_reference(q, k, v, **options)
-    return torch.from_numpy(out).to(dtype), torch.from_numpy(lse).float()
+        return to, call.q.new_empty(lse_shape(call.q), dtype=torch.float32)
+    exact, lse = attention_reference(q, k, v, **options)
+    return to.copy_(torch.from_numpy(exact)), torch.from_numpy(lse).float()
 
 
-def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of `fa3_cute::backward`; 0 in rows that no sequence uses."""
+def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+    """dq, dk and dv of `fa3_cute::backward`; 0 in rows that no sequence uses.
+
+    gradients   where they go; None: new tensors
+    """
     call = call._replace(**{name: _with_unit_stride(getattr(call, name)) for name in ("dout", "q", "k", "v", "out")})
     q, k, v = call.q, call.k, call.v
-    backward_workspace_size(backward_params(call._replace(dout=call.dout.contiguous())))  # raises what a device would
-    zeros = [torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    called = backward_params(call._replace(dout=call.dout.contiguous()), *(gradients or ()))
+    backward_workspace_size(called)  # raises what a device would
+    if gradients is None:
+        gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    for gradient in gradients:
+        gradient.zero_()
     if not (q.numel() and k.numel()):
-        return zeros[0], zeros[1], zeros[2]
+        return gradients
     options = _options(call.differentiated)
     dlse = None if call.dlse is None else _numbers(call.dlse)
     saved = Saved(_numbers(call.out), _numbers(call.softmax_lse), dlse)
     wanted = ("causal", "window_size", "softmax_scale", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
     given = {name: options[name] for name in wanted if name in options}
-    gradients = backward_reference(_numbers(q), _numbers(k), _numbers(v), _numbers(call.dout), saved, **given)
-    for zero, gradient, of in zip(zeros, gradients, "qkk", strict=True):
+    exact = backward_reference(_numbers(q), _numbers(k), _numbers(v), _numbers(call.dout), saved, **given)
+    for gradient, wide, of in zip(gradients, exact, "qkk", strict=True):
         lengths = (options.get(f"cu_seqlens_{of}"), options.get(f"seqused_{of}"))
-        for rows in used_rows(gradient, *lengths):
-            zero[rows] = torch.from_numpy(gradient[rows]).to(zero.dtype)
-    return zeros[0], zeros[1], zeros[2]
+        for rows in used_rows(wide, *lengths):
+            gradient[rows] = torch.from_numpy(wide[rows]).to(gradient.dtype)
+    return gradients
 
 
 def merge(call: MergeCall) -> tuple[Tensor, Tensor]:
