@@ -12,9 +12,9 @@ from cuda.core import EventOptions
 from .plan import Problem, whole_call
 from .schemes import AllGather, Gradients, Ring, Share, Ulysses
 
-MIN_REPEATS, ROUNDS, ROUND_MS = 3, 3, 60.0
+MIN_REPEATS, ROUNDS, ROUND_MS = 3, 3, 60.0  # a round is so many runs, and takes so long, at least
 BACKWARD_FLOPS = 2.5  # times the forward pass's
-HEADER = f"{'':34} {'margin':>6} {'ms':>9} {'exchange':>9} {'TFLOP/s a GPU':>14} {'of one GPU':>11}"
+HEADER = f"{'':36} {'margin':>6} {'ms':>9} {'exchange':>9} {'TFLOP/s a GPU':>14} {'of one GPU':>11}"
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Bench:
         share = f"{alone / self.comm.size / milliseconds:10.1%}" if alone else ""
         moved = f"{exchange:9.3f}" if exchange else ""
         rate = flops / milliseconds / 1e9
-        self.say(f"{name:34} {margin:6} {milliseconds:9.3f} {moved:>9} {rate:14.0f} {share:>11}")
+        self.say(f"{name:36} {margin:6} {milliseconds:9.3f} {moved:>9} {rate:14.0f} {share:>11}")
 
 
 def gradients_of(engine, share: Share) -> Gradients:

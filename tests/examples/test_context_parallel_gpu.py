@@ -1,4 +1,4 @@
-"""Context parallelism on one GPU, which is all ranks in turn: within what rounding explains, by the rule of check.py."""
+"""Context parallelism on one GPU, which is all ranks in turn: within what rounding explains, by check.py's rule."""
 
 import pytest
 from parallel.check import errors, gradient_errors
