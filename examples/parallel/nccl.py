@@ -128,5 +128,6 @@ class NcclComm:
             _call("ncclRedOpDestroy", operation, self.handle)
 
     def close(self) -> None:
-        """After the streams are done."""
+        """When the exchanges are done."""
+        self.engine.exchange.sync()
         _call("ncclCommDestroy", self.handle)
