@@ -11,8 +11,7 @@ libnccl.so.2: pip install nvidia-nccl-cu12. docs/context-parallel.md says how th
 import argparse
 import sys
 
-import numpy as np
-from parallel.check import errors, gradient_errors
+from parallel.check import compare
 from parallel.comm import SimulatedComm
 from parallel.launch import Meeting, start_ranks
 from parallel.plan import Problem
@@ -39,18 +38,6 @@ def arguments():
 def problem_of(ranks: int) -> Problem:
     heads = max(4, ranks)
     return Problem(seqlens=(256,), num_ranks=ranks, num_heads=2 * heads, num_heads_k=heads, head_dim=128)
-
-
-def compare(comm, engine, problem: Problem, meeting=None) -> int:
-    """Prints the largest errors of all ranks; 1 if one is too large."""
-    is_right = True
-    for check in (errors, gradient_errors):
-        for scheme, mode, error, allowed in check(comm, engine, problem):
-            worst = float(np.max(meeting.tell(error) if meeting else error))  # NaN stays
-            is_right &= worst <= allowed
-            if comm.ranks[0] == 0:
-                print(f"{scheme:10} {mode:17} largest error {worst:.1e}, allowed {allowed:.1e}", flush=True)
-    return 0 if is_right else 1
 
 
 def simulate() -> int:

@@ -114,12 +114,12 @@ def test_all_modes_are_right(together, capsys):
     assert together(bench=None) == [0] * RANKS
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "2 x NVIDIA Nothing, NCCL 23203"
-    # Three schemes in two modes; three gradients of two schemes in two modes.
-    assert len(said) == 1 + 3 * 2 + 3 * 2 * 2 and all("largest error" in line for line in said[1:])
+    # Three schemes in two modes, in BF16 and FP8; three gradients of two schemes in two modes.
+    assert len(said) == 1 + 2 * 3 * 2 + 3 * 2 * 2 and all("largest error" in line for line in said[1:])
 
 
 def test_a_wrong_result_is_a_failure(together, monkeypatch):
-    monkeypatch.setattr(check, "ALLOWED", 0)
+    monkeypatch.setitem(check.ALLOWED, "fp8_e4m3", 0)
     assert together(bench=None) == [1] * RANKS
 
 
