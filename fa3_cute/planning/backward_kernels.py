@@ -12,6 +12,7 @@ from ..contract.arguments import Entry
 from ..contract.backward_params import ARGUMENTS
 from .backward import (
     BACKWARD_ARGUMENTS,
+    CONSUMER_WGS,
     FINISH_ARGUMENTS,
     PREPARE_ARGUMENTS,
     PREPARE_THREADS,
@@ -117,8 +118,8 @@ class FinishConfig(_Around):
     head_dim: int
     tile_m: int
     is_dq_transposed: bool
-    num_consumer_wgs: int
 
+    num_consumer_wgs = CONSUMER_WGS
     entry = FINISH_ENTRY
     arguments = FINISH_ENTRY.arguments
     kernel = "fa3_cute.kernels.backward.finish.FinishBackward"
@@ -183,5 +184,5 @@ def kernels_of(cfg: BackwardConfig | OneSidePass) -> tuple[KernelOfPass, ...]:
     return (
         PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m),
         MainConfig(**cfg.as_dict()),
-        FinishConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, cfg.is_dq_transposed, cfg.num_consumer_wgs),
+        FinishConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, cfg.is_dq_transposed),
     )

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from .backward import BACKWARD_ARGUMENTS
+from .backward import BACKWARD_ARGUMENTS, CONSUMER_WGS, REGISTERS
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .rings import WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 
@@ -39,10 +39,11 @@ class OneSideConfig:
     is_varlen: bool
     side: str
     tile_columns: int
-    num_consumer_wgs: int = 2
     num_y_stages: int = 2
     num_y2_stages: int = 1
 
+    num_consumer_wgs = CONSUMER_WGS
+    registers = REGISTERS
     is_fp8 = False
     has_chunks = False
     packs_heads = False
@@ -105,11 +106,6 @@ class OneSideConfig:
     def dim_v(self) -> int:
         return self.head_dim
 
-    @property
-    def registers(self) -> tuple[int, int]:
-        """(producer, consumer) registers per thread after setmaxnreg."""
-        return {2: (24, 240), 3: (32, 160)}[self.num_consumer_wgs]
-
     @cached_property
     def roles(self) -> tuple[Role, ...]:
         """Who does what."""
@@ -125,13 +121,14 @@ class OneSideConfig:
         """In the order of their slots in shared memory: x, x2 are the CTA's own rows, y, y2 the other side's tiles."""
         warps, row = WARPS_PER_WARPGROUP * self.num_consumer_wgs, self.head_dim * 2
         vector = 4 * max(self.tile_columns, 32) * (not self.is_of_queries)
+        x, x2, y, y2 = ("Q", "dO", "K", "V") if self.is_of_queries else ("K", "V", "Q", "dO")
         return (
-            Ring("x", 1, self.tile_rows * row, 1, warps),
-            Ring("x2", 1, self.tile_rows * row * self.has_dp, 1, warps),
-            Ring("y", self.num_y_stages, self.tile_columns * row, 1, warps),
-            Ring("y2", self.num_y2_stages, self.tile_columns * row, 1, warps),
-            Ring("shift", self.num_y_stages, vector, 0, 0),
-            Ring("delta", self.num_y2_stages, vector * self.has_dp, 0, 0),
+            Ring("x", 1, self.tile_rows * row, 1, warps, x),
+            Ring("x2", 1, self.tile_rows * row * self.has_dp, 1, warps, x2),
+            Ring("y", self.num_y_stages, self.tile_columns * row, 1, warps, y),
+            Ring("y2", self.num_y2_stages, self.tile_columns * row, 1, warps, y2),
+            Ring("shift", self.num_y_stages, vector, 0, 0, "shift"),
+            Ring("delta", self.num_y2_stages, vector * self.has_dp, 0, 0, "delta"),
         )
 
     @property
@@ -159,9 +156,9 @@ class OneSideRow(NamedTuple):
 
 
 TABLE = {
-    96: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
-    192: OneSideRow(64, 2, (64, 2), "not measured: the widest tiles that do not spill"),
-    256: OneSideRow(64, 1, (64, 2), "not measured: the widest tiles that do not spill and fit shared memory"),
+    96: OneSideRow(128, 2, (128, 2), "the widest tiles that do not spill; no others were timed"),
+    192: OneSideRow(64, 2, (64, 2), "the widest tiles that do not spill; no others were timed"),
+    256: OneSideRow(64, 1, (64, 2), "the widest tiles that do not spill and fit shared memory; no others were timed"),
 }
 
 

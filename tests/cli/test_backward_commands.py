@@ -6,30 +6,34 @@ from commands import answer
 from fa3_cute.cli import compile as compile_command
 from fa3_cute.cli import main
 from fa3_cute.planning.backward import TABLE, backward_config
-from fa3_cute.planning.backward_kernels import MainConfig, kernels_of
+from fa3_cute.planning.backward_kernels import MainConfig, SideConfig, kernels_of, pass_config
+from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 
 SIZES = ["--num-heads", "6", "--num-heads-k", "2", "--seqlen-q", "700", "--head-dim", "64"]
 
 
 @pytest.mark.parametrize(
-    "argv, mains",
+    "argv, mains, passes",
     [
-        ([], 2 * len(TABLE)),
-        (["--all"], 2 * 4 * len(TABLE)),
-        (["--varlen", "--dtype", "bf16"], len(TABLE)),
-        (["--head-dim", "64", "--causal", "--dtype", "fp16,fp8_e4m3"], 1),
+        ([], 2 * len(TABLE), 2 * 9),
+        (["--all"], 2 * 4 * len(TABLE), 2 * 2 * 9),
+        (["--varlen", "--dtype", "bf16"], len(TABLE), 9),
+        (["--head-dim", "64", "--causal", "--dtype", "fp16,fp8_e4m3"], 1, 0),
+        (["--head-dim", "256"], 0, 2 * 3),
     ],
 )
-def test_compile_selects(argv, mains, monkeypatch, capsys):
+def test_compile_selects(argv, mains, passes, monkeypatch, capsys):
     seen = []
     row = {"registers": 168, "stack_bytes": 0, "smem_bytes": 1, "wgmmas": 32, "seconds": 1.0, "problems": []}
     monkeypatch.setattr(compile_command, "compile_row", lambda cfg: seen.append(cfg) or row | {"name": cfg.name})
     assert main(["compile", "--backward", "--jobs", "1", *argv]) == 0
     own = [cfg for cfg in seen if isinstance(cfg, MainConfig)]
     assert len(own) == mains and len({cfg.name for cfg in seen}) == len(seen)
-    assert {cfg.is_varlen for cfg in own} == ({False, True} if "--all" in argv else {"--varlen" in argv})
+    sides = [cfg for cfg in seen if isinstance(cfg, SideConfig)]
+    assert len(sides) == 3 * passes
+    assert {cfg.is_varlen for cfg in own + sides} == ({False, True} if "--all" in argv else {"--varlen" in argv})
     assert any(cfg.is_deterministic for cfg in own) == ("--all" in argv)
-    wanted = {kernel for cfg in own for kernel in kernels_of(backward_config(*_choices(cfg)))}
+    wanted = {kernel for cfg in own + sides for kernel in kernels_of(pass_config(*_choices(cfg)))}
     assert {cfg.name for cfg in seen} == {kernel.name for kernel in wanted}, "with those before and after them"
     assert f"{len(seen)} kernel" in capsys.readouterr().out
 
@@ -38,7 +42,9 @@ def _choices(cfg):
     return cfg.dtype, cfg.head_dim, cfg.mask, cfg.is_varlen, cfg.is_deterministic
 
 
-@pytest.mark.parametrize("argv", [["--page-size", "16"], ["--dtype", "fp8_e4m3"], ["--head-dim", "256"]])
+@pytest.mark.parametrize(
+    "argv", [["--page-size", "16"], ["--dtype", "fp8_e4m3"], ["--dtype", "fp8_e4m3", "--head-dim", "256"]]
+)
 def test_compile_has_no_other_kernels(argv, capsys):
     assert main(["compile", "--backward", *argv]) == 2
     assert "no such kernels" in capsys.readouterr().err
@@ -64,6 +70,24 @@ def test_explain_names_the_kernels(argv, capsys):
     assert main(["explain", "--backward", *SIZES, *argv]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in said["kernels"]) and f"workspace {said['workspace_bytes']} bytes" in out
+
+
+@pytest.mark.parametrize("argv", [[], ["--deterministic", "--causal"], ["--mode", "varlen"]])
+def test_explain_names_the_kernels_of_one_gradient_each(argv, capsys):
+    cfg = pass_config("bf16", 256, "causal" if "--causal" in argv else "full", "varlen" in argv, False)
+    sizes = [*SIZES[:-1], "256", *argv]
+    status, said = answer(capsys, "explain", "--backward", *sizes)
+    assert (status, said["problems"]) == (0, [])
+    assert said["kernels"] == [kernel.name for kernel in kernels_of(cfg)] and said["config"] == cfg.as_dict()
+    assert [(side["side"], side["tile_m"], side["tile_n"]) for side in said["config"]["sides"]] == [
+        ("dq", 128, 64),
+        ("dk", 64, 128),
+        ("dv", 64, 128),
+    ]
+    assert said["reason"] == ONE_SIDE[256].reason and said["workspace_bytes"] == 6 * 6 * 128 * 2 * 4
+    assert main(["explain", "--backward", *sizes]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in said["kernels"]) and "64 rows of Q, 128 of K and V of dv" in out
 
 
 def test_explain_refuses_what_backward_refuses(capsys):

@@ -15,6 +15,7 @@ from fa3_cute.contract.append import NEW_STRIDES
 from fa3_cute.contract.backward_params import ARGUMENTS, BACKWARD, NEW, BackwardParams, plain_backward, strides_of
 from fa3_cute.contract.backward_rules import REFUSED, SERVED_HEAD_DIMS, contract_problems
 from fa3_cute.contract.block_mask import BlockMask
+from fa3_cute.contract.formats import HEAD_DIMS
 from fa3_cute.contract.limits import MAX_SIZE
 from fa3_cute.contract.mods import MaskMod, ScoreMod
 from fa3_cute.contract.params import ARGUMENTS as FORWARD_ARGUMENTS
@@ -91,7 +92,10 @@ REFUSED_CALLS = [
     (-1, PACKED, {"total_k": 0, "dout": None}, ("dout=None", "device address")),
     (-1, PACKED, {"total_q": 0, "k": None}, ("k=None", "device address")),
     (-1, DENSE, every("dq dk dv", None), ("dq=None, dk=None, dv=None", "one of them")),
-    *((-2, DENSE, {"head_dim": value}, (f"head_dim={value!r}", "64 or 128")) for value in (80, 0, 512, 128.0, None)),
+    *(
+        (-2, DENSE, {"head_dim": value}, (f"head_dim={value!r}", "64, 96, 128, 192 or 256"))
+        for value in (80, 0, 512, 128.0, None)
+    ),
     (-4, DENSE, {"num_heads": 18}, ("num_heads=18", "multiple of num_heads_k=4")),
     (-5, DENSE, {"is_causal": True, "window_size_left": 3}, ("window_size_left=3", "negative")),
     (-6, PACKED, {"cu_seqlens_q": None}, ("cu_seqlens_q=None", "cu_seqlens_k")),
@@ -160,7 +164,6 @@ REFUSED_CALLS = [
     (-11, DENSE, {"softcap": -1}, ("softcap=-1", "0 (off) or a number")),
     (-13, DENSE, {"num_splits": 300}, ("num_splits=300", "256")),
     (-15, DENSE, {"rotary_dim": 64}, ("rotary_dim=64",)),
-    *((-16, DENSE, {"head_dim": n}, (f"head_dim={n}: must be 64 or 128", "no kernel")) for n in (96, 192, 256)),
     (-16, DENSE, {"dtype": FP8, "head_dim": 64}, ("dtype=DataType.FP8_E4M3", "FP16 or BF16")),
     (-16, DENSE, {"out_dtype": FP32}, ("out_dtype=DataType.FP32", "out is an input in dtype")),
     (-16, DENSE, {"grad_dtype": FP32}, ("grad_dtype=DataType.FP32", "of the dtype of q, k and v")),
@@ -253,11 +256,17 @@ def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
 def test_a_row_of_the_tables_is_all_that_refuses(monkeypatch):
     """What gets a kernel is served when its row goes."""
     monkeypatch.delitem(REFUSED, "softcap")
-    monkeypatch.setattr(rules, "SERVED_HEAD_DIMS", (*SERVED_HEAD_DIMS, 96))
     monkeypatch.setattr(rules, "SERVED_GRAD_DTYPES", (FP32,))
     assert contract_problems(replace(DENSE, softcap=3.0, head_dim=96, grad_dtype=FP32)) == []
     found = contract_problems(replace(DENSE, head_dim=96, grad_dtype=FP32, dq_row_stride=2050))
     assert [problem.status for problem in found] == [-7] and "multiple of 4 elements" in found[0].detail
+
+
+def test_a_head_dim_of_forward_alone_is_no_wrong_one(monkeypatch):
+    monkeypatch.setattr(rules, "SERVED_HEAD_DIMS", (64, 128))
+    (found,) = contract_problems(replace(DENSE, head_dim=96))
+    assert found == (-16, "head_dim=96: must be 64 or 128: backward has no kernel for it yet")
+    assert SERVED_HEAD_DIMS == HEAD_DIMS
 
 
 def test_first_problem_follows_the_table():
@@ -273,6 +282,7 @@ def test_first_problem_follows_the_table():
         dq_row_stride=4,
         mode=DECODE,
         dk=POINTERS["k"],
+        accumulate_dkv=True,
         softcap=-1,
         num_splits=300,
         page_size=7,
@@ -291,7 +301,7 @@ def test_first_problem_follows_the_table():
         (-13, {"num_splits": 0}),
         (-14, {"page_size": 0}),
         (-15, {"rotary_dim": 0}),
-        (-16, {"head_dim": 128}),
+        (-16, {"accumulate_dkv": False}),
     ]
     for status, change in mending:
         assert first_problem(params).status == status, (first_problem(params), change)

@@ -11,6 +11,9 @@ from fa3_cute import BackwardParams, FlashAttentionParams
 from fa3_cute.contract.backward_params import ARGUMENTS, NEW, OWN
 from fa3_cute.contract.backward_rules import REFUSED, SERVED_DTYPES, SERVED_HEAD_DIMS
 from fa3_cute.planning.backward import TABLE, backward_config
+from fa3_cute.planning.one_side import SIDES, OneSidePass
+from fa3_cute.planning.one_side import TABLE as ONE_SIDE
+from fa3_cute.planning.rings import by_name
 
 ADDRESSES = {
     f"{name}_ptr": place << 32
@@ -100,7 +103,9 @@ def test_what_is_served(page):
     assert served(section(page)) == expected()
 
 
-@pytest.mark.parametrize("old, new", [("| 64, 128 |", "| 64, 96 |"), ("| 64、128 |", "| 64 |"), ("`tile_counter`", "")])
+@pytest.mark.parametrize(
+    "old, new", [("| 64, 96, 128,", "| 64, 96,"), ("64、96、128、", "64、"), ("`tile_counter`", "")]
+)
 def test_a_wrong_table_of_what_is_served_is_found(old, new):
     pages = [page for page in (API, API_ZH) if old in section(page)]
     assert pages and all(served(section(page).replace(old, new)) != expected() for page in pages)
@@ -136,9 +141,9 @@ def memory() -> set[tuple[str, ...]]:
     """(head_dim, mask, tile, K or V, Q or dO, dS, dQ, shift or delta, all) of every config."""
     found = set()
     for cfg in CONFIGS:
-        ring = cfg.ring
-        assert [ring[a][1:3] == ring[b][1:3] for a, b in (("k", "v"), ("q", "do"), ("lse", "delta"))] == [True] * 3
-        slots = [f"{ring[name].slots} x {ring[name].slot_bytes}" for name in ("q", "ds", "dq", "lse")]
+        ring = by_name(cfg.rings)
+        assert [ring[a][1:3] == ring[b][1:3] for a, b in (("k", "v"), ("q", "do"), ("shift", "delta"))] == [True] * 3
+        slots = [f"{ring[name].slots} x {ring[name].slot_bytes}" for name in ("q", "ds", "dq", "shift")]
         tile = f"{cfg.tile_m}x{cfg.tile_n}"
         found.add((str(cfg.head_dim), cfg.mask, tile, str(ring["k"].slot_bytes), *slots, str(cfg.smem_bytes)))
     return found
@@ -170,7 +175,7 @@ def test_the_table_of_rings_is_the_config(cfg):
 
 
 def test_the_table_of_roles_is_the_configs():
-    of_roles = re.findall(r"`(load|consume)`[^|]*\| (\d+) \((?:2 consumer warpgroups|2)\)", contract())
+    of_roles = re.findall(r"`(load|consume)`[^|]*\| (\d+) \|", contract())
     assert {name: int(registers) for name, registers in of_roles} == {
         role.name: role.registers for role in CONFIGS[0].roles if role.name != "reduce"
     }
@@ -193,3 +198,60 @@ def test_a_wrong_table_of_shared_memory_is_found(old, new):
 @pytest.mark.parametrize("old, new", [("| dq | n |", "| dq | 1 |"), ("(4), after", "(1), after"), ("| ds |", "| dS |")])
 def test_a_wrong_table_of_rings_is_found(old, new):
     assert old in contract() and rings_in(contract().replace(old, new), CONFIGS[0]) != rings(CONFIGS[0])
+
+
+# ---- of the kernels of one gradient ----------------------------------------------------------------------------------
+
+
+def contract_of_sides() -> str:
+    return CONTRACT.read_text().partition("\n## The backward kernels of one gradient\n")[2].partition("\n## ")[0]
+
+
+SIDE_CONFIGS = [side for head_dim in ONE_SIDE for side in OneSidePass("bf16", head_dim, "full", False).sides]
+
+
+def memory_of_sides_in(text: str) -> list[tuple[str, ...]]:
+    return re.findall(r"^\| (\d+) \| (d[qkv]) \| (\d+x\d+)" + r" \| ([\dx ]+)" * 4 + r" \|$", text, re.MULTILINE)
+
+
+def memory_of_sides() -> list[tuple[str, ...]]:
+    """(head_dim, gradient, tile, x or x2, y, y2, all) of every config."""
+    found = []
+    for cfg in SIDE_CONFIGS:
+        ring = by_name(cfg.rings)
+        assert ring["x2"].slot_bytes in (ring["x"].slot_bytes, 0)
+        slots = [f"{ring[name].slots} x {ring[name].slot_bytes}" for name in ("y", "y2")]
+        tile = f"{cfg.tile_rows}x{cfg.tile_columns}"
+        found.append((str(cfg.head_dim), cfg.side, tile, str(ring["x"].slot_bytes), *slots, str(cfg.smem_bytes)))
+    return found
+
+
+def rings_of_sides_in(text: str, cfg) -> list[tuple[str, int, int, int]]:
+    numbers = {"num_y_stages": cfg.num_y_stages, "num_y2_stages": cfg.num_y2_stages}
+    value = lambda word: int(word) if word.isdigit() else numbers[word]
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| [^|]*\((\d+)\) \| [^|]*\((\d+)\) \| [^|]+ \|$", text, re.MULTILINE)
+    return [(name, *map(value, counts)) for name, *counts in rows]
+
+
+def test_the_tables_of_one_gradient_are_the_configs():
+    assert memory_of_sides_in(contract_of_sides()) == memory_of_sides()
+    for cfg in SIDE_CONFIGS:
+        assert rings_of_sides_in(contract_of_sides(), cfg) == rings(cfg)
+        roles = {role.name: (role.warps, role.registers) for role in cfg.roles}
+        assert roles == {"load": (range(1), 24), "consume": (range(4, 12), 240)}
+    assert {cfg.side for cfg in SIDE_CONFIGS} == set(SIDES)
+
+
+@pytest.mark.parametrize(
+    "old, new", [("| 231168 |", "| 231169 |"), ("1 x 32768", "2 x 32768"), ("| 256 | dv |", "| x |")]
+)
+def test_a_wrong_table_of_one_gradient_is_found(old, new):
+    text = contract_of_sides()
+    assert old in text and memory_of_sides_in(text.replace(old, new)) != memory_of_sides()
+
+
+@pytest.mark.parametrize("old, new", [("| y2 | num_y2", "| y2 | num_y"), ("covers it (1)", "covers it (0)")])
+def test_a_wrong_table_of_rings_of_one_gradient_is_found(old, new):
+    text = contract_of_sides()
+    assert old in text
+    assert any(rings_of_sides_in(text.replace(old, new), cfg) != rings(cfg) for cfg in SIDE_CONFIGS)

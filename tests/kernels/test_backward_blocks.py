@@ -1,8 +1,11 @@
 """Which Q tiles a block of keys is passed by, and in what order blocks run, against brute force. No GPU."""
 
+from itertools import product
+
 import pytest
 
-from fa3_cute.planning.backward import TABLE, backward_config
+from fa3_cute.planning.backward import TABLE, BackwardConfig, backward_config
+from fa3_cute.planning.backward_kernels import MASKS, pass_config
 
 pytest.importorskip("cutlass")
 
@@ -12,12 +15,19 @@ from fa3_cute.kernels.common.block_range import Window
 
 LENGTHS = [(1, 1), (64, 128), (80, 129), (200, 333), (333, 200), (257, 5), (5, 700), (640, 640)]
 WINDOWS = [(0, 0), (64, 0), (100, 50), (3, 300), (1000, 1000)]
-CASES = [
-    (head_dim, mask, window, lengths)
-    for head_dim, mask in TABLE
-    for window in (WINDOWS if mask == "local" else [(0, 0)])
-    for lengths in LENGTHS
-]
+
+
+def cases_of(rows) -> list[tuple]:
+    return [
+        (head_dim, mask, window, lengths)
+        for head_dim, mask in rows
+        for window in (WINDOWS if mask == "local" else [(0, 0)])
+        for lengths in LENGTHS
+    ]
+
+
+CASES = cases_of(TABLE)
+SIDE_CASES = cases_of(product((96, 192), MASKS))  # whose Q tiles have 128 and 64 rows
 
 
 def sees(mask: str, window: tuple[int, int], query: int, key: int, seqlen_q: int, seqlen_k: int) -> bool:
@@ -30,11 +40,17 @@ def sees(mask: str, window: tuple[int, int], query: int, key: int, seqlen_q: int
     )
 
 
-@pytest.mark.parametrize("head_dim, mask, window, lengths", CASES)
+def main_config(head_dim: int, mask: str):
+    """Of a kernel whose CTAs have keys."""
+    cfg = pass_config("bf16", head_dim, mask, False, False)
+    return cfg if isinstance(cfg, BackwardConfig) else cfg.sides[1]
+
+
+@pytest.mark.parametrize("head_dim, mask, window, lengths", CASES + SIDE_CASES)
 def test_query_range(head_dim, mask, window, lengths):
     """Every tile with a query that sees one of the keys, and no mask where all see all of them."""
     seqlen_q, seqlen_k = lengths
-    cfg = backward_config("bf16", head_dim, mask, False, False)
+    cfg = main_config(head_dim, mask)
     for n_block in range(-(-seqlen_k // cfg.tile_n)):
         keys = range(n_block * cfg.tile_n, (n_block + 1) * cfg.tile_n)
         found = query_range(cfg, Window(*window), n_block, seqlen_q, seqlen_k)

@@ -1,12 +1,16 @@
 """The kernels of a backward pass compile clean: each row of the table once, its element type and lengths in turn."""
 
+from itertools import product
+
 import fingerprints
 import pytest
 from test_merge_configs import LDG, STG, accesses
 
 from fa3_cute.planning.backward import TABLE
-from fa3_cute.planning.backward_kernels import FinishConfig, MainConfig, PrepareConfig, kernels_of
+from fa3_cute.planning.backward_kernels import MASKS, FinishConfig, MainConfig, PrepareConfig, SideConfig, kernels_of
 from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
+from fa3_cute.planning.one_side import SIDES
+from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 from fa3_cute.planning.selections import backward_configs
 from fa3_cute.runtime.compiler import compile_and_read
 
@@ -15,10 +19,16 @@ MOST_REGISTERS = REGISTERS_PER_SM // 1024  # around the main kernel: a thousand 
 
 
 def selection() -> list:
-    """The kernels of one config of each row."""
+    """The kernels of one config of each row; of a head_dim with one gradient each, one mask for each of them."""
     variants = [[cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask) == row] for row in TABLE]
     chosen = [configs[-1 - index % 2] for index, configs in enumerate(variants)]
-    return list(dict.fromkeys(kernel for cfg in chosen for kernel in kernels_of(cfg)))
+    found = [kernel for cfg in chosen for kernel in kernels_of(cfg)]
+    for number, head_dim in enumerate(ONE_SIDE):
+        for turn, mask in enumerate(MASKS):
+            *_, cfg = (cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask) == (head_dim, mask))
+            prepare, *sides = kernels_of(cfg)
+            found += [prepare, sides[(turn + number) % len(SIDES)]]
+    return list(dict.fromkeys(found))
 
 
 CONFIGS = selection()
@@ -30,6 +40,11 @@ def test_selection_covers_options():
     assert {(cfg.head_dim, cfg.mask) for cfg in mains} == set(TABLE)
     for name in ("dtype", "is_varlen", "is_deterministic"):
         assert len({getattr(cfg, name) for cfg in mains}) == 2, name
+    sides = of_kind(SideConfig)
+    assert {cfg.dtype for cfg in sides} == {"bf16", "fp16"}
+    for name, values in (("side", SIDES), ("mask", MASKS)):
+        assert {(cfg.head_dim, getattr(cfg, name)) for cfg in sides} == set(product(ONE_SIDE, values))
+    assert {(cfg.side, cfg.is_varlen) for cfg in sides} == set(product(SIDES, (False, True)))
 
 
 def compiled(cfg):
@@ -52,6 +67,16 @@ def test_main(cfg):
     of_dq = cfg.tile_n // 16 * (tiles_of_dq // cfg.tile_n)
     step = 2 * cfg.head_dim // 16 + 2 * cfg.tile_m // 16 + of_dq
     assert report.wgmmas % step == 0 and step <= report.wgmmas <= 8 * step
+
+
+@pytest.mark.parametrize("cfg", of_kind(SideConfig), ids=lambda cfg: cfg.name)
+def test_one_gradient(cfg):
+    """A tile of the other side is head_dim/16 WGMMAs for S, as many for dP but for dV, and tile_columns/16 for the
+    gradient; the code holds it once per kind of iteration."""
+    report, _ = compiled(cfg)
+    assert report.registers == REGISTERS_PER_SM // cfg.num_threads // 8 * 8
+    step = (1 + cfg.has_dp) * cfg.head_dim // 16 + cfg.tile_columns // 16
+    assert report.wgmmas == step * (3 if cfg.is_local else 2)
 
 
 @pytest.mark.parametrize("cfg", of_kind(PrepareConfig | FinishConfig), ids=lambda cfg: cfg.name)

@@ -13,15 +13,21 @@ from fa3_cute.contract.arguments import KINDS
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.contract.status import FlashAttentionError, Problem, last_error
 from fa3_cute.planning import backward_launch as planning
-from fa3_cute.planning.backward import TABLE, backward_config
+from fa3_cute.planning.backward import TABLE
 from fa3_cute.planning.backward_kernels import (
     FINISH_ENTRY,
+    GRADIENT,
     MAIN_ENTRY,
     PREPARE_ENTRY,
+    ROWS,
     SCRATCH,
-    MainConfig,
+    SIDE_ENTRY,
+    FinishConfig,
+    PrepareConfig,
     kernels_of,
+    pass_config,
 )
+from fa3_cute.planning.one_side import SIDES, OneSidePass
 from fa3_cute.planning.selections import backward_configs, backward_kernels
 
 A, STEP = 0x7F00_0000_0000, 1 << 32
@@ -41,7 +47,7 @@ GOOD = BackwardParams(
 PACKED = replace(
     GOOD, mode=AttentionMode.VARLEN_PREFILL, cu_seqlens_q=A + 64, cu_seqlens_k=A + 128, total_q=700, total_k=900
 )
-ENTRIES = {"prepare": PREPARE_ENTRY, "main": MAIN_ENTRY, "finish": FINISH_ENTRY}
+ENTRIES = {"prepare": PREPARE_ENTRY, "main": MAIN_ENTRY, "finish": FINISH_ENTRY, "side": SIDE_ENTRY}
 
 
 def plan(params):
@@ -57,7 +63,7 @@ def plan(params):
 def test_entries_say_what_the_fields_say():
     """Each argument is a field that backward takes, of its kind, or a part of the workspace; no field is left over."""
     taken = {name: item for name, item in contract.ARGUMENTS.items() if contract.BACKWARD in item.takers}
-    arguments = [row for entry in ENTRIES.values() for row in entry.arguments]
+    arguments = [(name.replace(GRADIENT, "dq"), kind) for entry in ENTRIES.values() for name, kind in entry.arguments]
     others = {"stream": "stream"} | dict.fromkeys(SCRATCH, "pointer")
     for name, kind in arguments:
         assert kind == (others[name] if name in others else KINDS[taken[name].kind]), name
@@ -76,26 +82,54 @@ def test_kernels_are_told_by_their_names():
     """Those of one name are one kernel: masks and lengths make no other prepare and finish kernels."""
     everything = [
         kernel
-        for row, dtype, is_varlen, is_deterministic in product(TABLE, ("fp16", "bf16"), (False, True), (False, True))
-        for kernel in kernels_of(backward_config(dtype, *row, is_varlen, is_deterministic))
+        for row, dtype, is_varlen, is_deterministic in product(ROWS, ("fp16", "bf16"), (False, True), (False, True))
+        for kernel in kernels_of(pass_config(dtype, *row, is_varlen, is_deterministic))
     ]
     distinct = set(everything)
     assert len({kernel.name for kernel in distinct}) == len(distinct)
-    others = [kernel for kernel in distinct if not isinstance(kernel, MainConfig)]
-    tiles = {(backward_config("bf16", *row, False, False).tile_m, row[0]) for row in TABLE}
-    assert len(others) == 2 * 2 * len(tiles)
+    count = lambda kind: sum(isinstance(kernel, kind) for kernel in distinct)
+    assert count(PrepareConfig) == 2 * len({row[0] for row in ROWS})
+    assert count(FinishConfig) == 2 * len({row[0] for row in TABLE})
 
 
 def test_the_selection_has_every_row_and_option():
-    configs = backward_configs()
-    assert len(set(configs)) == len(configs) <= 20
+    everything = backward_configs()
+    assert len(set(everything)) == len(everything) <= 30
+    configs = [cfg for cfg in everything if cfg.has_sums]
     rows = {(cfg.head_dim, cfg.mask, cfg.is_varlen) for cfg in configs if cfg.dtype == "bf16"}
     assert rows == {(*row, is_varlen) for row in TABLE for is_varlen in (False, True)}
     for facts in (("fp16", False), ("bf16", True)):
         own = [cfg for cfg in configs if (cfg.dtype, cfg.is_deterministic) == facts]
         assert {(cfg.head_dim, cfg.is_varlen) for cfg in own} == set(product({row[0] for row in TABLE}, (False, True)))
         assert len({cfg.mask for cfg in own}) > 1
-    assert {kernel for cfg in configs for kernel in kernels_of(cfg)} == set(backward_kernels())
+    one_side = [cfg for cfg in everything if not cfg.has_sums]
+    assert {(cfg.head_dim, cfg.mask) for cfg in one_side} == set(ROWS) - set(TABLE)
+    for name in ("head_dim", "mask"):
+        of_rows = {getattr(cfg, name) for cfg in one_side}
+        assert {(getattr(cfg, name), cfg.is_varlen) for cfg in one_side} == set(product(of_rows, (False, True)))
+    assert {cfg.dtype for cfg in one_side} == {"bf16", "fp16"}
+    assert {kernel for cfg in everything for kernel in kernels_of(cfg)} == set(backward_kernels())
+
+
+@pytest.mark.parametrize("head_dim", [96, 192, 256])
+@pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
+def test_passes_of_one_gradient_each(call, head_dim):
+    """Asked for the same bits or not: the same kernels, and a workspace without sums."""
+    is_packed, call = call is PACKED, replace(call, head_dim=head_dim, is_causal=True)
+    passes = [plan(replace(call, deterministic=value)) for value in (False, True)]
+    kernels = [[stage.config for stage in found.stages] for found in passes]
+    assert kernels[0] == kernels[1] == list(kernels_of(OneSidePass("bf16", head_dim, "causal", is_packed)))
+    assert [stage.output for stage in passes[0].stages] == ["", *SIDES]
+    blocks = 700 // 128 + 2 if is_packed else 2 * 4
+    for found in passes:
+        assert found.workspace_bytes == 2 * 4 * blocks * 128 * 6
+        assert backward_workspace_size(call) == found.workspace_bytes
+        places = found.places(tuple(range(len(planning.POINTERS) + 1)))
+        for stage, side in zip(found.stages[1:], SIDES, strict=True):
+            given = dict(zip(stage.config.entry.per_call, stage.pick(places), strict=False))
+            assert given[GRADIENT] == planning.POINTERS.index(side)
+        rows = [stage.strides[-2] for stage in found.stages[1:]]
+        assert rows == [6 * head_dim, 3 * head_dim, 3 * head_dim], "of the gradient, behind those of q, k, v and dout"
 
 
 # ---- the shape -------------------------------------------------------------------------------------------------------

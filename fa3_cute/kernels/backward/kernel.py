@@ -1,5 +1,5 @@
 """FlashAttention-3 backward for sm_90a: a CTA has 64 keys per consumer warpgroup, past which the Q tiles go that see
-them; a load warp, a warp that adds dQ to global memory, 2-3 consumer warpgroups."""
+them; a load warp, a warp that adds dQ to global memory, two consumer warpgroups."""
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -36,7 +36,8 @@ class FlashAttentionBackward:
     def launch(self, a):
         """dV = P^T dO, dK = scale dS^T Q, dq_sum += dS K; dS = P (dP - D), P = exp(scale Q K^T - LSE), dP = dO V^T
 
-        Pointers and strides (in elements) as in fa3_cute.BackwardParams.
+        Pointers and strides (in elements) as in fa3_cute.BackwardParams. The prepare kernel runs before every launch:
+        it zeroes `order`, and a deterministic kernel that finds another call's counts there waits forever.
         """
         cfg, layouts, sequences = self.cfg, self.make_layouts(), Sequences.create(a)
         batches = a.batch_size
