@@ -1,6 +1,8 @@
 """flash-attn's functions. Names, order and defaults of arguments are those of FlashAttention-3's
 flash_attn_interface.py; what this library has no kernel for is refused by name."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -192,7 +194,7 @@ def _refuse(**arguments) -> None:
             raise error_for(Status.FEATURE_UNSUPPORTED, f"{name}: must be None; {_INSTEAD[name]}")
 
 
-def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None):
+def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None) -> Any:
     out, lse = ops.attend(call, wants_lse) if update is None else ops.attend_updated(call, update, wants_lse)
     return (out, lse) if wants_lse else out
 

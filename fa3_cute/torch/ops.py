@@ -170,9 +170,14 @@ def attend(call: ForwardCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"q, k and v must be torch tensors, not {kinds}")
     if torch.compiler.is_compiling() or not is_plain(q):
         return torch.ops.fa3_cute.forward(*call)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _trains_sinks(call.s_aux)):
         return Attention.apply(q, k, v, call)  # type: ignore[return-value]
     return _implementation(q).forward(call, wants_lse)
+
+
+def _trains_sinks(s_aux: Any) -> bool:
+    """They alone would get no gradient, in silence."""
+    return isinstance(s_aux, Tensor) and s_aux.requires_grad
 
 
 def attend_updated(call: ForwardCall, update: Update, wants_lse: bool) -> tuple[Tensor, Tensor | None]:

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..contract.formats import HEAD_DIMS
 from ..contract.status import Status, error_for
 from . import ops
 from .calls import BackwardCall, ForwardCall
 from .flash_attn import _options
+from .head_dims import columns, padded
 
 NAME = "FA3_CUTE"
 
@@ -194,22 +193,14 @@ def _choices(given: _Forward | _Backward, num_splits: int) -> dict:
 # ---- head dims that kernels do not have ------------------------------------------------------------------------------
 
 
-def _columns(x: Tensor) -> int:
-    """The next head_dim that kernels have."""
-    return next((dim for dim in HEAD_DIMS if dim >= x.shape[-1]), x.shape[-1])
-
-
 def _padded(x: Tensor) -> Tensor:
-    """With zeros behind the last dimension; the same tensor where kernels have its head_dim."""
-    more = _columns(x) - x.shape[-1]
-    return functional.pad(x, (0, more)) if more else x
+    return padded(x, columns(x.shape[-1]))
 
 
 def _room(x: Tensor) -> Tensor:
     """Where a kernel can write what is to be x: x itself if it can."""
-    if _columns(x) == x.shape[-1] and x.stride(-1) == 1:
-        return x
-    return x.new_empty(*x.shape[:-1], _columns(x))
+    wide = columns(x.shape[-1])
+    return x if wide == x.shape[-1] and x.stride(-1) == 1 else x.new_empty(*x.shape[:-1], wide)
 
 
 def _cut(x: Tensor, room: Tensor) -> None:

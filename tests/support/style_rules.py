@@ -13,7 +13,7 @@ MAX_FUNCTION, MAX_FUNCTION_ELSEWHERE = 60, 80  # of the package; of tests and ex
 
 # From the ground up: a folder's modules may import those of their own folder and of the folders before it. "" is the
 # package's own __init__.py. The command line uses the package as anyone does, hence its place at the end.
-FOLDERS = ("contract", "planning", "kernels", "runtime", "arrays", "api", "torch", "", "cli", "__main__")
+FOLDERS = ("contract", "planning", "kernels", "runtime", "arrays", "api", "torch", "huggingface", "", "cli", "__main__")
 # Of the folders within kernels/: which of them a module there may import.
 KINDS = "forward", "decode", "merge", "backward", "append"
 KERNELS = {"common": {"common"}, **{kind: {"common", kind} for kind in KINDS}}
@@ -22,6 +22,7 @@ DEVICE = {"cutlass", "cuda"}
 # What a folder may not import. A call's meaning and its plan are known where there is neither the DSL nor CUDA.
 BANNED = {
     "torch": FRAMEWORKS - {"torch"} | DEVICE,
+    "huggingface": FRAMEWORKS - {"torch"} | DEVICE,
     "contract": FRAMEWORKS | DEVICE,
     "planning": FRAMEWORKS | DEVICE,
     "kernels": FRAMEWORKS | {"numpy", "ctypes", "os", "subprocess"},
