@@ -5,12 +5,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
-from .rings import WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
+from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 
 FLOAT_BYTES = 4
 PREPARE_THREADS = 128
 CONSUMER_WGS = 2  # of the main kernel and those of one gradient
-REGISTERS = (24, 240)  # per thread of the producer and of the consumers, after setmaxnreg
+TILE_SLOTS = 2  # tiles of keys that a CTA knows of
+REGISTERS = (32, 240)  # per thread of the producer and of the consumers, after setmaxnreg
 
 _LENGTHS = [(name, "pointer") for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")]
 _STRIDES = {
@@ -20,19 +21,20 @@ _STRIDES = {
 _SIZES = [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")]
 _P = lambda *names: [(name, "pointer") for name in names]
 BACKWARD_ARGUMENTS = tuple(
-    _P("q", "k", "v", "dout", "dk", "dv", "shift", "delta", "dq_sum", "order")
+    _P("q", "k", "v", "dout", "dk", "dv", "shift", "delta", "dq_sum", "order", "tile_counter")
     + _LENGTHS
     + [x for t in ("q", "k", "v", "dout", "dk", "dv") for x in _STRIDES[t]]
     + _SIZES
     + [
         ("window_size_left", "int32"),
         ("window_size_right", "int32"),
+        ("num_sms", "int32"),
         ("softmax_scale", "float32"),
         ("stream", "stream"),
     ]
 )
 PREPARE_ARGUMENTS = tuple(
-    _P("out", "dout", "softmax_lse", "dlse", "shift", "delta", "dq_sum", "order")
+    _P("out", "dout", "softmax_lse", "dlse", "shift", "delta", "dq_sum", "order", "tile_counter")
     + _LENGTHS
     + [x for t in ("out", "dout") for x in _STRIDES[t]]
     + _SIZES
@@ -52,10 +54,9 @@ class BackwardConfig:
     is_varlen         lengths are on the device
     is_deterministic  the CTAs add to dQ in the order of their keys
     tile_m            queries of a Q tile
-    is_dv_early       dV is issued before dS is made, which warpgroups hand over by a ring; else they meet at a barrier
-    num_*_stages      slots of the rings of Q, dO and dS
     is_dq_transposed  dQ^T = K^T dS^T, each warpgroup its columns of dQ, for which tile_m need not be a multiple of 64
                       per warpgroup; else dQ = dS K, each its rows
+    is_dq_behind      dQ is computed a Q tile later, when every warpgroup's dS has long been there
     """
 
     dtype: str
@@ -65,11 +66,9 @@ class BackwardConfig:
     is_deterministic: bool
     tile_m: int
     is_dq_transposed: bool
-    is_dv_early: bool
-    num_q_stages: int = 2
-    num_do_stages: int = 2
-    num_ds_stages: int = 2
+    is_dq_behind: bool
 
+    num_q_stages = num_do_stages = num_ds_stages = 2  # slots: all that turns with the Q tiles turns together
     num_consumer_wgs = CONSUMER_WGS
     registers = REGISTERS
     is_fp8 = False
@@ -147,6 +146,7 @@ class BackwardConfig:
         return (
             Role("load", range(1), producer),
             Role("reduce", range(1, 2), producer),
+            Role("schedule", range(2, 3), producer),
             Role("consume", range(first, first + self.num_consumer_warps), consumer),
         )
 
@@ -156,6 +156,7 @@ class BackwardConfig:
         warps, row = self.num_consumer_warps, self.head_dim * 2
         vector = FLOAT_BYTES * max(self.tile_m, 128 // FLOAT_BYTES)
         return (
+            Ring("tiles", TILE_SLOTS, 0, WARP, warps + 2),
             Ring("k", 1, self.tile_n * row, 1, warps, "K"),
             Ring("v", 1, self.tile_n * row, 1, warps, "V"),
             Ring("q", self.num_q_stages, self.tile_m * row, 1, warps, "Q"),
@@ -182,31 +183,16 @@ class BackwardConfig:
 
 
 class Row(NamedTuple):
-    """tile_m, is_dq_transposed and is_dv_early of some problems, and why."""
+    """tile_m, is_dq_transposed and is_dq_behind of some problems, and why."""
 
     tile_m: int
     is_dq_transposed: bool
-    is_dv_early: bool
+    is_dq_behind: bool
     reason: str
-    num_do_stages: int = 2
-    num_ds_stages: int = 2
 
 
-# Times of the whole call, BF16, 16k tokens, hidden 2048, H200, 2026-11-29.
-WIDE = Row(
-    80,
-    True,
-    True,
-    "80 queries: at N = 64, A and B of S and dP take all of shared memory's bandwidth: 64 queries in columns take 1.24 "
-    "times as long at 16k tokens, causal 1.08; dV after dS takes 1.04 at 2k, 0.97 at 16k",
-)
-SQUARE = Row(
-    128,
-    False,
-    False,
-    "dV before dS takes 1.08 times as long, mbarriers instead of the barrier 1.05; 96 queries, whose dQ is split by "
-    "queries, take 1.09 to 1.18",
-)
+WIDE = Row(80, True, False, "x")
+SQUARE = Row(128, False, True, "x")
 TABLE = {
     (64, "full"): SQUARE,
     (64, "causal"): SQUARE,
@@ -221,14 +207,5 @@ def backward_config(dtype: str, head_dim: int, mask: str, is_varlen: bool, is_de
     """The table's config."""
     row = TABLE[head_dim, mask]
     return BackwardConfig(
-        dtype,
-        head_dim,
-        mask,
-        is_varlen,
-        is_deterministic,
-        row.tile_m,
-        row.is_dq_transposed,
-        row.is_dv_early,
-        num_do_stages=row.num_do_stages,
-        num_ds_stages=row.num_ds_stages,
+        dtype, head_dim, mask, is_varlen, is_deterministic, row.tile_m, row.is_dq_transposed, row.is_dq_behind
     )

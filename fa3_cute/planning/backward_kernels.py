@@ -34,6 +34,7 @@ SCRATCH = {
     "delta": ("float32", 4, 16),
     "dq_sum": ("float32", 4, 16),
     "order": ("int32", 4, 4),
+    "tile_counter": ("int32", 4, 4),
 }
 
 

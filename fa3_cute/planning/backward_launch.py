@@ -91,9 +91,9 @@ class Stage:
     mod_values = ()
     optionals = ()
 
-    def counts(self, num_sms: int) -> tuple[()]:
-        """What the launch adds to the entry's arguments."""
-        return ()
+    def counts(self, num_sms: int) -> tuple[int, ...]:
+        """What the launch adds to the entry's arguments: the persistent kernel's number of CTAs."""
+        return (num_sms,) if isinstance(self.config, BackwardConfig) else ()
 
     @property
     def output(self) -> str:
@@ -146,6 +146,7 @@ def pass_of(shape: BackwardShape) -> Pass:
         "delta": rows * cfg.tile_m,
         "dq_sum": rows * cfg.tile_m * cfg.head_dim * cfg.has_sums,
         "order": rows * cfg.has_sums,
+        "tile_counter": int(cfg.has_sums and has_queries),
     }
     sizes = [-(-elements[part] * SCRATCH[part][1] // PART_ALIGNMENT) * PART_ALIGNMENT for part in SCRATCH]
     *offsets, total = accumulate(sizes, initial=0)
@@ -171,7 +172,11 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
         values |= dict(zip(names, strides, strict=True))
     own = getattr(cfg, "side", "")  # what `gradient` stands for
     strides, sizes, scales = (
-        tuple(values[name.replace(GRADIENT, own)] for name, kind in cfg.arguments if kind == wanted)
+        tuple(
+            values[name.replace(GRADIENT, own)]
+            for name, kind in cfg.arguments
+            if kind == wanted and name != "num_sms"
+        )
         for wanted in ("int64", "int32", "float32")
     )
     picked = [PLACES.index(name.replace(GRADIENT, own)) for name in cfg.entry.per_call if name != "stream"]

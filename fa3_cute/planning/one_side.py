@@ -19,7 +19,7 @@ PREPARED_ROWS = 128  # of a block of the prepare kernel, for all three: a sequen
 ONE_SIDE_ARGUMENTS = tuple(
     ("gradient", "pointer") if name == "dk" else (name.replace("dk_", "gradient_"), kind)
     for name, kind in BACKWARD_ARGUMENTS
-    if name not in ("dv", "dq_sum", "order") and not name.startswith("dv_")
+    if name not in ("dv", "dq_sum", "order", "tile_counter", "num_sms") and not name.startswith("dv_")
 )
 
 

@@ -35,6 +35,7 @@ class BwdParams:
     delta: cute.Tensor             # (padded rows, num_heads) f32
     dq_sum: cute.Tensor            # (tile_m * head_dim, Q blocks, num_heads) f32, each block in thread order
     order: cute.Tensor             # (1, Q blocks, num_heads) int32: CTAs that have added to a block, if deterministic
+    tile_counter: cute.Tensor      # (1) int32: tiles of keys taken beyond the first of each CTA, see schedule.py
     window: Window                 # used if cfg.is_local
     sequences: Sequences
     q_blocks: Blocks
@@ -58,11 +59,12 @@ class BwdLayouts:
 @dataclass(frozen=True)
 class BwdSmem:
     """Shared-memory tensors."""
+    sTiles: cute.Tensor            # (fields of a KeyTile, TILE_SLOTS) int32
     sQ: cute.Tensor
     sdO: cute.Tensor
-    sK: cute.Tensor                # dK at the end
-    sV: cute.Tensor                # dV at the end
-    sdS: cute.Tensor
+    sK: cute.Tensor
+    sV: cute.Tensor
+    sdS: cute.Tensor               # dK and dV at the end
     sdQ: cute.Tensor               # (dq_part, num_consumer_wgs) f32, in thread order
     sShift: cute.Tensor           # (tile_m, num_q_stages) f32
     sDelta: cute.Tensor          # (tile_m, num_do_stages) f32
@@ -71,8 +73,9 @@ class BwdSmem:
 @dataclass(frozen=True)
 class BwdPipelines:
     """Barrier arrays only; each role makes its own producer or consumer, whose state stays a local variable."""
-    k: pipeline.PipelineTmaAsync   # load warp -> consumers, once
-    v: pipeline.PipelineTmaAsync   # load warp -> consumers, once
+    tiles: pipeline.PipelineAsync  # schedule warp -> every other role
+    k: pipeline.PipelineTmaAsync   # load warp -> consumers, once per tile of keys
+    v: pipeline.PipelineTmaAsync   # the same
     q: pipeline.PipelineTmaAsync   # load warp -> consumers: Q and the rows' shift
     do: pipeline.PipelineTmaAsync  # load warp -> consumers: dO and the rows' delta
     ds: pipeline.PipelineAsync     # every consumer warp -> every consumer warp

@@ -1,55 +1,110 @@
 """Consumer role: dK and dV of the CTA's keys, and their part of dQ."""
 import cutlass
 import cutlass.cute as cute
+import cutlass.pipeline as pipeline
 from cutlass import Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
+from ..common.arithmetic import maximum
+from ..common.barriers import sync_warpgroup
+from ..common.layout import element_type, smem_ring, unhoisted, view_as
 from .barriers import BarrierId
-from .blocks import KeyTile, QueryRange
+from .blocks import KeyTile, query_range
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
-from .gradients import clear_unused_rows, make_gradients
+from .gradients import Gradients, clear_unused_rows, filled, make_gradients
+from .schedule import END, read_tile
 from .store import store_gradient
 from .visible import KeyMask
 
 
 @cute.jit
-def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile,
-            queries: QueryRange):
-    """All Q tiles of each query head of the group, one after the other; dK and dV at the end.
+def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem, pipes: BwdPipelines):
+    """Per tile of keys: all Q tiles of each query head of the group, one after the other; then dK and dV.
 
     Runs on: consumer warpgroups.
-    Synchronises: waits for the full halves of the K, V, Q, dO and dS rings; empties Q, dO and dS; fills dS and dQ.
+    Synchronises: reads the tile ring; waits for the full halves of the K, V, Q, dO and dS rings; empties them; fills dS
+    and dQ.
     """
     tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
     gradients = make_gradients(cfg, params, mmas, smem, pipes, tidx, wg_idx)
-    for w in cutlass.range_constexpr(1, cfg.num_consumer_wgs):
-        if wg_idx >= w:
-            gradients.dq_producer.advance()
-    mask = KeyMask.create(cfg, params.window, tile, tidx)
-    if queries.m_block_max > queries.m_block_min:
-        wait_for_keys(cfg, smem, pipes, tile, tidx)
-    for _ in cutlass.range(params.group, unroll=1):
-        for m_block in cutlass.range(queries.m_block_min, queries.m_block_full_min, unroll=1):
-            gradients.step(mask, m_block, is_masked=True)
-        for m_block in cutlass.range(queries.m_block_full_min, queries.m_block_full_max, unroll=1):
-            gradients.step(mask, m_block, is_masked=False)
-        if const_expr(cfg.is_local):
-            for m_block in cutlass.range(queries.m_block_full_max, queries.m_block_max, unroll=1):
-                gradients.step(mask, m_block, is_masked=True)
-    cute.arch.barrier(barrier_id=BarrierId.KEYS_READ, number_of_threads=128 * cfg.num_consumer_wgs)
-    store_gradient(cfg, mmas, gradients.acc_dV, smem.sV, params.mdV, tile, tidx)
-    for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
-        gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
-    store_gradient(cfg, mmas, gradients.acc_dK, smem.sK, params.mdK, tile, tidx)
+    count = turn = Int32(0)      # of tiles of keys, of Q tiles
+    tile = wait_for_tile(smem, pipes, count)
+    while tile.n_block != END:
+        gradients.acc_dK.fill(0.0)
+        gradients.acc_dV.fill(0.0)
+        wait_for_keys(cfg, smem, pipes, tile, tidx, count)
+        queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+        has_queries = queries.m_block_max > queries.m_block_min
+        if const_expr(cfg.is_dq_behind):
+          if has_queries:
+            mask = KeyMask.create(cfg, params.window, tile, tidx)
+            gradients.step_behind(mask, queries.m_block_min, turn, is_masked=True, is_first=True)
+            turn += 1
+        for i in cutlass.range(params.group, unroll=1):
+            tile = read_tile(smem.sTiles[None, count & 1])      # again: registers are what the loops below are short of
+            queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+            mask, first = KeyMask.create(cfg, params.window, tile, tidx), queries.m_block_min
+            if const_expr(cfg.is_dq_behind):
+                first += Int32(1) if i == 0 else Int32(0)
+            for m_block in cutlass.range(first, queries.m_block_full_min, unroll=1):
+                step(gradients, mask, m_block, turn, True)
+                turn += 1
+            for m_block in cutlass.range(maximum(first, queries.m_block_full_min), queries.m_block_full_max, unroll=1):
+                step(gradients, mask, m_block, turn, False)
+                turn += 1
+            if const_expr(cfg.is_local):
+                for m_block in cutlass.range(maximum(first, queries.m_block_full_max), queries.m_block_max, unroll=1):
+                    step(gradients, mask, m_block, turn, True)
+                    turn += 1
+        tile = read_tile(smem.sTiles[None, count & 1])
+        queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+        if const_expr(cfg.is_dq_behind):
+          if queries.m_block_max > queries.m_block_min:
+            gradients.finish_dQ(turn - 1)
+        for pipe in (pipes.v, pipes.k):
+            pipe.consumer_release(pipeline.PipelineState(1, count, Int32(0), count & 1))
+        cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)
+        slot, thread = staging(cfg, smem), unhoisted(tidx)
+        store_gradient(cfg, mmas, gradients.acc_dV, slot, params.mdV, tile, thread)
+        sync_warpgroup(wg_idx)
+        for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
+            gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
+        store_gradient(cfg, mmas, gradients.acc_dK, slot, params.mdK, tile, thread)
+        cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)
+        with cute.arch.elect_one():
+            pipes.tiles.consumer_release(filled(count))
+        count += 1
+        tile = wait_for_tile(smem, pipes, count)
 
 
 @cute.jit
-def wait_for_keys(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile, tidx: Int32):
+def wait_for_tile(smem: BwdSmem, pipes: BwdPipelines, count: Int32) -> KeyTile:
+    """The CTA's tile of that number."""
+    pipes.tiles.consumer_wait(filled(count))
+    return read_tile(smem.sTiles[None, count & 1])
+
+
+@cute.jit
+def wait_for_keys(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile, tidx: Int32, count: Int32):
     """Until K and V are there; rows behind the sequence's last are zeroed, as TMA does behind the tensor's."""
-    pipes.k.make_consumer().wait_and_advance()
-    pipes.v.make_consumer().wait_and_advance()
+    for pipe in (pipes.v, pipes.k):
+        pipe.consumer_wait(pipeline.PipelineState(1, count, Int32(0), count & 1))
     if const_expr(cfg.is_varlen):
         slots = smem.sK[None, None, 0], smem.sV[None, None, 0]
         clear_unused_rows(cfg, slots, tile.seqlen_k - tile.n_block * cfg.tile_n, tidx)
+
+
+def step(gradients: Gradients, mask: KeyMask, m_block: Int32, turn: Int32, is_masked: bool):
+    """One Q tile in the config's order."""
+    if gradients.cfg.is_dq_behind:
+        gradients.step_behind(mask, m_block, turn, is_masked, is_first=False)
+    else:
+        gradients.step(mask, m_block, turn, is_masked)
+
+
+def staging(cfg: BackwardConfig, smem: BwdSmem) -> cute.Tensor:
+    """(tile_n, head_dim) for dK and dV, in the slots of dS."""
+    layout = smem_ring(element_type(cfg), cfg.tile_n, cfg.head_dim, 1)
+    return view_as(smem.sdS, layout, element_type(cfg))[None, None, 0]

@@ -33,13 +33,15 @@ class FinishBackward:
         sdQ = smem_ring(element_type(cfg), cfg.tile_m, cfg.head_dim, 1)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(mdQ, dq_sum, sdQ, make_bwd_mmas(cfg).dq, blocks, sequences, a.softmax_scale).launch(
-            grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(128 * cfg.num_consumer_wgs, 1, 1), stream=a.stream)
+            grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(128 * cfg.num_consumer_wgs, 1, 1),
+            use_pdl=True, stream=a.stream)
 
     @cute.kernel
     def kernel(self, mdQ: cute.Tensor, dq_sum: cute.Tensor, layout: cute.ComposedLayout, mma: cute.TiledMma,
                blocks: Blocks, sequences: Sequences, scale: Float32):
         """A Q tile of one head per CTA: its threads take what the consumers of the main kernel held."""
         cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
+        cute.arch.griddepcontrol_wait()      # for the main kernel
         allocator = cutlass.memory.SmemAllocator()
         sdQ = allocator.allocate_tensor(element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
         shape = (cfg.head_dim, cfg.tile_m) if cfg.is_dq_transposed else (cfg.tile_m, cfg.head_dim)

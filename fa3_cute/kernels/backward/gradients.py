@@ -19,7 +19,7 @@ from cutlass.experimental import primitives
 from ...planning.backward import BackwardConfig
 from ..common.copies import clear_rows
 from ..common.barriers import sync_warpgroup
-from ..common.layout import as_operand_a, convert, element_type, transposed
+from ..common.layout import as_operand_a, convert, element_type, transposed, unhoisted
 from ..common.wgmma import in_flight, issue_gemm
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .visible import KeyMask
@@ -29,7 +29,10 @@ QUAD = 4
 
 @dataclass
 class Gradients:
-    """State of one consumer warpgroup. t<GEMM>r<operand>: fragments in shared memory."""
+    """State of one consumer warpgroup. t<GEMM>r<operand>: fragments in shared memory.
+
+    turn, of its methods: Q tiles so far. The rings have two slots, that of dQ one of each warpgroup, and turn together.
+    """
     cfg: Constexpr
     mmas: BwdMmas
     smem: BwdSmem
@@ -45,69 +48,151 @@ class Gradients:
     store_dS: cute.TiledCopy
     acc_dK: cute.Tensor
     acc_dV: cute.Tensor
-    q_consumer: pipeline.PipelineConsumer
-    do_consumer: pipeline.PipelineConsumer
-    ds_producer: pipeline.PipelineProducer
-    ds_consumer: pipeline.PipelineConsumer
-    dq_producer: pipeline.PipelineProducer
+    pipes: BwdPipelines
+    wg_idx: Int32
     sdQ: cute.Tensor           # this warpgroup's part of dQ, (4, quads) of this thread
     scale_log2: Float32
     tidx: Int32
 
     @cute.jit
-    def step(self, mask: KeyMask, m_block: Int32, is_masked: Constexpr[bool]):
+    def step(self, mask: KeyMask, m_block: Int32, turn: Int32, is_masked: Constexpr[bool]):
         """dV, dK and dQ of one Q tile. Nothing is in flight before or after: what is in flight from one round of a loop
         to the next, ptxas waits for at every WGMMA (C7514). dQ is sent while dK runs."""
-        q, do = self.q_consumer.wait_and_advance(), self.do_consumer.wait_and_advance()
-        if const_expr(self.cfg.is_varlen):
-            slots = self.smem.sQ[None, None, q.index], self.smem.sdO[None, None, do.index]
-            clear_unused_rows(self.cfg, slots, mask.tile.seqlen_q - m_block * self.cfg.tile_m, self.tidx)
-        acc_S, acc_dP = self.start_scores(q.index, do.index)
+        q = do = ds = filled(turn)
+        self.wait_for_queries(q, mask, m_block)
+        self.wait_for_douts(do, mask, m_block)
+        acc_S, acc_dP = self.start_S_and_dP(turn & 1)
         in_flight(1)                     # S is complete, dP may still run
         if const_expr(is_masked):
             mask.apply(acc_S, m_block)
         self.make_P(acc_S)
-        rP = self.rounded(acc_S)
-        if const_expr(self.cfg.is_dv_early):
-            self.start_dV(rP, do.index)
-        # Also a wall: ptxas would move the exponentials behind the wait for dP, where no GEMM hides them.
-        slot = self.ds_producer.acquire_and_advance()
-        in_flight(int(self.cfg.is_dv_early))     # dP is complete, an early dV may still run
-        rdS = self.score_gradients(acc_S, acc_dP)
+        self.start_dV(self.rounded(acc_S), turn & 1)
+        in_flight(1)                     # dP is complete, dV may still run
+        rdS = self.hand_over(self.score_gradients(acc_S, acc_dP), turn)
+        self.pipes.ds.consumer_wait(ds)  # every warpgroup's
+        acc_dQ = self.start_dQ(turn & 1)
+        in_flight(1)                     # dV
+        self.pipes.do.consumer_release(do)
+        self.start_dK(rdS, turn & 1)
+        in_flight(1)                     # dQ
+        self.release_dS(ds)
+        self.send_dQ(acc_dQ, turn)
+        in_flight(0)                     # dK
+        self.pipes.q.consumer_release(q)
+
+    @cute.jit
+    def step_behind(self, mask: KeyMask, m_block: Int32, turn: Int32, is_masked: Constexpr[bool],
+                    is_first: Constexpr[bool]):
+        """dV and dK of one Q tile and dQ of the one before it, whose dS no warpgroup has to wait for: it runs under the
+        exponentials. Nothing is in flight before or after."""
+        q = do = filled(turn)
+        self.wait_for_queries(q, mask, m_block)
+        acc_S = self.start_S(turn & 1)
+        if const_expr(not is_first):
+            ds = filled(turn - 1)
+            self.pipes.ds.consumer_wait(ds)
+            acc_dQ = self.start_dQ((turn - 1) & 1)
+        in_flight(int(not is_first))     # S is complete
+        if const_expr(is_masked):
+            mask.apply(acc_S, m_block)
+        self.make_P(acc_S)
+        self.wait_for_douts(do, mask, m_block)
+        if const_expr(not is_first):
+            in_flight(0)                 # dQ
+            self.release_dS(ds)
+            self.send_dQ(acc_dQ, turn - 1)   # before dP needs its registers
+        acc_dP = self.start_dP(turn & 1)
+        self.start_dV(self.rounded(acc_S), turn & 1)
+        in_flight(1)                     # dP
+        rdS = self.hand_over(self.score_gradients(acc_S, acc_dP), turn)
+        self.start_dK(rdS, turn & 1)
+        in_flight(1)                     # dV
+        self.pipes.do.consumer_release(do)
+        in_flight(0)                     # dK
+        self.pipes.q.consumer_release(q)
+
+    @cute.jit
+    def finish_dQ(self, turn: Int32):
+        """Of the last Q tile, the one of this turn, after step_behind."""
+        ds = filled(turn)
+        self.pipes.ds.consumer_wait(ds)
+        acc_dQ = self.start_dQ(turn & 1)
+        in_flight(0)
+        self.release_dS(ds)
+        self.send_dQ(acc_dQ, turn)
+
+    @cute.jit
+    def wait_for_queries(self, q: pipeline.PipelineState, mask: KeyMask, m_block: Int32):
+        """Until Q tile m_block is there."""
+        self.pipes.q.consumer_wait(q)
+        if const_expr(self.cfg.is_varlen):
+            self.clear_unused(self.smem.sQ[None, None, q.index], mask, m_block)
+
+    @cute.jit
+    def wait_for_douts(self, do: pipeline.PipelineState, mask: KeyMask, m_block: Int32):
+        """Until its dO is there."""
+        self.pipes.do.consumer_wait(do)
+        if const_expr(self.cfg.is_varlen):
+            self.clear_unused(self.smem.sdO[None, None, do.index], mask, m_block)
+
+    @cute.jit
+    def clear_unused(self, slot: cute.Tensor, mask: KeyMask, m_block: Int32):
+        """Of a Q tile the rows behind the sequence's last."""
+        clear_unused_rows(self.cfg, (slot,), mask.tile.seqlen_q - m_block * self.cfg.tile_m, self.tidx)
+
+    @cute.jit
+    def hand_over(self, rdS: cute.Tensor, turn: Int32) -> cute.Tensor:
+        """This warpgroup's dS to shared memory, for all of them; returns it."""
+        slot = emptied(turn)
+        self.pipes.ds.producer_acquire(slot)
         cute.copy(self.store_dS, self.store_dS.retile(rdS), self.tSsdS[None, None, None, slot.index])
-        if const_expr(not self.cfg.is_dv_early):
-            self.start_dV(rP, do.index)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
         with cute.arch.elect_one():
-            slot.commit()
-        ds = self.ds_consumer.wait_and_advance()     # every warpgroup's
-        acc_dQ = self.start_dQ(ds.index)
-        in_flight(1)                     # dV
-        do.release()
-        self.start_dK(rdS, q.index)
-        in_flight(1)                     # dQ
-        with cute.arch.elect_one():
-            ds.release()
-        self.send_dQ(acc_dQ)
-        in_flight(0)                     # dK
-        q.release()
+            self.pipes.ds.producer_commit(slot)
+        return rdS
 
     @cute.jit
-    def start_scores(self, q_slot: Int32, do_slot: Int32):
+    def release_dS(self, ds: pipeline.PipelineState):
+        """This warp has read every warpgroup's dS."""
+        with cute.arch.elect_one():
+            self.pipes.ds.consumer_release(ds)
+
+    @cute.jit
+    def start_S_and_dP(self, slot: Int32):
         """S^T = K Q^T and dP^T = V dO^T of a pair of slots, left in flight.
 
         Start values are written before the first WGMMA of both is issued: ptxas would wait for it otherwise (C7517).
         """
-        acc_S, acc_dP = (cute.make_rmem_tensor(
-            self.mmas.sdp.partition_shape_C((self.cfg.tile_n, self.cfg.tile_m)), Float32) for _ in range(2))
-        start_at(acc_S, self.smem.sShift[None, q_slot], self.tidx)
-        start_at(acc_dP, self.smem.sDelta[None, do_slot], self.tidx)
-        issue_gemm(self.mmas.sdp, acc_S, self.tSrK[None, None, None, 0], self.tSrQ[None, None, None, q_slot],
+        acc_S, acc_dP = self.start_values(self.smem.sShift, slot), self.start_values(self.smem.sDelta, slot)
+        issue_gemm(self.mmas.sdp, acc_S, self.tSrK[None, None, None, 0], self.tSrQ[None, None, None, slot],
                    zero_init=False)
-        issue_gemm(self.mmas.sdp, acc_dP, self.tPrV[None, None, None, 0], self.tPrdO[None, None, None, do_slot],
+        issue_gemm(self.mmas.sdp, acc_dP, self.tPrV[None, None, None, 0], self.tPrdO[None, None, None, slot],
                    zero_init=False)
         return acc_S, acc_dP
+
+    @cute.jit
+    def start_S(self, slot: Int32):
+        """S^T of a slot of Q, left in flight."""
+        acc_S = self.start_values(self.smem.sShift, slot)
+        issue_gemm(self.mmas.sdp, acc_S, self.tSrK[None, None, None, 0], self.tSrQ[None, None, None, slot],
+                   zero_init=False)
+        return acc_S
+
+    @cute.jit
+    def start_dP(self, slot: Int32):
+        """dP^T of a slot of dO, left in flight."""
+        acc_dP = self.start_values(self.smem.sDelta, slot)
+        issue_gemm(self.mmas.sdp, acc_dP, self.tPrV[None, None, None, 0], self.tPrdO[None, None, None, slot],
+                   zero_init=False)
+        return acc_dP
+
+    @cute.jit
+    def start_values(self, sX: cute.Tensor, slot: Int32):
+        """An accumulator of S^T or dP^T that starts at its queries' values."""
+        acc = cute.make_rmem_tensor(self.mmas.sdp.partition_shape_C((self.cfg.tile_n, self.cfg.tile_m)), Float32)
+        start_at(acc, sX[None, slot], self.tidx)
+        return acc
 
     def start_dV(self, rP: cute.Tensor, slot: Int32):
         """dV += P^T dO of one dO slot, left in flight."""
@@ -149,17 +234,26 @@ class Gradients:
         return acc_dQ
 
     @cute.jit
-    def send_dQ(self, acc_dQ: cute.Tensor):
+    def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
         """To the reduce warp, in thread order: element 4 j + i of thread t lies at 512 j + 4 t + i."""
-        slot = self.dq_producer.acquire()
+        slot = pipeline.PipelineState(self.cfg.num_consumer_wgs, turn, self.wg_idx, turn & 1 ^ 1)
+        self.pipes.dq.producer_acquire(slot)
         quads = cute.make_tensor(acc_dQ.iterator, cute.make_layout((QUAD, cute.size(acc_dQ) // QUAD)))
         cute.autovec_copy(quads, self.sdQ)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
         with cute.arch.elect_one():
-            slot.commit()
-        for _ in cutlass.range_constexpr(self.cfg.num_consumer_wgs):
-            self.dq_producer.advance()           # every round of the ring has a slot of each warpgroup
+            self.pipes.dq.producer_commit(slot)
+
+
+def filled(turn: Int32) -> pipeline.PipelineState:
+    """A consumer's place in a ring of two slots."""
+    return pipeline.PipelineState(2, turn, turn & 1, (turn >> 1) & 1)
+
+
+def emptied(turn: Int32) -> pipeline.PipelineState:
+    """A producer's."""
+    return pipeline.PipelineState(2, turn, turn & 1, (turn >> 1) & 1 ^ 1)
 
 
 @cute.jit
@@ -170,8 +264,9 @@ def clear_unused_rows(cfg: BackwardConfig, slots: tuple[cute.Tensor, cute.Tensor
     """
     rows = cute.size(slots[0], mode=[0])
     if num_used < rows:
+        thread = unhoisted(tidx) % 128
         for slot in slots:
-            clear_rows(cfg, slot, num_used, rows, tidx % 128, 128)
+            clear_rows(cfg, slot, num_used, rows, thread, 128)
         cute.arch.fence_view_async_shared()
         sync_warpgroup(tidx // 128)
 
@@ -207,8 +302,6 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
     store_dS = cute.make_tiled_copy_C(stmatrix, mmas.sdp).get_slice(tidx)
     acc_dK, acc_dV = (cute.make_rmem_tensor(mmas.dkv.partition_shape_C((cfg.tile_n, cfg.head_dim)), Float32)
                       for _ in range(2))
-    acc_dK.fill(0.0)
-    acc_dV.fill(0.0)
     sdQ = cute.make_tensor(smem.sdQ[None, wg_idx].iterator + QUAD * (tidx % 128),
                            cute.make_layout((QUAD, cfg.dq_part // 128 // QUAD), stride=(1, 128 * QUAD)))
     return Gradients(
@@ -218,6 +311,4 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
         tVrdO=operand_b(mmas.dkv, transposed(smem.sdO)), tKrQ=operand_b(mmas.dkv, transposed(smem.sQ)),
         tQrA=operand_a(mmas.dq, sA), tQrB=operand_b(mmas.dq, sB),
         tSsdS=store_dS.partition_D(sdSt), store_dS=store_dS, acc_dK=acc_dK, acc_dV=acc_dV,
-        q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(),
-        ds_producer=pipes.ds.make_producer(), ds_consumer=pipes.ds.make_consumer(),
-        dq_producer=pipes.dq.make_producer(), sdQ=sdQ, scale_log2=params.scale_log2, tidx=tidx)
+        pipes=pipes, wg_idx=wg_idx, sdQ=sdQ, scale_log2=params.scale_log2, tidx=tidx)

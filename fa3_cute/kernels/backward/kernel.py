@@ -1,27 +1,28 @@
-"""FlashAttention-3 backward for sm_90a: a CTA has 64 keys per consumer warpgroup, past which the Q tiles go that see
-them; a load warp, a warp that adds dQ to global memory, two consumer warpgroups."""
+"""FlashAttention-3 backward for sm_90a: a persistent grid; a CTA takes tiles of 64 keys per consumer warpgroup, past
+each of which the Q tiles go that see them. Warps that load, schedule and add dQ to global memory, two consumer
+warpgroups."""
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.rings import by_name
-from ..common.arithmetic import LOG2_E, maximum
+from ..common.arithmetic import LOG2_E, maximum, minimum
 from ..common.block_range import Window
 from ..common.entry import flat_entry
 from ..common.layout import element_type, smem_ring, tensor_view
 from ..common.sequences import Sequences
 from ..common.tma import tma_load
-from .blocks import Blocks, KeyTile, query_range
+from .blocks import Blocks
 from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .consume import consume
 from .load import load
-from .order import heads_per_section, key_tile
 from .reduce import reduce_dq
+from .schedule import TILE_INTS, schedule
 
 
 @flat_entry(BACKWARD_ARGUMENTS)
@@ -60,13 +61,14 @@ class FlashAttentionBackward:
             dq_sum=cute.make_tensor(a.dq_sum, cute.make_layout(
                 (tile, q_blocks.num_blocks, a.num_heads), stride=(1, Int64(tile), Int64(tile) * q_blocks.num_blocks))),
             order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
+            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, k_blocks=k_blocks,
             num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
             scale_log2=a.softmax_scale * Float32(LOG2_E))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
-            grid=(k_blocks.num_blocks * a.num_heads_k, 1, 1), block=(cfg.num_threads, 1, 1),
-            min_blocks_per_mp=1, stream=a.stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
+            grid=(minimum(k_blocks.num_blocks * a.num_heads_k, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
+            min_blocks_per_mp=1, use_pdl=True, stream=a.stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
 
     def make_layouts(self) -> BwdLayouts:
         """Shared-memory layouts of the rings."""
@@ -80,55 +82,26 @@ class FlashAttentionBackward:
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
     def kernel(self, params: BwdParams, layouts: BwdLayouts, mmas: BwdMmas):
-        """Warp 0 loads, warp 1 reduces dQ, warps 2 and 3 retire; the other warpgroups consume."""
+        """Warp 0 loads, warp 1 reduces dQ, warp 2 schedules, warp 3 retires; the other warpgroups consume."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
             for operand in (params.q, params.do, params.k, params.v):
                 cpasync.prefetch_descriptor(operand.atom)
         smem, pipes = self.allocate(layouts)
-        tile, is_there = self.find_tile(params)
-        queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+        cute.arch.griddepcontrol_wait()      # for the prepare kernel
         roles = by_name(cfg.roles)
         if warp_idx < roles["consume"].warps[0]:
             cute.arch.setmaxregister_decrease(roles["load"].registers)
-            if is_there:
-                if warp_idx == roles["load"].warps[0]:
-                    load(cfg, params, smem, pipes, tile, queries)
-                if warp_idx == roles["reduce"].warps[0]:
-                    reduce_dq(cfg, params, smem, pipes, tile, queries)
+            if warp_idx == roles["load"].warps[0]:
+                load(cfg, params, smem, pipes)
+            if warp_idx == roles["reduce"].warps[0]:
+                reduce_dq(cfg, params, smem, pipes)
+            if warp_idx == roles["schedule"].warps[0]:
+                schedule(cfg, params, smem, pipes)
         else:
             cute.arch.setmaxregister_increase(roles["consume"].registers)
-            if is_there:
-                consume(cfg, params, mmas, smem, pipes, tile, queries)
-
-    @cute.jit
-    def find_tile(self, params: BwdParams) -> tuple[KeyTile, Boolean]:
-        """The CTA's keys, and whether there are any. Runs on: whole warps."""
-        cfg, index = self.cfg, cute.arch.block_idx()[0]
-        group, seqlen_q, seqlen_k = params.group, params.sequences.rows_q, params.sequences.rows_k
-        if const_expr(cfg.is_varlen):
-            head = index // params.k_blocks.num_blocks
-            block = index - head * params.k_blocks.num_blocks
-            if const_expr(cfg.is_deterministic):
-                block = params.k_blocks.num_blocks - 1 - block
-            sequence = params.k_blocks.find(block)
-            offset_q, seqlen_q, offset_k, seqlen_k = params.sequences.place(sequence)
-            n_block = block - params.k_blocks.first(sequence)
-            batch = params.sequences.batch_coordinate(sequence)
-            first_q_block = params.q_blocks.first(sequence)
-            tile = KeyTile(n_block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block)
-        else:
-            num_heads = params.num_heads_k * params.sequences.batch_size
-            section = heads_per_section(num_heads, group, seqlen_q, cfg.head_dim)
-            num_blocks = params.k_blocks.num_blocks // params.sequences.batch_size
-            n_block, any_head = key_tile(cfg.is_causal, index, num_blocks, num_heads, section)
-            if const_expr(cfg.is_deterministic):
-                n_block = num_blocks - 1 - n_block
-            batch = any_head // params.num_heads_k
-            head, first_q_block = any_head - batch * params.num_heads_k, params.q_blocks.first(batch)
-            tile = KeyTile(n_block, head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, first_q_block)
-        return tile, tile.n_block * cfg.tile_n < tile.seqlen_k
+            consume(cfg, params, mmas, smem, pipes)
 
     @cute.jit
     def allocate(self, layouts: BwdLayouts):
@@ -136,15 +109,17 @@ class FlashAttentionBackward:
         cfg = self.cfg
         allocator = cutlass.memory.SmemAllocator()
         rings = by_name(cfg.rings)
-        names = ("k", "v", "q", "do", "ds", "dq")
+        names = ("tiles", "k", "v", "q", "do", "ds", "dq")
         bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in names}   # full and empty
+        sTiles = allocator.allocate_tensor(
+            Int32, cute.make_layout((TILE_INTS, rings["tiles"].slots)), byte_alignment=16)
         tensor = lambda layout: allocator.allocate_tensor(
             element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
         floats = lambda rows, slots: allocator.allocate_tensor(
             Float32, cute.make_layout((rows, slots)), byte_alignment=128)
         sK, sV, sQ, sdO, sdS = (tensor(layout) for layout in (
             layouts.sK, layouts.sV, layouts.sQ, layouts.sdO, layouts.sdS))
-        smem = BwdSmem(sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=floats(cfg.dq_part, cfg.num_consumer_wgs),
+        smem = BwdSmem(sTiles=sTiles, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=floats(cfg.dq_part, cfg.num_consumer_wgs),
                        sShift=floats(cfg.tile_m, cfg.num_q_stages), sDelta=floats(cfg.tile_m, cfg.num_do_stages))
 
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
@@ -155,6 +130,7 @@ class FlashAttentionBackward:
             **facts(name), tx_count=rings[name].slot_bytes + more)
         rows = 4 * cfg.tile_m
         pipes = BwdPipelines(
+            tiles=pipeline.PipelineAsync.create(**facts("tiles")),
             k=tma_ring("k", 0), v=tma_ring("v", 0), q=tma_ring("q", rows), do=tma_ring("do", rows),
             ds=pipeline.PipelineAsync.create(**facts("ds")), dq=pipeline.PipelineAsync.create(**facts("dq")))
         cute.arch.mbarrier_init_fence()

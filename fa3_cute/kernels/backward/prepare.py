@@ -31,6 +31,7 @@ class PrepareParams:
     delta: cute.Tensor
     dq_sum: cute.Tensor        # (tile_m * head_dim, blocks, num_heads) f32
     order: cute.Tensor         # (1, blocks, num_heads) int32
+    tile_counter: cute.Tensor  # (1) int32
     scale: Float32
 
 
@@ -55,15 +56,18 @@ class PrepareBackward:
             mO=tensor_view(a, "out", shape), mdO=tensor_view(a, "dout", shape), mLSE=lse,
             mdLSE=cute.make_tensor(a.dlse, lse.layout), shift=per_block(a.shift, cfg.tile_m),
             delta=per_block(a.delta, cfg.tile_m), dq_sum=per_block(a.dq_sum, cfg.tile_m * cfg.head_dim),
-            order=per_block(a.order, 1), scale=a.softmax_scale)
+            order=per_block(a.order, 1),
+            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)), scale=a.softmax_scale)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, blocks, sequences).launch(
-            grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(PREPARE_THREADS, 1, 1), stream=a.stream)
+            grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(PREPARE_THREADS, 1, 1), use_pdl=True, stream=a.stream)
 
     @cute.kernel
     def kernel(self, params: PrepareParams, blocks: Blocks, sequences: Sequences):
         """A Q tile of one head per CTA."""
         cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         if const_expr(cfg.has_sums):
             self.clear(params, tile, thread)
         element = element_type(cfg)
@@ -89,7 +93,7 @@ class PrepareBackward:
 
     @cute.jit
     def clear(self, params: PrepareParams, tile: QueryTile, thread: Int32):
-        """dq_sum and order of the tile."""
+        """dq_sum and order of the tile; the first CTA: tile_counter."""
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
         target = params.dq_sum[None, tile.block, tile.head].iterator
@@ -98,6 +102,8 @@ class PrepareBackward:
             cute.autovec_copy(zeros, cute.make_tensor(place, cute.make_layout(4)))
         if thread == 0:
             params.order[0, tile.block, tile.head] = Int32(0)
+            if cute.arch.block_idx()[0] == 0:
+                params.tile_counter[0] = Int32(0)
 
     @cute.jit
     def write_row(self, params: PrepareParams, tile: QueryTile, row: Int32, is_used: Boolean, product: Float32):

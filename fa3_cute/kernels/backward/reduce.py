@@ -5,39 +5,47 @@ from cutlass import Int32, const_expr
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
-from .blocks import KeyTile, QueryRange, last_key_block
+from .blocks import last_key_block, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
+from .schedule import END, read_tile
 
 
 @cute.jit
-def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile,
-              queries: QueryRange):
+def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
     """Per Q tile and warpgroup: its part from shared memory, added in FP32 (PTX ISA, "cp.reduce.async.bulk").
 
     Deterministic: the CTAs add to a block in the order of their keys, the last ones first.
 
-    Runs on: warp 1. Synchronises: waits for the full halves of the dQ ring; empties it as soon as it is read.
+    Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as it is read.
     """
     consumer = pipes.dq.make_consumer()
-    for i in cutlass.range(params.group, unroll=1):
-        head = tile.kv_head * params.group + i
-        for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
-            block = tile.first_q_block + m_block
-            target, count = params.dq_sum[None, block, head], params.order[None, block, head]
-            if const_expr(cfg.is_deterministic):
-                last = last_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
-                wait_for_turn(count, last - tile.n_block)
-            for w in cutlass.range_constexpr(cfg.num_consumer_wgs):
-                part = consumer.wait_and_advance()
-                with cute.arch.elect_one():
-                    primitives.cp_reduce_async_bulk_global_shared_cta(
-                        (target.iterator + w * cfg.dq_part).llvm_ptr, smem.sdQ[None, w].iterator.llvm_ptr,
-                        4 * cfg.dq_part, op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
-                    cute.arch.cp_async_bulk_commit_group()
-                    cute.arch.cp_async_bulk_wait_group(0, read=not cfg.is_deterministic)
-                    part.release()
-            if const_expr(cfg.is_deterministic):
-                pass_turn(count)
+    tiles = pipes.tiles.make_consumer()
+    tile = read_tile(smem.sTiles[None, tiles.wait().index])
+    while tile.n_block != END:
+        queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+        for i in cutlass.range(params.group, unroll=1):
+            head = tile.kv_head * params.group + i
+            for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
+                block = tile.first_q_block + m_block
+                target, count = params.dq_sum[None, block, head], params.order[None, block, head]
+                if const_expr(cfg.is_deterministic):
+                    last = last_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
+                    wait_for_turn(count, last - tile.n_block)
+                for w in cutlass.range_constexpr(cfg.num_consumer_wgs):
+                    part = consumer.wait_and_advance()
+                    with cute.arch.elect_one():
+                        primitives.cp_reduce_async_bulk_global_shared_cta(
+                            (target.iterator + w * cfg.dq_part).llvm_ptr, smem.sdQ[None, w].iterator.llvm_ptr,
+                            4 * cfg.dq_part, op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
+                        cute.arch.cp_async_bulk_commit_group()
+                        cute.arch.cp_async_bulk_wait_group(0, read=not cfg.is_deterministic)
+                        part.release()
+                if const_expr(cfg.is_deterministic):
+                    pass_turn(count)
+        with cute.arch.elect_one():
+            tiles.release()
+        tiles.advance()
+        tile = read_tile(smem.sTiles[None, tiles.wait().index])
 
 
 @cute.jit

@@ -17,7 +17,7 @@ from .bundles import BwdMmas
 @cute.jit
 def store_gradient(cfg: BackwardConfig, mmas: BwdMmas, acc: cute.Tensor, slot: cute.Tensor, mX: cute.Tensor,
                    tile: KeyTile, tidx: Int32):
-    """acc (f32) -> the slot -> rows of dK or dV below seqlen_k. Not of a null pointer: a gradient that is not wanted.
+    """acc (f32) -> `slot`, (tile_n, head_dim) of shared memory -> rows of dK or dV below seqlen_k. Not of a null pointer: a gradient that is not wanted.
 
     Runs on: a consumer warpgroup, each its 64 keys.
     """
@@ -27,11 +27,11 @@ def store_gradient(cfg: BackwardConfig, mmas: BwdMmas, acc: cute.Tensor, slot: c
         convert(acc, rX)
         stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
         thread_copy = cute.make_tiled_copy_C(stmatrix, mmas.dkv).get_slice(tidx)
-        cute.copy(thread_copy, thread_copy.retile(rX), thread_copy.partition_D(slot[None, None, 0]))
+        cute.copy(thread_copy, thread_copy.retile(rX), thread_copy.partition_D(slot))
         sync_warpgroup(wg_idx)
         shape, block = (ROWS_PER_WARPGROUP, cfg.head_dim), tile.n_block * cfg.num_consumer_wgs + wg_idx
         gX = cute.local_tile(rows_from(cfg, tile.offset_k, mX[None, None, tile.kv_head, tile.batch]), shape, (block, 0))
-        sX = cute.local_tile(slot[None, None, 0], shape, (wg_idx, 0))
+        sX = cute.local_tile(slot, shape, (wg_idx, 0))
         store_used_rows(cfg, sX, gX, tile.seqlen_k - block * ROWS_PER_WARPGROUP, tidx % 128, 128)
 
 
