@@ -56,7 +56,7 @@ def simulate() -> int:
 
         engine = GpuEngine(problem)
         print(f"{engine.device.name}: {SIMULATED} ranks simulated on one GPU")
-    return compare(SimulatedComm(engine, SIMULATED), engine, problem)
+    return compare(SimulatedComm(engine, SIMULATED), engine, problem, is_brief=True)
 
 
 def be_rank(options) -> int:
