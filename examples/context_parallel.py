@@ -21,10 +21,16 @@ from fa3_cute.arrays.memory import hopper_device_problem
 SIMULATED = 4
 
 
+def tokens(text: str) -> int:
+    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=0, help="GPUs, a process each; 0: simulate 4 of them")
-    parser.add_argument("--bench", nargs="+", metavar="TOKENS", help="measure, at so many tokens: 16k, 65536")
+    parser.add_argument(
+        "--bench", nargs="+", type=tokens, metavar="TOKENS", help="measure, at so many tokens: 16k, 65536"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp8_e4m3"])
     parser.add_argument("--margins", nargs="+", type=int, default=[0, 8, 16], help="SMs left to the exchange")
     parser.add_argument("--backward", action="store_true", help="measure the backward pass of all-gather too")
@@ -56,7 +62,7 @@ def simulate() -> int:
 
         engine = GpuEngine(problem)
         print(f"{engine.device.name}: {SIMULATED} ranks simulated on one GPU")
-    return compare(SimulatedComm(engine, SIMULATED), engine, problem)
+    return compare(SimulatedComm(engine, SIMULATED), engine, problem, is_brief=True)
 
 
 def be_rank(options) -> int:
@@ -77,9 +83,10 @@ def be_rank(options) -> int:
     from parallel.bench import Bench
 
     say = (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None)
-    totals = [int(total[:-1]) * 1024 if total.endswith("k") else int(total) for total in options.bench]
     of_layer = Problem(seqlens=(), num_ranks=size, num_heads=32, num_heads_k=8, head_dim=128)
-    Bench(comm, engine, meeting, tuple(options.margins), say).run(of_layer, totals, options.dtypes, options.backward)
+    Bench(comm, engine, meeting, tuple(options.margins), say).run(
+        of_layer, options.bench, options.dtypes, options.backward
+    )
     comm.close()
     return 0
 
@@ -89,6 +96,8 @@ def main() -> int:
     if options.rank is not None:
         return be_rank(options)
     if options.ranks:
+        if reason := hopper_device_problem(options.ranks - 1 if options.device is None else options.device):
+            raise SystemExit(f"--ranks {options.ranks}: {reason}")
         return start_ranks(sys.argv[1:], options.ranks, options.timeout)
     return simulate()
 

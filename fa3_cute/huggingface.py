@@ -81,7 +81,9 @@ def padding_mask(
         written = q_offset + q_length - kv_offset  # of a cache that has its final size from the start
         if is_compiling or isinstance(written, int) and written >= kv_length or int(written) >= kv_length:
             return None
-        return torch.ones(batch_size, int(written), dtype=torch.bool, device=options.get("device"))
+        mask = torch.ones(batch_size, int(written), dtype=torch.bool, device=options.get("device"))
+        _known(mask)["is_full"] = True
+        return mask
     mask = attention_mask[:, -kv_length:].to(torch.bool)
     if is_compiling:
         return mask
@@ -89,7 +91,10 @@ def padding_mask(
     is_full, has_holes = torch.stack((mask.all(), (end - first != mask.sum(-1)).any())).tolist()
     if has_holes:
         _refuse("attention_mask with padding between two tokens of a sequence", "padded at its ends alone")
-    return None if is_full and mask.shape[1] == kv_length else mask
+    if is_full and mask.shape[1] == kv_length:
+        return None
+    _known(mask)["is_full"] = is_full
+    return mask
 
 
 def _names(function: Callable) -> Iterator[str]:
@@ -162,12 +167,18 @@ def _packed_offsets(position_ids: Tensor, batch: int) -> Tensor | None:
     return torch.nn.functional.pad(places, (0, 1), value=begins.numel())
 
 
-def _remembered(x: Tensor, name: str, compute: Callable, *arguments: Any) -> Any:
-    """What is computed from a tensor that all layers of a model are given."""
+def _known(x: Any) -> dict[Any, Any]:
+    """What was found out about a tensor that all layers of a model are given."""
     if torch.compiler.is_compiling():
-        return compute(x, *arguments)
-    known = x.__dict__.setdefault("_fa3_cute", {})
-    key = (name, x._version if not x.is_inference() else 0, *arguments)
+        return {}
+    version = 0 if x.is_inference() else x._version
+    if getattr(x, "_fa3_cute_version", None) != version:
+        x._fa3_cute_version, x._fa3_cute = version, {}
+    return x._fa3_cute
+
+
+def _remembered(x: Tensor, compute: Callable, *arguments: Any) -> Any:
+    known, key = _known(x), (compute, *arguments)
     if key not in known:
         known[key] = compute(x, *arguments)
     return known[key]
@@ -211,6 +222,8 @@ def attention_forward(
         query, key, value = _cast(module, query, key, value)
     if attention_mask is not None and key.shape[2] > attention_mask.shape[1]:  # a cache with room for more
         key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
+    if attention_mask is not None and _known(attention_mask).get("is_full"):
+        attention_mask = None
     head_dim, columns_v = query.shape[-1], value.shape[-1]
     q, k, v = (padded(x.transpose(1, 2), columns(head_dim)) for x in (query, key, value))
     given = _choices(options, k.shape[1], is_causal)
@@ -249,7 +262,7 @@ def _attend_padded(tensors: tuple[Tensor, ...], mask: Tensor, given: dict) -> Te
     q_length, kv_length, is_causal = tensors[0].shape[1], tensors[1].shape[1], given["causal"]
     if given["window_size"][0] >= 0 and not is_causal and q_length != kv_length:
         _refuse("sliding_window of queries that are not the keys' own", "None")
-    where = _remembered(mask, "padded", _padded_batch, q_length, is_causal)
+    where = _remembered(mask, _padded_batch, q_length, is_causal)
     q, k, v = (x.flatten(0, 1) for x in tensors)
     used = {"seqused_q": where.used_q, "seqused_k": where.used_k}
     out = flash_attn_varlen_func(q, k, v, where.offsets_q, where.offsets_k, q_length, **used, **given)
@@ -267,7 +280,7 @@ def _sequences(options: dict, batch: int, q_length: int, kv_length: int) -> tupl
         return None
     if torch.compiler.is_compiling():  # how many there are would be data
         return None
-    found = _remembered(positions, "packed", _packed_offsets, batch)
+    found = _remembered(positions, _packed_offsets, batch)
     return None if found is None else (found, found, None)
 
 

@@ -24,10 +24,6 @@ ALLOWED = {"fp16": 2, "bf16": 2, "fp8_e4m3": 4}
 ALLOWED_OF_GRADIENTS = 4
 
 
-def modes(base: Problem) -> dict[str, Problem]:
-    return {name: replace(base, **fields) for name, fields in MODES.items()}
-
-
 def inputs(problem: Problem) -> dict[str, np.ndarray]:
     """[heads, total, head_dim], rounded to the problem's dtype."""
     rng = np.random.default_rng(0)
@@ -47,12 +43,18 @@ def rows_first(arrays: dict, names) -> list[np.ndarray]:
     return [arrays[name].swapaxes(0, 1) for name in names]
 
 
-def compare(comm, engine, base: Problem, meeting=None) -> int:
-    """Prints the largest errors over all ranks, of both passes in 16 bit, of the forward pass in FP8; 1 if one is too
-    large, else 0."""
+def compare(comm, engine, base: Problem, meeting=None, is_brief: bool = False) -> int:
+    """Prints the largest errors over all ranks, of both passes in 16 bit and of the forward pass in FP8; 1 if one is
+    too large, else 0. Brief: of causal modes in 16 bit, a few kernels to compile."""
     is_right = True
-    for check, dtype in ((errors, base.dtype), (gradient_errors, base.dtype), (errors, "fp8_e4m3")):
-        for scheme, mode, error, allowed in check(comm, engine, replace(base, dtype=dtype)):
+    causal = {name: MODES[name] for name in ("causal", "packed")}
+    checks = [(errors, base, causal), (gradient_errors, base, causal)]
+    if not is_brief:
+        in_fp8 = replace(base, dtype="fp8_e4m3")
+        checks = [(errors, base, MODES), (gradient_errors, base, MODES), (errors, in_fp8, causal)]
+    for check, problem, modes in checks:
+        dtype = problem.dtype
+        for scheme, mode, error, allowed in check(comm, engine, problem, modes):
             worst = float(np.max(meeting.tell(error) if meeting else error))  # NaN stays
             is_right &= worst <= allowed
             if comm.ranks[0] == 0:
@@ -61,10 +63,11 @@ def compare(comm, engine, base: Problem, meeting=None) -> int:
     return 0 if is_right else 1
 
 
-def errors(comm, engine, base: Problem):
+def errors(comm, engine, base: Problem, modes: dict[str, dict]):
     """Yields (scheme, mode, largest error against float64, what is allowed), over the rows of the ranks held here."""
-    for mode, problem in modes(base).items():
-        engine.problem, arrays = problem, inputs(problem)
+    for mode, fields in modes.items():
+        problem = engine.problem = replace(base, **fields)
+        arrays = inputs(problem)
         exact, _ = attention_reference(*rows_first(arrays, "qkv"), **options_of(problem))
         rounded, _ = low_precision_twin(*rows_first(arrays, "qkv"), problem.dtype, **options_of(problem))
         allowed = ALLOWED[problem.dtype] * np.abs(rounded - exact).max() + 1e-5
@@ -72,15 +75,18 @@ def errors(comm, engine, base: Problem):
             if name == "ring" and problem.window is not None or name == "ulysses" and problem.num_heads_k % comm.size:
                 continue
             shares = shares_of(engine, problem, arrays, comm.ranks)
-            scheme(comm, engine, problem).forward(shares)
+            # With LSEs where there can be gradients: those need the same kernels.
+            options = {} if name == "ring" else {"is_training": True}
+            scheme(comm, engine, problem, **options).forward(shares)
             found = {rank: engine.download(share.out) for rank, share in shares.items()}
             yield name, mode, _largest(problem, found, exact), allowed
 
 
-def gradient_errors(comm, engine, base: Problem):
+def gradient_errors(comm, engine, base: Problem, modes: dict[str, dict]):
     """Yields (scheme, mode and gradient, largest error, allowed)."""
-    for mode, problem in modes(base).items():
-        engine.problem, arrays = problem, inputs(problem)
+    for mode, fields in modes.items():
+        problem = engine.problem = replace(base, **fields)
+        arrays = inputs(problem)
         tensors, options = rows_first(arrays, ("q", "k", "v", "dout")), options_of(problem)
         exact, rounded = backward_reference(*tensors, **options), backward_twin(*tensors, problem.dtype, **options)
         for scheme in ("all-gather", "ulysses") if problem.num_heads_k % comm.size == 0 else ("all-gather",):

@@ -50,7 +50,7 @@ class BackwardParams(FlashAttentionParams):
     dlse: int | None = _tensor("float32", 4, is_optional=True)
 
     # Outputs of the shapes of q, k and v, of grad_dtype; 16-byte aligned, last dimension contiguous. None: not wanted
-    # and not computed; one of them is.
+    # and not written; one of them is.
     dq: int | None = _tensor("gradient")
     dk: int | None = _tensor("gradient")
     dv: int | None = _tensor("gradient")

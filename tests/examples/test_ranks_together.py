@@ -1,6 +1,7 @@
 """All that a rank does, from its meeting to its last result: ranks are threads, and NCCL hands over bytes."""
 
 import ctypes
+import sys
 import threading
 from argparse import Namespace
 from queue import Queue
@@ -123,10 +124,18 @@ def test_a_wrong_result_is_a_failure(together, monkeypatch):
     assert together(bench=None) == [1] * RANKS
 
 
+def test_gpus_that_are_not_there_are_told(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["context_parallel.py", "--ranks", "2", "--bench", "16k"])
+    assert context_parallel.arguments().bench == [16384]
+    monkeypatch.setattr(context_parallel, "hopper_device_problem", lambda ordinal: f"no device {ordinal}")
+    with pytest.raises(SystemExit, match="--ranks 2: no device 1"):
+        context_parallel.main()
+
+
 def test_bench(together, capsys, monkeypatch):
     monkeypatch.setattr("parallel.bench.ROUND_MS", 1.0)
     monkeypatch.setattr(context_parallel, "Problem", lambda **fields: Problem((), RANKS, 4, 2, 64))
-    options = {"bench": ["64"], "dtypes": ["bf16", "fp8_e4m3"], "margins": [0], "backward": True}
+    options = {"bench": [64], "dtypes": ["bf16", "fp8_e4m3"], "margins": [0], "backward": True}
     assert together(**options) == [0] * RANKS
     said = capsys.readouterr().out
     assert said.count("one GPU, all rows") == 3 and said.count("backward: all-gather") == 1

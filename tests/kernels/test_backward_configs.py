@@ -15,6 +15,7 @@ from fa3_cute.planning.selections import backward_configs
 from fa3_cute.runtime.compiler import compile_and_read
 
 VECTOR = 16  # bytes
+MOST_WITHOUT_SUMS = REGISTERS_PER_SM // 768 // 8 * 8  # whose threads have up to four pieces of a row in flight
 MOST_REGISTERS = REGISTERS_PER_SM // 1024  # around the main kernel: a thousand threads on an SM hide memory's latency
 
 
@@ -83,8 +84,10 @@ def test_one_gradient(cfg):
 def test_around(cfg):
     """They are as fast as memory: tensors are read and written 16 bytes at a time."""
     report, kernel = compiled(cfg)
-    assert report.wgmmas == 0 and report.registers <= MOST_REGISTERS
+    is_of_sums = getattr(cfg, "has_sums", True)
+    assert report.wgmmas == 0 and report.registers <= (MOST_REGISTERS if is_of_sums else MOST_WITHOUT_SUMS)
     vectors = cfg.tile_m * cfg.head_dim * 2 // VECTOR // cfg.num_threads  # of 16-bit elements
     is_prepare = isinstance(cfg, PrepareConfig)  # O and dO -> dq_sum; the other reads that and writes dQ
     assert accesses(kernel.code, LDG)[VECTOR] >= 2 * vectors
-    assert accesses(kernel.code, STG)[VECTOR] >= (2 if is_prepare else 1) * vectors
+    if is_of_sums:
+        assert accesses(kernel.code, STG)[VECTOR] >= (2 if is_prepare else 1) * vectors

@@ -59,13 +59,25 @@ def test_these_models_would_show_it(kind, off):
             assert error(logits_of(ids, mask)(other).float(), ours.float()) > 0.05
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("side", ["", "left"])
-@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GptOss"])
+COMPILED = transformers.CompileConfig(backend="aot_eager", mode=None)
+COMPILED._compile_all_devices = True
+CACHES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "compiled": {"cache_implementation": "static", "compile_config": COMPILED},
+}
+
+
+GREEDY = [
+    *((kind, side, cache) for kind in ("Gemma2", "GptOss") for side in ("", "left") for cache in ("dynamic", "static")),
+    *(("Llama", side, "compiled") for side in ("", "left")),
+]
+
+
+@pytest.mark.parametrize("kind, side, cache", GREEDY)
 def test_greedy_tokens(kind, side, cache):
     """Over a cache, a growing one or one with room: each token is the best in float32, or as good within an error."""
-    ids = tokens()
-    options = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    ids, options = tokens(), CACHES[cache]
     chosen, worse = greedy(decoder(kind), ids, padding(side, ids), **options)
     assert chosen.shape == (2, 6) and worse < 0.05
 
@@ -93,6 +105,33 @@ def test_a_static_cache_without_a_mask():
         cache = transformers.StaticCache(config=model.config, max_cache_len=64)
         found = model(ids, past_key_values=cache).logits
         assert error(found.float(), model(ids).logits.float()) < 0.01
+
+
+@pytest.mark.parametrize("side", ["", "left", "right"])
+@pytest.mark.parametrize("kind", ["Mistral", "GptOss"])
+def test_as_params_of_a_device(kind, side, fake_device, monkeypatch):
+    """The same as on the CPU, where queries that are of no sequence are 0, whatever memory held."""
+    ids, model = tokens(), using(decoder(kind), "fa3_cute")
+    mask = padding(side, ids)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+    with torch.no_grad():
+        all_rows = model(ids, attention_mask=mask).logits
+    assert not all_rows.isnan().any()
+    found = all_rows[mask.bool()]
+    assert len(fake_device.calls) == 2 and all(bool(call.seqused_k) == bool(side) for call in fake_device.calls)
+    monkeypatch.undo()
+    assert error(found.float(), logits_of(ids, mask)(model).float()) < 0.01
+
+
+def test_a_cache_with_room_is_not_copied(fake_device):
+    """Where nothing is padded, keys are those of the cache itself, as far as it is written."""
+    ids, model = tokens(), using(decoder("Llama", num_hidden_layers=1), "fa3_cute")
+    with torch.no_grad():
+        cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+        model(ids, past_key_values=cache, attention_mask=padding("", ids))
+    (call,) = fake_device.calls
+    assert (call.k, call.seqlen_k, call.seqused_k) == (cache.layers[0].keys.data_ptr(), 24, None)
 
 
 # ---- sequences in a row ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Backward problems on the GPU: inputs amid poison, gradients between guard bands, the call and its judgement."""
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -9,6 +10,7 @@ from images import POISON, Image, Tensor, contiguous
 
 from fa3_cute import AttentionMode
 from fa3_cute.contract.backward_params import BackwardParams
+from fa3_cute.planning.backward_launch import workspace_bytes
 
 WORKSPACE_GUARD = 4096
 
@@ -135,9 +137,13 @@ class BackwardProblem:
         return {"workspace": tensor.address, "workspace_bytes": nbytes}, tensor
 
     def run(self, stream, **overrides) -> tuple[np.ndarray | None, ...]:
-        """`backward` over poisoned outputs; returns `results`."""
+        """`backward` over poisoned outputs, with a workspace if it needs one and none is given; returns `results`."""
         self.poison(stream)
         params = self.params(**overrides)
+        nbytes = workspace_bytes(params)
+        if "workspace" not in overrides and isinstance(nbytes, int) and nbytes:
+            given, self.scratch = self.workspace(nbytes)  # which lives as long as the problem
+            params = replace(params, **given)
         call(params, stream).check()
         return self.results(stream, *(bool(getattr(params, name)) for name in NAMES))
 

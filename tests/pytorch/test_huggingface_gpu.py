@@ -1,0 +1,58 @@
+"""Models of transformers on a GPU with this library's attention: against eager attention in float32."""
+
+import pytest
+
+pytest.importorskip("transformers", reason="fa3_cute.huggingface needs transformers")
+
+import torch
+from tiny_models import decoder, error, greedy, padding, three, tokens, using
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch has no CUDA, or there is no GPU"),
+]
+MORE = 1.5  # than eager BF16's own error
+
+
+@pytest.mark.parametrize("side", ["", "left"])
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma2", "GptOss"])
+def test_logits(kind, side):
+    ids = tokens(device="cuda")
+    mask = padding(side, ids)
+
+    def run(model):
+        with torch.no_grad():
+            return model(ids, attention_mask=mask).logits[mask.bool()]
+
+    exact, eager, ours = three(run, decoder(kind).cuda())
+    assert error(ours, exact) <= MORE * error(eager, exact)
+
+
+@pytest.mark.parametrize("side", ["", "left"])
+def test_greedy_tokens(side):
+    """Each token is the best in float32, or as good within an error."""
+    ids = tokens(device="cuda")
+    chosen, worse = greedy(decoder("Mistral").cuda(), ids, padding(side, ids))
+    assert chosen.shape == (2, 6) and worse < 0.1
+
+
+@pytest.mark.parametrize("side", ["", "left"])
+def test_a_training_step(side):
+    """Gradients of all weights; a batch with padding has none that are not numbers."""
+    ids = tokens(device="cuda")
+    mask = padding(side, ids)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)
+
+    def run(model):
+        model.zero_grad()
+        model.train()(ids, attention_mask=mask, labels=labels).loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters()])
+
+    exact, eager, ours = three(run, decoder("Mistral").cuda())
+    assert not ours.isnan().any() and error(ours, exact) <= MORE * error(eager, exact)
+
+
+def test_what_has_no_gradient_is_refused_in_training():
+    with pytest.raises(NotImplementedError, match="s_aux: must be None where a gradient is asked for"):
+        using(decoder("GptOss").cuda(), "fa3_cute")(tokens(device="cuda"))
