@@ -11,7 +11,9 @@ FLOAT_BYTES = 4
 PREPARE_THREADS = 128
 CONSUMER_WGS = 2  # of the main kernel and those of one gradient
 TILE_SLOTS = 2  # tiles of keys that a CTA knows of
-REGISTERS = (32, 240)  # per thread of the producer and of the consumers, after setmaxnreg
+# Per thread of the producer and of the consumers: 24 + 2 * 240 = 3 * 168, all that the 384 threads of a CTA start with.
+# setmaxnreg waits for registers that it cannot have.
+REGISTERS = (24, 240)
 
 _LENGTHS = [(name, "pointer") for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")]
 _STRIDES = {

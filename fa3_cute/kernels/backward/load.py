@@ -5,7 +5,6 @@ from cutlass import Int32
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
-from ..common.arithmetic import maximum
 from ..common.tiles import rows_from
 from ..common.tma import TmaOperand, tma_views
 from .blocks import KeyTile, query_range
@@ -15,8 +14,8 @@ from .schedule import END, read_tile
 
 @cute.jit
 def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
-    """Per tile of keys: the first Q and dO, V and K, in the order in which their slots become free, then the other
-    pairs: of each query head of the group all Q tiles in order.
+    """Per tile of keys: V and K, as soon as their last reader is done; then of each query head of the group all pairs of
+    Q and dO in order.
 
     Runs on: warp 0. Synchronises: reads the tile ring; waits for the empty halves of the Q, dO, V and K rings; TMA
     signals the full halves.
@@ -26,34 +25,26 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
     tiles = pipes.tiles.make_consumer()
     tile = read_tile(smem.sTiles[None, tiles.wait().index])
     while tile.n_block != END:
+        load_keys(cfg, params.v, smem.sV, tile, v_producer.acquire_and_advance())
+        load_keys(cfg, params.k, smem.sK, tile, k_producer.acquire_and_advance())
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-        per_head = queries.m_block_max - queries.m_block_min
-        for i in cutlass.range(maximum(params.group * per_head, 1), unroll=1):
-            if per_head > 0:
-                of_group = i // per_head
-                head, m_block = tile.kv_head * params.group + of_group, queries.m_block_min + i - of_group * per_head
-                place = tile, head, m_block, (tile.first_q_block + m_block) * cfg.tile_m
-                load_queries(cfg, params.q, smem.sQ, (params.shift, smem.sShift), place,
-                             q_producer.acquire_and_advance())
-                load_queries(cfg, params.do, smem.sdO, (params.delta, smem.sDelta), place,
-                             do_producer.acquire_and_advance())
-            if i == 0:
-                load_keys(cfg, params.v, smem.sV, tile, v_producer.acquire_and_advance())
-                load_keys(cfg, params.k, smem.sK, tile, k_producer.acquire_and_advance())
+        for i in cutlass.range(params.group, unroll=1):
+            head = tile.kv_head * params.group + i
+            tQsQ, tQgQ = query_views(cfg, params.q, smem.sQ, tile, head)
+            tOsO, tOgO = query_views(cfg, params.do, smem.sdO, tile, head)
+            shift, delta = params.shift[None, head], params.delta[None, head]
+            for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
+                row = (tile.first_q_block + m_block) * cfg.tile_m
+                q = q_producer.acquire_and_advance()
+                cute.copy(params.q.atom, tQgQ[None, m_block], tQsQ[None, q.index], tma_bar_ptr=q.barrier)
+                load_rows(cfg, shift, row, smem.sShift[None, q.index], q.barrier)
+                do = do_producer.acquire_and_advance()
+                cute.copy(params.do.atom, tOgO[None, m_block], tOsO[None, do.index], tma_bar_ptr=do.barrier)
+                load_rows(cfg, delta, row, smem.sDelta[None, do.index], do.barrier)
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
         tile = read_tile(smem.sTiles[None, tiles.wait().index])
-
-
-@cute.jit
-def load_queries(cfg: BackwardConfig, op: TmaOperand, sX: cute.Tensor, rows: tuple, place: tuple, slot):
-    """A tile of Q or dO with its rows' values. rows: in global and in shared memory; place: (tile, head, m_block, row
-    of the first among the padded ones)."""
-    tile, head, m_block, row = place
-    tXsX, tXgX = query_views(cfg, op, sX, tile, head)
-    cute.copy(op.atom, tXgX[None, m_block], tXsX[None, slot.index], tma_bar_ptr=slot.barrier)
-    load_rows(cfg, rows[0][None, head], row, rows[1][None, slot.index], slot.barrier)
 
 
 @cute.jit
