@@ -119,8 +119,11 @@ def forward(
 def _with_unit_strides(call: ForwardCall, update: Update | None) -> tuple[ForwardCall, Update | None]:
     """The same; tensors whose last dimension is not contiguous are copied, but for those that are written."""
     if update is not None:
-        new = [x if x is None else _with_unit_stride(x) for x in (update.k_new, update.v_new)]
-        return call._replace(q=_with_unit_stride(call.q)), update._replace(k_new=new[0], v_new=new[1])
+        q, new_k, new_v = call.q, update.k_new, update.v_new
+        if all(x is None or x.stride(-1) == 1 for x in (q, new_k, new_v)):
+            return call, update
+        new_k, new_v = (x if x is None else _with_unit_stride(x) for x in (new_k, new_v))
+        return call._replace(q=_with_unit_stride(q)), update._replace(k_new=new_k, v_new=new_v)
     q, k, v, *_ = call
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         call = call._replace(q=_with_unit_stride(q), k=_with_unit_stride(k), v=_with_unit_stride(v))

@@ -127,6 +127,12 @@ def test_a_last_dimension_of_any_stride(fake_device):
     expected = flash_attn_func(q, k, v)
     spread = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
     assert torch.equal(flash_attn_func(*spread), expected)
+    new = rand(2, 3, 2, 64, seed=4)
+    lengths = {"cache_seqlens": ints(5, 9), "causal": True}
+    caches = [[x.clone() for x in (k, v)] for _ in range(2)]
+    expected = flash_attn_with_kvcache(q[:, :3], *caches[0], new, new, **lengths)
+    found = flash_attn_with_kvcache(transposed(q[:, :3]), *caches[1], transposed(new), transposed(new), **lengths)
+    assert torch.equal(found, expected) and torch.equal(caches[0][0], caches[1][0])
 
 
 def test_merge_attention(fake_device, monkeypatch):

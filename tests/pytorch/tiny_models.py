@@ -20,7 +20,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 # All experts see all tokens: which are chosen is no matter of a rounding error.
-EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2, "experts_implementation": "eager"}
 DECODERS = {
     "Llama": {},
     "Qwen3": {},
