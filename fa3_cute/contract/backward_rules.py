@@ -48,11 +48,10 @@ _NO_SPLITS = "it is of forward's split-KV"
 # Fields that must be off, and why. A row goes when its kernel comes.
 REFUSED = {
     **dict.fromkeys(
-        ("softcap", "s_aux", "alibi_slopes", "attn_mask", "attention_chunk", "p_dropout", "score_mod", "mask_mod"),
+        ("softcap", "alibi_slopes", "attn_mask", "attention_chunk", "p_dropout", "score_mod", "mask_mod"),
         _NO_GRADIENT,
     ),
     "block_mask": _NO_GRADIENT,
-    "d_s_aux": "backward does not compute the gradient of s_aux yet",
     "d_bias": "backward does not compute the gradient of attn_mask yet",
     "accumulate_dkv": "backward overwrites dk and dv; add them up after the call",
     "page_table": "dk and dv are those of dense or packed keys, not of pages",

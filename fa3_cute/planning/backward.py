@@ -9,6 +9,7 @@ from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, by_name, num_threads, 
 
 FLOAT_BYTES = 4
 PREPARE_THREADS = 128
+PREPARE_WARPS = PREPARE_THREADS // WARP
 
 _LENGTHS = [(name, "pointer") for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")]
 _STRIDES = {
@@ -30,12 +31,14 @@ BACKWARD_ARGUMENTS = tuple(
     ]
 )
 PREPARE_ARGUMENTS = tuple(
-    _P("out", "dout", "softmax_lse", "dlse", "shift", "delta", "dq_sum", "order")
+    _P("out", "dout", "softmax_lse", "dlse", "s_aux", "shift", "delta", "dq_sum", "order", "sink_sums")
     + _LENGTHS
     + [x for t in ("out", "dout") for x in _STRIDES[t]]
     + _SIZES
-    + [("softmax_scale", "float32"), ("stream", "stream")]
+    + [("s_aux_dtype", "int32"), ("softmax_scale", "float32"), ("stream", "stream")]
 )
+# num_blocks: of the prepare kernel, each of which has left a warp's sums
+SINKS_ARGUMENTS = (*_P("d_s_aux", "sink_sums"), ("num_heads", "int32"), ("num_blocks", "int32"), ("stream", "stream"))
 FINISH_ARGUMENTS = tuple(
     _P("dq", "dq_sum") + _LENGTHS + _STRIDES["dq"] + _SIZES + [("softmax_scale", "float32"), ("stream", "stream")]
 )

@@ -9,15 +9,18 @@ from functools import cache
 
 from ..contract.arguments import Entry
 from ..contract.backward_params import ARGUMENTS
+from ..contract.formats import PARTIAL
 from .backward import (
     BACKWARD_ARGUMENTS,
     FINISH_ARGUMENTS,
     PREPARE_ARGUMENTS,
     PREPARE_THREADS,
+    SINKS_ARGUMENTS,
     BackwardConfig,
 )
 from .config import ROWS_PER_WARPGROUP
 from .one_side import ONE_SIDE_ARGUMENTS, OneSideConfig, OneSidePass
+from .rings import WARP
 
 GRADIENT = "gradient"  # what SideConfig's kernel calls its own
 # Parts of the workspace: element, bytes of it, alignment that kernels count on.
@@ -26,6 +29,7 @@ SCRATCH = {
     "delta": ("float32", 4, 16),
     "dq_sum": ("float32", 4, 16),
     "order": ("int32", 4, 4),
+    "sink_sums": ("float32", 4, 16),
 }
 
 
@@ -45,8 +49,8 @@ def _pointed(name: str) -> tuple[str, int]:
     return ARGUMENTS[name].element, ARGUMENTS[name].alignment
 
 
-PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY = map(
-    _entry, (PREPARE_ARGUMENTS, BACKWARD_ARGUMENTS, FINISH_ARGUMENTS, ONE_SIDE_ARGUMENTS)
+PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, SINKS_ENTRY = map(
+    _entry, (PREPARE_ARGUMENTS, BACKWARD_ARGUMENTS, FINISH_ARGUMENTS, ONE_SIDE_ARGUMENTS, SINKS_ARGUMENTS)
 )
 
 
@@ -150,7 +154,24 @@ class SideConfig(OneSideConfig):
     kernel = "fa3_cute.kernels.backward.one_side.OneSideBackward"
 
 
-KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig
+@dataclass(frozen=True)
+class SinksConfig(_Around):
+    """Of the kernel that adds up what the prepare kernel has left of d_s_aux: one for all, of no element type."""
+
+    dtype = PARTIAL
+    entry = SINKS_ENTRY
+    arguments = SINKS_ENTRY.arguments
+    kernel = "fa3_cute.kernels.backward.sinks.SinkGradients"
+    name = "bwd_sinks"
+    num_threads = WARP
+    smem_bytes = 0
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
+KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | SinksConfig
 
 
 @cache

@@ -169,7 +169,6 @@ REFUSED_CALLS = [
         (-16, DENSE, {name: value, **others}, (f"{name}=", "must be off", words))
         for name, value, others, words in (
             ("softcap", 30.0, {}, "no kernel"),
-            ("s_aux", LENGTHS, {}, "no kernel"),
             ("alibi_slopes", LENGTHS, {}, "no kernel"),
             ("attn_mask", LENGTHS, {}, "no kernel"),
             ("attention_chunk", 128, {}, "no kernel"),

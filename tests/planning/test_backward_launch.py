@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fa3_cute import AttentionMode, BackwardParams, DataType, MergeParams, Status
+from fa3_cute import AttentionMode, BackwardParams, DataType, MergeParams, ScoreMod, Status
 from fa3_cute.api import backward, backward_workspace_size, explain, forward, kernel_config, warmup, workspace_size
 from fa3_cute.contract import backward_params as contract
 from fa3_cute.contract.arguments import KINDS
@@ -19,12 +19,15 @@ from fa3_cute.planning.backward_kernels import (
     MAIN_ENTRY,
     PREPARE_ENTRY,
     SCRATCH,
+    SINKS_ENTRY,
     MainConfig,
+    SinksConfig,
     kernels_of,
 )
 from fa3_cute.planning.selections import backward_configs, backward_kernels
 
 A, STEP = 0x7F00_0000_0000, 1 << 32
+SAME = ScoreMod(lambda score, batch, head, query, key, info, aux: score, name="same", key="same")
 ADDRESSES = {name: A + index * STEP for index, name in enumerate(planning.POINTERS)}
 GOOD = BackwardParams(
     **ADDRESSES,
@@ -41,7 +44,10 @@ GOOD = BackwardParams(
 PACKED = replace(
     GOOD, mode=AttentionMode.VARLEN_PREFILL, cu_seqlens_q=A + 64, cu_seqlens_k=A + 128, total_q=700, total_k=900
 )
-ENTRIES = {"prepare": PREPARE_ENTRY, "main": MAIN_ENTRY, "finish": FINISH_ENTRY}
+ENTRIES = {"prepare": PREPARE_ENTRY, "main": MAIN_ENTRY, "finish": FINISH_ENTRY, "sinks": SINKS_ENTRY}
+# Of calls with one of planning.SCORES, which others have no room for.
+SCORES = {name: A - (4 + index) * STEP for index, name in enumerate(planning.SCORES)}
+SINKS = {name: SCORES[name] for name in ("s_aux", "d_s_aux")}
 
 
 def plan(params):
@@ -58,7 +64,7 @@ def test_entries_say_what_the_fields_say():
     """Each argument is a field that backward takes, of its kind, or a part of the workspace; no field is left over."""
     taken = {name: item for name, item in contract.ARGUMENTS.items() if contract.BACKWARD in item.takers}
     arguments = [row for entry in ENTRIES.values() for row in entry.arguments]
-    others = {"stream": "stream"} | dict.fromkeys(SCRATCH, "pointer")
+    others = {"stream": "stream", "num_blocks": "int32"} | dict.fromkeys(SCRATCH, "pointer")
     for name, kind in arguments:
         assert kind == (others[name] if name in others else KINDS[taken[name].kind]), name
     assert {name for name, _ in arguments} == taken.keys() | others.keys()
@@ -118,6 +124,7 @@ def test_what_kernels_are_told(call, changes, mask, window):
     rows_q, rows_k = (700, 900) if call is PACKED else (500, 300)
     sizes = {"batch_size": 2, "seqlen_q": rows_q, "seqlen_k": rows_k, "num_heads": 6, "num_heads_k": 3}
     sizes |= dict(zip(("window_size_left", "window_size_right"), window, strict=True))
+    sizes["s_aux_dtype"] = DataType.FP32
     row_q, row_k = 6 * 64, 3 * 64
     strides = {
         **{f"{x}_row_stride": row_k if x in ("k", "v", "dk", "dv") else row_q for x in planning.TENSORS},
@@ -146,10 +153,13 @@ def test_workspace(call, head_dim):
     tile_m = found.stages[1].config.tile_m
     tiles = (700 // tile_m + 2 if call.mode else 2 * -(-500 // tile_m)) * 6
     sizes = [4 * tiles * tile_m, 4 * tiles * tile_m, 4 * tiles * tile_m * head_dim, 4 * tiles]
-    ends = [*found.offsets[1:], found.workspace_bytes]
-    for start, end, size in zip(found.offsets, ends, sizes, strict=True):
-        assert start % 16 == 0 and 0 <= end - start - size < 16
-    assert backward_workspace_size(call) == found.workspace_bytes
+    with_sinks = replace(call, **SINKS)
+    for own, of_sinks in ((call, 0), (with_sinks, 4 * tiles * 4)):
+        found = plan(own)
+        ends = [*found.offsets[1:], found.workspace_bytes]
+        for start, end, size in zip(found.offsets, ends, (*sizes, of_sinks), strict=True):
+            assert start % 16 == 0 and 0 <= end - start - size < 16
+        assert backward_workspace_size(own) == found.workspace_bytes
 
 
 def test_a_workspace_must_be_there_and_large_enough():
@@ -227,7 +237,7 @@ def test_good_addresses_are_all_that_is_looked_at(counted, changes):
         ({"workspace": ADDRESSES["q"] + 2 * 500 * 6 * 64 * 2 - 16}, Status.INVALID_ARGUMENT),
         ({"workspace": None, "workspace_bytes": 0}, Status.NULL_POINTER),
         ({"workspace_bytes": 64}, Status.INVALID_ARGUMENT),
-        ({"s_aux": A}, Status.FEATURE_UNSUPPORTED),
+        ({"score_mod": SAME}, Status.FEATURE_UNSUPPORTED),
         ({"d_bias": A - 2 * STEP}, Status.INVALID_ARGUMENT),
         ({"accumulate_dkv": True}, Status.FEATURE_UNSUPPORTED),
         ({"q": "an address"}, Status.INVALID_ARGUMENT),
@@ -240,6 +250,55 @@ def test_bad_ones_are_put_into_words(counted, changes, status):
     assert backward(call) == status and len(counted) == 1
     assert warmup(call) == status
     assert last_error().status == status and explain(call)[0].status == status
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"s_aux": A - 40 * STEP, "d_s_aux": A - 41 * STEP},
+        {"d_s_aux": SINKS["s_aux"] + 6 * 4},  # right behind it
+        {"workspace": A - 2 * STEP},
+    ],
+    ids=str,
+)
+def test_good_addresses_of_scores_are_all_that_is_looked_at(counted, changes):
+    good = replace(GOOD, **SINKS)
+    known = plan(good)
+    counted.clear()
+    assert plan(replace(good, **changes)) is known is not plan(GOOD) and not counted
+    expected = dict.fromkeys(planning.SCORES, 0) | SINKS | changes
+    addresses = planning.checked(replace(good, **changes))[1]
+    assert addresses[-len(planning.SCORES) :] == tuple(expected[name] for name in planning.SCORES)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"d_s_aux": SINKS["d_s_aux"] + 2},
+        {"s_aux": 1 << 64},
+        {"d_s_aux": SINKS["s_aux"] + 5 * 4},
+        {"d_s_aux": ADDRESSES["q"] + 4},
+        {"s_aux": ADDRESSES["dq"] + 4},
+        {"s_aux": GOOD.workspace + 4},
+        {"d_s_aux": GOOD.workspace + 4},
+    ],
+    ids=str,
+)
+def test_bad_addresses_of_scores_are_put_into_words(counted, changes):
+    plan(replace(GOOD, **SINKS))
+    counted.clear()
+    assert backward(replace(GOOD, **SINKS | changes)) == Status.INVALID_ARGUMENT and len(counted) == 1
+
+
+def test_d_s_aux_is_a_launch_of_its_own():
+    """Of as many blocks as the prepare kernel has; of none where there is no query."""
+    for call, blocks in ((GOOD, 2 * 4), (PACKED, 700 // 128 + 2), (replace(PACKED, total_q=0), 0)):
+        stage = plan(replace(call, **SINKS)).stages[-1]
+        assert isinstance(stage.config, SinksConfig) and stage.output == "d_s_aux"
+        assert stage.sizes == (6, blocks) and not stage.strides and not stage.scales
+        assert not any(isinstance(stage.config, SinksConfig) for stage in plan(call).stages)
+    sixteen_bits = replace(GOOD, **SINKS, s_aux_dtype=DataType.BF16)
+    assert plan(sixteen_bits).stages[0].sizes[-1] == DataType.BF16
 
 
 @pytest.mark.parametrize("name", ["dq", "dk", "dv"])
