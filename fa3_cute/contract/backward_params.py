@@ -87,7 +87,7 @@ _TAKEN = frozenset(
         *("q", "k", "v", "batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "softmax_scale"),
         *(f"{tensor}_{dim}_stride" for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
         *("window_size_left", "window_size_right", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
-        *("s_aux", "s_aux_dtype"),
+        *("s_aux", "s_aux_dtype", "attention_chunk", "softcap", "alibi_slopes", "alibi_batch_stride"),
     )
 )
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from .config import REGISTERS_PER_SM, ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, by_name, num_threads, smem_bytes
+from .score_features import NO_FEATURES, Features, ScoreFields
 
 FLOAT_BYTES = 4
 PREPARE_THREADS = 128
@@ -19,14 +20,17 @@ _STRIDES = {
 _SIZES = [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")]
 _P = lambda *names: [(name, "pointer") for name in names]
 BACKWARD_ARGUMENTS = tuple(
-    _P("q", "k", "v", "dout", "dk", "dv", "shift", "delta", "dq_sum", "order")
+    _P("q", "k", "v", "dout", "dk", "dv", "alibi_slopes", "shift", "delta", "dq_sum", "order")
     + _LENGTHS
     + [x for t in ("q", "k", "v", "dout", "dk", "dv") for x in _STRIDES[t]]
+    + [("alibi_batch_stride", "int64")]
     + _SIZES
     + [
         ("window_size_left", "int32"),
         ("window_size_right", "int32"),
+        ("attention_chunk", "int32"),
         ("softmax_scale", "float32"),
+        ("softcap", "float32"),
         ("stream", "stream"),
     ]
 )
@@ -45,7 +49,7 @@ FINISH_ARGUMENTS = tuple(
 
 
 @dataclass(frozen=True)
-class BackwardConfig:
+class BackwardConfig(ScoreFields):
     """Compile-time choices of a backward pass: those of its main kernel, and of the two around it that share its tiles.
 
     dtype             of Q, K, V, O and dO: "fp16" or "bf16"; P and dS are rounded to it, accumulation is FP32
@@ -57,6 +61,7 @@ class BackwardConfig:
     num_*_stages      slots of the rings of Q, dO and dS
     is_dq_transposed  dQ^T = K^T dS^T, each warpgroup its columns of dQ, for which tile_m need not be a multiple of 64
                       per warpgroup; else dQ = dS K, each its rows
+    has_softcap ..    of ScoreFields
     """
 
     dtype: str
@@ -74,8 +79,8 @@ class BackwardConfig:
 
     is_fp8 = False
     has_sums = True  # of dQ, in the workspace
-    has_chunks = False
     packs_heads = False
+    stages_mask = False
     uses_setmaxnreg = True
 
     def __post_init__(self):
@@ -105,13 +110,14 @@ class BackwardConfig:
                 self.smem_bytes <= SMEM_BYTES_PER_CTA,
                 f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}",
             ),
+            *self.score_rules(),
         )
 
     @property
     def name(self) -> str:
         """Short and unique among the rows of the table: names cache entries and kernels."""
         flags = "_varlen" * self.is_varlen + "_det" * self.is_deterministic
-        return f"{self.dtype}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
+        return f"{self.dtype}_d{self.head_dim}_{self.mask}{flags}{self.feature_names}_{self.tile_m}x{self.tile_n}"
 
     @property
     def is_causal(self) -> bool:
@@ -231,10 +237,28 @@ TABLE = {
     (128, "local"): WIDE,
 }
 
+# Features that the kernel of all gradients has, one at a time: with two of them it spills, and with softcap and a window
+# at head_dim 64.
+FEATURES_OF_ALL = frozenset(("has_softcap", "has_alibi", "has_chunks"))
+# Its rows with one of them, by head_dim.
+FEATURED = {
+    64: SQUARE,
+    128: Row(64, True, True, "not measured: with 80 queries some of the features spill"),
+}
 
-def backward_config(dtype: str, head_dim: int, mask: str, is_varlen: bool, is_deterministic: bool) -> BackwardConfig:
+
+def has_registers(head_dim: int, mask: str, features: Features) -> bool:
+    """The kernel of all gradients does not spill with these features."""
+    fields = {field for field, _ in features}
+    spills = (head_dim, mask, fields) == (64, "local", {"has_softcap"})
+    return len(fields) <= 1 and fields <= FEATURES_OF_ALL and not spills
+
+
+def backward_config(
+    dtype: str, head_dim: int, mask: str, is_varlen: bool, is_deterministic: bool, features: Features = NO_FEATURES
+) -> BackwardConfig:
     """The table's config."""
-    row = TABLE[head_dim, mask]
+    row = FEATURED[head_dim] if features else TABLE[head_dim, mask]
     return BackwardConfig(
         dtype,
         head_dim,
@@ -246,4 +270,5 @@ def backward_config(dtype: str, head_dim: int, mask: str, is_varlen: bool, is_de
         row.is_dv_early,
         num_do_stages=row.num_do_stages,
         num_ds_stages=row.num_ds_stages,
+        **dict(features),
     )

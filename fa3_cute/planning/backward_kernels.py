@@ -17,10 +17,14 @@ from .backward import (
     PREPARE_THREADS,
     SINKS_ARGUMENTS,
     BackwardConfig,
+    backward_config,
+    has_registers,
 )
 from .config import ROWS_PER_WARPGROUP
 from .one_side import ONE_SIDE_ARGUMENTS, OneSideConfig, OneSidePass
+from .one_side import TABLE as ONE_SIDE
 from .rings import WARP
+from .score_features import NO_FEATURES, Features
 
 GRADIENT = "gradient"  # what SideConfig's kernel calls its own
 # Parts of the workspace: element, bytes of it, alignment that kernels count on.
@@ -172,6 +176,20 @@ class SinksConfig(_Around):
 
 
 KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | SinksConfig
+
+
+def pass_config(
+    dtype: str,
+    head_dim: int,
+    mask: str,
+    is_varlen: bool,
+    is_deterministic: bool,
+    features: Features = NO_FEATURES,
+) -> BackwardConfig | OneSidePass:
+    """The pass of a row of the tables; one without sums has the same bits in every call, asked for or not."""
+    if head_dim in ONE_SIDE or not has_registers(head_dim, mask, features):
+        return OneSidePass(dtype, head_dim, mask, is_varlen, features)
+    return backward_config(dtype, head_dim, mask, is_varlen, is_deterministic, features)
 
 
 @cache

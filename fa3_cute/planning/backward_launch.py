@@ -28,11 +28,20 @@ from ..contract.params import DataType, are_constants
 from ..contract.scores import ELEMENT_BYTES as SCORE_BYTES
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
-from .backward import PREPARE_WARPS, BackwardConfig, backward_config
-from .backward_kernels import GRADIENT, SCRATCH, FinishConfig, KernelOfPass, SideConfig, SinksConfig, kernels_of
-from .one_side import TABLE as ONE_SIDE
+from .backward import PREPARE_WARPS, BackwardConfig
+from .backward_kernels import (
+    GRADIENT,
+    SCRATCH,
+    FinishConfig,
+    KernelOfPass,
+    SideConfig,
+    SinksConfig,
+    kernels_of,
+    pass_config,
+)
 from .one_side import OneSidePass
 from .problem import ProblemShape
+from .score_features import features_of
 
 MAX_SHAPES = 512  # that are remembered; the next one starts anew
 PART_ALIGNMENT = 16  # of the parts of a workspace, in bytes
@@ -78,9 +87,7 @@ class BackwardShape(NamedTuple):
     def config(self) -> BackwardConfig | OneSidePass:
         """What the tables have for it."""
         of = self.forward
-        if of.head_dim in ONE_SIDE:
-            return OneSidePass(of.dtype, of.head_dim, of.mask, of.has_lengths)
-        return backward_config(of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic)
+        return pass_config(of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic, features_of(of))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +189,10 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
     } | {
         "window_size_left": of.window_left,
         "window_size_right": of.window_right,
+        "attention_chunk": of.attention_chunk,
         "softmax_scale": of.softmax_scale,
+        "softcap": of.number("softcap"),
+        "alibi_batch_stride": of.strides[-4],
         "s_aux_dtype": of.sink_dtype,
         "num_blocks": num_blocks(of, shape.config.tile_m) if of.seqlen_q else 0,
     }
@@ -217,6 +227,7 @@ def _scores_of(shape: BackwardShape) -> tuple[tuple[int, int], ...]:
     sink = SCORE_BYTES[DataType(of.sink_dtype)]
     found = {
         "s_aux": (of.num_heads * sink, sink),
+        "alibi_slopes": (4 * ((of.batch_size - 1) * of.strides[-4] + of.num_heads), 4),
         "d_s_aux": (4 * of.num_heads, 4),
     }
     return tuple(found[name] for name in SCORES)

@@ -1,4 +1,5 @@
-"""OneSideConfig: a backward kernel of one gradient, for head dims whose three do not fit one CTA. Pure Python.
+"""OneSideConfig: a backward kernel of one gradient, for head dims whose three do not fit one CTA, and for what is done
+to scores that the kernel of all three has no registers for. Pure Python.
 
 A CTA holds rows of one side, of queries for dQ or of keys for dK or dV, and their gradient in registers, while tiles of
 the other side pass. Nothing is added up across CTAs: there is no sum in FP32, no order to keep, and the same bits in
@@ -12,6 +13,7 @@ from typing import NamedTuple
 from .backward import BACKWARD_ARGUMENTS
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .rings import WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
+from .score_features import NO_FEATURES, Features, ScoreFields
 
 SIDES = ("dq", "dk", "dv")
 PREPARED_ROWS = 128  # of a block of the prepare kernel, for all three: a sequence's vectors start with one
@@ -24,13 +26,14 @@ ONE_SIDE_ARGUMENTS = tuple(
 
 
 @dataclass(frozen=True)
-class OneSideConfig:
+class OneSideConfig(ScoreFields):
     """Compile-time choices.
 
     side            the gradient: "dq", "dk" or "dv"
     tile_rows       of the CTA's side
     tile_columns    of a tile of the other side
     num_*_stages    slots of the other side's two tensors: K and V, or Q and dO
+    has_softcap ..  of ScoreFields
     """
 
     dtype: str
@@ -44,8 +47,8 @@ class OneSideConfig:
     num_y2_stages: int = 1
 
     is_fp8 = False
-    has_chunks = False
     packs_heads = False
+    stages_mask = False
     page_box = 0
     uses_setmaxnreg = True
 
@@ -58,8 +61,8 @@ class OneSideConfig:
     @property
     def name(self) -> str:
         """Names cache entries and kernels."""
-        varlen = "_varlen" * self.is_varlen
-        return f"bwd_{self.side}_{self.dtype}_d{self.head_dim}_{self.mask}{varlen}_{self.tile_rows}x{self.tile_columns}"
+        flags = "_varlen" * self.is_varlen + self.feature_names
+        return f"bwd_{self.side}_{self.dtype}_d{self.head_dim}_{self.mask}{flags}_{self.tile_rows}x{self.tile_columns}"
 
     @property
     def has_dp(self) -> bool:
@@ -163,6 +166,11 @@ TABLE = {
     192: OneSideRow(64, 2, (64, 2), "not measured: the widest tiles that do not spill"),
     256: OneSideRow(64, 1, (64, 2), "not measured: the widest tiles that do not spill and fit shared memory"),
 }
+# Of the other head dims, with features of scores that the kernel of all three gradients does not have.
+FEATURED = {
+    64: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
+    128: OneSideRow(64, 2, (64, 2), "not measured: the widest tiles that do not spill"),
+}
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,7 @@ class OneSidePass:
     head_dim: int
     mask: str
     is_varlen: bool
+    features: Features = NO_FEATURES
 
     tile_m = PREPARED_ROWS  # of the prepare kernel
     has_sums = False
@@ -180,11 +189,18 @@ class OneSidePass:
     @property
     def sides(self) -> tuple[OneSideConfig, ...]:
         """Of dQ, dK and dV."""
-        row = TABLE[self.head_dim]
+        row = (TABLE | FEATURED)[self.head_dim]
         shapes = dict.fromkeys(SIDES, (row.tile_columns, row.num_y2_stages)) | {"dv": row.of_dv}
         return tuple(
             OneSideConfig(
-                self.dtype, self.head_dim, self.mask, self.is_varlen, side, columns, num_y2_stages=num_y2_stages
+                self.dtype,
+                self.head_dim,
+                self.mask,
+                self.is_varlen,
+                side,
+                columns,
+                num_y2_stages=num_y2_stages,
+                **dict(self.features),
             )
             for side, (columns, num_y2_stages) in shapes.items()
         )

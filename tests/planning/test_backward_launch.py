@@ -24,6 +24,7 @@ from fa3_cute.planning.backward_kernels import (
     SinksConfig,
     kernels_of,
 )
+from fa3_cute.planning.score_features import FEATURES
 from fa3_cute.planning.selections import backward_configs, backward_kernels
 
 A, STEP = 0x7F00_0000_0000, 1 << 32
@@ -124,7 +125,8 @@ def test_what_kernels_are_told(call, changes, mask, window):
     rows_q, rows_k = (700, 900) if call is PACKED else (500, 300)
     sizes = {"batch_size": 2, "seqlen_q": rows_q, "seqlen_k": rows_k, "num_heads": 6, "num_heads_k": 3}
     sizes |= dict(zip(("window_size_left", "window_size_right"), window, strict=True))
-    sizes["s_aux_dtype"] = DataType.FP32
+    sizes |= {"s_aux_dtype": DataType.FP32, "attention_chunk": 0}
+    scales = {"softmax_scale": 64**-0.5, "softcap": 0.0}
     row_q, row_k = 6 * 64, 3 * 64
     strides = {
         **{f"{x}_row_stride": row_k if x in ("k", "v", "dk", "dv") else row_q for x in planning.TENSORS},
@@ -134,11 +136,13 @@ def test_what_kernels_are_told(call, changes, mask, window):
         f"{x}_batch_stride": 0 if call is PACKED else strides[f"{x}_row_stride"] * (rows_k if x[-1] in "kv" else rows_q)
         for x in planning.TENSORS
     }
+    strides["alibi_batch_stride"] = 0
     for stage in (prepare, main, finish):
-        names = {kind: [name for name, own in stage.config.arguments if own == kind] for kind in ("int64", "int32")}
+        kinds = ("int64", "int32", "float32")
+        names = {kind: [name for name, own in stage.config.arguments if own == kind] for kind in kinds}
         assert stage.strides == tuple(strides[name] for name in names["int64"])
         assert stage.sizes == tuple(sizes[name] for name in names["int32"])
-        assert stage.scales == (64**-0.5,)
+        assert stage.scales == tuple(scales[name] for name in names["float32"])
 
 
 # ---- the workspace ---------------------------------------------------------------------------------------------------
@@ -288,6 +292,24 @@ def test_bad_addresses_of_scores_are_put_into_words(counted, changes):
     plan(replace(GOOD, **SINKS))
     counted.clear()
     assert backward(replace(GOOD, **SINKS | changes)) == Status.INVALID_ARGUMENT and len(counted) == 1
+
+
+@pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
+def test_features_are_of_the_config(call):
+    """One at a time of the kernel of all gradients; several, and those that it has not, of kernels of one each."""
+    options = {"softcap": 3.0, "attention_chunk": 40, "alibi_slopes": SCORES["alibi_slopes"], "alibi_batch_stride": 9}
+    for name, flag in (("softcap", "has_softcap"), ("attention_chunk", "has_chunks"), ("alibi_slopes", "has_alibi")):
+        main = plan(replace(call, **{name: options[name]})).stages[1].config
+        assert isinstance(main, MainConfig)
+        assert [field for field in FEATURES if getattr(main, field)] == [flag]
+    _, *others = plan(replace(call, **options)).stages
+    assert [stage.output for stage in others] == ["dq", "dk", "dv"]
+    for stage in others:
+        cfg = stage.config
+        assert (cfg.mask, cfg.has_softcap, cfg.has_alibi, cfg.has_chunks) == ("local", True, True, True)
+        arguments = dict(zip([name for name, kind in cfg.arguments if kind == "int32"], stage.sizes, strict=True))
+        assert arguments["attention_chunk"] == 40 and arguments["window_size_left"] == 39
+        assert stage.scales == (64**-0.5, 3.0) and stage.strides[-1] == 9
 
 
 def test_d_s_aux_is_a_launch_of_its_own():

@@ -3,6 +3,7 @@
 Letters: S = Q K^T (raw), P = exp(softmax_scale S - LSE), dP = dO V^T, D = rowsum(dO O) - dLSE, dS = P (dP - D).
 """
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -12,6 +13,7 @@ from ..common.block_range import Window
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
 from .blocks import Blocks
+from .scores import Scores
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class BwdParams:
     group: Int32                   # query heads of a KV head
     scale: Float32
     scale_log2: Float32
+    scores: Optional[Scores]       # None unless cfg.transforms_scores
 
 
 @dataclass(frozen=True)

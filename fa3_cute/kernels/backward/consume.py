@@ -30,7 +30,8 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
     mask = KeyMask.create(cfg, params.window, tile, tidx)
     if queries.m_block_max > queries.m_block_min:
         wait_for_keys(cfg, smem, pipes, tile, tidx)
-    for _ in cutlass.range(params.group, unroll=1):
+    for i in cutlass.range(params.group, unroll=1):
+        gradients.start_head(tile.kv_head * params.group + i, tile.sequence)
         for m_block in cutlass.range(queries.m_block_min, queries.m_block_full_min, unroll=1):
             gradients.step(mask, m_block, is_masked=True)
         for m_block in cutlass.range(queries.m_block_full_min, queries.m_block_full_max, unroll=1):

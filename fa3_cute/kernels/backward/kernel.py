@@ -22,6 +22,7 @@ from .consume import consume
 from .load import load
 from .order import heads_per_section, key_tile
 from .reduce import reduce_dq
+from .scores import Scores
 
 
 @flat_entry(BACKWARD_ARGUMENTS)
@@ -61,7 +62,7 @@ class FlashAttentionBackward:
             order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, k_blocks=k_blocks,
             num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
-            scale_log2=a.softmax_scale * Float32(LOG2_E))
+            scale_log2=a.softmax_scale * Float32(LOG2_E), scores=Scores.create(cfg, a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
             grid=(k_blocks.num_blocks * a.num_heads_k, 1, 1), block=(cfg.num_threads, 1, 1),
@@ -116,7 +117,7 @@ class FlashAttentionBackward:
             n_block = block - params.k_blocks.first(sequence)
             batch = params.sequences.batch_coordinate(sequence)
             first_q_block = params.q_blocks.first(sequence)
-            tile = KeyTile(n_block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block)
+            tile = KeyTile(n_block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block, sequence)
         else:
             num_heads = params.num_heads_k * params.sequences.batch_size
             section = heads_per_section(num_heads, group, seqlen_q, cfg.head_dim)
@@ -126,7 +127,7 @@ class FlashAttentionBackward:
                 n_block = num_blocks - 1 - n_block
             batch = any_head // params.num_heads_k
             head, first_q_block = any_head - batch * params.num_heads_k, params.q_blocks.first(batch)
-            tile = KeyTile(n_block, head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, first_q_block)
+            tile = KeyTile(n_block, head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, first_q_block, batch)
         return tile, tile.n_block * cfg.tile_n < tile.seqlen_k
 
     @cute.jit

@@ -10,6 +10,7 @@ from ..common.block_range import Window
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
 from .blocks import Blocks
+from .scores import Scores
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class SideParams:
     group: Int32                   # query heads of a KV head
     scale: Float32
     scale_log2: Float32
+    scores: Optional[Scores]       # None unless cfg.transforms_scores
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Consumer role of the backward kernels of one gradient: each warpgroup has 64 rows and waits for no other."""
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -15,8 +16,9 @@ from ..common.tiles import Tile, rows_from
 from ..common.visibility import Visibility
 from ..common.wgmma import in_flight, issue_gemm
 from .blocks import KeyTile, query_range
-from .gradients import clear_unused_rows, start_at
+from .gradients import clear_unused_rows, of_columns, start_at
 from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
+from .scores import Exponents, Scores
 from .store import store_used_rows
 from .visible import KeyMask
 
@@ -39,6 +41,8 @@ class OneSide:
     y2_consumer: pipeline.PipelineConsumer
     scale_log2: Float32
     tidx: Int32
+    scores: Optional[Scores]
+    slope: Optional[Float32]       # of ALiBi and the query head; None without
 
     @cute.jit
     def step(self, mask, index: Int32, num_used: Int32, is_masked: Constexpr[bool]):
@@ -53,19 +57,24 @@ class OneSide:
         if const_expr(cfg.is_varlen):
             slots = self.smem.sY[None, None, y.index], self.smem.sY2[None, None, y2.index]
             clear_unused_rows(cfg, slots, num_used, self.tidx)
-        if const_expr(not cfg.is_of_queries):
+        if const_expr(not (cfg.is_of_queries or cfg.has_softcap)):
             start_at(acc_S, self.smem.sShift[None, y.index], self.tidx)
-            if const_expr(cfg.has_dp):
-                start_at(acc_dP, self.smem.sDelta[None, y2.index], self.tidx)
+        if const_expr(not cfg.is_of_queries and cfg.has_dp):
+            start_at(acc_dP, self.smem.sDelta[None, y2.index], self.tidx)
         issue_gemm(self.mmas.scores, acc_S, self.tSrX[None, None, None, 0], self.tSrY[None, None, None, y.index],
-                   zero_init=cfg.is_of_queries)
+                   zero_init=cfg.is_of_queries or cfg.has_softcap)
         if const_expr(cfg.has_dp):
             issue_gemm(self.mmas.scores, acc_dP, self.tPrX2[None, None, None, 0],
                        self.tPrY2[None, None, None, y2.index], zero_init=cfg.is_of_queries)
         in_flight(int(cfg.has_dp))           # S
+        if const_expr(cfg.has_softcap):
+            self.scores.cap(acc_S)
         if const_expr(is_masked):
             mask.apply(acc_S, index)
-        self.make_P(acc_S)
+        if const_expr(cfg.transforms_scores):
+            self.exponents(acc_S, mask, index, y.index).make_P(acc_S, None)
+        else:
+            self.make_P(acc_S)
         if const_expr(cfg.has_dp):
             in_flight(0)                     # dP
             y2.release()
@@ -102,6 +111,22 @@ class OneSide:
                     value = dP[r, c] + self.row_delta[r]
                 P[r, c] = P[r, c] * value
 
+    def exponents(self, acc_S: cute.Tensor, mask, index: Int32, y_slot: Int32) -> Exponents:
+        """Of a tile of the other side."""
+        cfg, column_shift, to_diagonal = self.cfg, None, None
+        if cfg.has_softcap and not cfg.is_of_queries:
+            column_shift = of_columns(acc_S, self.smem.sShift[None, y_slot], self.tidx)
+        if cfg.has_alibi:
+            to_diagonal = tuple(Float32(mask.to_diagonal(r, index)) for r in range(2))
+        return Exponents(cfg, self.scores.factor, self.row_shift if cfg.is_of_queries else None, column_shift,
+                         self.scale_log2, self.slope, to_diagonal)
+
+    @cute.jit
+    def start_head(self, head: Int32, sequence: Int32):
+        """Read what is the same for all scores of a query head."""
+        if const_expr(self.cfg.has_alibi):
+            self.slope = self.scores.slope_of(head, sequence)
+
     def new_acc(self) -> cute.Tensor:
         """A fresh accumulator of the scores' shape."""
         shape = (self.cfg.tile_rows, self.cfg.tile_columns)
@@ -128,15 +153,16 @@ def make_one_side(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: 
         tGrY=mmas.gradient.make_fragment_B(gradient.partition_B(transposed(smem.sY if cfg.has_dp else smem.sY2))),
         acc_G=acc_G, row_shift=row_shift, row_delta=row_delta,
         y_consumer=pipes.y.make_consumer(), y2_consumer=pipes.y2.make_consumer(), scale_log2=params.scale_log2,
-        tidx=tidx)
+        tidx=tidx, scores=params.scores, slope=Float32(0.0) if cfg.has_alibi else None)
 
 
 @cute.jit
 def consume_for_queries(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: SideSmem, pipes: SidePipelines,
-                        tile: Tile):
-    """dQ of a tile of queries. Runs on: consumer warpgroups."""
+                        tile: Tile, sequence: Int32):
+    """dQ of a tile of queries of a sequence. Runs on: consumer warpgroups."""
     tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     side = make_one_side(cfg, params, mmas, smem, pipes, tidx)
+    side.start_head(tile.head, sequence)
     visible = Visibility(cfg, params.window, tile)
     mask, blocks = visible.of_thread(tidx), visible.tiles()
     if blocks.n_block_max > blocks.n_block_min:
@@ -176,7 +202,8 @@ def consume_for_keys(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, sme
         if const_expr(cfg.is_varlen):
             num_used = tile.seqlen_k - tile.n_block * cfg.tile_n
             clear_unused_rows(cfg, (smem.sX[None, None, 0], smem.sX2[None, None, 0]), num_used, tidx)
-    for _ in cutlass.range(params.group, unroll=1):
+    for i in cutlass.range(params.group, unroll=1):
+        side.start_head(tile.kv_head * params.group + i, tile.sequence)
         for m_block in cutlass.range(queries.m_block_min, queries.m_block_full_min, unroll=1):
             side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
         for m_block in cutlass.range(queries.m_block_full_min, queries.m_block_full_max, unroll=1):
