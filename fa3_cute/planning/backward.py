@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from ..contract.scores import MASK_STRIDES
 from .config import REGISTERS_PER_SM, ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, by_name, num_threads, smem_bytes
 from .score_features import NO_FEATURES, Features, ScoreFields
@@ -19,11 +20,12 @@ _STRIDES = {
 }
 _SIZES = [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")]
 _P = lambda *names: [(name, "pointer") for name in names]
+SCORES_READ = ("alibi_slopes", "attn_mask")
 BACKWARD_ARGUMENTS = tuple(
-    _P("q", "k", "v", "dout", "dk", "dv", "alibi_slopes", "shift", "delta", "dq_sum", "order")
+    _P("q", "k", "v", "dout", "dk", "dv", *SCORES_READ, "shift", "delta", "dq_sum", "order")
     + _LENGTHS
     + [x for t in ("q", "k", "v", "dout", "dk", "dv") for x in _STRIDES[t]]
-    + [("alibi_batch_stride", "int64")]
+    + [(name, "int64") for name in ("alibi_batch_stride", *MASK_STRIDES)]
     + _SIZES
     + [
         ("window_size_left", "int32"),
@@ -237,8 +239,8 @@ TABLE = {
     (128, "local"): WIDE,
 }
 
-# Features that the kernel of all gradients has, one at a time: with two of them it spills, and with softcap and a window
-# at head_dim 64.
+# Features that the kernel of all gradients has, one at a time: with two of them it spills, and with softcap at head_dim
+# 64, whose Q tiles have 128 rows.
 FEATURES_OF_ALL = frozenset(("has_softcap", "has_alibi", "has_chunks"))
 # Its rows with one of them, by head_dim.
 FEATURED = {
@@ -247,11 +249,10 @@ FEATURED = {
 }
 
 
-def has_registers(head_dim: int, mask: str, features: Features) -> bool:
+def has_registers(head_dim: int, features: Features) -> bool:
     """The kernel of all gradients does not spill with these features."""
     fields = {field for field, _ in features}
-    spills = (head_dim, mask, fields) == (64, "local", {"has_softcap"})
-    return len(fields) <= 1 and fields <= FEATURES_OF_ALL and not spills
+    return len(fields) <= 1 and fields <= FEATURES_OF_ALL and (head_dim, fields) != (64, {"has_softcap"})
 
 
 def backward_config(

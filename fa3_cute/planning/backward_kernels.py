@@ -187,7 +187,7 @@ def pass_config(
     features: Features = NO_FEATURES,
 ) -> BackwardConfig | OneSidePass:
     """The pass of a row of the tables; one without sums has the same bits in every call, asked for or not."""
-    if head_dim in ONE_SIDE or not has_registers(head_dim, mask, features):
+    if head_dim in ONE_SIDE or not has_registers(head_dim, features):
         return OneSidePass(dtype, head_dim, mask, is_varlen, features)
     return backward_config(dtype, head_dim, mask, is_varlen, is_deterministic, features)
 

@@ -24,8 +24,9 @@ from ..contract.backward_params import (
 )
 from ..contract.backward_rules import first_problem, walk
 from ..contract.formats import ELEMENT_BYTES
-from ..contract.params import DataType, are_constants
+from ..contract.params import DTYPE_NAMES, DataType, are_constants
 from ..contract.scores import ELEMENT_BYTES as SCORE_BYTES
+from ..contract.scores import MASK_STRIDES
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
 from .backward import PREPARE_WARPS, BackwardConfig
@@ -54,6 +55,7 @@ POINTERS = tuple(name for name in _CHANGING if name not in SCORES)
 WORKSPACE = ("workspace", "workspace_bytes")
 # What kernels are given: these, and the parts of the workspace.
 PLACES = (*POINTERS, *SCORES, *SCRATCH)
+MASK_BYTES = {DTYPE_NAMES[dtype]: nbytes for dtype, nbytes in SCORE_BYTES.items()}  # else a byte
 _ABSENT, _NO_SCORES = (None,) * len(SCORES), (0,) * len(SCORES)
 # Of addresses, in their order.
 _IS_WRITTEN = (*(name in OUTPUTS for name in POINTERS), True, *(name in SCORE_OUTPUTS for name in SCORES))
@@ -192,7 +194,7 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
         "attention_chunk": of.attention_chunk,
         "softmax_scale": of.softmax_scale,
         "softcap": of.number("softcap"),
-        "alibi_batch_stride": of.strides[-4],
+        **dict(zip(("alibi_batch_stride", *MASK_STRIDES), of.strides[-4:], strict=True)),
         "s_aux_dtype": of.sink_dtype,
         "num_blocks": num_blocks(of, shape.config.tile_m) if of.seqlen_q else 0,
     }
@@ -224,10 +226,13 @@ def _extents(shape: BackwardShape) -> tuple[int, ...]:
 def _scores_of(shape: BackwardShape) -> tuple[tuple[int, int], ...]:
     """Pass.scores of a shape with some of them."""
     of = shape.forward
-    sink = SCORE_BYTES[DataType(of.sink_dtype)]
+    sink, element = SCORE_BYTES[DataType(of.sink_dtype)], MASK_BYTES.get(of.attn_mask, 1)
+    sizes = of.batch_size, of.num_heads, of.seqlen_q
+    scores = sum(stride * (size - 1) for stride, size in zip(of.strides[-3:], sizes, strict=True)) + of.seqlen_k
     found = {
         "s_aux": (of.num_heads * sink, sink),
         "alibi_slopes": (4 * ((of.batch_size - 1) * of.strides[-4] + of.num_heads), 4),
+        "attn_mask": (element * scores, element),
         "d_s_aux": (4 * of.num_heads, 4),
     }
     return tuple(found[name] for name in SCORES)

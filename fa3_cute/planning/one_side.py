@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .backward import BACKWARD_ARGUMENTS
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .rings import WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
-from .score_features import NO_FEATURES, Features, ScoreFields
+from .score_features import NO_FEATURES, Features, ScoreFields, take_registers
 
 SIDES = ("dq", "dk", "dv")
 PREPARED_ROWS = 128  # of a block of the prepare kernel, for all three: a sequence's vectors start with one
@@ -171,6 +171,8 @@ FEATURED = {
     64: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
     128: OneSideRow(64, 2, (64, 2), "not measured: the widest tiles that do not spill"),
 }
+# With attn_mask, which needs registers beside the scores; with more columns some kernels spill.
+MASKED_COLUMNS = {64: 64, 96: 64, 128: 32, 192: 32, 256: 32}
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,8 @@ class OneSidePass:
         """Of dQ, dK and dV."""
         row = (TABLE | FEATURED)[self.head_dim]
         shapes = dict.fromkeys(SIDES, (row.tile_columns, row.num_y2_stages)) | {"dv": row.of_dv}
+        if take_registers(self.features):
+            shapes = {side: (MASKED_COLUMNS[self.head_dim], stages) for side, (_, stages) in shapes.items()}
         return tuple(
             OneSideConfig(
                 self.dtype,

@@ -130,7 +130,7 @@ class Gradients:
         """S -> P in place, in FP32, with softcap what scores.py calls x -> W; returns P, rounded."""
         if const_expr(self.cfg.transforms_scores):
             rP = cute.make_rmem_tensor_like(acc_S, element_type(self.cfg))
-            self.exponents(acc_S, mask, m_block, q_slot).make_P(acc_S, rP)
+            self.exponents(acc_S, mask, m_block, q_slot).make_P(acc_S, True, rP)
         else:
             for i in cutlass.range_constexpr(cute.size(acc_S)):
                 acc_S[i] = cute.math.exp2(acc_S[i] * self.scale_log2, fastmath=True)
@@ -146,10 +146,9 @@ class Gradients:
         return Exponents(self.cfg, self.scores.factor, column_shift=shift, shift_factor=self.scale_log2,
                          slope=self.slope, to_diagonal=to_diagonal)
 
-    @cute.jit
     def start_head(self, head: Int32, sequence: Int32):
         """Read what is the same for all scores of a query head."""
-        if const_expr(self.cfg.has_alibi):
+        if self.cfg.has_alibi:
             self.slope = self.scores.slope_of(head, sequence)
 
     @cute.jit

@@ -5,20 +5,21 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr
 
 from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.one_side import PREPARED_ROWS, OneSideConfig
 from ...planning.rings import WARP, by_name
 from ..common.barriers import sync_warpgroup
 from ..common.layout import ROW_STEP, as_operand_a, as_rows_cols, convert, element_type, fragment_row, transposed
+from ..common.score_mask import RowMask
 from ..common.tiles import Tile, rows_from
 from ..common.visibility import Visibility
 from ..common.wgmma import in_flight, issue_gemm
 from .blocks import KeyTile, query_range
 from .gradients import clear_unused_rows, of_columns, start_at
 from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
-from .scores import Exponents, Scores
+from .scores import Exponents, MaskOfKeys, Scores
 from .store import store_used_rows
 from .visible import KeyMask
 
@@ -43,6 +44,7 @@ class OneSide:
     tidx: Int32
     scores: Optional[Scores]
     slope: Optional[Float32]       # of ALiBi and the query head; None without
+    row_mask: Optional[RowMask | MaskOfKeys]
 
     @cute.jit
     def step(self, mask, index: Int32, num_used: Int32, is_masked: Constexpr[bool]):
@@ -66,13 +68,16 @@ class OneSide:
         if const_expr(cfg.has_dp):
             issue_gemm(self.mmas.scores, acc_dP, self.tPrX2[None, None, None, 0],
                        self.tPrY2[None, None, None, y2.index], zero_init=cfg.is_of_queries)
+        ahead = self.fetch(acc_S, mask, index)
         in_flight(int(cfg.has_dp))           # S
         if const_expr(cfg.has_softcap):
             self.scores.cap(acc_S)
+        if const_expr(cfg.attn_mask == "bool"):
+            self.row_mask.hide(acc_S, ahead)
         if const_expr(is_masked):
             mask.apply(acc_S, index)
         if const_expr(cfg.transforms_scores):
-            self.exponents(acc_S, mask, index, y.index).make_P(acc_S, None)
+            self.exponents(acc_S, mask, index, y.index, ahead).make_P(acc_S, cfg.has_dp)
         else:
             self.make_P(acc_S)
         if const_expr(cfg.has_dp):
@@ -111,7 +116,16 @@ class OneSide:
                     value = dP[r, c] + self.row_delta[r]
                 P[r, c] = P[r, c] * value
 
-    def exponents(self, acc_S: cute.Tensor, mask, index: Int32, y_slot: Int32) -> Exponents:
+    def fetch(self, acc_S: cute.Tensor, mask, index: Int32) -> Optional[cute.Tensor]:
+        """What attn_mask has for a tile of the other side, in flight; None without."""
+        if not self.cfg.attn_mask:
+            return None
+        if self.cfg.is_of_queries:
+            return self.row_mask.fetch(acc_S, mask.place(index), index)
+        return self.row_mask.fetch_tile(acc_S, mask, index)
+
+    def exponents(self, acc_S: cute.Tensor, mask, index: Int32, y_slot: Int32, ahead: Optional[cute.Tensor]
+                  ) -> Exponents:
         """Of a tile of the other side."""
         cfg, column_shift, to_diagonal = self.cfg, None, None
         if cfg.has_softcap and not cfg.is_of_queries:
@@ -119,13 +133,17 @@ class OneSide:
         if cfg.has_alibi:
             to_diagonal = tuple(Float32(mask.to_diagonal(r, index)) for r in range(2))
         return Exponents(cfg, self.scores.factor, self.row_shift if cfg.is_of_queries else None, column_shift,
-                         self.scale_log2, self.slope, to_diagonal)
+                         self.scale_log2, self.slope, to_diagonal, ahead if cfg.has_bias else None)
 
-    @cute.jit
-    def start_head(self, head: Int32, sequence: Int32):
-        """Read what is the same for all scores of a query head."""
-        if const_expr(self.cfg.has_alibi):
+    def start_head(self, mask, head: Int32, sequence: Int32):
+        """Read what is the same for all scores of a query head, find its part of attn_mask."""
+        if self.cfg.has_alibi:
             self.slope = self.scores.slope_of(head, sequence)
+        if self.cfg.attn_mask and self.cfg.is_of_queries:
+            for r in range(2):
+                self.row_mask.rows[r] = self.scores.mask.row(self.cfg, sequence, head, mask.query(r))
+        elif self.cfg.attn_mask:
+            self.row_mask.find(self.scores.mask, head, sequence, mask)
 
     def new_acc(self) -> cute.Tensor:
         """A fresh accumulator of the scores' shape."""
@@ -144,6 +162,11 @@ def make_one_side(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: 
     row_shift, row_delta = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
     row_shift.fill(0.0)
     row_delta.fill(0.0)
+    row_mask = None
+    if cfg.attn_mask:
+        rows, mask = cute.make_rmem_tensor(2, Int64), params.scores.mask
+        row_mask = RowMask(cfg, rows, mask.is_paired) if cfg.is_of_queries else MaskOfKeys(
+            cfg, rows, mask.is_paired, mask.row_stride)
     return OneSide(
         cfg, mmas, smem,
         tSrX=mmas.scores.make_fragment_A(scores.partition_A(smem.sX)),
@@ -153,7 +176,7 @@ def make_one_side(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: 
         tGrY=mmas.gradient.make_fragment_B(gradient.partition_B(transposed(smem.sY if cfg.has_dp else smem.sY2))),
         acc_G=acc_G, row_shift=row_shift, row_delta=row_delta,
         y_consumer=pipes.y.make_consumer(), y2_consumer=pipes.y2.make_consumer(), scale_log2=params.scale_log2,
-        tidx=tidx, scores=params.scores, slope=Float32(0.0) if cfg.has_alibi else None)
+        tidx=tidx, scores=params.scores, slope=Float32(0.0) if cfg.has_alibi else None, row_mask=row_mask)
 
 
 @cute.jit
@@ -162,9 +185,9 @@ def consume_for_queries(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, 
     """dQ of a tile of queries of a sequence. Runs on: consumer warpgroups."""
     tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     side = make_one_side(cfg, params, mmas, smem, pipes, tidx)
-    side.start_head(tile.head, sequence)
     visible = Visibility(cfg, params.window, tile)
     mask, blocks = visible.of_thread(tidx), visible.tiles()
+    side.start_head(mask, tile.head, sequence)
     if blocks.n_block_max > blocks.n_block_min:
         pipes.x.make_consumer().wait_and_advance()
         place = (tile.sequence + tile.m_block) * PREPARED_ROWS + fragment_row(tidx)
@@ -203,7 +226,7 @@ def consume_for_keys(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, sme
             num_used = tile.seqlen_k - tile.n_block * cfg.tile_n
             clear_unused_rows(cfg, (smem.sX[None, None, 0], smem.sX2[None, None, 0]), num_used, tidx)
     for i in cutlass.range(params.group, unroll=1):
-        side.start_head(tile.kv_head * params.group + i, tile.sequence)
+        side.start_head(mask, tile.kv_head * params.group + i, tile.sequence)
         for m_block in cutlass.range(queries.m_block_min, queries.m_block_full_min, unroll=1):
             side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
         for m_block in cutlass.range(queries.m_block_full_min, queries.m_block_full_max, unroll=1):
