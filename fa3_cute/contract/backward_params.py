@@ -72,7 +72,7 @@ class BackwardParams(FlashAttentionParams):
     # FP32, the gradient of an attn_mask that is added (attn_mask_dtype is not None), which it needs, with its strides:
     # along a stride of 0 the sum, along others rows must lie apart. 0 where a key is hidden, and where seqused_q or
     # seqused_k say that the row or the key is not used: all of it is written.
-    d_bias: int | None = _field(None, "pointer", element="float32", alignment=4, changes=True, is_optional=True)
+    d_bias: int | None = _tensor("float32", 4, is_optional=True)
 
     deterministic: bool = _field(False, "flag")  # the same bits in every call; else sums of dq may differ in rounding
     # Scratch memory, of backward_workspace_size(params) bytes; required, but where there is no query. Its contents mean

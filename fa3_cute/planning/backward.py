@@ -20,9 +20,9 @@ _STRIDES = {
 }
 _SIZES = [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")]
 _P = lambda *names: [(name, "pointer") for name in names]
-SCORES_READ = ("alibi_slopes", "attn_mask")
+_OF_SCORES = ("alibi_slopes", "attn_mask", "d_bias")
 BACKWARD_ARGUMENTS = tuple(
-    _P("q", "k", "v", "dout", "dk", "dv", *SCORES_READ, "shift", "delta", "dq_sum", "order")
+    _P("q", "k", "v", "dout", "dk", "dv", *_OF_SCORES, "shift", "delta", "dq_sum", "order")
     + _LENGTHS
     + [x for t in ("q", "k", "v", "dout", "dk", "dv") for x in _STRIDES[t]]
     + [(name, "int64") for name in ("alibi_batch_stride", *MASK_STRIDES)]
@@ -42,6 +42,12 @@ PREPARE_ARGUMENTS = tuple(
     + [x for t in ("out", "dout") for x in _STRIDES[t]]
     + _SIZES
     + [("s_aux_dtype", "int32"), ("softmax_scale", "float32"), ("stream", "stream")]
+)
+CLEAR_ARGUMENTS = tuple(
+    _P("d_bias")
+    + [(name, "int64") for name in MASK_STRIDES]
+    + [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads")]
+    + [("stream", "stream")]
 )
 # num_blocks: of the prepare kernel, each of which has left a warp's sums
 SINKS_ARGUMENTS = (*_P("d_s_aux", "sink_sums"), ("num_heads", "int32"), ("num_blocks", "int32"), ("stream", "stream"))

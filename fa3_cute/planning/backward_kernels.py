@@ -12,6 +12,7 @@ from ..contract.backward_params import ARGUMENTS
 from ..contract.formats import PARTIAL
 from .backward import (
     BACKWARD_ARGUMENTS,
+    CLEAR_ARGUMENTS,
     FINISH_ARGUMENTS,
     PREPARE_ARGUMENTS,
     PREPARE_THREADS,
@@ -26,6 +27,7 @@ from .one_side import TABLE as ONE_SIDE
 from .rings import WARP
 from .score_features import NO_FEATURES, Features
 
+CLEAR_THREADS = 128
 GRADIENT = "gradient"  # what SideConfig's kernel calls its own
 # Parts of the workspace: element, bytes of it, alignment that kernels count on.
 SCRATCH = {
@@ -53,8 +55,16 @@ def _pointed(name: str) -> tuple[str, int]:
     return ARGUMENTS[name].element, ARGUMENTS[name].alignment
 
 
-PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, SINKS_ENTRY = map(
-    _entry, (PREPARE_ARGUMENTS, BACKWARD_ARGUMENTS, FINISH_ARGUMENTS, ONE_SIDE_ARGUMENTS, SINKS_ARGUMENTS)
+PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, SINKS_ENTRY, CLEAR_ENTRY = map(
+    _entry,
+    (
+        PREPARE_ARGUMENTS,
+        BACKWARD_ARGUMENTS,
+        FINISH_ARGUMENTS,
+        ONE_SIDE_ARGUMENTS,
+        SINKS_ARGUMENTS,
+        CLEAR_ARGUMENTS,
+    ),
 )
 
 
@@ -175,7 +185,24 @@ class SinksConfig(_Around):
         return asdict(self)
 
 
-KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | SinksConfig
+@dataclass(frozen=True)
+class ClearConfig(_Around):
+    """Of the kernel that zeroes d_bias, whose other kernel visits what some row sees and may add up."""
+
+    dtype = PARTIAL
+    entry = CLEAR_ENTRY
+    arguments = CLEAR_ENTRY.arguments
+    kernel = "fa3_cute.kernels.backward.clear.ClearBias"
+    name = "bwd_clear"
+    num_threads = CLEAR_THREADS
+    smem_bytes = 0
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
+KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | SinksConfig | ClearConfig
 
 
 def pass_config(
@@ -197,7 +224,8 @@ def kernels_of(cfg: BackwardConfig | OneSidePass) -> tuple[KernelOfPass, ...]:
     """The kernels of a pass, in the order of their launches."""
     if isinstance(cfg, OneSidePass):
         prepare = PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, has_sums=False)
-        return (prepare, *(SideConfig(**side.as_dict()) for side in cfg.sides))
+        *others, last = (SideConfig(**side.as_dict()) for side in cfg.sides)
+        return (prepare, *others, *[ClearConfig()] * cfg.has_bias, last)
     return (
         PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m),
         MainConfig(**cfg.as_dict()),

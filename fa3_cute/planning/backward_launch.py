@@ -33,6 +33,7 @@ from .backward import PREPARE_WARPS, BackwardConfig
 from .backward_kernels import (
     GRADIENT,
     SCRATCH,
+    ClearConfig,
     FinishConfig,
     KernelOfPass,
     SideConfig,
@@ -40,7 +41,7 @@ from .backward_kernels import (
     kernels_of,
     pass_config,
 )
-from .one_side import OneSidePass
+from .one_side import BIAS, OneSidePass
 from .problem import ProblemShape
 from .score_features import features_of
 
@@ -118,7 +119,7 @@ class Stage:
     @property
     def output(self) -> str:
         """The one gradient without which it is left out; "" if it is never."""
-        own = {FinishConfig: "dq", SinksConfig: "d_s_aux"}
+        own = {FinishConfig: "dq", SinksConfig: "d_s_aux", ClearConfig: "d_bias"}
         return own.get(type(self.config)) or getattr(self.config, "side", "")
 
 
@@ -181,7 +182,7 @@ def pass_of(shape: BackwardShape) -> Pass:
 
 def _is_of_queries(cfg: KernelOfPass) -> bool:
     """Its CTAs have queries: it writes dq."""
-    return isinstance(cfg, FinishConfig) or isinstance(cfg, SideConfig) and cfg.is_of_queries
+    return isinstance(cfg, FinishConfig | ClearConfig) or isinstance(cfg, SideConfig) and cfg.is_of_queries
 
 
 def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
@@ -202,6 +203,7 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
         names = (f"{tensor}_{dim}_stride" for dim in ("batch", "row", "head"))
         values |= dict(zip(names, strides, strict=True))
     own = getattr(cfg, "side", "")  # what `gradient` stands for
+    own = "dq" if own == BIAS else own  # which has no gradient of that kind, and leaves it alone
     strides, sizes, scales = (
         tuple(values[name.replace(GRADIENT, own)] for name, kind in cfg.arguments if kind == wanted)
         for wanted in ("int64", "int32", "float32")
@@ -234,6 +236,7 @@ def _scores_of(shape: BackwardShape) -> tuple[tuple[int, int], ...]:
         "alibi_slopes": (4 * ((of.batch_size - 1) * of.strides[-4] + of.num_heads), 4),
         "attn_mask": (element * scores, element),
         "d_s_aux": (4 * of.num_heads, 4),
+        "d_bias": (4 * scores, 4),
     }
     return tuple(found[name] for name in SCORES)
 
@@ -307,7 +310,7 @@ def _are_good(known: Pass, addresses: tuple[int, ...]) -> bool:
     extents = (*known.extents, known.workspace_bytes)
     if scores:
         given = zip(scores, known.scores, strict=True)
-        if any([address % alignment or address >> 64 for address, (_, alignment) in given]):
+        if any(address % alignment or address >> 64 for address, (_, alignment) in given):
             return False
         extents += tuple([extent for extent, _ in known.scores])
     # LSEs are aligned to 4 bytes, the others to 16.

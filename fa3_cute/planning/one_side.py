@@ -16,6 +16,7 @@ from .rings import WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .score_features import NO_FEATURES, Features, ScoreFields, take_registers
 
 SIDES = ("dq", "dk", "dv")
+BIAS = "d_bias"  # another side: rows of dS are what it writes, and there is no third GEMM
 PREPARED_ROWS = 128  # of a block of the prepare kernel, for all three: a sequence's vectors start with one
 # As the main kernel's, with the one gradient instead of its sums.
 ONE_SIDE_ARGUMENTS = tuple(
@@ -29,7 +30,7 @@ ONE_SIDE_ARGUMENTS = tuple(
 class OneSideConfig(ScoreFields):
     """Compile-time choices.
 
-    side            the gradient: "dq", "dk" or "dv"
+    side            the gradient: "dq", "dk", "dv" or "d_bias"
     tile_rows       of the CTA's side
     tile_columns    of a tile of the other side
     num_*_stages    slots of the other side's two tensors: K and V, or Q and dO
@@ -53,8 +54,8 @@ class OneSideConfig(ScoreFields):
     uses_setmaxnreg = True
 
     def __post_init__(self):
-        if self.side not in SIDES:
-            raise ValueError(f"side={self.side!r}: must be one of {', '.join(SIDES)}")
+        if self.side not in (*SIDES, BIAS):
+            raise ValueError(f"side={self.side!r}: must be one of {', '.join((*SIDES, BIAS))}")
         if self.smem_bytes > SMEM_BYTES_PER_CTA:
             raise ValueError(f"{self.name}: {self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}")
 
@@ -71,7 +72,12 @@ class OneSideConfig(ScoreFields):
 
     @property
     def is_of_queries(self) -> bool:
-        return self.side == "dq"
+        return self.side in ("dq", BIAS)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Of the CTA's rows, in registers."""
+        return self.side != BIAS
 
     @property
     def tile_rows(self) -> int:
@@ -189,12 +195,19 @@ class OneSidePass:
     has_sums = False
 
     @property
+    def has_bias(self) -> bool:
+        """attn_mask is added."""
+        return dict(self.features).get("attn_mask", "bool") != "bool"
+
+    @property
     def sides(self) -> tuple[OneSideConfig, ...]:
-        """Of dQ, dK and dV."""
+        """Of dQ, dK and dV, and of d_bias where attn_mask is added."""
         row = (TABLE | FEATURED)[self.head_dim]
         shapes = dict.fromkeys(SIDES, (row.tile_columns, row.num_y2_stages)) | {"dv": row.of_dv}
         if take_registers(self.features):
             shapes = {side: (MASKED_COLUMNS[self.head_dim], stages) for side, (_, stages) in shapes.items()}
+        if self.has_bias:
+            shapes[BIAS] = shapes["dq"]
         return tuple(
             OneSideConfig(
                 self.dtype,

@@ -8,7 +8,7 @@ from .launch import Call, ensure_loaded, launch, require_loaded, resolve_stream
 
 # What a launch is left out without, and its place.
 GRADIENTS = tuple((name, PLACES.index(name)) for name in ("dq", "dk", "dv"))
-OF_SCORES = (*GRADIENTS, ("d_s_aux", PLACES.index("d_s_aux")))
+OF_SCORES = (*GRADIENTS, *((name, PLACES.index(name)) for name in ("d_s_aux", "d_bias")))
 
 
 class _Thread(threading.local):

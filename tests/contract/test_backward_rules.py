@@ -168,7 +168,6 @@ REFUSED_CALLS = [
     *(
         (-16, DENSE, {name: value, **others}, (f"{name}=", "must be off", words))
         for name, value, others, words in (
-            ("attn_mask", LENGTHS, {}, "no kernel"),
             ("p_dropout", 0.1, {"rng_state": LENGTHS}, "no kernel"),
             ("accumulate_dkv", True, {}, "add them up"),
             ("batch_size_k", 2, {}, "entries of a cache"),

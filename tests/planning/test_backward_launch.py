@@ -1,5 +1,6 @@
 """What `backward` plans on the host: entries, kernels, workspace, what is checked of a call that repeats a shape."""
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -11,16 +12,19 @@ from fa3_cute.api import backward, backward_workspace_size, explain, forward, ke
 from fa3_cute.contract import backward_params as contract
 from fa3_cute.contract.arguments import KINDS
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
+from fa3_cute.contract.scores import MASK_STRIDES
 from fa3_cute.contract.status import FlashAttentionError, Problem, last_error
 from fa3_cute.planning import backward_launch as planning
 from fa3_cute.planning.backward import TABLE, backward_config
 from fa3_cute.planning.backward_kernels import (
+    CLEAR_ENTRY,
     FINISH_ENTRY,
     MAIN_ENTRY,
     PREPARE_ENTRY,
     SCRATCH,
     SINKS_ENTRY,
     MainConfig,
+    SideConfig,
     SinksConfig,
     kernels_of,
 )
@@ -45,7 +49,13 @@ GOOD = BackwardParams(
 PACKED = replace(
     GOOD, mode=AttentionMode.VARLEN_PREFILL, cu_seqlens_q=A + 64, cu_seqlens_k=A + 128, total_q=700, total_k=900
 )
-ENTRIES = {"prepare": PREPARE_ENTRY, "main": MAIN_ENTRY, "finish": FINISH_ENTRY, "sinks": SINKS_ENTRY}
+ENTRIES = {
+    "prepare": PREPARE_ENTRY,
+    "main": MAIN_ENTRY,
+    "finish": FINISH_ENTRY,
+    "sinks": SINKS_ENTRY,
+    "clear": CLEAR_ENTRY,
+}
 # Of calls with one of planning.SCORES, which others have no room for.
 SCORES = {name: A - (4 + index) * STEP for index, name in enumerate(planning.SCORES)}
 SINKS = {name: SCORES[name] for name in ("s_aux", "d_s_aux")}
@@ -136,7 +146,7 @@ def test_what_kernels_are_told(call, changes, mask, window):
         f"{x}_batch_stride": 0 if call is PACKED else strides[f"{x}_row_stride"] * (rows_k if x[-1] in "kv" else rows_q)
         for x in planning.TENSORS
     }
-    strides["alibi_batch_stride"] = 0
+    strides |= dict.fromkeys(("alibi_batch_stride", *MASK_STRIDES), 0)
     for stage in (prepare, main, finish):
         kinds = ("int64", "int32", "float32")
         names = {kind: [name for name, own in stage.config.arguments if own == kind] for kind in kinds}
@@ -297,6 +307,7 @@ def test_bad_addresses_of_scores_are_put_into_words(counted, changes):
 @pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
 def test_features_are_of_the_config(call):
     """One at a time of the kernel of all gradients; several, and those that it has not, of kernels of one each."""
+    call = replace(call, head_dim=128)
     options = {"softcap": 3.0, "attention_chunk": 40, "alibi_slopes": SCORES["alibi_slopes"], "alibi_batch_stride": 9}
     for name, flag in (("softcap", "has_softcap"), ("attention_chunk", "has_chunks"), ("alibi_slopes", "has_alibi")):
         main = plan(replace(call, **{name: options[name]})).stages[1].config
@@ -309,7 +320,22 @@ def test_features_are_of_the_config(call):
         assert (cfg.mask, cfg.has_softcap, cfg.has_alibi, cfg.has_chunks) == ("local", True, True, True)
         arguments = dict(zip([name for name, kind in cfg.arguments if kind == "int32"], stage.sizes, strict=True))
         assert arguments["attention_chunk"] == 40 and arguments["window_size_left"] == 39
-        assert stage.scales == (64**-0.5, 3.0) and stage.strides[-1] == 9
+        assert stage.scales == (1 / math.sqrt(128), 3.0) and stage.strides[-4:] == (9, 0, 0, 0)
+
+
+def test_masks_are_of_kernels_of_one_gradient():
+    """d_bias is of one more, behind one that clears it: of a mask that is added."""
+    added = {"attn_mask": SCORES["attn_mask"], "attn_mask_dtype": DataType.BF16, "attn_mask_head_stride": 0}
+    for changes, mask, of_bias in (
+        ({"attn_mask": SCORES["attn_mask"]}, "bool", []),
+        (added | {"d_bias": SCORES["d_bias"]}, "bf16", ["d_bias", "d_bias"]),
+    ):
+        _, *stages = plan(replace(GOOD, **changes)).stages
+        assert [stage.output for stage in stages] == ["dq", "dk", "dv", *of_bias]
+        assert all(stage.config.attn_mask == mask for stage in stages if isinstance(stage.config, SideConfig))
+        *_, batch, head, row = stages[0].strides
+        assert (batch, head, row) == (6 * 500 * 300, 0 if of_bias else 500 * 300, 300)
+    assert plan(replace(GOOD, **added)).scores[planning.SCORES.index("d_bias")] == (4 * (6 * 500 + 500) * 300, 4)
 
 
 def test_d_s_aux_is_a_launch_of_its_own():

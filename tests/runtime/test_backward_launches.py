@@ -132,7 +132,7 @@ tell(no_queries=no_queries, described=described, k=ADDRESSES["k"], v=ADDRESSES["
 
 
 def test_sinks(told):
-    """The prepare kernel is given them, and leaves sums for a launch that d_s_aux alone has; without queries it is 0."""
+    """The prepare kernel is given them, and leaves sums for a launch that d_s_aux has, without queries too."""
     found = told("""
 nbytes = backward_workspace_size(BackwardParams(**FIELDS | dict(s_aux=ADDRESSES["q"])))
 cfg = backward_config("bf16", 64, "causal", False, False)

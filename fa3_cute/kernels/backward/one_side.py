@@ -5,6 +5,7 @@ x, x2 are the CTA's own rows, y, y2 tiles of the other side:
     dQ     x = Q, x2 = dO    y = K, y2 = V      S  = Q K^T    dP  = dO V^T    dQ += dS K
     dK     x = K, x2 = V     y = Q, y2 = dO     S^T = K Q^T   dP^T = V dO^T   dK += dS^T Q
     dV     x = K             y = Q, y2 = dO     S^T = K Q^T                   dV += P^T dO
+    d_bias as dQ, whose dS it writes
 
 Each warpgroup has 64 rows and waits for no other: their GEMMs fill one another's gaps.
 """
@@ -31,7 +32,7 @@ from .load import load_rows
 from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
 from .one_side_consume import consume_for_keys, consume_for_queries
 from .order import heads_per_section, key_tile
-from .scores import Scores
+from .scores import BiasGradient, Scores
 
 
 @flat_entry(ONE_SIDE_ARGUMENTS)
@@ -70,7 +71,7 @@ class OneSideBackward:
             shift=cute.make_tensor(a.shift, vector), delta=cute.make_tensor(a.delta, vector),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, blocks=blocks, num_heads=num_heads,
             group=a.num_heads // a.num_heads_k, scale=a.softmax_scale, scale_log2=a.softmax_scale * Float32(LOG2_E),
-            scores=Scores.create(cfg, a))
+            scores=Scores.create(cfg, a), d_bias=None if cfg.has_gradient else BiasGradient.create(a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, (sX, sY, sY2), make_side_mmas(cfg)).launch(
             grid=(blocks.num_blocks * num_heads, 1, 1), block=(cfg.num_threads, 1, 1),

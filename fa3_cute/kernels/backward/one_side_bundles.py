@@ -10,7 +10,7 @@ from ..common.block_range import Window
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
 from .blocks import Blocks
-from .scores import Scores
+from .scores import BiasGradient, Scores
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class SideParams:
     group: Int32                   # query heads of a KV head
     scale: Float32
     scale_log2: Float32
-    scores: Optional[Scores]       # None unless cfg.transforms_scores
+    scores: Optional[Scores]       # None unless cfg.transforms_scores or cfg.attn_mask
+    d_bias: Optional[BiasGradient]     # None if cfg.has_gradient
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..common.wgmma import in_flight, issue_gemm
 from .blocks import KeyTile, query_range
 from .gradients import clear_unused_rows, of_columns, start_at
 from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
-from .scores import Exponents, MaskOfKeys, Scores
+from .scores import BiasGradient, Exponents, MaskOfKeys, Scores, find_rows
 from .store import store_used_rows
 from .visible import KeyMask
 
@@ -45,6 +45,8 @@ class OneSide:
     scores: Optional[Scores]
     slope: Optional[Float32]       # of ALiBi and the query head; None without
     row_mask: Optional[RowMask | MaskOfKeys]
+    d_bias: Optional[BiasGradient]     # None if cfg.has_gradient
+    sequence: Int32                # used if not
 
     @cute.jit
     def step(self, mask, index: Int32, num_used: Int32, is_masked: Constexpr[bool]):
@@ -77,22 +79,30 @@ class OneSide:
         if const_expr(is_masked):
             mask.apply(acc_S, index)
         if const_expr(cfg.transforms_scores):
-            self.exponents(acc_S, mask, index, y.index, ahead).make_P(acc_S, cfg.has_dp)
+            self.exponents(acc_S, mask, index, y.index, ahead).make_P(acc_S, has_slope=cfg.has_dp and cfg.has_gradient)
         else:
             self.make_P(acc_S)
         if const_expr(cfg.has_dp):
             in_flight(0)                     # dP
             y2.release()
             self.make_dS(acc_S, acc_dP)
-        factor = cute.make_rmem_tensor_like(acc_S, element_type(cfg))
-        convert(acc_S, factor)
-        slot = y.index if const_expr(cfg.has_dp) else y2.index
-        issue_gemm(self.mmas.gradient, self.acc_G, as_operand_a(cfg, factor), self.tGrY[None, None, None, slot],
-                   zero_init=False)
-        in_flight(0)
+        if const_expr(cfg.has_gradient):
+            self.add_gradient(acc_S, y.index if const_expr(cfg.has_dp) else y2.index)
+        else:
+            self.d_bias.add(acc_S, mask, self.sequence, index)
         y.release()
         if const_expr(not cfg.has_dp):
             y2.release()
+
+    @cute.jit
+    def add_gradient(self, acc_S: cute.Tensor, slot: Int32):
+        """The gradient += P or dS times the tile of a slot; complete."""
+        cfg = self.cfg
+        factor = cute.make_rmem_tensor_like(acc_S, element_type(cfg))
+        convert(acc_S, factor)
+        issue_gemm(self.mmas.gradient, self.acc_G, as_operand_a(cfg, factor), self.tGrY[None, None, None, slot],
+                   zero_init=False)
+        in_flight(0)
 
     @cute.jit
     def make_P(self, acc_S: cute.Tensor):
@@ -137,13 +147,12 @@ class OneSide:
 
     def start_head(self, mask, head: Int32, sequence: Int32):
         """Read what is the same for all scores of a query head, find its part of attn_mask."""
+        if not self.cfg.has_gradient:
+            self.sequence = sequence
         if self.cfg.has_alibi:
             self.slope = self.scores.slope_of(head, sequence)
-        if self.cfg.attn_mask and self.cfg.is_of_queries:
-            for r in range(2):
-                self.row_mask.rows[r] = self.scores.mask.row(self.cfg, sequence, head, mask.query(r))
-        elif self.cfg.attn_mask:
-            self.row_mask.find(self.scores.mask, head, sequence, mask)
+        if self.cfg.attn_mask:
+            find_rows(self.cfg, self.row_mask.rows, self.scores.mask, mask, (head, sequence))
 
     def new_acc(self) -> cute.Tensor:
         """A fresh accumulator of the scores' shape."""
@@ -176,7 +185,8 @@ def make_one_side(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: 
         tGrY=mmas.gradient.make_fragment_B(gradient.partition_B(transposed(smem.sY if cfg.has_dp else smem.sY2))),
         acc_G=acc_G, row_shift=row_shift, row_delta=row_delta,
         y_consumer=pipes.y.make_consumer(), y2_consumer=pipes.y2.make_consumer(), scale_log2=params.scale_log2,
-        tidx=tidx, scores=params.scores, slope=Float32(0.0) if cfg.has_alibi else None, row_mask=row_mask)
+        tidx=tidx, scores=params.scores, slope=Float32(0.0) if cfg.has_alibi else None, row_mask=row_mask,
+        d_bias=params.d_bias, sequence=Int32(0))
 
 
 @cute.jit
@@ -209,7 +219,8 @@ def consume_for_queries(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, 
         for i in cutlass.range(n_block + 1 - blocks.n_block_min, unroll=1):
             side.step(mask, n_block - i, tile.seqlen_k - (n_block - i) * cfg.tile_n, is_masked=True)
     where = tile.m_block, tile.offset_q, tile.seqlen_q, tile.head, tile.batch
-    store_own_rows(cfg, params, mmas, smem.sX, side.acc_G, where, tidx)
+    if const_expr(cfg.has_gradient):
+        store_own_rows(cfg, params, mmas, smem.sX, side.acc_G, where, tidx)
 
 
 @cute.jit

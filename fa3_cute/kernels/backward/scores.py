@@ -12,13 +12,15 @@ from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
 
 from ...planning.backward import BackwardConfig
+from ...planning.one_side import OneSideConfig
 from ..common.arithmetic import LOG2_E, minimum
 from ..common.layout import CONVERT_CHUNK, ROW_STEP, as_rows_cols, col_offset
 from ..common.score_mask import MASK_TYPES, RowMask, ScoreMask
 from ..common.scores import tanh
+from ..common.visibility import Mask
 from .visible import KeyMask
 
 
@@ -122,17 +124,26 @@ class Exponents:
                 rounded.store(part.load().to(rP.element_type))
 
 
+def find_rows(cfg: OneSideConfig, rows: cute.Tensor, attn_mask: ScoreMask, visible: Mask | KeyMask, place: tuple):
+    """Where what attn_mask has for a thread's two rows begins, in a query head of a sequence: with the first key of a
+    query, or the first query of a key. Keys behind the last have the last one's, which is there to be read.
+
+    place: (head, sequence)
+    """
+    head, sequence = place
+    element_bytes = MASK_TYPES[cfg.attn_mask].width // 8
+    for r in range(2):
+        if cfg.is_of_queries:
+            rows[r] = attn_mask.row(cfg, sequence, head, visible.query(r))
+        else:
+            key = minimum(visible.first_key + r * ROW_STEP, visible.tile.seqlen_k - 1)
+            rows[r] = attn_mask.row(cfg, sequence, head, Int32(0)) + Int64(key) * element_bytes
+
+
 @dataclass(frozen=True)
 class MaskOfKeys(RowMask):
-    """attn_mask where a thread's rows are keys: `rows` are the addresses of what the first query has for them."""
+    """attn_mask where a thread's rows are keys."""
     row_stride: Int64
-
-    def find(self, mask: ScoreMask, head: Int32, sequence: Int32, keys: KeyMask):
-        """Set the addresses, of a query head. Keys behind the last have the last one's, which is there to be read."""
-        element_bytes = MASK_TYPES[self.cfg.attn_mask].width // 8
-        for r in range(2):
-            key = minimum(keys.first_key + r * ROW_STEP, keys.tile.seqlen_k - 1)
-            self.rows[r] = mask.row(self.cfg, sequence, head, Int32(0)) + Int64(key) * element_bytes
 
     def fetch_tile(self, acc_S: cute.Tensor, keys: KeyMask, m_block: Int32) -> cute.Tensor:
         """What belongs to the scores of one Q tile, (rows, columns); behind the last query what that one has. A warp
@@ -150,3 +161,46 @@ class MaskOfKeys(RowMask):
                                        assumed_align=element.width // 8)
                 values[r, c] = cute.make_tensor(source, cute.make_layout(1))[0]
         return values
+
+
+@dataclass(frozen=True)
+class BiasGradient:
+    """d_bias of a launch, (batch, head, query, key) f32 that is 0; strides in elements.
+
+    is_sum   a stride is 0: what rows have is added, in any order
+    """
+    address: Int64
+    batch_stride: Int64
+    head_stride: Int64
+    row_stride: Int64
+    is_sum: Boolean
+
+    @staticmethod
+    def create(a) -> "BiasGradient":
+        """From a kernel's arguments, on the host."""
+        strides = a.attn_mask_batch_stride, a.attn_mask_head_stride, a.attn_mask_row_stride
+        sizes = a.batch_size, a.num_heads, a.seqlen_q
+        along = [(stride == 0) & (size > 1) for stride, size in zip(strides, sizes, strict=True)]
+        return BiasGradient(Int64(a.d_bias.toint()), *strides, along[0] | along[1] | along[2])
+
+    @cute.jit
+    def add(self, dS: cute.Tensor, mask: Mask, sequence: Int32, n_block: Int32):
+        """dS of one K/V tile, queries and keys that the sequence has. What is hidden is 0 already."""
+        S, tile, first_key = as_rows_cols(dS), mask.tile, mask.origin(n_block)
+        for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+            query = tile.m_block * mask.cfg.tile_m + mask.first_row + r * ROW_STEP
+            offset = self.batch_stride * sequence + self.head_stride * tile.head + self.row_stride * query
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                key = first_key + col_offset(c)
+                if query < tile.seqlen_q and key < tile.seqlen_k and S[r, c] != 0.0:
+                    target = cute.make_ptr(Float32, self.address + (offset + key) * 4, cute.AddressSpace.gmem,
+                                           assumed_align=4)
+                    self.put(target, S[r, c])
+
+    @cute.jit
+    def put(self, target: cute.Pointer, value: Float32):
+        """Added to a sum, or written."""
+        if self.is_sum:
+            cute.arch.atomic_add(target, value)
+        else:
+            cute.make_tensor(target, cute.make_layout(1))[0] = value
