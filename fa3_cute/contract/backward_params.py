@@ -88,7 +88,8 @@ _TAKEN = frozenset(
         *(f"{tensor}_{dim}_stride" for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
         *("window_size_left", "window_size_right", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
         *("s_aux", "s_aux_dtype", "attention_chunk", "softcap", "alibi_slopes", "alibi_batch_stride"),
-        *("attn_mask", "attn_mask_batch_stride", "attn_mask_head_stride", "attn_mask_row_stride"),
+        *("p_dropout", "rng_state", "attn_mask"),
+        *("attn_mask_batch_stride", "attn_mask_head_stride", "attn_mask_row_stride"),
     )
 )
 

@@ -48,7 +48,7 @@ _NO_SPLITS = "it is of forward's split-KV"
 # Fields that must be off, and why. A row goes when its kernel comes.
 REFUSED = {
     **dict.fromkeys(
-        ("p_dropout", "score_mod", "mask_mod"),
+        ("score_mod", "mask_mod"),
         _NO_GRADIENT,
     ),
     "block_mask": _NO_GRADIENT,

@@ -20,7 +20,7 @@ _STRIDES = {
 }
 _SIZES = [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")]
 _P = lambda *names: [(name, "pointer") for name in names]
-_OF_SCORES = ("alibi_slopes", "attn_mask", "d_bias")
+_OF_SCORES = ("alibi_slopes", "attn_mask", "rng_state", "d_bias")
 BACKWARD_ARGUMENTS = tuple(
     _P("q", "k", "v", "dout", "dk", "dv", *_OF_SCORES, "shift", "delta", "dq_sum", "order")
     + _LENGTHS
@@ -33,6 +33,7 @@ BACKWARD_ARGUMENTS = tuple(
         ("attention_chunk", "int32"),
         ("softmax_scale", "float32"),
         ("softcap", "float32"),
+        ("p_dropout", "float32"),
         ("stream", "stream"),
     ]
 )

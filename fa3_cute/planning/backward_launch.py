@@ -195,6 +195,7 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
         "attention_chunk": of.attention_chunk,
         "softmax_scale": of.softmax_scale,
         "softcap": of.number("softcap"),
+        "p_dropout": of.number("p_dropout"),
         **dict(zip(("alibi_batch_stride", *MASK_STRIDES), of.strides[-4:], strict=True)),
         "s_aux_dtype": of.sink_dtype,
         "num_blocks": num_blocks(of, shape.config.tile_m) if of.seqlen_q else 0,
@@ -235,6 +236,7 @@ def _scores_of(shape: BackwardShape) -> tuple[tuple[int, int], ...]:
         "s_aux": (of.num_heads * sink, sink),
         "alibi_slopes": (4 * ((of.batch_size - 1) * of.strides[-4] + of.num_heads), 4),
         "attn_mask": (element * scores, element),
+        "rng_state": (16, 8),
         "d_s_aux": (4 * of.num_heads, 4),
         "d_bias": (4 * scores, 4),
     }

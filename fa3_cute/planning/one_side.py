@@ -177,7 +177,7 @@ FEATURED = {
     64: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
     128: OneSideRow(64, 2, (64, 2), "not measured: the widest tiles that do not spill"),
 }
-# With attn_mask, which needs registers beside the scores; with more columns some kernels spill.
+# With attn_mask or dropout, which need registers beside the scores; with more columns some kernels spill.
 MASKED_COLUMNS = {64: 64, 96: 64, 128: 32, 192: 32, 256: 32}
 
 
@@ -204,7 +204,7 @@ class OneSidePass:
         """Of dQ, dK and dV, and of d_bias where attn_mask is added."""
         row = (TABLE | FEATURED)[self.head_dim]
         shapes = dict.fromkeys(SIDES, (row.tile_columns, row.num_y2_stages)) | {"dv": row.of_dv}
-        if take_registers(self.features):
+        if take_registers(self.features) or ("has_dropout", True) in self.features:
             shapes = {side: (MASKED_COLUMNS[self.head_dim], stages) for side, (_, stages) in shapes.items()}
         if self.has_bias:
             shapes[BIAS] = shapes["dq"]

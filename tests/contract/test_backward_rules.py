@@ -168,7 +168,6 @@ REFUSED_CALLS = [
     *(
         (-16, DENSE, {name: value, **others}, (f"{name}=", "must be off", words))
         for name, value, others, words in (
-            ("p_dropout", 0.1, {"rng_state": LENGTHS}, "no kernel"),
             ("accumulate_dkv", True, {}, "add them up"),
             ("batch_size_k", 2, {}, "entries of a cache"),
             ("num_splits", 1, {}, "deterministic=True"),
@@ -245,15 +244,12 @@ def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
     assert set(REFUSED) <= set(ARGUMENTS)
 
 
-DROPOUT = {"p_dropout": 0.1, "rng_state": LENGTHS}
-
-
 def test_a_row_of_the_tables_is_all_that_refuses(monkeypatch):
     """What gets a kernel is served when its row goes."""
-    monkeypatch.delitem(REFUSED, "p_dropout")
+    monkeypatch.delitem(REFUSED, "accumulate_dkv")
     monkeypatch.setattr(rules, "SERVED_HEAD_DIMS", (*SERVED_HEAD_DIMS, 96))
     monkeypatch.setattr(rules, "SERVED_GRAD_DTYPES", (FP32,))
-    assert contract_problems(replace(DENSE, **DROPOUT, head_dim=96, grad_dtype=FP32)) == []
+    assert contract_problems(replace(DENSE, accumulate_dkv=True, head_dim=96, grad_dtype=FP32)) == []
     found = contract_problems(replace(DENSE, head_dim=96, grad_dtype=FP32, dq_row_stride=2050))
     assert [problem.status for problem in found] == [-7] and "multiple of 4 elements" in found[0].detail
 

@@ -9,7 +9,7 @@ from backward_problems import BackwardProblem
 from cases import Case
 
 from fa3_cute import backward, backward_workspace_size, warmup
-from fa3_cute.contract.backward_rules import REFUSED, SERVED_HEAD_DIMS
+from fa3_cute.contract.backward_rules import SERVED_HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
 
@@ -62,10 +62,9 @@ def place_of(case: BackwardCase) -> tuple[str, str]:
     return mask, case.layout or "used" * bool(case.used)
 
 
-def served(case: BackwardCase) -> BackwardCase:
-    """In BF16, numbers that are added too, and without what is refused."""
-    changes = {"p_dropout": 0.0} if "p_dropout" in REFUSED else {}
-    changes |= {"attn_mask": "bf16"} if case.forward.attn_mask not in ("", "bool") else {}
+def in_bf16(case: BackwardCase) -> BackwardCase:
+    """In BF16, numbers that are added too."""
+    changes = {"attn_mask": "bf16"} if case.forward.attn_mask not in ("", "bool") else {}
     return replace(case, forward=replace(case.forward, dtype="bf16", **changes))
 
 
@@ -73,7 +72,7 @@ def chosen(head_dim: int) -> list[BackwardCase]:
     """Those of CHOSEN."""
     plain = [case for case in feature_cases(head_dim) if not case.accumulates and case.grad_dtype is None]
     return [
-        served(case)
+        in_bf16(case)
         for name, *wanted in CHOSEN[head_dim]
         for case in plain
         if scores_of(case) == OFF | (FEATURES | MASKED)[name]

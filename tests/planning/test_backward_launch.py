@@ -136,7 +136,7 @@ def test_what_kernels_are_told(call, changes, mask, window):
     sizes = {"batch_size": 2, "seqlen_q": rows_q, "seqlen_k": rows_k, "num_heads": 6, "num_heads_k": 3}
     sizes |= dict(zip(("window_size_left", "window_size_right"), window, strict=True))
     sizes |= {"s_aux_dtype": DataType.FP32, "attention_chunk": 0}
-    scales = {"softmax_scale": 64**-0.5, "softcap": 0.0}
+    scales = {"softmax_scale": 64**-0.5, "softcap": 0.0, "p_dropout": 0.0}
     row_q, row_k = 6 * 64, 3 * 64
     strides = {
         **{f"{x}_row_stride": row_k if x in ("k", "v", "dk", "dv") else row_q for x in planning.TENSORS},
@@ -313,14 +313,15 @@ def test_features_are_of_the_config(call):
         main = plan(replace(call, **{name: options[name]})).stages[1].config
         assert isinstance(main, MainConfig)
         assert [field for field in FEATURES if getattr(main, field)] == [flag]
+    options |= {"p_dropout": 0.25, "rng_state": SCORES["rng_state"]}
     _, *others = plan(replace(call, **options)).stages
     assert [stage.output for stage in others] == ["dq", "dk", "dv"]
     for stage in others:
         cfg = stage.config
-        assert (cfg.mask, cfg.has_softcap, cfg.has_alibi, cfg.has_chunks) == ("local", True, True, True)
+        assert cfg.mask == "local" and cfg.has_softcap and cfg.has_alibi and cfg.has_chunks and cfg.has_dropout
         arguments = dict(zip([name for name, kind in cfg.arguments if kind == "int32"], stage.sizes, strict=True))
         assert arguments["attention_chunk"] == 40 and arguments["window_size_left"] == 39
-        assert stage.scales == (1 / math.sqrt(128), 3.0) and stage.strides[-4:] == (9, 0, 0, 0)
+        assert stage.scales == (1 / math.sqrt(128), 3.0, 0.25) and stage.strides[-4:] == (9, 0, 0, 0)
 
 
 def test_masks_are_of_kernels_of_one_gradient():

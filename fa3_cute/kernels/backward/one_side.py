@@ -21,6 +21,7 @@ from ...planning.one_side import ONE_SIDE_ARGUMENTS, PREPARED_ROWS, OneSideConfi
 from ...planning.rings import by_name
 from ..common.arithmetic import LOG2_E, maximum
 from ..common.block_range import Window
+from ..common.dropout import Dropout
 from ..common.entry import flat_entry
 from ..common.layout import element_type, smem_ring, tensor_view
 from ..common.sequences import Sequences
@@ -71,7 +72,8 @@ class OneSideBackward:
             shift=cute.make_tensor(a.shift, vector), delta=cute.make_tensor(a.delta, vector),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, blocks=blocks, num_heads=num_heads,
             group=a.num_heads // a.num_heads_k, scale=a.softmax_scale, scale_log2=a.softmax_scale * Float32(LOG2_E),
-            scores=Scores.create(cfg, a), d_bias=None if cfg.has_gradient else BiasGradient.create(a))
+            scores=Scores.create(cfg, a), d_bias=None if cfg.has_gradient else BiasGradient.create(a),
+            dropout=Dropout.create(cfg, a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, (sX, sY, sY2), make_side_mmas(cfg)).launch(
             grid=(blocks.num_blocks * num_heads, 1, 1), block=(cfg.num_threads, 1, 1),

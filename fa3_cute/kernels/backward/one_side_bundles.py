@@ -7,6 +7,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
 from ..common.block_range import Window
+from ..common.dropout import Dropout
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
 from .blocks import Blocks
@@ -33,6 +34,7 @@ class SideParams:
     scale_log2: Float32
     scores: Optional[Scores]       # None unless cfg.transforms_scores or cfg.attn_mask
     d_bias: Optional[BiasGradient]     # None if cfg.has_gradient
+    dropout: Optional[Dropout]     # None unless cfg.has_dropout
 
 
 @dataclass(frozen=True)

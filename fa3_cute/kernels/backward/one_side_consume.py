@@ -11,12 +11,14 @@ from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.one_side import PREPARED_ROWS, OneSideConfig
 from ...planning.rings import WARP, by_name
 from ..common.barriers import sync_warpgroup
+from ..common.dropout import RowDropout
 from ..common.layout import ROW_STEP, as_operand_a, as_rows_cols, convert, element_type, fragment_row, transposed
 from ..common.score_mask import RowMask
 from ..common.tiles import Tile, rows_from
 from ..common.visibility import Visibility
 from ..common.wgmma import in_flight, issue_gemm
 from .blocks import KeyTile, query_range
+from .dropped import Dropped, of_keys, of_queries
 from .gradients import clear_unused_rows, of_columns, start_at
 from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
 from .scores import BiasGradient, Exponents, MaskOfKeys, Scores, find_rows
@@ -46,7 +48,9 @@ class OneSide:
     slope: Optional[Float32]       # of ALiBi and the query head; None without
     row_mask: Optional[RowMask | MaskOfKeys]
     d_bias: Optional[BiasGradient]     # None if cfg.has_gradient
-    sequence: Int32                # used if not
+    dropout: Optional[RowDropout]
+    head: Int32                    # the query head, and the sequence; used if cfg.has_dropout or not cfg.has_gradient
+    sequence: Int32
 
     @cute.jit
     def step(self, mask, index: Int32, num_used: Int32, is_masked: Constexpr[bool]):
@@ -63,13 +67,13 @@ class OneSide:
             clear_unused_rows(cfg, slots, num_used, self.tidx)
         if const_expr(not (cfg.is_of_queries or cfg.has_softcap)):
             start_at(acc_S, self.smem.sShift[None, y.index], self.tidx)
-        if const_expr(not cfg.is_of_queries and cfg.has_dp):
+        if const_expr(cfg.has_dp and not (cfg.is_of_queries or cfg.has_dropout)):
             start_at(acc_dP, self.smem.sDelta[None, y2.index], self.tidx)
         issue_gemm(self.mmas.scores, acc_S, self.tSrX[None, None, None, 0], self.tSrY[None, None, None, y.index],
                    zero_init=cfg.is_of_queries or cfg.has_softcap)
         if const_expr(cfg.has_dp):
             issue_gemm(self.mmas.scores, acc_dP, self.tPrX2[None, None, None, 0],
-                       self.tPrY2[None, None, None, y2.index], zero_init=cfg.is_of_queries)
+                       self.tPrY2[None, None, None, y2.index], zero_init=cfg.is_of_queries or cfg.has_dropout)
         ahead = self.fetch(acc_S, mask, index)
         in_flight(int(cfg.has_dp))           # S
         if const_expr(cfg.has_softcap):
@@ -82,10 +86,16 @@ class OneSide:
             self.exponents(acc_S, mask, index, y.index, ahead).make_P(acc_S, has_slope=cfg.has_dp and cfg.has_gradient)
         else:
             self.make_P(acc_S)
+        dropped = self.dropped(mask, index)
         if const_expr(cfg.has_dp):
             in_flight(0)                     # dP
+            if const_expr(cfg.has_dropout):
+                dropped.apply(acc_dP, self.dropout.keep_factor)
+                self.add_delta(acc_dP, y2.index)
             y2.release()
             self.make_dS(acc_S, acc_dP)
+        elif const_expr(cfg.has_dropout):
+            dropped.apply(acc_S, Float32(1.0))
         if const_expr(cfg.has_gradient):
             self.add_gradient(acc_S, y.index if const_expr(cfg.has_dp) else y2.index)
         else:
@@ -126,6 +136,24 @@ class OneSide:
                     value = dP[r, c] + self.row_delta[r]
                 P[r, c] = P[r, c] * value
 
+    def dropped(self, mask, index: Int32) -> Optional[Dropped]:
+        """What dropout drops of a tile of the other side; None without."""
+        if not self.cfg.has_dropout:
+            return None
+        if self.cfg.is_of_queries:
+            return of_queries(self.dropout, mask, self.sequence, index)
+        return of_keys(self.dropout, mask, (self.head, self.sequence), index)
+
+    @cute.jit
+    def add_delta(self, acc_dP: cute.Tensor, y2_slot: Int32):
+        """delta of columns that are queries, where dP has started at 0."""
+        if const_expr(not self.cfg.is_of_queries):
+            delta, dP = of_columns(acc_dP, self.smem.sDelta[None, y2_slot], self.tidx), as_rows_cols(acc_dP)
+            for c in cutlass.range_constexpr(cute.size(dP, mode=[1])):
+                value = delta[c % 2, c // 2]
+                for r in cutlass.range_constexpr(cute.size(dP, mode=[0])):
+                    dP[r, c] = dP[r, c] + value
+
     def fetch(self, acc_S: cute.Tensor, mask, index: Int32) -> Optional[cute.Tensor]:
         """What attn_mask has for a tile of the other side, in flight; None without."""
         if not self.cfg.attn_mask:
@@ -147,8 +175,8 @@ class OneSide:
 
     def start_head(self, mask, head: Int32, sequence: Int32):
         """Read what is the same for all scores of a query head, find its part of attn_mask."""
-        if not self.cfg.has_gradient:
-            self.sequence = sequence
+        if self.cfg.has_dropout or not self.cfg.has_gradient:
+            self.head, self.sequence = head, sequence
         if self.cfg.has_alibi:
             self.slope = self.scores.slope_of(head, sequence)
         if self.cfg.attn_mask:
@@ -186,7 +214,8 @@ def make_one_side(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: 
         acc_G=acc_G, row_shift=row_shift, row_delta=row_delta,
         y_consumer=pipes.y.make_consumer(), y2_consumer=pipes.y2.make_consumer(), scale_log2=params.scale_log2,
         tidx=tidx, scores=params.scores, slope=Float32(0.0) if cfg.has_alibi else None, row_mask=row_mask,
-        d_bias=params.d_bias, sequence=Int32(0))
+        d_bias=params.d_bias, dropout=params.dropout.start(cfg, 2) if cfg.has_dropout else None, head=Int32(0),
+        sequence=Int32(0))
 
 
 @cute.jit
@@ -260,6 +289,9 @@ def store_own_rows(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, sX: c
     if const_expr(cfg.side != "dv"):
         for i in cutlass.range_constexpr(cute.size(acc)):
             acc[i] = params.scale * acc[i]
+    elif const_expr(cfg.has_dropout):
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            acc[i] = params.dropout.keep_factor * acc[i]
     rG = cute.make_rmem_tensor_like(acc, element_type(cfg))
     convert(acc, rG)
     stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
