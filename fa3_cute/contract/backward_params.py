@@ -68,11 +68,11 @@ class BackwardParams(FlashAttentionParams):
     accumulate_dkv: bool = _field(False, "flag")
 
     # FP32 [num_heads], contiguous: the gradient of s_aux, which it needs; of all sequences, every head is written.
-    d_s_aux: int | None = _field(None, "pointer", element="float32", alignment=4, changes=True, is_optional=True)
+    d_s_aux: int | None = _tensor("float32", 4, is_optional=True)
     # FP32, the gradient of an attn_mask that is added (attn_mask_dtype is not None), which it needs, with its strides:
     # along a stride of 0 the sum, along others rows must lie apart. 0 where a key is hidden, and where seqused_q or
     # seqused_k say that the row or the key is not used: all of it is written.
-    d_bias: int | None = _field(None, "pointer", element="float32", alignment=4, changes=True, is_optional=True)
+    d_bias: int | None = _tensor("float32", 4, is_optional=True)
 
     deterministic: bool = _field(False, "flag")  # the same bits in every call; else sums of dq may differ in rounding
     # Scratch memory, of backward_workspace_size(params) bytes; required, but where there is no query. Its contents mean
@@ -87,6 +87,9 @@ _TAKEN = frozenset(
         *("q", "k", "v", "batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "softmax_scale"),
         *(f"{tensor}_{dim}_stride" for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
         *("window_size_left", "window_size_right", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
+        *("s_aux", "s_aux_dtype", "attention_chunk", "softcap", "alibi_slopes", "alibi_batch_stride"),
+        *("p_dropout", "rng_state", "attn_mask"),
+        *("attn_mask_batch_stride", "attn_mask_head_stride", "attn_mask_row_stride"),
     )
 )
 

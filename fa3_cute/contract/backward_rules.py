@@ -48,12 +48,10 @@ _NO_SPLITS = "it is of forward's split-KV"
 # Fields that must be off, and why. A row goes when its kernel comes.
 REFUSED = {
     **dict.fromkeys(
-        ("softcap", "s_aux", "alibi_slopes", "attn_mask", "attention_chunk", "p_dropout", "score_mod", "mask_mod"),
+        ("score_mod", "mask_mod"),
         _NO_GRADIENT,
     ),
     "block_mask": _NO_GRADIENT,
-    "d_s_aux": "backward does not compute the gradient of s_aux yet",
-    "d_bias": "backward does not compute the gradient of attn_mask yet",
     "accumulate_dkv": "backward overwrites dk and dv; add them up after the call",
     "page_table": "dk and dv are those of dense or packed keys, not of pages",
     "kv_batch_idx": "dk and dv are those of each sequence, not of entries of a cache",
@@ -220,6 +218,11 @@ def _score_gradients(p) -> Sentences:
 def _not_served(p) -> Sentences:
     """The rule of what has no kernel; the rest of the call is good."""
     found = [must(p, name, f"off: {why}") for name, why in REFUSED.items() if getattr(p, name)]
+    if p.deterministic and p.d_bias:
+        sums = [name for name, stride, size in _dims_of_mask(p) if stride == 0 and size > 1]
+        if sums:
+            stated = " and ".join(f"{name}=0" for name in sums)
+            found.append(must(p, "deterministic", f"False with d_bias and {stated}: it is a sum in any order"))
     if p.dtype is DataType.FP8_E4M3:
         found.append(must(p, "dtype", "DataType.FP16 or BF16: backward has no kernel for FP8"))
     if p.head_dim in HEAD_DIMS and p.head_dim not in SERVED_HEAD_DIMS:

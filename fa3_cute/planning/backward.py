@@ -4,11 +4,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from ..contract.scores import MASK_STRIDES
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
+from .score_features import NO_FEATURES, Features, ScoreFields
 
 FLOAT_BYTES = 4
 PREPARE_THREADS = 128
+PREPARE_WARPS = PREPARE_THREADS // WARP
 CONSUMER_WGS = 2  # of the main kernel and those of one gradient
 TILE_SLOTS = 2  # tiles of keys that a CTA knows of
 # Per thread of the producer and of the consumers: 24 + 2 * 240 = 3 * 168, all that the 384 threads of a CTA start with.
@@ -22,33 +25,46 @@ _STRIDES = {
 }
 _SIZES = [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")]
 _P = lambda *names: [(name, "pointer") for name in names]
+_OF_SCORES = ("alibi_slopes", "attn_mask", "rng_state", "d_bias")
 BACKWARD_ARGUMENTS = tuple(
-    _P("q", "k", "v", "dout", "dk", "dv", "shift", "delta", "dq_sum", "order", "tile_counter")
+    _P("q", "k", "v", "dout", "dk", "dv", *_OF_SCORES, "shift", "delta", "dq_sum", "order", "tile_counter")
     + _LENGTHS
     + [x for t in ("q", "k", "v", "dout", "dk", "dv") for x in _STRIDES[t]]
+    + [(name, "int64") for name in ("alibi_batch_stride", *MASK_STRIDES)]
     + _SIZES
     + [
         ("window_size_left", "int32"),
         ("window_size_right", "int32"),
+        ("attention_chunk", "int32"),
         ("num_sms", "int32"),
         ("softmax_scale", "float32"),
+        ("softcap", "float32"),
+        ("p_dropout", "float32"),
         ("stream", "stream"),
     ]
 )
 PREPARE_ARGUMENTS = tuple(
-    _P("out", "dout", "softmax_lse", "dlse", "shift", "delta", "dq_sum", "order", "tile_counter")
+    _P("out", "dout", "softmax_lse", "dlse", "s_aux", "shift", "delta", "dq_sum", "order", "tile_counter", "sink_sums")
     + _LENGTHS
     + [x for t in ("out", "dout") for x in _STRIDES[t]]
     + _SIZES
-    + [("softmax_scale", "float32"), ("stream", "stream")]
+    + [("s_aux_dtype", "int32"), ("softmax_scale", "float32"), ("stream", "stream")]
 )
+CLEAR_ARGUMENTS = tuple(
+    _P("d_bias")
+    + [(name, "int64") for name in MASK_STRIDES]
+    + [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads")]
+    + [("stream", "stream")]
+)
+# num_blocks: of the prepare kernel, each of which has left a warp's sums
+SINKS_ARGUMENTS = (*_P("d_s_aux", "sink_sums"), ("num_heads", "int32"), ("num_blocks", "int32"), ("stream", "stream"))
 FINISH_ARGUMENTS = tuple(
     _P("dq", "dq_sum") + _LENGTHS + _STRIDES["dq"] + _SIZES + [("softmax_scale", "float32"), ("stream", "stream")]
 )
 
 
 @dataclass(frozen=True)
-class BackwardConfig:
+class BackwardConfig(ScoreFields):
     """Compile-time choices of a backward pass: those of its main kernel, and of the two around it that share its tiles.
 
     dtype             of Q, K, V, O and dO: "fp16" or "bf16"; P and dS are rounded to it, accumulation is FP32
@@ -59,6 +75,7 @@ class BackwardConfig:
     is_dq_transposed  dQ^T = K^T dS^T, each warpgroup its columns of dQ, for which tile_m need not be a multiple of 64
                       per warpgroup; else dQ = dS K, each its rows
     is_dq_behind      dQ is computed a Q tile later, when every warpgroup's dS has long been there
+    has_softcap ..    of ScoreFields
     """
 
     dtype: str
@@ -75,8 +92,8 @@ class BackwardConfig:
     registers = REGISTERS
     is_fp8 = False
     has_sums = True  # of dQ, in the workspace
-    has_chunks = False
     packs_heads = False
+    stages_mask = False
     uses_setmaxnreg = True
 
     def __post_init__(self):
@@ -101,13 +118,14 @@ class BackwardConfig:
                 self.smem_bytes <= SMEM_BYTES_PER_CTA,
                 f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}",
             ),
+            *self.score_rules(),
         )
 
     @property
     def name(self) -> str:
         """Short and unique among the rows of the table: names cache entries and kernels."""
         flags = "_varlen" * self.is_varlen + "_det" * self.is_deterministic
-        return f"{self.dtype}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
+        return f"{self.dtype}_d{self.head_dim}_{self.mask}{flags}{self.feature_names}_{self.tile_m}x{self.tile_n}"
 
     @property
     def is_causal(self) -> bool:
@@ -204,10 +222,28 @@ TABLE = {
     (128, "local"): WIDE,
 }
 
+# Features that the kernel of all gradients has, one at a time: with two of them it spills, and with softcap at head_dim
+# 64, whose Q tiles have 128 rows.
+FEATURES_OF_ALL = frozenset(("has_softcap", "has_alibi", "has_chunks"))
+# Its rows with one of them, by head_dim.
+FEATURED = {
+    64: SQUARE,
+    128: Row(64, True, False, "not measured: with 80 queries some of the features spill"),
+}
 
-def backward_config(dtype: str, head_dim: int, mask: str, is_varlen: bool, is_deterministic: bool) -> BackwardConfig:
+
+def has_registers(head_dim: int, features: Features) -> bool:
+    """The kernel of all gradients does not spill with these features."""
+    fields = {field for field, _ in features}
+    return len(fields) <= 1 and fields <= FEATURES_OF_ALL and (head_dim, fields) != (64, {"has_softcap"})
+
+
+def backward_config(
+    dtype: str, head_dim: int, mask: str, is_varlen: bool, is_deterministic: bool, features: Features = NO_FEATURES
+) -> BackwardConfig:
     """The table's config."""
-    row = TABLE[head_dim, mask]
+    row = FEATURED[head_dim] if features else TABLE[head_dim, mask]
     return BackwardConfig(
-        dtype, head_dim, mask, is_varlen, is_deterministic, row.tile_m, row.is_dq_transposed, row.is_dq_behind
+        dtype, head_dim, mask, is_varlen, is_deterministic, row.tile_m, row.is_dq_transposed, row.is_dq_behind,
+        **dict(features),
     )

@@ -10,23 +10,33 @@ from itertools import product
 
 from ..contract.arguments import Entry
 from ..contract.backward_params import ARGUMENTS
+from ..contract.formats import PARTIAL
 from .backward import (
     BACKWARD_ARGUMENTS,
+    CLEAR_ARGUMENTS,
     CONSUMER_WGS,
+    FEATURED,
+    FEATURES_OF_ALL,
     FINISH_ARGUMENTS,
     PREPARE_ARGUMENTS,
     PREPARE_THREADS,
+    SINKS_ARGUMENTS,
     TABLE,
     BackwardConfig,
     backward_config,
+    has_registers,
 )
 from .config import ROWS_PER_WARPGROUP
+from .one_side import FEATURED as ONE_SIDE_FEATURED
 from .one_side import ONE_SIDE_ARGUMENTS, OneSideConfig, OneSidePass
 from .one_side import TABLE as ONE_SIDE
+from .rings import WARP
+from .score_features import NO_FEATURES, Features
 
 MASKS = ("full", "causal", "local")
 ROWS = (*TABLE, *product(ONE_SIDE, MASKS))  # (head_dim, mask) of all passes
 
+CLEAR_THREADS = 128
 GRADIENT = "gradient"  # what SideConfig's kernel calls its own
 # Parts of the workspace: element, bytes of it, alignment that kernels count on.
 SCRATCH = {
@@ -35,6 +45,7 @@ SCRATCH = {
     "dq_sum": ("float32", 4, 16),
     "order": ("int32", 4, 4),
     "tile_counter": ("int32", 4, 4),
+    "sink_sums": ("float32", 4, 16),
 }
 
 
@@ -54,8 +65,16 @@ def _pointed(name: str) -> tuple[str, int]:
     return ARGUMENTS[name].element, ARGUMENTS[name].alignment
 
 
-PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY = map(
-    _entry, (PREPARE_ARGUMENTS, BACKWARD_ARGUMENTS, FINISH_ARGUMENTS, ONE_SIDE_ARGUMENTS)
+PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, SINKS_ENTRY, CLEAR_ENTRY = map(
+    _entry,
+    (
+        PREPARE_ARGUMENTS,
+        BACKWARD_ARGUMENTS,
+        FINISH_ARGUMENTS,
+        ONE_SIDE_ARGUMENTS,
+        SINKS_ARGUMENTS,
+        CLEAR_ARGUMENTS,
+    ),
 )
 
 
@@ -159,21 +178,63 @@ class SideConfig(OneSideConfig):
     kernel = "fa3_cute.kernels.backward.one_side.OneSideBackward"
 
 
-KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig
+@dataclass(frozen=True)
+class SinksConfig(_Around):
+    """Of the kernel that adds up what the prepare kernel has left of d_s_aux: one for all, of no element type."""
+
+    dtype = PARTIAL
+    entry = SINKS_ENTRY
+    arguments = SINKS_ENTRY.arguments
+    kernel = "fa3_cute.kernels.backward.sinks.SinkGradients"
+    name = "bwd_sinks"
+    num_threads = WARP
+    smem_bytes = 0
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ClearConfig(_Around):
+    """Of the kernel that zeroes d_bias, whose other kernel visits what some row sees and may add up."""
+
+    dtype = PARTIAL
+    entry = CLEAR_ENTRY
+    arguments = CLEAR_ENTRY.arguments
+    kernel = "fa3_cute.kernels.backward.clear.ClearBias"
+    name = "bwd_clear"
+    num_threads = CLEAR_THREADS
+    smem_bytes = 0
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
+KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | SinksConfig | ClearConfig
 
 
 def pass_config(
-    dtype: str, head_dim: int, mask: str, is_varlen: bool, is_deterministic: bool
+    dtype: str,
+    head_dim: int,
+    mask: str,
+    is_varlen: bool,
+    is_deterministic: bool,
+    features: Features = NO_FEATURES,
 ) -> BackwardConfig | OneSidePass:
-    """The pass of one of ROWS; one without sums has the same bits in every call, asked for or not."""
-    if head_dim in ONE_SIDE:
-        return OneSidePass(dtype, head_dim, mask, is_varlen)
-    return backward_config(dtype, head_dim, mask, is_varlen, is_deterministic)
+    """The pass of a row of the tables; one without sums has the same bits in every call, asked for or not."""
+    if head_dim in ONE_SIDE or not has_registers(head_dim, features):
+        return OneSidePass(dtype, head_dim, mask, is_varlen, features)
+    return backward_config(dtype, head_dim, mask, is_varlen, is_deterministic, features)
 
 
 def reason_of(cfg: BackwardConfig | OneSidePass) -> str:
     """Why the tables have it."""
-    return (ONE_SIDE[cfg.head_dim] if isinstance(cfg, OneSidePass) else TABLE[cfg.head_dim, cfg.mask]).reason
+    if isinstance(cfg, OneSidePass):
+        return (ONE_SIDE | ONE_SIDE_FEATURED)[cfg.head_dim].reason
+    has_feature = any(getattr(cfg, field) for field in FEATURES_OF_ALL)
+    return (FEATURED[cfg.head_dim] if has_feature else TABLE[cfg.head_dim, cfg.mask]).reason
 
 
 @cache
@@ -181,7 +242,8 @@ def kernels_of(cfg: BackwardConfig | OneSidePass) -> tuple[KernelOfPass, ...]:
     """The kernels of a pass, in the order of their launches."""
     if isinstance(cfg, OneSidePass):
         prepare = PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, has_sums=False)
-        return (prepare, *(SideConfig(**side.as_dict()) for side in cfg.sides))
+        *others, last = (SideConfig(**side.as_dict()) for side in cfg.sides)
+        return (prepare, *others, *[ClearConfig()] * cfg.has_bias, last)
     return (
         PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m),
         MainConfig(**cfg.as_dict()),

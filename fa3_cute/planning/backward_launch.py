@@ -16,32 +16,53 @@ from ..contract.backward_params import (
     INPUTS,
     LSES,
     OUTPUTS,
+    SCORE_INPUTS,
+    SCORE_OUTPUTS,
     BackwardParams,
     plain_backward,
     strides_of,
 )
 from ..contract.backward_rules import first_problem, walk
 from ..contract.formats import ELEMENT_BYTES
-from ..contract.params import are_constants
+from ..contract.params import DTYPE_NAMES, DataType, are_constants
+from ..contract.scores import ELEMENT_BYTES as SCORE_BYTES
+from ..contract.scores import MASK_STRIDES
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
-from .backward import BackwardConfig
-from .backward_kernels import GRADIENT, SCRATCH, FinishConfig, KernelOfPass, SideConfig, kernels_of, pass_config
-from .one_side import OneSidePass
+from .backward import PREPARE_WARPS, BackwardConfig
+from .backward_kernels import (
+    GRADIENT,
+    SCRATCH,
+    ClearConfig,
+    FinishConfig,
+    KernelOfPass,
+    SideConfig,
+    SinksConfig,
+    kernels_of,
+    pass_config,
+)
+from .one_side import BIAS, OneSidePass
 from .problem import ProblemShape
+from .score_features import features_of
 
 MAX_SHAPES = 512  # that are remembered; the next one starts anew
 PART_ALIGNMENT = 16  # of the parts of a workspace, in bytes
 TENSORS = (*INPUTS, *OUTPUTS)
-# Addresses that are other ones in every call, in the order of the fields; the workspace's is the last.
-POINTERS = tuple(name for name, item in ARGUMENTS.items() if item.changes and BACKWARD in item.takers)
+_CHANGING = tuple(name for name, item in ARGUMENTS.items() if item.changes and BACKWARD in item.takers)
+# Addresses that are other ones in every call, in the order of the fields; the workspace's is the last. Behind it those
+# of what scores are changed with, and of its gradients, in calls that have one of them.
+SCORES = tuple(name for name in (*SCORE_INPUTS, *SCORE_OUTPUTS) if name in _CHANGING)
+POINTERS = tuple(name for name in _CHANGING if name not in SCORES)
 WORKSPACE = ("workspace", "workspace_bytes")
 # What kernels are given: these, and the parts of the workspace.
-PLACES = (*POINTERS, *SCRATCH)
-_IS_WRITTEN = (*(name in OUTPUTS for name in POINTERS), True)  # and the workspace
+PLACES = (*POINTERS, *SCORES, *SCRATCH)
+MASK_BYTES = {DTYPE_NAMES[dtype]: nbytes for dtype, nbytes in SCORE_BYTES.items()}  # else a byte
+_ABSENT, _NO_SCORES = (None,) * len(SCORES), (0,) * len(SCORES)
+# Of addresses, in their order.
+_IS_WRITTEN = (*(name in OUTPUTS for name in POINTERS), True, *(name in SCORE_OUTPUTS for name in SCORES))
 # All else is the same in every call of a shape.
-read_shape = attrgetter(*(name for name in ARGUMENTS if name not in POINTERS + WORKSPACE))
-read_pointers = attrgetter(*POINTERS, *WORKSPACE)
+read_shape = attrgetter(*(name for name in ARGUMENTS if name not in POINTERS + SCORES + WORKSPACE))
+read_pointers, read_scores = attrgetter(*POINTERS, *WORKSPACE), attrgetter(*SCORES)
 
 
 class BackwardShape(NamedTuple):
@@ -59,7 +80,7 @@ class BackwardShape(NamedTuple):
     @staticmethod
     def of(p: BackwardParams) -> "BackwardShape":
         """Of plain params that the rules accept."""
-        forward = ProblemShape.of(p)._replace(workspace=0, optionals=())
+        forward = ProblemShape.of(p)._replace(workspace=0)
         strides = tuple((name, strides_of(p, name)) for name in TENSORS)
         if forward.is_packed:
             strides = tuple((name, (0, row, head)) for name, (_, row, head) in strides)
@@ -69,7 +90,7 @@ class BackwardShape(NamedTuple):
     def config(self) -> BackwardConfig | OneSidePass:
         """What the tables have for it."""
         of = self.forward
-        return pass_config(of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic)
+        return pass_config(of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic, features_of(of))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +119,8 @@ class Stage:
     @property
     def output(self) -> str:
         """The one gradient without which it is left out; "" if it is never."""
-        return "dq" if isinstance(self.config, FinishConfig) else getattr(self.config, "side", "")
+        own = {FinishConfig: "dq", SinksConfig: "d_s_aux", ClearConfig: "d_bias"}
+        return own.get(type(self.config)) or getattr(self.config, "side", "")
 
 
 @dataclass(eq=False)
@@ -108,22 +130,25 @@ class Pass:
     stages            the launches, one after the other; a kernel of one gradient is left out if that is not wanted
     workspace_bytes   what the caller's workspace must hold; its parts begin at `offsets`, in the order of SCRATCH
     extents           bytes from the address of each of POINTERS to behind its last element
-    apart             addresses of POINTERS and a workspace that were found not to overlap
+    scores            (bytes likewise, alignment) of each of SCORES; () in calls without
+    apart             addresses that were found not to overlap
     """
 
     stages: tuple[Stage, ...]
     workspace_bytes: int
     offsets: tuple[int, ...]
     extents: tuple[int, ...]
+    scores: tuple[tuple[int, int], ...] = ()
     apart: tuple[int, ...] = ()
 
     def places(self, addresses: tuple[int, ...]) -> tuple[int, ...]:
-        """In the order of PLACES, of addresses of POINTERS and the workspace.
+        """In the order of PLACES, of the addresses of a call (`checked`).
 
         Where there is no query or no key, tensors may have no address, but TMA's descriptors are made of one.
         """
-        q, k, v, out, lse, dout, *others, workspace = addresses
-        return (q or k, k or q, v or q, out, lse, dout or k, *others, *[workspace + offset for offset in self.offsets])
+        q, k, v, out, lse, dout, dlse, dq, dk, dv, workspace, *scores = addresses
+        tensors = q or k, k or q, v or q, out, lse, dout or k, dlse, dq, dk, dv
+        return (*tensors, *(scores or _NO_SCORES), *[workspace + offset for offset in self.offsets])
 
 
 def num_blocks(of: ProblemShape, tile_m: int) -> int:
@@ -136,10 +161,11 @@ def pass_of(shape: BackwardShape) -> Pass:
     """How it is served."""
     of, cfg = shape.forward, shape.config
     prepare, *others = kernels_of(cfg)
-    has_queries, has_keys = of.seqlen_q > 0, of.seqlen_k > 0
+    has_queries, has_keys, has_sinks = of.seqlen_q > 0, of.seqlen_k > 0, "s_aux" in of.optionals
     kernels = [prepare] * has_queries + [
         kernel for kernel in others if (has_queries if _is_of_queries(kernel) else has_keys)
     ]
+    kernels += [SinksConfig()] * has_sinks
     rows = num_blocks(of, cfg.tile_m) * of.num_heads * has_queries
     elements = {
         "shift": rows * cfg.tile_m,
@@ -147,15 +173,17 @@ def pass_of(shape: BackwardShape) -> Pass:
         "dq_sum": rows * cfg.tile_m * cfg.head_dim * cfg.has_sums,
         "order": rows * cfg.has_sums,
         "tile_counter": int(cfg.has_sums and has_queries),
+        "sink_sums": rows * PREPARE_WARPS * has_sinks,
     }
     sizes = [-(-elements[part] * SCRATCH[part][1] // PART_ALIGNMENT) * PART_ALIGNMENT for part in SCRATCH]
     *offsets, total = accumulate(sizes, initial=0)
-    return Pass(tuple(_stage(kernel, shape) for kernel in kernels), total, tuple(offsets), _extents(shape))
+    stages, scores = tuple(_stage(kernel, shape) for kernel in kernels), _scores_of(shape) if of.optionals else ()
+    return Pass(stages, total, tuple(offsets), _extents(shape), scores)
 
 
 def _is_of_queries(cfg: KernelOfPass) -> bool:
     """Its CTAs have queries: it writes dq."""
-    return isinstance(cfg, FinishConfig) or isinstance(cfg, SideConfig) and cfg.is_of_queries
+    return isinstance(cfg, FinishConfig | ClearConfig) or isinstance(cfg, SideConfig) and cfg.is_of_queries
 
 
 def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
@@ -165,12 +193,19 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
     } | {
         "window_size_left": of.window_left,
         "window_size_right": of.window_right,
+        "attention_chunk": of.attention_chunk,
         "softmax_scale": of.softmax_scale,
+        "softcap": of.number("softcap"),
+        "p_dropout": of.number("p_dropout"),
+        **dict(zip(("alibi_batch_stride", *MASK_STRIDES), of.strides[-4:], strict=True)),
+        "s_aux_dtype": of.sink_dtype,
+        "num_blocks": num_blocks(of, shape.config.tile_m) if of.seqlen_q else 0,
     }
     for tensor, strides in shape.strides:
         names = (f"{tensor}_{dim}_stride" for dim in ("batch", "row", "head"))
         values |= dict(zip(names, strides, strict=True))
     own = getattr(cfg, "side", "")  # what `gradient` stands for
+    own = "dq" if own == BIAS else own  # which has no gradient of that kind, and leaves it alone
     strides, sizes, scales = (
         tuple(
             values[name.replace(GRADIENT, own)]
@@ -196,25 +231,50 @@ def _extents(shape: BackwardShape) -> tuple[int, ...]:
     return tuple(found[name] for name in POINTERS)
 
 
+def _scores_of(shape: BackwardShape) -> tuple[tuple[int, int], ...]:
+    """Pass.scores of a shape with some of them."""
+    of = shape.forward
+    sink, element = SCORE_BYTES[DataType(of.sink_dtype)], MASK_BYTES.get(of.attn_mask, 1)
+    sizes = of.batch_size, of.num_heads, of.seqlen_q
+    scores = sum(stride * (size - 1) for stride, size in zip(of.strides[-3:], sizes, strict=True)) + of.seqlen_k
+    found = {
+        "s_aux": (of.num_heads * sink, sink),
+        "alibi_slopes": (4 * ((of.batch_size - 1) * of.strides[-4] + of.num_heads), 4),
+        "attn_mask": (element * scores, element),
+        "rng_state": (16, 8),
+        "d_s_aux": (4 * of.num_heads, 4),
+        "d_bias": (4 * scores, 4),
+    }
+    return tuple(found[name] for name in SCORES)
+
+
 # ---- checking --------------------------------------------------------------------------------------------------------
 
-# Of calls that were good, by their values of read_shape.
+# Of calls that were good, by their `_key`.
 _known: dict[tuple, Pass] = {}
 
 
+def _key(values: tuple, scores: tuple) -> tuple:
+    """Of the values of read_shape and read_scores: which of the latter there are is part of the shape."""
+    if scores == _ABSENT:
+        return values
+    given = tuple([type(address) is int and address != 0 for address in scores])
+    return (values, given) if any(given) else values
+
+
 def checked(params: BackwardParams) -> Problem | tuple[Pass, tuple[int, ...]]:
-    """The first problem of a call, or how it is served and the addresses of POINTERS and of the workspace, 0 for absent
-    ones.
+    """The first problem of a call, or how it is served and the addresses of POINTERS, of the workspace, and if there is
+    one of them of SCORES; 0 for absent ones.
 
     Of a shape that has come before only the addresses are looked at. Raises TypeError for what is no BackwardParams.
     """
     require(params)
-    values = read_shape(params)
+    values, scores = read_shape(params), read_scores(params)
     try:
-        known = _known.get(values)
+        known = _known.get(_key(values, scores))
     except Exception:  # a value that cannot be hashed or compared: the rules put it into words
         known = None
-    if known is not None and (addresses := _addresses(known, read_pointers(params))):
+    if known is not None and (addresses := _addresses(known, read_pointers(params), scores)):
         return known, addresses
     p = plain_backward(params)
     if problem := first_problem(p):
@@ -224,36 +284,48 @@ def checked(params: BackwardParams) -> Problem | tuple[Pass, tuple[int, ...]]:
     if problem := _workspace_problem(p, found):
         return problem
     *given, _ = [address or 0 for address in read_pointers(p)]
+    if found.scores:
+        given += [address or 0 for address in read_scores(p)]
     if are_constants(values) and shape.forward.seqlen_q and shape.forward.seqlen_k:
         if len(_known) >= MAX_SHAPES:
             _known.clear()
-        _known[values] = found
+        _known[_key(values, read_scores(p))] = found
         found.apart = tuple(given)
     return found, tuple(given)
 
 
-def _addresses(known: Pass, given: tuple[Any, ...]) -> tuple[int, ...] | None:
+def _addresses(known: Pass, given: tuple[Any, ...], scores: tuple[Any, ...]) -> tuple[int, ...] | None:
     """Good addresses in plain ints; None if the rules have to look."""
     *addresses, nbytes = given
+    if known.scores or scores != _ABSENT:
+        addresses += scores
     found = tuple([0 if address is None else address for address in addresses])
     if not {int}.issuperset(map(type, found)) or type(nbytes) is not int or nbytes < known.workspace_bytes:
         return None
-    if found != known.apart and not _are_good(found, (*known.extents, known.workspace_bytes)):
+    if not known.scores:  # all of them are 0
+        found = found[: len(POINTERS) + 1]
+    if found != known.apart and not _are_good(known, found):
         return None
     known.apart = found
     return found
 
 
-def _are_good(addresses: tuple[int, ...], extents: tuple[int, ...]) -> bool:
+def _are_good(known: Pass, addresses: tuple[int, ...]) -> bool:
     """Whether those that must be there are, aligned, and no output lies between another tensor's first byte and its
     last; that is not asked of columns of one buffer, which the rules look at."""
-    q, k, v, out, lse, dout, dlse, dq, dk, dv, workspace = addresses
+    q, k, v, out, lse, dout, dlse, dq, dk, dv, workspace, *scores = addresses
+    extents = (*known.extents, known.workspace_bytes)
+    if scores:
+        given = zip(scores, known.scores, strict=True)
+        if any(address % alignment or address >> 64 for address, (_, alignment) in given):
+            return False
+        extents += tuple([extent for extent, _ in known.scores])
     # LSEs are aligned to 4 bytes, the others to 16.
     bits = q | k | v | out | dout | dq | dk | dv | workspace | (lse | dlse) << 2
     if bits & 15 or bits >> 64 or not (q and k and v and out and lse and dout and workspace and (dq or dk or dv)):
         return False
     end_of_any = end_of_outputs = 0
-    for start, extent, is_output in sorted(zip(addresses, extents, _IS_WRITTEN, strict=True)):
+    for start, extent, is_output in sorted(zip(addresses, extents, _IS_WRITTEN, strict=False)):
         if start < end_of_outputs or is_output and 0 < start < end_of_any:
             return False
         if start:
@@ -281,7 +353,10 @@ def _workspace_problem(p: BackwardParams, found: Pass) -> Problem | None:
 def _overlap_problem(p: BackwardParams, found: Pass) -> Problem | None:
     """Of the workspace with a tensor."""
     begin, end = p.workspace or 0, (p.workspace or 0) + found.workspace_bytes
-    for name, extent in zip(POINTERS, found.extents, strict=True):
+    extents = dict(zip(POINTERS, found.extents, strict=True))
+    if found.scores:
+        extents |= {name: extent for name, (extent, _) in zip(SCORES, found.scores, strict=True)}
+    for name, extent in extents.items():
         address = getattr(p, name)
         if address and address < end and begin < address + extent:
             detail = f"workspace={begin:#x}: its {found.workspace_bytes} bytes overlap {name}={address:#x}"

@@ -1,4 +1,5 @@
-"""OneSideConfig: a backward kernel of one gradient, for head dims whose three do not fit one CTA. Pure Python.
+"""OneSideConfig: a backward kernel of one gradient, for head dims whose three do not fit one CTA, and for what is done
+to scores that the kernel of all three has no registers for. Pure Python.
 
 A CTA holds rows of one side, of queries for dQ or of keys for dK or dV, and their gradient in registers, while tiles of
 the other side pass. Nothing is added up across CTAs: there is no sum in FP32, no order to keep, and the same bits in
@@ -12,8 +13,10 @@ from typing import NamedTuple
 from .backward import BACKWARD_ARGUMENTS, CONSUMER_WGS, REGISTERS
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .rings import WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
+from .score_features import NO_FEATURES, Features, ScoreFields, take_registers
 
 SIDES = ("dq", "dk", "dv")
+BIAS = "d_bias"  # another side: rows of dS are what it writes, and there is no third GEMM
 PREPARED_ROWS = 128  # of a block of the prepare kernel, for all three: a sequence's vectors start with one
 # As the main kernel's, with the one gradient instead of its sums.
 ONE_SIDE_ARGUMENTS = tuple(
@@ -24,13 +27,14 @@ ONE_SIDE_ARGUMENTS = tuple(
 
 
 @dataclass(frozen=True)
-class OneSideConfig:
+class OneSideConfig(ScoreFields):
     """Compile-time choices.
 
-    side            the gradient: "dq", "dk" or "dv"
+    side            the gradient: "dq", "dk", "dv" or "d_bias"
     tile_rows       of the CTA's side
     tile_columns    of a tile of the other side
     num_*_stages    slots of the other side's two tensors: K and V, or Q and dO
+    has_softcap ..  of ScoreFields
     """
 
     dtype: str
@@ -45,22 +49,22 @@ class OneSideConfig:
     num_consumer_wgs = CONSUMER_WGS
     registers = REGISTERS
     is_fp8 = False
-    has_chunks = False
     packs_heads = False
+    stages_mask = False
     page_box = 0
     uses_setmaxnreg = True
 
     def __post_init__(self):
-        if self.side not in SIDES:
-            raise ValueError(f"side={self.side!r}: must be one of {', '.join(SIDES)}")
+        if self.side not in (*SIDES, BIAS):
+            raise ValueError(f"side={self.side!r}: must be one of {', '.join((*SIDES, BIAS))}")
         if self.smem_bytes > SMEM_BYTES_PER_CTA:
             raise ValueError(f"{self.name}: {self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}")
 
     @property
     def name(self) -> str:
         """Names cache entries and kernels."""
-        varlen = "_varlen" * self.is_varlen
-        return f"bwd_{self.side}_{self.dtype}_d{self.head_dim}_{self.mask}{varlen}_{self.tile_rows}x{self.tile_columns}"
+        flags = "_varlen" * self.is_varlen + self.feature_names
+        return f"bwd_{self.side}_{self.dtype}_d{self.head_dim}_{self.mask}{flags}_{self.tile_rows}x{self.tile_columns}"
 
     @property
     def has_dp(self) -> bool:
@@ -69,7 +73,12 @@ class OneSideConfig:
 
     @property
     def is_of_queries(self) -> bool:
-        return self.side == "dq"
+        return self.side in ("dq", BIAS)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Of the CTA's rows, in registers."""
+        return self.side != BIAS
 
     @property
     def tile_rows(self) -> int:
@@ -160,6 +169,13 @@ TABLE = {
     192: OneSideRow(64, 2, (64, 2), "the widest tiles that do not spill; no others were timed"),
     256: OneSideRow(64, 1, (64, 2), "the widest tiles that do not spill and fit shared memory; no others were timed"),
 }
+# Of the other head dims, with features of scores that the kernel of all three gradients does not have.
+FEATURED = {
+    64: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
+    128: OneSideRow(64, 2, (64, 2), "not measured: the widest tiles that do not spill"),
+}
+# With attn_mask or dropout, which need registers beside the scores; with more columns some kernels spill.
+MASKED_COLUMNS = {64: 64, 96: 64, 128: 32, 192: 32, 256: 32}
 
 
 @dataclass(frozen=True)
@@ -170,18 +186,35 @@ class OneSidePass:
     head_dim: int
     mask: str
     is_varlen: bool
+    features: Features = NO_FEATURES
 
     tile_m = PREPARED_ROWS  # of the prepare kernel
     has_sums = False
 
     @property
+    def has_bias(self) -> bool:
+        """attn_mask is added."""
+        return dict(self.features).get("attn_mask", "bool") != "bool"
+
+    @property
     def sides(self) -> tuple[OneSideConfig, ...]:
-        """Of dQ, dK and dV."""
-        row = TABLE[self.head_dim]
+        """Of dQ, dK and dV, and of d_bias where attn_mask is added."""
+        row = (TABLE | FEATURED)[self.head_dim]
         shapes = dict.fromkeys(SIDES, (row.tile_columns, row.num_y2_stages)) | {"dv": row.of_dv}
+        if take_registers(self.features) or ("has_dropout", True) in self.features:
+            shapes = {side: (MASKED_COLUMNS[self.head_dim], stages) for side, (_, stages) in shapes.items()}
+        if self.has_bias:
+            shapes[BIAS] = shapes["dq"]
         return tuple(
             OneSideConfig(
-                self.dtype, self.head_dim, self.mask, self.is_varlen, side, columns, num_y2_stages=num_y2_stages
+                self.dtype,
+                self.head_dim,
+                self.mask,
+                self.is_varlen,
+                side,
+                columns,
+                num_y2_stages=num_y2_stages,
+                **dict(self.features),
             )
             for side, (columns, num_y2_stages) in shapes.items()
         )

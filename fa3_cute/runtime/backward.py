@@ -3,10 +3,12 @@
 import threading
 from typing import Any
 
-from ..planning.backward_launch import MAX_SHAPES, POINTERS, Pass
+from ..planning.backward_launch import MAX_SHAPES, PLACES, Pass
 from .launch import Call, ensure_loaded, launch, require_loaded, resolve_stream
 
-OUTPUTS = tuple((name, POINTERS.index(name)) for name in ("dq", "dk", "dv"))
+# What a launch is left out without, and its place.
+GRADIENTS = tuple((name, PLACES.index(name)) for name in ("dq", "dk", "dv"))
+OF_SCORES = (*GRADIENTS, *((name, PLACES.index(name)) for name in ("d_s_aux", "d_bias")))
 
 
 class _Thread(threading.local):
@@ -22,7 +24,7 @@ def backward(found: Pass, addresses: tuple[int, ...], stream=None) -> None:
     with nothing enqueued if a kernel is missing."""
     handle = resolve_stream(stream)
     places = found.places(addresses)
-    absent = tuple([name for name, index in OUTPUTS if not addresses[index]])
+    absent = tuple([name for name, index in (OF_SCORES if found.scores else GRADIENTS) if not places[index]])
     stages = tuple([stage for stage in found.stages if stage.output not in absent]) if absent else found.stages
     if not stages:  # no query, and dq alone is wanted
         return

@@ -91,6 +91,6 @@ def test_explain_names_the_kernels_of_one_gradient_each(argv, capsys):
 
 
 def test_explain_refuses_what_backward_refuses(capsys):
-    argv = ["explain", "--backward", *SIZES, "--softcap", "30"]
+    argv = ["explain", "--backward", *SIZES, "--num-splits", "3"]
     assert main(argv) == 1
-    assert capsys.readouterr().out.startswith("backward would refuse this:\n  FEATURE_UNSUPPORTED (-16): softcap=30.0")
+    assert capsys.readouterr().out.startswith("backward would refuse this:\n  FEATURE_UNSUPPORTED (-16): num_splits=3")

@@ -171,12 +171,6 @@ REFUSED_CALLS = [
     *(
         (-16, DENSE, {name: value, **others}, (f"{name}=", "must be off", words))
         for name, value, others, words in (
-            ("softcap", 30.0, {}, "no kernel"),
-            ("s_aux", LENGTHS, {}, "no kernel"),
-            ("alibi_slopes", LENGTHS, {}, "no kernel"),
-            ("attn_mask", LENGTHS, {}, "no kernel"),
-            ("attention_chunk", 128, {}, "no kernel"),
-            ("p_dropout", 0.1, {"rng_state": LENGTHS}, "no kernel"),
             ("accumulate_dkv", True, {}, "add them up"),
             ("batch_size_k", 2, {}, "entries of a cache"),
             ("num_splits", 1, {}, "deterministic=True"),
@@ -257,7 +251,7 @@ def test_a_row_of_the_tables_is_all_that_refuses(monkeypatch):
     """What gets a kernel is served when its row goes."""
     monkeypatch.delitem(REFUSED, "softcap")
     monkeypatch.setattr(rules, "SERVED_GRAD_DTYPES", (FP32,))
-    assert contract_problems(replace(DENSE, softcap=3.0, head_dim=96, grad_dtype=FP32)) == []
+    assert contract_problems(replace(DENSE, accumulate_dkv=True, head_dim=96, grad_dtype=FP32)) == []
     found = contract_problems(replace(DENSE, head_dim=96, grad_dtype=FP32, dq_row_stride=2050))
     assert [problem.status for problem in found] == [-7] and "multiple of 4 elements" in found[0].detail
 

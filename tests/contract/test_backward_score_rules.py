@@ -16,11 +16,21 @@ def served(monkeypatch):
     serve_all(monkeypatch)
 
 
-def test_gradients_of_scores_are_refused_with_what_they_are_of():
+def test_gradients_of_scores_are_served_with_what_they_are_of():
     for changes in (SINKS, BIAS, SCORES):
-        found = contract_problems(replace(DENSE, **changes))
-        assert {problem.status for problem in found} == {-16}
-        assert {problem.detail.split("=")[0] for problem in found} == set(changes) - {"attn_mask_dtype"}
+        assert contract_problems(replace(DENSE, **changes)) == []
+
+
+@pytest.mark.parametrize("dim", ["batch", "head", "row"])
+def test_a_d_bias_that_is_a_sum_has_no_order(dim):
+    """Along a stride of 0, where there is more than one to add up."""
+    of_one = {"batch": {"batch_size": 1}, "head": {"num_heads": 1, "num_heads_k": 1}, "row": {"seqlen_q": 1}}[dim]
+    call = replace(DENSE, **BIAS, **{f"attn_mask_{dim}_stride": 0}, deterministic=True)
+    (found,) = contract_problems(call)
+    assert found.status == -16 and "deterministic=True: must be False with" in found.detail
+    assert f"attn_mask_{dim}_stride=0" in found.detail
+    for changes in ({"deterministic": False}, {"d_bias": None}, of_one):
+        assert contract_problems(replace(call, **changes)) == []
 
 
 @pytest.mark.parametrize(

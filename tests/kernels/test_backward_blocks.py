@@ -28,11 +28,32 @@ def cases_of(rows) -> list[tuple]:
 
 CASES = cases_of(TABLE)
 SIDE_CASES = cases_of(product((96, 192), MASKS))  # whose Q tiles have 128 and 64 rows
+CHUNKS = [((99, 99), 100), ((63, 0), 64), ((30, 5), 70), ((299, 299), 300)]  # and the windows that they are too
+CASES = [
+    (head_dim, mask, window, lengths, 0)
+    for head_dim, mask in TABLE
+    for window in (WINDOWS if mask == "local" else [(0, 0)])
+    for lengths in LENGTHS
+] + [
+    (head_dim, "local", *facts)
+    for head_dim in (64, 128)
+    for facts in ((window, lengths, chunk) for window, chunk in CHUNKS for lengths in LENGTHS)
+]
 
 
-def sees(mask: str, window: tuple[int, int], query: int, key: int, seqlen_q: int, seqlen_k: int) -> bool:
+def problem(head_dim: int, mask: str, window: tuple[int, int], chunk: int, is_deterministic: bool = False):
+    """(config, Window)"""
+    features = frozenset({("has_chunks", True)}) if chunk else frozenset()
+    cfg = backward_config("bf16", head_dim, mask, False, is_deterministic, features)
+    return cfg, Window(*window, chunk or None)
+
+
+def sees(mask: str, window: tuple[int, int], query: int, key: int, lengths: tuple[int, int], chunk: int) -> bool:
     """Bottom-right aligned."""
-    distance = query + seqlen_k - seqlen_q - key
+    diagonal = query + lengths[1] - lengths[0]
+    distance = diagonal - key
+    if chunk and diagonal // chunk != key // chunk:
+        return False
     return (
         mask == "full"
         or -(window[1] if mask == "local" else 0) <= distance
@@ -51,18 +72,21 @@ def test_query_range(head_dim, mask, window, lengths):
     """Every tile with a query that sees one of the keys, and no mask where all see all of them."""
     seqlen_q, seqlen_k = lengths
     cfg = main_config(head_dim, mask)
+@pytest.mark.parametrize("head_dim, mask, window, lengths, chunk", CASES)
+def test_query_range(head_dim, mask, window, lengths, chunk):
+    """Every tile with a query that sees one of the keys, and no mask where all see all of them."""
+    seqlen_q, seqlen_k = lengths
+    cfg, seen_by = problem(head_dim, mask, window, chunk)
     for n_block in range(-(-seqlen_k // cfg.tile_n)):
         keys = range(n_block * cfg.tile_n, (n_block + 1) * cfg.tile_n)
-        found = query_range(cfg, Window(*window), n_block, seqlen_q, seqlen_k)
+        found = query_range(cfg, seen_by, n_block, seqlen_q, seqlen_k)
         assert found.m_block_min <= found.m_block_full_min <= found.m_block_full_max <= found.m_block_max
         if mask != "local":
             assert found.m_block_full_max == found.m_block_max  # the role loops over no third part
         for m_block in range(-(-seqlen_q // cfg.tile_m)):
             queries = range(m_block * cfg.tile_m, min((m_block + 1) * cfg.tile_m, seqlen_q))
             seen = [
-                key < seqlen_k and sees(mask, window, query, key, seqlen_q, seqlen_k)
-                for query in queries
-                for key in keys
+                key < seqlen_k and sees(mask, window, query, key, lengths, chunk) for query in queries for key in keys
             ]
             if any(seen):
                 assert found.m_block_min <= m_block < found.m_block_max
@@ -70,17 +94,15 @@ def test_query_range(head_dim, mask, window, lengths):
                 assert all(seen)
 
 
-@pytest.mark.parametrize("head_dim, mask, window, lengths", CASES)
-def test_turns(head_dim, mask, window, lengths):
+@pytest.mark.parametrize("head_dim, mask, window, lengths, chunk", CASES)
+def test_turns(head_dim, mask, window, lengths, chunk):
     """The CTAs that add to a Q tile are neighbours, and their turns count from 0 at the last keys."""
     seqlen_q, seqlen_k = lengths
-    cfg = backward_config("bf16", head_dim, mask, False, True)
-    ranges = [
-        query_range(cfg, Window(*window), n_block, seqlen_q, seqlen_k) for n_block in range(-(-seqlen_k // cfg.tile_n))
-    ]
+    cfg, seen_by = problem(head_dim, mask, window, chunk, True)
+    ranges = [query_range(cfg, seen_by, n_block, seqlen_q, seqlen_k) for n_block in range(-(-seqlen_k // cfg.tile_n))]
     for m_block in range(-(-seqlen_q // cfg.tile_m)):
         adders = [n for n, found in enumerate(ranges) if found.m_block_min <= m_block < found.m_block_max]
-        last = last_key_block(cfg, Window(*window), m_block, seqlen_q, seqlen_k)
+        last = last_key_block(cfg, seen_by, m_block, seqlen_q, seqlen_k)
         assert sorted(last - n for n in adders) == list(range(len(adders)))
 
 

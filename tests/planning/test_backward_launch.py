@@ -1,20 +1,23 @@
 """What `backward` plans on the host: entries, kernels, workspace, what is checked of a call that repeats a shape."""
 
+import math
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
-from fa3_cute import AttentionMode, BackwardParams, DataType, MergeParams, Status
+from fa3_cute import AttentionMode, BackwardParams, DataType, MergeParams, ScoreMod, Status
 from fa3_cute.api import backward, backward_workspace_size, explain, forward, kernel_config, warmup, workspace_size
 from fa3_cute.contract import backward_params as contract
 from fa3_cute.contract.arguments import KINDS
 from fa3_cute.contract.formats import UNBOUNDED_WINDOW
+from fa3_cute.contract.scores import MASK_STRIDES
 from fa3_cute.contract.status import FlashAttentionError, Problem, last_error
 from fa3_cute.planning import backward_launch as planning
 from fa3_cute.planning.backward import TABLE
 from fa3_cute.planning.backward_kernels import (
+    CLEAR_ENTRY,
     FINISH_ENTRY,
     GRADIENT,
     MAIN_ENTRY,
@@ -24,13 +27,19 @@ from fa3_cute.planning.backward_kernels import (
     SIDE_ENTRY,
     FinishConfig,
     PrepareConfig,
+    SINKS_ENTRY,
+    MainConfig,
+    SideConfig,
+    SinksConfig,
     kernels_of,
     pass_config,
 )
 from fa3_cute.planning.one_side import SIDES, OneSidePass
+from fa3_cute.planning.score_features import FEATURES
 from fa3_cute.planning.selections import backward_configs, backward_kernels
 
 A, STEP = 0x7F00_0000_0000, 1 << 32
+SAME = ScoreMod(lambda score, batch, head, query, key, info, aux: score, name="same", key="same")
 ADDRESSES = {name: A + index * STEP for index, name in enumerate(planning.POINTERS)}
 GOOD = BackwardParams(
     **ADDRESSES,
@@ -48,6 +57,16 @@ PACKED = replace(
     GOOD, mode=AttentionMode.VARLEN_PREFILL, cu_seqlens_q=A + 64, cu_seqlens_k=A + 128, total_q=700, total_k=900
 )
 ENTRIES = {"prepare": PREPARE_ENTRY, "main": MAIN_ENTRY, "finish": FINISH_ENTRY, "side": SIDE_ENTRY}
+ENTRIES = {
+    "prepare": PREPARE_ENTRY,
+    "main": MAIN_ENTRY,
+    "finish": FINISH_ENTRY,
+    "sinks": SINKS_ENTRY,
+    "clear": CLEAR_ENTRY,
+}
+# Of calls with one of planning.SCORES, which others have no room for.
+SCORES = {name: A - (4 + index) * STEP for index, name in enumerate(planning.SCORES)}
+SINKS = {name: SCORES[name] for name in ("s_aux", "d_s_aux")}
 
 
 def plan(params):
@@ -65,6 +84,8 @@ def test_entries_say_what_the_fields_say():
     taken = {name: item for name, item in contract.ARGUMENTS.items() if contract.BACKWARD in item.takers}
     arguments = [(name.replace(GRADIENT, "dq"), kind) for entry in ENTRIES.values() for name, kind in entry.arguments]
     others = {"stream": "stream"} | dict.fromkeys(SCRATCH, "pointer")
+    arguments = [row for entry in ENTRIES.values() for row in entry.arguments]
+    others = {"stream": "stream", "num_blocks": "int32"} | dict.fromkeys(SCRATCH, "pointer")
     for name, kind in arguments:
         assert kind == (others[name] if name in others else KINDS[taken[name].kind]), name
     assert {name for name, _ in arguments} == taken.keys() | others.keys()
@@ -152,6 +173,8 @@ def test_what_kernels_are_told(call, changes, mask, window):
     rows_q, rows_k = (700, 900) if call is PACKED else (500, 300)
     sizes = {"batch_size": 2, "seqlen_q": rows_q, "seqlen_k": rows_k, "num_heads": 6, "num_heads_k": 3}
     sizes |= dict(zip(("window_size_left", "window_size_right"), window, strict=True))
+    sizes |= {"s_aux_dtype": DataType.FP32, "attention_chunk": 0}
+    scales = {"softmax_scale": 64**-0.5, "softcap": 0.0, "p_dropout": 0.0}
     row_q, row_k = 6 * 64, 3 * 64
     strides = {
         **{f"{x}_row_stride": row_k if x in ("k", "v", "dk", "dv") else row_q for x in planning.TENSORS},
@@ -161,11 +184,13 @@ def test_what_kernels_are_told(call, changes, mask, window):
         f"{x}_batch_stride": 0 if call is PACKED else strides[f"{x}_row_stride"] * (rows_k if x[-1] in "kv" else rows_q)
         for x in planning.TENSORS
     }
+    strides |= dict.fromkeys(("alibi_batch_stride", *MASK_STRIDES), 0)
     for stage in (prepare, main, finish):
-        names = {kind: [name for name, own in stage.config.arguments if own == kind] for kind in ("int64", "int32")}
+        kinds = ("int64", "int32", "float32")
+        names = {kind: [name for name, own in stage.config.arguments if own == kind] for kind in kinds}
         assert stage.strides == tuple(strides[name] for name in names["int64"])
         assert stage.sizes == tuple(sizes[name] for name in names["int32"])
-        assert stage.scales == (64**-0.5,)
+        assert stage.scales == tuple(scales[name] for name in names["float32"])
 
 
 # ---- the workspace ---------------------------------------------------------------------------------------------------
@@ -180,10 +205,13 @@ def test_workspace(call, head_dim):
     tile_m = found.stages[1].config.tile_m
     tiles = (700 // tile_m + 2 if call.mode else 2 * -(-500 // tile_m)) * 6
     sizes = [4 * tiles * tile_m, 4 * tiles * tile_m, 4 * tiles * tile_m * head_dim, 4 * tiles]
-    ends = [*found.offsets[1:], found.workspace_bytes]
-    for start, end, size in zip(found.offsets, ends, sizes, strict=True):
-        assert start % 16 == 0 and 0 <= end - start - size < 16
-    assert backward_workspace_size(call) == found.workspace_bytes
+    with_sinks = replace(call, **SINKS)
+    for own, of_sinks in ((call, 0), (with_sinks, 4 * tiles * 4)):
+        found = plan(own)
+        ends = [*found.offsets[1:], found.workspace_bytes]
+        for start, end, size in zip(found.offsets, ends, (*sizes, of_sinks), strict=True):
+            assert start % 16 == 0 and 0 <= end - start - size < 16
+        assert backward_workspace_size(own) == found.workspace_bytes
 
 
 def test_a_workspace_must_be_there_and_large_enough():
@@ -261,7 +289,7 @@ def test_good_addresses_are_all_that_is_looked_at(counted, changes):
         ({"workspace": ADDRESSES["q"] + 2 * 500 * 6 * 64 * 2 - 16}, Status.INVALID_ARGUMENT),
         ({"workspace": None, "workspace_bytes": 0}, Status.NULL_POINTER),
         ({"workspace_bytes": 64}, Status.INVALID_ARGUMENT),
-        ({"s_aux": A}, Status.FEATURE_UNSUPPORTED),
+        ({"score_mod": SAME}, Status.FEATURE_UNSUPPORTED),
         ({"d_bias": A - 2 * STEP}, Status.INVALID_ARGUMENT),
         ({"accumulate_dkv": True}, Status.FEATURE_UNSUPPORTED),
         ({"q": "an address"}, Status.INVALID_ARGUMENT),
@@ -274,6 +302,90 @@ def test_bad_ones_are_put_into_words(counted, changes, status):
     assert backward(call) == status and len(counted) == 1
     assert warmup(call) == status
     assert last_error().status == status and explain(call)[0].status == status
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"s_aux": A - 40 * STEP, "d_s_aux": A - 41 * STEP},
+        {"d_s_aux": SINKS["s_aux"] + 6 * 4},  # right behind it
+        {"workspace": A - 2 * STEP},
+    ],
+    ids=str,
+)
+def test_good_addresses_of_scores_are_all_that_is_looked_at(counted, changes):
+    good = replace(GOOD, **SINKS)
+    known = plan(good)
+    counted.clear()
+    assert plan(replace(good, **changes)) is known is not plan(GOOD) and not counted
+    expected = dict.fromkeys(planning.SCORES, 0) | SINKS | changes
+    addresses = planning.checked(replace(good, **changes))[1]
+    assert addresses[-len(planning.SCORES) :] == tuple(expected[name] for name in planning.SCORES)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"d_s_aux": SINKS["d_s_aux"] + 2},
+        {"s_aux": 1 << 64},
+        {"d_s_aux": SINKS["s_aux"] + 5 * 4},
+        {"d_s_aux": ADDRESSES["q"] + 4},
+        {"s_aux": ADDRESSES["dq"] + 4},
+        {"s_aux": GOOD.workspace + 4},
+        {"d_s_aux": GOOD.workspace + 4},
+    ],
+    ids=str,
+)
+def test_bad_addresses_of_scores_are_put_into_words(counted, changes):
+    plan(replace(GOOD, **SINKS))
+    counted.clear()
+    assert backward(replace(GOOD, **SINKS | changes)) == Status.INVALID_ARGUMENT and len(counted) == 1
+
+
+@pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
+def test_features_are_of_the_config(call):
+    """One at a time of the kernel of all gradients; several, and those that it has not, of kernels of one each."""
+    call = replace(call, head_dim=128)
+    options = {"softcap": 3.0, "attention_chunk": 40, "alibi_slopes": SCORES["alibi_slopes"], "alibi_batch_stride": 9}
+    for name, flag in (("softcap", "has_softcap"), ("attention_chunk", "has_chunks"), ("alibi_slopes", "has_alibi")):
+        main = plan(replace(call, **{name: options[name]})).stages[1].config
+        assert isinstance(main, MainConfig)
+        assert [field for field in FEATURES if getattr(main, field)] == [flag]
+    options |= {"p_dropout": 0.25, "rng_state": SCORES["rng_state"]}
+    _, *others = plan(replace(call, **options)).stages
+    assert [stage.output for stage in others] == ["dq", "dk", "dv"]
+    for stage in others:
+        cfg = stage.config
+        assert cfg.mask == "local" and cfg.has_softcap and cfg.has_alibi and cfg.has_chunks and cfg.has_dropout
+        arguments = dict(zip([name for name, kind in cfg.arguments if kind == "int32"], stage.sizes, strict=True))
+        assert arguments["attention_chunk"] == 40 and arguments["window_size_left"] == 39
+        assert stage.scales == (1 / math.sqrt(128), 3.0, 0.25) and stage.strides[-4:] == (9, 0, 0, 0)
+
+
+def test_masks_are_of_kernels_of_one_gradient():
+    """d_bias is of one more, behind one that clears it: of a mask that is added."""
+    added = {"attn_mask": SCORES["attn_mask"], "attn_mask_dtype": DataType.BF16, "attn_mask_head_stride": 0}
+    for changes, mask, of_bias in (
+        ({"attn_mask": SCORES["attn_mask"]}, "bool", []),
+        (added | {"d_bias": SCORES["d_bias"]}, "bf16", ["d_bias", "d_bias"]),
+    ):
+        _, *stages = plan(replace(GOOD, **changes)).stages
+        assert [stage.output for stage in stages] == ["dq", "dk", "dv", *of_bias]
+        assert all(stage.config.attn_mask == mask for stage in stages if isinstance(stage.config, SideConfig))
+        *_, batch, head, row = stages[0].strides
+        assert (batch, head, row) == (6 * 500 * 300, 0 if of_bias else 500 * 300, 300)
+    assert plan(replace(GOOD, **added)).scores[planning.SCORES.index("d_bias")] == (4 * (6 * 500 + 500) * 300, 4)
+
+
+def test_d_s_aux_is_a_launch_of_its_own():
+    """Of as many blocks as the prepare kernel has; of none where there is no query."""
+    for call, blocks in ((GOOD, 2 * 4), (PACKED, 700 // 128 + 2), (replace(PACKED, total_q=0), 0)):
+        stage = plan(replace(call, **SINKS)).stages[-1]
+        assert isinstance(stage.config, SinksConfig) and stage.output == "d_s_aux"
+        assert stage.sizes == (6, blocks) and not stage.strides and not stage.scales
+        assert not any(isinstance(stage.config, SinksConfig) for stage in plan(call).stages)
+    sixteen_bits = replace(GOOD, **SINKS, s_aux_dtype=DataType.BF16)
+    assert plan(sixteen_bits).stages[0].sizes[-1] == DataType.BF16
 
 
 @pytest.mark.parametrize("name", ["dq", "dk", "dv"])

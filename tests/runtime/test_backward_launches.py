@@ -169,6 +169,30 @@ tell(no_queries=no_queries, described=described, k=ADDRESSES["k"], v=ADDRESSES["
     assert all(min(fact[1:]) > 0 for fact in found["no_keys"][1:])
 
 
+def test_sinks(told):
+    """The prepare kernel is given them, and leaves sums for a launch that d_s_aux has, without queries too."""
+    found = told("""
+nbytes = backward_workspace_size(BackwardParams(**FIELDS | dict(s_aux=ADDRESSES["q"])))
+cfg = backward_config("bf16", 64, "causal", False, False)
+rows = 3 * -(-1000 // cfg.tile_m) * 12
+sinks = dict(s_aux=0x7F7700000044, d_s_aux=0x7F7800000048)
+values |= sinks | dict(sums=WORKSPACE + nbytes - 16 * rows)
+def launched(**changes):
+    log.clear()
+    assert send(**changes) == 0
+    return [[fact["kernel"], fact["grid"], *(name for name in values if fact["given"][name])] for fact in log]
+none = dict.fromkeys(("q", "out", "dout", "softmax_lse", "dlse", "dq", "workspace"))
+tell(both=launched(**sinks), again=launched(**sinks), no_gradient=launched(s_aux=sinks["s_aux"]), without=launched(),
+     empty=launched(**PACKED | none | sinks | dict(total_q=0, workspace_bytes=0)))
+""")
+    grids = [launch[1] for launch in found["without"]]
+    prepare, *others = [[name, grid] for name, grid in zip(KERNELS, grids, strict=True)]
+    assert found["without"] == [[*prepare, "sums"], *others]  # where they would begin
+    assert found["no_gradient"] == [[*prepare, "s_aux", "sums"], *others]
+    assert found["both"] == found["again"] == [*found["no_gradient"], ["Sinks", [12, 1, 1], "d_s_aux", "sums"]]
+    assert [launch[0] for launch in found["empty"]] == ["Main", "Sinks"] and "d_s_aux" in found["empty"][1]
+
+
 def test_repeated_calls(told):
     """A shape that has come before is neither planned nor checked anew; what changed is seen."""
     found = told("""
@@ -207,7 +231,7 @@ step(dq=other + 8)
 step(dq=ADDRESSES["k"] + 16)
 step(workspace=0, workspace_bytes=0)
 step(workspace_bytes=64)
-step(s_aux=other)
+step(pack_gqa=True)
 tell(steps=steps, allocated=number("num_allocations") - allocated)
 """)
     steps = found["steps"]

@@ -25,10 +25,7 @@ PACKED = BackwardParams(
 SINKS = {"s_aux": A + 17 * APART, "d_s_aux": A + 18 * APART}
 BIAS = {"attn_mask": A + 20 * APART, "d_bias": A + 22 * APART, "attn_mask_dtype": BF16}
 SCORES = SINKS | BIAS
-WITHOUT_KERNEL = (
-    *("softcap", "s_aux", "alibi_slopes", "attn_mask", "attention_chunk", "p_dropout", "d_s_aux", "d_bias"),
-    "accumulate_dkv",
-)
+WITHOUT_KERNEL = ("accumulate_dkv",)
 
 
 def serve_all(monkeypatch) -> None:

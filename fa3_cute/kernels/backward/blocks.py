@@ -75,6 +75,7 @@ class KeyTile:
     offset_k: Int32
     seqlen_k: Int32
     first_q_block: Int32   # of the sequence, among those of the batch
+    sequence: Int32        # index of the sequence in the batch
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,16 @@ def query_range(cfg: BackwardConfig, window: Window, n_block: Int32, seqlen_q: I
     full_min, full_max = 0, m_block_max
     if cfg.mask != "full":
         offset = seqlen_k - seqlen_q + (window.right if cfg.is_local else 0)
-        m_block_min = maximum(first_key - offset, 0) // tile_m
-        full_min = ceil_div(maximum(last_key - offset, 0), tile_m)
+        start_of = lambda key: maximum(key - offset, 0)
+        if cfg.has_chunks:
+            start_of = lambda key: maximum(maximum(key - offset, window.chunk_start(key) - seqlen_k + seqlen_q), 0)
+        m_block_min = start_of(first_key) // tile_m
+        full_min = ceil_div(start_of(last_key), tile_m)
     if cfg.is_local:
         end_of = lambda key: maximum(key - seqlen_k + seqlen_q + window.left + 1, 0)
+        if cfg.has_chunks:
+            end_of = lambda key: maximum(minimum(key + window.left + 1, window.chunk_start(key) + window.chunk)
+                                         - seqlen_k + seqlen_q, 0)
         m_block_max = minimum(m_block_max, ceil_div(end_of(last_key), tile_m))
         full_max = minimum(m_block_max, end_of(first_key) // tile_m)
     m_block_max = maximum(m_block_max, m_block_min)
@@ -146,4 +153,6 @@ def last_key_block(cfg: BackwardConfig, window: Window, m_block: Int32, seqlen_q
         return last
     last_query = m_block * cfg.tile_m + cfg.tile_m - 1
     last_visible = last_query + seqlen_k - seqlen_q + (window.right if cfg.is_local else 0)
+    if cfg.has_chunks:
+        last_visible = window.end(last_query + seqlen_k - seqlen_q) - 1
     return minimum(last, maximum(last_visible, 0) // cfg.tile_n)

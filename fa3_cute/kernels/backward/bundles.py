@@ -3,6 +3,7 @@
 Letters: S = Q K^T (raw), P = exp(softmax_scale S - LSE), dP = dO V^T, D = rowsum(dO O) - dLSE, dS = P (dP - D).
 """
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -12,6 +13,7 @@ from ..common.block_range import Window
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
 from .blocks import Blocks
+from .scores import Scores
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class BwdParams:
     group: Int32                   # query heads of a KV head
     scale: Float32
     scale_log2: Float32
+    scores: Optional[Scores]       # None unless cfg.transforms_scores
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class BwdLayouts:
 @dataclass(frozen=True)
 class BwdSmem:
     """Shared-memory tensors."""
-    sTiles: cute.Tensor            # (fields of a KeyTile, TILE_SLOTS) int32
+    sTiles: cute.Tensor            # (ENTRY_INTS, TILE_SLOTS) int32, see schedule.py
     sQ: cute.Tensor
     sdO: cute.Tensor
     sK: cute.Tensor

@@ -38,14 +38,16 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         has_queries = queries.m_block_max > queries.m_block_min
         if const_expr(cfg.is_dq_behind):
-          if has_queries:
-            mask = KeyMask.create(cfg, params.window, tile, tidx)
-            gradients.step_behind(mask, queries.m_block_min, turn, is_masked=True, is_first=True)
-            turn += 1
+            if has_queries:
+                mask = KeyMask.create(cfg, params.window, tile, tidx)
+                gradients.start_head(tile.kv_head * params.group, tile.sequence)
+                gradients.step_behind(mask, queries.m_block_min, turn, is_masked=True, is_first=True)
+                turn += 1
         for i in cutlass.range(params.group, unroll=1):
             tile = read_tile(smem.sTiles[None, count & 1])      # again: registers are what the loops below are short of
             queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
             mask, first = KeyMask.create(cfg, params.window, tile, tidx), queries.m_block_min
+            gradients.start_head(tile.kv_head * params.group + i, tile.sequence)
             if const_expr(cfg.is_dq_behind):
                 first += Int32(1) if i == 0 else Int32(0)
             for m_block in cutlass.range(first, queries.m_block_full_min, unroll=1):
@@ -61,8 +63,8 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
         tile = read_tile(smem.sTiles[None, count & 1])
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         if const_expr(cfg.is_dq_behind):
-          if queries.m_block_max > queries.m_block_min:
-            gradients.finish_dQ(turn - 1)
+            if queries.m_block_max > queries.m_block_min:
+                gradients.finish_dQ(turn - 1)
         for pipe in (pipes.v, pipes.k):
             pipe.consumer_release(pipeline.PipelineState(1, count, Int32(0), count & 1))
         cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)

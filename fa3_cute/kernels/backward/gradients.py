@@ -9,6 +9,7 @@
     dQ   = dS K            of all warpgroups' dS; A = dS K-major, B = K MN-major; or dQ^T = K^T dS^T
 """
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -22,6 +23,7 @@ from ..common.barriers import sync_warpgroup
 from ..common.layout import as_operand_a, convert, element_type, transposed, unhoisted
 from ..common.wgmma import in_flight, issue_gemm
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
+from .scores import Exponents, Scores
 from .visible import KeyMask
 
 QUAD = 4
@@ -53,6 +55,8 @@ class Gradients:
     sdQ: cute.Tensor           # this warpgroup's part of dQ, (4, quads) of this thread
     scale_log2: Float32
     tidx: Int32
+    scores: Optional[Scores]
+    slope: Optional[Float32]   # of ALiBi and the query head; None without
 
     @cute.jit
     def step(self, mask: KeyMask, m_block: Int32, turn: Int32, is_masked: Constexpr[bool]):
@@ -63,10 +67,11 @@ class Gradients:
         self.wait_for_douts(do, mask, m_block)
         acc_S, acc_dP = self.start_S_and_dP(turn & 1)
         in_flight(1)                     # S is complete, dP may still run
+        if const_expr(self.cfg.has_softcap):
+            self.scores.cap(acc_S)
         if const_expr(is_masked):
             mask.apply(acc_S, m_block)
-        self.make_P(acc_S)
-        self.start_dV(self.rounded(acc_S), turn & 1)
+        self.start_dV(self.make_P(acc_S, mask, m_block, turn & 1), turn & 1)
         in_flight(1)                     # dP is complete, dV may still run
         rdS = self.hand_over(self.score_gradients(acc_S, acc_dP), turn)
         self.pipes.ds.consumer_wait(ds)  # every warpgroup's
@@ -93,16 +98,18 @@ class Gradients:
             self.pipes.ds.consumer_wait(ds)
             acc_dQ = self.start_dQ((turn - 1) & 1)
         in_flight(int(not is_first))     # S is complete
+        if const_expr(self.cfg.has_softcap):
+            self.scores.cap(acc_S)
         if const_expr(is_masked):
             mask.apply(acc_S, m_block)
-        self.make_P(acc_S)
+        rP = self.make_P(acc_S, mask, m_block, turn & 1)
         self.wait_for_douts(do, mask, m_block)
         if const_expr(not is_first):
             in_flight(0)                 # dQ
             self.release_dS(ds)
             self.send_dQ(acc_dQ, turn - 1)   # before dP needs its registers
         acc_dP = self.start_dP(turn & 1)
-        self.start_dV(self.rounded(acc_S), turn & 1)
+        self.start_dV(rP, turn & 1)
         in_flight(1)                     # dP
         rdS = self.hand_over(self.score_gradients(acc_S, acc_dP), turn)
         self.start_dK(rdS, turn & 1)
@@ -164,9 +171,10 @@ class Gradients:
 
         Start values are written before the first WGMMA of both is issued: ptxas would wait for it otherwise (C7517).
         """
-        acc_S, acc_dP = self.start_values(self.smem.sShift, slot), self.start_values(self.smem.sDelta, slot)
+        acc_S = self.start_values(self.smem.sShift, slot, self.cfg.has_softcap)
+        acc_dP = self.start_values(self.smem.sDelta, slot)
         issue_gemm(self.mmas.sdp, acc_S, self.tSrK[None, None, None, 0], self.tSrQ[None, None, None, slot],
-                   zero_init=False)
+                   zero_init=self.cfg.has_softcap)
         issue_gemm(self.mmas.sdp, acc_dP, self.tPrV[None, None, None, 0], self.tPrdO[None, None, None, slot],
                    zero_init=False)
         return acc_S, acc_dP
@@ -174,9 +182,9 @@ class Gradients:
     @cute.jit
     def start_S(self, slot: Int32):
         """S^T of a slot of Q, left in flight."""
-        acc_S = self.start_values(self.smem.sShift, slot)
+        acc_S = self.start_values(self.smem.sShift, slot, self.cfg.has_softcap)
         issue_gemm(self.mmas.sdp, acc_S, self.tSrK[None, None, None, 0], self.tSrQ[None, None, None, slot],
-                   zero_init=False)
+                   zero_init=self.cfg.has_softcap)
         return acc_S
 
     @cute.jit
@@ -188,10 +196,11 @@ class Gradients:
         return acc_dP
 
     @cute.jit
-    def start_values(self, sX: cute.Tensor, slot: Int32):
-        """An accumulator of S^T or dP^T that starts at its queries' values."""
+    def start_values(self, sX: cute.Tensor, slot: Int32, is_zero: Constexpr[bool] = False):
+        """An accumulator of S^T or dP^T that starts at its queries' values, or at what a GEMM zeroes."""
         acc = cute.make_rmem_tensor(self.mmas.sdp.partition_shape_C((self.cfg.tile_n, self.cfg.tile_m)), Float32)
-        start_at(acc, sX[None, slot], self.tidx)
+        if const_expr(not is_zero):
+            start_at(acc, sX[None, slot], self.tidx)
         return acc
 
     def start_dV(self, rP: cute.Tensor, slot: Int32):
@@ -205,10 +214,30 @@ class Gradients:
                    zero_init=False)
 
     @cute.jit
-    def make_P(self, acc_S: cute.Tensor):
-        """S -> P in place, in FP32."""
-        for i in cutlass.range_constexpr(cute.size(acc_S)):
-            acc_S[i] = cute.math.exp2(acc_S[i] * self.scale_log2, fastmath=True)
+    def make_P(self, acc_S: cute.Tensor, mask: KeyMask, m_block: Int32, q_slot: Int32) -> cute.Tensor:
+        """S -> P in place, in FP32, with softcap what scores.py calls x -> W; returns P, rounded."""
+        if const_expr(self.cfg.transforms_scores):
+            rP = cute.make_rmem_tensor_like(acc_S, element_type(self.cfg))
+            self.exponents(acc_S, mask, m_block, q_slot).make_P(acc_S, True, rP)
+        else:
+            for i in cutlass.range_constexpr(cute.size(acc_S)):
+                acc_S[i] = cute.math.exp2(acc_S[i] * self.scale_log2, fastmath=True)
+            rP = self.rounded(acc_S)
+        return rP
+
+    def exponents(self, acc_S: cute.Tensor, mask: KeyMask, m_block: Int32, q_slot: Int32) -> Exponents:
+        """Of a Q tile."""
+        shift = of_columns(acc_S, self.smem.sShift[None, q_slot], self.tidx) if self.cfg.has_softcap else None
+        to_diagonal = None
+        if self.cfg.has_alibi:
+            to_diagonal = tuple(Float32(mask.to_diagonal(r, m_block)) for r in range(2))
+        return Exponents(self.cfg, self.scores.factor, column_shift=shift, shift_factor=self.scale_log2,
+                         slope=self.slope, to_diagonal=to_diagonal)
+
+    def start_head(self, head: Int32, sequence: Int32):
+        """Read what is the same for all scores of a query head."""
+        if self.cfg.has_alibi:
+            self.slope = self.scores.slope_of(head, sequence)
 
     @cute.jit
     def score_gradients(self, P: cute.Tensor, acc_dP: cute.Tensor) -> cute.Tensor:
@@ -278,15 +307,20 @@ def start_at(acc: cute.Tensor, sX: cute.Tensor, tidx: Int32):
     Each element in a register of its own: two that share a value would be one variable, copied when the WGMMA is
     issued, and ptxas would wait for the GEMM in flight before that (C7517).
     """
-    num_pairs = cute.size(acc) // QUAD
-    values = cute.make_rmem_tensor((2, num_pairs), Float32)
-    cute.autovec_copy(cute.make_tensor(sX.iterator + 2 * (tidx % 4),
-                                       cute.make_layout((2, num_pairs), stride=(1, 8))), values)
+    columns = of_columns(acc, sX, tidx)
+    values = cute.make_rmem_tensor(columns.shape, Float32)
+    cute.autovec_copy(columns, values)
     for i in cutlass.range_constexpr(cute.size(acc)):
         value = values[i % 2, i // QUAD]
         if const_expr(i // 2 % 2 == 1):
             value = primitives.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value])
         acc[i] = value
+
+
+def of_columns(acc: cute.Tensor, sX: cute.Tensor, tidx: Int32) -> cute.Tensor:
+    """sX[i] of the columns i of the thread's elements of an accumulator, (2, pairs of neighbouring columns)."""
+    return cute.make_tensor(sX.iterator + 2 * (tidx % 4),
+                            cute.make_layout((2, cute.size(acc) // QUAD), stride=(1, 8)))
 
 
 def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem, pipes: BwdPipelines,
@@ -311,4 +345,5 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
         tVrdO=operand_b(mmas.dkv, transposed(smem.sdO)), tKrQ=operand_b(mmas.dkv, transposed(smem.sQ)),
         tQrA=operand_a(mmas.dq, sA), tQrB=operand_b(mmas.dq, sB),
         tSsdS=store_dS.partition_D(sdSt), store_dS=store_dS, acc_dK=acc_dK, acc_dV=acc_dV,
-        pipes=pipes, wg_idx=wg_idx, sdQ=sdQ, scale_log2=params.scale_log2, tidx=tidx)
+        pipes=pipes, wg_idx=wg_idx, sdQ=sdQ, scale_log2=params.scale_log2, tidx=tidx,
+        scores=params.scores, slope=Float32(0.0) if cfg.has_alibi else None)

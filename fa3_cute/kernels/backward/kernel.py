@@ -22,7 +22,8 @@ from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .consume import consume
 from .load import load
 from .reduce import reduce_dq
-from .schedule import TILE_INTS, schedule
+from .schedule import ENTRY_INTS, schedule
+from .scores import Scores
 
 
 @flat_entry(BACKWARD_ARGUMENTS)
@@ -64,7 +65,7 @@ class FlashAttentionBackward:
             tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, k_blocks=k_blocks,
             num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
-            scale_log2=a.softmax_scale * Float32(LOG2_E))
+            scale_log2=a.softmax_scale * Float32(LOG2_E), scores=Scores.create(cfg, a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
             grid=(minimum(k_blocks.num_blocks * a.num_heads_k, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
@@ -112,7 +113,7 @@ class FlashAttentionBackward:
         names = ("tiles", "k", "v", "q", "do", "ds", "dq")
         bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in names}   # full and empty
         sTiles = allocator.allocate_tensor(
-            Int32, cute.make_layout((TILE_INTS, rings["tiles"].slots)), byte_alignment=16)
+            Int32, cute.make_layout((ENTRY_INTS, rings["tiles"].slots)), byte_alignment=16)
         tensor = lambda layout: allocator.allocate_tensor(
             element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
         floats = lambda rows, slots: allocator.allocate_tensor(

@@ -5,6 +5,7 @@ x, x2 are the CTA's own rows, y, y2 tiles of the other side:
     dQ     x = Q, x2 = dO    y = K, y2 = V      S  = Q K^T    dP  = dO V^T    dQ += dS K
     dK     x = K, x2 = V     y = Q, y2 = dO     S^T = K Q^T   dP^T = V dO^T   dK += dS^T Q
     dV     x = K             y = Q, y2 = dO     S^T = K Q^T                   dV += P^T dO
+    d_bias as dQ, whose dS it writes
 
 Each warpgroup has 64 rows and waits for no other: their GEMMs fill one another's gaps.
 """
@@ -20,6 +21,7 @@ from ...planning.one_side import ONE_SIDE_ARGUMENTS, PREPARED_ROWS, OneSideConfi
 from ...planning.rings import by_name
 from ..common.arithmetic import LOG2_E, maximum
 from ..common.block_range import Window
+from ..common.dropout import Dropout
 from ..common.entry import flat_entry
 from ..common.layout import element_type, smem_ring, tensor_view
 from ..common.sequences import Sequences
@@ -31,6 +33,7 @@ from .load import load_rows
 from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
 from .one_side_consume import consume_for_keys, consume_for_queries
 from .order import heads_per_section, key_tile
+from .scores import BiasGradient, Scores
 
 
 @flat_entry(ONE_SIDE_ARGUMENTS)
@@ -68,7 +71,9 @@ class OneSideBackward:
             x=x, x2=x2, y=y, y2=y2, mG=tensor_view(a, "gradient", shape),
             shift=cute.make_tensor(a.shift, vector), delta=cute.make_tensor(a.delta, vector),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, blocks=blocks, num_heads=num_heads,
-            group=a.num_heads // a.num_heads_k, scale=a.softmax_scale, scale_log2=a.softmax_scale * Float32(LOG2_E))
+            group=a.num_heads // a.num_heads_k, scale=a.softmax_scale, scale_log2=a.softmax_scale * Float32(LOG2_E),
+            scores=Scores.create(cfg, a), d_bias=None if cfg.has_gradient else BiasGradient.create(a),
+            dropout=Dropout.create(cfg, a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, (sX, sY, sY2), make_side_mmas(cfg)).launch(
             grid=(blocks.num_blocks * num_heads, 1, 1), block=(cfg.num_threads, 1, 1),
@@ -83,7 +88,7 @@ class OneSideBackward:
             for operand in (params.x, params.x2, params.y, params.y2):
                 cpasync.prefetch_descriptor(operand.atom)
         smem, pipes = self.allocate(layouts)
-        block, head, tile, is_there = self.find_tile(params)
+        tile, sequence, is_there = self.find_tile(params)
         roles = by_name(cfg.roles)
         if warp_idx < roles["consume"].warps[0]:
             cute.arch.setmaxregister_decrease(roles["load"].registers)
@@ -96,13 +101,13 @@ class OneSideBackward:
             cute.arch.setmaxregister_increase(roles["consume"].registers)
             if is_there:
                 if const_expr(cfg.is_of_queries):
-                    consume_for_queries(cfg, params, mmas, smem, pipes, tile)
+                    consume_for_queries(cfg, params, mmas, smem, pipes, tile, sequence)
                 else:
                     consume_for_keys(cfg, params, mmas, smem, pipes, tile)
 
     @cute.jit
     def find_tile(self, params: SideParams):
-        """(block, head, KeyTile or Tile, whether it has a row). Runs on: whole warps."""
+        """(KeyTile or Tile, sequence, whether it has a row). Runs on: whole warps."""
         cfg, index = self.cfg, cute.arch.block_idx()[0]
         sequences = params.sequences
         seqlen_q, seqlen_k, offset_q, offset_k = sequences.rows_q, sequences.rows_k, Int32(0), Int32(0)
@@ -127,9 +132,9 @@ class OneSideBackward:
             tile = Tile(block, head, head // params.group, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block)
             is_there = block * cfg.tile_rows < seqlen_q
         else:
-            tile = KeyTile(block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block)
+            tile = KeyTile(block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block, sequence)
             is_there = block * cfg.tile_rows < seqlen_k
-        return block, head, tile, is_there
+        return tile, sequence, is_there
 
     @cute.jit
     def allocate(self, layouts: tuple):

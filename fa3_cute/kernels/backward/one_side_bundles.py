@@ -7,9 +7,11 @@ import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
 from ..common.block_range import Window
+from ..common.dropout import Dropout
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
 from .blocks import Blocks
+from .scores import BiasGradient, Scores
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class SideParams:
     group: Int32                   # query heads of a KV head
     scale: Float32
     scale_log2: Float32
+    scores: Optional[Scores]       # None unless cfg.transforms_scores or cfg.attn_mask
+    d_bias: Optional[BiasGradient]     # None if cfg.has_gradient
+    dropout: Optional[Dropout]     # None unless cfg.has_dropout
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Before the main kernel: what a row adds to its scores and to dP, and dq_sum = 0.
+"""Before the main kernel: what a row adds to its scores and to dP, dq_sum = 0, and what rows add to d_s_aux.
 
     shift[i] = -LSE[i] / softmax_scale           so that exp(softmax_scale (S + shift)) is P
     delta[i] = dLSE[i] - rowsum(dO[i] O[i])      is added to dP
 
-A row that sees no key (LSE = -inf, or +inf as others write it) has 0: all its scores are masked. Rows behind the
-sequence's last have -inf: P = 0. Both are padded to whole Q tiles, which bulk copies can read.
+A row that sees no key (LSE = -inf, or +inf as others write it) has delta = 0, and a shift that is not +inf: all its
+scores are masked. Rows behind the sequence's last have the shift -inf: P = 0. Both are padded to whole Q tiles, which
+bulk copies can read.
+
+A sink is a key of value 0, hence of dP = 0, and d_s_aux the sum of exp(s_aux - LSE[i]) delta[i]. Each warp leaves that
+of its rows, in the same order in every call; sinks.py adds them up.
 """
 from dataclasses import dataclass
 
@@ -12,10 +16,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
-from ...planning.backward import PREPARE_ARGUMENTS, PREPARE_THREADS, BackwardConfig
+from ...planning.backward import PREPARE_ARGUMENTS, PREPARE_THREADS, PREPARE_WARPS, BackwardConfig
+from ...planning.rings import WARP
+from ..common.arithmetic import LOG2_E
 from ..common.copies import row_copy, threads_per_row
 from ..common.entry import flat_entry
 from ..common.layout import element_type, lse_view, tensor_view
+from ..common.row_end import Sinks
 from ..common.sequences import Sequences, is_present
 from .blocks import Blocks, QueryTile, query_tile
 
@@ -32,6 +39,8 @@ class PrepareParams:
     dq_sum: cute.Tensor        # (tile_m * head_dim, blocks, num_heads) f32
     order: cute.Tensor         # (1, blocks, num_heads) int32
     tile_counter: cute.Tensor  # (1) int32
+    sink_sums: cute.Tensor     # (PREPARE_WARPS, blocks, num_heads) f32
+    sinks: Sinks
     scale: Float32
 
 
@@ -56,8 +65,9 @@ class PrepareBackward:
             mO=tensor_view(a, "out", shape), mdO=tensor_view(a, "dout", shape), mLSE=lse,
             mdLSE=cute.make_tensor(a.dlse, lse.layout), shift=per_block(a.shift, cfg.tile_m),
             delta=per_block(a.delta, cfg.tile_m), dq_sum=per_block(a.dq_sum, cfg.tile_m * cfg.head_dim),
-            order=per_block(a.order, 1),
-            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)), scale=a.softmax_scale)
+            order=per_block(a.order, 1), tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
+            sink_sums=per_block(a.sink_sums, PREPARE_WARPS), sinks=Sinks.create(a),
+            scale=a.softmax_scale)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, blocks, sequences).launch(
             grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(PREPARE_THREADS, 1, 1), use_pdl=True, stream=a.stream)
@@ -73,6 +83,9 @@ class PrepareBackward:
         element = element_type(cfg)
         copy, first_row, rows_per_step = row_copy(cfg.head_dim, element, thread, PREPARE_THREADS)
         per_row = threads_per_row(cfg.head_dim, element)
+        sink, of_sink = -Float32.inf, Float32(0.0)
+        if params.sinks.address != 0:
+            sink = params.sinks.read(tile.head)
         gO, gdO = (copy.partition_S(tile.rows_of(cfg, mX)) for mX in (params.mO, params.mdO))
         for step in cutlass.range_constexpr(-(-cfg.tile_m // rows_per_step)):
             row = step * rows_per_step + first_row
@@ -89,7 +102,11 @@ class PrepareBackward:
             for i in cutlass.range_constexpr(per_row.bit_length() - 1):
                 product += cute.arch.shuffle_sync_bfly(product, 1 << i)
             if thread % per_row == 0 and row < cfg.tile_m:
-                self.write_row(params, tile, row, is_used, product)
+                of_sink += self.write_row(params, tile, row, is_used, product, sink)
+        if params.sinks.address != 0:
+            of_sink = cute.arch.warp_reduction_sum(of_sink)
+            if thread % WARP == 0:
+                params.sink_sums[thread // WARP, tile.block, tile.head] = of_sink
 
     @cute.jit
     def clear(self, params: PrepareParams, tile: QueryTile, thread: Int32):
@@ -106,16 +123,21 @@ class PrepareBackward:
                 params.tile_counter[0] = Int32(0)
 
     @cute.jit
-    def write_row(self, params: PrepareParams, tile: QueryTile, row: Int32, is_used: Boolean, product: Float32):
-        """shift and delta of a row of the tile, whose dO O sums up to `product`."""
-        shift, delta = -Float32.inf, Float32(0.0)
+    def write_row(self, params: PrepareParams, tile: QueryTile, row: Int32, is_used: Boolean, product: Float32,
+                  sink: Float32) -> Float32:
+        """shift and delta of a row of the tile, whose dO O sums up to `product`; returns what it adds to d_s_aux."""
+        shift, delta, of_sink = -Float32.inf, Float32(0.0), Float32(0.0)
         if is_used:
             query = tile.offset + tile.m_block * self.cfg.tile_m + row
             lse, delta = params.mLSE[query, tile.head, tile.batch], -product
             shift = -lse / params.scale
-            if lse == Float32.inf or lse == -Float32.inf:
-                shift, delta = Float32(0.0), Float32(0.0)
-            elif is_present(params.mdLSE):
+            if is_present(params.mdLSE):
                 delta += params.mdLSE[query, tile.head, tile.batch]
+            if sink != -Float32.inf:
+                below = Float32(0.0) if sink == lse else sink - lse      # of two that are +inf it is NaN
+                of_sink = cute.math.exp2(below * LOG2_E, fastmath=True) * delta
+            if lse == Float32.inf or lse == -Float32.inf:
+                shift, delta = cutlass.min(shift, Float32(0.0)), Float32(0.0)
         params.shift[row, tile.block, tile.head] = shift
         params.delta[row, tile.block, tile.head] = delta
+        return of_sink

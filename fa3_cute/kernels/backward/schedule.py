@@ -14,6 +14,7 @@ from .order import heads_per_section, key_tile
 
 END = -1        # n_block of the entry after the last tile
 TILE_INTS = len(KeyTile.__dataclass_fields__)
+ENTRY_INTS = -(-TILE_INTS // 4) * 4      # whole 16-byte words
 
 
 @cute.jit
@@ -54,7 +55,7 @@ def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[Key
         n_block = block - params.k_blocks.first(sequence)
         batch = params.sequences.batch_coordinate(sequence)
         first_q_block = params.q_blocks.first(sequence)
-        tile = KeyTile(n_block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block)
+        tile = KeyTile(n_block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block, sequence)
     else:
         num_heads = params.num_heads_k * params.sequences.batch_size
         section = heads_per_section(num_heads, group, seqlen_q, cfg.head_dim)
@@ -64,7 +65,7 @@ def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[Key
             n_block = num_blocks - 1 - n_block
         batch = any_head // params.num_heads_k
         head, first_q_block = any_head - batch * params.num_heads_k, params.q_blocks.first(batch)
-        tile = KeyTile(n_block, head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, first_q_block)
+        tile = KeyTile(n_block, head, batch, Int32(0), seqlen_q, Int32(0), seqlen_k, first_q_block, batch)
     return tile, tile.n_block * cfg.tile_n < tile.seqlen_k
 
 
@@ -81,6 +82,6 @@ def write_tile(sTile: cute.Tensor, tile: KeyTile):
 @cute.jit
 def read_tile(sTile: cute.Tensor) -> KeyTile:
     """The tile in a slot."""
-    entry = cute.make_rmem_tensor(TILE_INTS, Int32)
+    entry = cute.make_rmem_tensor(ENTRY_INTS, Int32)
     cute.autovec_copy(sTile, entry)
     return KeyTile(*(entry[i] for i in range(TILE_INTS)))

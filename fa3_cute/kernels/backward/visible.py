@@ -1,11 +1,13 @@
 """Which queries see the keys that a thread holds, in a tile of S^T."""
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ...planning.backward import BackwardConfig
+from ..common.arithmetic import maximum, minimum
 from ..common.block_range import Window
 from ..common.layout import ROW_STEP, as_rows_cols, col_offset, fragment_col, fragment_row
 from .blocks import KeyTile
@@ -24,25 +26,36 @@ class KeyMask:
     tile: KeyTile
     first_key: Int32       # this thread's first key, of the sequence
     first_col: Int32       # and its first column of a Q tile
+    chunks: Optional[tuple[Int32, Int32]]     # first keys of its keys' chunks; None unless cfg.has_chunks
 
     @staticmethod
     def create(cfg: BackwardConfig, window: Window, tile: KeyTile, tidx: Int32) -> "KeyMask":
         """Of consumer thread `tidx`."""
-        return KeyMask(cfg, window, tile, tile.n_block * cfg.tile_n + fragment_row(tidx), fragment_col(tidx))
+        key, chunks = tile.n_block * cfg.tile_n + fragment_row(tidx), None
+        if cfg.has_chunks:
+            chunks = window.chunk_start(key), window.chunk_start(key + ROW_STEP)
+        return KeyMask(cfg, window, tile, key, fragment_col(tidx), chunks)
+
+    def to_diagonal(self, r: int, m_block: Int32) -> Int32:
+        """Columns from the thread's first in Q tile m_block to the one whose query has its diagonal at the r-th key."""
+        origin = m_block * self.cfg.tile_m + self.first_col
+        return self.first_key + r * ROW_STEP - self.tile.seqlen_k + self.tile.seqlen_q - origin
 
     @cute.jit
     def apply(self, acc_S: cute.Tensor, m_block: Int32):
         """acc_S[j, i] = -inf where query i of Q tile m_block does not see key j."""
         S = as_rows_cols(acc_S)
-        origin = m_block * self.cfg.tile_m + self.first_col
         for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
             key = self.first_key + r * ROW_STEP
-            diagonal = key - self.tile.seqlen_k + self.tile.seqlen_q - origin
+            diagonal = self.to_diagonal(r, m_block)
             start = Int32(-NEVER)               # the columns [start, end) see the key
             if const_expr(self.cfg.mask != "full"):
                 start = diagonal - (self.window.right if self.cfg.is_local else 0)
             if const_expr(self.cfg.is_local):
                 end = diagonal + self.window.left + 1
+            if const_expr(self.cfg.has_chunks):
+                start = maximum(start, diagonal - key + self.chunks[r])
+                end = minimum(end, diagonal - key + self.chunks[r] + self.window.chunk)
             if key >= self.tile.seqlen_k:
                 start = Int32(NEVER)
             for c in cutlass.range_constexpr(cute.size(S, mode=[1])):

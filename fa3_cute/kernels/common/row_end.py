@@ -40,9 +40,16 @@ class Sinks:
         """Of a head, -inf without sinks, and of rows that only are to be filled (RaggedBatch.place)."""
         sink = -Float32.inf
         if self.address != 0 and tile.seqlen_k >= 0:
-            for kind, element in SINK_TYPES.items():
-                if self.kind == kind:
-                    sink = Float32(cute.make_tensor(self.pointer(element), cute.make_layout(1 << 16))[head])
+            sink = self.read(head)
+        return sink
+
+    @cute.jit
+    def read(self, head: Int32) -> Float32:
+        """Of a head, where there are sinks."""
+        sink = -Float32.inf
+        for kind, element in SINK_TYPES.items():
+            if self.kind == kind:
+                sink = Float32(cute.make_tensor(self.pointer(element), cute.make_layout(1 << 16))[head])
         return sink
 
     def pointer(self, element) -> cute.Pointer:

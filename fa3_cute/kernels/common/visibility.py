@@ -95,6 +95,10 @@ class Mask:
         """The key of the thread's first column in a K/V tile."""
         return first_key(self.cfg, n_block) + self.first_col
 
+    def to_diagonal(self, r: int, n_block: Int32) -> Int32:
+        """Columns from the thread's first in a K/V tile to the one on the diagonal of its r-th row."""
+        return self.diagonal + r * ROW_STEP - self.origin(n_block)
+
     def place(self, n_block: Int32) -> Place:
         """Of the thread's scores in a K/V tile."""
         next_diagonal = self.next_diagonal if self.cfg.packs_heads else self.diagonal + ROW_STEP
