@@ -27,6 +27,7 @@ from .calls import (
     forward_params,
     key_of,
     lse_shape,
+    out_shape,
     merge_params,
     new_merged,
     require_tensors,
@@ -91,7 +92,7 @@ def forward(call: ForwardCall, wants_lse: bool = True) -> tuple[Tensor, Tensor |
         call = call._replace(q=_with_unit_stride(q), k=_with_unit_stride(k), v=_with_unit_stride(v))
         q, k, v, *_ = call
     plan: Plan = _plan_of(call, Plan, _thread.plans)
-    out = torch.empty(q.shape, dtype=plan.out_dtype, device=q.device)
+    out = torch.empty(out_shape(q, v), dtype=plan.out_dtype, device=q.device)
     lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device) if wants_lse else None
     if not out.numel():
         return out, lse

@@ -16,7 +16,7 @@ from ..contract.rows import used_rows
 from ..contract.status import Problem
 from ..planning.operations import checked
 from .calls import NUM_TENSORS, OUT_DTYPE, BackwardCall, ForwardCall, MergeCall, backward_params, forward_params
-from .calls import lse_shape, merge_params, require_tensors
+from .calls import lse_shape, merge_params, out_shape, require_tensors
 
 BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}  # of what NumPy does not have
 # Arguments that the reference does not have: they choose kernels, or are of the other pass.
@@ -33,7 +33,7 @@ def forward(call: ForwardCall, wants_lse: bool = True) -> tuple[Tensor, Tensor]:
     q = call.q
     dtype = OUT_DTYPE.get(q.dtype, q.dtype)
     if not q.numel():
-        return q.new_empty(q.shape, dtype=dtype), q.new_empty(lse_shape(q), dtype=torch.float32)
+        return q.new_empty(out_shape(q, call.v), dtype=dtype), q.new_empty(lse_shape(q), dtype=torch.float32)
     out, lse = attention_reference(*map(_numbers, call[:3]), **_options(call))
     return torch.from_numpy(out).to(dtype), torch.from_numpy(lse).float()
 

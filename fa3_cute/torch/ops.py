@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..contract.status import Status, error_for
 from . import device, host
-from .calls import BackwardCall, ForwardCall, MergeCall, OUT_DTYPE, lse_shape, new_merged, schema
+from .calls import BackwardCall, ForwardCall, MergeCall, OUT_DTYPE, lse_shape, new_merged, out_shape, schema
 
 _library = torch.library.Library("fa3_cute", "DEF")
 
@@ -29,7 +29,7 @@ def _define(name: str, kind, results: int, on_host, on_device, fake) -> None:
 
 def _new_results(call: ForwardCall) -> tuple[Tensor, Tensor]:
     q = call.q
-    out = torch.empty(q.shape, dtype=OUT_DTYPE.get(q.dtype, q.dtype), device=q.device)
+    out = torch.empty(out_shape(q, call.v), dtype=OUT_DTYPE.get(q.dtype, q.dtype), device=q.device)
     return out, torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
 
 
