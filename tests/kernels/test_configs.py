@@ -20,7 +20,7 @@ from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA, Decod
 from fa3_cute.planning.decode_rows import DECODE
 from fa3_cute.planning.key_source import PAGE_BOXES
 from fa3_cute.planning.score_features import FEATURES, MODS
-from fa3_cute.planning.selections import all_configs, feature_configs, packed_configs, ragged_configs
+from fa3_cute.planning.selections import all_configs, dim_configs, feature_configs, packed_configs, ragged_configs
 from fa3_cute.planning.tables import (
     DTYPES,
     FORWARD,
@@ -36,7 +36,7 @@ PROCESSES = min(4, os.cpu_count() or 1)  # a compile takes 3 s of one core and 3
 
 def selection() -> list:
     """One config per row of FORWARD and two per row of DECODE (with a window and without), the element types and the
-    other options in turn; then `ragged_selection`, one per row of PACKED, and what has features."""
+    other options in turn; then `ragged_selection`, one per row of PACKED, what has features, and other dims."""
     chosen = {}
     options = cycle(product((False, True), (False, True), (0, 1)))
     for cfg in all_forward_configs():
@@ -57,7 +57,7 @@ def selection() -> list:
         [cfg for number, cfg in enumerate(configs) if number % 4 in (0, 3)]
         for configs in (packed_configs(), feature_configs())
     )
-    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_ones]
+    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_ones, *dim_configs()[::2]]
 
 
 def kind_of(cfg) -> tuple:
