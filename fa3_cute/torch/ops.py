@@ -59,6 +59,8 @@ def require_differentiable(call: ForwardCall) -> None:
         _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
     if call.q.shape[-1] not in (64, 128):
         _refuse(f"head_dim={call.q.shape[-1]}: must be 64 or 128 where a gradient is asked for")
+    if call.v.shape[-1] != call.q.shape[-1]:
+        _refuse(f"v.shape[-1]={call.v.shape[-1]}: must be {call.q.shape[-1]}, as q's, where a gradient is asked for")
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is None:
         _refuse("cu_seqlens_k=None: must be given with cu_seqlens_q where a gradient is asked for")
 
