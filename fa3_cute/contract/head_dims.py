@@ -9,8 +9,13 @@ _FIELDS = "head_dim", "head_dim_v"
 
 
 def value_dim(p) -> int:
-    """Columns of v and out of plain params."""
-    return p.head_dim_v or p.head_dim
+    """Columns of v and out of plain params: head_dim where head_dim_v is 0, or none that is served."""
+    return p.head_dim_v if p.head_dim_v in SERVED_DIMS else p.head_dim
+
+
+def columns_of(p, tensor: str) -> int:
+    """Of a tensor of plain params, or of a gradient."""
+    return p.head_dim if tensor in ("q", "k", "dq", "dk") else value_dim(p)
 
 
 def head_dims(p) -> Sentences:

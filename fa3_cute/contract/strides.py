@@ -8,7 +8,7 @@ from math import prod
 from operator import attrgetter
 
 from .formats import SERVED_DIMS
-from .head_dims import are_served, value_dim
+from .head_dims import are_served, columns_of, value_dim
 from .limits import DIMS, MAX_ROWS, MAX_SIZE, TMA_ALIGNMENT, TMA_STRIDE_BYTES
 from .params import TENSORS, DataType, all_sizes, names, tensor_sizes
 from .plain import BAD
@@ -87,7 +87,7 @@ def _strides_of(p, tensor: str) -> Sentences:
             for name, stride in zip(fields, given, strict=True)
             if stride is BAD
         ]
-    sizes, head_dim = tensor_sizes(p, tensor), p.head_dim if tensor in ("q", "k") else value_dim(p)
+    sizes, head_dim = tensor_sizes(p, tensor), columns_of(p, tensor)
     if not are_served(p) or not all(is_int(size, 1, MAX_SIZE) for size in sizes):
         return ()  # an empty tensor has no strides, and those of an impossible one mean nothing
     _, rows, heads = sizes
