@@ -342,8 +342,9 @@ def attention(
     q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens_q
     k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens_k, or
                   [num_pages, page_size, num_heads_k, head_dim] with page_table. float16, bfloat16 or float8_e4m3fn; FP8
-                  also as uint8 with dtype="float8_e4m3fn". Last dimension contiguous, other strides multiples of 16
-                  for FP8 q, k and v, else of 8. A given out is written: of q's type (FP8: 16 bit) or float32
+                  also as uint8 with dtype="float8_e4m3fn". v and out may have another head_dim than q and k. Last
+                  dimension contiguous, other strides multiples of 16 for FP8 q, k and v, else of 8. A given out is
+                  written: of q's type (FP8: 16 bit) or float32
     stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
     softcap       scores become softcap * tanh(scores / softcap); 0: they stay

@@ -34,8 +34,11 @@ def require_update_shapes(shapes: dict, batch: int) -> None:
     if table is not None and (len(table) != 2 or 0 in table):
         raise error_for(Status.INVALID_SHAPE, f"rotary_cos.shape={table}: must be [positions, rotary_dim / 2]")
     for one, other in (NEW, TABLES):
-        if one in shapes and other in shapes and shapes[one] != shapes[other]:
-            raise error_for(Status.INVALID_SHAPE, f"{other}.shape={shapes[other]}: must be {shapes[one]}")
+        if one not in shapes or other not in shapes:
+            continue
+        expected = (*shapes[one][:-1], *shapes["v"][-1:]) if one == "k_new" else shapes[one]
+        if shapes[other] != expected:
+            raise error_for(Status.INVALID_SHAPE, f"{other}.shape={shapes[other]}: must be {expected}")
 
 
 def update_dtypes(q: str) -> dict[str, tuple[str, ...]]:

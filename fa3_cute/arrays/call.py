@@ -199,13 +199,14 @@ class AttentionCall:
 
         An array of no rows or no sequences is meant: only in params does 0 stand for a size that was not given.
         """
-        q, k, packed_keys = shapes["q"], shapes["k"], self.has_packed_keys
+        q, k, v, packed_keys = shapes["q"], shapes["k"], shapes["v"], self.has_packed_keys
         batch, are_totals = self.batch(shapes), q[0] or k[0]
         found = {
             "batch_size": batch if self.is_packed else max(1, batch),
             "num_heads": q[-2],
             "num_heads_k": k[-2],
             "head_dim": q[-1],
+            "head_dim_v": 0 if v[-1:] in (q[-1:], ()) else v[-1],
             **update_sizes(shapes),
         }
         if self.is_packed:
@@ -256,7 +257,7 @@ def attention_on_device(call: AttentionCall, forward):
             raise refusal(found)
         out, lse, wants_lse = call.out, None, call.wants_lse
         if out is None:
-            out = dlpack.new_array("out", q.shape, out_dtypes(element)[0], call.stream, device)
+            out = dlpack.new_array("out", (*q.shape[:-1], v.shape[-1]), out_dtypes(element)[0], call.stream, device)
             params.out = out.address
         if wants_lse:
             *batch, rows, heads, _ = q.shape
@@ -304,12 +305,12 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
 
 def _shapes(call: AttentionCall, found: dict) -> dict:
     """The shapes that the arrays must have, given those that they have."""
-    q, k, batch = found["q"], found["k"], call.batch(found)
+    q, k, v, batch = found["q"], found["k"], found["v"], call.batch(found)
     entries = found.get("page_table", k)[0] if call.has_packed_keys or call.kv_batch_idx is not None else batch
     shapes = {
         "k": (*k[:-1], q[-1]),
-        "v": k,
-        "out": q,
+        "v": (*k[:-1], v[-1] if v and v[-1] else k[-1]),  # of no columns there is nothing
+        "out": (*q[:-1], *v[-1:]),
         "cu_seqlens_q": (batch + 1,),
         "cu_seqlens_k": (batch + 1,),
         "seqused_k": (batch,),

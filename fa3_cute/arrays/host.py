@@ -92,7 +92,7 @@ def _require_numbers(call: AttentionCall) -> None:
 def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
     """The call as plain params without addresses; raises what `forward` would say to it, apart from addresses and from
     what has no kernel yet."""
-    shapes = {name: array.shape for name, array in call.given("q", "k", *SCORES, *INTEGERS, *UPDATES).items()}
+    shapes = {name: array.shape for name, array in call.given("q", "k", "v", *SCORES, *INTEGERS, *UPDATES).items()}
     call.require_dims(shapes)
     pointers: dict[str, Any] = dict.fromkeys(
         ("q", "k", "v", "out", *call.given(*SCORES, *INTEGERS, *UPDATES)), ANY_ADDRESS
@@ -120,10 +120,11 @@ def _out_dtype(call: AttentionCall, element: str):
     """NumPy dtype of the result: q's, for FP8 bfloat16 or what a given `out` has."""
     q, out, accepted = call.q, call.out, out_dtypes(element)
     if out is not None:
-        if out.shape != q.shape or out.dtype.name not in accepted:
+        shape = (*q.shape[:-1], *call.v.shape[-1:])
+        if out.shape != shape or out.dtype.name not in accepted:
             raise error_for(
-                Status.INVALID_SHAPE if out.shape != q.shape else Status.INVALID_ARGUMENT,
-                f"out is {out.dtype.name}{list(out.shape)}: must be {' or '.join(accepted)}{list(q.shape)}",
+                Status.INVALID_SHAPE if out.shape != shape else Status.INVALID_ARGUMENT,
+                f"out is {out.dtype.name}{list(out.shape)}: must be {' or '.join(accepted)}{list(shape)}",
             )
         if not out.flags.writeable:
             raise error_for(Status.INVALID_ARGUMENT, "out is a read-only array: must be writable, or None")

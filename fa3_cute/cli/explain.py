@@ -46,6 +46,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--num-heads", **number, default=16, help="default 16")
     parser.add_argument("--num-heads-k", **number, help="default: as many as query heads")
     parser.add_argument("--head-dim", **number, default=128, help="default 128")
+    parser.add_argument("--head-dim-v", **number, default=0, help="of V and O; default --head-dim")
     parser.add_argument(
         "--dtype",
         choices=list(ELEMENT_BYTES),
@@ -167,6 +168,7 @@ def params_of(args) -> FlashAttentionParams:
         num_heads=args.num_heads,
         num_heads_k=args.num_heads if args.num_heads_k is None else args.num_heads_k,
         head_dim=args.head_dim,
+        head_dim_v=args.head_dim_v,
         dtype=DataType[args.dtype.upper()],
         out_dtype=args.out_dtype and DataType[args.out_dtype.upper()],
         is_causal=args.causal,

@@ -15,6 +15,7 @@ from ..contract import backward_params, merge
 from ..contract.append import table_dtype
 from ..contract.backward_params import BackwardParams, grad_dtype_of, plain_backward, sizes_of
 from ..contract.formats import FP8, FP8_OUT_DTYPES
+from ..contract.head_dims import columns_of
 from ..contract.limits import DIMS
 from ..contract.merge import MergeParams, out_dtype_of, plain_merge
 from ..contract.params import ARGUMENTS, DESCALES, DTYPE_NAMES
@@ -144,8 +145,10 @@ def _tensors(p: Any, is_backward: bool) -> dict[str, Array]:
     if is_backward:
         types |= {"out": dtype, "dout": dtype}
         outputs = dict.fromkeys(backward_params.OUTPUTS, DTYPE_NAMES[grad_dtype_of(p)])
-    sizes = {name: extent(sizes_of(p, name), backward_params.strides_of(p, name), p.head_dim) for name in types}
-    sizes |= {name: extent(sizes_of(p, name), backward_params.strides_of(p, name), p.head_dim) for name in outputs}
+    sizes = {
+        name: extent(sizes_of(p, name), backward_params.strides_of(p, name), columns_of(p, name))
+        for name in (*types, *outputs)
+    }
     found = {name: Array(sizes[name], normal(kind)) for name, kind in types.items()}
     return found | {name: written(sizes[name], kind) for name, kind in outputs.items()}
 

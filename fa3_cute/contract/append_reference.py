@@ -54,7 +54,7 @@ def updated(q: np.ndarray, k: np.ndarray, v: np.ndarray, options: Any) -> tuple[
 
     options   as reference.Options, integers as int64. Raises ValueError for what does not fit together.
     """
-    _check(k, options)
+    _check(k, v, options)
     q_rows = used_rows(q, options.cu_seqlens_q, options.seqused_q)
     batch, has_new = len(q_rows), options.k_new is not None
     starts = old = np.zeros(batch, int)
@@ -115,7 +115,7 @@ def _write(k, v, new, sequence, options) -> None:
     k[place], v[place] = keys[:count], values[:count]
 
 
-def _check(k, options) -> None:
+def _check(k, v, options) -> None:
     """Raise ValueError for the first rule that shapes and options break."""
     has_new, tables = options.k_new is not None, (options.rotary_cos, options.rotary_sin)
     packed = options.cu_seqlens_k_new is not None
@@ -131,7 +131,10 @@ def _check(k, options) -> None:
             ),
             "k_new: must be [batch, rows, num_heads_k, head_dim], packed [rows, num_heads_k, head_dim]",
         ),
-        (lambda: not has_new or options.k_new.shape == options.v_new.shape, "k_new, v_new: must be alike"),
+        (
+            lambda: not has_new or options.v_new.shape == (*options.k_new.shape[:-1], v.shape[-1]),
+            "k_new, v_new: must be alike, with the columns of v",
+        ),
         (
             lambda: tables[0] is None or np.shape(tables[0]) == np.shape(tables[1]) and np.ndim(tables[0]) == 2,
             "rotary_cos, rotary_sin: must be [positions, rotary_dim / 2] both",

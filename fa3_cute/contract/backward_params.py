@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 
+from .head_dims import columns_of
 from .params import Argument, DataType, FlashAttentionParams, address, integer, is_given, is_true, member, tensor_sizes
 from .plain import BAD, plain
 
@@ -168,7 +169,8 @@ def strides_of(p: BackwardParams, tensor: str) -> tuple[int, int, int]:
     """(batch, row, head) of a tensor of good plain params, in elements; the contiguous ones where they are None, or
     never used because the dimension has one entry or the tensor none."""
     batch, rows, heads = sizes = sizes_of(p, tensor)
-    contiguous = rows * heads * p.head_dim, heads * p.head_dim, p.head_dim
+    columns = columns_of(p, tensor)
+    contiguous = rows * heads * columns, heads * columns, columns
     given = [getattr(p, f"{tensor}_{dim}_stride") for dim in ("batch", "row", "head")]
     batch_stride, row_stride, head_stride = [
         default if stride is None or size == 1 or 0 in sizes else stride

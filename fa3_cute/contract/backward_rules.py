@@ -227,6 +227,8 @@ def _not_served(p) -> Sentences:
         found.append(must(p, "dtype", "DataType.FP16 or BF16: backward has no kernel for FP8"))
     if p.head_dim in HEAD_DIMS and p.head_dim not in SERVED_HEAD_DIMS:
         found.append(must(p, "head_dim", f"{listed(SERVED_HEAD_DIMS)}: {_NO_GRADIENT}"))
+    if p.head_dim_v not in (0, p.head_dim):
+        found.append(must(p, "head_dim_v", f"0 or head_dim={shown(p.head_dim)}: {_NO_GRADIENT}"))
     if p.out_dtype not in (None, p.dtype, BAD):
         found.append(must(p, "out_dtype", "None: out is an input in dtype"))
     if p.grad_dtype is not None and p.grad_dtype not in (p.dtype, *SERVED_GRAD_DTYPES, BAD):

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .formats import ELEMENT_BYTES
+from .formats import ELEMENT_BYTES, FP8_SERVED_DIMS, SERVED_DIMS, tile_dims
 from .mods import MaskMod
 
-# {(bytes per element of q, head_dim): rows of a Q block and of a K/V block}: tiles of the kernel.
+# {(bytes per element of q, columns of its tiles): rows of a Q block and of a K/V block}: tiles of the kernel.
 BLOCK_SIZES = {
     (2, 64): (128, 128),
     (2, 96): (128, 128),
@@ -58,12 +58,18 @@ class BlockLists(NamedTuple):
     full_index: Any
 
 
-def block_sizes(dtype: str, head_dim: int) -> tuple[int, int]:
+def block_sizes(dtype: str, head_dim: int, head_dim_v: int = 0) -> tuple[int, int]:
     """(rows of a Q block, rows of a K/V block) of the kernel; dtype: "fp16", "bf16" or "fp8_e4m3".
 
-    A BlockMask's q_block is a multiple of the first, its kv_block the second. Raises KeyError for other types and dims.
+    A BlockMask's q_block is a multiple of the first, its kv_block the second. head_dim_v: as in FlashAttentionParams.
+    Raises KeyError for other types and dims.
     """
-    return BLOCK_SIZES[ELEMENT_BYTES[dtype], head_dim]
+    element_bytes = ELEMENT_BYTES[dtype]
+    served = FP8_SERVED_DIMS if element_bytes == 1 else SERVED_DIMS
+    if head_dim not in served or head_dim_v and head_dim_v not in served:
+        raise KeyError((head_dim, head_dim_v))
+    columns, _ = tile_dims(element_bytes, head_dim, head_dim_v)
+    return BLOCK_SIZES[element_bytes, columns]
 
 
 def block_lists(

@@ -5,7 +5,26 @@ FP8 = "fp8_e4m3"
 FP8_OUT_DTYPES = ("bf16", "fp16")  # of O, where Q, K and V are FP8; the first is the default
 PARTIAL = "fp32"  # of O that is to be merged with others
 OUT_BYTES = 2  # of an element of O, but for partial results
+# Columns of the kernels' tiles. Other dims are served by the next larger ones: TMA fills the columns that a tensor does
+# not have with zeros, and does not store them.
 HEAD_DIMS = (64, 96, 128, 192, 256)
 FP8_HEAD_DIMS = (64, 96, 128)
+# {(bytes per element, columns of Q and K): fewer columns of V and O, which have kernels of their own}
+VALUE_DIMS = {(2, 192): 128}
+DIM_STEP, FP8_DIM_STEP = 8, 16  # 16 bytes, for TMA
+SERVED_DIMS = frozenset(range(DIM_STEP, HEAD_DIMS[-1] + 1, DIM_STEP))
+FP8_SERVED_DIMS = frozenset(range(FP8_DIM_STEP, FP8_HEAD_DIMS[-1] + 1, FP8_DIM_STEP))
 UNBOUNDED_WINDOW = 1 << 30  # beyond every length, yet adding it to one stays within int32
 MAX_SPLITS = 256
+
+
+def tile_dims(element_bytes: int, head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """Columns of the Q and K tiles, and of the V and O tiles, of the kernel for dims that are served.
+
+    Tiles of Q and K have room for V, and those of V as many columns, unless there is a kernel of fewer.
+    """
+    dims = FP8_HEAD_DIMS if element_bytes == 1 else HEAD_DIMS
+    head_dim_v = head_dim_v or head_dim
+    columns = next(dim for dim in dims if dim >= max(head_dim, head_dim_v))
+    fewer = VALUE_DIMS.get((element_bytes, columns), 0)
+    return columns, fewer if head_dim_v <= fewer else columns

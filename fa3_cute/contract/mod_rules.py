@@ -1,7 +1,8 @@
 """The rules of ScoreMod and MaskMod and of what they read. Pure Python."""
 
 from .block_mask import LISTS, BlockMask, block_sizes
-from .formats import ELEMENT_BYTES, FP8_HEAD_DIMS, HEAD_DIMS
+from .formats import ELEMENT_BYTES
+from .head_dims import are_served
 from .limits import MAX_SIZE, TMA_STRIDE_BYTES
 from .mods import ELEMENTS, MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER, MaskMod, ModArray, ScoreMod
 from .params import DTYPE_NAMES
@@ -120,9 +121,9 @@ def block_mask(p) -> Sentences:
 
 def _blocks(p, lists: BlockMask) -> list[str]:
     dtype = DTYPE_NAMES[p.dtype] if p.dtype is not BAD else ""
-    if dtype not in ELEMENT_BYTES or p.head_dim not in (FP8_HEAD_DIMS if ELEMENT_BYTES[dtype] == 1 else HEAD_DIMS):
+    if dtype not in ELEMENT_BYTES or not are_served(p):
         return []  # other rules say so
-    q_rows, kv_rows = block_sizes(dtype, p.head_dim)
+    q_rows, kv_rows = block_sizes(dtype, p.head_dim, p.head_dim_v)
     found = []
     if not is_int(lists.q_block, 1, MAX_SIZE) or lists.q_block % q_rows:
         found.append(f"block_mask.q_block={shown(lists.q_block)}: must be a multiple of {q_rows} with this head_dim")

@@ -130,7 +130,8 @@ class FlashAttentionParams:
     seqlen_k: int = _size(*BOTH)  # ignored with cu_seqlens_k; with seqused_k the capacity of a sequence
     num_heads: int = _size(*BOTH, varies=False)
     num_heads_k: int = _size(*BOTH, varies=False)  # divides num_heads: MHA if equal, MQA if 1, else GQA
-    head_dim: int = _size(varies=False)
+    head_dim: int = _size(*BOTH, varies=False)
+    head_dim_v: int = _size(*BOTH, varies=False)  # of v and out; 0: head_dim
 
     q_batch_stride: int | None = _stride()
     q_row_stride: int | None = _stride()

@@ -51,6 +51,7 @@ OFF_AS_ZERO = frozenset(
     (
         "workspace_bytes",
         "alibi_batch_stride",
+        "head_dim_v",
         "seqlen_knew",
         "rotary_dim",
         "rotary_positions",

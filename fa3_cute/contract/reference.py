@@ -140,8 +140,8 @@ class Options:
                        anything
     kv_batch_idx       [batch] entry of k and v, or row of page_table, of each sequence; None: its own
     leftpad_k          [batch] first rows of each sequence that do not exist, at most its used length
-    k_new, v_new       [batch, rows, heads, head_dim], or [rows, heads, head_dim] with cu_seqlens_k_new [batch + 1]:
-                       rows behind the seqused_k of each sequence; needs a cache, of which copies are written
+    k_new, v_new       as k and v, [batch, rows, heads, columns], or [rows, heads, columns] with cu_seqlens_k_new
+                       [batch + 1]: behind the seqused_k of each sequence; needs a cache, of which copies are written
     rotary_cos, _sin   [positions, rotary_dim / 2]; with rotary_interleaved pairs are neighbours
     seqlens_rotary     [batch] the position of the first new key
     zero_padding       packed rows behind the last sequence are O = 0, LSE = -inf
@@ -187,12 +187,12 @@ def attention_reference(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
 
     q        [batch, seqlen_q, num_heads, head_dim];     with cu_seqlens_q [total_q, num_heads, head_dim]
     k, v     [batch, seqlen_k, num_heads_k, head_dim];   with cu_seqlens_k [total_k, num_heads_k, head_dim];
-             with page_table [num_pages, page_size, num_heads_k, head_dim]
+             with page_table [num_pages, page_size, num_heads_k, head_dim]; v, and O, may have other columns, head_dim_v
              any float dtype and strides; uint16 = BF16 bits, uint8 = FP8 E4M3 bits
     options  the fields of `Options`
 
-    Returns (O float64 of q's shape, LSE float64 [batch, num_heads, seqlen_q] or [num_heads, total_q]); rows that the
-    kernels leave untouched hold NaN in both. Raises ValueError for shapes and options that do not fit together.
+    Returns (O float64 of q's shape with v's columns, LSE float64 [batch, num_heads, seqlen_q] or [num_heads, total_q]);
+    rows that the kernels leave untouched hold NaN in both. Raises ValueError for what does not fit together.
     """
     return _attention(EXACT, q, k, v, Options(**options))
 
@@ -224,7 +224,7 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
     num_heads, num_heads_k = q.shape[-2], k.shape[-2]
     group = num_heads // num_heads_k
 
-    out = np.full(q.shape, np.nan)
+    out = np.full((*q.shape[:-1], v.shape[-1]), np.nan)
     lse = np.full((*q.shape[:-3], num_heads, q.shape[-3]), np.nan)
     if options.zero_padding:
         padding = slice(options.cu_seqlens_q[-1], None)
@@ -306,7 +306,7 @@ def _has_cache(options: Options) -> bool:
 
 
 def _one_head(arithmetic, q, k, v, head: HeadScores, scale, v_scale):
-    """O [n_q, head_dim] and LSE [n_q] of one head of one sequence; all operands in the accumulation dtype."""
+    """O [n_q, head_dim_v] and LSE [n_q] of one head of one sequence; all operands in the accumulation dtype."""
     out, lse = np.empty((len(q), v.shape[1])), np.empty(len(q))
     scale, v_scale = arithmetic.accumulate(scale), arithmetic.accumulate(v_scale)
     poisoned = np.flatnonzero(~np.isfinite(v).all(axis=1))
@@ -370,7 +370,10 @@ def _check(q, k, v, options: Options) -> None:
         (lambda: bool(options.p_dropout) == (options.rng_state is not None), "p_dropout, rng_state: come together"),
         (lambda: q.ndim == rank, f"{shapes}: q must have {rank} dimensions"),
         (lambda: k.ndim == v.ndim == rank_k, f"{shapes}: k and v must have {rank_k} dimensions each"),
-        (lambda: k.shape == v.shape and q.shape[-1] == k.shape[-1], f"{shapes}: k and v alike, one head_dim"),
+        (
+            lambda: k.shape[:-1] == v.shape[:-1] and q.shape[-1] == k.shape[-1] and (v.shape[-1] or not k.shape[-1]),
+            f"{shapes}: k and v alike but for their columns, q and k of one head_dim",
+        ),
         (lambda: k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0, f"{shapes}: num_heads a multiple of num_heads_k"),
         (lambda: packed or in_cache or len(q) == len(k), f"{shapes}: q and k must have the same batch size"),
         (lambda: not packed_k or len(offsets_q) == len(offsets_k), "cu_seqlens_q, cu_seqlens_k: lengths differ"),

@@ -13,7 +13,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from .append import fp8_rotary, new_keys, new_sizes, rotary
-from .formats import FP8_HEAD_DIMS, HEAD_DIMS, MAX_SPLITS
+from .formats import MAX_SPLITS
+from .head_dims import fp8_head_dims, head_dims, new_values
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
 from .mod_rules import block_mask, listed_blocks, mod_arguments, mods
 from .params import (
@@ -38,7 +39,7 @@ from .scores import (
     score_choices,
     softcap,
 )
-from .sentences import Sentences, listed, must
+from .sentences import Sentences, must
 from .sequences import (
     are_totals_missing,
     cache_sizes,
@@ -81,16 +82,6 @@ def _pointers_present(p) -> Sentences:
     if is_packed(p) and not are_totals_missing(p):
         empty = (("q", "out") if p.total_q == 0 else ()) + (("k", "v") if has_packed_keys(p) and not p.total_k else ())
     return [must(p, name, "the device address of a tensor") for name in missing if name not in empty]
-
-
-def _head_dim(p) -> Sentences:
-    return () if p.head_dim in HEAD_DIMS else [must(p, "head_dim", f"{listed(HEAD_DIMS)}")]
-
-
-def _fp8_head_dim(p) -> Sentences:
-    if p.dtype is not DataType.FP8_E4M3 or p.head_dim in FP8_HEAD_DIMS or p.head_dim not in HEAD_DIMS:
-        return ()
-    return [must(p, "head_dim", f"{listed(FP8_HEAD_DIMS)} with dtype=FP8_E4M3")]
 
 
 def _heads(p) -> Sentences:
@@ -265,8 +256,8 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule(Status.NULL_POINTER, _pointers_present),
-    Rule(Status.UNSUPPORTED_HEAD_DIM, _head_dim, of_choices=True),
-    Rule(Status.FP8_HEAD_DIM, _fp8_head_dim, of_choices=True),
+    Rule(Status.UNSUPPORTED_HEAD_DIM, head_dims, of_choices=True),
+    Rule(Status.FP8_HEAD_DIM, fp8_head_dims, of_choices=True),
     Rule(Status.INVALID_HEADS, _heads, of_choices=True),
     Rule(Status.CAUSAL_WINDOW_CONFLICT, _causal_window, of_choices=True),
     Rule(Status.VARLEN_MISMATCH, varlen),
@@ -297,6 +288,7 @@ RULES = (
     Rule(Status.PAGED_KV_UNSUPPORTED, pages),
     Rule(Status.ROTARY_UNSUPPORTED, rotary),
     Rule(Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED), of_choices=True),
+    Rule(Status.FEATURE_UNSUPPORTED, new_values),
     Rule(Status.FEATURE_UNSUPPORTED, fp8_rotary),
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
     Rule(Status.FEATURE_UNSUPPORTED, listed_blocks),

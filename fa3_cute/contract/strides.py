@@ -1,12 +1,14 @@
 """The rules of strides: what TMA takes, and that the rows of out lie apart. Pure Python.
 
-A row is head_dim contiguous elements. Three strides, along batch, row and head, place the rows of a tensor.
+A row is head_dim contiguous elements, of v and out head_dim_v. Three strides, along batch, row and head, place the
+rows of a tensor.
 """
 
 from math import prod
 from operator import attrgetter
 
-from .formats import HEAD_DIMS
+from .formats import SERVED_DIMS
+from .head_dims import are_served, columns_of, value_dim
 from .limits import DIMS, MAX_ROWS, MAX_SIZE, TMA_ALIGNMENT, TMA_STRIDE_BYTES
 from .params import TENSORS, DataType, all_sizes, names, tensor_sizes
 from .plain import BAD
@@ -48,13 +50,14 @@ def descale_strides(p) -> Sentences:
 
 def _are_common(p, given: tuple) -> bool:
     """At a glance: TMA takes all of these strides and the rows of out are nested. False says nothing."""
-    head_dim, heads, heads_k = p.head_dim, p.num_heads, p.num_heads_k
+    heads, heads_k, dim_v = p.num_heads, p.num_heads_k, value_dim(p)
     batch, rows_q, _, rows_k = all_sizes(p)
     if not (
-        head_dim in HEAD_DIMS
+        p.head_dim in SERVED_DIMS
+        and dim_v in SERVED_DIMS
         and type(batch) is type(rows_q) is type(rows_k) is type(heads) is type(heads_k) is int
-        and 0 <= rows_q * heads * head_dim < TMA_STRIDE_BYTES // 2
-        and 0 <= rows_k * heads_k * head_dim < TMA_STRIDE_BYTES // 2
+        and 0 <= rows_q * heads * max(p.head_dim, dim_v) < TMA_STRIDE_BYTES // 2
+        and 0 <= rows_k * heads_k * max(p.head_dim, dim_v) < TMA_STRIDE_BYTES // 2
     ):
         return False
     if given == _CONTIGUOUS:
@@ -70,9 +73,9 @@ def _are_common(p, given: tuple) -> bool:
     of_out = given[-len(DIMS) :]
     if of_out == _CONTIGUOUS_OUT:
         return True
-    contiguous = rows_q * heads * head_dim, heads * head_dim, head_dim
+    contiguous = rows_q * heads * dim_v, heads * dim_v, dim_v
     placed = zip(of_out, contiguous, (batch, rows_q, heads), strict=True)
-    return _are_nested([(default if stride is None else stride, size) for stride, default, size in placed], head_dim)
+    return _are_nested([(default if stride is None else stride, size) for stride, default, size in placed], dim_v)
 
 
 def _strides_of(p, tensor: str) -> Sentences:
@@ -84,8 +87,8 @@ def _strides_of(p, tensor: str) -> Sentences:
             for name, stride in zip(fields, given, strict=True)
             if stride is BAD
         ]
-    sizes, head_dim = tensor_sizes(p, tensor), p.head_dim
-    if head_dim not in HEAD_DIMS or not all(is_int(size, 1, MAX_SIZE) for size in sizes):
+    sizes, head_dim = tensor_sizes(p, tensor), columns_of(p, tensor)
+    if not are_served(p) or not all(is_int(size, 1, MAX_SIZE) for size in sizes):
         return ()  # an empty tensor has no strides, and those of an impossible one mean nothing
     _, rows, heads = sizes
     contiguous = (rows * heads * head_dim, heads * head_dim, head_dim)
@@ -101,7 +104,7 @@ def _strides_of(p, tensor: str) -> Sentences:
     if tensor == "out" and p.out_dtype is DataType.FP32:
         element_bytes = 4
     multiple, limit = TMA_ALIGNMENT // element_bytes, TMA_STRIDE_BYTES // element_bytes
-    least, why = (head_dim, " (head_dim: rows must not overlap)") if tensor == "out" else (0, "")
+    least, why = (head_dim, f" ({_dim_of_out(p)}: rows must not overlap)") if tensor == "out" else (0, "")
     found = [
         f"{stated}: must be at least {least}{why}, below {limit} and a multiple of {multiple} elements "
         f"({TMA_ALIGNMENT} bytes, for TMA)"
@@ -112,6 +115,11 @@ def _strides_of(p, tensor: str) -> Sentences:
         stated = ", ".join(dim[0] for dim in moving)
         return [f"{stated}: must keep the rows of out apart; with sizes {[dim[2] for dim in moving]} some overlap"]
     return found
+
+
+def _dim_of_out(p) -> str:
+    """The field that says how many columns out has."""
+    return "head_dim_v" if p.head_dim_v else "head_dim"
 
 
 # ---- do rows overlap -------------------------------------------------------------------------------------------------

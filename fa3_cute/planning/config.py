@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..contract.arguments import DECODE_ENTRY, DECODE_MODS_ENTRY, FORWARD_ENTRY, FORWARD_MODS_ENTRY
-from ..contract.formats import ELEMENT_BYTES, FP8, FP8_HEAD_DIMS, FP8_OUT_DTYPES, HEAD_DIMS, OUT_BYTES, PARTIAL
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, OUT_BYTES, PARTIAL
+from .dims import DimFields
 from .key_source import KeySourceFields
 from .packing import PackedFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
@@ -28,11 +29,11 @@ FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.argu
 
 
 @dataclass(frozen=True)
-class KernelConfig(KeySourceFields, ScoreFields):
+class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     """What the configs of all kernels have in common. Shared device code knows no other.
 
     dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
-    head_dim   of Q, K and V
+    head_dim   columns of Q and K, and of V and O unless DimFields say otherwise
     """
 
     dtype: str
@@ -61,7 +62,7 @@ class KernelConfig(KeySourceFields, ScoreFields):
 
     def common_rules(self) -> tuple[tuple[bool, str], ...]:
         """(whether it holds, what to say if it does not): what both kernels ask."""
-        head_dims, k_of_pv = (FP8_HEAD_DIMS, 32) if self.is_fp8 else (HEAD_DIMS, 16)
+        k_of_pv = 32 if self.is_fp8 else 16
         out_dtypes = (*(FP8_OUT_DTYPES if self.is_fp8 else (None,)), PARTIAL)
         return (
             (self.dtype in ELEMENT_BYTES, f"dtype={self.dtype!r}: must be one of {', '.join(ELEMENT_BYTES)}"),
@@ -69,7 +70,7 @@ class KernelConfig(KeySourceFields, ScoreFields):
                 self.out_dtype in out_dtypes,
                 f"out_dtype={self.out_dtype!r}: must be one of {out_dtypes} with dtype={self.dtype!r}",
             ),
-            (self.head_dim in head_dims, f"head_dim={self.head_dim}: must be one of {head_dims}"),
+            *self.dim_rules(),
             (
                 self.tile_n % k_of_pv == 0 and k_of_pv <= self.tile_n <= 256,
                 f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA",
@@ -121,16 +122,6 @@ class KernelConfig(KeySourceFields, ScoreFields):
     def o_slot_bytes(self) -> int:
         """A slot of O where it has its own."""
         return self.tile_m * self.dim_v * OUT_BYTES
-
-    @property
-    def dim_qk(self) -> int:
-        """Columns of Q and K."""
-        return self.head_dim
-
-    @property
-    def dim_v(self) -> int:
-        """Columns of V and O."""
-        return self.head_dim
 
     @property
     def steps(self) -> Steps:
@@ -216,6 +207,10 @@ class FwdConfig(PackedFields, KernelConfig):
             (not (self.is_causal and self.is_local), "is_causal and is_local: one mask at a time"),
             *self.packing_rules(),
             (
+                self.dim_v == self.dim_qk or self.num_q_stages == 1,
+                "num_q_stages: 1 with head_dim_v, whose slots of O are smaller than those of Q",
+            ),
+            (
                 self.smem_bytes <= SMEM_BYTES_PER_CTA,
                 f"{self.smem_bytes} bytes of shared memory: a CTA has {SMEM_BYTES_PER_CTA}",
             ),
@@ -226,7 +221,7 @@ class FwdConfig(PackedFields, KernelConfig):
         """Short and unique among the rows of tables.py: names cache entries, kernels and table rows."""
         lengths = self.source_name or "_varlen" * self.is_varlen
         flags = lengths + "_lse" * self.has_lse + self.feature_names + self.packing_name
-        return f"fwd_{self.dtype_name}_d{self.head_dim}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
+        return f"fwd_{self.dtype_name}_{self.dims_name}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
 
     @property
     def mask(self) -> str:
@@ -361,7 +356,7 @@ class DecodeConfig(KernelConfig):
     def name(self) -> str:
         """Short and unique among the rows of tables.py: names cache entries, kernels and table rows."""
         features = self.source_name + self.feature_names
-        return f"decode_{self.dtype_name}_d{self.head_dim}_{self.mask}{features}_{self.tile_m}x{self.tile_n}"
+        return f"decode_{self.dtype_name}_{self.dims_name}_{self.mask}{features}_{self.tile_m}x{self.tile_n}"
 
     @property
     def kv_ring_bytes(self) -> int:

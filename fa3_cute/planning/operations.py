@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ..contract.arguments import Entry
-from ..contract.formats import FP8
+from ..contract.formats import FP8, PARTIAL
 from ..contract.params import CHOICES, FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
@@ -18,6 +18,7 @@ from ..contract.status import Problem, Status, shown
 from .append import append_plan
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import decode_row
+from .dims import dim_fields
 from .packing import packed_heads_of_window
 from .problem import Chosen, ProblemShape, chosen_by
 from .ragged import is_ragged, kernels_of, ragged_plan_of
@@ -83,17 +84,19 @@ def operation_of(shape: ProblemShape) -> Operation:
 
 
 def _attention_of(shape: ProblemShape) -> Operation:
-    dtype, head_dim, out_dtype = shape.dtype, shape.head_dim, shape.out_dtype
+    dtype, (head_dim, _), out_dtype = shape.dtype, shape.tile_dims, shape.out_dtype
     features = features_of(shape)
     has_decode, has_forward, decode_queries = kernels_of(shape)
     source = source_of(shape) if is_ragged(shape, has_decode) else DENSE
     launches: tuple[Launch, ...] = ()
     if has_decode:
-        cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, features, source)
+        fields = features | dim_fields(shape, is_by_tma=False)
+        cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, fields, source)
         launches = (_decode_launch(cfg, shape, decode_queries),)
     if not has_forward:
         return Operation(launches)
-    facts = shape.has_lse, shape.has_lengths, out_dtype, features, source
+    fields = features | dim_fields(shape, is_by_tma=not shape.has_lengths and out_dtype != PARTIAL)
+    facts = shape.has_lse, shape.has_lengths, out_dtype, fields, source
     ragged = int(shape.zero_padding), decode_queries
     forward = _forward(dtype, head_dim, shape.mask, facts, packed_heads_of_window(shape), shape.sm_margin, ragged)
     return Operation((*launches, *forward.launches)) if launches else forward
@@ -103,7 +106,7 @@ def source_of(shape: ProblemShape) -> KeySource:
     """Where a ragged batch has its K and V."""
     if not shape.is_paged:
         return KeySource(True)
-    return KeySource(True, shape.page_size, shape.dtype != FP8 and has_wide_boxes(shape))
+    return KeySource(True, shape.page_size, shape.dtype != FP8 and not shape.is_padded and has_wide_boxes(shape))
 
 
 def has_wide_boxes(shape: ProblemShape) -> bool:
@@ -129,7 +132,7 @@ def _forward_launch(cfg: FwdConfig) -> Launch:
     if cfg.packs_heads:
         row = packed_row(cfg.head_dim, cfg.packed_heads, cfg.is_varlen)
     else:
-        row = forward_row(cfg.dtype, cfg.head_dim, cfg.mask, cfg.takes_registers)
+        row = forward_row(cfg.dtype, cfg.head_dim, cfg.mask, cfg.takes_registers, bool(cfg.head_dim_v))
     return Launch(cfg, row.reason, "tile_counter")
 
 

@@ -85,7 +85,7 @@ def packed_heads_of_window(shape: ProblemShape) -> int:
         return 1
     group = shape.num_heads // shape.num_heads_k
     heads = next((heads for heads in PACKED_HEADS if group % heads == 0), 1)
-    is_small = shape.window_left + shape.window_right < most_keys(shape.head_dim, heads, shape.has_lengths)
+    is_small = shape.window_left + shape.window_right < most_keys(shape.tile_dims[0], heads, shape.has_lengths)
     return heads if is_small or shape.pack_gqa else 1
 
 
@@ -99,5 +99,5 @@ def is_packable(shape: ProblemShape) -> bool:
     """Whether there are kernels for it: of 16-bit elements in and out, of keys that lie as the queries do. Those in a
     cache have the bits of the same keys in pages, whose tiles start at multiples of a box."""
     is_16_bit = ELEMENT_BYTES[shape.dtype] == 2 and shape.out_dtype is None
-    has_row = is_16_bit and shape.head_dim in PACKED_HEAD_DIMS and not is_apart(shape)
+    has_row = is_16_bit and shape.tile_dims[0] in PACKED_HEAD_DIMS and not is_apart(shape)
     return has_row and PACKED_FEATURES.issuperset(field for field, _ in features_of(shape))

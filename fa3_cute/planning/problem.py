@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from ..contract.arguments import BLOCK_ARGUMENTS, MOD_ARGUMENTS
 from ..contract.block_mask import LISTS, block_sizes
-from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW
+from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW, tile_dims
+from ..contract.head_dims import value_dim
 from ..contract.params import (
     ARGUMENTS,
     DTYPE_NAMES,
@@ -50,6 +51,7 @@ Chosen = tuple[
     str,
     str | None,
     int,
+    int,
     str,
     bool,
     int,
@@ -75,6 +77,7 @@ class ProblemShape(NamedTuple):
     """What is the same for all calls of one shape.
 
     dtype, out_dtype    of Q, K and V; of O, None where it is the same: as configs call them
+    head_dim, head_dim_v   columns of q and k, and of v and out
     mask                "full", "causal" or "local"
     is_packed           the queries are packed: seqlen_q is the rows of all, strides along batches 0
     has_packed_keys     the same of the keys and seqlen_k, which is else the rows or the capacity of each sequence
@@ -100,6 +103,7 @@ class ProblemShape(NamedTuple):
     dtype: str
     out_dtype: str | None
     head_dim: int
+    head_dim_v: int
     mask: str
     is_decode_mode: bool
     num_heads: int
@@ -142,6 +146,16 @@ class ProblemShape(NamedTuple):
         """Of an element of Q, K or V."""
         return ELEMENT_BYTES[self.dtype]
 
+    @property
+    def tile_dims(self) -> tuple[int, int]:
+        """Columns of the kernels' tiles of Q and K, and of V and O."""
+        return tile_dims(self.element_bytes, self.head_dim, self.head_dim_v)
+
+    @property
+    def is_padded(self) -> bool:
+        """Tiles have columns that the tensors have not."""
+        return self.tile_dims != (self.head_dim, self.head_dim_v)
+
     def length(self, name: str) -> int:
         """One of `lengths`."""
         return self.lengths[LENGTHS.index(name)]
@@ -165,6 +179,8 @@ class ProblemShape(NamedTuple):
             self.seqlen_k,
             self.num_heads,
             self.num_heads_k,
+            self.head_dim,
+            self.head_dim_v,
             self.page_size,
             self.num_pages,
             self.batch_size_k,
@@ -253,6 +269,7 @@ def chosen_by(p: FlashAttentionParams) -> Chosen:
         dtype,
         out_dtype,
         p.head_dim,
+        value_dim(p),
         "local" if chunk else _MASKS.get((left, right), "local"),
         p.mode is AttentionMode.DECODE,
         p.num_heads,
@@ -283,10 +300,14 @@ def _strides_of(p, packed: bool, packed_keys: bool) -> tuple[int, ...]:
     given = _read_strides(p)
     heads, heads_k = p.num_heads, p.num_heads_k
     batch_q, rows_q, batch_k, rows_k = all_sizes(p)
-    row_q, row_k, head_dim = heads * p.head_dim, heads_k * p.head_dim, p.head_dim
-    q = (0 if packed else rows_q * row_q, row_q, head_dim)
-    k = (0 if packed_keys else rows_k * row_k, row_k, head_dim)
-    strides = q + k + k + q
+    q, out = (
+        (0 if packed else rows_q * heads * columns, heads * columns, columns) for columns in (p.head_dim, value_dim(p))
+    )
+    k, v = (
+        (0 if packed_keys else rows_k * heads_k * columns, heads_k * columns, columns)
+        for columns in (p.head_dim, value_dim(p))
+    )
+    strides = q + k + v + out
     if given != _CONTIGUOUS:
         sizes_q, sizes_k = (batch_q, rows_q, heads), (batch_k, rows_k, heads_k)
         strides = tuple(
@@ -354,5 +375,5 @@ def _block_values_of(p) -> tuple[int, ...]:
     rows, row_length = -(-p.seqlen_q // lists.q_block), -(-p.seqlen_k // lists.kv_block)
     head_stride = rows if lists.heads > 1 else 0
     batch_stride = rows * lists.heads if lists.batches > 1 else 0
-    tiles = lists.q_block // block_sizes(DTYPE_NAMES[p.dtype], p.head_dim)[0]
+    tiles = lists.q_block // block_sizes(DTYPE_NAMES[p.dtype], p.head_dim, p.head_dim_v)[0]
     return (*[getattr(lists, name) for name in LISTS], batch_stride, head_stride, row_length, tiles)

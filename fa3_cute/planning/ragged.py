@@ -186,6 +186,6 @@ def ragged_plan(cfg: DecodeConfig, batch: Batch, splits: tuple[int, int, int]) -
         num_partials=num_partials,
         partial_rows=partial_rows,
         # No less than what arrival counts in the caller's tile_counter follow from: an eighth of it.
-        partial_bytes=max(4 * num_partials * partial_rows * (cfg.head_dim + 1), 32 * num_partials * cluster_size),
+        partial_bytes=max(4 * num_partials * partial_rows * (cfg.dim_v + 1), 32 * num_partials * cluster_size),
         num_arrivals=num_partials * cluster_size,
     )

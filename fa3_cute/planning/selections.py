@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL
+from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL, VALUE_DIMS
 from .backward import TABLE as BACKWARD
 from .backward import BackwardConfig, backward_config
 from .backward_kernels import ROWS, KernelOfPass, kernels_of
@@ -16,6 +16,7 @@ from .packing import PACKED_FEATURES
 from .tables import (
     DENSE,
     DTYPES,
+    FEWER_VALUES,
     FORWARD,
     KeySource,
     all_decode_configs,
@@ -113,11 +114,33 @@ def packed_configs() -> list[FwdConfig]:
     ]
 
 
+def dim_configs() -> list[FwdConfig | DecodeConfig]:
+    """Of the configs of dims that the tables do not have some that stand for all: each row of FEWER_VALUES, and each
+    (bytes per element, head_dim) of what is padded with each kernel, the other options in turn."""
+    out = []
+    for number, (size, head_dim, mask) in enumerate(FEWER_VALUES):
+        fewer = frozenset({("head_dim_v", VALUE_DIMS[size, head_dim])})
+        source, is_varlen = ((DENSE, False), (DENSE, True), (KeySource(True, 16, True), True))[number % 3]
+        dtype = ("bf16", "fp16")[number % 2]
+        out.append(forward_config(dtype, head_dim, mask, number % 2 == 0, is_varlen, None, fewer, source))
+        out.append(decode_config(dtype, head_dim, mask == "local", None, fewer, source))
+    padded, masks = frozenset({("is_padded", True)}), ("full", "causal", "local")
+    for number, (size, head_dim) in enumerate(DECODE):
+        source = (DENSE, KeySource(True, 16), KeySource(True, 1))[number % 3]
+        dtype, out_dtype = [names for names in DTYPES if ELEMENT_BYTES[names[0]] == size][number % 2]
+        asked = dtype, head_dim, masks[number // 2 % 3], number % 2 == 1
+        out.append(forward_config(*asked, True, out_dtype, padded, source))
+        out.append(decode_config(dtype, head_dim, number % 2 == 1, out_dtype, padded, source))
+        if number % 3 == 0:
+            out.append(forward_config(*asked, False, PARTIAL, padded))
+    return out
+
+
 def all_configs() -> list[FwdConfig | DecodeConfig]:
-    """Every config that some supported call can need, but of ragged batches, FP32, packed heads and features a
-    selection."""
+    """Every config that some supported call can need, but of ragged batches, FP32, packed heads, features and dims that
+    the tables do not have a selection."""
     tables = all_forward_configs(), all_decode_configs(), ragged_configs(), partial_configs(), packed_configs()
-    return [cfg for configs in (*tables, feature_configs()) for cfg in configs]
+    return [cfg for configs in (*tables, feature_configs(), dim_configs()) for cfg in configs]
 
 
 def backward_configs() -> list[BackwardConfig | OneSidePass]:

@@ -171,7 +171,7 @@ def plan(
         num_splits,
         cluster_size,
         SMEM_BYTES_PER_CTA if is_spread else cfg.smem_bytes,
-        partial_bytes=4 * partials * (cfg.head_dim + 1),
+        partial_bytes=4 * partials * (cfg.dim_v + 1),
         num_arrivals=num_items * cluster_size if partials else 0,
     )
 

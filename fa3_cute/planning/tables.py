@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import DECODE, decode_row
+from .dims import has_fewer_values
 from .key_source import PAGE_BOXES
 from .score_features import NO_FEATURES, Features, take_registers
 
@@ -112,6 +113,13 @@ FORWARD = {
     ),
 }
 
+# {(bytes per element, head_dim, mask)} of tiles of V and O with fewer columns (contract/formats.VALUE_DIMS).
+FEWER_VALUES = {
+    (2, 192, "full"): Row(128, 128, 1, "what fits with V's 128 columns; not measured"),
+    (2, 192, "causal"): Row(128, 128, 1, "what fits with V's 128 columns; not measured"),
+    (2, 192, "local"): Row(128, 96, 1, "as with 192 columns of V, which leaves room for attn_mask; not measured"),
+}
+
 # {(head_dim, packed_heads)} of small windows whose heads are packed (packing.py), in 16 bit: the largest of the numbers
 # of heads that divides num_heads / num_heads_k. One tile of K and V, or two, span the keys that a tile's rows see of
 # (127, 0): tile_m / packed_heads + 127. Reasons: microseconds of it and without packed heads; 8 KV heads, 2 x
@@ -161,9 +169,11 @@ DENSE = KeySource()  # and packed K and V with packed Q
 DTYPES = (("fp16", None), ("bf16", None), *((FP8, out) for out in FP8_OUT_DTYPES))
 
 
-def forward_row(dtype: str, head_dim: int, mask: str, takes_registers: bool = False) -> Row:
-    """The row of FORWARD that serves a problem; of what takes registers that of windows: larger tiles spill."""
-    return FORWARD[ELEMENT_BYTES[dtype], head_dim, "local" if takes_registers else mask]
+def forward_row(dtype: str, head_dim: int, mask: str, takes_registers: bool = False, has_fewer: bool = False) -> Row:
+    """The row of FORWARD that serves a problem, or of FEWER_VALUES; of what takes registers that of windows: larger
+    tiles spill."""
+    rows = FEWER_VALUES if has_fewer else FORWARD
+    return rows[ELEMENT_BYTES[dtype], head_dim, "local" if takes_registers else mask]
 
 
 def with_registers_for_mask(row: Row, dtype: str, attn_mask: str) -> Row:
@@ -194,7 +204,7 @@ def forward_config(
     source: KeySource = DENSE,
 ) -> FwdConfig:
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
-    row = forward_row(dtype, head_dim, mask, takes_registers=take_registers(features))
+    row = forward_row(dtype, head_dim, mask, take_registers(features), has_fewer_values(features))
     if attn_mask := dict(features).get("attn_mask"):
         row = with_registers_for_mask(row, dtype, attn_mask)
     return interned(

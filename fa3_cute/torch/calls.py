@@ -148,6 +148,11 @@ def lse_shape(q: Tensor) -> tuple:
     return *batch, heads, rows
 
 
+def out_shape(q: Tensor, v: Tensor) -> tuple:
+    """q's, with the columns of v."""
+    return *q.shape[:-1], v.shape[-1]
+
+
 # ---- params ----------------------------------------------------------------------------------------------------------
 
 

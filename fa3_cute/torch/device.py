@@ -30,6 +30,7 @@ from .calls import (
     lse_shape,
     merge_params,
     new_merged,
+    out_shape,
     require_tensors,
 )
 
@@ -100,7 +101,7 @@ def forward(
     call, update = _with_unit_strides(call, update)
     q, k, v, *_ = call
     plan: Plan = _plan_of(call, Plan, _thread.plans, update, out)
-    to: Tensor = torch.empty(q.shape, dtype=plan.out_dtype, device=q.device) if out is None else out
+    to: Tensor = torch.empty(out_shape(q, v), dtype=plan.out_dtype, device=q.device) if out is None else out
     lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device) if wants_lse else None
     if plan.is_idle:
         return to, lse

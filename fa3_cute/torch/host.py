@@ -17,7 +17,7 @@ from ..contract.rows import used_rows
 from ..contract.status import Problem
 from ..planning.operations import checked
 from .calls import NUM_TENSORS, OUT_DTYPE, BackwardCall, ForwardCall, MergeCall, Update, backward_params
-from .calls import forward_params, lse_shape, merge_params, require_tensors
+from .calls import forward_params, lse_shape, merge_params, out_shape, require_tensors
 
 BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}  # of what NumPy does not have
 # Arguments that the reference does not have: they choose kernels, or are of the other pass.
@@ -45,7 +45,7 @@ def forward(
     if update is not None:
         q, options = updated_on_host((q, k, v), options | _options(update))
     dtype = OUT_DTYPE.get(call.q.dtype, call.q.dtype)
-    to: Tensor = torch.empty(q.shape, dtype=dtype) if out is None else out
+    to: Tensor = torch.empty(out_shape(call.q, call.v), dtype=dtype) if out is None else out
     if not q.size:
         return to, call.q.new_empty(lse_shape(call.q), dtype=torch.float32)
     exact, lse = attention_reference(q, k, v, **options)

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..contract.backward_rules import SERVED_HEAD_DIMS
-from ..contract.formats import HEAD_DIMS
 from ..contract.status import Status, error_for
 from . import device, host
-from .calls import OUT_DTYPE, BackwardCall, ForwardCall, MergeCall, Update, lse_shape, new_merged, schema
+from .calls import OUT_DTYPE, BackwardCall, ForwardCall, MergeCall, Update, lse_shape, new_merged, out_shape, schema
 
 _library = torch.library.Library("fa3_cute", "DEF")
 
@@ -31,7 +30,7 @@ def _define(name: str, kind, results: int, on_host, on_device, fake) -> None:
 
 def _new_results(call: ForwardCall) -> tuple[Tensor, Tensor]:
     q = call.q
-    out = torch.empty(q.shape, dtype=OUT_DTYPE.get(q.dtype, q.dtype), device=q.device)
+    out = torch.empty(out_shape(q, call.v), dtype=OUT_DTYPE.get(q.dtype, q.dtype), device=q.device)
     return out, torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
 
 
@@ -86,9 +85,11 @@ def require_differentiable(call: ForwardCall) -> None:
             _refuse(f"{stated}: must be {off} where a gradient is asked for")
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
-    if call.q.shape[-1] in HEAD_DIMS and call.q.shape[-1] not in SERVED_HEAD_DIMS:
+    if call.q.shape[-1] not in SERVED_HEAD_DIMS:
         served = ", ".join(map(str, SERVED_HEAD_DIMS))
         _refuse(f"head_dim={call.q.shape[-1]}: must be one of {served} where a gradient is asked for")
+    if call.v.shape[-1] != call.q.shape[-1]:
+        _refuse(f"v.shape[-1]={call.v.shape[-1]}: must be {call.q.shape[-1]}, as q's, where a gradient is asked for")
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is None:
         _refuse("cu_seqlens_k=None: must be given with cu_seqlens_q where a gradient is asked for")
 

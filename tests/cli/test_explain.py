@@ -14,7 +14,7 @@ from fa3_cute.contract.status import FlashAttentionError, Status
 
 
 def test_explain_names_every_problem(capsys):
-    argv = ["explain", "--head-dim", "80", "--num-heads", "6", "--num-heads-k", "4", "--causal", "--window", "1,-1"]
+    argv = ["explain", "--head-dim", "84", "--num-heads", "6", "--num-heads-k", "4", "--causal", "--window", "1,-1"]
     status, said = answer(capsys, *argv)
     assert status == 1 and set(said) == {"problems"}
     assert [problem["status"] for problem in said["problems"]] == [
@@ -45,6 +45,11 @@ def test_explain_names_every_problem(capsys):
         (
             ["--num-splits", "4", "--seqlen-q", "100", "--seqlen-k", "9000", "--causal"],
             decode_config("bf16", 128, True),
+        ),
+        (["--head-dim", "72"], forward_config("bf16", 96, "full", False, False)),
+        (
+            ["--head-dim", "192", "--head-dim-v", "128", "--causal"],
+            forward_config("bf16", 192, "causal", False, False, None, frozenset({("head_dim_v", 128)})),
         ),
         (["--dtype", "fp8_e4m3", "--head-dim", "96"], forward_config("fp8_e4m3", 96, "full", False, False, "bf16")),
         (

@@ -31,7 +31,7 @@ from fa3_cute.planning.tables import decode_config, forward_config
 from fa3_cute.runtime.launch import CudaFailure, NotWarmedUp, UnsupportedDevice
 from fa3_cute.planning.splits import plan
 
-BAD = replace(GOOD, head_dim=80, num_heads=6)
+BAD = replace(GOOD, head_dim=84, num_heads=6)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -145,7 +145,7 @@ def test_no_queries_are_no_launch(launches):
     empty = replace(PACKED, total_q=0)
     assert forward(empty, 7) is forward(replace(empty, total_q=np.int64(0)), 7) is Status.OK
     assert launches.calls == []
-    assert forward(replace(empty, head_dim=80)) is Status.UNSUPPORTED_HEAD_DIM
+    assert forward(replace(empty, head_dim=84)) is Status.UNSUPPORTED_HEAD_DIM
     assert warmup(empty, 7) is Status.OK
     assert launches.calls == [("load", forward_config("fp16", 128, "full", False, True), 7)]
 
@@ -154,8 +154,8 @@ def test_no_queries_are_no_launch(launches):
 def test_refusal(launches, call):
     assert call(BAD, 7) is Status.UNSUPPORTED_HEAD_DIM
     assert launches.calls == []
-    assert last_error().detail == "head_dim=80: must be 64, 96, 128, 192 or 256"
-    with pytest.raises(ValueError, match="head_dim=80"):
+    assert last_error().detail == "head_dim=84: must be a multiple of 8 from 8 to 256"
+    with pytest.raises(ValueError, match="head_dim=84"):
         call(BAD).check()
 
 
@@ -257,7 +257,7 @@ def test_workspace_size():
     needed = 4 * decode.batch_size * rows * (decode.head_dim + 1)
     assert workspace_size(decode) == workspace_size(replace(decode, workspace=A, workspace_bytes=1)) == needed
     assert workspace_size(GOOD) == workspace_size(replace(decode, num_splits=16)) == 0
-    with pytest.raises(ValueError, match="head_dim=80"):
+    with pytest.raises(ValueError, match="head_dim=84"):
         workspace_size(BAD)
     with pytest.raises(ValueError, match="head_dim=192"):
         workspace_size(replace(decode, dtype=DataType.FP8_E4M3, head_dim=192))
@@ -302,7 +302,7 @@ def test_threads_have_their_own_last_error(launches):
         thread.start()
     for thread in threads:
         thread.join()
-    assert details == {n: {f"head_dim={n}: must be 64, 96, 128, 192 or 256"} for n in (1, 2, 3)}
+    assert details == {n: {f"head_dim={n}: must be a multiple of 8 from 8 to 256"} for n in (1, 2, 3)}
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU")

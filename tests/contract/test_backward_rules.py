@@ -238,7 +238,17 @@ def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
         *(name for name in FORWARD_ARGUMENTS if name.startswith(("k_new_", "v_new_", "rotary_"))),
         *("seqlen_knew", "cu_seqlens_k_new", "seqlens_rotary"),
     } - set(REFUSED)
-    without_kernel = {"head_dim", "dtype", "out_dtype", "is_causal", "mode", "total_q", "total_k", "max_seqlen_q"}
+    without_kernel = {
+        "head_dim",
+        "head_dim_v",
+        "dtype",
+        "out_dtype",
+        "is_causal",
+        "mode",
+        "total_q",
+        "total_k",
+        "max_seqlen_q",
+    }
     read = {name for name, argument in ARGUMENTS.items() if argument.takers == (BACKWARD,)} | without_kernel
     read |= {"workspace", "workspace_bytes"}
     by_forward = {name for name, argument in FORWARD_ARGUMENTS.items() if argument.refused}

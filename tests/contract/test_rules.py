@@ -38,7 +38,7 @@ def test_first_problem_follows_the_table():
         k=A,
         v=A,
         out=A + 1,
-        head_dim=80,
+        head_dim=84,
         num_heads=6,
         num_heads_k=4,
         is_causal=True,
@@ -140,8 +140,8 @@ def test_so_many_choices_are_remembered(monkeypatch):
 
 
 def test_problem_prints_as_a_sentence():
-    assert str(first_problem(replace(DENSE, head_dim=80))) == (
-        "UNSUPPORTED_HEAD_DIM (-2): head_dim=80: must be 64, 96, 128, 192 or 256"
+    assert str(first_problem(replace(DENSE, head_dim=84))) == (
+        "UNSUPPORTED_HEAD_DIM (-2): head_dim=84: must be a multiple of 8 from 8 to 256"
     )
 
 

@@ -95,7 +95,11 @@ def served(text: str) -> tuple[set[str], set[int], set[str]]:
 
 
 def expected() -> tuple[set[str], set[int], set[str]]:
-    return {dtype.name for dtype in SERVED_DTYPES}, set(SERVED_HEAD_DIMS), {*REFUSED, "out_dtype", "grad_dtype"}
+    return (
+        {dtype.name for dtype in SERVED_DTYPES},
+        set(SERVED_HEAD_DIMS),
+        {*REFUSED, "head_dim_v", "out_dtype", "grad_dtype"},
+    )
 
 
 @both_languages

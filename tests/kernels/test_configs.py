@@ -15,12 +15,13 @@ from itertools import cycle, product
 import fingerprints
 import pytest
 
+from fa3_cute.contract.formats import PARTIAL
 from fa3_cute.kernels.common.score_mask import MASK_TYPES
 from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
 from fa3_cute.planning.decode_rows import DECODE
 from fa3_cute.planning.key_source import PAGE_BOXES
 from fa3_cute.planning.score_features import FEATURES, MODS
-from fa3_cute.planning.selections import all_configs, feature_configs, packed_configs, ragged_configs
+from fa3_cute.planning.selections import all_configs, dim_configs, feature_configs, packed_configs, ragged_configs
 from fa3_cute.planning.tables import (
     DTYPES,
     FORWARD,
@@ -36,7 +37,7 @@ PROCESSES = min(4, os.cpu_count() or 1)  # a compile takes 3 s of one core and 3
 
 def selection() -> list:
     """One config per row of FORWARD and two per row of DECODE (with a window and without), the element types and the
-    other options in turn; then `ragged_selection`, one per row of PACKED, and what has features."""
+    other options in turn; then `ragged_selection`, one per row of PACKED, what has features, and other dims."""
     chosen = {}
     options = cycle(product((False, True), (False, True), (0, 1)))
     for cfg in all_forward_configs():
@@ -57,7 +58,8 @@ def selection() -> list:
         [cfg for number, cfg in enumerate(configs) if number % 4 in (0, 3)]
         for configs in (packed_configs(), feature_configs())
     )
-    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_ones]
+    dim_ones = [cfg for cfg in dim_configs() if cfg.out_dtype != PARTIAL][::2]
+    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_ones, *dim_ones]
 
 
 def kind_of(cfg) -> tuple:

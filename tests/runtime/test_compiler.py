@@ -109,10 +109,15 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
         "score_mod": "a_mod_0",
         "mask_mod": "a_mod_0",
         "has_dropout": True,
+        "is_padded": True,
     }
     changed_fp8 = {"out_dtype": "fp16"}  # what only FP8 can change
     changed_ragged = {"is_ragged": True, "page_box": 32, "box_is_wide": True}  # each with the ones before it
-    changed_together = ({"mask_mod": "a_mod_0", "has_block_lists": True}, {"is_local": True, "has_chunks": True})
+    changed_together = (
+        {"mask_mod": "a_mod_0", "has_block_lists": True},
+        {"is_local": True, "has_chunks": True},
+        {"head_dim": 192, "num_q_stages": 1, "head_dim_v": 128},
+    )
     small = replace(CFG, tile_n=64, is_causal=False)  # leaves room to change one field at a time
     small_fp8 = replace(small, dtype="fp8_e4m3", out_dtype="bf16")
     names = {name for some in (changed, changed_fp8, changed_ragged, *changed_together) for name in some}

@@ -41,6 +41,7 @@ class Case:
     Packed sequences: seqlen_q and seqlen_k are the rows of the tensors, batch is the number of sequences.
     out_dtype is for FP8 only.
 
+    head_dim_v   columns of v and out, 0: head_dim
     softcap, attention_chunk, p_dropout   as the call has them, 0: off
     sinks        logits of attention sinks, taken in turn by the heads; (): none. sink_dtype: "fp32", "bf16", "fp16"
     alibi        "heads" or "sequences": slopes of each head, of each head and sequence; "": none
@@ -68,6 +69,12 @@ class Case:
     mask_gap: int = 0
     attention_chunk: int = 0
     p_dropout: float = 0.0
+    head_dim_v: int = 0
+
+    @property
+    def dim_v(self) -> int:
+        """Columns of v and out."""
+        return self.head_dim_v or self.head_dim
 
     @property
     def element_out(self) -> str:
@@ -102,7 +109,8 @@ class Case:
 
     def __str__(self) -> str:
         return (
-            f"{self.dtype}{f'-{self.out_dtype}' if self.out_dtype else ''}-d{self.head_dim}-{self.mask}"
+            f"{self.dtype}{f'-{self.out_dtype}' if self.out_dtype else ''}"
+            f"-d{self.head_dim}{f'v{self.head_dim_v}' if self.head_dim_v else ''}-{self.mask}"
             f"-{self.num_heads}over{self.num_heads_k}heads-{self.seqlen_q}x{self.seqlen_k}"
             f"{f'-batch{self.batch}' if self.batch > 1 else ''}{'-lse' if self.has_lse else ''}"
             f"{self.score_options}"

@@ -116,13 +116,14 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
     outer = () if "cu_seqlens_q" in lengths else (case.batch,)
     q_shape = (*outer, case.seqlen_q, case.num_heads, case.head_dim)
     k_shape = (*outer, case.seqlen_k, case.num_heads_k, case.head_dim)
+    v_shape, out_shape = (*k_shape[:-1], case.dim_v), (*q_shape[:-1], case.dim_v)
     q, k, v, out = (
         place(name, shape, dtype)
         for name, shape, dtype in (
             ("q", q_shape, case.dtype),
             ("k", k_shape, case.dtype),
-            ("v", k_shape, case.dtype),
-            ("out", q_shape, case.element_out),
+            ("v", v_shape, case.dtype),
+            ("out", out_shape, case.element_out),
         )
     )
     lse = contiguous("lse", (*outer, case.num_heads, case.seqlen_q), "fp32") if case.has_lse else None
@@ -193,6 +194,7 @@ def params_of(problem: Problem, **overrides) -> FlashAttentionParams:
         "num_heads": case.num_heads,
         "num_heads_k": case.num_heads_k,
         "head_dim": case.head_dim,
+        "head_dim_v": case.head_dim_v,
         "dtype": DATA_TYPES[case.dtype],
         "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype],
         "is_causal": case.is_causal,
@@ -288,7 +290,7 @@ def judged_parts(problem: Problem):
     heads = range(case.num_heads) if is_fp8 else [slice(None)]
     short_ones = np.zeros(problem.q.array.shape[:-2], bool)
     for b, rows in enumerate(problem.sequences("q")):
-        if (rows[-1].stop - rows[-1].start) * (case.num_heads // len(heads)) * case.head_dim < JUDGED_ALONE:
+        if (rows[-1].stop - rows[-1].start) * (case.num_heads // len(heads)) * case.dim_v < JUDGED_ALONE:
             short_ones[rows] = True
         else:
             yield from ((f" of sequence {b}" + f", head {head}" * is_fp8, (*rows, head)) for head in heads)

@@ -114,7 +114,8 @@ def tensor(p, name: str) -> np.ndarray:
     as_q = name in ("q", "out", "dout", "dq")
     batch, rows, heads = tensor_sizes(p, "q" if as_q else "k")
     kind = NUMPY[out_dtype(p) if name == "out" else p.dtype]
-    found = array(getattr(p, name), (batch, rows, heads, p.head_dim), kind, strides_of(p, name))
+    columns = p.head_dim if name in ("q", "k", "dq", "dk") else p.head_dim_v or p.head_dim
+    found = array(getattr(p, name), (batch, rows, heads, columns), kind, strides_of(p, name))
     is_flat = is_packed(p) if as_q else has_packed_keys(p)
     return found[0] if is_flat else found
 

@@ -122,12 +122,15 @@ class RaggedProblem:
             self.width = -(-capacity // size)
             self.capacity, self.num_pages = self.width * size, self.num_rows * self.width + ragged.spare
             self.k, self.v = POOLS[ragged.layout]((self.num_pages, size, *kv_dims), case.dtype)
+            if case.head_dim_v:
+                _, self.v = POOLS[ragged.layout]((self.num_pages, size, case.num_heads_k, case.dim_v), case.dtype)
             self.table = contiguous("table", (self.num_rows, self.width + 1), "int32")
         else:
             self.capacity, self.table = capacity, None
-            self.k, self.v = _separate((self.num_rows, capacity, *kv_dims), case.dtype)
+            self.k, _ = _separate((self.num_rows, capacity, *kv_dims), case.dtype)
+            _, self.v = _separate((self.num_rows, capacity, case.num_heads_k, case.dim_v), case.dtype)
         self.q = contiguous("q", (self.total_q, case.num_heads, case.head_dim), case.dtype)
-        self.out = contiguous("out", self.q.array.shape, case.element_out)
+        self.out = contiguous("out", (*self.q.array.shape[:-1], case.dim_v), case.element_out)
         self.lse = contiguous("lse", self.lse_shape, "fp32") if case.has_lse else None
         self.lengths = {name: contiguous(name, (size,), "int32") for name, size in self.length_sizes().items()}
         heads = {"q": case.num_heads, "k": case.num_heads_k, "v": case.num_heads_k}
@@ -163,7 +166,7 @@ class RaggedProblem:
         for start, n, first in zip(self.starts, queries, accumulate(queries, initial=0), strict=False):
             self.q.array[start : start + n] = q[first : first + n]
         if k is None:
-            k, v = (self.values_of(keys_there, randn) for _ in range(2))
+            k, v = (self.values_of(keys_there, randn, columns) for columns in (case.head_dim, case.dim_v))
         self.store(queries, keys_there, k, v, rng)
         given = {"cu_seqlens_q": self.starts, "seqused_q": queries, "seqused_k": keys, "kv_batch_idx": ragged.rows}
         for name, tensor in self.lengths.items():
@@ -171,10 +174,10 @@ class RaggedProblem:
         self.problem = self.logical(queries, keys_there, k, v)
         self.upload()
 
-    def values_of(self, keys, randn) -> np.ndarray:
+    def values_of(self, keys, randn, columns: int) -> np.ndarray:
         """Packed keys or values: sequences of one row of the cache have the same, and all have the shared pages."""
         case, rows = self.ragged.case, self.ragged.rows or range(self.batch)
-        dims = case.num_heads_k, case.head_dim
+        dims = case.num_heads_k, columns
         prefix = randn(self.ragged.shared * self.ragged.page_size, *dims)
         longest = {row: max(n for n, other in zip(keys, rows, strict=True) if other == row) for row in rows}
         by_row = {row: np.concatenate([prefix, randn(n, *dims)]) for row, n in longest.items()}
@@ -269,7 +272,7 @@ class RaggedProblem:
         fields |= {"is_causal": case.is_causal, "window_size_left": left, "window_size_right": right}
         fields |= {"dtype": DATA_TYPES[case.dtype], "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype]}
         fields |= {"softmax_lse": self.lse and self.lse.address, "batch_size": self.batch, "seqlen_k": self.capacity}
-        fields |= {name: getattr(case, name) for name in ("num_heads", "num_heads_k", "head_dim")}
+        fields |= {name: getattr(case, name) for name in ("num_heads", "num_heads_k", "head_dim", "head_dim_v")}
         return FlashAttentionParams(**fields | score_params(case, self.scores) | ragged.fields | overrides)
 
     def results(self, stream) -> tuple[np.ndarray, np.ndarray | None]:

@@ -3,7 +3,7 @@ import math
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32
+from cutlass import Boolean, Constexpr, Int32
 
 from ...planning.config import KernelConfig
 from .layout import element_type
@@ -33,10 +33,21 @@ def row_copy(columns: int, element, thread: Int32, num_threads: int):
     return copy.get_slice(thread), thread // per_row, num_threads // per_row
 
 
-def row_piece(row: cute.Tensor, thread: Int32, column: int) -> cute.Tensor:
-    """The thread's piece in one column of `row_copy`, of a row (columns,) that lies anywhere."""
-    per_row = threads_per_row(cute.size(row), row.element_type)
-    return cute.local_tile(row, (piece_size(row.element_type),), (column * per_row + thread % per_row,))
+def index_of_piece(columns: int, element, thread: Int32, column: int) -> Int32:
+    """Where in its row of so many columns the thread's piece in one column of `row_copy` is, in pieces."""
+    per_row = threads_per_row(columns, element)
+    return column * per_row + thread % per_row
+
+
+def row_piece(row: cute.Tensor, columns: int, thread: Int32, column: int) -> cute.Tensor:
+    """The thread's piece in one column of `row_copy`, of a row that lies anywhere."""
+    index = index_of_piece(columns, row.element_type, thread, column)
+    return cute.local_tile(row, (piece_size(row.element_type),), (index,))
+
+
+def is_in_row(extent: Int32, columns: int, element, thread: Int32, column: int) -> Boolean:
+    """Whether a row of so many elements has the thread's piece of a tile's row of `columns`."""
+    return index_of_piece(columns, element, thread, column) * piece_size(element) < extent
 
 
 @cute.jit

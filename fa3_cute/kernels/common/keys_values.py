@@ -85,7 +85,7 @@ def key_value_operand(cfg: KernelConfig, a, name: str, shape: tuple, ring: cute.
     if cfg.reads_rows:
         return row_operand(cfg, a, name, shape[1])
     if cfg.page_box:
-        return paged_operand(cfg, a, name, shape[1])
+        return paged_operand(cfg, a, name, shape[1], cute.size(ring, mode=[1]))
     return tma_load(tensor_view(a, name, shape), ring, cfg.tile_n)
 
 

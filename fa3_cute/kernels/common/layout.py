@@ -56,6 +56,11 @@ def stretch_of(element, columns: int) -> int:
     return math.gcd(128, columns * element.width // 8) * 8 // element.width
 
 
+def dims_of(cfg: KernelConfig, a) -> tuple[int | Int32, int | Int32]:
+    """Columns of Q and K, and of V and O, among a kernel's arguments `a`: at most the tiles' cfg.dim_qk, cfg.dim_v."""
+    return a.head_dim, a.head_dim_v
+
+
 def tensor_view(a, name: str, shape: tuple) -> cute.Tensor:
     """(seqlen, columns, heads, batch), the shape, over a pointer among a kernel's arguments `a` with its strides."""
     ptr = getattr(a, name)

@@ -63,8 +63,12 @@ class Pages:
             cute.arch.prefetch((self.table.iterator + line).llvm_ptr, cache_level="L2")
 
 
-def paged_operand(cfg: KernelConfig, a, name: str, columns: int) -> PagedOperand:
-    """Boxes of a pool, a kernel's argument `name`: (row of a page, column, head, page), or as wide boxes have it."""
+def paged_operand(cfg: KernelConfig, a, name: str, extent: Int32, columns: int) -> PagedOperand:
+    """Boxes of a pool, a kernel's argument `name`: (row of a page, column, head, page), or as wide boxes have it, in
+    which the pool has as many columns as the tile.
+
+    extent, columns   of the pool; of the tile
+    """
     heads = None
     if cfg.box_is_wide:
         stretch = stretch_of(element_type(cfg), columns)
@@ -74,7 +78,7 @@ def paged_operand(cfg: KernelConfig, a, name: str, columns: int) -> PagedOperand
             ((ROWS_OF_ATOM, a.page_size // ROWS_OF_ATOM), (stretch, columns // stretch), a.num_pages * heads),
             stride=((row, row * ROWS_OF_ATOM), (1, stretch), head)))
     else:
-        pool = tensor_view(a, name, (a.page_size, columns, a.num_heads_k, a.num_pages))
+        pool = tensor_view(a, name, (a.page_size, extent, a.num_heads_k, a.num_pages))
     box = cute.select(ring_of_boxes(cfg, cfg.page_box, columns, 1), mode=[0, 1])
     op = cpasync.CopyBulkTensorTileG2SOp()
     return PagedOperand(*cpasync.make_tiled_tma_atom(op, pool, box, (cfg.page_box, columns)), heads)

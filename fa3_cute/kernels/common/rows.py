@@ -11,11 +11,12 @@ are on their way as the rings have slots.
 """
 import math
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Constexpr, Int32, Int64, Uint8
+from cutlass import Constexpr, Int32, Int64, Uint8, const_expr
 from cutlass.experimental import primitives
 
 from ...planning.config import KernelConfig
@@ -113,11 +114,12 @@ class RowSource:
         """Start to fill a slot that was acquired with the tile that was found; it is full once all rows are there."""
         page, rows, end = found[0], self.rows_of_round, key + self.cfg.tile_n
         lanes = LanesOfRow.create(self.ring[None, None, slot.index])
+        row_bytes = self.pool.shape[1] * self.pool.element_type.width // 8 if self.cfg.is_padded else None
         for i in cutlass.range(self.cfg.tile_n // rows, unroll=1):
             first = key + i * rows
             address = self.address(first, page)
             page = self.page_of(first + rows, end)
-            lanes.copy_round(address, i * rows, rows)
+            lanes.copy_round(address, i * rows, rows, row_bytes)
         slot.commit()
 
 
@@ -144,9 +146,12 @@ class LanesOfRow:
         return LanesOfRow(per_row, row_bytes // width, starts)
 
     @cute.jit
-    def copy_round(self, address: Int64, first_row: Int32, num_rows: Constexpr[int]):
+    def copy_round(self, address: Int64, first_row: Int32, num_rows: Constexpr[int], row_bytes: Optional[Int32]):
         """Start to bring num_rows rows to the slot's rows from first_row on, a multiple of 8; lane j knows the address
-        of row j."""
+        of row j.
+
+        row_bytes   that there are of a row, zeros behind them; None: as many as a slot's row has
+        """
         lane, rows_at_once = cute.arch.lane_idx(), WARP // self.per_row
         for i in cutlass.range_constexpr(num_rows // rows_at_once):
             source = cute.arch.shuffle_sync(address, i * rows_at_once + lane // self.per_row)
@@ -156,10 +161,13 @@ class LanesOfRow:
                 offset = stretch * self.per_row * PIECE_BYTES
                 whole_atoms = i * rows_at_once // ROWS_OF_ATOM * ROWS_OF_ATOM
                 target = start.pointer(Uint8, offset, first_row + whole_atoms)
+                piece_bytes = num_bytes
+                if const_expr(row_bytes is not None):
+                    piece_bytes = num_bytes if offset + lane % self.per_row * PIECE_BYTES < row_bytes else Int32(0)
                 piece = cute.make_ptr(Uint8, source + offset + lane % self.per_row * PIECE_BYTES,
                                       cute.AddressSpace.gmem, assumed_align=PIECE_BYTES)
                 primitives.cp_async_shared_global(target.llvm_ptr, piece.llvm_ptr, PIECE_BYTES,
-                                                  "cg", cp_size=num_bytes)
+                                                  "cg", cp_size=piece_bytes)
 
 
 def row_source_of(cfg: KernelConfig, op: RowOperand, ring: cute.Tensor, tile: Tile, pages: Pages,

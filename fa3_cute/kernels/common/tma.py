@@ -25,7 +25,7 @@ def tma_operand(op, tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int | 
     rows   (heads, queries) of a tensor whose rows are that (tiles.with_packed_heads)
     """
     slot = cute.select(ring, mode=[0, 1])
-    return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, slot, (rows, tensor.shape[1])))
+    return TmaOperand(*cpasync.make_tiled_tma_atom(op, tensor, slot, (rows, cute.size(slot, mode=[1]))))
 
 
 def tma_load(tensor: cute.Tensor, ring: cute.ComposedLayout, rows: int | tuple) -> TmaOperand:

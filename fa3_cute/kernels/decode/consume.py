@@ -1,13 +1,13 @@
 """Consumer role: attention over one split of K and V, then its merge with the others of the item."""
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from ...planning.config import DecodeConfig
 from ..common.arithmetic import ceil_div
 from ..common.attend import attend_to, make_attend
 from ..common.barriers import sync_warpgroup
-from ..common.copies import row_copy, row_piece
+from ..common.copies import is_in_row, row_copy, row_piece
 from ..common.layout import element_type
 from ..common.visibility import Visibility
 from ..common.wgmma import Mmas
@@ -56,7 +56,23 @@ def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: Spli
             packed_row = work.tile.m_block * cfg.tile_m + row
             query, head = divmod(packed_row, packed_heads)
             mQ = params.mQ[work.tile.offset_q + query, None, work.tile.head + head, work.tile.batch]
-            for c in cutlass.range_constexpr(cute.size(tQsQ, mode=[2])):
-                cute.autovec_copy(row_piece(mQ, tidx, c), tQsQ[None, step, c])
+            read_row(cfg, mQ, tQsQ[None, step, None], tidx)
     cute.arch.fence_view_async_shared()
     sync_warpgroup(0)
+
+
+@cute.jit
+def read_row(cfg: DecodeConfig, mQ: cute.Tensor, tQsQ: cute.Tensor, tidx: Int32):
+    """A thread's pieces of one row of Q; zeros where the tile has columns that the row has not.
+
+    Runs on: the threads that share the row.
+    """
+    for c in cutlass.range_constexpr(cute.size(tQsQ, mode=[1])):
+        if const_expr(cfg.is_padded):
+            rQ = cute.make_rmem_tensor_like(tQsQ[None, c])
+            cute.recast_tensor(rQ, Int32).fill(0)
+            if is_in_row(mQ.shape[0], cfg.dim_qk, mQ.element_type, tidx, c):
+                cute.autovec_copy(row_piece(mQ, cfg.dim_qk, tidx, c), rQ)
+            cute.autovec_copy(rQ, tQsQ[None, c])
+        else:
+            cute.autovec_copy(row_piece(mQ, cfg.dim_qk, tidx, c), tQsQ[None, c])

@@ -19,7 +19,7 @@ from ..common.entry import flat_entry
 from ..common.dropout import Dropout
 from ..common.fp8 import Descales
 from ..common.keys_values import KeyPlaces, capacity, key_value_operand, key_value_ring, with_descriptors
-from ..common.layout import element_type, lse_view, smem_ring, tensor_view, transposed, view_as
+from ..common.layout import dims_of, element_type, lse_view, smem_ring, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import RaggedBatch
 from ..common.row_end import Sinks
@@ -70,10 +70,11 @@ class FlashAttentionDecode:
             places, ragged = KeyPlaces.create(cfg, a, batch), RaggedGrid.create(a)
             num_ctas = a.num_clusters * a.cluster_size
             num_tokens = minimum(num_tokens, Int64(a.num_pages) * a.page_size) if a.page_size > 0 else num_tokens
+        dim_qk, dim_v = dims_of(cfg, a)
         mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches))
-                  for name, columns in (("q", cfg.dim_qk), ("out", cfg.dim_v)))
+                  for name, columns in (("q", dim_qk), ("out", dim_v)))
         k, v = (key_value_operand(cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), layout)
-                for name, columns, layout in (("k", cfg.dim_qk, layouts.sK), ("v", cfg.dim_v, layouts.sV)))
+                for name, columns, layout in (("k", dim_qk, layouts.sK), ("v", dim_v, layouts.sV)))
         num_clusters = a.num_splits // a.cluster_size
         params = DecodeParams(
             k=k, v=v, mQ=mQ, mO=mO, mLSE=lse_view(a, batches), lengths=UsedLengths.create(a), places=places,

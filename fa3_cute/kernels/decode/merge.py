@@ -152,13 +152,18 @@ def write_out(cfg: DecodeConfig, params: DecodeParams, work: SplitWork, row: Int
         params.mLSE[query, head, work.tile.batch] = lse
 
 
+def chunks_of(cfg: DecodeConfig, params: DecodeParams) -> Int32 | int:
+    """COLUMNS columns each, of a row of out."""
+    return (params.mO.shape[1] if cfg.is_padded else cfg.dim_v) // COLUMNS
+
+
 @cute.jit
 def merge_cluster(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
     """The rows that this CTA owns, from shared memory to out, or to the scratch if other clusters have a part.
 
     Runs on: the consumer warpgroup. Synchronises: waits for the rows that the cluster sends (`send_partial`).
     """
-    grid, chunks = params.grid, cfg.dim_v // COLUMNS
+    grid, chunks = params.grid, chunks_of(cfg, params)
     cute.arch.mbarrier_wait(smem.partials_arrived, 0)
     for unit in cutlass.range(tidx, work.num_own_rows * chunks, 128, unroll=1):
         slot, chunk = unit // chunks, unit % chunks
@@ -184,7 +189,7 @@ def merge_clusters(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, wo
     Runs on: the consumer warpgroup, after merge_cluster. Synchronises: these CTAs through their arrival count, which
     releases what they wrote and lets the last one acquire it.
     """
-    scratch, grid, chunks = params.scratch, params.grid, cfg.dim_v // COLUMNS
+    scratch, grid, chunks = params.scratch, params.grid, chunks_of(cfg, params)
     arrivals = work.item * grid.cluster_size.divisor + work.rank
     sync_warpgroup(0)
     if tidx == 0:

@@ -15,7 +15,7 @@ from ..common.entry import flat_entry
 from ..common.dropout import Dropout
 from ..common.fp8 import Descales
 from ..common.keys_values import KeyPlaces, key_value_operand, key_value_ring, with_descriptors
-from ..common.layout import element_type, lse_view, out_type, smem_ring, tensor_view, transposed, view_as
+from ..common.layout import dims_of, element_type, lse_view, out_type, smem_ring, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import UNLIMITED, RaggedBatch
 from ..common.row_end import Sinks
@@ -56,10 +56,11 @@ class FlashAttentionForward:
             batches_k = Int32(1) if is_present(sequences.cu_seqlens_k) else a.batch_size_k
             sequences = RaggedBatch.create(a, a.decode_queries + 1, Int32(UNLIMITED))
             places = KeyPlaces.create(cfg, a, sequences)
+        dim_qk, dim_v = dims_of(cfg, a)
         mQ, mO = (with_packed_heads(cfg, tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches)))
-                  for name, columns in (("q", cfg.dim_qk), ("out", cfg.dim_v)))
+                  for name, columns in (("q", dim_qk), ("out", dim_v)))
         k, v = (key_value_operand(cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), ring)
-                for name, columns, ring in (("k", cfg.dim_qk, layouts.sK), ("v", cfg.dim_v, layouts.sV)))
+                for name, columns, ring in (("k", dim_qk, layouts.sK), ("v", dim_v, layouts.sV)))
         num_groups = a.num_heads // cfg.packed_heads if const_expr(cfg.packs_heads) else a.num_heads
         grid = TileGrid(
             num_m_blocks=ceil_div(a.seqlen_q, cfg.queries_per_tile), num_heads=num_groups, batch_size=a.batch_size,
@@ -136,9 +137,12 @@ class FlashAttentionForward:
             Int32, cute.make_layout((ENTRY_INTS, rings["tiles"].slots)), byte_alignment=16)
         tensor = lambda layout, element=element_type(cfg): allocator.allocate_tensor(
             element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        sO = None if const_expr(layouts.sO is None) else tensor(layouts.sO, out_type(cfg))
-        shares = cfg.output is Output.IN_Q_SLOT
+        has_fewer = cfg.output is Output.IN_Q_SLOT and cfg.dim_v < cfg.dim_qk
+        sO = None if const_expr(layouts.sO is None or has_fewer) else tensor(layouts.sO, out_type(cfg))
+        shares = cfg.output is Output.IN_Q_SLOT and not has_fewer
         sQ = view_as(sO, layouts.sQ, element_type(cfg)) if const_expr(shares) else tensor(layouts.sQ)
+        if const_expr(has_fewer):
+            sO = view_as(sQ, layouts.sO, out_type(cfg))
         sK, sV = tensor(layouts.sK), tensor(layouts.sV)
         sVt = tensor(layouts.sVt) if const_expr(cfg.values.has_ring) else transposed(sV)
         sMask = None

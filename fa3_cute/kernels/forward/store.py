@@ -11,7 +11,7 @@ from ...planning.config import FwdConfig
 from ...planning.strategies import Output
 from ..common.arithmetic import ceil_div
 from ..common.barriers import sync_warpgroup
-from ..common.copies import row_copy
+from ..common.copies import is_in_row, row_copy
 from ..common.layout import (ROW_STEP, SwizzledRow, as_quads, convert, fragment_col, fragment_row, out_type,
                              pieces_of_row)
 from ..common.tiles import Tile, group_of, query_and_head, rows_from
@@ -65,8 +65,19 @@ def write_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, acc_O: cute.Tensor
         if row < tile.seqlen_q:
             mO = params.mO[tile.offset_q + row, None, tile.head, tile.batch]
             pieces, size = pieces_of_row(cfg, acc_O, r)
-            for i in cutlass.range_constexpr(len(pieces)):
-                store_piece(pieces[i], cute.local_tile(mO, (size,), (4 * i + tidx % 4,)))
+            store_pieces(cfg, pieces, size, mO, tidx)
+
+
+@cute.jit
+def store_pieces(cfg: FwdConfig, pieces: Constexpr, size: Constexpr[int], mO: cute.Tensor, tidx: Int32):
+    """What a thread holds of a row (layout.pieces_of_row) -> the columns that the row has."""
+    for i in cutlass.range_constexpr(len(pieces)):
+        place = 4 * i + tidx % 4
+        if const_expr(cfg.is_padded):
+            if place * size < mO.shape[0]:
+                store_piece(pieces[i], cute.local_tile(mO, (size,), (place,)))
+        else:
+            store_piece(pieces[i], cute.local_tile(mO, (size,), (place,)))
 
 
 def store_piece(values: tuple, place: cute.Tensor):
@@ -103,10 +114,26 @@ def store_rows(cfg: FwdConfig, params: FwdParams, tile: Tile, sO: cute.Tensor, n
     tOsO, tOgO = copy.partition_S(sO), copy.partition_D(gO)
     for step in cutlass.range(ceil_div(num_rows, rows_per_step), unroll=1):
         if step * rows_per_step + first_row < num_rows:
-            for c in cutlass.range_constexpr(cute.size(tOsO, mode=[2])):
-                rO = cute.make_rmem_tensor_like(tOsO[None, 0, 0])
-                cute.autovec_copy(tOsO[None, step, c], rO)
-                cute.autovec_copy(rO, tOgO[None, step, c])
+            store_row(cfg, tOsO, tOgO, step, params.mO.shape[1])
+
+
+@cute.jit
+def store_row(cfg: FwdConfig, tOsO: cute.Tensor, tOgO: cute.Tensor, step: Int32, extent: Int32 | int):
+    """The lane's pieces of its row of a step of `row_copy`, as far as rows of O, which have so many columns, have them.
+    Runs on: the store warp."""
+    for c in cutlass.range_constexpr(cute.size(tOsO, mode=[2])):
+        if const_expr(cfg.is_padded):
+            if is_in_row(extent, cfg.dim_v, out_type(cfg), cute.arch.lane_idx(), c):
+                move_piece(tOsO, tOgO, step, c)
+        else:
+            move_piece(tOsO, tOgO, step, c)
+
+
+def move_piece(tOsO: cute.Tensor, tOgO: cute.Tensor, step: Int32, column: int):
+    """One of `row_copy`'s pieces, through registers."""
+    rO = cute.make_rmem_tensor_like(tOsO[None, 0, 0])
+    cute.autovec_copy(tOsO[None, step, column], rO)
+    cute.autovec_copy(rO, tOgO[None, step, column])
 
 
 @cute.jit

@@ -1,0 +1,53 @@
+"""The rules of head_dim and head_dim_v. Pure Python."""
+
+from .formats import DIM_STEP, FP8_DIM_STEP, FP8_HEAD_DIMS, FP8_SERVED_DIMS, HEAD_DIMS, SERVED_DIMS
+from .params import DataType
+from .sentences import Sentences, must
+
+_OR_0 = SERVED_DIMS | {0}
+_FIELDS = "head_dim", "head_dim_v"
+
+
+def value_dim(p) -> int:
+    """Columns of v and out of plain params: head_dim where head_dim_v is 0, or none that is served."""
+    return p.head_dim_v if p.head_dim_v in SERVED_DIMS else p.head_dim
+
+
+def columns_of(p, tensor: str) -> int:
+    """Of a tensor of plain params, or of a gradient."""
+    return p.head_dim if tensor in ("q", "k", "dq", "dk") else value_dim(p)
+
+
+def head_dims(p) -> Sentences:
+    """The rule of the dims that are served."""
+    found = []
+    if p.head_dim not in SERVED_DIMS:
+        found.append(must(p, "head_dim", f"a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}"))
+    if p.head_dim_v not in _OR_0:
+        accepted = f"0 (head_dim) or a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}"
+        found.append(must(p, "head_dim_v", accepted))
+    return found
+
+
+def fp8_head_dims(p) -> Sentences:
+    """The rule of those that are served in FP8."""
+    if p.dtype is not DataType.FP8_E4M3:
+        return ()
+    accepted = f"a multiple of {FP8_DIM_STEP} from {FP8_DIM_STEP} to {FP8_HEAD_DIMS[-1]} with dtype=FP8_E4M3"
+    return [
+        must(p, name, accepted)
+        for name in _FIELDS
+        if (dim := getattr(p, name)) in SERVED_DIMS and dim not in FP8_SERVED_DIMS
+    ]
+
+
+def are_served(p) -> bool:
+    """The dims of plain params have a kernel; they may lack one for other reasons."""
+    return not head_dims(p) and not fp8_head_dims(p)
+
+
+def new_values(p) -> Sentences:
+    """The rule of what new keys and values have no kernel for."""
+    if not (p.k_new or p.v_new) or p.head_dim_v in (0, p.head_dim):
+        return ()
+    return [must(p, "head_dim_v", f"0 or head_dim={p.head_dim} with k_new and v_new: they are appended in one kernel")]
