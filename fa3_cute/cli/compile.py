@@ -6,6 +6,7 @@ Exit status 1 if a kernel spills, draws a compiler warning or does not compile, 
 import json
 import os
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, HEAD_DIMS
@@ -108,13 +109,13 @@ def backward_configs(args) -> list[KernelOfPass]:
     if args.page_size is not None:
         return []
     passes = [
-        pass_config(dtype, head_dim, mask, is_varlen, is_deterministic)
+        pass_config(dtype, head_dim, mask, is_varlen, is_deterministic, is_short=is_short)
         for dtype in args.dtype
         if dtype != FP8
         for head_dim, mask in ROWS
         if head_dim in args.head_dim and mask in args.masks
         for is_varlen in layouts(args)
-        for is_deterministic in ((False, True) if args.all else (False,))
+        for is_deterministic, is_short in product((False, True) if args.all else (False,), repeat=2)
     ]
     return list(dict.fromkeys(kernel for cfg in passes for kernel in kernels_of(cfg)))
 

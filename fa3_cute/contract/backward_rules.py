@@ -64,7 +64,7 @@ REFUSED = {
     "pack_gqa": "it chooses a kernel of forward",
     "zero_padding": "gradients of rows that no sequence has stay as they are",
     "scheduler_metadata": "it is of forward's schedule",
-    "sm_margin": "the grid is not persistent, and has a CTA for each block of keys",
+    "sm_margin": "the kernels before and after the main one take every SM",
     "tile_counter": "what backward counts lies in its workspace",
 }
 _TENSORS = ("dout", *OUTPUTS)  # whose strides forward's rules do not know

@@ -211,8 +211,28 @@ class Row(NamedTuple):
     reason: str
 
 
-WIDE = Row(80, True, False, "x")
-SQUARE = Row(128, False, True, "x")
+# Times of the whole call, BF16, 16k tokens, hidden 2048, H200, 2026-11-29.
+WIDE = Row(
+    80,
+    True,
+    False,
+    "80 queries: at N = 64, A and B of S and dP take all of shared memory's bandwidth, and 64 take 1.04 to 1.08 times "
+    "as long at 16k tokens; dQ a tile later takes 1.02",
+)
+NARROW = Row(
+    64,
+    True,
+    True,
+    "of 512 queries 80 fill 7 tiles where 6.4 would do, and causal ones cross the diagonal for longer: they take 1.11 "
+    "to 1.15 times as long, of 1024 queries 1.04 to 1.06",
+)
+SQUARE = Row(
+    128,
+    False,
+    True,
+    "dQ a tile later, under the exponentials: dQ of its own tile takes up to 1.11 times as long; 96 queries, whose dQ "
+    "is split by queries, take 1.09 to 1.18",
+)
 TABLE = {
     (64, "full"): SQUARE,
     (64, "causal"): SQUARE,
@@ -221,6 +241,9 @@ TABLE = {
     (128, "causal"): WIDE,
     (128, "local"): WIDE,
 }
+# Where sequences have SHORT_QUERIES at most, in the mean.
+SHORT_QUERIES = 1024
+SHORT = {(128, mask): NARROW for mask in ("full", "causal", "local")}
 
 # Features that the kernel of all gradients has, one at a time: with two of them it spills, and with softcap at head_dim
 # 64, whose Q tiles have 128 rows.
@@ -239,11 +262,16 @@ def has_registers(head_dim: int, features: Features) -> bool:
 
 
 def backward_config(
-    dtype: str, head_dim: int, mask: str, is_varlen: bool, is_deterministic: bool, features: Features = NO_FEATURES
+    dtype: str,
+    head_dim: int,
+    mask: str,
+    is_varlen: bool,
+    is_deterministic: bool,
+    features: Features = NO_FEATURES,
+    is_short: bool = False,
 ) -> BackwardConfig:
-    """The table's config."""
-    row = FEATURED[head_dim] if features else TABLE[head_dim, mask]
-    return BackwardConfig(
-        dtype, head_dim, mask, is_varlen, is_deterministic, row.tile_m, row.is_dq_transposed, row.is_dq_behind,
-        **dict(features),
-    )
+    """The tables' config."""
+    table = TABLE | SHORT if is_short else TABLE
+    row = FEATURED[head_dim] if features else table[head_dim, mask]
+    choices = row.tile_m, row.is_dq_transposed, row.is_dq_behind
+    return BackwardConfig(dtype, head_dim, mask, is_varlen, is_deterministic, *choices, **dict(features))

@@ -20,6 +20,7 @@ from .backward import (
     FINISH_ARGUMENTS,
     PREPARE_ARGUMENTS,
     PREPARE_THREADS,
+    SHORT,
     SINKS_ARGUMENTS,
     TABLE,
     BackwardConfig,
@@ -222,11 +223,12 @@ def pass_config(
     is_varlen: bool,
     is_deterministic: bool,
     features: Features = NO_FEATURES,
+    is_short: bool = False,
 ) -> BackwardConfig | OneSidePass:
     """The pass of a row of the tables; one without sums has the same bits in every call, asked for or not."""
     if head_dim in ONE_SIDE or not has_registers(head_dim, features):
         return OneSidePass(dtype, head_dim, mask, is_varlen, features)
-    return backward_config(dtype, head_dim, mask, is_varlen, is_deterministic, features)
+    return backward_config(dtype, head_dim, mask, is_varlen, is_deterministic, features, is_short)
 
 
 def reason_of(cfg: BackwardConfig | OneSidePass) -> str:
@@ -234,7 +236,9 @@ def reason_of(cfg: BackwardConfig | OneSidePass) -> str:
     if isinstance(cfg, OneSidePass):
         return (ONE_SIDE | ONE_SIDE_FEATURED)[cfg.head_dim].reason
     has_feature = any(getattr(cfg, field) for field in FEATURES_OF_ALL)
-    return (FEATURED[cfg.head_dim] if has_feature else TABLE[cfg.head_dim, cfg.mask]).reason
+    tables = [FEATURED] if has_feature else [TABLE, TABLE | SHORT]
+    rows = (table[cfg.head_dim if has_feature else (cfg.head_dim, cfg.mask)] for table in tables)
+    return next(row.reason for row in rows if row.tile_m == cfg.tile_m)
 
 
 @cache

@@ -29,7 +29,7 @@ from ..contract.scores import ELEMENT_BYTES as SCORE_BYTES
 from ..contract.scores import MASK_STRIDES
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
-from .backward import PREPARE_WARPS, BackwardConfig
+from .backward import PREPARE_WARPS, SHORT_QUERIES, BackwardConfig
 from .backward_kernels import (
     GRADIENT,
     SCRATCH,
@@ -90,7 +90,9 @@ class BackwardShape(NamedTuple):
     def config(self) -> BackwardConfig | OneSidePass:
         """What the tables have for it."""
         of = self.forward
-        return pass_config(of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic, features_of(of))
+        queries = of.seqlen_q // of.batch_size if of.is_packed else of.seqlen_q  # in the mean
+        facts = of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic, features_of(of)
+        return pass_config(*facts, is_short=queries <= SHORT_QUERIES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,9 +210,7 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
     own = "dq" if own == BIAS else own  # which has no gradient of that kind, and leaves it alone
     strides, sizes, scales = (
         tuple(
-            values[name.replace(GRADIENT, own)]
-            for name, kind in cfg.arguments
-            if kind == wanted and name != "num_sms"
+            values[name.replace(GRADIENT, own)] for name, kind in cfg.arguments if kind == wanted and name != "num_sms"
         )
         for wanted in ("int64", "int32", "float32")
     )

@@ -69,7 +69,8 @@ class FlashAttentionBackward:
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
             grid=(minimum(k_blocks.num_blocks * a.num_heads_k, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
-            min_blocks_per_mp=1, use_pdl=True, stream=a.stream)   # without min_blocks_per_mp ptxas ignores setmaxnreg (C7508)
+            min_blocks_per_mp=1,             # without it ptxas ignores setmaxnreg (C7508)
+            use_pdl=True, stream=a.stream)
 
     def make_layouts(self) -> BwdLayouts:
         """Shared-memory layouts of the rings."""
@@ -120,7 +121,8 @@ class FlashAttentionBackward:
             Float32, cute.make_layout((rows, slots)), byte_alignment=128)
         sK, sV, sQ, sdO, sdS = (tensor(layout) for layout in (
             layouts.sK, layouts.sV, layouts.sQ, layouts.sdO, layouts.sdS))
-        smem = BwdSmem(sTiles=sTiles, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=floats(cfg.dq_part, cfg.num_consumer_wgs),
+        smem = BwdSmem(sTiles=sTiles, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS,
+                       sdQ=floats(cfg.dq_part, cfg.num_consumer_wgs),
                        sShift=floats(cfg.tile_m, cfg.num_q_stages), sDelta=floats(cfg.tile_m, cfg.num_do_stages))
 
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)

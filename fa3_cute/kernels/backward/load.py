@@ -14,8 +14,8 @@ from .schedule import END, read_tile
 
 @cute.jit
 def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
-    """Per tile of keys: V and K, as soon as their last reader is done; then of each query head of the group all pairs of
-    Q and dO in order.
+    """Per tile of keys: V and K, as soon as their last reader is done; then of each query head of the group all pairs
+    of Q and dO in order.
 
     Runs on: warp 0. Synchronises: reads the tile ring; waits for the empty halves of the Q, dO, V and K rings; TMA
     signals the full halves.

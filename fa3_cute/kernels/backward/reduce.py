@@ -16,7 +16,8 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
 
     Deterministic: the CTAs add to a block in the order of their keys, the last ones first.
 
-    Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as it is read.
+    Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as
+    it is read.
     """
     consumer = pipes.dq.make_consumer()
     tiles = pipes.tiles.make_consumer()

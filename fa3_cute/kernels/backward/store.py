@@ -17,7 +17,8 @@ from .bundles import BwdMmas
 @cute.jit
 def store_gradient(cfg: BackwardConfig, mmas: BwdMmas, acc: cute.Tensor, slot: cute.Tensor, mX: cute.Tensor,
                    tile: KeyTile, tidx: Int32):
-    """acc (f32) -> `slot`, (tile_n, head_dim) of shared memory -> rows of dK or dV below seqlen_k. Not of a null pointer: a gradient that is not wanted.
+    """acc (f32) -> `slot`, (tile_n, head_dim) of shared memory -> rows of dK or dV below seqlen_k. Not of a null
+    pointer: a gradient that is not wanted.
 
     Runs on: a consumer warpgroup, each its 64 keys.
     """
