@@ -93,7 +93,6 @@ class BackwardConfig(ScoreFields):
     is_fp8 = False
     has_sums = True  # of dQ, in the workspace
     packs_heads = False
-    stages_mask = False
     uses_setmaxnreg = True
 
     def __post_init__(self):
@@ -126,6 +125,10 @@ class BackwardConfig(ScoreFields):
         """Short and unique among the rows of the table: names cache entries and kernels."""
         flags = "_varlen" * self.is_varlen + "_det" * self.is_deterministic
         return f"{self.dtype}_d{self.head_dim}_{self.mask}{flags}{self.feature_names}_{self.tile_m}x{self.tile_n}"
+
+    @property
+    def stages_mask(self) -> bool:
+        return False  # threads read it themselves
 
     @property
     def is_causal(self) -> bool:

@@ -82,9 +82,8 @@ PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, SINKS_ENTRY, CLEAR_ENTRY = 
 class MainConfig(BackwardConfig):
     """Of the main kernel: the choices as they are."""
 
-    entry = MAIN_ENTRY
-    arguments = MAIN_ENTRY.arguments
-    kernel = "fa3_cute.kernels.backward.kernel.FlashAttentionBackward"
+    entries = MAIN_ENTRY, MAIN_ENTRY  # with mods, which it has not, too
+    kernel_class = "backward", "FlashAttentionBackward"
 
     @property
     def name(self) -> str:
@@ -174,9 +173,11 @@ class FinishConfig(_Around):
 class SideConfig(OneSideConfig):
     """Of the kernel of one gradient: the choices as they are."""
 
-    entry = SIDE_ENTRY
-    arguments = SIDE_ENTRY.arguments
-    kernel = "fa3_cute.kernels.backward.one_side.OneSideBackward"
+    entries = SIDE_ENTRY, SIDE_ENTRY
+
+    @property
+    def kernel(self) -> str:
+        return "fa3_cute.kernels.backward.one_side.OneSideBackward"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,6 @@ class OneSideConfig(ScoreFields):
     registers = REGISTERS
     is_fp8 = False
     packs_heads = False
-    stages_mask = False
     page_box = 0
     uses_setmaxnreg = True
 
@@ -93,6 +92,10 @@ class OneSideConfig(ScoreFields):
     def tile_n(self) -> int:
         """Keys of a tile."""
         return self.tile_columns if self.is_of_queries else self.tile_rows
+
+    @property
+    def stages_mask(self) -> bool:
+        return False  # threads read it themselves
 
     @property
     def is_causal(self) -> bool:
