@@ -236,9 +236,9 @@ def reason_of(cfg: BackwardConfig | OneSidePass) -> str:
     """Why the tables have it."""
     if isinstance(cfg, OneSidePass):
         return (ONE_SIDE | ONE_SIDE_FEATURED)[cfg.head_dim].reason
-    has_feature = any(getattr(cfg, field) for field in FEATURES_OF_ALL)
-    tables = [FEATURED] if has_feature else [TABLE, TABLE | SHORT]
-    rows = (table[cfg.head_dim if has_feature else (cfg.head_dim, cfg.mask)] for table in tables)
+    if any(getattr(cfg, field) for field in FEATURES_OF_ALL):
+        return FEATURED[cfg.head_dim].reason
+    rows = (table[cfg.head_dim, cfg.mask] for table in (TABLE, TABLE | SHORT))
     return next(row.reason for row in rows if row.tile_m == cfg.tile_m)
 
 

@@ -29,6 +29,6 @@ def accesses(code: bytes, opcode: int) -> dict[int, int]:
     for at in range(0, len(code), 16):
         word = int.from_bytes(code[at : at + 16], "little")
         if word & 0xFFF == opcode:
-            size = {4: 4, 5: 8, 6: 16}[word >> 73 & 7]  # of sm_90, found by comparing with nvdisasm
+            size = {2: 2, 4: 4, 5: 8, 6: 16}[word >> 73 & 7]  # of sm_90, found by comparing with nvdisasm
             found[size] = found.get(size, 0) + 1
     return found
