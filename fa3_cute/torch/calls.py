@@ -75,10 +75,13 @@ class BackwardCall(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     seqused_q: Tensor | None = None
     seqused_k: Tensor | None = None
+    s_aux: Tensor | None = None
     softmax_scale: float | None = None
     is_causal: bool = False
     window_size_left: int = -1
     window_size_right: int = -1
+    attention_chunk: int = 0
+    softcap: float = 0.0
     is_deterministic: bool = False
 
     @property

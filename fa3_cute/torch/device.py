@@ -145,10 +145,10 @@ def _forward(plan: Plan, device: torch.device, stream: int) -> None:
         status.check()
 
 
-def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
-    """dq, dk and dv of `fa3_cute::backward`; 0 in rows that no sequence uses.
+def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, ...]:
+    """dq, dk and dv of `fa3_cute::backward`, 0 in rows that no sequence uses; and d_s_aux, None without s_aux.
 
-    gradients   where they go, of any strides; None: new contiguous tensors
+    gradients   where dq, dk and dv go, of any strides; None: new contiguous tensors
     """
     call = call._replace(
         **{name: _for_tma(getattr(call, name)) for name in ("dout", "q", "k", "v", "out")},
@@ -164,9 +164,15 @@ def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) ->
     params = plan.params
     _set_addresses(params, plan.optional, call)
     params.dq, params.dk, params.dv = [x.data_ptr() for x in gradients]
+    s_aux = call.s_aux
+    if s_aux is None:
+        d_s_aux = None
+    else:  # in float32 at first; without rows it is 0
+        d_s_aux = torch.zeros(s_aux.shape, dtype=torch.float32, device=s_aux.device)
+        params.d_s_aux = d_s_aux.data_ptr()
     if call.q.numel() or call.k.numel():
         _launch(call.q, _backward, plan)
-    return gradients
+    return *gradients, None if d_s_aux is None else d_s_aux.to(s_aux.dtype)
 
 
 def _backward(plan: BackwardPlan, device: torch.device, stream: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..api import backward_workspace_size
 from ..arrays.append import updated_on_host
 from ..arrays.call import refusal
-from ..contract.backward_reference import Saved, backward_reference
+from ..contract.backward_reference import OPTIONS, Saved, backward_reference
 from ..contract.merge_reference import merge_reference
 from ..contract.plain import plain
 from ..contract.reference import attention_reference
@@ -52,10 +52,10 @@ def forward(
     return to.copy_(torch.from_numpy(exact)), torch.from_numpy(lse).float()
 
 
-def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
-    """dq, dk and dv of `fa3_cute::backward`; 0 in rows that no sequence uses.
+def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) -> tuple[Tensor | None, ...]:
+    """dq, dk and dv of `fa3_cute::backward`, 0 in rows that no sequence uses; and d_s_aux, None without s_aux.
 
-    gradients   where they go; None: new tensors
+    gradients   where dq, dk and dv go; None: new tensors
     """
     call = call._replace(**{name: _with_unit_stride(getattr(call, name)) for name in ("dout", "q", "k", "v", "out")})
     q, k, v = call.q, call.k, call.v
@@ -65,19 +65,19 @@ def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) ->
         gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     for gradient in gradients:
         gradient.zero_()
-    if not (q.numel() and k.numel()):
-        return gradients
+    d_s_aux = None if call.s_aux is None else torch.zeros_like(call.s_aux)
+    if not q.numel():
+        return *gradients, d_s_aux
     options = _options(call.differentiated)
     dlse = None if call.dlse is None else _numbers(call.dlse)
     saved = Saved(_numbers(call.out), _numbers(call.softmax_lse), dlse)
-    wanted = ("causal", "window_size", "softmax_scale", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-    given = {name: options[name] for name in wanted if name in options}
+    given = {name: options[name] for name in OPTIONS if name in options}
     exact = backward_reference(_numbers(q), _numbers(k), _numbers(v), _numbers(call.dout), saved, **given)
     for gradient, wide, of in zip(gradients, exact, "qkk", strict=True):
         lengths = (options.get(f"cu_seqlens_{of}"), options.get(f"seqused_{of}"))
         for rows in used_rows(wide, *lengths):
             gradient[rows] = torch.from_numpy(wide[rows]).to(gradient.dtype)
-    return gradients
+    return *gradients, d_s_aux if d_s_aux is None else d_s_aux.copy_(torch.from_numpy(exact.d_s_aux))
 
 
 def merge(call: MergeCall) -> tuple[Tensor, Tensor]:

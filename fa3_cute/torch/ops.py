@@ -34,8 +34,19 @@ def _new_results(call: ForwardCall) -> tuple[Tensor, Tensor]:
     return out, torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
 
 
-def _new_gradients(call: BackwardCall) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
+def _new_gradients(call: BackwardCall) -> tuple[Tensor | None, ...]:
+    tensors = call.q, call.k, call.v, call.s_aux
+    return tuple(x if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
+
+
+def _with_all_results(backward):
+    """An operator has as many results in every call: that of sinks which are not given is empty."""
+
+    def run(call: BackwardCall) -> tuple[Tensor, ...]:
+        *gradients, d_s_aux = backward(call)
+        return *gradients, call.q.new_empty(0) if d_s_aux is None else d_s_aux
+
+    return run
 
 
 def _define_update() -> None:
@@ -65,24 +76,22 @@ def _define_update() -> None:
 
 
 _define("forward", ForwardCall, 2, host.forward, device.forward, _new_results)
-_define("backward", BackwardCall, 3, host.backward, device.backward, _new_gradients)
+_define("backward", BackwardCall, 4, *map(_with_all_results, (host.backward, device.backward, _new_gradients)))
 _define("merge_attention", MergeCall, 2, host.merge, device.merge, new_merged)
 _define_update()
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
-# What backward does not differentiate (contract/backward_rules.py), and its value where it is off.
-_NOT_DIFFERENTIATED = {"page_table": None, "kv_batch_idx": None, "s_aux": None, "attention_chunk": 0, "softcap": 0.0}
+# What backward does not differentiate (contract/backward_rules.py).
+_NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx")
 
 
 def require_differentiable(call: ForwardCall) -> None:
     """Raise where backward would, before forward has run: a sentence that names the argument."""
-    for name, off in _NOT_DIFFERENTIATED.items():
-        value = getattr(call, name)
-        if value is not off and (off is None or value != off):
-            stated = name if isinstance(value, Tensor) else f"{name}={value}"
-            _refuse(f"{stated}: must be {off} where a gradient is asked for")
+    for name in _NOT_DIFFERENTIATED:
+        if getattr(call, name) is not None:
+            _refuse(f"{name}: must be None where a gradient is asked for")
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
     if call.q.shape[-1] not in SERVED_HEAD_DIMS:
@@ -101,22 +110,22 @@ def _refuse(what: str) -> None:
 
 def _save(ctx: Any, call: ForwardCall, results: tuple) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*call[:7], *results)
-    ctx.options = call.softmax_scale, call.is_causal, call.window_size_left, call.window_size_right
-    ctx.is_deterministic = call.is_deterministic
+    ctx.save_for_backward(*call[:7], call.s_aux, *results)
+    bounds = call.window_size_left, call.window_size_right, call.attention_chunk
+    ctx.options = call.softmax_scale, call.is_causal, *bounds, call.softcap, call.is_deterministic
 
 
 def _backward_call(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> BackwardCall:
-    q, k, v, *lengths, out, lse = ctx.saved_tensors
+    q, k, v, *others, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    return BackwardCall._make((dout, q, k, v, out, lse, dlse, *lengths, *ctx.options, ctx.is_deterministic))
-
-
-_NO_GRADIENTS = (None,) * (len(ForwardCall._fields) - 3)
+    return BackwardCall._make((dout, q, k, v, out, lse, dlse, *others, *ctx.options))
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    return *torch.ops.fa3_cute.backward(*_backward_call(ctx, dout, dlse)), *_NO_GRADIENTS
+    call = _backward_call(ctx, dout, dlse)
+    *gradients, d_s_aux = torch.ops.fa3_cute.backward(*call)
+    found = dict(zip("qkv", gradients, strict=True)) | ({} if call.s_aux is None else {"s_aux": d_s_aux})
+    return tuple(found.get(name) for name in ForwardCall._fields)
 
 
 def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -132,8 +141,8 @@ class Attention(torch.autograd.Function):
     """`fa3_cute::forward` and its gradient, past the dispatcher. Few arguments: each costs about a microsecond."""
 
     @staticmethod
-    def forward(ctx, q, k, v, call):  # type: ignore[override]
-        """(out, LSE) of the call, whose q, k and v these are."""
+    def forward(ctx, q, k, v, call, *sinks):  # type: ignore[override]
+        """(out, LSE) of the call, whose q, k and v these are, and whose s_aux if it has one."""
         require_differentiable(call)
         results = _implementation(q).forward(call)
         _save(ctx, call, results)
@@ -142,9 +151,10 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        """The gradients of q, k and v."""
+        """The gradients of q, k, v and s_aux; where there is none, autograd drops its None."""
         call = _backward_call(ctx, dout, dlse)
-        return *_implementation(call.q).backward(call), None
+        dq, dk, dv, d_s_aux = _implementation(call.q).backward(call)
+        return dq, dk, dv, None, d_s_aux
 
 
 def _has_no_gradient(name: str, instead: str) -> None:
@@ -172,18 +182,19 @@ def attend(call: ForwardCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     if torch.compiler.is_compiling() or not is_plain(q):
         return torch.ops.fa3_cute.forward(*call)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _trains_sinks(call.s_aux)):
-        return Attention.apply(q, k, v, call)  # type: ignore[return-value]
+        sinks = () if call.s_aux is None else (call.s_aux,)
+        return Attention.apply(q, k, v, call, *sinks)  # type: ignore[return-value]
     return _implementation(q).forward(call, wants_lse)
 
 
 def _trains_sinks(s_aux: Any) -> bool:
-    """They alone would get no gradient, in silence."""
+    """They may be all that is."""
     return isinstance(s_aux, Tensor) and s_aux.requires_grad
 
 
 def attend_updated(call: ForwardCall, update: Update, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     """As attend, of a call that appends to k and v or rotates q, which has no gradient."""
-    tensors = call.q, call.k, call.v, update.k_new, update.v_new
+    tensors = call.q, call.k, call.v, call.s_aux, update.k_new, update.v_new
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
         name = next(name for name, value in zip(update._fields, update, strict=True) if value is not None)
         _refuse(f"{_ARGUMENTS.get(name, name)}: must be None where a gradient is asked for")

@@ -13,14 +13,18 @@ from fa3_cute.torch import flash_attn_func, flash_attn_varlen_func, flash_attn_w
 ERROR_BF16 = 2**-7
 
 
-def exact(q, k, v, mask=None):
-    """(out, LSE) in float64 of dense tensors; mask True where a query sees a key."""
+def exact(q, k, v, mask=None, softcap=0.0, s_aux=None):
+    """(out, LSE) in float64 of dense tensors; mask True where a query sees a key, s_aux one more of value 0."""
     q, k, v = (x.double() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), scores.logsumexp(-1)
+    if s_aux is not None:
+        scores = torch.cat((scores, s_aux.double()[:, None, None].expand(*scores.shape[:3], 1)), -1)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1)[..., : k.shape[1]], v), scores.logsumexp(-1)
 
 
 def diagonals(seqlen_q, seqlen_k, left=None, right=None):

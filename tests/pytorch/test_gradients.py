@@ -41,6 +41,74 @@ def test_dense(where, with_lse, options, bounds, request):
         assert error < 2**-6, f"d{of}: {error}"
 
 
+CHUNKS = torch.arange(40)[None] // 16 == (torch.arange(24)[:, None] + 16) // 16
+SCORES = {
+    "softcap": ({"softcap": 1.5}, None),
+    "attention_chunk": ({"attention_chunk": 16}, None),
+    "s_aux": ({}, BF16),
+    "all": ({"softcap": 1.5, "attention_chunk": 16}, torch.float32),
+}
+
+
+@pytest.mark.parametrize("where", ["device", "host", "compiled"])
+@pytest.mark.parametrize("name", SCORES)
+def test_what_changes_scores(name, where, request):
+    """Sinks have a gradient of their own type, of out and of the LSE; a plan is used again with others."""
+    if where == "device":
+        request.getfixturevalue("fake_device")
+    options, sink_dtype = SCORES[name]
+    mask = CHUNKS if "attention_chunk" in options else None
+
+    def call(q, k, v, *sinks):
+        s_aux = sinks[0] if sinks else None
+        return flash_attn_func(q, k, v, **options, s_aux=s_aux, return_attn_probs=True)
+
+    def wide_call(q, k, v, *sinks):
+        return exact(q, k, v, mask, options.get("softcap", 0.0), *sinks)
+
+    ours = torch.compile(call, fullgraph=True, backend="aot_eager") if where == "compiled" else call
+    for seed in range(2):
+        tensors = [*qkv(dim=96), *([] if sink_dtype is None else [rand(4, dtype=sink_dtype, seed=seed)])]
+        found = gradients(ours, tensors, with_lse=True)
+        expected = gradients(wide_call, [x.double() for x in tensors], with_lse=True)
+        for mine, theirs, of in zip(found, expected, tensors, strict=True):
+            assert mine.dtype == of.dtype and mine.shape == of.shape
+            assert (mine.double() - theirs).abs().max() / theirs.abs().max() < 2**-6
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_sinks_of_packed_sequences(where, request):
+    """Alone, too: their gradient is the sum of those of the sequences."""
+    if where == "device":
+        request.getfixturevalue("fake_device")
+    q, k, v, cu_q, cu_k = packed()
+    s_aux, dout = rand(4, dtype=torch.float32).requires_grad_(), rand(*q.shape, seed=5)
+    options = {"causal": True, "softcap": 2.0, "attention_chunk": 16, "s_aux": s_aux}
+    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 33, 49, **options)
+    (found,) = torch.autograd.grad(out, s_aux, dout)
+    bounds = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
+    expected = torch.zeros(4)
+    for first, end, first_k, end_k in bounds:
+        if first < end:
+            keys = slice(first_k, end_k)
+            one = flash_attn_func(q[None, first:end], k[None, keys], v[None, keys], **options)
+            expected += torch.autograd.grad(one, s_aux, dout[None, first:end])[0]
+    assert expected.all() and (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_sinks_of_no_rows_or_no_keys(where, request):
+    if where == "device":
+        request.getfixturevalue("fake_device")
+    s_aux = rand(4, dtype=torch.float32).requires_grad_()
+    for rows, keys, expected in ((5, 0, 5.0), (0, 7, 0.0), (0, 0, 0.0)):
+        q, k, v = rand(rows, 4, 64), rand(keys, 2, 64), rand(keys, 2, 64)
+        offsets = ints(0, rows), ints(0, keys)
+        _, lse = flash_attn_varlen_func(q, k, v, *offsets, s_aux=s_aux, return_attn_probs=True)
+        (found,) = torch.autograd.grad(lse.sum(), s_aux)
+        assert torch.equal(found, torch.full((4,), expected))
+
+
 def test_deterministic_and_strides_reach_the_params(fake_device):
     """Gradients of any strides, expanded and transposed ones, come as TMA can read them."""
     q, k, v = (x.requires_grad_() for x in qkv())
@@ -100,9 +168,6 @@ def test_a_plan_of_backward_is_used_again(fake_device):
 # ---- what has no gradient --------------------------------------------------------------------------------------------
 
 HAVE_NONE = {
-    "softcap": lambda q, k, v: flash_attn_func(q, k, v, softcap=3.0),
-    "attention_chunk": lambda q, k, v: flash_attn_func(q, k, v, attention_chunk=16),
-    "s_aux": lambda q, k, v: flash_attn_func(q, k, v, s_aux=torch.ones(4)),
     "kv_batch_idx": lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_batch_idx=ints(1, 0)),
     "page_table": lambda q, k, v: flash_attn_with_kvcache(
         q, k.view(10, 8, 2, 64), v.view(10, 8, 2, 64), cache_seqlens=ints(9, 9), page_table=ints(1, 0)[:, None]
@@ -112,6 +177,13 @@ HAVE_NONE = {
     ),
     "k: must be": lambda q, k, v: flash_attn_with_kvcache(
         q.detach(), k.detach(), v.detach(), k[:, :3], v[:, :3], cache_seqlens=ints(9, 9)
+    ),
+    "k: must be None": lambda q, k, v: flash_attn_with_kvcache(
+        q.detach(),
+        *(x.detach() for x in (k, v)),
+        *(x[:, :3].detach() for x in (k, v)),
+        cache_seqlens=ints(9, 9),
+        s_aux=q[0, 0, :, 0].float(),
     ),
     "rotary_cos": lambda q, k, v: flash_attn_with_kvcache(q, k, v, **rotary()),
     "merge_attention": lambda q, k, v: merge_attention(q, torch.zeros(2, 4, 24), q.detach(), torch.zeros(2, 4, 24)),
@@ -136,9 +208,9 @@ def test_no_gradient_is_an_error_of_forward(name, where, request):
 
 def test_what_has_no_gradient_is_what_backward_refuses():
     """A kernel that comes for one of these is noticed here."""
-    assert REFUSED.keys() >= ops._NOT_DIFFERENTIATED.keys()
+    assert REFUSED.keys() >= set(ops._NOT_DIFFERENTIATED)
     ours = {name for name in REFUSED if name in ops.ForwardCall._fields}
-    assert ours - ops._NOT_DIFFERENTIATED.keys() == {"num_splits", "pack_gqa", "sm_margin"}
+    assert ours - set(ops._NOT_DIFFERENTIATED) == {"num_splits", "pack_gqa", "sm_margin"}
     assert ops.SERVED_HEAD_DIMS is SERVED_HEAD_DIMS and len(SERVED_DTYPES) == 2
 
 

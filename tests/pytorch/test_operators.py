@@ -86,12 +86,14 @@ def forward_calls():
     dense, scales = qkv(), torch.ones(2, 4)
     yield "dense", (*dense,), {"is_causal": True, "softmax_scale": 0.25}
     yield "packed", (q, k, v, cu_q, cu_k), {"window_size_left": 9, "window_size_right": 0}
+    sinks = torch.ones(4, requires_grad=True)
+    yield "scores", (*dense,), {"s_aux": sinks, "softcap": 2.0, "attention_chunk": 16}
     yield "fp8", tuple(x.to(FP8) for x in dense), {"q_descale": scales, "s_aux": torch.zeros(4)}
 
 
 @pytest.mark.parametrize("name, args, options", forward_calls())
 def test_opcheck_of_forward(name, args, options):
-    grad = name == "dense"
+    grad = name in ("dense", "scores")
     args = tuple(x.clone().requires_grad_() if grad and x.is_floating_point() else x for x in args)
     # The check of the schema multiplies, which FP8 of the CPU cannot.
     tests = ("test_faketensor",) if name == "fp8" else ALL_TESTS
@@ -103,7 +105,9 @@ def test_opcheck_of_backward_and_merge():
     q, k, v = qkv()
     out, lse = flash_attn_func(q, k, v, return_attn_probs=True)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(OPERATORS.backward.default, (rand(*q.shape), q, k, v, out, lse, 2 * lse), test_utils=tests)
+    arguments = rand(*q.shape), q, k, v, out, lse, 2 * lse
+    for options in ({}, {"s_aux": torch.ones(4, dtype=BF16), "softcap": 2.0, "attention_chunk": 16}):
+        torch.library.opcheck(OPERATORS.backward.default, arguments, options, test_utils=tests)
     torch.library.opcheck(OPERATORS.merge_attention.default, (out, lse, out, lse))
 
 
@@ -168,8 +172,12 @@ def test_fake_tensors_of_a_device():
         assert (lse.dtype, lse.device.type, lse.shape) == (torch.float32, "cuda", (2, 4, 16))
         merged, _ = merge_attention(out, lse, out, lse)
         assert (merged.dtype, merged.shape) == (BF16, out.shape)
-        grads = OPERATORS.backward(out, *(x.to(BF16) for x in (q, k, v)), out, lse)
-        assert [(x.dtype, x.device.type, x.shape) for x in grads] == [(BF16, "cuda", q.shape)] * 3
+        given = out, *(x.to(BF16) for x in (q, k, v)), out, lse
+        for s_aux in (None, torch.empty(4, device="cuda")):
+            *grads, d_s_aux = OPERATORS.backward(*given, s_aux=s_aux)
+            assert [(x.dtype, x.device.type, x.shape) for x in grads] == [(BF16, "cuda", q.shape)] * 3
+            of_sinks = (BF16, (0,)) if s_aux is None else (torch.float32, (4,))
+            assert (d_s_aux.dtype, d_s_aux.shape) == of_sinks and d_s_aux.is_cuda
         x = torch.empty(2, 16, 4, 64, dtype=BF16, requires_grad=True)  # autograd of a device asks for its driver
         (grad,) = torch.autograd.grad(flash_attn_func(x, x[:, :, :2], x[:, :, :2]).sum(), x)
         assert grad.shape == x.shape
