@@ -259,7 +259,7 @@ def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
 
 def test_a_row_of_the_tables_is_all_that_refuses(monkeypatch):
     """What gets a kernel is served when its row goes."""
-    monkeypatch.delitem(REFUSED, "softcap")
+    monkeypatch.delitem(REFUSED, "accumulate_dkv")
     monkeypatch.setattr(rules, "SERVED_GRAD_DTYPES", (FP32,))
     assert contract_problems(replace(DENSE, accumulate_dkv=True, head_dim=96, grad_dtype=FP32)) == []
     found = contract_problems(replace(DENSE, head_dim=96, grad_dtype=FP32, dq_row_stride=2050))

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from fa3_cute.planning.backward import TABLE, BackwardConfig, backward_config
+from fa3_cute.planning.backward import TABLE, BackwardConfig
 from fa3_cute.planning.backward_kernels import MASKS, pass_config
 
 pytest.importorskip("cutlass")
@@ -15,37 +15,28 @@ from fa3_cute.kernels.common.block_range import Window
 
 LENGTHS = [(1, 1), (64, 128), (80, 129), (200, 333), (333, 200), (257, 5), (5, 700), (640, 640)]
 WINDOWS = [(0, 0), (64, 0), (100, 50), (3, 300), (1000, 1000)]
+CHUNKS = [((99, 99), 100), ((63, 0), 64), ((30, 5), 70), ((299, 299), 300)]  # and the windows that they are too
 
 
 def cases_of(rows) -> list[tuple]:
+    windows = {"local": [(window, 0) for window in WINDOWS] + CHUNKS}
     return [
-        (head_dim, mask, window, lengths)
+        (head_dim, mask, window, lengths, chunk)
         for head_dim, mask in rows
-        for window in (WINDOWS if mask == "local" else [(0, 0)])
+        for window, chunk in windows.get(mask, [((0, 0), 0)])
         for lengths in LENGTHS
     ]
 
 
 CASES = cases_of(TABLE)
 SIDE_CASES = cases_of(product((96, 192), MASKS))  # whose Q tiles have 128 and 64 rows
-CHUNKS = [((99, 99), 100), ((63, 0), 64), ((30, 5), 70), ((299, 299), 300)]  # and the windows that they are too
-CASES = [
-    (head_dim, mask, window, lengths, 0)
-    for head_dim, mask in TABLE
-    for window in (WINDOWS if mask == "local" else [(0, 0)])
-    for lengths in LENGTHS
-] + [
-    (head_dim, "local", *facts)
-    for head_dim in (64, 128)
-    for facts in ((window, lengths, chunk) for window, chunk in CHUNKS for lengths in LENGTHS)
-]
 
 
 def problem(head_dim: int, mask: str, window: tuple[int, int], chunk: int, is_deterministic: bool = False):
-    """(config, Window)"""
+    """(config of a kernel whose CTAs have keys, Window)"""
     features = frozenset({("has_chunks", True)}) if chunk else frozenset()
-    cfg = backward_config("bf16", head_dim, mask, False, is_deterministic, features)
-    return cfg, Window(*window, chunk or None)
+    cfg = pass_config("bf16", head_dim, mask, False, is_deterministic, features)
+    return cfg if isinstance(cfg, BackwardConfig) else cfg.sides[1], Window(*window, chunk or None)
 
 
 def sees(mask: str, window: tuple[int, int], query: int, key: int, lengths: tuple[int, int], chunk: int) -> bool:
@@ -61,18 +52,7 @@ def sees(mask: str, window: tuple[int, int], query: int, key: int, lengths: tupl
     )
 
 
-def main_config(head_dim: int, mask: str):
-    """Of a kernel whose CTAs have keys."""
-    cfg = pass_config("bf16", head_dim, mask, False, False)
-    return cfg if isinstance(cfg, BackwardConfig) else cfg.sides[1]
-
-
-@pytest.mark.parametrize("head_dim, mask, window, lengths", CASES + SIDE_CASES)
-def test_query_range(head_dim, mask, window, lengths):
-    """Every tile with a query that sees one of the keys, and no mask where all see all of them."""
-    seqlen_q, seqlen_k = lengths
-    cfg = main_config(head_dim, mask)
-@pytest.mark.parametrize("head_dim, mask, window, lengths, chunk", CASES)
+@pytest.mark.parametrize("head_dim, mask, window, lengths, chunk", CASES + SIDE_CASES)
 def test_query_range(head_dim, mask, window, lengths, chunk):
     """Every tile with a query that sees one of the keys, and no mask where all see all of them."""
     seqlen_q, seqlen_k = lengths

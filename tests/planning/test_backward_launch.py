@@ -1,6 +1,5 @@
 """What `backward` plans on the host: entries, kernels, workspace, what is checked of a call that repeats a shape."""
 
-import math
 from dataclasses import replace
 from itertools import product
 
@@ -15,7 +14,7 @@ from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.contract.scores import MASK_STRIDES
 from fa3_cute.contract.status import FlashAttentionError, Problem, last_error
 from fa3_cute.planning import backward_launch as planning
-from fa3_cute.planning.backward import TABLE
+from fa3_cute.planning.backward import SHORT, SHORT_QUERIES, TABLE
 from fa3_cute.planning.backward_kernels import (
     CLEAR_ENTRY,
     FINISH_ENTRY,
@@ -25,17 +24,13 @@ from fa3_cute.planning.backward_kernels import (
     ROWS,
     SCRATCH,
     SIDE_ENTRY,
+    SINKS_ENTRY,
     FinishConfig,
     PrepareConfig,
-    SINKS_ENTRY,
-    MainConfig,
-    SideConfig,
-    SinksConfig,
     kernels_of,
     pass_config,
 )
 from fa3_cute.planning.one_side import SIDES, OneSidePass
-from fa3_cute.planning.score_features import FEATURES
 from fa3_cute.planning.selections import backward_configs, backward_kernels
 
 A, STEP = 0x7F00_0000_0000, 1 << 32
@@ -56,11 +51,11 @@ GOOD = BackwardParams(
 PACKED = replace(
     GOOD, mode=AttentionMode.VARLEN_PREFILL, cu_seqlens_q=A + 64, cu_seqlens_k=A + 128, total_q=700, total_k=900
 )
-ENTRIES = {"prepare": PREPARE_ENTRY, "main": MAIN_ENTRY, "finish": FINISH_ENTRY, "side": SIDE_ENTRY}
 ENTRIES = {
     "prepare": PREPARE_ENTRY,
     "main": MAIN_ENTRY,
     "finish": FINISH_ENTRY,
+    "side": SIDE_ENTRY,
     "sinks": SINKS_ENTRY,
     "clear": CLEAR_ENTRY,
 }
@@ -83,9 +78,7 @@ def test_entries_say_what_the_fields_say():
     """Each argument is a field that backward takes, of its kind, or a part of the workspace; no field is left over."""
     taken = {name: item for name, item in contract.ARGUMENTS.items() if contract.BACKWARD in item.takers}
     arguments = [(name.replace(GRADIENT, "dq"), kind) for entry in ENTRIES.values() for name, kind in entry.arguments]
-    others = {"stream": "stream"} | dict.fromkeys(SCRATCH, "pointer")
-    arguments = [row for entry in ENTRIES.values() for row in entry.arguments]
-    others = {"stream": "stream", "num_blocks": "int32"} | dict.fromkeys(SCRATCH, "pointer")
+    others = {"stream": "stream", "num_blocks": "int32", "num_sms": "int32"} | dict.fromkeys(SCRATCH, "pointer")
     for name, kind in arguments:
         assert kind == (others[name] if name in others else KINDS[taken[name].kind]), name
     assert {name for name, _ in arguments} == taken.keys() | others.keys()
@@ -103,19 +96,20 @@ def test_kernels_are_told_by_their_names():
     """Those of one name are one kernel: masks and lengths make no other prepare and finish kernels."""
     everything = [
         kernel
-        for row, dtype, is_varlen, is_deterministic in product(ROWS, ("fp16", "bf16"), (False, True), (False, True))
-        for kernel in kernels_of(pass_config(dtype, *row, is_varlen, is_deterministic))
+        for row, dtype, *flags, is_short in product(ROWS, ("fp16", "bf16"), *[(False, True)] * 3)
+        for kernel in kernels_of(pass_config(dtype, *row, *flags, is_short=is_short))
     ]
     distinct = set(everything)
     assert len({kernel.name for kernel in distinct}) == len(distinct)
     count = lambda kind: sum(isinstance(kernel, kind) for kernel in distinct)
-    assert count(PrepareConfig) == 2 * len({row[0] for row in ROWS})
-    assert count(FinishConfig) == 2 * len({row[0] for row in TABLE})
+    head_dims = lambda rows: len({row[0] for row in rows})
+    assert count(PrepareConfig) == 2 * (head_dims(ROWS) + head_dims(SHORT))
+    assert count(FinishConfig) == 2 * (head_dims(TABLE) + head_dims(SHORT))
 
 
 def test_the_selection_has_every_row_and_option():
     everything = backward_configs()
-    assert len(set(everything)) == len(everything) <= 30
+    assert len(set(everything)) == len(everything) <= 36
     configs = [cfg for cfg in everything if cfg.has_sums]
     rows = {(cfg.head_dim, cfg.mask, cfg.is_varlen) for cfg in configs if cfg.dtype == "bf16"}
     assert rows == {(*row, is_varlen) for row in TABLE for is_varlen in (False, True)}
@@ -123,6 +117,10 @@ def test_the_selection_has_every_row_and_option():
         own = [cfg for cfg in configs if (cfg.dtype, cfg.is_deterministic) == facts]
         assert {(cfg.head_dim, cfg.is_varlen) for cfg in own} == set(product({row[0] for row in TABLE}, (False, True)))
         assert len({cfg.mask for cfg in own}) > 1
+    short = [cfg for cfg in configs if (cfg.head_dim, cfg.mask) in SHORT and cfg.tile_m == SHORT[128, cfg.mask].tile_m]
+    assert {(cfg.head_dim, cfg.mask) for cfg in short} == set(SHORT)
+    for name in ("is_varlen", "is_deterministic"):
+        assert {getattr(cfg, name) for cfg in short} == {False, True}
     one_side = [cfg for cfg in everything if not cfg.has_sums]
     assert {(cfg.head_dim, cfg.mask) for cfg in one_side} == set(ROWS) - set(TABLE)
     for name in ("head_dim", "mask"):
@@ -149,8 +147,8 @@ def test_passes_of_one_gradient_each(call, head_dim):
         for stage, side in zip(found.stages[1:], SIDES, strict=True):
             given = dict(zip(stage.config.entry.per_call, stage.pick(places), strict=False))
             assert given[GRADIENT] == planning.POINTERS.index(side)
-        rows = [stage.strides[-2] for stage in found.stages[1:]]
-        assert rows == [6 * head_dim, 3 * head_dim, 3 * head_dim], "of the gradient, behind those of q, k, v and dout"
+        rows = [stage.strides[-6] for stage in found.stages[1:]]
+        assert rows == [6 * head_dim, 3 * head_dim, 3 * head_dim], "of the gradient, before those of slopes and masks"
 
 
 # ---- the shape -------------------------------------------------------------------------------------------------------
@@ -189,8 +187,22 @@ def test_what_kernels_are_told(call, changes, mask, window):
         kinds = ("int64", "int32", "float32")
         names = {kind: [name for name, own in stage.config.arguments if own == kind] for kind in kinds}
         assert stage.strides == tuple(strides[name] for name in names["int64"])
-        assert stage.sizes == tuple(sizes[name] for name in names["int32"])
+        assert stage.counts(132) == (132,) * ("num_sms" in names["int32"])
+        assert stage.sizes == tuple(sizes[name] for name in names["int32"] if name != "num_sms")
         assert stage.scales == tuple(scales[name] for name in names["float32"])
+
+
+@pytest.mark.parametrize("mask", [{}, {"is_causal": True}, {"window_size_left": 40}], ids=["full", "causal", "local"])
+@pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
+@pytest.mark.parametrize("more", [0, 1])
+def test_short_sequences_have_tiles_of_their_own(call, mask, more):
+    """Their length is a packed batch's in the mean, whose queries are known on the host; head_dim 64 has one row."""
+    rows = {"total_q": 2 * (SHORT_QUERIES + more)} if call is PACKED else {"seqlen_q": SHORT_QUERIES + more}
+    for head_dim in (64, 128):
+        (_, main, _) = plan(replace(call, head_dim=head_dim, **rows, **mask)).stages
+        name = main.config.mask
+        row = SHORT[head_dim, name] if head_dim == 128 and not more else TABLE[head_dim, name]
+        assert (main.config.tile_m, main.config.is_dq_behind) == (row.tile_m, row.is_dq_behind)
 
 
 # ---- the workspace ---------------------------------------------------------------------------------------------------
@@ -204,7 +216,7 @@ def test_workspace(call, head_dim):
     found = plan(call)
     tile_m = found.stages[1].config.tile_m
     tiles = (700 // tile_m + 2 if call.mode else 2 * -(-500 // tile_m)) * 6
-    sizes = [4 * tiles * tile_m, 4 * tiles * tile_m, 4 * tiles * tile_m * head_dim, 4 * tiles]
+    sizes = [4 * tiles * tile_m, 4 * tiles * tile_m, 4 * tiles * tile_m * head_dim, 4 * tiles, 4]
     with_sinks = replace(call, **SINKS)
     for own, of_sinks in ((call, 0), (with_sinks, 4 * tiles * 4)):
         found = plan(own)
@@ -302,90 +314,6 @@ def test_bad_ones_are_put_into_words(counted, changes, status):
     assert backward(call) == status and len(counted) == 1
     assert warmup(call) == status
     assert last_error().status == status and explain(call)[0].status == status
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"s_aux": A - 40 * STEP, "d_s_aux": A - 41 * STEP},
-        {"d_s_aux": SINKS["s_aux"] + 6 * 4},  # right behind it
-        {"workspace": A - 2 * STEP},
-    ],
-    ids=str,
-)
-def test_good_addresses_of_scores_are_all_that_is_looked_at(counted, changes):
-    good = replace(GOOD, **SINKS)
-    known = plan(good)
-    counted.clear()
-    assert plan(replace(good, **changes)) is known is not plan(GOOD) and not counted
-    expected = dict.fromkeys(planning.SCORES, 0) | SINKS | changes
-    addresses = planning.checked(replace(good, **changes))[1]
-    assert addresses[-len(planning.SCORES) :] == tuple(expected[name] for name in planning.SCORES)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"d_s_aux": SINKS["d_s_aux"] + 2},
-        {"s_aux": 1 << 64},
-        {"d_s_aux": SINKS["s_aux"] + 5 * 4},
-        {"d_s_aux": ADDRESSES["q"] + 4},
-        {"s_aux": ADDRESSES["dq"] + 4},
-        {"s_aux": GOOD.workspace + 4},
-        {"d_s_aux": GOOD.workspace + 4},
-    ],
-    ids=str,
-)
-def test_bad_addresses_of_scores_are_put_into_words(counted, changes):
-    plan(replace(GOOD, **SINKS))
-    counted.clear()
-    assert backward(replace(GOOD, **SINKS | changes)) == Status.INVALID_ARGUMENT and len(counted) == 1
-
-
-@pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
-def test_features_are_of_the_config(call):
-    """One at a time of the kernel of all gradients; several, and those that it has not, of kernels of one each."""
-    call = replace(call, head_dim=128)
-    options = {"softcap": 3.0, "attention_chunk": 40, "alibi_slopes": SCORES["alibi_slopes"], "alibi_batch_stride": 9}
-    for name, flag in (("softcap", "has_softcap"), ("attention_chunk", "has_chunks"), ("alibi_slopes", "has_alibi")):
-        main = plan(replace(call, **{name: options[name]})).stages[1].config
-        assert isinstance(main, MainConfig)
-        assert [field for field in FEATURES if getattr(main, field)] == [flag]
-    options |= {"p_dropout": 0.25, "rng_state": SCORES["rng_state"]}
-    _, *others = plan(replace(call, **options)).stages
-    assert [stage.output for stage in others] == ["dq", "dk", "dv"]
-    for stage in others:
-        cfg = stage.config
-        assert cfg.mask == "local" and cfg.has_softcap and cfg.has_alibi and cfg.has_chunks and cfg.has_dropout
-        arguments = dict(zip([name for name, kind in cfg.arguments if kind == "int32"], stage.sizes, strict=True))
-        assert arguments["attention_chunk"] == 40 and arguments["window_size_left"] == 39
-        assert stage.scales == (1 / math.sqrt(128), 3.0, 0.25) and stage.strides[-4:] == (9, 0, 0, 0)
-
-
-def test_masks_are_of_kernels_of_one_gradient():
-    """d_bias is of one more, behind one that clears it: of a mask that is added."""
-    added = {"attn_mask": SCORES["attn_mask"], "attn_mask_dtype": DataType.BF16, "attn_mask_head_stride": 0}
-    for changes, mask, of_bias in (
-        ({"attn_mask": SCORES["attn_mask"]}, "bool", []),
-        (added | {"d_bias": SCORES["d_bias"]}, "bf16", ["d_bias", "d_bias"]),
-    ):
-        _, *stages = plan(replace(GOOD, **changes)).stages
-        assert [stage.output for stage in stages] == ["dq", "dk", "dv", *of_bias]
-        assert all(stage.config.attn_mask == mask for stage in stages if isinstance(stage.config, SideConfig))
-        *_, batch, head, row = stages[0].strides
-        assert (batch, head, row) == (6 * 500 * 300, 0 if of_bias else 500 * 300, 300)
-    assert plan(replace(GOOD, **added)).scores[planning.SCORES.index("d_bias")] == (4 * (6 * 500 + 500) * 300, 4)
-
-
-def test_d_s_aux_is_a_launch_of_its_own():
-    """Of as many blocks as the prepare kernel has; of none where there is no query."""
-    for call, blocks in ((GOOD, 2 * 4), (PACKED, 700 // 128 + 2), (replace(PACKED, total_q=0), 0)):
-        stage = plan(replace(call, **SINKS)).stages[-1]
-        assert isinstance(stage.config, SinksConfig) and stage.output == "d_s_aux"
-        assert stage.sizes == (6, blocks) and not stage.strides and not stage.scales
-        assert not any(isinstance(stage.config, SinksConfig) for stage in plan(call).stages)
-    sixteen_bits = replace(GOOD, **SINKS, s_aux_dtype=DataType.BF16)
-    assert plan(sixteen_bits).stages[0].sizes[-1] == DataType.BF16
 
 
 @pytest.mark.parametrize("name", ["dq", "dk", "dv"])

@@ -57,12 +57,13 @@ cfg = backward_config("bf16", 64, "causal", {lengths} != {{}}, False)
 nbytes = backward_workspace_size(BackwardParams(**FIELDS | call))
 rows = (3000 // cfg.tile_m + 3 if {lengths} else 3 * -(-1000 // cfg.tile_m)) * 12
 parts = dict(shift=0, delta=4 * rows * cfg.tile_m, dq_sum=8 * rows * cfg.tile_m, order=(8 + 256) * rows * cfg.tile_m)
+parts |= dict(tile_counter=-(-(parts["order"] + 4 * rows) // 16) * 16)
 parts = {{name: WORKSPACE + start for name, start in parts.items()}}
 lengths = {{name: at for name, at in {lengths}.items() if name[:2] in ("cu", "se")}}
 values |= ADDRESSES | parts | lengths | {{name: stride for name, stride in call.items() if "stride" in name}}
 values |= dict(scale=struct.unpack("<I", struct.pack("<f", 0.3))[0])
 ok = send(**call)
-tell(ok=ok, log=log, end=parts["order"] + 4 * rows - WORKSPACE, nbytes=nbytes, tile_m=cfg.tile_m, lengths=list(lengths),
+tell(ok=ok, log=log, end=parts["tile_counter"] + 4 - WORKSPACE, nbytes=nbytes, tile_m=cfg.tile_m, lengths=list(lengths),
      addresses=ADDRESSES)
 """)
     assert found["ok"] == 0 and [launch["kernel"] for launch in found["log"]] == KERNELS
@@ -76,9 +77,9 @@ tell(ok=ok, log=log, end=parts["order"] + 4 * rows - WORKSPACE, nbytes=nbytes, t
     given = [{name for name, is_there in launch["given"].items() if is_there} for launch in found["log"]]
     # Of each kernel what it is given, and what it has to know nothing of.
     wanted = (
-        ("out dout softmax_lse dlse shift delta dq_sum order", "q k v dq dk dv"),
-        ("dk dv shift delta dq_sum order", "out dq softmax_lse dlse"),
-        ("dq dq_sum scale", "q k v out dout dk dv softmax_lse dlse shift delta order"),
+        ("out dout softmax_lse dlse shift delta dq_sum order tile_counter", "q k v dq dk dv"),
+        ("dk dv shift delta dq_sum order tile_counter", "out dq softmax_lse dlse"),
+        ("dq dq_sum scale", "q k v out dout dk dv softmax_lse dlse shift delta order tile_counter"),
     )
     for those, (there, absent) in zip(given, wanted, strict=True):
         assert those >= set(there.split()) and not those & set(absent.split())
