@@ -6,6 +6,7 @@ import pytest
 from backward_calls import serve_all
 from backward_cases import MASKED, NAMES, BackwardCase, backward_cases, feature_cases, inputs_of
 from backward_problems import BackwardProblem, run_and_check
+from backward_rows import config_of, rows_of
 from cases import Case
 from fake_gpu import OFFSET_BITS
 from images import contiguous, heads_before_rows, padded
@@ -16,6 +17,8 @@ from fa3_cute.contract.backward_rules import contract_problems
 from fa3_cute.contract.params import DataType, is_packed
 from fa3_cute.contract.reference import to_bits
 from fa3_cute.contract.status import Status
+from fa3_cute.planning.backward import SHORT_QUERIES
+from fa3_cute.planning.backward_launch import BackwardShape, workspace_bytes
 
 DENSE = BackwardCase(Case("bf16", 64, True, 6, 2, 70, 50, 2), has_dlse=True)
 PACKED = next(case for case in backward_cases(64) if case.layout == "gaps" and case.used)
@@ -233,3 +236,30 @@ def test_scratch_memory_is_full_of_nan(gpu):
     fields, tensor = problem.workspace(1 << 12)
     assert contract_problems(problem.params(**fields)) == [] and tensor.is_untouched(gpu.stream)
     assert fields["workspace_bytes"] == 1 << 12
+
+
+# Of each of head_dim 128 one, in BF16, of short sequences and of those that are run as if they were long.
+OF_EACH_CONFIG = {
+    config_of(case): case
+    for case in backward_cases(128)
+    if case.forward.dtype == "bf16" and case.forward.seqlen_q < 700
+}
+
+
+@pytest.mark.parametrize("case", OF_EACH_CONFIG.values(), ids=str)
+def test_kernels_are_those_that_tests_expect(case, gpu):
+    """Asked as the GPU tests ask; before and afterwards a call is planned by its length."""
+    params = BackwardProblem(case).params()
+    shape = BackwardShape.of(plain_backward(params))
+    of_itself = shape.config, workspace_bytes(params)
+    with rows_of(case):
+        assert shape.config == config_of(case)
+        tiles = {config.tile_m for config in (of_itself[0], config_of(case))}
+        assert (workspace_bytes(params) == of_itself[1]) == (len(tiles) == 1)
+    assert (shape.config, workspace_bytes(params)) == of_itself and of_itself[0].tile_m == 64
+
+
+def test_cases_have_both_rows_of_each_mask():
+    assert SHORT_QUERIES > 700
+    found = {(cfg.mask, cfg.tile_m) for cfg in OF_EACH_CONFIG}
+    assert found >= {(mask, tile_m) for mask in ("full", "causal", "local") for tile_m in (64, 80)}

@@ -1,6 +1,6 @@
 """Backward on the GPU: its cases against the reference, what is not wanted, NaN, bits that repeat, graphs.
 
-Kernels are those of `backward_configs`, which other tests compile as well.
+Kernels are those of backward_rows.KERNELS, most of which other tests compile as well.
 """
 
 from dataclasses import replace
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from backward_cases import NAMES, BackwardCase, backward_cases, inputs_of
 from backward_problems import BackwardProblem
+from backward_rows import KERNELS, as_if_long, config_of, mask_of, rows_of
 from cases import Case
 from images import POISON, contiguous, heads_before_rows, padded
 
@@ -16,27 +17,14 @@ from fa3_cute import backward, backward_workspace_size, warmup
 from fa3_cute.contract.backward_rules import SERVED_HEAD_DIMS
 from fa3_cute.contract.reference import as_float
 from fa3_cute.planning.backward import BackwardConfig
-from fa3_cute.planning.backward_kernels import pass_config
 from fa3_cute.planning.one_side import OneSidePass
-from fa3_cute.planning.selections import backward_configs
 
 pytestmark = pytest.mark.gpu
 
-CONFIGS = set(backward_configs())
 ALIGNMENT = 16
 REPEATS = 20
 WANTED = (("dq",), ("dk",), ("dv",), ("dk", "dv"), ("dq", "dv"))
 HARD = {"peaky rows": {"scale_of_q": 8.0}, "D cancels": {"mean_of_v": 10.0}}
-
-
-def mask_of(case: BackwardCase) -> str:
-    return "causal" if case.forward.is_causal else "local" if max(case.forward.window) >= 0 else "full"
-
-
-def config_of(case: BackwardCase, is_deterministic: bool = False) -> BackwardConfig | OneSidePass:
-    """Of the kernels that serve a case."""
-    forward = case.forward
-    return pass_config(forward.dtype, forward.head_dim, mask_of(case), bool(case.lengths), is_deterministic)
 
 
 def of_dtype(case: BackwardCase, dtype: str) -> BackwardCase:
@@ -53,7 +41,7 @@ def in_turn(cases: list[BackwardCase], number: int) -> list[BackwardCase]:
 
 
 def served(cases) -> list[BackwardCase]:
-    return [case for case in cases if config_of(case) in CONFIGS]
+    return [case for case in cases if config_of(case) in KERNELS]
 
 
 EVERY = [case for head_dim in SERVED_HEAD_DIMS for case in backward_cases(head_dim)]
@@ -71,7 +59,7 @@ LONG = served(
     for is_causal in (False, True)
 )
 # A pass without sums has no order to keep.
-DETERMINISTIC = [case for case in BF16 if config_of(case).has_sums and config_of(case, True) in CONFIGS]
+DETERMINISTIC = [case for case in BF16 if config_of(case).has_sums and config_of(case, True) in KERNELS]
 
 
 def one_per_config(cases, is_deterministic: bool = False) -> list[BackwardCase]:
@@ -135,6 +123,17 @@ def assert_same_bits(found, expected) -> None:
         if got is not None:
             differ = np.argwhere(got.view(np.uint16) != wanted.view(np.uint16))
             assert not len(differ), f"{name}: {len(differ)} elements differ, first {differ[:4].tolist()}"
+
+
+@pytest.fixture(autouse=True)
+def planned(request):
+    """Of a test of a case, as config_of says."""
+    given = getattr(request.node, "callspec", None)
+    if given is None or "case" not in given.params:
+        yield
+        return
+    with rows_of(given.params["case"]):
+        yield
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -249,6 +248,11 @@ def test_one_gradient_at_a_time_has_the_same_bits_in_every_call(case, stream):
 
 def test_calls_of_several_shapes_in_turn(stream):
     """One behind the other, over one workspace, without a wait: each has the arguments of its own."""
+    with as_if_long():
+        run_in_turn(stream)
+
+
+def run_in_turn(stream) -> None:
     problems = [BackwardProblem(case) for case in FAMILIES]
     nbytes = max(backward_workspace_size(problem.params()) for problem in problems)
     given, _ = problems[0].workspace(nbytes)

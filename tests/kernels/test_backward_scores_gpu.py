@@ -33,14 +33,14 @@ OFF = {item.name: item.default for item in fields(Case) if item.name in SCORES}
 SINKS = ("sinks", None, None)
 CHOSEN = {
     64: (
-        *(SINKS, ("sinks that take all", None, "")),
+        *(SINKS, ("sinks that take all", "full", "")),
         *((name, "full", "") for name in ("alibi", "alibi of sequences", "boolean", "boolean of keys")),
         *((name, None, "") for name in ("chunks", "whole chunks")),
         ("all but masks", None, "gaps"),
     ),
     96: (("sinks", "full", ""),),
     128: (
-        *(SINKS, ("sinks that take all", None, "gaps")),
+        *(("sinks", "causal", ""), ("sinks", None, "used"), ("sinks that take all", None, "gaps")),
         *((name, "causal", "") for name in ("softcap", "flat softcap")),
         *((name, "causal", "") for name in ("bias", "bias of heads", "bias of scores", "bias of keys")),
         *((name, None, lengths) for name, lengths in (("alibi", "used"), ("chunks", "gaps"))),

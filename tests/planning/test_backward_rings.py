@@ -1,0 +1,52 @@
+"""Rings, roles and registers of the main kernel of a backward pass are those that its roles count on."""
+
+import pytest
+
+from fa3_cute.planning.backward import CONSUMER_WGS
+from fa3_cute.planning.config import REGISTERS_PER_SM
+from fa3_cute.planning.rings import HEAD_BYTES, WARP, by_name
+from fa3_cute.planning.selections import backward_configs
+
+CONFIGS = [cfg for cfg in backward_configs() if cfg.has_sums]
+TILE_BYTES = 48  # of an entry of the tile ring, in whole words of 16 bytes
+
+
+def test_registers_are_all_that_a_cta_starts_with():
+    """setmaxnreg waits for registers that are not there: what its CTA did not start with, no other warp gives back."""
+    per_thread = REGISTERS_PER_SM // 384 // 8 * 8
+    assert per_thread == 168
+    for cfg in CONFIGS:
+        producer, consumer = cfg.registers
+        assert cfg.num_threads == 384 and CONSUMER_WGS == 2
+        assert 128 * (producer + CONSUMER_WGS * consumer) == cfg.num_threads * per_thread
+        assert {role.registers for role in cfg.roles if role.name != "consume"} == {producer}
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.name)
+def test_the_tile_ring_is_of_all_roles(cfg):
+    """Filled by every lane of the warp that schedules; each other warp copies an entry and gives it back."""
+    ring, roles = by_name(cfg.rings)["tiles"], by_name(cfg.roles)
+    assert len(roles["schedule"].warps) == 1
+    readers = [warp for name, role in roles.items() if name != "schedule" for warp in role.warps]
+    assert (ring.full, ring.empty) == (WARP, len(readers)) and len(readers) == len(set(readers)) == 10
+    assert ring.slots == 2, "one is read while the next tile is found"
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.name)
+def test_rings_that_turn_together(cfg):
+    """One count of Q tiles places all of them, in two slots each; dQ has one of each warpgroup."""
+    ring = by_name(cfg.rings)
+    consumers = len(by_name(cfg.roles)["consume"].warps)
+    assert {name: ring[name].slots for name in ("q", "do", "ds")} == dict.fromkeys(("q", "do", "ds"), 2)
+    assert (ring["ds"].full, ring["ds"].empty) == (consumers, consumers)
+    assert {ring[name].empty for name in ("k", "v", "q", "do")} == {consumers}
+    assert (ring["dq"].slots, ring["dq"].full, ring["dq"].empty) == (CONSUMER_WGS, consumers // CONSUMER_WGS, 1)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.name)
+def test_what_lies_over_something_else_fits(cfg):
+    """dK and dV leave through the slots of dS; mbarriers and entries of tiles lie before the first slot."""
+    ring = by_name(cfg.rings)
+    assert cfg.tile_n * cfg.head_dim * 2 <= ring["ds"].nbytes
+    barriers = sum(2 * 8 * own.slots for own in cfg.rings if own.full)
+    assert barriers + ring["tiles"].slots * TILE_BYTES <= HEAD_BYTES
