@@ -158,7 +158,8 @@ def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) ->
     plan: BackwardPlan = _plan_of(call, BackwardPlan, _thread.backward_plans, *(gradients or ()))
     if gradients is None:
         gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
-    if any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k)):
+    has_queries = call.q.numel() > 0
+    if not has_queries or any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k)):
         for gradient in gradients:
             gradient.zero_()
     params = plan.params
@@ -167,10 +168,10 @@ def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) ->
     s_aux = call.s_aux
     if s_aux is None:
         d_s_aux = None
-    else:  # in float32 at first; without rows it is 0
+    else:  # in float32 at first; without queries it is 0
         d_s_aux = torch.zeros(s_aux.shape, dtype=torch.float32, device=s_aux.device)
         params.d_s_aux = d_s_aux.data_ptr()
-    if call.q.numel() or call.k.numel():
+    if has_queries:
         _launch(call.q, _backward, plan)
     return *gradients, None if d_s_aux is None else d_s_aux.to(s_aux.dtype)
 

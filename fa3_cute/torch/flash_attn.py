@@ -40,12 +40,14 @@ def flash_attn_func(
     window_size (left, right) keys around that diagonal, inclusive; -1 is unbounded. With causal right is 0
     *_descale   FP8 only: float32 [batch, num_heads_k]; q's may be [batch, num_heads] too
     num_splits  1 never splits keys, 0 is automatic, n exactly n
-    s_aux       [num_heads] float32, bfloat16 or float16: attention sinks; not of FlashAttention-3's own signature
+    s_aux       [num_heads] float32, bfloat16 or float16: attention sinks, logits of one more key, whose value is 0;
+                not of FlashAttention-3's own signature
     deterministic  the same bits of dq in every call; all else has them anyway
 
     Returns out of q's shape and dtype (FP8: bfloat16), with return_attn_probs (out, LSE): LSE is float32
-    [batch, num_heads, seqlen_q], the natural logarithm, and differentiable. q, k and v have gradients in 16 bit with
-    head_dim 64 and 128. Raises FlashAttentionError with the status of the contract and a sentence.
+    [batch, num_heads, seqlen_q], the natural logarithm, and differentiable. q, k, v and s_aux have gradients, of their
+    own dtypes, where q is of 16 bit with head_dim 64, 96, 128, 192 or 256, which is v's too. Raises FlashAttentionError
+    with the status of the contract and a sentence.
     Source: FlashAttention-3 (Shah et al. 2024).
     """
     _refuse(qv=qv)

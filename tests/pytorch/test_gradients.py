@@ -109,6 +109,13 @@ def test_sinks_of_no_rows_or_no_keys(where, request):
         assert torch.equal(found, torch.full((4,), expected))
 
 
+def test_no_queries(fake_device):
+    """Keys that nobody sees have gradients of 0."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    for dk in torch.autograd.grad(flash_attn_func(q[:, :0], k, v).sum(), (k, v)):
+        assert dk.shape == k.shape and not dk.any()
+
+
 def test_deterministic_and_strides_reach_the_params(fake_device):
     """Gradients of any strides, expanded and transposed ones, come as TMA can read them."""
     q, k, v = (x.requires_grad_() for x in qkv())

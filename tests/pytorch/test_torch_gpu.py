@@ -110,7 +110,16 @@ def gradients_packed(device):
     return torch.autograd.grad(out, leaves, rand(*out.shape, device=device, seed=5))
 
 
-@pytest.mark.parametrize("call", [gradients, gradients_packed], ids=["dense", "packed"])
+def gradients_of_scores(device):
+    leaves = [x.requires_grad_() for x in (*qkv(device=device), rand(4, device=device))]
+    *tensors, s_aux = leaves
+    options = {"softcap": 2.0, "attention_chunk": 16, "s_aux": s_aux}
+    out, lse = flash_attn_func(*tensors, causal=True, return_attn_probs=True, **options)
+    weights = rand(*out.shape, device=device, seed=5), rand(*lse.shape, dtype=torch.float32, device=device, seed=6)
+    return torch.autograd.grad((out, lse), leaves, weights)
+
+
+@pytest.mark.parametrize("call", [gradients, gradients_packed, gradients_of_scores], ids=["dense", "packed", "scores"])
 def test_gradients(call):
     for ours, theirs in zip(call("cuda"), call("cpu"), strict=True):
         assert ours.dtype == BF16
@@ -118,10 +127,10 @@ def test_gradients(call):
 
 
 def test_gradients_of_a_compiled_model():
-    leaves = [x.requires_grad_() for x in qkv(device="cuda")]
+    leaves = [x.requires_grad_() for x in (*qkv(device="cuda"), rand(4, device="cuda"))]
 
-    def model(q, k, v):
-        return flash_attn_func(q, k, v, causal=True, deterministic=True)
+    def model(q, k, v, s_aux):
+        return flash_attn_func(q, k, v, causal=True, deterministic=True, s_aux=s_aux)
 
     compiled = torch.compile(model, fullgraph=True)
     for ours, theirs in zip(
