@@ -10,7 +10,7 @@ import fa3_cute
 from fa3_cute import BackwardParams, FlashAttentionParams
 from fa3_cute.contract.backward_params import ARGUMENTS, NEW, OWN
 from fa3_cute.contract.backward_rules import REFUSED, SERVED_DTYPES, SERVED_HEAD_DIMS
-from fa3_cute.planning.backward import TABLE, backward_config
+from fa3_cute.planning.backward import SHORT, TABLE, backward_config
 from fa3_cute.planning.one_side import SIDES, OneSidePass
 from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 from fa3_cute.planning.rings import by_name
@@ -133,23 +133,27 @@ def contract() -> str:
     return CONTRACT.read_text().partition("\n## The backward kernels\n")[2].partition("\n## ")[0]
 
 
-CONFIGS = [backward_config("bf16", head_dim, mask, False, False) for head_dim, mask in TABLE]
+CONFIGS = [backward_config("bf16", *row, False, False) for row in TABLE]
+SHORT_CONFIGS = [backward_config("bf16", *row, False, False, is_short=True) for row in SHORT]
 
 
 def memory_in(text: str) -> set[tuple[str, ...]]:
-    rows = re.findall(r"^\| (\d+) \| ([a-z, ]+) \| (\d+x\d+)" + r" \| ([\dx ]+)" * 6 + r" \|$", text, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\d+(?:, short)?) \| ([a-z, ]+) \| (\d+x\d+)" + r" \| ([\dx ]+)" * 6 + r" \|$", text, re.MULTILINE
+    )
     return {(head_dim, mask, *rest) for head_dim, masks, *rest in rows for mask in masks.split(", ")}
 
 
 def memory() -> set[tuple[str, ...]]:
     """(head_dim, mask, tile, K or V, Q or dO, dS, dQ, shift or delta, all) of every config."""
     found = set()
-    for cfg in CONFIGS:
+    for cfg in CONFIGS + SHORT_CONFIGS:
         ring = by_name(cfg.rings)
         assert [ring[a][1:3] == ring[b][1:3] for a, b in (("k", "v"), ("q", "do"), ("shift", "delta"))] == [True] * 3
         slots = [f"{ring[name].slots} x {ring[name].slot_bytes}" for name in ("q", "ds", "dq", "shift")]
         tile = f"{cfg.tile_m}x{cfg.tile_n}"
-        found.add((str(cfg.head_dim), cfg.mask, tile, str(ring["k"].slot_bytes), *slots, str(cfg.smem_bytes)))
+        head_dim = f"{cfg.head_dim}{', short' * (cfg in SHORT_CONFIGS)}"
+        found.add((head_dim, cfg.mask, tile, str(ring["k"].slot_bytes), *slots, str(cfg.smem_bytes)))
     return found
 
 
@@ -160,11 +164,17 @@ def test_the_table_of_shared_memory_is_the_configs():
 def rings_in(text: str, cfg) -> list[tuple[str, int, int, int]]:
     """(ring, slots, full, empty) of the table, in numbers of a config."""
     n = cfg.num_consumer_wgs
-    numbers = {"n": n, "4n": 4 * n, "num_q_stages": cfg.num_q_stages, "num_do_stages": cfg.num_do_stages}
+    numbers = {
+        "n": n,
+        "4n": 4 * n,
+        "4n+2": 4 * n + 2,
+        "num_q_stages": cfg.num_q_stages,
+        "num_do_stages": cfg.num_do_stages,
+    }
     numbers |= {"num_ds_stages": cfg.num_ds_stages}
     value = lambda word: int(word) if word.isdigit() else numbers[word]
     rows = re.findall(
-        r"^\| (\w+) \| (\w+) \| [^|]*\((\w+)\)[^|]*\| [^|]*\((\w+)\)[^|]*\| [^|]+ \|$", text, re.MULTILINE
+        r"^\| (\w+) \| (\w+) \| [^|]*\((\w+)\)[^|]*\| [^|]*\(([\w+]+)\)[^|]*\| [^|]+ \|$", text, re.MULTILINE
     )
     return [(name, *map(value, counts)) for name, *counts in rows if name != "ring"]
 
@@ -173,18 +183,20 @@ def rings(cfg) -> list[tuple[str, int, int, int]]:
     return [(ring.name, ring.slots, ring.full, ring.empty) for ring in cfg.rings]
 
 
-@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.name)
+@pytest.mark.parametrize("cfg", CONFIGS + SHORT_CONFIGS, ids=lambda cfg: cfg.name)
 def test_the_table_of_rings_is_the_config(cfg):
     assert rings_in(contract(), cfg) == rings(cfg)
 
 
 def test_the_table_of_roles_is_the_configs():
-    of_roles = re.findall(r"`(load|consume)`[^|]*\| (\d+) \|", contract())
+    of_roles = re.findall(r"`(load|schedule|consume)`[^|]*\| (\d+) \|", contract())
     assert {name: int(registers) for name, registers in of_roles} == {
         role.name: role.registers for role in CONFIGS[0].roles if role.name != "reduce"
     }
     warps = {role.name: role.warps for role in CONFIGS[0].roles}
-    assert warps == {"load": range(1), "reduce": range(1, 2), "consume": range(4, 12)}
+    assert warps == {"load": range(1), "reduce": range(1, 2), "schedule": range(2, 3), "consume": range(4, 12)}
+    producer, consumer = CONFIGS[0].registers
+    assert f"{producer} + 2 * {consumer} = 3 * {(producer + 2 * consumer) // 3}," in contract()
 
 
 @pytest.mark.parametrize(
@@ -193,13 +205,23 @@ def test_the_table_of_roles_is_the_configs():
         ("| 231680 |", "| 231681 |"),
         ("| full, causal, local | 128x128", "| full, causal | 128x128"),
         ("2 x 20480 | 2 x 320", "2 x 20480 | 2 x 640"),
+        ("128, short", "128"),
     ],
 )
 def test_a_wrong_table_of_shared_memory_is_found(old, new):
     assert old in contract() and memory_in(contract().replace(old, new)) != memory()
 
 
-@pytest.mark.parametrize("old, new", [("| dq | n |", "| dq | 1 |"), ("(4), after", "(1), after"), ("| ds |", "| dS |")])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("| dq | n |", "| dq | 1 |"),
+        ("(4), after", "(1), after"),
+        ("| ds |", "| dS |"),
+        ("(4n+2)", "(4n)"),
+        ("(32)", "(1)"),
+    ],
+)
 def test_a_wrong_table_of_rings_is_found(old, new):
     assert old in contract() and rings_in(contract().replace(old, new), CONFIGS[0]) != rings(CONFIGS[0])
 

@@ -1,4 +1,4 @@
-"""The kernels of a backward pass compile clean: each row of the table once, its element type and lengths in turn."""
+"""The kernels of a backward pass compile clean: each row of the tables once, its element type and lengths in turn."""
 
 from itertools import product
 
@@ -6,7 +6,7 @@ import fingerprints
 import pytest
 from test_merge_configs import LDG, STG, accesses
 
-from fa3_cute.planning.backward import TABLE
+from fa3_cute.planning.backward import SHORT, TABLE
 from fa3_cute.planning.backward_kernels import MASKS, FinishConfig, MainConfig, PrepareConfig, SideConfig, kernels_of
 from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
 from fa3_cute.planning.one_side import SIDES
@@ -21,8 +21,9 @@ MOST_REGISTERS = REGISTERS_PER_SM // 1024  # around the main kernel: a thousand 
 
 def selection() -> list:
     """The kernels of one config of each row; of a head_dim with one gradient each, one mask for each of them."""
-    variants = [[cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask) == row] for row in TABLE]
-    chosen = [configs[-1 - index % 2] for index, configs in enumerate(variants)]
+    rows = [(*key, row.tile_m) for table in (TABLE, SHORT) for key, row in table.items()]
+    variants = [[cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask, cfg.tile_m) == row] for row in rows]
+    chosen = [configs[max(-1 - index % 2, -len(configs))] for index, configs in enumerate(variants)]
     found = [kernel for cfg in chosen for kernel in kernels_of(cfg)]
     for number, head_dim in enumerate(ONE_SIDE):
         for turn, mask in enumerate(MASKS):
@@ -38,7 +39,8 @@ of_kind = lambda kind: [cfg for cfg in CONFIGS if isinstance(cfg, kind)]
 
 def test_selection_covers_options():
     mains = of_kind(MainConfig)
-    assert {(cfg.head_dim, cfg.mask) for cfg in mains} == set(TABLE)
+    rows = {(*key, row.tile_m) for table in (TABLE, SHORT) for key, row in table.items()}
+    assert {(cfg.head_dim, cfg.mask, cfg.tile_m) for cfg in mains} == rows
     for name in ("dtype", "is_varlen", "is_deterministic"):
         assert len({getattr(cfg, name) for cfg in mains}) == 2, name
     sides = of_kind(SideConfig)
@@ -63,11 +65,12 @@ def test_main(cfg):
     report, _ = compiled(cfg)
     assert report.registers == REGISTERS_PER_SM // cfg.num_threads // 8 * 8
     # A Q tile is head_dim/16 WGMMAs for S and dP each, tile_m/16 for dV and dK each, and for dQ tile_n/16 per tile of
-    # its M; the code holds it once per kind of iteration.
+    # its M; the code holds it once per kind of iteration, and where dQ is a Q tile behind once more: the first
+    # tile without dQ, and the last dQ.
     tiles_of_dq = cfg.head_dim if cfg.is_dq_transposed else cfg.tile_m
     of_dq = cfg.tile_n // 16 * (tiles_of_dq // cfg.tile_n)
     step = 2 * cfg.head_dim // 16 + 2 * cfg.tile_m // 16 + of_dq
-    assert report.wgmmas % step == 0 and step <= report.wgmmas <= 8 * step
+    assert report.wgmmas == step * (2 + cfg.is_local + cfg.is_dq_behind)
 
 
 @pytest.mark.parametrize("cfg", of_kind(SideConfig), ids=lambda cfg: cfg.name)
