@@ -34,6 +34,7 @@ def send(stream=STREAM[0], **changes):
 KERNELS = ["Prepare", "Main", "Finish"]
 STREAM = (1 << 32) + 0x7770
 TILE_N = 128
+SMS = 132
 
 
 @pytest.fixture
@@ -89,6 +90,16 @@ tell(ok=ok, log=log, end=parts["tile_counter"] + 4 - WORKSPACE, nbytes=nbytes, t
     if not is_packed:
         strides = ("out_batch_stride", "dk_batch_stride", "dq_batch_stride")
         assert all(those & set(strides) == {stride} for those, stride in zip(given, strides, strict=True))
+
+
+def test_the_main_kernel_has_a_cta_per_sm(told):
+    """Tiles of keys beyond those are handed out; the kernels around it have a CTA per Q tile and head."""
+    found = told("""
+assert send(batch_size=40) == 0
+tell(grids=[fact["grid"][0] for fact in log])
+""")
+    around, main, last = found["grids"]
+    assert main == SMS < 40 * 6 * 4 and around == last == 40 * 8 * 12
 
 
 def test_gradients_that_are_not_wanted(told):
