@@ -4,6 +4,7 @@ A pass is prepare, main, finish, or prepare and a launch for each gradient, over
 and keys there is nothing to do where there are none: such launches are left out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -107,7 +108,7 @@ class Stage:
     strides: tuple[int, ...]
     sizes: tuple[int, ...]
     scales: tuple[float, ...]
-    pick: itemgetter
+    pick: Callable[[tuple[int, ...]], tuple[int, ...]]
 
     scratch = "nothing"  # of the library's
     plan = None
@@ -215,7 +216,7 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
         for wanted in ("int64", "int32", "float32")
     )
     picked = [PLACES.index(name.replace(GRADIENT, own)) for name in cfg.entry.per_call if name != "stream"]
-    return Stage(cfg, of.lengths, strides, sizes, scales, itemgetter(*picked))
+    return Stage(cfg, of.lengths, strides, sizes, scales, _picker(*picked))
 
 
 def _extents(shape: BackwardShape) -> tuple[int, ...]:
@@ -229,6 +230,11 @@ def _extents(shape: BackwardShape) -> tuple[int, ...]:
         steps = sum(stride * (size - 1) for stride, size in zip(strides[tensor], sizes, strict=True))
         found[tensor] = (steps + of.head_dim) * ELEMENT_BYTES[of.dtype] if all(sizes) else 0
     return tuple(found[name] for name in POINTERS)
+
+
+def _picker(*indices: int) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    """Of a tuple these elements, as a tuple also if it is one."""
+    return itemgetter(*indices) if len(indices) > 1 else itemgetter(slice(indices[0], indices[0] + 1))
 
 
 def _scores_of(shape: BackwardShape) -> tuple[tuple[int, int], ...]:

@@ -32,10 +32,13 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
             write_tile(smem.sTiles[None, slot.index], tile)
             slot.commit()
             producer.acquire()
-        taken = Int32(0)
-        if cute.arch.lane_idx() == 0:
-            taken = cute.arch.atomic_add(params.tile_counter.iterator, Int32(1), sem="relaxed", scope="gpu")
-        index = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(taken, 0)
+        if params.sequences.rows_q > 0:
+            taken = Int32(0)
+            if cute.arch.lane_idx() == 0:
+                taken = cute.arch.atomic_add(params.tile_counter.iterator, Int32(1), sem="relaxed", scope="gpu")
+            index = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(taken, 0)
+        else:                            # no prepare kernel was launched, which makes the counter 0
+            index += cute.arch.grid_dim()[0]
     slot = producer.acquire_and_advance()
     write_tile(smem.sTiles[None, slot.index], KeyTile(Int32(END), *[Int32(0)] * (TILE_INTS - 1)))
     slot.commit()
