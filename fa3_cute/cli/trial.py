@@ -30,7 +30,7 @@ WRONG = {1: 8e-2, 2: 1e-2}
 # What the problem decides, as it does features; every other field of a config is ours to set.
 GIVEN_FIELDS = (
     *("dtype", "out_dtype", "head_dim", "is_causal", "is_local", "has_lse", "is_varlen"),
-    *("is_ragged", "page_box", "box_is_wide"),
+    *("head_dim_v", "is_padded", "is_ragged", "page_box", "box_is_wide"),
 )
 SWITCHES = {"0": False, "1": True, "false": False, "true": True}
 PREFILL_SEQLENS, DECODE_SEQLENS = (4096,), (8192,)

@@ -52,6 +52,8 @@ def test_changes_have_the_types_of_their_fields():
         (["--set", "tile_n=256"], "bytes of shared memory: a CTA has"),
         (["--set", "tilen=64"], "tilen: not one of packed_heads, tile_m, tile_n, "),
         (["--set", "head_dim=64"], "head_dim: not one of "),
+        (["--set", "head_dim_v=64"], "head_dim_v: not one of "),
+        (["--set", "is_padded=1"], "is_padded: not one of "),
         (["--set", "has_softcap=1"], "has_softcap: not one of "),
         (["--set", "tile_n"], "tile_n='': must be an integer"),
         (["--set", "use_pingpong=2"], "use_pingpong='2': must be 0 or 1"),
