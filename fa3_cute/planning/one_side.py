@@ -225,4 +225,4 @@ class OneSidePass:
     def as_dict(self) -> dict:
         """The fields as plain values, and those of its kernels with their tiles."""
         sides = [side.as_dict() | {"tile_m": side.tile_m, "tile_n": side.tile_n} for side in self.sides]
-        return asdict(self) | {"sides": sides}
+        return asdict(self) | {"features": dict(self.features), "sides": sides}

@@ -40,8 +40,8 @@ class FinishBackward:
     def kernel(self, mdQ: cute.Tensor, dq_sum: cute.Tensor, layout: cute.ComposedLayout, mma: cute.TiledMma,
                blocks: Blocks, sequences: Sequences, scale: Float32):
         """A Q tile of one head per CTA: its threads take what the consumers of the main kernel held."""
-        cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
         cute.arch.griddepcontrol_wait()      # for the main kernel
+        cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
         allocator = cutlass.memory.SmemAllocator()
         sdQ = allocator.allocate_tensor(element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
         shape = (cfg.head_dim, cfg.tile_m) if cfg.is_dq_transposed else (cfg.tile_m, cfg.head_dim)

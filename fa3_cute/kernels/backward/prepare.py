@@ -75,9 +75,9 @@ class PrepareBackward:
     @cute.kernel
     def kernel(self, params: PrepareParams, blocks: Blocks, sequences: Sequences):
         """A Q tile of one head per CTA."""
-        cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
-        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_wait()      # for whatever has written the lengths, and all else that is read here
         cute.arch.griddepcontrol_launch_dependents()
+        cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
         if const_expr(cfg.has_sums):
             self.clear(params, tile, thread)
         element = element_type(cfg)

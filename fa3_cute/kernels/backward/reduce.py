@@ -24,29 +24,36 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     tile = read_tile(smem.sTiles[None, tiles.wait().index])
     while tile.n_block != END:
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-        for i in cutlass.range(params.group, unroll=1):
-            head = tile.kv_head * params.group + i
-            for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
-                block = tile.first_q_block + m_block
-                target, count = params.dq_sum[None, block, head], params.order[None, block, head]
-                if const_expr(cfg.is_deterministic):
-                    last = last_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
-                    wait_for_turn(count, last - tile.n_block)
-                for w in cutlass.range_constexpr(cfg.num_consumer_wgs):
-                    part = consumer.wait_and_advance()
-                    with cute.arch.elect_one():
-                        primitives.cp_reduce_async_bulk_global_shared_cta(
-                            (target.iterator + w * cfg.dq_part).llvm_ptr, smem.sdQ[None, w].iterator.llvm_ptr,
-                            4 * cfg.dq_part, op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
-                        cute.arch.cp_async_bulk_commit_group()
-                        cute.arch.cp_async_bulk_wait_group(0, read=not cfg.is_deterministic)
-                        part.release()
-                if const_expr(cfg.is_deterministic):
-                    pass_turn(count)
+        per_head = queries.m_block_max - queries.m_block_min
+        for i in cutlass.range(params.group * per_head, unroll=1):
+            of_group = i // per_head
+            m_block = queries.m_block_min + i - of_group * per_head
+            block, head = tile.first_q_block + m_block, tile.kv_head * params.group + of_group
+            if const_expr(cfg.is_deterministic):
+                last = last_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
+                wait_for_turn(params.order[None, block, head], last - tile.n_block)
+            for w in cutlass.range_constexpr(cfg.num_consumer_wgs):
+                part = consumer.wait_and_advance()
+                add_part(cfg, params.dq_sum[None, block, head], smem.sdQ[None, w], w)
+                with cute.arch.elect_one():
+                    part.release()
+            if const_expr(cfg.is_deterministic):
+                pass_turn(params.order[None, block, head])
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
         tile = read_tile(smem.sTiles[None, tiles.wait().index])
+
+
+@cute.jit
+def add_part(cfg: BackwardConfig, target: cute.Tensor, source: cute.Tensor, w: int):
+    """A warpgroup's part of a block of dQ; until it is read, deterministic: until it is added."""
+    with cute.arch.elect_one():
+        primitives.cp_reduce_async_bulk_global_shared_cta(
+            (target.iterator + w * cfg.dq_part).llvm_ptr, source.iterator.llvm_ptr, 4 * cfg.dq_part,
+            op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=not cfg.is_deterministic)
 
 
 @cute.jit
