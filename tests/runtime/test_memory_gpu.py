@@ -100,7 +100,7 @@ def test_absent_lse_is_not_written(case, stream):
 # Overrides of a good call, and the status that they must give.
 REFUSED = {
     "null k": ({"k": None}, Status.NULL_POINTER),
-    "head_dim": ({"head_dim": 80}, Status.UNSUPPORTED_HEAD_DIM),
+    "head_dim": ({"head_dim": 84}, Status.UNSUPPORTED_HEAD_DIM),
     "heads": ({"num_heads_k": 4}, Status.INVALID_HEADS),
     "causal window": ({"is_causal": True, "window_size_left": 5}, Status.CAUSAL_WINDOW_CONFLICT),
     "one cu_seqlens": ({"mode": AttentionMode.VARLEN_PREFILL}, Status.VARLEN_MISMATCH),
