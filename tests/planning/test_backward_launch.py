@@ -307,7 +307,7 @@ def test_good_addresses_are_all_that_is_looked_at(counted, changes):
         ({"q": "an address"}, Status.INVALID_ARGUMENT),
         ({"softcap": np.ones(3)}, Status.SOFTCAP_UNSUPPORTED),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(int(value)),
 )
 def test_bad_ones_are_put_into_words(counted, changes, status):
     call = replace(GOOD, **changes)

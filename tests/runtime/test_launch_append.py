@@ -64,7 +64,7 @@ tell(ok=ok, launches=launches, all=list(values))
     assert len(ahead["scratch"]) == 2 and set(ahead["scratch"]) < set(attention["scratch"])
 
 
-@pytest.mark.parametrize("shape", ["DECODE", "PREFILL", "PREFILL | PAGES"])
+@pytest.mark.parametrize("shape", ["DECODE", "PREFILL | PAGES"])
 def test_what_is_not_asked_for_is_the_callers(told, shape):
     found = told(f"""
 values |= USED
