@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 from cases import DECODE, DTYPES, FAMILIES, FP8_DECODE_SOME, FP8_SOME, HEAD_DIMS, Case, Layout
-from check import check, make_problem, packed_problem, run, run_and_check, run_each_and_check
+from check import check, check_all, make_problem, packed_problem, run, run_and_check, run_each_and_check
 from descales import per_batch_and_head
 
 from fa3_cute.contract.dropout import effective_p, num_dropped
@@ -52,6 +52,17 @@ def test_decode(case, seqlen_q, stream):
     """Any number of splits; rows of a thread that are other heads of a query, and other queries."""
     problem = make_problem(replace(case, seqlen_q=seqlen_q, p_dropout=0.4))
     run_each_and_check(problem, stream, [{"num_splits": splits} for splits in (0, 1, 3, 7)])
+
+
+@pytest.mark.parametrize("case", FP8_DECODE_SOME, ids=str)
+def test_rows_that_do_not_exist_decide_nothing(case, stream):
+    """The rows of Q that a tile lacks are, in shared memory, what the kernel before this one has left there."""
+    many, few = (make_problem(replace(case, seqlen_q=queries, p_dropout=0.4)) for queries in (20, 1))
+    results = {}
+    for i in range(8):
+        run(many, stream)
+        results[f"run {i}"] = run(few, stream)
+    check_all(few, results)
 
 
 @pytest.mark.parametrize("p_dropout", [1e-9, 0.002, 0.996, 0.9999])

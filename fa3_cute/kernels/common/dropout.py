@@ -74,8 +74,9 @@ class RowDropout:
         """0 for what is dropped of one K/V tile. P: compact, in the order of PV's A operand."""
         words = cute.recast_tensor(cute.coalesce(P), Uint32)
         # P is never negative, which the compiler does not know: in FP8 it draws once P is converted and S's registers
-        # are free, not before. Else kernels spill, such as those of 192x160 tiles at head_dim 96.
-        zero = words[cute.size(words) - 1] >> 31 if self.cfg.is_fp8 else Uint32(0)
+        # are free, not before. Else kernels spill, such as those of 192x160 tiles at head_dim 96. The word is of the
+        # first of the two rows: where the second does not exist, what should be its P has any sign.
+        zero = words[cute.size(words) - 2] >> 31 if self.cfg.is_fp8 else Uint32(0)
         for group, flags in enumerate(self.flags(place, zero)):
             for r in range(2):
                 self.drop(words, group, r, flags[r])
