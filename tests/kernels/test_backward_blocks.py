@@ -90,9 +90,18 @@ def test_turns(head_dim, mask, window, lengths, chunk):
 @pytest.mark.parametrize("num_blocks, num_heads, seqlen_q, group", [(1, 1, 64, 1), (5, 7, 4096, 4), (32, 16, 4096, 1)])
 def test_order(is_causal, num_blocks, num_heads, seqlen_q, group):
     """Every tile once; of each head ascending, as deterministic CTAs count on."""
-    section = heads_per_section(num_heads, group, seqlen_q, 128)
+    section = heads_per_section(num_heads, group, seqlen_q, 128, num_blocks)
     assert 1 <= section <= num_heads
     tiles = [key_tile(is_causal, i, num_blocks, num_heads, section) for i in range(num_blocks * num_heads)]
     assert sorted(tiles) == [(block, head) for block in range(num_blocks) for head in range(num_heads)]
     for head in range(num_heads):
         assert [block for block, of in tiles if of == head] == list(range(num_blocks))
+
+
+@pytest.mark.parametrize(
+    "num_heads, group, seqlen_q, expected",
+    [(512, 1, 512, 64), (64, 1, 4096, 8), (16, 1, 16384, 2), (32, 8, 4096, 8), (8, 4, 16384, 2), (8, 4, 65536, 1)],
+)
+def test_heads_per_section(num_heads, group, seqlen_q, expected):
+    """As many as L2 holds; of few keys with many queries, as many as give every CTA a long tile and a short one."""
+    assert heads_per_section(num_heads, group, seqlen_q, 128, seqlen_q // 128) == expected

@@ -119,8 +119,8 @@ class OneSideBackward:
             block, batch = block - params.blocks.first(sequence), sequences.batch_coordinate(sequence)
         else:
             num_heads = params.num_heads * sequences.batch_size
-            section = heads_per_section(num_heads, params.group, seqlen_q, cfg.head_dim)
             num_blocks = params.blocks.num_blocks // sequences.batch_size
+            section = heads_per_section(num_heads, params.group, seqlen_q, cfg.head_dim, num_blocks)
             block, any_head = key_tile(cfg.is_causal, index, num_blocks, num_heads, section)
             if const_expr(cfg.is_of_queries and cfg.is_causal):
                 block = num_blocks - 1 - block       # the last queries see most keys

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
 
 from ...planning.backward import PREPARE_ARGUMENTS, PREPARE_THREADS, PREPARE_WARPS, BackwardConfig
 from ...planning.rings import WARP
@@ -25,6 +25,8 @@ from ..common.layout import element_type, lse_view, tensor_view
 from ..common.row_end import Sinks
 from ..common.sequences import Sequences, is_present
 from .blocks import Blocks, QueryTile, query_tile
+
+STEPS_IN_FLIGHT = 4      # rows of O and of dO that a thread has on the way
 
 
 @dataclass(frozen=True)
@@ -87,22 +89,15 @@ class PrepareBackward:
         if params.sinks.address != 0:
             sink = params.sinks.read(tile.head)
         gO, gdO = (copy.partition_S(tile.rows_of(cfg, mX)) for mX in (params.mO, params.mdO))
-        for step in cutlass.range_constexpr(-(-cfg.tile_m // rows_per_step)):
-            row = step * rows_per_step + first_row
-            is_used = (tile.m_block * cfg.tile_m + row < tile.seqlen) & (row < cfg.tile_m)
-            rO, rdO = (cute.make_rmem_tensor_like(gX[None, 0, None]) for gX in (gO, gdO))
-            rO.fill(0.0)
-            rdO.fill(0.0)
-            if is_used:
-                cute.autovec_copy(gO[None, step, None], rO)
-                cute.autovec_copy(gdO[None, step, None], rdO)
-            product = Float32(0.0)
-            for i in cutlass.range_constexpr(cute.size(rO)):
-                product += rO[i].to(Float32) * rdO[i].to(Float32)
-            for i in cutlass.range_constexpr(per_row.bit_length() - 1):
-                product += cute.arch.shuffle_sync_bfly(product, 1 << i)
-            if thread % per_row == 0 and row < cfg.tile_m:
-                of_sink += self.write_row(params, tile, row, is_used, product, sink)
+        num_steps = -(-cfg.tile_m // rows_per_step)
+        for first in cutlass.range_constexpr(0, num_steps, STEPS_IN_FLIGHT):
+            rows = [(first + i) * rows_per_step + first_row for i in range(min(STEPS_IN_FLIGHT, num_steps - first))]
+            are_used = [(tile.m_block * cfg.tile_m + row < tile.seqlen) & (row < cfg.tile_m) for row in rows]
+            pairs = [[read_step(gX, first + i, is_used) for gX in (gO, gdO)] for i, is_used in enumerate(are_used)]
+            for i in cutlass.range_constexpr(len(rows)):
+                product = row_sum(*pairs[i], per_row)
+                if thread % per_row == 0 and rows[i] < cfg.tile_m:
+                    of_sink += self.write_row(params, tile, rows[i], are_used[i], product, sink)
         if params.sinks.address != 0:
             of_sink = cute.arch.warp_reduction_sum(of_sink)
             if thread % WARP == 0:
@@ -141,3 +136,24 @@ class PrepareBackward:
         params.shift[row, tile.block, tile.head] = shift
         params.delta[row, tile.block, tile.head] = delta
         return of_sink
+
+
+@cute.jit
+def read_step(gX: cute.Tensor, step: Constexpr[int], is_used: Boolean) -> cute.Tensor:
+    """A thread's pieces of one of its rows; zeros if that is not used."""
+    rX = cute.make_rmem_tensor_like(gX[None, 0, None])
+    rX.fill(0.0)
+    if is_used:
+        cute.autovec_copy(gX[None, step, None], rX)
+    return rX
+
+
+@cute.jit
+def row_sum(rO: cute.Tensor, rdO: cute.Tensor, per_row: Constexpr[int]) -> Float32:
+    """rowsum(dO O), of the threads that share a row."""
+    product = Float32(0.0)
+    for i in cutlass.range_constexpr(cute.size(rO)):
+        product += rO[i].to(Float32) * rdO[i].to(Float32)
+    for i in cutlass.range_constexpr(per_row.bit_length() - 1):
+        product += cute.arch.shuffle_sync_bfly(product, 1 << i)
+    return product

@@ -61,8 +61,8 @@ def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[Key
         tile = KeyTile(n_block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block, sequence)
     else:
         num_heads = params.num_heads_k * params.sequences.batch_size
-        section = heads_per_section(num_heads, group, seqlen_q, cfg.head_dim)
         num_blocks = params.k_blocks.num_blocks // params.sequences.batch_size
+        section = heads_per_section(num_heads, group, seqlen_q, cfg.head_dim, num_blocks)
         n_block, any_head = key_tile(cfg.is_causal, index, num_blocks, num_heads, section)
         if const_expr(cfg.is_deterministic):
             n_block = num_blocks - 1 - n_block
