@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from cases import DECODE, MORE_SPLITS, SPLITS, Case, with_heads
+from cases import DECODE, MORE_SPLITS, SPLITS, Case, in_turn, with_heads
 from check import assert_same_bits, check, check_all, make_problem, params_of, run, run_each_and_check
 from images import heads_before_rows, padded
 
@@ -79,13 +79,12 @@ def test_every_remainder_of_the_last_tile(family, window, stream):
     check_splits(make_problem(case, lengths={"seqused_k": lengths}), stream)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-@pytest.mark.parametrize("seqlen_q", range(1, 9))
-@pytest.mark.parametrize("family", DECODE, ids=str)
-def test_several_queries(family, seqlen_q, mask, stream):
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("family, seqlen_q", in_turn(DECODE, range(1, 9)), ids=str)
+def test_several_queries(family, seqlen_q, name, stream):
     """Also more queries than keys: the first ones see none, in every split."""
-    seqlen_k = (3, 70, 300, 1029)[(seqlen_q + list(MASKS.values()).index(mask)) % 4]
-    case = replace(with_heads(family, (8, 2)), seqlen_q=seqlen_q, seqlen_k=seqlen_k, **mask)
+    seqlen_k = (3, 70, 300, 1029)[(seqlen_q + list(MASKS).index(name)) % 4]
+    case = replace(with_heads(family, (8, 2)), seqlen_q=seqlen_q, seqlen_k=seqlen_k, **MASKS[name])
     check_splits(make_problem(case), stream)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import FAMILIES, HEADS, Layout, with_heads
+from cases import FAMILIES, HEADS, Layout, in_turn, with_heads
 from check import check, make_problem, packed_problem, params_of, poison_of, results, run, run_and_check
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -45,14 +45,13 @@ def assert_same_bits(got, expected) -> None:
 # ---- against the reference -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index, name", list(enumerate(LAYOUTS)), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_layouts(family, index, name, stream):
+@pytest.mark.parametrize("family, name", in_turn(FAMILIES, LAYOUTS), ids=str)
+def test_layouts(family, name, stream):
     """Every sequence within tolerance, rows of none untouched; what lies around a sequence is another's, or NaN.
 
-    With LSE in every second layout, and in the others for the next family of the same mask.
+    With LSE in two layouts, then without in two, and the other way round for the next head_dim.
     """
-    has_lse = (index + FAMILIES.index(family) // 2) % 2 == 0
+    has_lse = (list(LAYOUTS).index(name) // 2 + FAMILIES.index(family) // 2) % 2 == 0
     run_and_check(packed_problem(family, LAYOUTS[name], has_lse=has_lse), stream)
 
 
@@ -145,17 +144,16 @@ USED = {
 }
 
 
-@pytest.mark.parametrize("used", USED.values(), ids=USED.keys())
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_used_lengths_of_dense_sequences(family, used, stream):
+@pytest.mark.parametrize("family, name", in_turn(FAMILIES, USED), ids=str)
+def test_used_lengths_of_dense_sequences(family, name, stream):
     """Rows past seqused_q keep every bit in out and LSE; keys past seqused_k are NaN and invisible."""
-    run_and_check(make_problem(family, lengths=used), stream)
+    run_and_check(make_problem(family, lengths=USED[name]), stream)
 
 
-@pytest.mark.parametrize("used", USED.values(), ids=USED.keys())
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_used_lengths_of_packed_sequences(family, used, stream):
-    run_and_check(packed_problem(family, USED_LAYOUT, used=used), stream)
+@pytest.mark.parametrize("family, name", in_turn(FAMILIES, USED, turn=1), ids=str)
+def test_used_lengths_of_packed_sequences(family, name, stream):
+    """What the dense sequences of the same family leave out."""
+    run_and_check(packed_problem(family, USED_LAYOUT, used=USED[name]), stream)
 
 
 @pytest.mark.parametrize("place", [padded, heads_before_rows], ids=lambda place: place.__name__)

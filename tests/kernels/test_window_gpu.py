@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from cases import DTYPES, HEAD_DIMS, HEADS, Case, Layout, with_heads
+from cases import DTYPES, HEAD_DIMS, HEADS, Case, Layout, in_turn, with_heads
 from check import check, make_problem, packed_problem, run, run_and_check
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,7 @@ def sized(family: Case, lengths: tuple[int, int], window: tuple[int, int], **cha
 
 GRID = [
     sized(family, lengths, window, has_lse=(i + j) % 2 == 0)
-    for family, (i, window), (j, lengths) in product(FAMILIES, enumerate(WINDOWS), enumerate(LENGTHS))
+    for (family, (i, window)), (j, lengths) in product(in_turn(FAMILIES, enumerate(WINDOWS)), enumerate(LENGTHS))
 ]
 
 

@@ -90,8 +90,8 @@ class PrepareBackward:
             sink = params.sinks.read(tile.head)
         gO, gdO = (copy.partition_S(tile.rows_of(cfg, mX)) for mX in (params.mO, params.mdO))
         num_steps = -(-cfg.tile_m // rows_per_step)
-        for first in cutlass.range_constexpr(0, num_steps, STEPS_IN_FLIGHT):
-            rows = [(first + i) * rows_per_step + first_row for i in range(min(STEPS_IN_FLIGHT, num_steps - first))]
+        for first in cutlass.range(0, num_steps, STEPS_IN_FLIGHT, unroll=1):
+            rows = [(first + i) * rows_per_step + first_row for i in range(STEPS_IN_FLIGHT)]
             are_used = [(tile.m_block * cfg.tile_m + row < tile.seqlen) & (row < cfg.tile_m) for row in rows]
             pairs = [[read_step(gX, first + i, is_used) for gX in (gO, gdO)] for i, is_used in enumerate(are_used)]
             for i in cutlass.range_constexpr(len(rows)):
@@ -139,7 +139,7 @@ class PrepareBackward:
 
 
 @cute.jit
-def read_step(gX: cute.Tensor, step: Constexpr[int], is_used: Boolean) -> cute.Tensor:
+def read_step(gX: cute.Tensor, step: Int32, is_used: Boolean) -> cute.Tensor:
     """A thread's pieces of one of its rows; zeros if that is not used."""
     rX = cute.make_rmem_tensor_like(gX[None, 0, None])
     rX.fill(0.0)
