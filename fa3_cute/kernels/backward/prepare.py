@@ -26,7 +26,7 @@ from ..common.row_end import Sinks
 from ..common.sequences import Sequences, is_present
 from .blocks import Blocks, QueryTile, query_tile
 
-STEPS_IN_FLIGHT = 4      # rows of O and of dO that a thread has on the way
+STEPS_IN_FLIGHT = 2      # rows of O and of dO that a thread has on the way; with 4 it takes as long
 
 
 @dataclass(frozen=True)
