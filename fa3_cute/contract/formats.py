@@ -8,7 +8,7 @@ OUT_BYTES = 2  # of an element of O, but for partial results
 # Columns of the kernels' tiles. Other dims are served by the next larger ones: TMA fills the columns that a tensor does
 # not have with zeros, and does not store them.
 HEAD_DIMS = (64, 96, 128, 192, 256)
-FP8_HEAD_DIMS = (64, 96, 128)
+FP8_HEAD_DIMS = (64, 96, 128, 192, 256)
 # {(bytes per element, columns of Q and K): fewer columns of V and O, which have kernels of their own}
 VALUE_DIMS = {(2, 192): 128}
 DIM_STEP, FP8_DIM_STEP = 8, 16  # 16 bytes, for TMA

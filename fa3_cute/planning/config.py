@@ -129,6 +129,11 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
         return Steps.SERIAL if self.is_fp8 else Steps.OVERLAPPED
 
     @property
+    def num_value_parts(self) -> int:
+        """PV is computed for so many parts of V's columns in turn: of FP8, O and a T of 256 would take all registers."""
+        return self.dim_v // 64 if self.is_fp8 and self.dim_v > 128 else 1
+
+    @property
     def mask(self) -> str:
         """full, causal or local: a key of the tables, and what device code asks for."""
         return "local" if self.is_local else "full"

@@ -26,6 +26,8 @@ class Row:
     num_kv_stages: int = 2
 
 
+MASKS = ("full", "causal", "local")
+
 # Reasons: speed relative to FA3 C++ (fa3-fwd 0.0.3) at 4k / 16k tokens; BF16, randn, 16k tokens in all, hidden size
 # 2048, H200, 2026-11-22, interleaved in one process. "q1", "q2": Q stages. Larger tiles spill or do not fit.
 FORWARD = {
@@ -111,6 +113,9 @@ FORWARD = {
         "219 / 211; 192x128 218 / 210, 192x96 231 / 242, 128x192 247 / 239: of equals the smaller tile_m wastes less",
         use_pingpong=False,
     ),
+    # Not measured: what fits shared memory and spills nothing.
+    **{(1, 192, mask): Row(128, 128, 1, "192x96 spills 1196 bytes", use_pingpong=False) for mask in MASKS},
+    **{(1, 256, mask): Row(128, 64, 1, "96 keys do not fit", use_pingpong=False) for mask in MASKS},
 }
 
 # {(bytes per element, head_dim, mask)} of tiles of V and O with fewer columns (contract/formats.VALUE_DIMS).
@@ -176,11 +181,12 @@ def forward_row(dtype: str, head_dim: int, mask: str, takes_registers: bool = Fa
     return rows[ELEMENT_BYTES[dtype], head_dim, "local" if takes_registers else mask]
 
 
-def with_registers_for_mask(row: Row, dtype: str, attn_mask: str) -> Row:
+def with_registers_for_mask(row: Row, dtype: str, head_dim: int, attn_mask: str) -> Row:
     """The row, with registers left for what attn_mask has for a tile: of FP32 as many as S takes, of 16 bit and of
     bytes half as many. 16-bit elements go through shared memory in the 16-bit kernels, which need none then."""
     if ELEMENT_BYTES[dtype] == 1:
-        return replace(row, tile_m=128, tile_n=64 if attn_mask == "fp32" else 128)
+        most = 64 if attn_mask == "fp32" else 96 if head_dim == 192 else 128
+        return replace(row, tile_m=128, tile_n=min(row.tile_n, most))
     return replace(row, tile_n={"fp32": row.tile_n // 2, "bool": row.tile_n - 16}.get(attn_mask, row.tile_n))
 
 
@@ -206,7 +212,7 @@ def forward_config(
     """The config that serves a problem; the arguments are what the caller's params fix at compile time."""
     row = forward_row(dtype, head_dim, mask, take_registers(features), has_fewer_values(features))
     if attn_mask := dict(features).get("attn_mask"):
-        row = with_registers_for_mask(row, dtype, attn_mask)
+        row = with_registers_for_mask(row, dtype, head_dim, attn_mask)
     return interned(
         FwdConfig(
             dtype,

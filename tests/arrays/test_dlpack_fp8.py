@@ -149,7 +149,7 @@ REFUSED = [
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(2, 4, 1, dtype="float32")}, "q_descale.shape="),
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(0, 4, dtype="float32")}, r"q_descale.shape=\(0, 4\)"),
     (-7, dense(dtype="uint8", strides=(5120, 520, 64, 1)), BYTES, "q's row stride=520: .*multiple of 16 elements"),
-    (-3, [DLArray(2, 9, 2, 192, dtype="uint8")] * 3, BYTES, "head_dim=192: must be a multiple of 16 from 16 to 128"),
+    (-3, [DLArray(2, 9, 2, 200, dtype="uint8")] * 3, BYTES, "head_dim=200: must be a multiple of 16 from 16 to 256"),
 ]
 
 

@@ -55,7 +55,7 @@ def test_first_problem_follows_the_table():
     )
     mending = [
         (-1, {"q": A}),
-        (-2, {"head_dim": 192}),
+        (-2, {"head_dim": 200}),
         (-3, {"head_dim": 128}),
         (-4, {"num_heads": 8}),
         (-5, {"is_causal": False}),

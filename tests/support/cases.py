@@ -7,7 +7,7 @@ from itertools import accumulate, product
 DTYPES = ("fp16", "bf16")
 HEAD_DIMS = (64, 96, 128, 192, 256)
 FP8 = "fp8_e4m3"
-FP8_HEAD_DIMS = (64, 96, 128)
+FP8_HEAD_DIMS = (64, 96, 128, 192, 256)
 FP8_OUT_DTYPES = ("bf16", "fp16")
 
 # Query heads, KV heads. Two KV heads where they fit, so that a wrong KV head shows; MQA has an odd group.
@@ -260,14 +260,14 @@ FP8_FAMILIES = [
     for head_dim, is_causal, out_dtype in product(FP8_HEAD_DIMS, (False, True), FP8_OUT_DTYPES)
 ]
 # One per head_dim and mask, with each out_dtype in turn: where O's element type does not matter.
-FP8_SOME = [FP8_FAMILIES[index] for index in (0, 3, 5, 6, 8, 11)]
+FP8_SOME = [FP8_FAMILIES[index] for index in (0, 3, 5, 6, 8, 11, 13, 14, 16, 19)]
 # One per head_dim, of both masks and out_dtypes: where the mask does not matter either.
-FP8_FEW = [FP8_FAMILIES[index] for index in (0, 6, 11)]
+FP8_FEW = [FP8_FAMILIES[index] for index in (0, 6, 11, 13, 18)]
 
 FP8_MANY_TILES = [
     Case(FP8, head_dim, is_causal, 16, 4, seqlen_q, seqlen_k, batch=6, out_dtype=out_dtype)
     for (head_dim, is_causal), (out_dtype, (seqlen_q, seqlen_k)) in zip(
-        product(FP8_HEAD_DIMS, (False, True)), 3 * (("bf16", (1300, 700)), ("fp16", (900, 1100))), strict=True
+        product(FP8_HEAD_DIMS, (False, True)), 5 * (("bf16", (1300, 700)), ("fp16", (900, 1100))), strict=True
     )
 ]
 
@@ -276,5 +276,5 @@ FP8_DECODE = [
     Case(FP8, head_dim, False, 6, 2, 1, 385, batch=2, out_dtype=out_dtype)
     for head_dim, out_dtype in product(FP8_HEAD_DIMS, FP8_OUT_DTYPES)
 ]
-FP8_DECODE_SOME = FP8_DECODE[1::3] + FP8_DECODE[2:3]
+FP8_DECODE_SOME = FP8_DECODE[1::3] + FP8_DECODE[2:3] + FP8_DECODE[8:9]
 FP8_SPLITS = (0, 1, 2, 3, 7)

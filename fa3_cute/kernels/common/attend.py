@@ -32,7 +32,7 @@ from .softmax import OnlineSoftmax, Scores, by_head
 from .staged_mask import StagedMask
 from .transpose import transpose_in_place
 from .visibility import Mask
-from .wgmma import Mmas, in_flight, issue_gemm
+from .wgmma import Mmas, in_flight, issue_gemm, part_of
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Attend:
         k = self.k_consumer.wait_and_advance()
         wait_turn(self.cfg, self.wg_idx)
         self.start_qk(acc_S, k.index)
-        v, acc_PV = self.start_pv()
+        v = self.start_pv()
         pass_turn(self.cfg, self.wg_idx)
         ahead = self.fetch(acc_S, mask, n_block)
         in_flight(1)                     # S[n] is complete, PV[n+1] may still run
@@ -144,7 +144,7 @@ class Attend:
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
-        in_flight(0)                     # PV[n+1] is complete: acc_PV and tOrP are ours again
+        in_flight(0)                     # PV[n+1] is complete: acc_O and tOrP are ours again
         self.release_v(v)
         self.make_P(acc_S, mask, n_block)
         if const_expr(not self.cfg.rescale_before_pv):
@@ -185,11 +185,27 @@ class Attend:
     @cute.jit
     def add_pv(self):
         """O += P V of the next V slot, alone; O has been rescaled for P, but not in serial steps."""
-        v, acc_PV = self.start_pv()
-        in_flight(0)
-        self.release_v(v)
         if const_expr(self.cfg.steps is Steps.SERIAL):
-            self.softmax.fold(self.acc_O, acc_PV)
+            self.fold_pv()
+        else:
+            v = self.start_pv()
+            in_flight(0)
+            self.release_v(v)
+
+    def fold_pv(self):
+        """T = P V of the next V slot, which is then added to O; some columns of V after the others where T has no
+        registers for all. T is a new tensor every time: WGMMA's operands would otherwise carry the last one's along.
+        """
+        v = self.wait_for_v()
+        acc_T = cute.make_rmem_tensor_like(part_of(self.acc_O, 2, 0))
+        for part in range(self.cfg.num_value_parts):
+            acc_O = part_of(self.acc_O, 2, part)
+            tOrV = part_of(self.tOrV[None, None, None, v.index], 1, part)
+            issue_gemm(self.mmas.pv, acc_T, self.tOrP, tOrV, zero_init=True)
+            in_flight(0)
+            if part == self.cfg.num_value_parts - 1:
+                self.release_v(v)
+            self.softmax.fold(acc_O, acc_T)
 
     @cute.jit
     def no_visible_key(self, sinks: Optional[cute.Tensor]):
@@ -229,22 +245,21 @@ class Attend:
         tSrQ, tSrK = self.tSrQ[None, None, None, self.q_slot], self.tSrK[None, None, None, k_slot]
         issue_gemm(self.mmas.qk, acc_S, tSrQ, tSrK, zero_init=True)
 
-    def start_pv(self):
-        """O += P V of the next V slot, left in flight; serial steps: T = P V. Returns the slot and O or T.
-
-        T is a new tensor every time: WGMMA's operands would otherwise carry the last one's registers along.
-        """
+    def start_pv(self) -> pipeline.PipelineConsumer.ImmutableResourceHandle:
+        """O += P V of the next V slot, which is returned, left in flight."""
         if self.cfg.rescale_before_pv:
             self.softmax.rescale(self.acc_O)
+        v = self.wait_for_v()
+        issue_gemm(self.mmas.pv, self.acc_O, self.tOrP, self.tOrV[None, None, None, v.index], zero_init=False)
+        return v
+
+    def wait_for_v(self) -> pipeline.PipelineConsumer.ImmutableResourceHandle:
+        """The next V slot, as PV reads it."""
         v = self.v_consumer.wait_and_advance()
         if self.cfg.values is Values.TRANSPOSED_IN_PLACE:
             tidx = cute.arch.thread_idx()[0]
             transpose_in_place(self.cfg, self.sV[None, None, v.index], self.sVt[None, None, v.index], tidx)
-        is_apart = self.cfg.steps is Steps.SERIAL
-        acc_PV = cute.make_rmem_tensor_like(self.acc_O) if is_apart else self.acc_O
-        tOrV = self.tOrV[None, None, None, v.index]
-        issue_gemm(self.mmas.pv, acc_PV, self.tOrP, tOrV, zero_init=is_apart)
-        return v, acc_PV
+        return v
 
     @cute.jit
     def release_v(self, v: pipeline.PipelineConsumer.ImmutableResourceHandle):

@@ -133,10 +133,11 @@ def as_quads(acc: cute.Tensor) -> cute.Tensor:
     V is transposed with the even columns of each 16 before the odd ones (transpose.py): as WGMMA counts them, a thread
     has columns 0, 2 and 1, 3 of its four.
     """
-    ((pair, row_half, col_block), mma_m, _), stride = acc.shape, acc.stride
-    ((pair_by, row_by, block_by), m_by, _) = stride
+    ((pair, row_half, col_block), mma_m, mma_n), stride = acc.shape, acc.stride
+    ((pair_by, row_by, block_by), m_by, n_by) = stride
     return cute.make_tensor(acc.iterator, cute.make_layout(
-        ((2, pair), (row_half, mma_m), col_block // 2), stride=((block_by, pair_by), (row_by, m_by), 2 * block_by)))
+        ((2, pair), (row_half, mma_m), (col_block // 2, mma_n)),
+        stride=((block_by, pair_by), (row_by, m_by), (2 * block_by, n_by))))
 
 
 def pieces_of_row(cfg: KernelConfig, acc_O: cute.Tensor, r: int) -> tuple[list[tuple], int]:
