@@ -48,8 +48,8 @@ DECODE = {
         "4x2k 5.6, 1x32k 10.0, 16x8k 23.8, 64x8k 32:8 281; 64x12x1 6.1, 11.1, 28.1, "
         "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256",
     ),
-    (1, 192): DecodeRow(64, 8, 1, 0.8, "not measured; 128x4x1 spills 8 bytes, 64x4x2 1204"),
-    (1, 256): DecodeRow(64, 6, 1, 1.0, "not measured; 128x3x1 spills 32 bytes with a window"),
+    (1, 192): DecodeRow(64, 8, 1, 0.8, "16x8k 36.8; 128x4x1 spills 8 bytes, 64x4x2 1204"),
+    (1, 256): DecodeRow(64, 6, 1, 1.0, "16x8k 41.7, 32x8k 32:8 280; 128x3x1 spills 32 bytes with a window"),
 }
 # {(bytes per element, head_dim, is_local): its own row in ragged batches}
 RAGGED_DECODE = {
