@@ -44,21 +44,18 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
                 gradients.step_behind(mask, queries.m_block_min, turn, is_masked=True, is_first=True)
                 turn += 1
         for i in cutlass.range(params.group, unroll=1):
-            tile = read_tile(smem.sTiles[None, count & 1])      # again: registers are what the loops below are short of
-            queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-            mask, first = KeyMask.create(cfg, params.window, tile, tidx), queries.m_block_min
-            gradients.start_head(tile.kv_head * params.group + i, tile.sequence)
-            if const_expr(cfg.is_dq_behind):
-                first += Int32(1) if i == 0 else Int32(0)
-            for m_block in cutlass.range(first, queries.m_block_full_min, unroll=1):
-                step(gradients, mask, m_block, turn, True)
-                turn += 1
-            for m_block in cutlass.range(maximum(first, queries.m_block_full_min), queries.m_block_full_max, unroll=1):
-                step(gradients, mask, m_block, turn, False)
-                turn += 1
-            if const_expr(cfg.is_local):
-                for m_block in cutlass.range(maximum(first, queries.m_block_full_max), queries.m_block_max, unroll=1):
-                    step(gradients, mask, m_block, turn, True)
+            for kind in cutlass.range_constexpr(3 if cfg.is_local else 2):
+                if const_expr(kind == 0 or cfg.finds_bounds_again):
+                    tile = read_tile(smem.sTiles[None, count & 1])  # registers are what the loops below are short of
+                    queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+                    mask, first = KeyMask.create(cfg, params.window, tile, tidx), queries.m_block_min
+                    if const_expr(cfg.is_dq_behind):
+                        first += Int32(1) if i == 0 else Int32(0)
+                if const_expr(kind == 0):
+                    gradients.start_head(tile.kv_head * params.group + i, tile.sequence)
+                begin, end = queries.of_kind(kind, first)
+                for m_block in cutlass.range(begin, end, unroll=1):
+                    step(gradients, mask, m_block, turn, kind != 1)
                     turn += 1
         tile = read_tile(smem.sTiles[None, count & 1])
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
