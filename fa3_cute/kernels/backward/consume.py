@@ -2,7 +2,7 @@
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Int32, const_expr
+from cutlass import Constexpr, Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
@@ -53,10 +53,7 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
                         first += Int32(1) if i == 0 else Int32(0)
                 if const_expr(kind == 0):
                     gradients.start_head(tile.kv_head * params.group + i, tile.sequence)
-                begin, end = queries.of_kind(kind, first)
-                for m_block in cutlass.range(begin, end, unroll=1):
-                    step(gradients, mask, m_block, turn, kind != 1)
-                    turn += 1
+                turn = walk(gradients, mask, queries.of_kind(kind, first), turn, kind != 1)
         tile = read_tile(smem.sTiles[None, count & 1])
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         if const_expr(cfg.is_dq_behind):
@@ -95,12 +92,16 @@ def wait_for_keys(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, tile:
         clear_unused_rows(cfg, slots, tile.seqlen_k - tile.n_block * cfg.tile_n, tidx)
 
 
-def step(gradients: Gradients, mask: KeyMask, m_block: Int32, turn: Int32, is_masked: bool):
-    """One Q tile in the config's order."""
-    if gradients.cfg.is_dq_behind:
-        gradients.step_behind(mask, m_block, turn, is_masked, is_first=False)
-    else:
-        gradients.step(mask, m_block, turn, is_masked)
+@cute.jit
+def walk(gradients: Gradients, mask: KeyMask, blocks: tuple[Int32, Int32], turn: Int32, is_masked: Constexpr[bool]):
+    """The Q tiles [begin, end), in the config's order; the turn after them."""
+    for m_block in cutlass.range(blocks[0], blocks[1], unroll=1):
+        if const_expr(gradients.cfg.is_dq_behind):
+            gradients.step_behind(mask, m_block, turn, is_masked, is_first=False)
+        else:
+            gradients.step(mask, m_block, turn, is_masked)
+        turn += 1
+    return turn
 
 
 def staging(cfg: BackwardConfig, smem: BwdSmem) -> cute.Tensor:
