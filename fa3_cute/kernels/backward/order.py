@@ -17,15 +17,3 @@ def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim:
     """KV heads, of any batch entry, whose Q, dO and dQ share L2."""
     most = L2_BYTES // (BYTES_PER_VALUE * head_dim) // maximum(seqlen_q * group, 1)
     return minimum(maximum(most, 1), num_heads)
-
-
-def key_tile(is_causal: bool, index: Int32, num_blocks: Int32, num_heads: Int32, section: Int32):
-    """(n_block, head) at a place of the order of num_heads heads with num_blocks blocks of keys each."""
-    if not is_causal:
-        head = index // num_blocks
-        return index - head * num_blocks, head
-    first_head = index // (section * num_blocks) * section
-    heads = minimum(section, num_heads - first_head)
-    within = index - first_head * num_blocks
-    n_block = within // heads
-    return n_block, first_head + within - n_block * heads
