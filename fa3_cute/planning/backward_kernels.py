@@ -4,7 +4,7 @@ A BackwardConfig chooses for all of them. Each compiles from those of its choice
 kernel serves all masks, for instance.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -24,7 +24,6 @@ from .backward import (
     SINKS_ARGUMENTS,
     TABLE,
     BackwardConfig,
-    backward_config,
     has_registers,
 )
 from .config import ROWS_PER_WARPGROUP
@@ -104,6 +103,10 @@ class _Around:
         """The element type of the gradients."""
         return self.dtype
 
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return dict(vars(self))
+
 
 @dataclass(frozen=True)
 class PrepareConfig(_Around):
@@ -124,10 +127,6 @@ class PrepareConfig(_Around):
     def name(self) -> str:
         """Names cache entries and kernels."""
         return f"bwd_prepare_{self.dtype}_d{self.head_dim}_{self.tile_m}{'' if self.has_sums else '_no_sums'}"
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -165,10 +164,6 @@ class FinishConfig(_Around):
         """Shared memory of a CTA: a tile of dQ, rounded."""
         return 2 * self.tile_m * self.head_dim
 
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
-
 
 class SideConfig(OneSideConfig):
     """Of the kernel of one gradient: the choices as they are."""
@@ -180,38 +175,33 @@ class SideConfig(OneSideConfig):
         return "fa3_cute.kernels.backward.one_side.OneSideBackward"
 
 
-@dataclass(frozen=True)
-class SinksConfig(_Around):
-    """Of the kernel that adds up what the prepare kernel has left of d_s_aux: one for all, of no element type."""
+class _OfAll(_Around):
+    """Of a kernel that is one for all passes, of no element type and without shared memory."""
 
     dtype = PARTIAL
+    smem_bytes = 0
+
+
+@dataclass(frozen=True)
+class SinksConfig(_OfAll):
+    """Of the kernel that adds up what the prepare kernel has left of d_s_aux."""
+
     entry = SINKS_ENTRY
     arguments = SINKS_ENTRY.arguments
     kernel = "fa3_cute.kernels.backward.sinks.SinkGradients"
     name = "bwd_sinks"
     num_threads = WARP
-    smem_bytes = 0
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
-class ClearConfig(_Around):
+class ClearConfig(_OfAll):
     """Of the kernel that zeroes d_bias, whose other kernel visits what some row sees and may add up."""
 
-    dtype = PARTIAL
     entry = CLEAR_ENTRY
     arguments = CLEAR_ENTRY.arguments
     kernel = "fa3_cute.kernels.backward.clear.ClearBias"
     name = "bwd_clear"
     num_threads = CLEAR_THREADS
-    smem_bytes = 0
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
 
 
 KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | SinksConfig | ClearConfig
@@ -229,7 +219,10 @@ def pass_config(
     """The pass of a row of the tables; one without sums has the same bits in every call, asked for or not."""
     if head_dim in ONE_SIDE or not has_registers(head_dim, features):
         return OneSidePass(dtype, head_dim, mask, is_varlen, features)
-    return backward_config(dtype, head_dim, mask, is_varlen, is_deterministic, features, is_short)
+    table = TABLE | SHORT if is_short else TABLE
+    row = FEATURED[head_dim] if features else table[head_dim, mask]
+    choices = row.tile_m, row.is_dq_transposed, row.is_dq_behind
+    return BackwardConfig(dtype, head_dim, mask, is_varlen, is_deterministic, *choices, **dict(features))
 
 
 def reason_of(cfg: BackwardConfig | OneSidePass) -> str:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL, VALUE_DIMS
 from .backward import SHORT
 from .backward import TABLE as BACKWARD
-from .backward import BackwardConfig, backward_config
-from .backward_kernels import ROWS, KernelOfPass, kernels_of
+from .backward import BackwardConfig
+from .backward_kernels import ROWS, KernelOfPass, kernels_of, pass_config
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import DECODE
 from .key_source import PAGE_BOXES
@@ -149,10 +149,10 @@ def backward_configs() -> list[BackwardConfig | OneSidePass]:
     in turn FP16 and deterministic ones; of short sequences one with each mask. Of those of one gradient each, BF16 with
     each head_dim and mask, dense and with lengths in turn, and one in FP16."""
     rows = list(BACKWARD)
-    bf16 = [backward_config("bf16", *row, is_varlen, False) for row in rows for is_varlen in (False, True)]
-    fp16 = [backward_config("fp16", *row, number % 2 == 1, False) for number, row in enumerate(rows) if number % 3]
-    ordered = [backward_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(rows) if number % 3]
-    short = [backward_config("bf16", *row, row[1] != "full", row[1] == "local", is_short=True) for row in SHORT]
+    bf16 = [pass_config("bf16", *row, is_varlen, False) for row in rows for is_varlen in (False, True)]
+    fp16 = [pass_config("fp16", *row, number % 2 == 1, False) for number, row in enumerate(rows) if number % 3]
+    ordered = [pass_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(rows) if number % 3]
+    short = [pass_config("bf16", *row, row[1] != "full", row[1] == "local", is_short=True) for row in SHORT]
     others = [row for row in ROWS if row not in BACKWARD]
     one_side = [OneSidePass("bf16", *row, number % 2 == 1) for number, row in enumerate(others)]
     return [*bf16, *fp16, *ordered, *short, *one_side, OneSidePass("fp16", 192, "causal", True)]

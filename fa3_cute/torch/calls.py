@@ -84,6 +84,12 @@ class BackwardCall(NamedTuple):
     softcap: float = 0.0
     is_deterministic: bool = False
 
+    @staticmethod
+    def of(call: ForwardCall, **found: Any) -> "BackwardCall":
+        """Of a forward call: with dout and what forward has found."""
+        given: dict[str, Any] = call._asdict()
+        return BackwardCall(**{name: given[name] for name in BackwardCall._fields if name in given}, **found)
+
     @property
     def differentiated(self) -> ForwardCall:
         """The forward call."""

@@ -208,3 +208,5 @@ def test_a_changed_instruction_changes_the_hash():
     assert fingerprints.code_hash(code) != fingerprints.code_hash(code[:16] + bytes(16))
     assert fingerprints.code_hash(constant) == fingerprints.code_hash(moved)
     assert fingerprints.code_hash(constant) != fingerprints.code_hash(moved[:9] + b"\1" + bytes(6))
+    assert fingerprints.opcode_hash(Counter({5: 1, 6: 2})) == fingerprints.opcode_hash(Counter({6: 2, 5: 1}))
+    assert fingerprints.opcode_hash(Counter({5: 1, 6: 2})) != fingerprints.opcode_hash(Counter({5: 2, 6: 1}))
