@@ -192,18 +192,21 @@ class Attend:
             in_flight(0)
             self.release_v(v)
 
+    @cute.jit
     def fold_pv(self):
-        """T = P V of the next V slot, which is then added to O; some columns of V after the others where T has no
-        registers for all. T is a new tensor every time: WGMMA's operands would otherwise carry the last one's along.
+        """T = P V of the next V slot, added to O; for parts of V's columns in turn where T has no registers for all.
+
+        T is a new tensor every time: WGMMA's operands would otherwise carry the last one's along. The parts share one,
+        which holds the compiler back: with a T of its own for each it folds them last, all at once, and spills.
         """
         v = self.wait_for_v()
         acc_T = cute.make_rmem_tensor_like(part_of(self.acc_O, 2, 0))
-        for part in range(self.cfg.num_value_parts):
+        for part in cutlass.range_constexpr(self.cfg.num_value_parts):
             acc_O = part_of(self.acc_O, 2, part)
             tOrV = part_of(self.tOrV[None, None, None, v.index], 1, part)
             issue_gemm(self.mmas.pv, acc_T, self.tOrP, tOrV, zero_init=True)
             in_flight(0)
-            if part == self.cfg.num_value_parts - 1:
+            if const_expr(part == self.cfg.num_value_parts - 1):
                 self.release_v(v)
             self.softmax.fold(acc_O, acc_T)
 
