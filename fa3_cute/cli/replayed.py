@@ -216,6 +216,8 @@ def _assumed(p: Any, name: str) -> np.ndarray:
         return np.arange(batch + 1) * total // max(1, batch)
     if name == "kv_batch_idx":
         return np.arange(batch) % max(1, p.batch_size_k or batch)
+    if name == "leftpad_k":
+        return np.zeros(batch)
     if name == "page_table":
         rows, pages = p.batch_size_k or batch, p.seqlen_k // p.page_size
         order = np.random.default_rng(0).permutation(p.num_pages)
