@@ -134,7 +134,7 @@ def options(p) -> dict:
         "attention_chunk": p.attention_chunk,
     }
     shapes = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (p.batch_size + 1,))
-    shapes |= dict.fromkeys(("seqused_q", "seqused_k", "kv_batch_idx"), (p.batch_size,))
+    shapes |= dict.fromkeys(("seqused_q", "seqused_k", "kv_batch_idx", "leftpad_k"), (p.batch_size,))
     for name, shape in shapes.items():
         if getattr(p, name):
             found[name] = array(getattr(p, name), shape, np.int32)

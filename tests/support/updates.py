@@ -12,7 +12,15 @@ from fa3_cute.arrays import memory as cuda
 from fa3_cute.contract.reference import as_float, attention_reference, low_precision_twin, to_bits, update_cache
 
 ULP = {"fp16": 2.0**-10, "bf16": 2.0**-7}  # of a number, at most
-INTEGERS = ("cu_seqlens_q", "seqused_k", "page_table", "kv_batch_idx", "cu_seqlens_k_new", "seqlens_rotary")
+INTEGERS = (
+    "cu_seqlens_q",
+    "seqused_k",
+    "page_table",
+    "kv_batch_idx",
+    "leftpad_k",
+    "cu_seqlens_k_new",
+    "seqlens_rotary",
+)
 UPDATES = ("k_new", "v_new", "cu_seqlens_k_new", "rotary_cos", "rotary_sin", "seqlens_rotary", "rotary_interleaved")
 
 
@@ -24,6 +32,7 @@ class Update:
     queries       of each sequence; packs_queries, packs_new: packed, the new rows with some behind the last sequence's
     page_size     0: entries of `capacity` rows; is_indexed: the sequences choose theirs
     rotary        "halves", "neighbours" or ""; rotary_dim of head_dim; table_dtype of the tables
+    leftpad       first rows of each sequence that do not exist
     starts        positions of the first new keys; None: the old lengths
     """
 
@@ -38,6 +47,7 @@ class Update:
     page_size: int = 0
     capacity: int = 512
     is_indexed: bool = False
+    leftpad: tuple[int, ...] | None = None
     rotary: str = ""
     rotary_dim: int = 64
     table_dtype: str = "fp32"
@@ -81,8 +91,8 @@ class UpdateProblem:
         for name in ("k", "v"):
             cache = self.rows(*shape, heads_k)
             unused = np.ones(shape, bool)
-            for entry, n in zip(entries, update.old, strict=True):
-                at = np.arange(n)
+            for entry, n, pad in zip(entries, update.old, update.leftpad or [0] * batch, strict=True):
+                at = np.arange(pad, n)
                 unused[(entry, at) if table is None else (table[entry, at // shape[1]], at % shape[1])] = False
             bits(cache)[unused] = np.iinfo(bits(cache).dtype).max  # NaN
             self.arrays[name] = cache
@@ -90,6 +100,8 @@ class UpdateProblem:
             self.arrays["page_table"] = table
         if update.is_indexed:
             self.arrays["kv_batch_idx"] = entries.astype(np.int32)
+        if update.leftpad:
+            self.arrays["leftpad_k"] = np.array(update.leftpad, np.int32)
         self.arrays["seqused_k"] = np.array(update.old, np.int32)
 
     def make_tables(self) -> None:
