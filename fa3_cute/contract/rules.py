@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .append import fp8_rotary, new_keys, new_sizes, rotary
 from .formats import MAX_SPLITS
-from .head_dims import fp8_head_dims, head_dims, new_values
+from .head_dims import fp8_head_dims, head_dims
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
 from .mod_rules import block_mask, listed_blocks, mod_arguments, mods
 from .params import (
@@ -266,7 +266,6 @@ RULES = (
     Rule(Status.PAGED_KV_UNSUPPORTED, pages),
     Rule(Status.ROTARY_UNSUPPORTED, rotary),
     Rule(Status.FEATURE_UNSUPPORTED, padded_places),
-    Rule(Status.FEATURE_UNSUPPORTED, new_values),
     Rule(Status.FEATURE_UNSUPPORTED, fp8_rotary),
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
     Rule(Status.FEATURE_UNSUPPORTED, listed_blocks),
