@@ -323,6 +323,7 @@ def attention(
     seqused_k=None,
     page_table=None,
     kv_batch_idx=None,
+    leftpad_k=None,
     k_new=None,
     v_new=None,
     cu_seqlens_k_new=None,
@@ -362,6 +363,7 @@ def attention(
     seqused_k     [batch] int32; beyond the rows that there are it is these, in pages and with packed queries
     page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k
     kv_batch_idx  [batch] int32: the entry of k and v, or row of page_table, of each sequence; None: its own
+    leftpad_k     [batch] int32: first rows of each sequence's keys that do not exist; seqused_k counts them
     k_new, v_new  [batch, rows, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new: written behind seqused_k
     rotary_cos, rotary_sin   [positions, rotary_dim / 2] for q and k_new, from seqlens_rotary [batch] on or seqused_k
     *_descale     FP8 only: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q, num_heads_k

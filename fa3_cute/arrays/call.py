@@ -20,7 +20,10 @@ FP8 = "float8_e4m3fn"
 DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
 OUT_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP32}
 # The arrays of integers, by their dimensions.
-VECTORS = "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_batch_idx", "cu_seqlens_k_new", "seqlens_rotary"
+VECTORS = (
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_batch_idx", "leftpad_k"),
+    *("cu_seqlens_k_new", "seqlens_rotary"),
+)
 INTEGERS = dict.fromkeys(VECTORS, 1) | {"page_table": 2}
 DESCALES = ("q_descale", "k_descale", "v_descale")
 DIMS = ("batch", "row", "head")
@@ -87,6 +90,7 @@ class AttentionCall:
     seqused_k: Any
     page_table: Any
     kv_batch_idx: Any
+    leftpad_k: Any
     k_new: Any
     v_new: Any
     cu_seqlens_k_new: Any
@@ -315,6 +319,7 @@ def _shapes(call: AttentionCall, found: dict) -> dict:
         "cu_seqlens_k": (batch + 1,),
         "seqused_k": (batch,),
         "kv_batch_idx": (batch,),
+        "leftpad_k": (batch,),
         "cu_seqlens_k_new": (batch + 1,),
         "seqlens_rotary": (batch,),
     }

@@ -25,6 +25,9 @@ The suite scores times what changes scores beside the same problem without: the 
 timed in the same rounds. "of first" is a row's time over that of the first row of its problem, the median of each
 round's ratio.
 
+The suite append is decode steps that write their new key and value to the cache and rotate them and Q, beside the same
+steps without; the suite dims head dims of V and of kernels whose tiles have more columns. "of first" is as before.
+
 The suite backward times dQ, dK and dV, given O and its LSE, which forward() has made before; its TFLOP/s are 2.5 times
 the forward's, those of forward and backward together 3.5 times. "deterministic" is the pass with the same bits in every
 call, in the same rounds as without. The peers are fa4 and cudnn; they read our O and LSE.
@@ -37,28 +40,29 @@ kernels for what is asked.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import groupby
 from statistics import median
 
 from .. import backward, forward
 from ..contract.backward_rules import SERVED_HEAD_DIMS
-from ..contract.formats import ELEMENT_BYTES, FP8, HEAD_DIMS
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_SERVED_DIMS, HEAD_DIMS, SERVED_DIMS
 from ..arrays.memory import hopper_device_problem, open_device
 from . import environment
 from . import host
 from . import peers
 from . import plot
 from .case import COPIED_BYTES, Case, Tensors
-from .dtypes import head_dims
 from .gradients import GradientTensors
 from .measure import Batch, Stopwatch, Work, in_turn
 from .passes import BOTH, FORWARD
 from .options import cannot_run, count, milliseconds, new_file, one_or_more
 from .shown import ARITHMETIC, OURS, OURS_16, Shown
+from .suites import append
 from .suites import backward as gradients
 from .suites import decode
+from .suites import dims
 from .suites import fp8
 from .suites import prefill
 from .suites import scores
@@ -75,6 +79,8 @@ SUITES = {
     "fp8": fp8,
     "serving": serving,
     "scores": scores,
+    "append": append,
+    "dims": dims,
     "backward": gradients,
 }
 HOST = "host"  # a suite of its own kind: host.py
@@ -166,10 +172,10 @@ def write(results: dict, path: str | None) -> None:
             json.dump(results, file, indent=1)
 
 
-def served(case: Case) -> tuple[int, ...]:
+def served(case: Case) -> Collection[int]:
     """The head dims that there are kernels for."""
     if case.passes == FORWARD:
-        return head_dims(case.dtype)
+        return FP8_SERVED_DIMS if case.dtype == FP8 else SERVED_DIMS
     return () if case.dtype == FP8 else SERVED_HEAD_DIMS
 
 

@@ -55,6 +55,7 @@ REFUSED = {
     "accumulate_dkv": "backward overwrites dk and dv; add them up after the call",
     "page_table": "dk and dv are those of dense or packed keys, not of pages",
     "kv_batch_idx": "dk and dv are those of each sequence, not of entries of a cache",
+    "leftpad_k": "give the rows that exist as packed keys, with cu_seqlens_k",
     "batch_size_k": "dk and dv are those of each sequence, not of entries of a cache",
     **dict.fromkeys(("k_new", "v_new"), "dk and dv are those of keys that are there before the call"),
     **dict.fromkeys(("rotary_cos", "rotary_sin"), "rotate q and k before the call, and turn dq and dk back after it"),

@@ -44,10 +44,3 @@ def fp8_head_dims(p) -> Sentences:
 def are_served(p) -> bool:
     """The dims of plain params have a kernel; they may lack one for other reasons."""
     return not head_dims(p) and not fp8_head_dims(p)
-
-
-def new_values(p) -> Sentences:
-    """The rule of what new keys and values have no kernel for."""
-    if not (p.k_new or p.v_new) or p.head_dim_v in (0, p.head_dim):
-        return ()
-    return [must(p, "head_dim_v", f"0 or head_dim={p.head_dim} with k_new and v_new: they are appended in one kernel")]

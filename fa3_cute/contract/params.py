@@ -8,7 +8,6 @@ from typing import Any
 
 from .block_mask import BlockMask
 from .mods import MaskMod, ScoreMod
-from .status import Status
 
 
 class DataType(IntEnum):
@@ -32,6 +31,7 @@ class AttentionMode(IntEnum):
 
 FORWARD, DECODE = "forward", "decode"  # the kernels
 BOTH = (FORWARD, DECODE)
+LEFTPAD = "leftpad"  # and those of either that serve leftpad_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,6 @@ class Argument:
     changes     an address that is another one in every call; all else changes with the shape at most
     is_optional of these, one that few calls have: whether they do is part of the shape
     varies      other shapes have other values of it, as of lengths; what neither changes nor varies is a choice
-    refused     the status of a call that sets it: part of the interface but of nothing that this library does
-    instead     what to do then
     """
 
     kind: str
@@ -60,8 +58,6 @@ class Argument:
     changes: bool = False
     is_optional: bool = False
     varies: bool = False
-    refused: Status | None = None
-    instead: str = ""
 
 
 def _field(default, kind: str, **facts) -> Any:
@@ -100,10 +96,6 @@ def _new(element: str, alignment: int) -> Any:
 
 def _new_stride() -> Any:
     return _field(None, "stride", varies=True)
-
-
-def _refused(status: Status, default=None, kind: str = "pointer", instead: str = "") -> Any:
-    return _field(default, kind, refused=status, instead=instead)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -175,6 +167,8 @@ class FlashAttentionParams:
     # int32 [batch]: the sequence's entry of k and v, which have batch_size_k of them, or its row of page_table.
     kv_batch_idx: int | None = _lengths(*BOTH)
     batch_size_k: int = _size(*BOTH)
+    # int32 [batch]: the first rows of a sequence's keys that do not exist, among those that seqused_k counts.
+    leftpad_k: int | None = _lengths(LEFTPAD)
 
     # FP8 only. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by sequence,
     # packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
@@ -257,11 +251,6 @@ class FlashAttentionParams:
     rotary_row_stride: int | None = _new_stride()
     seqlens_rotary: int | None = _new("int32", 4)  # int32 [batch]: the position of the first new key
 
-    # Known by name, refused while set.
-    leftpad_k: int | None = _refused(
-        Status.FEATURE_UNSUPPORTED, instead="seqused_k gives the used length of each sequence"
-    )
-
 
 ARGUMENTS: dict[str, Argument] = {item.name: item.metadata["argument"] for item in fields(FlashAttentionParams)}
 
@@ -280,7 +269,7 @@ DESCALES = names(kind="pointer", is_fp8=True)
 # Pointers that few calls have.
 OPTIONALS = names(is_optional=True)
 # Features that are a number, 0 where they are off; the scale, which every call has, is none.
-NUMBERS = tuple(name for name in names(kind="number", refused=None) if name != "softmax_scale")
+NUMBERS = tuple(name for name in names(kind="number") if name != "softmax_scale")
 # What changes with every call, and what changes with the shape at most.
 POINTERS = tuple(name for name in names(changes=True) if name not in DESCALES + OPTIONALS)
 CHOICES = names(changes=False, varies=False)

@@ -81,7 +81,8 @@ PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, SINKS_ENTRY, CLEAR_ENTRY = 
 class MainConfig(BackwardConfig):
     """Of the main kernel: the choices as they are."""
 
-    entries = MAIN_ENTRY, MAIN_ENTRY  # with mods, which it has not, too
+    entries = {"": MAIN_ENTRY}
+    has_leftpad = False
     kernel_class = "backward", "FlashAttentionBackward"
 
     @property
@@ -168,7 +169,8 @@ class FinishConfig(_Around):
 class SideConfig(OneSideConfig):
     """Of the kernel of one gradient: the choices as they are."""
 
-    entries = SIDE_ENTRY, SIDE_ENTRY
+    entries = {"": SIDE_ENTRY}
+    has_leftpad = False
 
     @property
     def kernel(self) -> str:

@@ -104,8 +104,9 @@ def _attention_of(shape: ProblemShape) -> Operation:
 
 def source_of(shape: ProblemShape) -> KeySource:
     """Where a ragged batch has its K and V."""
-    if not shape.is_paged:
-        return KeySource(True)
+    has_leftpad = shape.length("leftpad_k") != 0
+    if not shape.is_paged or has_leftpad:
+        return KeySource(True, shape.page_size, has_leftpad=has_leftpad)
     return KeySource(True, shape.page_size, shape.dtype != FP8 and not shape.is_padded and has_wide_boxes(shape))
 
 

@@ -164,13 +164,17 @@ class KeySource(NamedTuple):
     is_ragged: bool = False
     page_size: int = 0
     box_is_wide: bool = False
+    has_leftpad: bool = False
 
     def fields(self, tile_n: int) -> dict[str, Any]:
-        """Of a config whose tiles have so many keys: boxes are the largest that pages and tiles are made of."""
-        page_box = 0
-        if self.page_size:
+        """Of a config whose tiles have so many keys: boxes are the largest that pages and tiles are made of; rows, if
+        tiles may start at any."""
+        page_box = int(self.page_size > 0)
+        if self.page_size and not self.has_leftpad:
             page_box = next(box for box in PAGE_BOXES if self.page_size % box == tile_n % box == 0)
-        return {"is_ragged": self.is_ragged, "page_box": page_box, "box_is_wide": self.box_is_wide and page_box > 1}
+        is_wide = self.box_is_wide and page_box > 1
+        fields = {"is_ragged": self.is_ragged, "page_box": page_box, "box_is_wide": is_wide}
+        return fields | {"has_leftpad": self.has_leftpad}
 
 
 DENSE = KeySource()  # and packed K and V with packed Q

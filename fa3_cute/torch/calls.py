@@ -32,6 +32,7 @@ class ForwardCall(NamedTuple):
     seqused_k: Tensor | None = None
     page_table: Tensor | None = None
     kv_batch_idx: Tensor | None = None
+    leftpad_k: Tensor | None = None
     q_descale: Tensor | None = None
     k_descale: Tensor | None = None
     v_descale: Tensor | None = None

@@ -145,15 +145,16 @@ def flash_attn_with_kvcache(
     cache_seqlens     int32 [batch]: keys of each sequence, those of q included, without those of k; an int: of all;
                       None: the capacity
     cache_batch_idx   int32 [batch]: the entry of the cache, or row of page_table, of each sequence
+    cache_leftpad     int32 [batch]: first rows of each sequence that do not exist, though cache_seqlens counts them
     page_table        int32 [batch, max_pages]; needs cache_seqlens
     rotary_cos, _sin  [positions, rotary_dim / 2], of q's dtype or float32: q and k are rotated; pairs are (2i, 2i + 1)
                       if rotary_interleaved, else (i, i + rotary_dim / 2)
     rotary_seqlens    int32 [batch]: the position of the first new row; None: cache_seqlens
 
     Without k only q is rotated, by the positions of the last seqlen_q keys. With k or rotary tables there are no
-    gradients. Left padding is refused; scheduler_metadata is ignored.
+    gradients. scheduler_metadata is ignored.
     """
-    _refuse(qv=qv, cache_leftpad=cache_leftpad)
+    _refuse(qv=qv)
     update = _update(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     if k is not None and cache_seqlens is None:
         raise error_for(Status.INVALID_ARGUMENT, "cache_seqlens=None: must be given with k: the rows before the call")
@@ -166,6 +167,7 @@ def flash_attn_with_kvcache(
     if cu_seqlens_q is not None:
         options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": 0 if max_seqlen_q is None else max_seqlen_q}
     where = {"seqused_k": cache_seqlens, "page_table": page_table, "kv_batch_idx": cache_batch_idx}
+    where["leftpad_k"] = cache_leftpad
     call = ForwardCall(q, k_cache, v_cache, s_aux=s_aux, **where, **scales, **options)
     return _attend(call, return_softmax_lse, update)
 
@@ -184,10 +186,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 _INTS = (int, torch.SymInt)
-_INSTEAD = {
-    "qv": "MLA's second product has no kernel",
-    "cache_leftpad": "cache_seqlens gives the used length of each sequence",
-}
+_INSTEAD = {"qv": "MLA's second product has no kernel"}
 
 
 def _refuse(**arguments) -> None:

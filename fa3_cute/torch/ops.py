@@ -84,7 +84,7 @@ _define_update()
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 # What backward does not differentiate (contract/backward_rules.py).
-_NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx")
+_NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx", "leftpad_k")
 
 
 def require_differentiable(call: ForwardCall) -> None:

@@ -207,7 +207,6 @@ REFUSED = [
         for value in (-1, float("nan"), float("inf"), 1e39, 1e-39, "30", True)
     ),
     *((-13, DENSE, {"num_splits": value}, (f"num_splits={value}", "256")) for value in (-1, 257)),
-    (-16, DENSE, {"leftpad_k": A}, (f"leftpad_k={A}", "None or 0", "not supported")),
 ]
 
 

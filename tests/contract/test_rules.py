@@ -51,6 +51,7 @@ def test_first_problem_follows_the_table():
         rotary_dim=8,
         total_q=1,
         leftpad_k=A,
+        attn_mask=A,
         dtype=FP8,
     )
     mending = [

@@ -248,7 +248,7 @@ REFUSED = [
     (lambda: flash_attn_varlen_func(q[0], k[0], v[0], ints(0, 24), ints(0, 9, 40), 24, 40), -7, "cu_seqlens_k"),
     (lambda: flash_attn_varlen_func(*packed(), 33, 49, seqused_q=ints(1)), Status.INVALID_SHAPE, "seqused_q"),
     (lambda: flash_attn_with_kvcache(q, k, v, qv=v), Status.FEATURE_UNSUPPORTED, "qv"),
-    (lambda: flash_attn_with_kvcache(q, k, v, cache_leftpad=q), Status.FEATURE_UNSUPPORTED, "cache_leftpad"),
+    (lambda: flash_attn_with_kvcache(q, k, v, cache_leftpad=ints(1)), Status.INVALID_SHAPE, "leftpad_k.shape"),
     (lambda: flash_attn_with_kvcache(q, k, v, k=k, cache_seqlens=used), Status.INVALID_ARGUMENT, "v=None"),
     (lambda: flash_attn_with_kvcache(q, k, v, v=k, cache_seqlens=used), Status.INVALID_ARGUMENT, "k=None"),
     (lambda: flash_attn_with_kvcache(q, k, v, k, k), Status.INVALID_ARGUMENT, "cache_seqlens=None"),

@@ -134,7 +134,7 @@ def options(p) -> dict:
         "attention_chunk": p.attention_chunk,
     }
     shapes = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (p.batch_size + 1,))
-    shapes |= dict.fromkeys(("seqused_q", "seqused_k", "kv_batch_idx"), (p.batch_size,))
+    shapes |= dict.fromkeys(("seqused_q", "seqused_k", "kv_batch_idx", "leftpad_k"), (p.batch_size,))
     for name, shape in shapes.items():
         if getattr(p, name):
             found[name] = array(getattr(p, name), shape, np.int32)
@@ -156,8 +156,8 @@ def options(p) -> dict:
 def updates(p) -> dict:
     """Options of the reference, of new rows and rotary positions."""
     found = {"rotary_interleaved": p.rotary_interleaved}
-    shape = (p.seqlen_knew, p.num_heads_k, p.head_dim)
-    for name in ("k_new", "v_new"):
+    for name, columns in (("k_new", p.head_dim), ("v_new", p.head_dim_v or p.head_dim)):
+        shape = (p.seqlen_knew, p.num_heads_k, columns)
         if getattr(p, name):
             rows = array(getattr(p, name), (1 if p.cu_seqlens_k_new else p.batch_size, *shape), NUMPY[p.dtype])
             dims = [getattr(p, f"{name}_{dim}_stride") for dim in ("batch", "row", "head")]

@@ -64,7 +64,7 @@ class FlashAttentionDecode:
         places, ragged, num_ctas = None, None, grid.num_items * a.num_splits
         num_tokens = Int64(a.batch_size) * a.seqlen_k        # of K and V that the call may read
         if const_expr(cfg.is_ragged):
-            batch = RaggedBatch.create(a, Int32(0), a.decode_queries)
+            batch = RaggedBatch.create(cfg, a, Int32(0), a.decode_queries)
             batches = Int32(1) if batch.is_packed() else a.batch_size
             batches_k = Int32(1) if is_present(batch.arrays.cu_seqlens_k) else a.batch_size_k
             places, ragged = KeyPlaces.create(cfg, a, batch), RaggedGrid.create(a)

@@ -54,7 +54,7 @@ class FlashAttentionForward:
             batches = batches_k = Int32(1) if sequences.is_packed() else a.batch_size
         if const_expr(cfg.is_ragged):
             batches_k = Int32(1) if is_present(sequences.cu_seqlens_k) else a.batch_size_k
-            sequences = RaggedBatch.create(a, a.decode_queries + 1, Int32(UNLIMITED))
+            sequences = RaggedBatch.create(cfg, a, a.decode_queries + 1, Int32(UNLIMITED))
             places = KeyPlaces.create(cfg, a, sequences)
         dim_qk, dim_v = dims_of(cfg, a)
         mQ, mO = (with_packed_heads(cfg, tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches)))
