@@ -11,6 +11,8 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 FP8_HEAD_DIMS = (64, 96, 128)
 # {(bytes per element, columns of Q and K): fewer columns of V and O, which have kernels of their own}
 VALUE_DIMS = {(2, 192): 128}
+# (head_dim, head_dim_v) of MLA decode: V is the first columns of K.
+MLA_DIMS = (576, 512)
 DIM_STEP, FP8_DIM_STEP = 8, 16  # 16 bytes, for TMA
 SERVED_DIMS = frozenset(range(DIM_STEP, HEAD_DIMS[-1] + 1, DIM_STEP))
 FP8_SERVED_DIMS = frozenset(range(FP8_DIM_STEP, FP8_HEAD_DIMS[-1] + 1, FP8_DIM_STEP))
