@@ -25,6 +25,8 @@ def tile_dims(element_bytes: int, head_dim: int, head_dim_v: int) -> tuple[int, 
 
     Tiles of Q and K have room for V, and those of V as many columns, unless there is a kernel of fewer.
     """
+    if (head_dim, head_dim_v) == MLA_DIMS:
+        return MLA_DIMS
     dims = FP8_HEAD_DIMS if element_bytes == 1 else HEAD_DIMS
     head_dim_v = head_dim_v or head_dim
     columns = next(dim for dim in dims if dim >= max(head_dim, head_dim_v))
