@@ -55,7 +55,11 @@ def consume_split(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: Mla
 
 @dataclass
 class Leader:
-    """State of warpgroup 0. Methods are loop-free verbs."""
+    """State of warpgroup 0. Methods are loop-free verbs.
+
+    rP           P of the last tile, as the accumulator of S has it
+    k_consumer   of slots that S is made of; v_consumer: of the same ones, when P V is
+    """
     cfg: Constexpr
     mmas: MlaMmas
     tSrQ: cute.Tensor
@@ -63,29 +67,61 @@ class Leader:
     tOrV: cute.Tensor
     acc_O: cute.Tensor
     softmax: OnlineSoftmax
+    rP: cute.Tensor
     k_consumer: pipeline.PipelineConsumer
+    v_consumer: pipeline.PipelineConsumer
     sP: cute.Tensor
     sFactors: cute.Tensor
     tidx: Int32
 
     @cute.jit
-    def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool], known: Constexpr[Scores] = Scores.ANY):
-        """S and P of one K tile, and its part of O."""
-        acc_S = cute.make_rmem_tensor(self.mmas.qk.partition_shape_C((self.cfg.tile_m, self.cfg.tile_n)), Float32)
+    def first(self, mask: Mask, n_block: Int32):
+        """S and P of the first tile; O is 0."""
+        acc_S = self.start_S()
+        in_flight(0)
+        self.make_P(acc_S, mask, n_block, True, Scores.FIRST)
+
+    @cute.jit
+    def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool]):
+        """O += P V of the tile before, and right behind it S of this one; then its P."""
+        v = self.start_PV()
+        acc_S = self.start_S()
+        in_flight(1)
+        v.release()
+        in_flight(0)
+        self.make_P(acc_S, mask, n_block, is_masked, Scores.ANY)
+        self.softmax.rescale(self.acc_O)
+
+    @cute.jit
+    def last(self):
+        """O += P V of the last tile."""
+        v = self.start_PV()
+        in_flight(0)
+        v.release()
+
+    def start_S(self) -> cute.Tensor:
+        """S of the next slot, left in flight."""
+        acc_S = cute.make_rmem_tensor_like(self.rP, Float32)
         k = self.k_consumer.wait_and_advance()
         issue_gemm(self.mmas.qk, acc_S, self.tSrQ, self.tSrK[None, None, None, k.index], zero_init=True)
-        in_flight(0)
+        return acc_S
+
+    def start_PV(self) -> pipeline.PipelineConsumer.ImmutableResourceHandle:
+        """P V of the slot before, left in flight."""
+        v = self.v_consumer.wait_and_advance()
+        tOrV = self.tOrV[None, None, None, v.index]
+        issue_gemm(self.mmas.pv, self.acc_O, as_operand_a(self.cfg, self.rP), tOrV, zero_init=False)
+        return v
+
+    @cute.jit
+    def make_P(self, acc_S: cute.Tensor, mask: Mask, n_block: Int32, is_masked: Constexpr[bool],
+               known: Constexpr[Scores]):
+        """P of a tile whose S is there, and the same for the other warpgroup."""
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
-        rP = cute.make_rmem_tensor_like(acc_S, element_type(self.cfg))
-        convert(acc_S, rP)
-        self.hand_over(rP)
-        self.softmax.rescale(self.acc_O)
-        tOrV = self.tOrV[None, None, None, k.index]
-        issue_gemm(self.mmas.pv, self.acc_O, as_operand_a(self.cfg, rP), tOrV, zero_init=False)
-        in_flight(0)
-        k.release()
+        convert(acc_S, self.rP)
+        self.hand_over(self.rP)
 
     @cute.jit
     def hand_over(self, rP: cute.Tensor):
@@ -123,9 +159,10 @@ def lead(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, pip
     acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.dim_v // 2)), Float32)
     acc_O.fill(0.0)
     softmax = OnlineSoftmax.create(cfg, params.scores.scale_log2, 2, num_used)
+    rP = cute.make_rmem_tensor(mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n)), element_type(cfg))
     leader = Leader(cfg, mmas, operand_a(mmas.qk, smem.sQ), operand_b(mmas.qk, smem.sK),
-                    operand_b(mmas.pv, half_of(cfg, smem.sVt, LEFT)), acc_O, softmax, pipes.k.make_consumer(),
-                    smem.sP[None, None, 0], smem.sFactors, tidx)
+                    operand_b(mmas.pv, half_of(cfg, smem.sVt, LEFT)), acc_O, softmax, rP,
+                    pipes.k.make_consumer(), pipes.k.make_consumer(), smem.sP[None, None, 0], smem.sFactors, tidx)
     mask = Visibility(cfg, params.window, work.tile, params.grid.packed_heads).of_thread(tidx)
     factors, sinks = row_tensor(1.0), own_sinks(cfg, params, work, tidx)
     blocks = work.blocks
@@ -134,7 +171,7 @@ def lead(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, pip
         num_keys = work.tile.seqlen_k - first_key(cfg, n_block)
         if num_keys < cfg.tile_n:
             clear_unused_rows(cfg, smem.sV, leader.k_consumer, num_keys, cfg.tile_n, tidx)
-        leader.step(mask, n_block, is_masked=True, known=Scores.FIRST)
+        leader.first(mask, n_block)
         if const_expr(cfg.is_local):
             num_right = blocks.num_cut_right(n_block)
             for i in cutlass.range(num_right, unroll=1):
@@ -142,6 +179,7 @@ def lead(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, pip
             n_block -= num_right
         for i in cutlass.range(n_block - blocks.n_block_min, unroll=1):
             leader.step(mask, n_block - 1 - i, is_masked=False)
+        leader.last()
         end_rows(leader.softmax, factors, None, sinks)
     else:
         end_rows_without_keys(leader.softmax, factors, sinks)
