@@ -181,6 +181,10 @@ class Case:
         return (*self._rows(self.seqlen_q), self.num_heads, self.head_dim)
 
     @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.q_shape
+
+    @property
     def lse_shape(self) -> tuple[int, ...]:
         """[batch, num_heads, seqlen_q], packed [num_heads, total_q]."""
         *batch, rows, heads, _ = self.q_shape

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from ..contract.formats import FP8
-from . import gradient_peers
+from . import gradient_peers, latent
 from .case import Case
 from .measure import CALLS_PER_GRAPH, Work
 
@@ -80,7 +80,7 @@ class Peer:
             pairs = [(mine.float(), other.float()) for mine, other in zip(ours, theirs, strict=True)]
             return max(float((mine - other).norm() / other.norm()) for mine, other in pairs)
         theirs = theirs.float() / (O_SCALE if theirs.element_size() == 1 else 1)
-        return float((view(pointers["out"], case.q_shape, case.element_out).float() - theirs).norm() / theirs.norm())
+        return float((view(pointers["out"], case.out_shape, case.element_out).float() - theirs).norm() / theirs.norm())
 
 
 def load(name: str) -> Peer:
@@ -180,6 +180,8 @@ def load_vllm() -> Peer:
         from vllm.vllm_flash_attn import flash_attn_interface as interface
 
     def make_launch(case, q, k, v, indices):
+        if isinstance(case, latent.LatentCase):
+            return latent.vllm_launch(interface, case, q, k, indices)
         if case.page_size == 0:
             raise PeerMissing("vllm is timed over pages alone")
         out = torch.empty(case.q_shape, dtype=getattr(torch, VIEWS[case.element_out][1]), device="cuda")

@@ -42,7 +42,8 @@ def fp8_head_dims(p) -> Sentences:
         must(p, name, accepted)
         for name in _FIELDS
         if (p.head_dim, p.head_dim_v) == MLA_DIMS
-        or (dim := getattr(p, name)) in SERVED_DIMS and dim not in FP8_SERVED_DIMS
+        or (dim := getattr(p, name)) in SERVED_DIMS
+        and dim not in FP8_SERVED_DIMS
     ]
 
 

@@ -65,7 +65,7 @@ def test_fp8_is_refused():
     [
         ({"v": A + 1024}, f"v={A + 1024}: must be k, the same address, {WITH}"),
         ({"v_row_stride": 512}, f"v_row_stride=512: must be that of k, 576, or None, the same, {WITH}"),
-        ({"k_row_stride": 640, "v_row_stride": 576}, f"v_row_stride=576: must be that of k, 640, or None, the same"),
+        ({"k_row_stride": 640, "v_row_stride": 576}, "v_row_stride=576: must be that of k, 640, or None, the same"),
         ({"v_batch_stride": 640 * 512}, f"v_batch_stride={640 * 512}: must be that of k, {640 * 576}, or None"),
         ({"softcap": 30.0}, f"softcap=30.0: must be 0 {WITH}"),
         ({"alibi_slopes": A}, f"alibi_slopes={A}: must be None or 0 {WITH}"),

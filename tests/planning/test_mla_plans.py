@@ -76,7 +76,12 @@ def test_configs_without_a_kernel(changes, words):
 
 def test_names_tell_kernels_apart():
     sources = CONTIGUOUS, KeySource(True), *(KeySource(True, box, wide) for box in (64, 8) for wide in (False, True))
-    configs = [mla_config(dtype, local, None, source) for dtype in ("bf16", "fp16") for local in (False, True) for source in sources]
+    configs = [
+        mla_config(dtype, local, None, source)
+        for dtype in ("bf16", "fp16")
+        for local in (False, True)
+        for source in sources
+    ]
     assert len({cfg.name for cfg in configs}) == len(configs) == 24
     assert {type(cfg) for cfg in configs} == {MlaConfig} != {type(decode_config("bf16", 128, False))}
 
@@ -96,7 +101,9 @@ def test_partial_results_have_512_columns():
     assert launch.plan.partial_bytes == 3 * 11 * 24 * 4 * 513
 
 
-@pytest.mark.parametrize("heads, batch, seqlen", [(16, 1, 4096), (128, 1, 4096), (16, 16, 4096), (128, 4, 8192), (16, 1, 65536)])
+@pytest.mark.parametrize(
+    "heads, batch, seqlen", [(16, 1, 4096), (128, 1, 4096), (16, 16, 4096), (128, 4, 8192), (16, 1, 65536)]
+)
 def test_few_items_fill_the_gpu(heads, batch, seqlen):
     """In one round of CTAs, no more than there are tiles."""
     plan = launch_of(replace(MLA, num_heads=heads, batch_size=batch, seqlen_k=seqlen)).plan
