@@ -64,7 +64,14 @@ HEAVY_DECODE = {
     (1, 128): DecodeRow(64, 12, 1, 0.6, "registers"),
 }
 # Of MLA (planning/mla.py), whose tile of K is 72 KB.
-MLA_ROW = DecodeRow(64, 2, 1, 1.8, "what fits one CTA per SM")
+MLA_ROW = DecodeRow(
+    64,
+    2,
+    1,
+    2.0,
+    "what fits one CTA per SM; 32x4x1 with S of a tile ahead serialises WGMMA, which is then in flight "
+    "from one iteration to the next",
+)
 
 
 @cache
