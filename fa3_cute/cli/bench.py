@@ -55,6 +55,7 @@ from . import peers
 from . import plot
 from .case import COPIED_BYTES, Case, Tensors
 from .gradients import GradientTensors
+from .latent import LatentCase, LatentTensors
 from .measure import Batch, Stopwatch, Work, in_turn
 from .passes import BOTH, FORWARD
 from .options import cannot_run, count, milliseconds, new_file, one_or_more
@@ -64,6 +65,7 @@ from .suites import backward as gradients
 from .suites import decode
 from .suites import dims
 from .suites import fp8
+from .suites import mla
 from .suites import prefill
 from .suites import scores
 from .suites import serving
@@ -78,6 +80,7 @@ SUITES = {
     "decode": decode,
     "fp8": fp8,
     "serving": serving,
+    "mla": mla,
     "scores": scores,
     "append": append,
     "dims": dims,
@@ -174,6 +177,8 @@ def write(results: dict, path: str | None) -> None:
 
 def served(case: Case) -> Collection[int]:
     """The head dims that there are kernels for."""
+    if isinstance(case, LatentCase):
+        return () if case.dtype == FP8 else (case.head_dim,)
     if case.passes == FORWARD:
         return FP8_SERVED_DIMS if case.dtype == FP8 else SERVED_DIMS
     return () if case.dtype == FP8 else SERVED_HEAD_DIMS
@@ -199,7 +204,7 @@ class Bench:
         self.stream = device.create_stream()
         self.handle = int(self.stream.handle)
         self.stopwatch = Stopwatch(device, self.stream)
-        kind = GradientTensors if cases[0].passes else Tensors
+        kind = GradientTensors if cases[0].passes else LatentTensors if isinstance(cases[0], LatentCase) else Tensors
         self.tensors = {name: kind([own(case)[name] for case in cases], self.stream) for name in own(cases[0])}
         self.peers = self.find_peers(args.peers)
         self.environment = environment.describe(device, self.stopwatch.monitor, self.peers, args)

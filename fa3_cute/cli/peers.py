@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from ..contract.formats import FP8
-from . import cache_peers, gradient_peers
+from . import cache_peers, gradient_peers, latent
 from .appended import shapes_of
 from .case import Case
 from .cudnn_graph import O_SCALE, CudnnGraph
@@ -187,6 +187,8 @@ def load_vllm() -> Peer:
         from vllm.vllm_flash_attn import flash_attn_interface as interface
 
     def make_launch(case, q, k, v, indices):
+        if isinstance(case, latent.LatentCase):
+            return latent.vllm_launch(interface, case, q, k, indices)
         if case.page_size == 0:
             raise PeerMissing("vllm is timed over pages alone")
         out = torch.empty(case.out_shape, dtype=getattr(torch, VIEWS[case.element_out][1]), device="cuda")

@@ -1,6 +1,6 @@
 """The rules of head_dim and head_dim_v. Pure Python."""
 
-from .formats import DIM_STEP, FP8_DIM_STEP, FP8_HEAD_DIMS, FP8_SERVED_DIMS, HEAD_DIMS, SERVED_DIMS
+from .formats import DIM_STEP, FP8_DIM_STEP, FP8_HEAD_DIMS, FP8_SERVED_DIMS, HEAD_DIMS, MLA_DIMS, SERVED_DIMS
 from .params import DataType
 from .sentences import Sentences, must
 
@@ -10,7 +10,8 @@ _FIELDS = "head_dim", "head_dim_v"
 
 def value_dim(p) -> int:
     """Columns of v and out of plain params: head_dim where head_dim_v is 0, or none that is served."""
-    return p.head_dim_v if p.head_dim_v in SERVED_DIMS else p.head_dim
+    is_own = p.head_dim_v in SERVED_DIMS or (p.head_dim, p.head_dim_v) == MLA_DIMS
+    return p.head_dim_v if is_own else p.head_dim
 
 
 def columns_of(p, tensor: str) -> int:
@@ -21,8 +22,11 @@ def columns_of(p, tensor: str) -> int:
 def head_dims(p) -> Sentences:
     """The rule of the dims that are served."""
     found = []
+    if (p.head_dim, p.head_dim_v) == MLA_DIMS:
+        return found
     if p.head_dim not in SERVED_DIMS:
-        found.append(must(p, "head_dim", f"a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}"))
+        accepted = f"a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}, or {MLA_DIMS[0]} with"
+        found.append(must(p, "head_dim", f"{accepted} head_dim_v={MLA_DIMS[1]}"))
     if p.head_dim_v not in _OR_0:
         accepted = f"0 (head_dim) or a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}"
         found.append(must(p, "head_dim_v", accepted))
@@ -37,7 +41,9 @@ def fp8_head_dims(p) -> Sentences:
     return [
         must(p, name, accepted)
         for name in _FIELDS
-        if (dim := getattr(p, name)) in SERVED_DIMS and dim not in FP8_SERVED_DIMS
+        if (p.head_dim, p.head_dim_v) == MLA_DIMS
+        or (dim := getattr(p, name)) in SERVED_DIMS
+        and dim not in FP8_SERVED_DIMS
     ]
 
 

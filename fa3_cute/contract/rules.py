@@ -16,6 +16,7 @@ from .append import fp8_rotary, new_keys, new_sizes, rotary
 from .formats import MAX_SPLITS
 from .head_dims import fp8_head_dims, head_dims
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
+from .mla import is_mla, mla
 from .mod_rules import block_mask, listed_blocks, mod_arguments, mods
 from .params import (
     ARGUMENTS,
@@ -269,6 +270,7 @@ RULES = (
     Rule(Status.FEATURE_UNSUPPORTED, fp8_rotary),
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
     Rule(Status.FEATURE_UNSUPPORTED, listed_blocks),
+    Rule(Status.FEATURE_UNSUPPORTED, mla, concerns=is_mla),
 )
 
 

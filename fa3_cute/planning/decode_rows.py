@@ -4,7 +4,7 @@ reason."""
 from dataclasses import dataclass
 from functools import cache
 
-from ..contract.formats import ELEMENT_BYTES
+from ..contract.formats import ELEMENT_BYTES, MLA_DIMS
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,15 @@ HEAVY_DECODE = {
     (1, 96): DecodeRow(128, 8, 1, 1.0, "registers; 64 keys are not divisible among the warps that transpose"),
     (1, 128): DecodeRow(64, 12, 1, 0.6, "registers"),
 }
+# Of MLA (planning/mla.py), whose tile of K is 72 KB.
+MLA_ROW = DecodeRow(
+    64,
+    2,
+    1,
+    2.0,
+    "what fits one CTA per SM; 32x4x1 with S of a tile ahead serialises WGMMA, which is then in flight "
+    "from one iteration to the next",
+)
 
 
 @cache
@@ -72,6 +81,8 @@ def decode_row(
     dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False, takes_registers: bool = False
 ) -> DecodeRow:
     """The row of DECODE that serves a problem, or that of RAGGED_DECODE or HEAVY_DECODE."""
+    if head_dim == MLA_DIMS[0]:
+        return MLA_ROW
     key = ELEMENT_BYTES[dtype], head_dim
     if takes_registers:
         return HEAVY_DECODE.get(key, DECODE[key])

@@ -19,6 +19,7 @@ from .append import append_plan
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import decode_row
 from .dims import dim_fields
+from .mla import mla_config
 from .packing import packed_heads_of_window
 from .problem import Chosen, ProblemShape, chosen_by
 from .ragged import is_ragged, kernels_of, ragged_plan_of
@@ -90,8 +91,11 @@ def _attention_of(shape: ProblemShape) -> Operation:
     source = source_of(shape) if is_ragged(shape, has_decode) else DENSE
     launches: tuple[Launch, ...] = ()
     if has_decode:
-        fields = features | dim_fields(shape, is_by_tma=False)
-        cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, fields, source)
+        if shape.is_mla:
+            cfg = mla_config(dtype, is_windowed(shape), out_dtype, source)
+        else:
+            fields = features | dim_fields(shape, is_by_tma=False)
+            cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, fields, source)
         launches = (_decode_launch(cfg, shape, decode_queries),)
     if not has_forward:
         return Operation(launches)

@@ -13,6 +13,7 @@ from ..contract.arguments import BLOCK_ARGUMENTS, MOD_ARGUMENTS
 from ..contract.block_mask import LISTS, block_sizes
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW, tile_dims
 from ..contract.head_dims import value_dim
+from ..contract.mla import is_mla
 from ..contract.params import (
     ARGUMENTS,
     DTYPE_NAMES,
@@ -150,6 +151,11 @@ class ProblemShape(NamedTuple):
     def tile_dims(self) -> tuple[int, int]:
         """Columns of the kernels' tiles of Q and K, and of V and O."""
         return tile_dims(self.element_bytes, self.head_dim, self.head_dim_v)
+
+    @property
+    def is_mla(self) -> bool:
+        """V is the first columns of K."""
+        return is_mla(self)
 
     @property
     def is_padded(self) -> bool:

@@ -39,6 +39,8 @@ class Kernels(NamedTuple):
 def kernels_of(shape: ProblemShape) -> Kernels:
     """Dense queries: one kernel. Packed ones: one where a bound on their lengths says that it suits all, else both,
     each for the sequences that suit it."""
+    if shape.is_mla:  # there is no other kernel
+        return Kernels(True, False)
     if not shape.is_packed:
         decodes = is_decode(shape)
         return Kernels(decodes, not decodes)

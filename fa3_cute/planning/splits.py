@@ -51,6 +51,8 @@ CLUSTER_TIME = {1: 0.0, 16: 1.1}  # a merge within a cluster; of other sizes OTH
 OTHER_CLUSTER_TIME = 0.4
 CLUSTERS_TIME, ROUND_TIME = 1.3, 0.6  # a merge of clusters, in rounds of so many partial results:
 ROUND = 16
+# Of more columns than the fit is of, MLA's: what the last of the clusters reads of the others' rows, at such a rate.
+FITTED_DIM, MERGE_RATE = 256, 45e3
 # Two CTAs per SM, unless there are many and each does all of an item: a tile's latency, and its transfer, times this.
 PACKED_LATENCY, PACKED_LOSS = 1.5, 1.15
 
@@ -221,4 +223,6 @@ def time_of(
     num_clusters = num_splits // cluster_size
     if num_clusters > 1:
         time += CLUSTERS_TIME + ROUND_TIME * -(-num_clusters // ROUND)
+        if cfg.dim_v > FITTED_DIM:
+            time += 4 * cfg.dim_v * (cfg.tile_m / cluster_size) * num_clusters / MERGE_RATE
     return time + CLUSTER_TIME.get(cluster_size, OTHER_CLUSTER_TIME)

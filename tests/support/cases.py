@@ -78,6 +78,11 @@ class Case:
         return self.head_dim_v or self.head_dim
 
     @property
+    def is_mla(self) -> bool:
+        """V is the first columns of K."""
+        return (self.head_dim, self.head_dim_v) == (576, 512)
+
+    @property
     def element_out(self) -> str:
         """The dtype that O really has."""
         return self.out_dtype or self.dtype

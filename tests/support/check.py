@@ -126,6 +126,8 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
             ("out", out_shape, case.element_out),
         )
     )
+    if case.is_mla:
+        v = k.image.tensor(k.array[..., : case.dim_v])
     lse = contiguous("lse", (*outer, case.num_heads, case.seqlen_q), "fp32") if case.has_lse else None
     on_device = {name: contiguous(name, (len(values),), "int32") for name, values in lengths.items()}
     for name, tensor in on_device.items():
@@ -141,7 +143,10 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
     rngs = np.random.default_rng(zlib.crc32(str(case).encode())).spawn(3)
     list(
         POOL.map(
-            lambda array, rng, side: fill(array, case.dtype, rng, problem.is_used(side)), problem.inputs, rngs, "qkk"
+            lambda array, rng, side: fill(array, case.dtype, rng, problem.is_used(side)),
+            problem.inputs[: 2 if case.is_mla else 3],
+            rngs,
+            "qkk",
         )
     )
     problem.upload()

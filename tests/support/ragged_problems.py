@@ -132,6 +132,8 @@ class RaggedProblem:
             self.capacity, self.table = capacity, None
             self.k, _ = _separate((self.num_rows, capacity, *kv_dims), case.dtype)
             _, self.v = _separate((self.num_rows, capacity, case.num_heads_k, case.dim_v), case.dtype)
+        if case.is_mla:
+            self.v = self.k.image.tensor(self.k.array[..., : case.dim_v])
         self.q = contiguous("q", (self.total_q, case.num_heads, case.head_dim), case.dtype)
         self.out = contiguous("out", (*self.q.array.shape[:-1], case.dim_v), case.element_out)
         self.lse = contiguous("lse", self.lse_shape, "fp32") if case.has_lse else None
@@ -175,6 +177,8 @@ class RaggedProblem:
             self.q.array[start : start + n] = q[first : first + n]
         if k is None:
             k, v = (self.values_of(keys_there, randn, columns) for columns in (case.head_dim, case.dim_v))
+        if case.is_mla:
+            v = k[..., : case.dim_v]
         self.store(queries, keys_there, k, v, rng)
         given = {"cu_seqlens_q": self.starts, "seqused_q": queries, "seqused_k": keys, "kv_batch_idx": ragged.rows}
         given["leftpad_k"] = ragged.leftpad

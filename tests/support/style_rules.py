@@ -16,7 +16,7 @@ MAX_FUNCTION, MAX_FUNCTION_ELSEWHERE = 60, 80  # of the package; of tests and ex
 FOLDERS = ("contract", "planning", "kernels", "runtime", "arrays", "api", "torch", "huggingface", "", "cli", "__main__")
 # Of the folders within kernels/: which of them a module there may import.
 KINDS = "forward", "decode", "merge", "backward", "append"
-KERNELS = {"common": {"common"}, **{kind: {"common", kind} for kind in KINDS}}
+KERNELS = {"common": {"common"}, **{kind: {"common", kind} for kind in KINDS}, "mla": {"common", "decode", "mla"}}
 FRAMEWORKS = {"torch", "cupy", "jax", "tensorflow", "triton"}
 DEVICE = {"cutlass", "cuda"}
 # What a folder may not import. A call's meaning and its plan are known where there is neither the DSL nor CUDA.
@@ -93,7 +93,8 @@ def owner(names: list[str]) -> str:
 
 
 def layering(source: Source):
-    """Imports go one way: down the folders; in kernels/, forward and decode know common and not one another."""
+    """Imports go one way: down the folders; in kernels/, forward and decode know common and not one another, and mla is
+    a kind of decode."""
     if source.top not in FOLDERS:
         yield 1, f"{source.module}: no such folder in FOLDERS"
         return

@@ -149,7 +149,7 @@ def pieces_of_row(cfg: KernelConfig, acc_O: cute.Tensor, r: int) -> tuple[list[t
         quads = as_quads(acc_O)
         return [tuple(quads[i, r, g] for i in range(4)) for g in range(cfg.dim_v // 16)], 4
     O = as_rows_cols(acc_O)
-    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cfg.dim_v // 8)], 2
+    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cute.size(O, mode=[1]) // 2)], 2
 
 
 @dataclass(frozen=True)

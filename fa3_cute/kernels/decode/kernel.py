@@ -7,7 +7,7 @@ from functools import partial
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ...planning.config import DECODE_ARGUMENTS, DecodeConfig
@@ -18,7 +18,9 @@ from ..common.cluster import sync_cluster
 from ..common.entry import flat_entry
 from ..common.dropout import Dropout
 from ..common.fp8 import Descales
-from ..common.keys_values import KeyPlaces, capacity, key_value_operand, key_value_ring, with_descriptors
+from ..common.keys_values import (
+    KeyPlaces, Operand, capacity, key_value_operand, key_value_ring, with_descriptors
+)
 from ..common.layout import dims_of, element_type, lse_view, smem_ring, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import RaggedBatch
@@ -52,12 +54,7 @@ class FlashAttentionDecode:
         KV head, cluster_size (at most 16) divides num_splits; smem_bytes is at least cfg.smem_bytes. partials and
         arrivals: see split.SplitScratch.
         """
-        cfg = self.cfg
-        ring = partial(smem_ring, element_type(cfg))
-        layouts = DecodeLayouts(
-            sQ=ring(cfg.tile_m, cfg.dim_qk, 1), sK=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
-            sV=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages),
-            sVt=ring(cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None)
+        cfg, layouts = self.cfg, self.layouts()
         grid = SplitGrid.create(cfg.tile_m, a.batch_size, a.seqlen_q, a.num_heads, a.num_heads // a.num_heads_k,
                                 a.packed_heads, a.num_splits, a.cluster_size)
         batches = batches_k = a.batch_size
@@ -73,8 +70,7 @@ class FlashAttentionDecode:
         dim_qk, dim_v = dims_of(cfg, a)
         mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches))
                   for name, columns in (("q", dim_qk), ("out", dim_v)))
-        k, v = (key_value_operand(cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), layout)
-                for name, columns, layout in (("k", dim_qk, layouts.sK), ("v", dim_v, layouts.sV)))
+        k, v = self.operands(a, layouts, batches_k)
         num_clusters = a.num_splits // a.cluster_size
         params = DecodeParams(
             k=k, v=v, mQ=mQ, mO=mO, mLSE=lse_view(a, batches), lengths=UsedLengths.create(a), places=places,
@@ -83,12 +79,35 @@ class FlashAttentionDecode:
             scores=ScoreTransform.create(cfg, a), sinks=Sinks.create(a), dropout=Dropout.create(cfg, a),
             window=Window.create(cfg, a),
             grid=grid, ragged=ragged, num_clusters=num_clusters,
-            kv_policy=kv_policy(num_tokens * a.num_heads_k * cfg.kv_bytes_per_token))
+            kv_policy=self.policy(grid, num_tokens * a.num_heads_k * cfg.kv_bytes_per_token))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
-        self.kernel(params, layouts, make_mmas(cfg)).launch(
+        self.kernel(params, layouts, self.mmas()).launch(
             grid=(num_ctas, 1, 1), block=(cfg.num_threads, 1, 1), cluster=(a.cluster_size, 1, 1),
             smem=a.smem_bytes, min_blocks_per_mp=cfg.ctas_per_sm, preferred_smem_carveout=100, use_pdl=True,
             stream=a.stream)
+
+    def layouts(self) -> DecodeLayouts:
+        """Of shared memory."""
+        cfg = self.cfg
+        ring = partial(smem_ring, element_type(cfg))
+        return DecodeLayouts(
+            sQ=ring(cfg.tile_m, cfg.dim_qk, 1), sK=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
+            sV=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages),
+            sVt=ring(cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None)
+
+    def operands(self, a, layouts: DecodeLayouts, batches_k: Int32) -> tuple[Operand, Operand]:
+        """K and V."""
+        dim_qk, dim_v = dims_of(self.cfg, a)
+        return tuple(key_value_operand(self.cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), layout)
+                     for name, columns, layout in (("k", dim_qk, layouts.sK), ("v", dim_v, layouts.sV)))
+
+    def policy(self, grid: SplitGrid, num_bytes: Int64) -> Int64:
+        """L2 policy of K and V that are num_bytes together."""
+        return kv_policy(num_bytes)
+
+    def mmas(self) -> Mmas:
+        """The GEMMs."""
+        return make_mmas(self.cfg)
 
     def scratch(self, grid: SplitGrid, clusters: Int32, a) -> SplitScratch:
         """The scratch memory as tensors: O, and behind it LSE; `clusters` work on one item."""
@@ -119,15 +138,15 @@ class FlashAttentionDecode:
         work = self.work_of(params, cute.arch.block_idx()[0])
         if const_expr(cfg.is_ragged):
             if work.num_clusters > 0:
-                self.play(params, mmas, smem, pipes, work, warp_idx == load_warp)
+                self.play(params, mmas, smem, pipes, work, warp_idx)
         else:
-            self.play(params, mmas, smem, pipes, work, warp_idx == load_warp)
+            self.play(params, mmas, smem, pipes, work, warp_idx)
 
     @cute.jit
     def play(self, params: DecodeParams, mmas: Mmas, smem: DecodeSmem, pipes: DecodePipelines, work: SplitWork,
-             is_loader: Boolean):
+             warp_idx: Int32):
         """The warp's role."""
-        if is_loader:
+        if warp_idx == by_name(self.cfg.roles)["load"].warps[0]:
             load_split(self.cfg, params, smem, pipes, work)
             sync_cluster()      # as the consumers do, once
         else:
