@@ -23,7 +23,6 @@ from ..planning.operations import checked, operation_of
 
 # Arrays of a call besides q, k and v, by their names in attention(), and those that are gradients' too.
 OPTIONAL = ("s_aux", *("cu_seqlens_q", "cu_seqlens_k", "seqused_k"), *("page_table", "kv_batch_idx"), *arrays.DESCALES)
-DIFFERENTIATED = ("q", "k", "v", "s_aux")
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 RESULTS = ("out", "softmax_lse")
 KINDS = {"forward": FlashAttentionParams, "backward": BackwardParams}
@@ -111,7 +110,8 @@ def forward_params(choices: Choices, tensors: Tensors) -> FlashAttentionParams:
     """The call with placeholders for addresses; raises FlashAttentionError for one that `forward` would refuse."""
     call = described(choices, tensors)
     views = {name: view(x) for name, x in tensors.items()}
-    element = call.element_type(*(views[name].dtype for name in "qkv"), arrays.DEVICE_DTYPES)
+    q, k, v = (views[name].dtype for name in "qkv")
+    element = call.element_type(q, k, v, arrays.DEVICE_DTYPES)
     arrays._check_tensors(call, views, element, 0)
     params = plain(arrays._params(call, views, element))
     found = checked(params)

@@ -7,13 +7,13 @@ import numpy as np
 from .. import api
 from ..contract.backward_reference import OPTIONS, Saved, backward_reference
 from ..contract.rows import used_rows
-from .calls import DIFFERENTIATED, LENGTHS, Choices, Tensors
+from .calls import Choices, Tensors
 
 
 def forward(choices: Choices, tensors: Tensors, wants_lse: bool) -> tuple[np.ndarray, ...]:
     """out, and the LSE if it is wanted."""
     arrays = {name: np.asarray(x) for name, x in tensors.items()}
-    found = api.attention(**arrays, **_options(choices), zero_padding=choices.zero_padding, return_lse=wants_lse)
+    found: Any = api.attention(**arrays, **_options(choices), zero_padding=choices.zero_padding, return_lse=wants_lse)
     return found if wants_lse else (found,)
 
 
@@ -23,12 +23,11 @@ def backward(choices: Choices, tensors: Tensors) -> tuple[np.ndarray, ...]:
     given = {name: value for name, value in (arrays | _options(choices)).items() if name in OPTIONS}
     saved = Saved(arrays["out"], arrays["softmax_lse"], arrays.get("dlse"))
     q, k, v, dout = (arrays[name] for name in ("q", "k", "v", "dout"))
-    exact = backward_reference(q, k, v, dout, saved, **given)
+    exact: Any = backward_reference(q, k, v, dout, saved, **given)
     found = []
     for x, wide, of in zip((q, k, v), exact, "qkk", strict=True):
         gradient = np.zeros(x.shape, x.dtype)
-        lengths = (arrays.get(name) for name in (f"cu_seqlens_{of}", f"seqused_{of}"))
-        for rows in used_rows(wide, *lengths):
+        for rows in used_rows(wide, arrays.get(f"cu_seqlens_{of}"), arrays.get(f"seqused_{of}")):
             gradient[rows] = wide[rows].astype(x.dtype)
         found.append(gradient)
     return (*found, exact.d_s_aux.astype(np.float32)) if "s_aux" in arrays else tuple(found)

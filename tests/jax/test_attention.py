@@ -103,7 +103,9 @@ def test_packed_sequences(where):
         mask = visible(j - i, n - m, right=0)
         exact[i:j] = einsum_attention(*part, mask)[0][0]
         of_weight = weight[i:j]
-        found = jax.grad(lambda *x, of=of_weight, mask=mask: (einsum_attention(*x, mask)[0] * of).sum(), (0, 1, 2))(*part)
+        found = jax.grad(lambda *x, of=of_weight, mask=mask: (einsum_attention(*x, mask)[0] * of).sum(), (0, 1, 2))(
+            *part
+        )
         for whole, gradient, rows in zip(exact_gradients, found, ((i, j), (m, n), (m, n)), strict=True):
             whole[slice(*rows)] = gradient[0]
     assert error(out, exact) < TOLERANCE and not np.asarray(out, np.float32)[50:].any()
