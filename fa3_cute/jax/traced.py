@@ -119,8 +119,10 @@ def _either(program: Program, tensors: Tensors, shapes, on_host: Callable, zeros
     zeros   what the first results hold before the program runs; it may leave parts of them as they are
     """
 
+    names = list(tensors)  # in the program's order; what JAX hands over is in that of their names
+
     def on_device(tensors: Tensors, zeros) -> tuple[jax.Array, ...]:
-        return call_target(program, [*tensors.values(), *zeros], len(zeros))[: len(shapes)]
+        return call_target(program, [*(tensors[name] for name in names), *zeros], len(zeros))[: len(shapes)]
 
     def on_cpu(tensors: Tensors, zeros) -> tuple[jax.Array, ...]:
         return jax.pure_callback(on_host, shapes, tensors, vmap_method="sequential")

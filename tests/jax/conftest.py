@@ -26,5 +26,10 @@ def fake_device(monkeypatch):
     memory.install(monkeypatch)
     ffi.register(traced.TARGET, traced._handler, "cpu")
     monkeypatch.setattr(ffi, "stream_of", lambda frame: STREAM)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, cpu: cuda(*arrays))
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_device)
     return memory
+
+
+def on_device(*arrays, cuda, cpu):
+    """jax.lax.platform_dependent, which hands over trees that it has taken apart: the order of a dict is another."""
+    return cuda(*jax.tree.unflatten(jax.tree.structure(arrays), jax.tree.leaves(arrays)))
