@@ -135,6 +135,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse=False,
     *,
     s_aux=None,
+    out=None,
 ):
     """`flash_attn_func` over a cache of keys and values.
 
@@ -150,6 +151,7 @@ def flash_attn_with_kvcache(
     rotary_cos, _sin  [positions, rotary_dim / 2], of q's dtype or float32: q and k are rotated; pairs are (2i, 2i + 1)
                       if rotary_interleaved, else (i, i + rotary_dim / 2)
     rotary_seqlens    int32 [batch]: the position of the first new row; None: cache_seqlens
+    out               of q's shape with v's columns: written and returned; not in a compiled function
 
     Without k only q is rotated, by the positions of the last seqlen_q keys. With k or rotary tables there are no
     gradients. scheduler_metadata is ignored.
@@ -169,7 +171,7 @@ def flash_attn_with_kvcache(
     where = {"seqused_k": cache_seqlens, "page_table": page_table, "kv_batch_idx": cache_batch_idx}
     where["leftpad_k"] = cache_leftpad
     call = ForwardCall(q, k_cache, v_cache, s_aux=s_aux, **where, **scales, **options)
-    return _attend(call, return_softmax_lse, update)
+    return _attend(call, return_softmax_lse, update, out)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,8 +197,11 @@ def _refuse(**arguments) -> None:
             raise error_for(Status.FEATURE_UNSUPPORTED, f"{name}: must be None; {_INSTEAD[name]}")
 
 
-def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None) -> Any:
-    out, lse = ops.attend(call, wants_lse) if update is None else ops.attend_updated(call, update, wants_lse)
+def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None, to: Tensor | None = None) -> Any:
+    if to is not None:
+        out, lse = ops.attend_into(to, call, wants_lse, update)
+    else:
+        out, lse = ops.attend(call, wants_lse) if update is None else ops.attend_updated(call, update, wants_lse)
     return (out, lse) if wants_lse else out
 
 

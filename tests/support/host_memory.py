@@ -51,6 +51,8 @@ class HostMemory:
         exact, lse = attention_reference(q, k, v, **given)
         for rows in query_rows(p, out):
             out[rows] = to_bits(exact[rows], NAMES[out_dtype(p)])
+        if p.zero_padding:
+            out[given["cu_seqlens_q"][-1] :] = 0
         if p.softmax_lse:
             array(p.softmax_lse, lse.shape, np.float32)[...] = lse
         return Status.OK
