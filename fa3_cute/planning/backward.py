@@ -90,7 +90,7 @@ class BackwardConfig(ScoreFields):
     num_q_stages = num_do_stages = num_ds_stages = 2  # slots: all that turns with the Q tiles turns together
     num_consumer_wgs = CONSUMER_WGS
     registers = REGISTERS
-    is_fp8 = False
+    is_fp8 = has_descales = False
     has_sums = True  # of dQ, in the workspace
     packs_heads = False
     uses_setmaxnreg = True

@@ -32,7 +32,8 @@ FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.argu
 class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     """What the configs of all kernels have in common. Shared device code knows no other.
 
-    dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
+    dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32. K and V of a cache may be of
+               kv_dtype
     head_dim   columns of Q and K, and of V and O unless DimFields say otherwise
     """
 
@@ -46,6 +47,7 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     splits_keys = False  # several CTAs may share the keys of a row
     takes_max_of_bits = False  # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
     uses_setmaxnreg = False
+    kv_dtype = None  # of K and V in memory, where it is not dtype
 
     if TYPE_CHECKING:  # what the configs of both kernels have: fields, rules, rings and roles
 
@@ -66,6 +68,10 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
         out_dtypes = (*(FP8_OUT_DTYPES if self.is_fp8 else (None,)), PARTIAL)
         return (
             (self.dtype in ELEMENT_BYTES, f"dtype={self.dtype!r}: must be one of {', '.join(ELEMENT_BYTES)}"),
+            (
+                self.kv_dtype is None or self.kv_dtype == FP8 and not self.is_fp8,
+                f"kv_dtype={self.kv_dtype!r}: must be None or {FP8!r} with another dtype",
+            ),
             (
                 self.out_dtype in out_dtypes,
                 f"out_dtype={self.out_dtype!r}: must be one of {out_dtypes} with dtype={self.dtype!r}",
@@ -94,24 +100,44 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
         return self.out_dtype or self.dtype
 
     @property
+    def widens(self) -> bool:
+        """K and V are FP8 in memory and of dtype in the GEMMs (kernels/common/widen.py)."""
+        return self.kv_dtype is not None
+
+    @property
+    def has_descales(self) -> bool:
+        """What is stored is real / descale."""
+        return self.is_fp8 or self.widens
+
+    @property
+    def stored_dtype(self) -> str:
+        """Of K and V in memory."""
+        return self.kv_dtype or self.dtype
+
+    @property
     def element_bytes(self) -> int:
-        """Of an element of Q, K or V."""
+        """Of an element in the GEMMs."""
         return ELEMENT_BYTES.get(self.dtype, 2)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of an element of K or V in memory."""
+        return ELEMENT_BYTES.get(self.stored_dtype, 2)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token and KV head."""
-        return (self.dim_qk + self.dim_v) * self.element_bytes
+        return (self.dim_qk + self.dim_v) * self.stored_bytes
 
     @property
     def k_slot_bytes(self) -> int:
         """A slot of the K ring."""
-        return self.tile_n * self.dim_qk * self.element_bytes
+        return self.tile_n * self.dim_qk * self.stored_bytes
 
     @property
     def v_slot_bytes(self) -> int:
         """A slot of the V ring, and of transposed V."""
-        return self.tile_n * self.dim_v * self.element_bytes
+        return self.tile_n * self.dim_v * self.stored_bytes
 
     @property
     def q_slot_bytes(self) -> int:
@@ -151,7 +177,7 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     @property
     def dtype_name(self) -> str:
         """The dtypes in a name: that of Q, K and V, and O's where it is another."""
-        return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
+        return "_".join(filter(None, (self.dtype, self.kv_dtype and f"kv_{self.kv_dtype}", self.out_dtype)))
 
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""
@@ -316,6 +342,7 @@ class DecodeConfig(KernelConfig):
     is_local          a window (a causal mask is one); without it every row sees every key
     num_kv_stages     depth of the K ring and of the V ring
     ctas_per_sm       how many CTAs can share an SM
+    kv_dtype          "fp8_e4m3": K and V are so in memory, Q is not; None: dtype
     is_ragged ..      of KeySourceFields; ragged batches are split sequence by sequence (ragged.py)
     """
 
@@ -324,6 +351,7 @@ class DecodeConfig(KernelConfig):
     num_kv_stages: int
     ctas_per_sm: int
     out_dtype: str | None = None
+    kv_dtype: str | None = None
 
     tile_m = ROWS_PER_WARPGROUP
     num_consumer_wgs = 1
@@ -369,6 +397,11 @@ class DecodeConfig(KernelConfig):
         return Values.TRANSPOSED_IN_PLACE if self.is_fp8 else Values.AS_STORED
 
     @property
+    def wide_bytes(self) -> int:
+        """A K tile and a V tile of dtype, which consumers make of what is stored."""
+        return self.tile_n * (self.dim_qk + self.dim_v) * self.element_bytes
+
+    @property
     def partial_lines(self) -> int:
         """Rows of partial results that a CTA may receive: of each of its rows one from every CTA of the cluster."""
         return self.tile_m + MAX_CLUSTER_SIZE
@@ -392,4 +425,5 @@ class DecodeConfig(KernelConfig):
             Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
             Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, warps, "K"),
             Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, warps, "V"),
+            *[Ring("wide", 1, self.wide_bytes, 0, 0, "K and V, widened")] * self.widens,
         )

@@ -63,13 +63,21 @@ HEAVY_DECODE = {
     (1, 96): DecodeRow(128, 8, 1, 1.0, "registers; 64 keys are not divisible among the warps that transpose"),
     (1, 128): DecodeRow(64, 12, 1, 0.6, "registers"),
 }
+# {head_dim} of 16-bit queries over FP8 keys. Not measured.
+FP8_CACHE = {
+    64: DecodeRow(128, 3, 2, 0.9, "a tile of K and of V in 16 bit beside the rings"),
+    128: DecodeRow(64, 4, 2, 0.8, "a tile of K and of V in 16 bit beside the rings"),
+}
 
 
 @cache
 def decode_row(
-    dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False, takes_registers: bool = False
+    dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False, takes_registers: bool = False,
+    kv_dtype: str | None = None,
 ) -> DecodeRow:
-    """The row of DECODE that serves a problem, or that of RAGGED_DECODE or HEAVY_DECODE."""
+    """The row of DECODE that serves a problem, or that of FP8_CACHE, RAGGED_DECODE or HEAVY_DECODE."""
+    if kv_dtype:
+        return FP8_CACHE[head_dim]
     key = ELEMENT_BYTES[dtype], head_dim
     if takes_registers:
         return HEAVY_DECODE.get(key, DECODE[key])

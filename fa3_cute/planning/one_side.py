@@ -48,7 +48,7 @@ class OneSideConfig(ScoreFields):
 
     num_consumer_wgs = CONSUMER_WGS
     registers = REGISTERS
-    is_fp8 = False
+    is_fp8 = has_descales = False
     packs_heads = False
     page_box = 0
     uses_setmaxnreg = True

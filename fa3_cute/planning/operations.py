@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ..contract.arguments import Entry
-from ..contract.formats import FP8, PARTIAL
+from ..contract.formats import PARTIAL
 from ..contract.params import CHOICES, FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
@@ -91,7 +91,7 @@ def _attention_of(shape: ProblemShape) -> Operation:
     launches: tuple[Launch, ...] = ()
     if has_decode:
         fields = features | dim_fields(shape, is_by_tma=False)
-        cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, fields, source)
+        cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, fields, source, shape.kv_dtype)
         launches = (_decode_launch(cfg, shape, decode_queries),)
     if not has_forward:
         return Operation(launches)
@@ -106,7 +106,8 @@ def source_of(shape: ProblemShape) -> KeySource:
     """Where a ragged batch has its K and V."""
     if not shape.is_paged:
         return KeySource(True)
-    return KeySource(True, shape.page_size, shape.dtype != FP8 and not shape.is_padded and has_wide_boxes(shape))
+    is_wide = not (shape.has_fp8_keys or shape.is_padded) and has_wide_boxes(shape)
+    return KeySource(True, shape.page_size, is_wide)
 
 
 def has_wide_boxes(shape: ProblemShape) -> bool:
@@ -138,7 +139,7 @@ def _forward_launch(cfg: FwdConfig) -> Launch:
 
 def _decode_launch(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int = 0) -> Launch:
     plan = ragged_plan_of(cfg, shape, decode_queries) if cfg.is_ragged else plan_of(cfg, shape)
-    row = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers)
+    row = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers, cfg.kv_dtype)
     return Launch(cfg, row.reason, "splits" if plan.partial_bytes else "none", plan)
 
 

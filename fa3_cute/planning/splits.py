@@ -205,7 +205,7 @@ def time_of(
     """The model: microseconds, without what every call costs."""
     num_ctas, tiles = num_items * num_splits, -(-n_blocks // num_splits)
     slots = CLUSTER_SLOTS[cluster_size][0]
-    latency = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers).tile_us
+    latency = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers, cfg.kv_dtype).tile_us
     loss = 1.0
     if num_ctas > slots and cfg.ctas_per_sm > 1:
         slots = CLUSTER_SLOTS[cluster_size][1]

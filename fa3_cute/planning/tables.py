@@ -256,9 +256,10 @@ def decode_config(
     out_dtype: str | None = None,
     features: Features = NO_FEATURES,
     source: KeySource = DENSE,
+    kv_dtype: str | None = None,
 ) -> DecodeConfig:
     """The config that serves a decode problem."""
-    row = decode_row(dtype, head_dim, is_local, source.is_ragged, take_registers(features))
+    row = decode_row(dtype, head_dim, is_local, source.is_ragged, take_registers(features), kv_dtype)
     return interned(
         DecodeConfig(
             dtype,
@@ -268,6 +269,7 @@ def decode_config(
             row.num_kv_stages,
             row.ctas_per_sm,
             out_dtype,
+            kv_dtype,
             **source.fields(row.tile_n),
             **dict(features),
         )

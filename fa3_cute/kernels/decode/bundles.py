@@ -13,6 +13,7 @@ from ..common.keys_values import KeyPlaces, Operand
 from ..common.row_end import Sinks
 from ..common.scores import ScoreTransform
 from ..common.sequences import UsedLengths
+from ..common.widen import Widening
 from .ragged import RaggedGrid
 from .split import SplitGrid, SplitScratch
 
@@ -27,7 +28,7 @@ class DecodeParams:
     mLSE: cute.Tensor              # (seqlen_q, num_heads, batch) f32; may be null
     lengths: UsedLengths           # unless cfg.is_ragged
     places: Optional[KeyPlaces]    # None unless cfg.is_ragged
-    descales: Optional[Descales]   # None unless cfg.is_fp8
+    descales: Optional[Descales]   # None unless cfg.has_descales
     scratch: SplitScratch
     scores: ScoreTransform
     sinks: Sinks
@@ -46,6 +47,8 @@ class DecodeLayouts:
     sK: cute.ComposedLayout        # (tile_n, dim_qk, num_kv_stages)
     sV: cute.ComposedLayout        # (tile_n, dim_v, num_kv_stages)
     sVt: Optional[cute.ComposedLayout]     # (dim_v, tile_n, num_kv_stages): V^T; None unless cfg.values.is_transposed
+    wide_K: Optional[cute.ComposedLayout]  # (tile_n, dim_qk, 1) of cfg.dtype; None unless cfg.widens, as wide_V
+    wide_V: Optional[cute.ComposedLayout]  # (tile_n, dim_v, 1)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class DecodeSmem:
     sQ: cute.Tensor
     sK: cute.Tensor
     sV: cute.Tensor
-    sVt: cute.Tensor               # (dim_v, tile_n, num_kv_stages): sV itself; FP8 is transposed within its slot
+    sVt: cute.Tensor               # (dim_v, tile_n, num_kv_stages): sV itself, or widened V; FP8 is transposed within its slot
+    widening: Optional[Widening]   # None unless cfg.widens
     # (partial_lines, dim_v) f32: line row / cluster_size * cluster_size + r holds row `row` of the CTA of rank r.
     # Aliases sK and, if need be, sV, once all CTAs of the cluster have read all of theirs (send_partial).
     sPartial: cute.Tensor

@@ -19,7 +19,7 @@ from ..common.entry import flat_entry
 from ..common.dropout import Dropout
 from ..common.fp8 import Descales
 from ..common.keys_values import KeyPlaces, capacity, key_value_operand, key_value_ring, with_descriptors
-from ..common.layout import dims_of, element_type, lse_view, smem_ring, tensor_view, transposed, view_as
+from ..common.layout import dims_of, element_type, lse_view, smem_ring, stored_type, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import RaggedBatch
 from ..common.row_end import Sinks
@@ -28,6 +28,7 @@ from ..common.sequences import UsedLengths, is_present
 from ..common.tiles import Tile
 from ..common.tma import kv_policy
 from ..common.visibility import Visibility
+from ..common.widen import Widening
 from ..common.wgmma import Mmas, make_mmas
 from .bundles import DecodeLayouts, DecodeParams, DecodePipelines, DecodeSmem
 from .consume import consume_split
@@ -57,7 +58,9 @@ class FlashAttentionDecode:
         layouts = DecodeLayouts(
             sQ=ring(cfg.tile_m, cfg.dim_qk, 1), sK=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
             sV=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages),
-            sVt=ring(cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None)
+            sVt=ring(cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None,
+            wide_K=ring(cfg.tile_n, cfg.dim_qk, 1) if cfg.widens else None,
+            wide_V=ring(cfg.tile_n, cfg.dim_v, 1) if cfg.widens else None)
         grid = SplitGrid.create(cfg.tile_m, a.batch_size, a.seqlen_q, a.num_heads, a.num_heads // a.num_heads_k,
                                 a.packed_heads, a.num_splits, a.cluster_size)
         batches = batches_k = a.batch_size
@@ -78,7 +81,7 @@ class FlashAttentionDecode:
         num_clusters = a.num_splits // a.cluster_size
         params = DecodeParams(
             k=k, v=v, mQ=mQ, mO=mO, mLSE=lse_view(a, batches), lengths=UsedLengths.create(a), places=places,
-            descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
+            descales=Descales.create(a) if const_expr(cfg.has_descales) else None,
             scratch=self.scratch(grid, num_clusters, a),
             scores=ScoreTransform.create(cfg, a), sinks=Sinks.create(a), dropout=Dropout.create(cfg, a),
             window=Window.create(cfg, a),
@@ -179,13 +182,19 @@ class FlashAttentionDecode:
         partials_arrived = allocator.allocate_array(Int64, 1)
         sArrived = allocator.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
         sPartialLSE = allocator.allocate_tensor(Float32, cute.make_layout(cfg.partial_lines), byte_alignment=16)
-        tensor = lambda layout: allocator.allocate_tensor(
-            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        sQ, sK, sV = tensor(layouts.sQ), tensor(layouts.sK), tensor(layouts.sV)
-        sVt = view_as(sV, layouts.sVt, element_type(cfg)) if const_expr(cfg.values.is_transposed) else transposed(sV)
+        tensor = lambda layout, element: allocator.allocate_tensor(
+            element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        sQ, sK, sV = (tensor(layout, element) for layout, element in (
+            (layouts.sQ, element_type(cfg)), (layouts.sK, stored_type(cfg)), (layouts.sV, stored_type(cfg))))
+        widening, wgmma_V = None, sV
+        if const_expr(cfg.widens):
+            wide_K, wgmma_V = tensor(layouts.wide_K, element_type(cfg)), tensor(layouts.wide_V, element_type(cfg))
+            widening = Widening(cfg, sK, sV, wide_K, wgmma_V)
+        is_transposed = cfg.values.is_transposed
+        sVt = view_as(sV, layouts.sVt, element_type(cfg)) if const_expr(is_transposed) else transposed(wgmma_V)
         sPartial = cute.make_tensor(cute.recast_ptr(sK.iterator, dtype=Float32), cute.make_layout(
             (cfg.partial_lines, cfg.dim_v), stride=(cfg.dim_v, 1)))
-        smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, sVt, sPartial)
+        smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, sVt, widening, sPartial)
 
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
         rings = by_name(cfg.rings)
