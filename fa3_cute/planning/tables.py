@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from .config import DecodeConfig, FwdConfig
-from .decode_rows import DECODE, decode_row
+from .decode_rows import DECODE, FP8_CACHE, decode_row
 from .dims import has_fewer_values
 from .key_source import PAGE_BOXES
 from .score_features import NO_FEATURES, Features, take_registers
@@ -287,6 +287,14 @@ def all_decode_configs() -> list[DecodeConfig]:
     ]
 
 
+def fp8_cache_configs(source: KeySource = DENSE) -> list[DecodeConfig]:
+    """Every config of 16-bit queries over FP8 keys that lie in one place."""
+    return [
+        decode_config(dtype, head_dim, is_local, source=source, kv_dtype=FP8)
+        for dtype, head_dim, is_local in product(("bf16", "fp16"), FP8_CACHE, (False, True))
+    ]
+
+
 def all_packed_configs() -> list[FwdConfig]:
     """Every config that packs heads."""
     return [
@@ -298,7 +306,7 @@ def all_packed_configs() -> list[FwdConfig]:
 
 def dense_configs() -> list[FwdConfig | DecodeConfig]:
     """Every config that some call of dense or packed Q, K and V alike can need."""
-    return [*all_forward_configs(), *all_packed_configs(), *all_decode_configs()]
+    return [*all_forward_configs(), *all_packed_configs(), *all_decode_configs(), *fp8_cache_configs()]
 
 
 def configs_over(page_size: int) -> list[FwdConfig | DecodeConfig]:
@@ -319,4 +327,4 @@ def configs_over(page_size: int) -> list[FwdConfig | DecodeConfig]:
             if size == ELEMENT_BYTES[dtype]
             for is_local in (False, True)
         ]
-    return out
+    return out + fp8_cache_configs(KeySource(True, page_size))
