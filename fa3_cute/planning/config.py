@@ -23,6 +23,8 @@ SMEM_BYTES_PER_SM = 233472  # shared by its CTAs, each of which costs SMEM_BYTES
 SMEM_BYTES_RESERVED = 1024
 ROWS_PER_WARPGROUP = 64  # M of one WGMMA
 NUM_TRANSPOSE_WARPS = 2  # of the producer warpgroup, where there are any
+NUM_WIDEN_WARPS = 8  # whole warpgroups; of the decode kernel, where K and V are FP8 and Q is not
+MAX_WIDE_SLOTS = 2  # of K and of V: more do not help, the rings before them hold what is under way
 MAX_CLUSTER_SIZE = 16  # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
 
 FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
@@ -364,7 +366,7 @@ class DecodeConfig(KernelConfig):
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """As common_rules: what this kernel asks besides."""
-        budget = (SMEM_BYTES_PER_SM // max(1, self.ctas_per_sm)) - SMEM_BYTES_RESERVED
+        budget = self.smem_budget
         return (
             (
                 self.smem_bytes <= budget,
@@ -397,9 +399,26 @@ class DecodeConfig(KernelConfig):
         return Values.TRANSPOSED_IN_PLACE if self.is_fp8 else Values.AS_STORED
 
     @property
-    def wide_bytes(self) -> int:
-        """A K tile and a V tile of dtype, which consumers make of what is stored."""
-        return self.tile_n * (self.dim_qk + self.dim_v) * self.element_bytes
+    def uses_setmaxnreg(self) -> bool:
+        """Of three kinds of warpgroups one needs most registers."""
+        return self.widens
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """(load, consume) registers per thread after setmaxnreg, where there is one."""
+        return 24, 240
+
+    @property
+    def num_wide_slots(self) -> int:
+        """Of K, and of V, in dtype: as many as fit beside the rings."""
+        rings = smem_bytes((self.q_ring, *self.stored_rings))
+        pair = self.tile_n * (self.dim_qk + self.dim_v) * self.element_bytes
+        return max(1, min(MAX_WIDE_SLOTS, (self.smem_budget - rings) // pair))
+
+    @property
+    def smem_budget(self) -> int:
+        """That a CTA may have."""
+        return SMEM_BYTES_PER_SM // max(1, self.ctas_per_sm) - SMEM_BYTES_RESERVED
 
     @property
     def partial_lines(self) -> int:
@@ -415,15 +434,47 @@ class DecodeConfig(KernelConfig):
     def roles(self) -> tuple[Role, ...]:
         """The consumers come first: the number of a warpgroup's first warp must be a multiple of 4."""
         warps = self.num_consumer_warps
-        return Role("consume", range(warps)), Role("load", range(warps, warps + 1))
+        if not self.widens:
+            return Role("consume", range(warps)), Role("load", range(warps, warps + 1))
+        loader, (fewest, most) = warps + NUM_WIDEN_WARPS, self.registers
+        return (
+            Role("consume", range(warps), most),
+            Role("widen", range(warps, loader), 112),
+            Role("load", range(loader, loader + 1), fewest),
+            Role("retire", range(loader + 1, loader + WARPS_PER_WARPGROUP), fewest),
+        )
 
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory; q is one slot without mbarriers, filled by its readers."""
-        warps = self.num_consumer_warps
-        return (
-            Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
-            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, warps, "K"),
-            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, warps, "V"),
-            *[Ring("wide", 1, self.wide_bytes, 0, 0, "K and V, widened")] * self.widens,
+        return self.q_ring, *self.stored_rings, *self.wide_rings
+
+    @property
+    def q_ring(self) -> Ring:
+        return Ring("q", 1, self.q_slot_bytes, 0, 0, "Q")
+
+    @property
+    def stored_rings(self) -> tuple[Ring, Ring]:
+        """K and V as they are in memory."""
+        readers = NUM_WIDEN_WARPS if self.widens else self.num_consumer_warps
+        k, v = (
+            Ring(name, self.num_kv_stages, slot_bytes, self.num_kv_arrivals, readers, name.upper())
+            for name, slot_bytes in (("k", self.k_slot_bytes), ("v", self.v_slot_bytes))
+        )
+        return k, v
+
+    @property
+    def wide_rings(self) -> tuple[Ring, ...]:
+        """K and V in dtype, where they are stored in another."""
+        dims = (("k", self.dim_qk), ("v", self.dim_v)) if self.widens else ()
+        return tuple(
+            Ring(
+                f"wide_{name}",
+                self.num_wide_slots,
+                self.tile_n * columns * self.element_bytes,
+                NUM_WIDEN_WARPS,
+                self.num_consumer_warps,
+                f"{name.upper()} in {self.dtype}",
+            )
+            for name, columns in dims
         )

@@ -65,8 +65,8 @@ HEAVY_DECODE = {
 }
 # {head_dim} of 16-bit queries over FP8 keys. Not measured.
 FP8_CACHE = {
-    64: DecodeRow(128, 3, 2, 0.9, "a tile of K and of V in 16 bit beside the rings"),
-    128: DecodeRow(64, 4, 2, 0.8, "a tile of K and of V in 16 bit beside the rings"),
+    64: DecodeRow(128, 8, 1, 0.7, "a tile of K and of V in 16 bit beside the rings"),
+    128: DecodeRow(128, 4, 1, 0.9, "a tile of K and of V in 16 bit beside the rings"),
 }
 
 

@@ -32,7 +32,6 @@ from .softmax import OnlineSoftmax, Scores, by_head
 from .staged_mask import StagedMask
 from .transpose import transpose_in_place
 from .visibility import Mask
-from .widen import Widening
 from .wgmma import Mmas, in_flight, issue_gemm
 
 
@@ -59,7 +58,6 @@ class Attend:
     dropout: Optional[RowDropout]
     row_mask: Optional[RowMask | StagedMask]
     mods: Optional[RowMods]
-    widening: Optional[Widening]
 
     @cute.jit
     def start_tile(self, descales: Optional[Descales], mask: Mask, packed_heads: Int32 | int = 1):
@@ -228,9 +226,6 @@ class Attend:
 
     def start_qk(self, acc_S: cute.Tensor, k_slot: Int32):
         """S = Q K^T of one K slot, left in flight."""
-        if self.cfg.widens:
-            self.widening.widen_K(k_slot)
-            k_slot = 0
         tSrQ, tSrK = self.tSrQ[None, None, None, self.q_slot], self.tSrK[None, None, None, k_slot]
         issue_gemm(self.mmas.qk, acc_S, tSrQ, tSrK, zero_init=True)
 
@@ -247,9 +242,7 @@ class Attend:
             transpose_in_place(self.cfg, self.sV[None, None, v.index], self.sVt[None, None, v.index], tidx)
         is_apart = self.cfg.steps is Steps.SERIAL
         acc_PV = cute.make_rmem_tensor_like(self.acc_O) if is_apart else self.acc_O
-        if self.cfg.widens:
-            self.widening.widen_V(v.index)
-        tOrV = self.tOrV[None, None, None, 0 if self.cfg.widens else v.index]
+        tOrV = self.tOrV[None, None, None, v.index]
         issue_gemm(self.mmas.pv, acc_PV, self.tOrP, tOrV, zero_init=is_apart)
         return v, acc_PV
 
@@ -286,17 +279,17 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
     return Attend(
         cfg, mmas,
         tSrQ=mmas.qk.make_fragment_A(wg_qk.partition_A(smem.sQ)),
-        tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.widening.wide_K if cfg.widens else smem.sK)),
+        tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.wide_K if cfg.widens else smem.sK)),
         tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(smem.sVt)),
         tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),
         acc_O=acc_O, scores=scores,
         softmax=OnlineSoftmax.create(cfg, scores.scale_log2, num_rows, num_used),
-        k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
+        k_consumer=(pipes.wide_k if cfg.widens else pipes.k).make_consumer(), v_consumer=pipes.vt.make_consumer(),
+        wg_idx=wg_idx, q_slot=Int32(0),
         sV=smem.sV, sVt=smem.sVt,
-        value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.has_descales else None, factors=factors,
-        dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask,
-        mods=scores.mods.start(cfg, num_rows) if cfg.has_mods else None,
-        widening=smem.widening if cfg.widens else None)
+        value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.has_descales else None,
+        factors=factors, dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask,
+        mods=scores.mods.start(cfg, num_rows) if cfg.has_mods else None)
 
 
 @cute.jit

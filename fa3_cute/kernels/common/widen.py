@@ -1,65 +1,60 @@
-"""K and V in FP8 for queries of 16 bit: each tile becomes 16 bit in shared memory, on its way from its ring to WGMMA.
+"""K and V in FP8 for queries of 16 bit: tiles become 16 bit on their way from ring to ring.
 
-E4M3 numbers are FP16 and BF16 numbers, NaN too: nothing is rounded. The tiles of 16 bit are one of K and one of V; the
-rings, which hold what is under way, stay FP8.
+E4M3 numbers are FP16 and BF16 numbers, NaN too: nothing is rounded. What is under way from memory stays FP8.
 """
-from dataclasses import dataclass
-
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float8E4M3FN, Int32
+import cutlass.pipeline as pipeline
+from cutlass import Float8E4M3FN, Int32
 
-from ...planning.config import KernelConfig
+from ...planning.config import NUM_WIDEN_WARPS, KernelConfig
 from ...planning.rings import WARP, WARPS_PER_WARPGROUP
-from .barriers import sync_warpgroup
 from .copies import PIECE_BYTES
 from .layout import SwizzledRow, element_type
 
 
-@dataclass(frozen=True)
-class Widening:
-    """K and V as they are stored, (tile_n, columns, slot), and a tile of each for WGMMA, (tile_n, columns, 1)."""
-    cfg: Constexpr
-    stored_K: cute.Tensor
-    stored_V: cute.Tensor
-    wide_K: cute.Tensor
-    wide_V: cute.Tensor
+class WideRing(pipeline.PipelineAsync):
+    """Ring that the widening warps fill, for consumers that know PipelineTmaAsync's: one lane of a warp gives a slot
+    back, as there."""
 
-    def widen_K(self, slot: Int32):
-        """A K slot, for the next QK."""
-        widen(self.cfg, self.stored_K[None, None, slot], self.wide_K[None, None, 0])
+    @staticmethod
+    def create(**facts) -> "WideRing":
+        """Of PipelineAsync.create's arguments."""
+        ring = pipeline.PipelineAsync.create(**facts)
+        return WideRing(ring.sync_object_full, ring.sync_object_empty, ring.num_stages, ring.producer_mask,
+                        ring.consumer_mask)
 
-    def widen_V(self, slot: Int32):
-        """A V slot, for the next PV."""
-        widen(self.cfg, self.stored_V[None, None, slot], self.wide_V[None, None, 0])
+    def consumer_release(self, state, *, loc=None, ip=None) -> None:
+        """One arrival per warp."""
+        with cute.arch.elect_one(loc=loc, ip=ip):
+            super().consumer_release(state, loc=loc, ip=ip)
 
 
 @cute.jit
-def widen(cfg: KernelConfig, stored: cute.Tensor, wide: cute.Tensor):
-    """An FP8 tile -> a tile of cfg.dtype, both (tile_n, columns), over the one that WGMMA has read.
+def widen(cfg: KernelConfig, stored: cute.Tensor, wide: cute.Tensor, thread: Int32):
+    """A warp's share of a tile, (tile_n, columns), from FP8 to cfg.dtype.
 
     A lane has a row of each 32, and of it the warp's pieces: 8 lanes then read, and write, 8 different groups of banks.
-    Runs on: the consumer warpgroup. Synchronises: its four warps, twice.
+    Runs on: the widening warps, each by itself.
     """
-    tidx = cute.arch.thread_idx()[0]
-    warp, lane = tidx // WARP, tidx % WARP
-    source = SwizzledRow.create(stored, lane, warp * PIECE_BYTES)
-    target = SwizzledRow.create(wide, lane, warp * 2 * PIECE_BYTES)
-    places = [(row, piece) for row in range(0, cfg.tile_n, WARP)
-              for piece in range(0, cute.size(stored, mode=[1]), WARPS_PER_WARPGROUP * PIECE_BYTES)]
+    warp, lane = thread // WARP, thread % WARP
+    first_row, first_piece = warp // WARPS_PER_WARPGROUP * WARP + lane, warp % WARPS_PER_WARPGROUP * PIECE_BYTES
+    source = SwizzledRow.create(stored, first_row, first_piece)
+    target = SwizzledRow.create(wide, first_row, 2 * first_piece)
+    row_step, piece_step = NUM_WIDEN_WARPS // WARPS_PER_WARPGROUP * WARP, WARPS_PER_WARPGROUP * PIECE_BYTES
+    places = [(row, piece) for row in range(0, cfg.tile_n, row_step)
+              for piece in range(0, cute.size(stored, mode=[1]), piece_step)]
     read = [cute.make_rmem_tensor(PIECE_BYTES, Float8E4M3FN) for _ in places]
     for i in cutlass.range_constexpr(len(places)):
         row, piece = places[i]
         pointer = source.pointer(Float8E4M3FN, piece, row)
         cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(PIECE_BYTES)), read[i])
-    sync_warpgroup(0)
     for i in cutlass.range_constexpr(len(places)):
         row, piece = places[i]
         converted = cute.make_rmem_tensor(PIECE_BYTES, element_type(cfg))
         converted.store(read[i].load().to(element_type(cfg)))
+        halves = cute.make_layout(PIECE_BYTES // 2)
         for half in cutlass.range_constexpr(2):
             pointer = target.pointer(element_type(cfg), 2 * piece + half * PIECE_BYTES, row)
-            part = cute.make_tensor(converted.iterator + half * 8, cute.make_layout(8))
-            cute.autovec_copy(part, cute.make_tensor(pointer, cute.make_layout(8)))
-    cute.arch.fence_view_async_shared()
-    sync_warpgroup(0)
+            part = cute.make_tensor(converted.iterator + half * PIECE_BYTES // 2, halves)
+            cute.autovec_copy(part, cute.make_tensor(pointer, halves))
