@@ -39,7 +39,8 @@ class Argument:
     """The description of a field, which rules, kernel entries, argument buffers and repeat checks are made of.
 
     kind        "pointer", "size", "stride", "count", "number", "flag", "choice" or "object"
-    element     what a pointer points at: "input" (dtype), "stored" (kv_dtype), "output" (out_dtype), "float32", "int32", "uint64" or "bytes"
+    element     what a pointer points at: "input" (dtype), "stored" (kv_dtype), "output" (out_dtype), "float32",
+                "int32", "uint64" or "bytes"
     alignment   of a pointer, in bytes
     takers      the kernels whose entry takes it
     entry       its name there; "" where it is the field's
@@ -177,8 +178,8 @@ class FlashAttentionParams:
     kv_batch_idx: int | None = _lengths(*BOTH)
     batch_size_k: int = _size(*BOTH)
 
-    # Where k and v are FP8. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by sequence,
-    # packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
+    # Of FP8 k and v. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by
+    # sequence, packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
     q_descale_ptr: int | None = _descale("q_descale")
     k_descale_ptr: int | None = _descale("k_descale")
     v_descale_ptr: int | None = _descale("v_descale")

@@ -15,6 +15,7 @@ from .key_source import KeySourceFields
 from .packing import PackedFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .score_features import ScoreFields
+from .stored_keys import CONSUME_REGISTERS, NUM_WIDEN_WARPS, StoredFields
 from .strategies import Output, Steps, Values
 
 REGISTERS_PER_SM = 65536
@@ -23,19 +24,16 @@ SMEM_BYTES_PER_SM = 233472  # shared by its CTAs, each of which costs SMEM_BYTES
 SMEM_BYTES_RESERVED = 1024
 ROWS_PER_WARPGROUP = 64  # M of one WGMMA
 NUM_TRANSPOSE_WARPS = 2  # of the producer warpgroup, where there are any
-NUM_WIDEN_WARPS = 8  # whole warpgroups; of the decode kernel, where K and V are FP8 and Q is not
-MAX_WIDE_SLOTS = 2  # of K and of V: more do not help, the rings before them hold what is under way
 MAX_CLUSTER_SIZE = 16  # CTAs; more than 8 is a size that sm_90 has and other architectures may lack
 
 FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.arguments
 
 
 @dataclass(frozen=True)
-class KernelConfig(DimFields, KeySourceFields, ScoreFields):
+class KernelConfig(DimFields, KeySourceFields, StoredFields, ScoreFields):
     """What the configs of all kernels have in common. Shared device code knows no other.
 
-    dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32. K and V of a cache may be of
-               kv_dtype
+    dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
     head_dim   columns of Q and K, and of V and O unless DimFields say otherwise
     """
 
@@ -48,8 +46,6 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     packs_heads = False  # consecutive rows of a tile are heads of one query
     splits_keys = False  # several CTAs may share the keys of a row
     takes_max_of_bits = False  # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
-    uses_setmaxnreg = False
-    kv_dtype = None  # of K and V in memory, where it is not dtype
 
     if TYPE_CHECKING:  # what the configs of both kernels have: fields, rules, rings and roles
 
@@ -71,10 +67,6 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
         return (
             (self.dtype in ELEMENT_BYTES, f"dtype={self.dtype!r}: must be one of {', '.join(ELEMENT_BYTES)}"),
             (
-                self.kv_dtype is None or self.kv_dtype == FP8 and not self.is_fp8,
-                f"kv_dtype={self.kv_dtype!r}: must be None or {FP8!r} with another dtype",
-            ),
-            (
                 self.out_dtype in out_dtypes,
                 f"out_dtype={self.out_dtype!r}: must be one of {out_dtypes} with dtype={self.dtype!r}",
             ),
@@ -84,6 +76,7 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
                 f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA",
             ),
             *self.source_rules(),
+            *self.stored_rules(),
             *self.score_rules(),
         )
 
@@ -102,29 +95,9 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
         return self.out_dtype or self.dtype
 
     @property
-    def widens(self) -> bool:
-        """K and V are FP8 in memory and of dtype in the GEMMs (kernels/common/widen.py)."""
-        return self.kv_dtype is not None
-
-    @property
-    def has_descales(self) -> bool:
-        """What is stored is real / descale."""
-        return self.is_fp8 or self.widens
-
-    @property
-    def stored_dtype(self) -> str:
-        """Of K and V in memory."""
-        return self.kv_dtype or self.dtype
-
-    @property
     def element_bytes(self) -> int:
         """Of an element in the GEMMs."""
         return ELEMENT_BYTES.get(self.dtype, 2)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Of an element of K or V in memory."""
-        return ELEMENT_BYTES.get(self.stored_dtype, 2)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -179,7 +152,7 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     @property
     def dtype_name(self) -> str:
         """The dtypes in a name: that of Q, K and V, and O's where it is another."""
-        return "_".join(filter(None, (self.dtype, self.kv_dtype and f"kv_{self.kv_dtype}", self.out_dtype)))
+        return self.dtype + self.stored_name + (f"_{self.out_dtype}" if self.out_dtype else "")
 
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""
@@ -344,7 +317,7 @@ class DecodeConfig(KernelConfig):
     is_local          a window (a causal mask is one); without it every row sees every key
     num_kv_stages     depth of the K ring and of the V ring
     ctas_per_sm       how many CTAs can share an SM
-    kv_dtype          "fp8_e4m3": K and V are so in memory, Q is not; None: dtype
+    kv_dtype ..       of StoredFields
     is_ragged ..      of KeySourceFields; ragged batches are split sequence by sequence (ragged.py)
     """
 
@@ -353,7 +326,6 @@ class DecodeConfig(KernelConfig):
     num_kv_stages: int
     ctas_per_sm: int
     out_dtype: str | None = None
-    kv_dtype: str | None = None
 
     tile_m = ROWS_PER_WARPGROUP
     num_consumer_wgs = 1
@@ -366,7 +338,7 @@ class DecodeConfig(KernelConfig):
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         """As common_rules: what this kernel asks besides."""
-        budget = self.smem_budget
+        budget = (SMEM_BYTES_PER_SM // max(1, self.ctas_per_sm)) - SMEM_BYTES_RESERVED
         return (
             (
                 self.smem_bytes <= budget,
@@ -399,28 +371,6 @@ class DecodeConfig(KernelConfig):
         return Values.TRANSPOSED_IN_PLACE if self.is_fp8 else Values.AS_STORED
 
     @property
-    def uses_setmaxnreg(self) -> bool:
-        """Of three kinds of warpgroups one needs most registers."""
-        return self.widens
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """(load, consume) registers per thread after setmaxnreg, where there is one."""
-        return 24, 240
-
-    @property
-    def num_wide_slots(self) -> int:
-        """Of K, and of V, in dtype: as many as fit beside the rings."""
-        rings = smem_bytes((self.q_ring, *self.stored_rings))
-        pair = self.tile_n * (self.dim_qk + self.dim_v) * self.element_bytes
-        return max(1, min(MAX_WIDE_SLOTS, (self.smem_budget - rings) // pair))
-
-    @property
-    def smem_budget(self) -> int:
-        """That a CTA may have."""
-        return SMEM_BYTES_PER_SM // max(1, self.ctas_per_sm) - SMEM_BYTES_RESERVED
-
-    @property
     def partial_lines(self) -> int:
         """Rows of partial results that a CTA may receive: of each of its rows one from every CTA of the cluster."""
         return self.tile_m + MAX_CLUSTER_SIZE
@@ -434,47 +384,17 @@ class DecodeConfig(KernelConfig):
     def roles(self) -> tuple[Role, ...]:
         """The consumers come first: the number of a warpgroup's first warp must be a multiple of 4."""
         warps = self.num_consumer_warps
-        if not self.widens:
-            return Role("consume", range(warps)), Role("load", range(warps, warps + 1))
-        loader, (fewest, most) = warps + NUM_WIDEN_WARPS, self.registers
-        return (
-            Role("consume", range(warps), most),
-            Role("widen", range(warps, loader), 112),
-            Role("load", range(loader, loader + 1), fewest),
-            Role("retire", range(loader + 1, loader + WARPS_PER_WARPGROUP), fewest),
-        )
+        if self.widens:
+            return Role("consume", range(warps), CONSUME_REGISTERS), *self.widening_roles
+        return Role("consume", range(warps)), Role("load", range(warps, warps + 1))
 
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory; q is one slot without mbarriers, filled by its readers."""
-        return self.q_ring, *self.stored_rings, *self.wide_rings
-
-    @property
-    def q_ring(self) -> Ring:
-        return Ring("q", 1, self.q_slot_bytes, 0, 0, "Q")
-
-    @property
-    def stored_rings(self) -> tuple[Ring, Ring]:
-        """K and V as they are in memory."""
         readers = NUM_WIDEN_WARPS if self.widens else self.num_consumer_warps
-        k, v = (
-            Ring(name, self.num_kv_stages, slot_bytes, self.num_kv_arrivals, readers, name.upper())
-            for name, slot_bytes in (("k", self.k_slot_bytes), ("v", self.v_slot_bytes))
-        )
-        return k, v
-
-    @property
-    def wide_rings(self) -> tuple[Ring, ...]:
-        """K and V in dtype, where they are stored in another."""
-        dims = (("k", self.dim_qk), ("v", self.dim_v)) if self.widens else ()
-        return tuple(
-            Ring(
-                f"wide_{name}",
-                self.num_wide_slots,
-                self.tile_n * columns * self.element_bytes,
-                NUM_WIDEN_WARPS,
-                self.num_consumer_warps,
-                f"{name.upper()} in {self.dtype}",
-            )
-            for name, columns in dims
+        return (
+            Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
+            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, readers, "K"),
+            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, readers, "V"),
+            *self.wide_rings,
         )

@@ -3,6 +3,7 @@ reason."""
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from ..contract.formats import ELEMENT_BYTES
 
@@ -11,6 +12,7 @@ from ..contract.formats import ELEMENT_BYTES
 class DecodeRow:
     """Tile choice of one (bytes per element, head_dim) for decode.
 
+    num_wide_slots   of StoredFields
     tile_us   microseconds that a CTA takes per K/V tile when it does not wait for memory
     """
 
@@ -19,6 +21,7 @@ class DecodeRow:
     ctas_per_sm: int
     tile_us: float
     reason: str
+    num_wide_slots: int = 0
 
 
 # Reasons: microseconds of BF16, 16:2 heads, batch x context, with the best number of splits; H200, 2026-11-22, graph
@@ -65,14 +68,18 @@ HEAVY_DECODE = {
 }
 # {head_dim} of 16-bit queries over FP8 keys. Not measured.
 FP8_CACHE = {
-    64: DecodeRow(128, 8, 1, 0.7, "a tile of K and of V in 16 bit beside the rings"),
-    128: DecodeRow(128, 4, 1, 0.9, "a tile of K and of V in 16 bit beside the rings"),
+    64: DecodeRow(128, 8, 1, 0.7, "rings and tiles of 16 bit that fit", 2),
+    128: DecodeRow(128, 4, 1, 0.9, "rings and tiles of 16 bit that fit", 1),
 }
 
 
 @cache
 def decode_row(
-    dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False, takes_registers: bool = False,
+    dtype: str,
+    head_dim: int,
+    is_local: bool = False,
+    is_ragged: bool = False,
+    takes_registers: bool = False,
     kv_dtype: str | None = None,
 ) -> DecodeRow:
     """The row of DECODE that serves a problem, or that of FP8_CACHE, RAGGED_DECODE or HEAVY_DECODE."""
@@ -82,3 +89,8 @@ def decode_row(
     if takes_registers:
         return HEAVY_DECODE.get(key, DECODE[key])
     return is_ragged and RAGGED_DECODE.get((*key, is_local)) or DECODE[key]
+
+
+def row_of(cfg: Any) -> DecodeRow:
+    """That of a decode kernel's config."""
+    return decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers, cfg.kv_dtype)

@@ -35,7 +35,10 @@ class KeySourceFields:
             (self.is_varlen or not self.is_ragged, "is_ragged: only with is_varlen"),
             (self.is_ragged or not self.page_box, "page_box: only with is_ragged"),
             (self.page_box > 1 or not self.box_is_wide, "box_is_wide: only with page_box, of TMA"),
-            (not (self.box_is_wide and self.has_descales), "box_is_wide: not with FP8, which consumers read by addresses"),
+            (
+                not (self.box_is_wide and self.has_descales),
+                "box_is_wide: not with FP8, which consumers read by addresses",
+            ),
         )
 
     @property

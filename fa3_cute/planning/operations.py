@@ -17,7 +17,7 @@ from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
 from .append import append_plan
 from .config import DecodeConfig, FwdConfig
-from .decode_rows import decode_row
+from .decode_rows import row_of
 from .dims import dim_fields
 from .packing import packed_heads_of_window
 from .problem import Chosen, ProblemShape, chosen_by
@@ -139,8 +139,7 @@ def _forward_launch(cfg: FwdConfig) -> Launch:
 
 def _decode_launch(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int = 0) -> Launch:
     plan = ragged_plan_of(cfg, shape, decode_queries) if cfg.is_ragged else plan_of(cfg, shape)
-    row = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers, cfg.kv_dtype)
-    return Launch(cfg, row.reason, "splits" if plan.partial_bytes else "none", plan)
+    return Launch(cfg, row_of(cfg).reason, "splits" if plan.partial_bytes else "none", plan)
 
 
 def launch_of(cfg: Config, shape: ProblemShape) -> Launch:

@@ -269,7 +269,8 @@ def decode_config(
             row.num_kv_stages,
             row.ctas_per_sm,
             out_dtype,
-            kv_dtype,
+            kv_dtype=kv_dtype,
+            num_wide_slots=row.num_wide_slots,
             **source.fields(row.tile_n),
             **dict(features),
         )

@@ -21,7 +21,14 @@ from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA, Decod
 from fa3_cute.planning.decode_rows import DECODE
 from fa3_cute.planning.key_source import PAGE_BOXES
 from fa3_cute.planning.score_features import FEATURES, MODS
-from fa3_cute.planning.selections import all_configs, cached_fp8_configs, dim_configs, feature_configs, packed_configs, ragged_configs
+from fa3_cute.planning.selections import (
+    all_configs,
+    cached_fp8_configs,
+    dim_configs,
+    feature_configs,
+    packed_configs,
+    ragged_configs,
+)
 from fa3_cute.planning.tables import (
     DTYPES,
     FORWARD,

@@ -7,8 +7,9 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float8E4M3FN, Int32
 
-from ...planning.config import NUM_WIDEN_WARPS, KernelConfig
+from ...planning.config import KernelConfig
 from ...planning.rings import WARP, WARPS_PER_WARPGROUP
+from ...planning.stored_keys import NUM_WIDEN_WARPS
 from .copies import PIECE_BYTES
 from .layout import SwizzledRow, element_type
 

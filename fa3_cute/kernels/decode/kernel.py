@@ -221,7 +221,7 @@ class FlashAttentionDecode:
         facts = lambda name: {
             "num_stages": rings[name].slots, "producer_group": group(rings[name].full),
             "consumer_group": group(rings[name].empty), "barrier_storage": bars[name], "defer_sync": True}
-        k, v = key_value_ring(cfg, layouts.sK, **facts("k")), key_value_ring(cfg, layouts.sV, **facts("v"))
+        v, k = key_value_ring(cfg, layouts.sV, **facts("v")), key_value_ring(cfg, layouts.sK, **facts("k"))
         wide_k, vt = k, v
         if const_expr(cfg.widens):
             wide_k, vt = WideRing.create(**facts("wide_k")), WideRing.create(**facts("wide_v"))
