@@ -61,7 +61,10 @@ def test_served_with_packed_queries():
     "changes, found",
     [
         ({"head_dim": 96}, (-3, "head_dim=96: must be 64 or 128 with kv_dtype=FP8_E4M3 and 16-bit queries")),
-        ({"head_dim_v": 64}, (-3, "head_dim_v=64: must be 0 or head_dim=128 with kv_dtype=FP8_E4M3 and 16-bit queries")),
+        (
+            {"head_dim_v": 64},
+            (-3, "head_dim_v=64: must be 0 or head_dim=128 with kv_dtype=FP8_E4M3 and 16-bit queries"),
+        ),
         ({"kv_dtype": FP16}, (-9, "kv_dtype=DataType.FP16: must be None (dtype), what dtype is, or FP8_E4M3")),
         ({"kv_dtype": "fp8"}, (-9, "kv_dtype='fp8': must be None (dtype), what dtype is, or FP8_E4M3")),
         ({"out_dtype": FP16}, (-9, "out_dtype=DataType.FP16: must be None or BF16 or FP32 with dtype=BF16")),
@@ -69,8 +72,10 @@ def test_served_with_packed_queries():
             {"k_row_stride": 520},
             (
                 -7,
-                "k_row_stride=520: must be at least 0, below 1099511627776 and a multiple of 16 elements "
-                "(16 bytes, for TMA)",
+                (
+                    "k_row_stride=520: must be at least 0, below 1099511627776 and a multiple of 16 elements "
+                    "(16 bytes, for TMA)"
+                ),
             ),
         ),
     ],
@@ -87,7 +92,7 @@ def test_strides_of_q_are_those_of_16_bit():
 @pytest.mark.parametrize("name", UNSERVED)
 def test_what_has_no_kernel_is_refused_by_name(name):
     value = GIVEN.get(name, A)
-    refused = {status: detail for status, detail in problems(replace(CACHE, **{name: value}))}
+    refused = dict(problems(replace(CACHE, **{name: value})))
     assert refused[-16].startswith(f"{name}=") and refused[-16].endswith(f"16-bit queries: {UNSERVED[name]}")
 
 
@@ -145,7 +150,9 @@ def test_the_twin_is_one_of_16_bit(tensors):
 
 def test_keys_of_two_types_are_refused(tensors):
     q, k, v, _ = tensors
-    with pytest.raises(FlashAttentionError, match="dtypes bfloat16, float8_e4m3fn, bfloat16 of q, k, v: must be the same"):
+    with pytest.raises(
+        FlashAttentionError, match="dtypes bfloat16, float8_e4m3fn, bfloat16 of q, k, v: must be the same"
+    ):
         attention(q, k, q[:, :1, :2].repeat(9, 1))
     with pytest.raises(FlashAttentionError, match="dtypes bfloat16, uint8, uint8"):
         attention(q, k.view(np.uint8), v.view(np.uint8))

@@ -103,9 +103,7 @@ def test_descales_reach_the_kernel():
     layout = layout_of(launch.config.entry, launch.config.has_descales)
     assert {"k_descale", "v_descale", "q_descale"} <= set(layout.per_call)
     assert {"k_descale_batch_stride", "v_descale_head_stride"} <= set(layout.per_shape)
-    values = dict(
-        zip(layout.per_shape, layout.values(checked(plain(params)), launch.counts(132)), strict=True)
-    )
+    values = dict(zip(layout.per_shape, layout.values(checked(plain(params)), launch.counts(132)), strict=True))
     assert values["k_descale_head_stride"] == PER_HEAD["k_descale_head_stride"]
     assert addresses_of(plain(params))[-3:] == (A + 4,) * 3
     assert len(addresses_of(plain(replace(CACHE, kv_dtype=None)))) == 5
