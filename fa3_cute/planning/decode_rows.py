@@ -69,7 +69,7 @@ HEAVY_DECODE = {
 # {head_dim} of 16-bit queries over FP8 keys. Not measured.
 FP8_CACHE = {
     64: DecodeRow(128, 8, 1, 0.7, "rings and tiles of 16 bit that fit", 2),
-    128: DecodeRow(128, 4, 1, 0.9, "rings and tiles of 16 bit that fit", 1),
+    128: DecodeRow(128, 2, 1, 0.9, "rings and tiles of 16 bit that fit", 2),
 }
 
 

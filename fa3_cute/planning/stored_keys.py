@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_CACHE_HEAD_DIMS
-from .rings import WARPS_PER_WARPGROUP, Ring, Role
+from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role
 
-NUM_WIDEN_WARPS = 8  # whole warpgroups
+NUM_WIDEN_WARPS = 4  # of K, and of V: a warpgroup each, which then do not wait for one another
 # Registers per thread after setmaxnreg: of the loading warpgroup, the widening ones and the consumers.
 LOAD_REGISTERS, WIDEN_REGISTERS, CONSUME_REGISTERS = 24, 112, 240
 
@@ -30,14 +30,13 @@ class StoredFields:
         """(whether it holds, what to say if it does not)."""
         is_known = self.kv_dtype == FP8 and not self.is_fp8 and self.splits_keys
         dims = self.head_dim in FP8_CACHE_HEAD_DIMS and not self.head_dim_v and not self.is_padded
-        row_step = WARPS_PER_WARPGROUP * NUM_WIDEN_WARPS * 2  # keys that all widening warps take at once
         return (
             (
                 not self.widens or is_known,
                 f"kv_dtype={self.kv_dtype!r}: must be None, or {FP8!r} in the decode kernel with another dtype",
             ),
             (not self.widens or dims, f"kv_dtype: only with head_dim of {FP8_CACHE_HEAD_DIMS}, of K and of V"),
-            (not self.widens or self.tile_n % row_step == 0, f"tile_n={self.tile_n}: must be a multiple of {row_step}"),
+            (not self.widens or self.tile_n % WARP == 0, f"tile_n={self.tile_n}: must be a multiple of {WARP}"),
             (
                 (self.num_wide_slots > 0) == self.widens,
                 f"num_wide_slots={self.num_wide_slots}: must be at least 1 with kv_dtype, else 0",
@@ -81,11 +80,12 @@ class StoredFields:
 
     @property
     def widening_roles(self) -> tuple[Role, ...]:
-        """Behind the consumers: who widens, who loads, and the rest of the loading warpgroup."""
+        """Behind the consumers: who widens K and who V, who loads, and the rest of the loading warpgroup."""
         first = self.num_consumer_warps
-        loader = first + NUM_WIDEN_WARPS
+        second, loader = first + NUM_WIDEN_WARPS, first + 2 * NUM_WIDEN_WARPS
         return (
-            Role("widen", range(first, loader), WIDEN_REGISTERS),
+            Role("widen_k", range(first, second), WIDEN_REGISTERS),
+            Role("widen_v", range(second, loader), WIDEN_REGISTERS),
             Role("load", range(loader, loader + 1), LOAD_REGISTERS),
             Role("retire", range(loader + 1, loader + WARPS_PER_WARPGROUP), LOAD_REGISTERS),
         )

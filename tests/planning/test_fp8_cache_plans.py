@@ -57,9 +57,9 @@ def test_registers_and_arrivals():
         at_launch = REGISTERS_PER_SM // cfg.num_threads // 8 * 8 * cfg.num_threads
         assert sum(WARP * len(role.warps) * role.registers for role in cfg.roles) <= at_launch
         roles, rings = by_name(cfg.roles), by_name(cfg.rings)
-        assert all(len(role.warps) % 4 == 0 for role in (roles["consume"], roles["widen"]))
+        assert all(len(roles[name].warps) % 4 == 0 for name in ("consume", "widen_k", "widen_v"))
         assert len(roles["load"].warps) + len(roles["retire"].warps) == 4
-        assert rings["k"].empty == rings["v"].empty == len(roles["widen"].warps) == NUM_WIDEN_WARPS
+        assert rings["k"].empty == rings["v"].empty == len(roles["widen_k"].warps) == NUM_WIDEN_WARPS
         for name in ("wide_k", "wide_v"):
             assert (rings[name].full, rings[name].empty) == (NUM_WIDEN_WARPS, len(roles["consume"].warps))
 
@@ -77,9 +77,9 @@ def test_every_config_can_be_compiled_ahead():
         ({"dtype": "fp8_e4m3", "out_dtype": "bf16"}, "kv_dtype='fp8_e4m3': must be None, or 'fp8_e4m3' in the decode"),
         ({"kv_dtype": "fp16"}, "kv_dtype='fp16': must be None, or"),
         ({"head_dim": 96}, r"kv_dtype: only with head_dim of \(64, 128\)"),
-        ({"tile_n": 96}, "tile_n=96: must be a multiple of 64"),
+        ({"tile_n": 112}, "tile_n=112: must be a multiple of 32"),
         ({"num_wide_slots": 0}, "num_wide_slots=0: must be at least 1 with kv_dtype"),
-        ({"kv_dtype": None}, "num_wide_slots=1: must be at least 1 with kv_dtype, else 0"),
+        ({"kv_dtype": None}, "num_wide_slots=2: must be at least 1 with kv_dtype, else 0"),
         ({"num_kv_stages": 5}, "bytes of shared memory"),
         ({"is_ragged": True, "page_box": 16, "box_is_wide": True}, "box_is_wide: not with FP8"),
     ],

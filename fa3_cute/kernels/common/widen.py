@@ -8,7 +8,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Float8E4M3FN, Int32
 
 from ...planning.config import KernelConfig
-from ...planning.rings import WARP, WARPS_PER_WARPGROUP
+from ...planning.rings import WARP
 from ...planning.stored_keys import NUM_WIDEN_WARPS
 from .copies import PIECE_BYTES
 from .layout import SwizzledRow, element_type
@@ -36,26 +36,23 @@ def widen(cfg: KernelConfig, stored: cute.Tensor, wide: cute.Tensor, thread: Int
     """A warp's share of a tile, (tile_n, columns), from FP8 to cfg.dtype.
 
     A lane has a row of each 32, and of it the warp's pieces: 8 lanes then read, and write, 8 different groups of banks.
-    Runs on: the widening warps, each by itself.
+    Runs on: the warps that widen K or V, each by itself.
     """
-    warp, lane = thread // WARP, thread % WARP
-    first_row, first_piece = warp // WARPS_PER_WARPGROUP * WARP + lane, warp % WARPS_PER_WARPGROUP * PIECE_BYTES
-    source = SwizzledRow.create(stored, first_row, first_piece)
-    target = SwizzledRow.create(wide, first_row, 2 * first_piece)
-    row_step, piece_step = NUM_WIDEN_WARPS // WARPS_PER_WARPGROUP * WARP, WARPS_PER_WARPGROUP * PIECE_BYTES
-    places = [(row, piece) for row in range(0, cfg.tile_n, row_step)
-              for piece in range(0, cute.size(stored, mode=[1]), piece_step)]
+    lane, first_byte = thread % WARP, thread // WARP * PIECE_BYTES
+    source, target = SwizzledRow.create(stored, lane, first_byte), SwizzledRow.create(wide, lane, 2 * first_byte)
+    places = [(row, byte) for row in range(0, cfg.tile_n, WARP)
+              for byte in range(0, cute.size(stored, mode=[1]), NUM_WIDEN_WARPS * PIECE_BYTES)]
     read = [cute.make_rmem_tensor(PIECE_BYTES, Float8E4M3FN) for _ in places]
     for i in cutlass.range_constexpr(len(places)):
-        row, piece = places[i]
-        pointer = source.pointer(Float8E4M3FN, piece, row)
+        row, byte = places[i]
+        pointer = source.pointer(Float8E4M3FN, byte, row)
         cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(PIECE_BYTES)), read[i])
     for i in cutlass.range_constexpr(len(places)):
-        row, piece = places[i]
+        row, byte = places[i]
         converted = cute.make_rmem_tensor(PIECE_BYTES, element_type(cfg))
         converted.store(read[i].load().to(element_type(cfg)))
         halves = cute.make_layout(PIECE_BYTES // 2)
         for half in cutlass.range_constexpr(2):
-            pointer = target.pointer(element_type(cfg), 2 * piece + half * PIECE_BYTES, row)
+            pointer = target.pointer(element_type(cfg), 2 * byte + half * PIECE_BYTES, row)
             part = cute.make_tensor(converted.iterator + half * PIECE_BYTES // 2, halves)
             cute.autovec_copy(part, cute.make_tensor(pointer, halves))

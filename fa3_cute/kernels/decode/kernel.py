@@ -11,7 +11,7 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ...planning.config import DECODE_ARGUMENTS, DecodeConfig
-from ...planning.rings import by_name
+from ...planning.rings import WARP, by_name
 from ..common.arithmetic import maximum, minimum
 from ..common.block_range import Window, split_range
 from ..common.cluster import sync_cluster
@@ -112,7 +112,8 @@ class FlashAttentionDecode:
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
     def kernel(self, params: DecodeParams, layouts: DecodeLayouts, mmas: Mmas):
-        """Warps 0-3 consume, warp 4 loads; where K and V are widened, warps 4-11 do that and warp 12 loads."""
+        """Warps 0-3 consume, warp 4 loads; where K and V are widened, warps 4-7 and 8-11 do that, and warp 12
+        loads."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         load_warp = by_name(cfg.roles)["load"].warps[0]
@@ -144,17 +145,21 @@ class FlashAttentionDecode:
                       work: SplitWork):
         """The same where K and V are widened; a warpgroup decides on its registers."""
         cfg, roles = self.cfg, by_name(self.cfg.roles)
+        tidx, first = cute.arch.thread_idx()[0], {name: role.warps[0] for name, role in roles.items()}
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if warp_idx < roles["widen"].warps[0]:
+        if warp_idx < first["widen_k"]:
             cute.arch.setmaxregister_increase(roles["consume"].registers)
             consume_split(cfg, params, mmas, smem, pipes, work)
         else:
-            if warp_idx < roles["load"].warps[0]:
-                cute.arch.setmaxregister_decrease(roles["widen"].registers)
-                widen_split(cfg, smem, pipes, work)
+            if warp_idx < first["load"]:
+                cute.arch.setmaxregister_decrease(roles["widen_k"].registers)
+                if warp_idx < first["widen_v"]:
+                    widen_split(cfg, smem.sK, smem.wide_K, pipes.k, pipes.wide_k, work, tidx - WARP * first["widen_k"])
+                else:
+                    widen_split(cfg, smem.sV, smem.wide_V, pipes.v, pipes.vt, work, tidx - WARP * first["widen_v"])
             else:
                 cute.arch.setmaxregister_decrease(roles["load"].registers)
-                if warp_idx == roles["load"].warps[0]:
+                if warp_idx == first["load"]:
                     load_split(cfg, params, smem, pipes, work)
             sync_cluster()      # as the consumers do, once
 
