@@ -66,10 +66,11 @@ HEAVY_DECODE = {
     (1, 96): DecodeRow(128, 8, 1, 1.0, "registers; 64 keys are not divisible among the warps that transpose"),
     (1, 128): DecodeRow(64, 12, 1, 0.6, "registers"),
 }
-# {head_dim} of 16-bit queries over FP8 keys. Not measured.
+# {head_dim} of 16-bit queries over FP8 keys. Of an earlier form, in which the same warps widened K and V in turn, H200,
+# 2026-11-29, graph replay; behind + the slots of 16 bit. The present one is not measured.
 FP8_CACHE = {
-    64: DecodeRow(128, 8, 1, 0.7, "rings and tiles of 16 bit that fit", 2),
-    128: DecodeRow(128, 2, 1, 0.9, "rings and tiles of 16 bit that fit", 2),
+    64: DecodeRow(128, 8, 1, 0.7, "64x8k 32:8 233, 16x8k 20.0", 2),
+    128: DecodeRow(128, 2, 1, 0.9, "64x8k 32:8 322, 16x8k 25.7; 128x3x1+1 353, 27.7; 64x8x1+2 455, 33.3", 2),
 }
 
 

@@ -1,6 +1,7 @@
 """16-bit queries over FP8 keys: which kernel serves them, what it is made of, what its arguments are."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rule_calls import BF16, DENSE, DESCALES, FP8, FP16, PACKED, PER_HEAD, A
@@ -62,6 +63,17 @@ def test_registers_and_arrivals():
         assert rings["k"].empty == rings["v"].empty == len(roles["widen_k"].warps) == NUM_WIDEN_WARPS
         for name in ("wide_k", "wide_v"):
             assert (rings[name].full, rings[name].empty) == (NUM_WIDEN_WARPS, len(roles["consume"].warps))
+
+
+def test_the_kernels_contract_states_the_bytes():
+    text = (Path(__file__).resolve().parents[2] / "fa3_cute" / "kernels" / "README.md").read_text()
+    text = " ".join(text.partition("With FP8 keys and 16-bit queries the wide rings")[2].split())
+    for cfg in fp8_cache_configs():
+        rings = by_name(cfg.rings)
+        stored, wide = (f"{rings[name].slots} x {rings[name].slot_bytes}" for name in ("k", "wide_k"))
+        assert (
+            f"{rings['q'].slot_bytes}" in text and stored in text and wide in text and f"all {cfg.smem_bytes}" in text
+        )
 
 
 def test_every_config_can_be_compiled_ahead():
