@@ -345,8 +345,8 @@ def attention(
     q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens_q
     k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens_k, or
                   [num_pages, page_size, num_heads_k, head_dim] with page_table. float16, bfloat16 or float8_e4m3fn; FP8
-                  also as uint8 with dtype="float8_e4m3fn". v and out may have another head_dim than q and k. Last
-                  dimension contiguous, other strides multiples of 16 for FP8 q, k and v, else of 8. A given out is
+                  also as uint8 with dtype="float8_e4m3fn", or k and v alone. v and out may have another head_dim than q
+                  and k. Last dimension contiguous, other strides multiples of 16 in FP8, else of 8. A given out is
                   written: of q's type (FP8: 16 bit) or float32
     stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
@@ -366,8 +366,8 @@ def attention(
     leftpad_k     [batch] int32: first rows of each sequence's keys that do not exist; seqused_k counts them
     k_new, v_new  [batch, rows, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new: written behind seqused_k
     rotary_cos, rotary_sin   [positions, rotary_dim / 2] for q and k_new, from seqlens_rotary [batch] on or seqused_k
-    *_descale     FP8 only: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q, num_heads_k
-                  for k and v, batch the number of sequences; any strides; real value = FP8 value * descale
+    *_descale     of FP8 k and v: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q,
+                  num_heads_k for k and v, batch the number of sequences; any strides; real value = FP8 value * descale
     num_splits    0 automatic, 1 never, n exactly n; max_seqlen_q a hint: no packed sequence has more; 0 unknown
     zero_padding  packed rows behind the last sequence get out = 0 and LSE = -inf
 

@@ -12,6 +12,9 @@ short calls could not be captured.
 FP8, the suite fp8 or --dtype fp8_e4m3, has Q, K and V in E4M3 without descales, O in BF16. "ours bf16" is then our own
 BF16 kernel on a problem of the same sizes, in the same rounds.
 
+The suite fp8cache has 16-bit queries over K and V in E4M3; "ours bf16" is our own kernel over K and V in BF16, "ours
+fp8" the one with Q in E4M3 too, in the same rounds. It has no other libraries.
+
 Decode is always replayed, twice per problem. warm: every call reads the same K and V, which the L2 cache may hold.
 cold: calls take turns on sets of K and V that are together larger than 300 MB; a larger problem is its own set, and its
 two rows are the same work. GB/s counts K and V once, Q and O. "copy" is that rate over the one, bytes read plus bytes
@@ -47,7 +50,14 @@ from statistics import median
 
 from .. import backward, forward
 from ..contract.backward_rules import SERVED_HEAD_DIMS
-from ..contract.formats import ELEMENT_BYTES, FP8, FP8_SERVED_DIMS, HEAD_DIMS, SERVED_DIMS
+from ..contract.formats import (
+    ELEMENT_BYTES,
+    FP8,
+    FP8_CACHE_HEAD_DIMS,
+    FP8_SERVED_DIMS,
+    HEAD_DIMS,
+    SERVED_DIMS,
+)
 from ..arrays.memory import hopper_device_problem, open_device
 from . import environment
 from . import host
@@ -59,12 +69,13 @@ from .latent import LatentCase, LatentTensors
 from .measure import Batch, Stopwatch, Work, in_turn
 from .passes import BOTH, FORWARD
 from .options import cannot_run, count, milliseconds, new_file, one_or_more
-from .shown import ARITHMETIC, OURS, OURS_16, Shown
+from .shown import ARITHMETIC, OURS, OURS_8, OURS_16, Shown
 from .suites import append
 from .suites import backward as gradients
 from .suites import decode
 from .suites import dims
 from .suites import fp8
+from .suites import fp8cache
 from .suites import mla
 from .suites import prefill
 from .suites import scores
@@ -79,6 +90,7 @@ SUITES = {
     "window": window,
     "decode": decode,
     "fp8": fp8,
+    "fp8cache": fp8cache,
     "serving": serving,
     "mla": mla,
     "scores": scores,
@@ -179,6 +191,8 @@ def served(case: Case) -> Collection[int]:
     """The head dims that there are kernels for."""
     if isinstance(case, LatentCase):
         return () if case.dtype == FP8 else (case.head_dim,)
+    if case.kv_dtype:
+        return () if case.dtype == FP8 else FP8_CACHE_HEAD_DIMS
     if case.passes == FORWARD:
         return FP8_SERVED_DIMS if case.dtype == FP8 else SERVED_DIMS
     return () if case.dtype == FP8 else SERVED_HEAD_DIMS
@@ -186,11 +200,15 @@ def served(case: Case) -> Collection[int]:
 
 def limit(dtype: str, name: str) -> float:
     """The error of one implementation's result from which on it is wrong."""
-    return WRONG[ELEMENT_BYTES["bf16" if name == OURS_16 else dtype]]
+    return WRONG[ELEMENT_BYTES[{OURS_16: "bf16", OURS_8: FP8}.get(name, dtype)]]
 
 
 def own(case: Case) -> dict[str, Case]:
-    """What our own implementations do of a case: OURS the case, and OURS_16 the same sizes in BF16 beside FP8."""
+    """What our own implementations do of a case: OURS the case, and beside FP8 OURS_16 the same sizes in BF16; beside
+    16-bit queries over an FP8 cache OURS_8 besides, with FP8 queries."""
+    if case.kv_dtype:
+        others = {OURS_16: "bf16", OURS_8: FP8}
+        return {OURS: case} | {name: replace(case, dtype=dtype, kv_dtype=None) for name, dtype in others.items()}
     return {OURS: case} | ({OURS_16: replace(case, dtype="bf16")} if case.dtype == FP8 else {})
 
 
@@ -208,8 +226,8 @@ class Bench:
         self.tensors = {name: kind([own(case)[name] for case in cases], self.stream) for name in own(cases[0])}
         self.peers = self.find_peers(args.peers)
         self.environment = environment.describe(device, self.stopwatch.monitor, self.peers, args)
-        if OURS_16 in self.tensors:
-            self.environment["peers"] = {OURS_16: "", **self.environment["peers"]}
+        others = {name: "" for name in self.tensors if name != OURS}
+        self.environment["peers"] = others | self.environment["peers"]
 
     def find_peers(self, names: list[str]) -> dict[str, peers.Peer]:
         """Loads the peers asked for; says in one line each which are not here."""
@@ -269,7 +287,7 @@ class Bench:
         for name, our_case in own(case).items():
             launches[name], errors[name] = self.ours(self.tensors[name], our_case)
         every_pointers = [self.tensors[OURS].pointers(case, kv_set) for kv_set in range(case.kv_sets)]
-        for name, peer in self.peers.items():
+        for name, peer in ({} if case.kv_dtype else self.peers).items():  # which have one type for all
             try:
                 theirs = [peer.launch(case, pointers) for pointers in every_pointers]
                 notes += filter(None, [getattr(theirs[-1], "note", "")])

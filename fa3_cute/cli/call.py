@@ -27,5 +27,6 @@ def call_of(case: "Case", pointers: dict[str, int]) -> dict[str, Any]:
     sizes = ("batch_size", "num_heads", "num_heads_k", "head_dim", "head_dim_v", "is_causal")
     numbers = {name: getattr(case, name) for name in sizes}
     numbers |= dict(zip(("window_size_left", "window_size_right"), case.window, strict=True))
-    types = {"dtype": DataType[case.dtype.upper()], "out_dtype": DataType[case.element_out.upper()]}
+    types = {"dtype": case.dtype, "kv_dtype": case.stored, "out_dtype": case.element_out}
+    types = {field: DataType[name.upper()] for field, name in types.items()}
     return pointers | rows | numbers | types

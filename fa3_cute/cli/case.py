@@ -17,8 +17,7 @@ from .measure import CALLS_PER_GRAPH
 from .passes import FORWARD, PRODUCTS, visible_pairs
 
 CHECKED_ROWS = 64
-# Random numbers drawn per tensor; a longer one repeats them. More than the dense grid needs, and an odd period: no row
-# meets its own copy.
+# Random numbers per tensor; a longer one repeats them. More than the dense grid needs, odd: no row meets its own copy.
 DISTINCT_NUMBERS = 40_000_003
 # K/V sets that a cold case reads in turn are together larger than this: several times the L2 cache of any Hopper GPU.
 COLD_BYTES = 300_000_000
@@ -29,7 +28,7 @@ COPIED_BYTES = 1 << 30
 class Case:
     """An attention problem; lengths in tokens.
 
-    dtype      of Q, K and V; out_dtype of O where they are FP8, None: BF16
+    dtype      of Q, K and V, kv_dtype of K and V if not None; out_dtype of O where Q is FP8, None: BF16
     head_dim_v   columns of V and O; 0: head_dim
     window     (left, right) around the bottom-right diagonal, negative is unbounded; not together with is_causal
     lengths    of packed sequences, batch_size is then their number, seqlen_* the longest; with pages those of Q alone
@@ -38,8 +37,7 @@ class Case:
                cases whose are not; None: contiguous, not looked at
     label      what the sequences are called
     l2         "cold": successive calls read different sets of K and V, so that the L2 cache never holds what comes
-               next; "warm": they all read the same one, and as many are in a graph as of the cold case; "": not looked
-               at
+               next; "warm": they all read the same one, and as many are in a graph as of the cold case; "": either
     scores     what else is asked of scores
     passes     what is timed of it (passes.py)
     group      cases that are called the same, one after the other, are timed in the same rounds; "": alone
@@ -64,10 +62,12 @@ class Case:
     passes: str = FORWARD
     group: str = ""
     head_dim_v: int = 0
+    kv_dtype: str | None = None
 
     @property
     def name(self) -> str:
-        out = "" if self.element_out in (self.dtype, FP8_OUT_DTYPES[0]) else f"->{self.out_dtype}"
+        keys = f" over {self.kv_dtype}" if self.kv_dtype else ""
+        out = keys if self.element_out in (self.dtype, FP8_OUT_DTYPES[0]) else f"->{self.out_dtype}"
         parts = f"{self.dtype}{out} d{self.dims} {self.mask} h{self.heads} {self.layout}"
         return " ".join(filter(None, (parts, self.keys, self.l2, self.scores.name, self.passes)))
 
@@ -98,8 +98,12 @@ class Case:
 
     @property
     def element_bytes(self) -> int:
-        """Of an element of Q, K or V."""
+        """Of an element of Q, K or V in the GEMMs."""
         return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def stored(self) -> str:
+        return self.kv_dtype or self.dtype
 
     @property
     def mask(self) -> str:
@@ -148,13 +152,13 @@ class Case:
     def nbytes(self) -> int:
         """What has to be read and written: K and V once, Q and O."""
         keys = sum(seqlen_k * count for (_, seqlen_k), count in self.sequences().items())
-        kv_bytes = self.element_bytes * keys * self.num_heads_k * (self.head_dim + self.columns_v)
+        kv_bytes = ELEMENT_BYTES[self.stored] * keys * self.num_heads_k * (self.head_dim + self.columns_v)
         return kv_bytes + self.element_bytes * prod(self.q_shape) + OUT_BYTES * prod(self.out_shape)
 
     @property
     def kv_bytes(self) -> int:
         """One set of K and V, as they lie in memory."""
-        return self.element_bytes * (prod(self.kv_shape) + prod(self.v_shape))
+        return ELEMENT_BYTES[self.stored] * (prod(self.kv_shape) + prod(self.v_shape))
 
     @property
     def kv_sets(self) -> int:
@@ -271,7 +275,7 @@ class Case:
 
 
 class Tensors:
-    """Q, K, V (standard normal, seeded) and O on the device, large enough for every case of a run; all have one dtype.
+    """Q, K, V (standard normal, seeded) and O on the device, large enough for every case of a run, of the same dtypes.
 
     Uploaded once per run: each case reads the same numbers in its own shape, and so does each implementation. K and V
     hold the sets of a cold case one after the other.
@@ -280,15 +284,15 @@ class Tensors:
     def __init__(self, cases: list[Case], stream):
         self.stream = stream
         rng = np.random.default_rng(0)
-        dtype = cases[0].dtype
-        self.element_bytes = ELEMENT_BYTES[dtype]
+        dtypes = {"q": cases[0].dtype, "k": cases[0].stored, "v": cases[0].stored}
+        self.element_bytes = ELEMENT_BYTES[dtypes["k"]]
         self.out_type = to_bits(np.zeros(1, np.float32), cases[0].element_out).dtype
         q_size = max(prod(case.q_shape) for case in cases)
         kv_size = max(prod(case.kv_shape) * case.kv_sets for case in cases)
         sizes = {"q": q_size, "k": kv_size, "v": kv_size}
         # What a tensor repeats.
         self.host = {
-            name: to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtype)
+            name: to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtypes[name])
             for name, size in sizes.items()
         }
         self.buffers = {name: self.repeated(self.host[name], size) for name, size in sizes.items()}

@@ -22,6 +22,8 @@ PEER_PAGE = 64  # tokens, of the peer's view of K that lies in one piece
 class LatentCase(Case):
     """A case of MLA_DIMS: Q and K have the first number of columns, V and O the second one."""
 
+    head_dim_v: int = MLA_DIMS[1]
+
     @property
     def _pair_flops(self) -> int:
         return 2 * self.num_heads * sum(MLA_DIMS)
@@ -34,10 +36,6 @@ class LatentCase(Case):
         kv_bytes = self.element_bytes * keys * self.num_heads_k * self.head_dim
         return kv_bytes + rows * (self.element_bytes * self.head_dim + OUT_BYTES * MLA_DIMS[1])
 
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        return (*self.q_shape[:-1], MLA_DIMS[1])
-
 
 class LatentTensors(Tensors):
     """Q, K and O on the device; V is K."""
@@ -47,7 +45,7 @@ class LatentTensors(Tensors):
         return found | {"v": found["k"]}
 
     def params(self, case: Case, kv_set: int = 0) -> FlashAttentionParams:
-        return FlashAttentionParams(**call_of(case, self.pointers(case, kv_set)), head_dim_v=MLA_DIMS[1])
+        return FlashAttentionParams(**call_of(case, self.pointers(case, kv_set)))
 
     def error_of(self, case: Case, kv_set: int = 0) -> float:
         """As that of Tensors."""

@@ -226,6 +226,8 @@ def _not_served(p) -> Sentences:
             found.append(must(p, "deterministic", f"False with d_bias and {stated}: it is a sum in any order"))
     if p.dtype is DataType.FP8_E4M3:
         found.append(must(p, "dtype", "DataType.FP16 or BF16: backward has no kernel for FP8"))
+    if p.kv_dtype not in (None, p.dtype):
+        found.append(must(p, "kv_dtype", "None or dtype: backward has no kernel for FP8"))
     if p.head_dim in HEAD_DIMS and p.head_dim not in SERVED_HEAD_DIMS:
         found.append(must(p, "head_dim", f"{listed(SERVED_HEAD_DIMS)}: {_NO_GRADIENT}"))
     if p.head_dim_v not in (0, p.head_dim):

@@ -9,6 +9,7 @@ OUT_BYTES = 2  # of an element of O, but for partial results
 # not have with zeros, and does not store them.
 HEAD_DIMS = (64, 96, 128, 192, 256)
 FP8_HEAD_DIMS = (64, 96, 128, 192, 256)
+FP8_CACHE_HEAD_DIMS = (64, 128)  # of 16-bit queries over FP8 keys, no others
 # {(bytes per element, columns of Q and K): fewer columns of V and O, which have kernels of their own}
 VALUE_DIMS = {(2, 192): 128}
 # (head_dim, head_dim_v) of MLA decode: V is the first columns of K.

@@ -1,8 +1,18 @@
 """The rules of head_dim and head_dim_v. Pure Python."""
 
-from .formats import DIM_STEP, FP8_DIM_STEP, FP8_HEAD_DIMS, FP8_SERVED_DIMS, HEAD_DIMS, MLA_DIMS, SERVED_DIMS
+from .formats import (
+    DIM_STEP,
+    FP8_CACHE_HEAD_DIMS,
+    FP8_DIM_STEP,
+    FP8_HEAD_DIMS,
+    FP8_SERVED_DIMS,
+    HEAD_DIMS,
+    MLA_DIMS,
+    SERVED_DIMS,
+)
+from .fp8_cache import has_fp8_cache
 from .params import DataType
-from .sentences import Sentences, must
+from .sentences import Sentences, listed, must
 
 _OR_0 = SERVED_DIMS | {0}
 _FIELDS = "head_dim", "head_dim_v"
@@ -35,6 +45,8 @@ def head_dims(p) -> Sentences:
 
 def fp8_head_dims(p) -> Sentences:
     """The rule of those that are served in FP8."""
+    if has_fp8_cache(p):
+        return _fp8_cache_dims(p)
     if p.dtype is not DataType.FP8_E4M3:
         return ()
     accepted = f"a multiple of {FP8_DIM_STEP} from {FP8_DIM_STEP} to {FP8_HEAD_DIMS[-1]} with dtype=FP8_E4M3"
@@ -45,6 +57,17 @@ def fp8_head_dims(p) -> Sentences:
         or (dim := getattr(p, name)) in SERVED_DIMS
         and dim not in FP8_SERVED_DIMS
     ]
+
+
+def _fp8_cache_dims(p) -> Sentences:
+    if p.head_dim not in SERVED_DIMS or p.head_dim_v not in _OR_0:
+        return ()
+    found, of = [], "with kv_dtype=FP8_E4M3 and 16-bit queries"
+    if p.head_dim not in FP8_CACHE_HEAD_DIMS:
+        found.append(must(p, "head_dim", f"{listed(FP8_CACHE_HEAD_DIMS)} {of}"))
+    if p.head_dim_v not in (0, p.head_dim):
+        found.append(must(p, "head_dim_v", f"0 or head_dim={p.head_dim} {of}"))
+    return found
 
 
 def are_served(p) -> bool:

@@ -39,11 +39,12 @@ class Argument:
     """The description of a field, which rules, kernel entries, argument buffers and repeat checks are made of.
 
     kind        "pointer", "size", "stride", "count", "number", "flag", "choice" or "object"
-    element     what a pointer points at: "input" (dtype), "output" (out_dtype), "float32", "int32", "uint64" or "bytes"
+    element     what a pointer points at: "input" (dtype), "stored" (kv_dtype), "output" (out_dtype), "float32",
+                "int32", "uint64" or "bytes"
     alignment   of a pointer, in bytes
     takers      the kernels whose entry takes it
     entry       its name there; "" where it is the field's
-    is_fp8      only FP8 has it: 16-bit kernels take it and never read it
+    is_fp8      only calls with FP8 keys have it: 16-bit kernels take it and never read it
     changes     an address that is another one in every call; all else changes with the shape at most
     is_optional of these, one that few calls have: whether they do is part of the shape
     varies      other shapes have other values of it, as of lengths; what neither changes nor varies is a choice
@@ -111,8 +112,8 @@ class FlashAttentionParams:
     # [total_q, num_heads, head_dim] and [total_k, num_heads_k, head_dim]; k and v in pages are
     # [num_pages, page_size, num_heads_k, head_dim]. 16-byte aligned, last dimension contiguous.
     q: int | None = _tensor()
-    k: int | None = _tensor()
-    v: int | None = _tensor()
+    k: int | None = _tensor("stored")
+    v: int | None = _tensor("stored")
     out: int | None = _tensor("output")
     # FP32 output, natural logarithm, contiguous: [batch, num_heads, seqlen_q], packed [num_heads, total_q].
     softmax_lse: int | None = _tensor("float32", 4)
@@ -140,6 +141,7 @@ class FlashAttentionParams:
 
     dtype: DataType = _field(DataType.FP16, "choice")
     out_dtype: DataType | None = _field(None, "choice")  # None: dtype, BF16 for FP8_E4M3
+    kv_dtype: DataType | None = _field(None, "choice")  # of k and v; None: dtype; FP8_E4M3 with q of FP16 or BF16 too
     softmax_scale: float | None = _field(None, "number", takers=BOTH, varies=True)  # None: 1/sqrt(head_dim)
 
     # Bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q.
@@ -170,8 +172,8 @@ class FlashAttentionParams:
     # int32 [batch]: the first rows of a sequence's keys that do not exist, among those that seqused_k counts.
     leftpad_k: int | None = _lengths(LEFTPAD)
 
-    # FP8 only. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by sequence,
-    # packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
+    # Of FP8 k and v. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by
+    # sequence, packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
     q_descale_ptr: int | None = _descale("q_descale")
     k_descale_ptr: int | None = _descale("k_descale")
     v_descale_ptr: int | None = _descale("v_descale")
@@ -264,7 +266,7 @@ def names(**facts) -> tuple[str, ...]:
     )
 
 
-TENSORS = names(element="input") + names(element="output")  # q, k, v, out
+TENSORS = names(element="input") + names(element="stored") + names(element="output")  # q, k, v, out
 DESCALES = names(kind="pointer", is_fp8=True)
 # Pointers that few calls have.
 OPTIONALS = names(is_optional=True)

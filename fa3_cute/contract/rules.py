@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .append import fp8_rotary, new_keys, new_sizes, rotary
 from .formats import MAX_SPLITS
+from .fp8_cache import has_fp8_cache, has_fp8_keys, keys_dtype, kv_dtype, unserved
 from .head_dims import fp8_head_dims, head_dims
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
 from .mla import is_mla, mla
@@ -191,14 +192,14 @@ def _workspace(p) -> Sentences:
 
 
 def _has_no_descales(p) -> bool:
-    return p.dtype is not DataType.FP8_E4M3 and p.dtype is not BAD
+    return not has_fp8_keys(p) and p.dtype is not BAD and p.kv_dtype is not BAD
 
 
 def _descales(p) -> Sentences:
     if not any(_read_descales(p)):
         return ()
     return [
-        must(p, name, f"None with dtype={p.dtype.name}: descales belong to FP8_E4M3")
+        must(p, name, f"None with k and v of {keys_dtype(p).name}: descales belong to FP8_E4M3")
         for name in DESCALES
         if getattr(p, name)
     ]
@@ -251,6 +252,7 @@ RULES = (
     Rule(Status.MODE_MISMATCH, _decode, concerns=_is_decode),
     Rule(Status.INVALID_ARGUMENT, _alignment),
     Rule(Status.INVALID_ARGUMENT, _choices, of_choices=True),
+    Rule(Status.INVALID_ARGUMENT, kv_dtype, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _counts, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _scale),
     Rule(Status.INVALID_ARGUMENT, score_choices, of_choices=True),
@@ -271,6 +273,7 @@ RULES = (
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
     Rule(Status.FEATURE_UNSUPPORTED, listed_blocks),
     Rule(Status.FEATURE_UNSUPPORTED, mla, concerns=is_mla),
+    Rule(Status.FEATURE_UNSUPPORTED, unserved, concerns=has_fp8_cache),
 )
 
 

@@ -29,7 +29,7 @@ class AppendConfig:
     rotary: str = ""
     table_dtype: str = ""
 
-    is_fp8 = False  # nothing here depends on it
+    is_fp8 = has_descales = False  # nothing here depends on it
     uses_setmaxnreg = False
     smem_bytes = 0
     num_threads = 256

@@ -68,7 +68,7 @@ class GradientFields(ScoreFields):
 
     num_consumer_wgs = CONSUMER_WGS
     registers = REGISTERS
-    is_fp8 = False
+    is_fp8 = has_descales = False
     packs_heads = False
     uses_setmaxnreg = True
 

@@ -94,7 +94,7 @@ class MainConfig(BackwardConfig):
 class _Around:
     """What the configs of the two kernels around the main one have in common: no GEMM, one role."""
 
-    is_fp8 = False
+    is_fp8 = has_descales = False
     uses_setmaxnreg = False
     has_gemms = False
     dtype: str

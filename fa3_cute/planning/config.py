@@ -22,6 +22,7 @@ from .key_source import KeySourceFields
 from .packing import PackedFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .score_features import ScoreFields
+from .stored_keys import CONSUME_REGISTERS, NUM_WIDEN_WARPS, StoredFields
 from .strategies import Output, Steps, Values
 
 REGISTERS_PER_SM = 65536
@@ -36,7 +37,7 @@ FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.argu
 
 
 @dataclass(frozen=True)
-class KernelConfig(DimFields, KeySourceFields, ScoreFields):
+class KernelConfig(DimFields, KeySourceFields, StoredFields, ScoreFields):
     """What the configs of all kernels have in common. Shared device code knows no other.
 
     dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
@@ -52,7 +53,6 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     packs_heads = False  # consecutive rows of a tile are heads of one query
     splits_keys = False  # several CTAs may share the keys of a row
     takes_max_of_bits = False  # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
-    uses_setmaxnreg = False
 
     if TYPE_CHECKING:  # what the configs of both kernels have: fields, rules, rings and roles
 
@@ -83,6 +83,7 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
                 f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA",
             ),
             *self.source_rules(),
+            *self.stored_rules(),
             *self.score_rules(),
         )
 
@@ -102,23 +103,23 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
 
     @property
     def element_bytes(self) -> int:
-        """Of an element of Q, K or V."""
+        """Of an element in the GEMMs."""
         return ELEMENT_BYTES.get(self.dtype, 2)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token and KV head."""
-        return (self.dim_qk + self.dim_v) * self.element_bytes
+        return (self.dim_qk + self.dim_v) * self.stored_bytes
 
     @property
     def k_slot_bytes(self) -> int:
         """A slot of the K ring."""
-        return self.tile_n * self.dim_qk * self.element_bytes
+        return self.tile_n * self.dim_qk * self.stored_bytes
 
     @property
     def v_slot_bytes(self) -> int:
         """A slot of the V ring, and of transposed V."""
-        return self.tile_n * self.dim_v * self.element_bytes
+        return self.tile_n * self.dim_v * self.stored_bytes
 
     @property
     def q_slot_bytes(self) -> int:
@@ -165,7 +166,7 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     @property
     def dtype_name(self) -> str:
         """The dtypes in a name: that of Q, K and V, and O's where it is another."""
-        return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
+        return self.dtype + self.stored_name + (f"_{self.out_dtype}" if self.out_dtype else "")
 
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""
@@ -330,6 +331,7 @@ class DecodeConfig(KernelConfig):
     is_local          a window (a causal mask is one); without it every row sees every key
     num_kv_stages     depth of the K ring and of the V ring
     ctas_per_sm       how many CTAs can share an SM
+    kv_dtype ..       of StoredFields
     is_ragged ..      of KeySourceFields; ragged batches are split sequence by sequence (ragged.py)
     """
 
@@ -396,14 +398,17 @@ class DecodeConfig(KernelConfig):
     def roles(self) -> tuple[Role, ...]:
         """The consumers come first: the number of a warpgroup's first warp must be a multiple of 4."""
         warps = self.num_consumer_warps
+        if self.widens:
+            return Role("consume", range(warps), CONSUME_REGISTERS), *self.widening_roles
         return Role("consume", range(warps)), Role("load", range(warps, warps + 1))
 
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory; q is one slot without mbarriers, filled by its readers."""
-        warps = self.num_consumer_warps
+        readers = NUM_WIDEN_WARPS if self.widens else self.num_consumer_warps
         return (
             Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
-            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, warps, "K"),
-            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, warps, "V"),
+            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, readers, "K"),
+            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, readers, "V"),
+            *self.wide_rings,
         )

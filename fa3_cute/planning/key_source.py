@@ -49,7 +49,10 @@ class KeySourceFields:
                 not (self.has_leftpad and any(getattr(self, field) for field in KEY_PLACES)),
                 f"has_leftpad: not with {', '.join(KEY_PLACES)}, which ask for the places of keys",
             ),
-            (not (self.box_is_wide and self.is_fp8), "box_is_wide: not with FP8, whose V is transposed by addresses"),
+            (
+                not (self.box_is_wide and self.has_descales),
+                "box_is_wide: not with FP8, which consumers read by addresses",
+            ),
         )
 
     @property

@@ -33,7 +33,7 @@ class MergeConfig:
     dtype: str
     out_dtype: str
 
-    is_fp8 = False
+    is_fp8 = has_descales = False
     uses_setmaxnreg = False
     smem_bytes = 0
     num_threads = 256

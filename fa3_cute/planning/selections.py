@@ -25,6 +25,7 @@ from .tables import (
     all_packed_configs,
     decode_config,
     forward_config,
+    fp8_cache_configs,
     interned,
 )
 
@@ -137,11 +138,19 @@ def dim_configs() -> list[FwdConfig | DecodeConfig]:
     return out
 
 
+def cached_fp8_configs() -> list[DecodeConfig]:
+    """Of 16-bit queries over FP8 keys some that stand for all: each of dense keys, the other sources in turn."""
+    sources = [KeySource(True), KeySource(True, 16), KeySource(True, 1), KeySource(True, 64)]
+    others = [fp8_cache_configs(source) for source in (*sources, *sources)]
+    return [*fp8_cache_configs(), *(configs[number] for number, configs in enumerate(others))]
+
+
 def all_configs() -> list[FwdConfig | DecodeConfig]:
     """Every config that some supported call can need, but of ragged batches, FP32, packed heads, features and dims that
     the tables do not have a selection."""
     tables = all_forward_configs(), all_decode_configs(), ragged_configs(), partial_configs(), packed_configs()
-    return [cfg for configs in (*tables, feature_configs(), dim_configs()) for cfg in configs]
+    others = feature_configs(), dim_configs(), cached_fp8_configs()
+    return [cfg for configs in (*tables, *others) for cfg in configs]
 
 
 def backward_configs() -> list[BackwardConfig | OneSidePass]:

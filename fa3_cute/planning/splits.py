@@ -24,7 +24,7 @@ from ..contract.formats import MAX_SPLITS, UNBOUNDED_WINDOW
 from .config import SMEM_BYTES_PER_CTA, DecodeConfig
 from .packing import packed_heads_of_window
 from .problem import ProblemShape
-from .decode_rows import decode_row
+from .decode_rows import row_of
 
 NUM_SMS = 132
 MAX_DECODE_ROWS = 64  # of a KV head: one M tile
@@ -207,7 +207,7 @@ def time_of(
     """The model: microseconds, without what every call costs."""
     num_ctas, tiles = num_items * num_splits, -(-n_blocks // num_splits)
     slots = CLUSTER_SLOTS[cluster_size][0]
-    latency = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers).tile_us
+    latency = row_of(cfg).tile_us
     loss = 1.0
     if num_ctas > slots and cfg.ctas_per_sm > 1:
         slots = CLUSTER_SLOTS[cluster_size][1]

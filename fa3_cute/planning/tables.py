@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
 from .config import DecodeConfig, FwdConfig
-from .decode_rows import DECODE, decode_row
+from .decode_rows import DECODE, FP8_CACHE, decode_row
 from .dims import has_fewer_values
 from .key_source import PAGE_BOXES
 from .score_features import NO_FEATURES, Features, take_registers
@@ -270,9 +270,10 @@ def decode_config(
     out_dtype: str | None = None,
     features: Features = NO_FEATURES,
     source: KeySource = DENSE,
+    kv_dtype: str | None = None,
 ) -> DecodeConfig:
     """The config that serves a decode problem."""
-    row = decode_row(dtype, head_dim, is_local, source.is_ragged, take_registers(features))
+    row = decode_row(dtype, head_dim, is_local, source.is_ragged, take_registers(features), kv_dtype)
     return interned(
         DecodeConfig(
             dtype,
@@ -282,6 +283,8 @@ def decode_config(
             row.num_kv_stages,
             row.ctas_per_sm,
             out_dtype,
+            kv_dtype=kv_dtype,
+            num_wide_slots=row.num_wide_slots,
             **source.fields(row.tile_n),
             **dict(features),
         )
@@ -299,6 +302,14 @@ def all_decode_configs() -> list[DecodeConfig]:
     ]
 
 
+def fp8_cache_configs(source: KeySource = DENSE) -> list[DecodeConfig]:
+    """Every config of 16-bit queries over FP8 keys that lie in one place."""
+    return [
+        decode_config(dtype, head_dim, is_local, source=source, kv_dtype=FP8)
+        for dtype, head_dim, is_local in product(("bf16", "fp16"), FP8_CACHE, (False, True))
+    ]
+
+
 def all_packed_configs() -> list[FwdConfig]:
     """Every config that packs heads."""
     return [
@@ -310,7 +321,7 @@ def all_packed_configs() -> list[FwdConfig]:
 
 def dense_configs() -> list[FwdConfig | DecodeConfig]:
     """Every config that some call of dense or packed Q, K and V alike can need."""
-    return [*all_forward_configs(), *all_packed_configs(), *all_decode_configs()]
+    return [*all_forward_configs(), *all_packed_configs(), *all_decode_configs(), *fp8_cache_configs()]
 
 
 def configs_over(page_size: int) -> list[FwdConfig | DecodeConfig]:
@@ -331,4 +342,4 @@ def configs_over(page_size: int) -> list[FwdConfig | DecodeConfig]:
             if size == ELEMENT_BYTES[dtype]
             for is_local in (False, True)
         ]
-    return out
+    return out + fp8_cache_configs(KeySource(True, page_size))

@@ -35,10 +35,10 @@ def flash_attn_func(
     """softmax(softmax_scale * q k^T, masked) v
 
     q           [batch, seqlen_q, num_heads, head_dim], float16, bfloat16 or float8_e4m3fn
-    k, v        [batch, seqlen_k, num_heads_k, head_dim]; num_heads is a multiple of num_heads_k
+    k, v        [batch, seqlen_k, num_heads_k, head_dim], as q or float8_e4m3fn; num_heads is a multiple of num_heads_k
     causal      bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q
     window_size (left, right) keys around that diagonal, inclusive; -1 is unbounded. With causal right is 0
-    *_descale   FP8 only: float32 [batch, num_heads_k]; q's may be [batch, num_heads] too
+    *_descale   with FP8 keys: float32 [batch, num_heads_k]; q's may be [batch, num_heads] too
     num_splits  1 never splits keys, 0 is automatic, n exactly n
     s_aux       [num_heads] float32, bfloat16 or float16: attention sinks, logits of one more key, whose value is 0;
                 not of FlashAttention-3's own signature

@@ -94,6 +94,8 @@ def require_differentiable(call: ForwardCall) -> None:
             _refuse(f"{name}: must be None where a gradient is asked for")
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
+    if call.k.dtype != call.q.dtype:
+        _refuse(f"k is {call.k.dtype}: must be {call.q.dtype}, as q is, where a gradient is asked for")
     if call.q.shape[-1] not in SERVED_HEAD_DIMS:
         served = ", ".join(map(str, SERVED_HEAD_DIMS))
         _refuse(f"head_dim={call.q.shape[-1]}: must be one of {served} where a gradient is asked for")

@@ -243,6 +243,7 @@ def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
         "head_dim_v",
         "dtype",
         "out_dtype",
+        "kv_dtype",
         "is_causal",
         "mode",
         "total_q",

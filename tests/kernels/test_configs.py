@@ -21,7 +21,14 @@ from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA, Decod
 from fa3_cute.planning.decode_rows import DECODE
 from fa3_cute.planning.key_source import PAGE_BOXES
 from fa3_cute.planning.score_features import FEATURES, MODS
-from fa3_cute.planning.selections import all_configs, dim_configs, feature_configs, packed_configs, ragged_configs
+from fa3_cute.planning.selections import (
+    all_configs,
+    cached_fp8_configs,
+    dim_configs,
+    feature_configs,
+    packed_configs,
+    ragged_configs,
+)
 from fa3_cute.planning.tables import (
     DTYPES,
     FORWARD,
@@ -59,7 +66,8 @@ def selection() -> list:
         for configs in (packed_configs(), feature_configs())
     )
     dim_ones = [cfg for cfg in dim_configs() if cfg.out_dtype != PARTIAL][::4]
-    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_ones, *dim_ones]
+    cached_ones = cached_fp8_configs()[1::5]
+    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_ones, *dim_ones, *cached_ones]
 
 
 def kind_of(cfg) -> tuple:

@@ -42,6 +42,7 @@ class Case:
     Packed sequences: seqlen_q and seqlen_k are the rows of the tensors, batch is the number of sequences.
     out_dtype is for FP8 only.
 
+    kv_dtype     of k and v, "": dtype
     head_dim_v   columns of v and out, 0: head_dim
     softcap, attention_chunk, p_dropout   as the call has them, 0: off
     sinks        logits of attention sinks, taken in turn by the heads; (): none. sink_dtype: "fp32", "bf16", "fp16"
@@ -71,6 +72,12 @@ class Case:
     attention_chunk: int = 0
     p_dropout: float = 0.0
     head_dim_v: int = 0
+    kv_dtype: str = ""
+
+    @property
+    def stored(self) -> str:
+        """The dtype that k and v really have."""
+        return self.kv_dtype or self.dtype
 
     @property
     def dim_v(self) -> int:
@@ -116,6 +123,7 @@ class Case:
     def __str__(self) -> str:
         return (
             f"{self.dtype}{f'-{self.out_dtype}' if self.out_dtype else ''}"
+            f"{f'-{self.kv_dtype}cache' if self.kv_dtype else ''}"
             f"-d{self.head_dim}{f'v{self.head_dim_v}' if self.head_dim_v else ''}-{self.mask}"
             f"-{self.num_heads}over{self.num_heads_k}heads-{self.seqlen_q}x{self.seqlen_k}"
             f"{f'-batch{self.batch}' if self.batch > 1 else ''}{'-lse' if self.has_lse else ''}"
@@ -283,3 +291,8 @@ FP8_DECODE = [
 ]
 FP8_DECODE_SOME = FP8_DECODE[1::3] + FP8_DECODE[2:3] + FP8_DECODE[8:9]
 FP8_SPLITS = (0, 1, 2, 3, 7)
+
+# 16-bit queries over FP8 keys: one per dtype and head_dim.
+FP8_CACHE = [
+    Case(dtype, head_dim, False, 6, 2, 1, 385, batch=2, kv_dtype=FP8) for dtype, head_dim in product(DTYPES, (64, 128))
+]

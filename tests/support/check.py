@@ -121,8 +121,8 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
         place(name, shape, dtype)
         for name, shape, dtype in (
             ("q", q_shape, case.dtype),
-            ("k", k_shape, case.dtype),
-            ("v", v_shape, case.dtype),
+            ("k", k_shape, case.stored),
+            ("v", v_shape, case.stored),
             ("out", out_shape, case.element_out),
         )
     )
@@ -143,8 +143,9 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
     rngs = np.random.default_rng(zlib.crc32(str(case).encode())).spawn(3)
     list(
         POOL.map(
-            lambda array, rng, side: fill(array, case.dtype, rng, problem.is_used(side)),
+            lambda array, dtype, rng, side: fill(array, dtype, rng, problem.is_used(side)),
             problem.inputs[: 2 if case.is_mla else 3],
+            (case.dtype, case.stored, case.stored),
             rngs,
             "qkk",
         )
@@ -202,6 +203,7 @@ def params_of(problem: Problem, **overrides) -> FlashAttentionParams:
         "head_dim_v": case.head_dim_v,
         "dtype": DATA_TYPES[case.dtype],
         "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype],
+        "kv_dtype": DATA_TYPES[case.kv_dtype] if case.kv_dtype else None,
         "is_causal": case.is_causal,
         "softmax_scale": problem.softmax_scale,
         **dict(zip(("window_size_left", "window_size_right"), case.window, strict=True)),

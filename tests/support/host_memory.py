@@ -12,6 +12,7 @@ import numpy as np
 from fa3_cute import BackwardParams, DataType, FlashAttentionParams, MergeParams, api, explain
 from fa3_cute.arrays.append import updated_on_host
 from fa3_cute.contract.backward_reference import OPTIONS, Saved, backward_reference
+from fa3_cute.contract.fp8_cache import keys_dtype
 from fa3_cute.contract.merge_reference import merge_reference
 from fa3_cute.contract.params import has_packed_keys, is_packed, tensor_sizes
 from fa3_cute.contract.plain import plain
@@ -115,7 +116,7 @@ def tensor(p, name: str) -> np.ndarray:
     """q, k, v, out or a gradient, packed ones without their batch."""
     as_q = name in ("q", "out", "dout", "dq")
     batch, rows, heads = tensor_sizes(p, "q" if as_q else "k")
-    kind = NUMPY[out_dtype(p) if name == "out" else p.dtype]
+    kind = NUMPY[out_dtype(p) if name == "out" else keys_dtype(p) if name in ("k", "v") else p.dtype]
     columns = p.head_dim if name in ("q", "k", "dq", "dk") else p.head_dim_v or p.head_dim
     found = array(getattr(p, name), (batch, rows, heads, columns), kind, strides_of(p, name))
     is_flat = is_packed(p) if as_q else has_packed_keys(p)

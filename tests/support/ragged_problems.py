@@ -124,14 +124,14 @@ class RaggedProblem:
         if size:
             self.width = -(-capacity // size)
             self.capacity, self.num_pages = self.width * size, self.num_rows * self.width + ragged.spare
-            self.k, self.v = POOLS[ragged.layout]((self.num_pages, size, *kv_dims), case.dtype)
+            self.k, self.v = POOLS[ragged.layout]((self.num_pages, size, *kv_dims), case.stored)
             if case.head_dim_v:
-                _, self.v = POOLS[ragged.layout]((self.num_pages, size, case.num_heads_k, case.dim_v), case.dtype)
+                _, self.v = POOLS[ragged.layout]((self.num_pages, size, case.num_heads_k, case.dim_v), case.stored)
             self.table = contiguous("table", (self.num_rows, self.width + 1), "int32")
         else:
             self.capacity, self.table = capacity, None
-            self.k, _ = _separate((self.num_rows, capacity, *kv_dims), case.dtype)
-            _, self.v = _separate((self.num_rows, capacity, case.num_heads_k, case.dim_v), case.dtype)
+            self.k, _ = _separate((self.num_rows, capacity, *kv_dims), case.stored)
+            _, self.v = _separate((self.num_rows, capacity, case.num_heads_k, case.dim_v), case.stored)
         if case.is_mla:
             self.v = self.k.image.tensor(self.k.array[..., : case.dim_v])
         self.q = contiguous("q", (self.total_q, case.num_heads, case.head_dim), case.dtype)
@@ -167,8 +167,8 @@ class RaggedProblem:
         ragged, case = self.ragged, self.ragged.case
         keys_there = [min(n, self.capacity) for n in keys]
         rng = np.random.default_rng(zlib.crc32(f"{case} {queries} {keys} {ragged.shared}".encode()))
-        randn = lambda *shape: to_bits(rng.standard_normal(shape, np.float32), case.dtype)
-        q, k, v = inputs or (randn(sum(queries), case.num_heads, case.head_dim), None, None)
+        randn = lambda *shape, dtype=case.stored: to_bits(rng.standard_normal(shape, np.float32), dtype)
+        q, k, v = inputs or (randn(sum(queries), case.num_heads, case.head_dim, dtype=case.dtype), None, None)
         self.starts = list(accumulate(queries, initial=0))
         if not ragged.is_packed:
             self.starts = [b * self.longest_q for b in range(self.batch + 1)]
@@ -289,6 +289,7 @@ class RaggedProblem:
         left, right = case.window
         fields |= {"is_causal": case.is_causal, "window_size_left": left, "window_size_right": right}
         fields |= {"dtype": DATA_TYPES[case.dtype], "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype]}
+        fields |= {"kv_dtype": DATA_TYPES[case.kv_dtype] if case.kv_dtype else None}
         fields |= {"softmax_lse": self.lse and self.lse.address, "batch_size": self.batch, "seqlen_k": self.capacity}
         fields |= {name: getattr(case, name) for name in ("num_heads", "num_heads_k", "head_dim", "head_dim_v")}
         return FlashAttentionParams(**fields | score_params(case, self.scores) | ragged.fields | overrides)

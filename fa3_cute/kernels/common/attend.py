@@ -61,10 +61,10 @@ class Attend:
 
     @cute.jit
     def start_tile(self, descales: Optional[Descales], mask: Mask, packed_heads: Int32 | int = 1):
-        """Read what the tile's scores and values are to be multiplied with, FP8's descales, and ALiBi's slopes; find
+        """Read what the tile's scores and values are to be multiplied with, descales, and ALiBi's slopes; find
         the rows of attn_mask, and the rows' heads for dropout."""
         tile = mask.tile
-        if const_expr(self.cfg.is_fp8):
+        if const_expr(self.cfg.has_descales):
             self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
             if const_expr(self.cfg.has_dropout):
                 self.value_factor = self.value_factor * self.dropout.keep_factor
@@ -288,7 +288,7 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
     acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.dim_v)), Float32)
     num_rows, factors = acc_O.shape[0][0] * acc_O.shape[1], None
     if cfg.transforms_scores:
-        scale = by_head(cfg, num_rows, scores.scale) if cfg.is_fp8 else scores.scale
+        scale = by_head(cfg, num_rows, scores.scale) if cfg.has_descales else scores.scale
         factors = RowFactors(scale, by_head(cfg, num_rows, Float32(0.0)) if cfg.has_alibi else None)
     if cfg.stages_mask:
         row_mask = StagedMask.create(cfg, scores.mask, smem.sMask, wg_idx)
@@ -297,15 +297,16 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
     return Attend(
         cfg, mmas,
         tSrQ=mmas.qk.make_fragment_A(wg_qk.partition_A(smem.sQ)),
-        tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.sK)),
+        tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.wide_K if cfg.widens else smem.sK)),
         tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(smem.sVt)),
         tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),
         acc_O=acc_O, scores=scores,
         softmax=OnlineSoftmax.create(cfg, scores.scale_log2, num_rows, num_used),
-        k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
+        k_consumer=(pipes.wide_k if cfg.widens else pipes.k).make_consumer(), v_consumer=pipes.vt.make_consumer(),
+        wg_idx=wg_idx, q_slot=Int32(0),
         sV=smem.sV, sVt=smem.sVt,
-        value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.is_fp8 else None, factors=factors,
-        dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask,
+        value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.has_descales else None,
+        factors=factors, dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask,
         mods=scores.mods.start(cfg, num_rows) if cfg.has_mods else None)
 
 

@@ -28,8 +28,13 @@ CONVERT_CHUNK = 8          # elements converted by one vector operation; see `co
 
 
 def element_type(cfg: KernelConfig):
-    """The CUTLASS type of Q, K and V."""
+    """The CUTLASS type of Q, K and V in the GEMMs."""
     return ELEMENT_TYPES[cfg.dtype]
+
+
+def stored_type(cfg: KernelConfig):
+    """The CUTLASS type of K and V in memory."""
+    return ELEMENT_TYPES[cfg.stored_dtype]
 
 
 def out_type(cfg: KernelConfig):

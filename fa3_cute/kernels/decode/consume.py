@@ -33,7 +33,7 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: Mmas, smem: Dec
     attend = make_attend(cfg, params, mmas, smem, pipes, Int32(0), num_used)
     mask = Visibility(cfg, params.window, work.tile, params.grid.packed_heads).of_thread(tidx)
     attend.start_tile(params.descales, mask, params.grid.packed_heads)
-    attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)
+    attend = attend_to(cfg, attend, mask, work.blocks, smem.wide_V if cfg.widens else smem.sV, tidx)
     cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
     send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)
     merge_cluster(cfg, params, smem, work, tidx)
