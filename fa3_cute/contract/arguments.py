@@ -121,3 +121,7 @@ def _with_mods(entry: Entry) -> Entry:
 
 
 FORWARD_MODS_ENTRY, DECODE_MODS_ENTRY = _with_mods(FORWARD_ENTRY), _with_mods(DECODE_ENTRY)
+
+# By the name of what a config has that most have not.
+FORWARD_ENTRIES = {"": FORWARD_ENTRY, "mods": FORWARD_MODS_ENTRY, "leftpad": FORWARD_LEFTPAD_ENTRY}
+DECODE_ENTRIES = {"": DECODE_ENTRY, "mods": DECODE_MODS_ENTRY, "leftpad": DECODE_LEFTPAD_ENTRY}

@@ -8,14 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..contract.arguments import (
-    DECODE_ENTRY,
-    DECODE_LEFTPAD_ENTRY,
-    DECODE_MODS_ENTRY,
-    FORWARD_ENTRY,
-    FORWARD_LEFTPAD_ENTRY,
-    FORWARD_MODS_ENTRY,
-)
+from ..contract.arguments import DECODE_ENTRIES, DECODE_ENTRY, FORWARD_ENTRIES, FORWARD_ENTRY
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, OUT_BYTES, PARTIAL
 from .dims import DimFields
 from .key_source import KeySourceFields
@@ -204,7 +197,7 @@ class FwdConfig(PackedFields, KernelConfig):
 
     ctas_per_sm = 1
     uses_setmaxnreg = True
-    entries = {"": FORWARD_ENTRY, "mods": FORWARD_MODS_ENTRY, "leftpad": FORWARD_LEFTPAD_ENTRY}
+    entries = FORWARD_ENTRIES
     kernel_class = "forward", "FlashAttentionForward"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
@@ -347,7 +340,7 @@ class DecodeConfig(KernelConfig):
     packs_heads = True
     splits_keys = True
     is_varlen = True
-    entries = {"": DECODE_ENTRY, "mods": DECODE_MODS_ENTRY, "leftpad": DECODE_LEFTPAD_ENTRY}
+    entries = DECODE_ENTRIES
     kernel_class = "decode", "FlashAttentionDecode"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:

@@ -7,6 +7,7 @@ from cache_calls import CACHES, PACKED_CACHE, PACKED_PAGED, PAGED
 from rule_calls import DECODE, DENSE, DENSE_FP8, PACKED, A, first_problem
 
 from fa3_cute import BlockMask
+from fa3_cute.contract.block_mask import LISTS
 from fa3_cute.contract.plain import plain
 from fa3_cute.planning.operations import operation_of, problems
 from fa3_cute.planning.problem import ProblemShape
@@ -59,7 +60,7 @@ def test_mods_and_block_lists_are_refused():
         assert problems(served) == []
         (found,) = problems(replace(served, **PAD))
         assert found.status == -16 and found.detail.startswith(f"{name}=") and "None with leftpad_k" in found.detail
-    lists = BlockMask(A, A, A, A, q_block=128, kv_block=128)
+    lists = BlockMask(**dict.fromkeys(LISTS, A), q_block=128, kv_block=128)
     refused = problems(replace(DENSE, mask_mod=mask_mod(), mod_pointers=(A,), block_mask=lists, **PAD))
     assert any("leftpad_k" in found.detail and "block_mask" in found.detail for found in refused)
 
