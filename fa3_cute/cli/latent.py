@@ -62,11 +62,9 @@ class LatentTensors(Tensors):
         return float(np.sqrt(differences / norms))
 
 
-def vllm_launch(interface: Any, case: Case, q: Any, k: Any, indices: dict[str, Any]) -> Callable:
+def vllm_launch(interface: Any, torch: Any, case: Case, q: Any, k: Any, indices: dict[str, Any]) -> Callable:
     """vLLM's FlashAttention-3 as its MLA backend calls it: Q and K in two parts, the last 64 columns and, as q_v and
     V, the others."""
-    import torch
-
     columns, batch = MLA_DIMS[1], case.batch_size
     steps = partial(torch.arange, dtype=torch.int32, device="cuda")
     if case.page_size:

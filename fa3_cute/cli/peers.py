@@ -188,7 +188,7 @@ def load_vllm() -> Peer:
 
     def make_launch(case, q, k, v, indices):
         if isinstance(case, latent.LatentCase):
-            return latent.vllm_launch(interface, case, q, k, indices)
+            return latent.vllm_launch(interface, torch, case, q, k, indices)
         if case.page_size == 0:
             raise PeerMissing("vllm is timed over pages alone")
         out = torch.empty(case.out_shape, dtype=getattr(torch, VIEWS[case.element_out][1]), device="cuda")

@@ -52,7 +52,7 @@ def test_the_peer_gets_k_in_two_parts():
     interface = SimpleNamespace(flash_attn_varlen_func=lambda **given: calls.append(given) or torch.zeros(16, 16, 512))
     q, k = torch.zeros(case.q_shape), torch.arange(case.kv_shape[0] * 64 * 576, dtype=torch.float32).view(case.kv_shape)
     indices = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in case.index_shapes().items()}
-    assert vllm_launch(interface, case, q, k, indices)().shape == case.out_shape
+    assert vllm_launch(interface, torch, case, q, k, indices)().shape == case.out_shape
     (given,) = calls
     assert given["v"].data_ptr() == k.data_ptr() and given["k"].data_ptr() == k.data_ptr() + 4 * 512
     assert given["q_v"].shape[-1] == given["v"].shape[-1] == 512 and given["q"].shape[-1] == 64

@@ -187,7 +187,8 @@ def lead(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, pip
     wait_for_empty()
     leader.write_factors(factors)
     cute.arch.barrier_arrive(barrier_id=BarrierId.P_FULL, number_of_threads=256)
-    deliver(cfg, params, smem, work, leader.acc_O, factors, leader.softmax.row_sum, tidx, LEFT)
+    multiply_rows(leader.acc_O, factors)
+    deliver(cfg, params, smem, work, leader.acc_O, leader.softmax.row_sum, tidx, LEFT)
 
 
 @cute.jit
@@ -213,7 +214,8 @@ def follow(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, p
         cute.arch.barrier_arrive(barrier_id=BarrierId.P_EMPTY, number_of_threads=256)
         k.release()
     read_factors(smem.sFactors, factors, tidx)
-    deliver(cfg, params, smem, work, acc_O, factors, factors, tidx, RIGHT)
+    multiply_rows(acc_O, factors)
+    deliver(cfg, params, smem, work, acc_O, factors, tidx, RIGHT)
 
 
 @cute.jit
@@ -234,13 +236,12 @@ def multiply_rows(acc_O: cute.Tensor, factors: cute.Tensor):
 
 @cute.jit
 def deliver(cfg: MlaConfig, params: DecodeParams, smem: MlaSmem, work: SplitWork, acc_O: cute.Tensor,
-            factors: cute.Tensor, lse: cute.Tensor, tidx: Int32, half: Constexpr[int]):
+            lse: cute.Tensor, tidx: Int32, half: Constexpr[int]):
     """acc_O, normalised, to those that merge it, or where it is the item's to out; the left half has the LSE.
 
     Runs on: both warpgroups, each its half. Synchronises: the cluster, once.
     """
     cute.arch.griddepcontrol_launch_dependents()
-    multiply_rows(acc_O, factors)
     if params.grid.cluster_size.divisor > 1:
         send_partial(cfg, params, smem, work, acc_O, lse, tidx, half)
     else:
