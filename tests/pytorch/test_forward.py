@@ -7,7 +7,7 @@ import torch
 from tensors import BF16, CALLS, FP8, append, ints, packed, qkv, rand, rotary
 
 from fa3_cute import explain
-from fa3_cute.contract.status import FlashAttentionError, Status
+from fa3_cute.contract.status import FlashAttentionError, Status, UnsupportedFeatureError
 from fa3_cute.torch import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_attention
 
 ERROR_BF16 = 2**-7
@@ -315,3 +315,48 @@ def test_fp8_cache_of_16_bit_queries():
         flash_attn_func(q.requires_grad_(), keys, values)
     with pytest.raises(FlashAttentionError, match="softcap=1.0: must be None or 0 with kv_dtype=FP8_E4M3"):
         flash_attn_with_kvcache(q.detach(), keys, values, softcap=1.0)
+# ---- a given out -----------------------------------------------------------------------------------------------------
+
+
+def over_a_cache(**options):
+    q, k, v = qkv()
+    return flash_attn_with_kvcache(q, k, v, cache_seqlens=ints(9, 40), causal=True, **options)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_a_given_out_is_written(where, request):
+    """Of any strides; its neighbours stay, and autograd is told."""
+    if where == "device":
+        request.getfixturevalue("fake_device")
+    expected, lse = over_a_cache(return_softmax_lse=True)
+    room = torch.full((2, 24, 4, 2 * 64), 7.0, dtype=BF16)
+    out = room[..., :64]
+    version = out._version
+    found, found_lse = over_a_cache(out=out, return_softmax_lse=True)
+    assert found is out and torch.equal(out, expected) and torch.equal(found_lse, lse)
+    assert (room[..., 64:] == 7).all() and out._version > version
+    assert torch.equal(over_a_cache(out=torch.empty_like(expected)), expected)
+
+
+def test_a_given_out_that_does_not_fit(fake_device):
+    """Nor one that would have fitted the call before."""
+    over_a_cache(out=torch.empty(2, 24, 4, 64, dtype=BF16))
+    for shape, dtype, words in (
+        ((2, 23, 4, 64), BF16, "out.shape"),
+        ((1, 24, 4, 64), BF16, "out.shape"),
+        ((2, 24, 4, 64), torch.float16, "out is float16"),
+    ):
+        with pytest.raises(FlashAttentionError, match=words):
+            over_a_cache(out=torch.empty(shape, dtype=dtype))
+    with pytest.raises(TypeError, match="out and q must be torch tensors, not list"):
+        over_a_cache(out=[])
+
+
+def test_a_given_out_has_no_gradient_and_is_not_compiled():
+    q, k, v = qkv()
+    out = torch.empty_like(q)
+    with pytest.raises(UnsupportedFeatureError, match="out: must be None where a gradient"):
+        flash_attn_with_kvcache(q.requires_grad_(), k, v, out=out)
+    compiled = torch.compile(lambda q: flash_attn_with_kvcache(q, k, v, out=out), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="out: must be None in a compiled function"):
+        compiled(q.detach())

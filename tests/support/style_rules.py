@@ -31,10 +31,11 @@ BANNED = {
 }
 PIPELINE_STATE = re.compile(r"\b(PipelineState|\w*Producer|\w*Consumer)\b")
 
-# Signatures fixed from outside: attention() has flash-attn's names.
+# Signatures fixed from outside: attention() has flash-attn's names, the adapter's methods are vLLM's.
 WIDE_SIGNATURES = {("api", "attention")} | {
     ("torch.flash_attn", name) for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
 }
+WIDE_SIGNATURES |= {("vllm_backend", name) for name in ("supports_combination", "__init__", "forward")}
 
 
 @dataclass(frozen=True)

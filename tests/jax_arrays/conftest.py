@@ -10,16 +10,16 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 try:
     import jax
-except ImportError:  # test_installed.py says so
-    collect_ignore_glob = ["test_[!i]*.py"]
-
-STREAM = 0x7770
+except ImportError:  # test_jax_installed.py says so
+    collect_ignore_glob = ["test_jax_[!i]*.py"]
 
 
 @pytest.fixture
 def fake_device(monkeypatch):
     """XLA's CPU is taken for the device: it calls the handler as its CUDA does, on buffers that are host memory, whose
     addresses the reference computes."""
+    from inputs import STREAM
+
     from fa3_cute.jax import ffi, traced
 
     memory = HostMemory()

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import STREAM
-from inputs import BF16, FP8, FP16, einsum_attention, error, packed, qkv, rand, visible, weighted
+from inputs import BF16, FP8, FP16, STREAM, einsum_attention, error, packed, qkv, rand, visible, weighted
 
 import fa3_cute
 from fa3_cute.jax import attention

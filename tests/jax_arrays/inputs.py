@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 BF16, FP16, FP8 = jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn
+STREAM = 0x7770  # of the device that is host memory
 
 
 def rand(*shape, dtype=BF16, seed=0):
