@@ -157,6 +157,11 @@ class BackwardConfig(ScoreFields):
         return WARPS_PER_WARPGROUP * self.num_consumer_wgs
 
     @property
+    def finds_bounds_again(self) -> bool:
+        """Before each loop over Q tiles, where consumers have no registers in which to keep those of the later ones."""
+        return self.is_dq_behind and (self.is_local or self.has_alibi)
+
+    @property
     def dq_part(self) -> int:
         """Floats of a tile of dQ that one warpgroup computes."""
         return self.tile_m * self.head_dim // self.num_consumer_wgs

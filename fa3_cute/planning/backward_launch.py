@@ -232,9 +232,9 @@ def _extents(shape: BackwardShape) -> tuple[int, ...]:
     return tuple(found[name] for name in POINTERS)
 
 
-def _picker(*indices: int) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+def _picker(first: int, *more: int) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
     """Of a tuple these elements, as a tuple also if it is one."""
-    return itemgetter(*indices) if len(indices) > 1 else itemgetter(slice(indices[0], indices[0] + 1))
+    return itemgetter(first, *more) if more else itemgetter(slice(first, first + 1))
 
 
 def _scores_of(shape: BackwardShape) -> tuple[tuple[int, int], ...]:

@@ -50,6 +50,7 @@ class OneSideConfig(ScoreFields):
     registers = REGISTERS
     is_fp8 = False
     packs_heads = False
+    is_dq_behind = False
     page_box = 0
     uses_setmaxnreg = True
 

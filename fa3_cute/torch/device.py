@@ -165,15 +165,15 @@ def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) ->
     params = plan.params
     _set_addresses(params, plan.optional, call)
     params.dq, params.dk, params.dv = [x.data_ptr() for x in gradients]
-    s_aux = call.s_aux
-    if s_aux is None:
-        d_s_aux = None
-    else:  # in float32 at first; without queries it is 0
+    s_aux, d_s_aux = call.s_aux, None
+    if s_aux is not None:  # in float32 at first; without queries it is 0
         d_s_aux = torch.zeros(s_aux.shape, dtype=torch.float32, device=s_aux.device)
         params.d_s_aux = d_s_aux.data_ptr()
     if has_queries:
         _launch(call.q, _backward, plan)
-    return *gradients, None if d_s_aux is None else d_s_aux.to(s_aux.dtype)
+    if s_aux is not None and d_s_aux is not None:
+        d_s_aux = d_s_aux.to(s_aux.dtype)
+    return *gradients, d_s_aux
 
 
 def _backward(plan: BackwardPlan, device: torch.device, stream: int) -> None:

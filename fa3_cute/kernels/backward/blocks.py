@@ -116,6 +116,14 @@ class QueryRange:
     m_block_full_min: Int32
     m_block_full_max: Int32
 
+    def of_kind(self, kind: int, first: Int32) -> tuple[Int32, Int32]:
+        """[begin, end), from `first` on: those before the full ones (0), the full ones (1), those behind them (2)."""
+        if kind == 0:
+            return first, self.m_block_full_min
+        if kind == 1:
+            return maximum(first, self.m_block_full_min), self.m_block_full_max
+        return maximum(first, self.m_block_full_max), self.m_block_max
+
 
 def query_range(cfg: BackwardConfig, window: Window, n_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> QueryRange:
     """Bottom-right aligned: query i has its diagonal at key i + seqlen_k - seqlen_q."""

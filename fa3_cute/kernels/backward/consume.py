@@ -2,7 +2,7 @@
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Int32, const_expr
+from cutlass import Constexpr, Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
@@ -44,22 +44,16 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
                 gradients.step_behind(mask, queries.m_block_min, turn, is_masked=True, is_first=True)
                 turn += 1
         for i in cutlass.range(params.group, unroll=1):
-            tile = read_tile(smem.sTiles[None, count & 1])      # again: registers are what the loops below are short of
-            queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-            mask, first = KeyMask.create(cfg, params.window, tile, tidx), queries.m_block_min
-            gradients.start_head(tile.kv_head * params.group + i, tile.sequence)
-            if const_expr(cfg.is_dq_behind):
-                first += Int32(1) if i == 0 else Int32(0)
-            for m_block in cutlass.range(first, queries.m_block_full_min, unroll=1):
-                step(gradients, mask, m_block, turn, True)
-                turn += 1
-            for m_block in cutlass.range(maximum(first, queries.m_block_full_min), queries.m_block_full_max, unroll=1):
-                step(gradients, mask, m_block, turn, False)
-                turn += 1
-            if const_expr(cfg.is_local):
-                for m_block in cutlass.range(maximum(first, queries.m_block_full_max), queries.m_block_max, unroll=1):
-                    step(gradients, mask, m_block, turn, True)
-                    turn += 1
+            for kind in cutlass.range_constexpr(3 if cfg.is_local else 2):
+                if const_expr(kind == 0 or cfg.finds_bounds_again):
+                    tile = read_tile(smem.sTiles[None, count & 1])  # registers are what the loops below are short of
+                    queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+                    mask, first = KeyMask.create(cfg, params.window, tile, tidx), queries.m_block_min
+                    if const_expr(cfg.is_dq_behind):
+                        first += Int32(1) if i == 0 else Int32(0)
+                if const_expr(kind == 0):
+                    gradients.start_head(tile.kv_head * params.group + i, tile.sequence)
+                turn = walk(gradients, mask, queries.of_kind(kind, first), turn, kind != 1)
         tile = read_tile(smem.sTiles[None, count & 1])
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         if const_expr(cfg.is_dq_behind):
@@ -98,12 +92,16 @@ def wait_for_keys(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, tile:
         clear_unused_rows(cfg, slots, tile.seqlen_k - tile.n_block * cfg.tile_n, tidx)
 
 
-def step(gradients: Gradients, mask: KeyMask, m_block: Int32, turn: Int32, is_masked: bool):
-    """One Q tile in the config's order."""
-    if gradients.cfg.is_dq_behind:
-        gradients.step_behind(mask, m_block, turn, is_masked, is_first=False)
-    else:
-        gradients.step(mask, m_block, turn, is_masked)
+@cute.jit
+def walk(gradients: Gradients, mask: KeyMask, blocks: tuple[Int32, Int32], turn: Int32, is_masked: Constexpr[bool]):
+    """The Q tiles [begin, end), in the config's order; the turn after them."""
+    for m_block in cutlass.range(blocks[0], blocks[1], unroll=1):
+        if const_expr(gradients.cfg.is_dq_behind):
+            gradients.step_behind(mask, m_block, turn, is_masked, is_first=False)
+        else:
+            gradients.step(mask, m_block, turn, is_masked)
+        turn += 1
+    return turn
 
 
 def staging(cfg: BackwardConfig, smem: BwdSmem) -> cute.Tensor:

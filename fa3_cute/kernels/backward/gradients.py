@@ -20,7 +20,7 @@ from cutlass.experimental import primitives
 from ...planning.backward import BackwardConfig
 from ..common.copies import clear_rows
 from ..common.barriers import sync_warpgroup
-from ..common.layout import as_operand_a, convert, element_type, transposed, unhoisted
+from ..common.layout import as_operand_a, convert, element_type, transposed
 from ..common.wgmma import in_flight, issue_gemm
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .scores import Exponents, Scores
@@ -293,7 +293,7 @@ def clear_unused_rows(cfg: BackwardConfig, slots: tuple[cute.Tensor, cute.Tensor
     """
     rows = cute.size(slots[0], mode=[0])
     if num_used < rows:
-        thread = unhoisted(tidx) % 128
+        thread = cute.arch.shuffle_sync_bfly(cute.arch.thread_idx()[0], 0) % 128   # as unhoisted, of fewer registers
         for slot in slots:
             clear_rows(cfg, slot, num_used, rows, thread, 128)
         cute.arch.fence_view_async_shared()

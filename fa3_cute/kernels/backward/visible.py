@@ -9,7 +9,7 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 from ...planning.backward import BackwardConfig
 from ..common.arithmetic import maximum, minimum
 from ..common.block_range import Window
-from ..common.layout import ROW_STEP, as_rows_cols, col_offset, fragment_col, fragment_row
+from ..common.layout import ROW_STEP, as_rows_cols, col_offset, fragment_col, fragment_row, unhoisted
 from .blocks import KeyTile
 
 NEVER = 1 << 30     # a query behind all
@@ -31,7 +31,8 @@ class KeyMask:
     @staticmethod
     def create(cfg: BackwardConfig, window: Window, tile: KeyTile, tidx: Int32) -> "KeyMask":
         """Of consumer thread `tidx`."""
-        key, chunks = tile.n_block * cfg.tile_n + fragment_row(tidx), None
+        row = fragment_row(unhoisted(tidx) if cfg.is_dq_behind else tidx)    # else held in a register beside the key
+        key, chunks = tile.n_block * cfg.tile_n + row, None
         if cfg.has_chunks:
             chunks = window.chunk_start(key), window.chunk_start(key + ROW_STEP)
         return KeyMask(cfg, window, tile, key, fragment_col(tidx), chunks)
