@@ -45,8 +45,8 @@ def served(cases) -> list[BackwardCase]:
 
 
 EVERY = [case for head_dim in SERVED_HEAD_DIMS for case in backward_cases(head_dim)]
-# At head_dim 96 every other one of those: its kernel is that of 64 and 128 but for dQ.
 BF16 = served(of_dtype(case, "bf16") for case in EVERY)
+# At head_dim 96 every other one of those: its kernel is that of 64 and 128 but for dQ.
 CHOSEN = [
     case
     for number, head_dim in enumerate(SERVED_HEAD_DIMS)
