@@ -122,7 +122,7 @@ class BackwardConfig(GradientFields):
     is_deterministic  the CTAs add to dQ in the order of their keys
     tile_m            queries of a Q tile
     is_dq_transposed  dQ^T = K^T dS^T, each warpgroup its columns of dQ, for which tile_m need not be a multiple of 64
-                      per warpgroup; else dQ = dS K, each its rows
+                      per warpgroup; else dQ = dS K, each its rows, or of 64 rows the warpgroups all of it in turns
     is_dq_behind      dQ is computed a Q tile later, when every warpgroup's dS has long been there
     has_softcap ..    of ScoreFields
     """
@@ -150,9 +150,10 @@ class BackwardConfig(GradientFields):
             (self.head_dim % 32 == 0, f"head_dim={self.head_dim}: must be a multiple of 32"),
             (self.mask in ("full", "causal", "local"), f"mask={self.mask!r}: must be 'full', 'causal' or 'local'"),
             (
-                self.tile_m % (16 if self.is_dq_transposed else self.tile_n) == 0,
+                self.tile_m % (16 if self.is_dq_transposed else self.tile_n) == 0 or self.is_dq_in_turns,
                 f"tile_m={self.tile_m}: must be a multiple of {16 if self.is_dq_transposed else self.tile_n}",
             ),
+            (not self.is_dq_in_turns or self.is_dq_behind, f"tile_m={self.tile_m}: dQ must be a Q tile behind"),
             (
                 not self.is_dq_transposed or self.head_dim % self.tile_n == 0,
                 f"head_dim={self.head_dim}: must be a multiple of {self.tile_n}, M of dQ^T, if is_dq_transposed",
@@ -181,9 +182,19 @@ class BackwardConfig(GradientFields):
         return self.is_dq_behind and (self.is_local or self.has_alibi)
 
     @property
+    def is_dq_in_turns(self) -> bool:
+        """One warpgroup computes dQ of a Q tile, another that of the next."""
+        return computes_in_turns(self.tile_m, self.is_dq_transposed)
+
+    @property
+    def num_dq_wgs(self) -> int:
+        """Warpgroups that compute dQ of one Q tile."""
+        return 1 if self.is_dq_in_turns else self.num_consumer_wgs
+
+    @property
     def dq_part(self) -> int:
         """Floats of a tile of dQ that one warpgroup computes."""
-        return self.tile_m * self.head_dim // self.num_consumer_wgs
+        return self.tile_m * self.head_dim // self.num_dq_wgs
 
     @cached_property
     def roles(self) -> tuple[Role, ...]:
@@ -201,18 +212,23 @@ class BackwardConfig(GradientFields):
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory. One lane of a warp arrives where warps are counted."""
         warps, row = self.num_consumer_warps, self.head_dim * 2
-        vector = FLOAT_BYTES * max(self.tile_m, 128 // FLOAT_BYTES)
+        vector, readers = FLOAT_BYTES * max(self.tile_m, 128 // FLOAT_BYTES), WARPS_PER_WARPGROUP * self.num_dq_wgs
         return (
             Ring("tiles", TILE_SLOTS, 0, WARP, warps + 2),
             Ring("k", 1, self.tile_n * row, 1, warps, "K"),
             Ring("v", 1, self.tile_n * row, 1, warps, "V"),
             Ring("q", self.num_q_stages, self.tile_m * row, 1, warps, "Q"),
             Ring("do", self.num_do_stages, self.tile_m * row, 1, warps, "dO"),
-            Ring("ds", self.num_ds_stages, self.tile_m * self.tile_n * 2, warps, warps, "dS"),
+            Ring("ds", self.num_ds_stages, self.tile_m * self.tile_n * 2, warps, readers, "dS"),
             Ring("dq", self.num_consumer_wgs, FLOAT_BYTES * self.dq_part, WARPS_PER_WARPGROUP, 1, "dQ"),
             Ring("shift", self.num_q_stages, vector, 0, 0, "shift"),
             Ring("delta", self.num_do_stages, vector, 0, 0, "delta"),
         )
+
+
+def computes_in_turns(tile_m: int, is_dq_transposed: bool) -> bool:
+    """dQ = dS K has rows for one warpgroup alone."""
+    return tile_m == ROWS_PER_WARPGROUP and not is_dq_transposed
 
 
 class Row(NamedTuple):
@@ -246,6 +262,13 @@ SQUARE = Row(
     "dQ a tile later, under the exponentials: dQ of its own tile takes up to 1.11 times as long; 96 queries, whose dQ "
     "is split by queries, take 1.09 to 1.18",
 )
+TURNS = Row(
+    64,
+    False,
+    True,
+    "64 queries, of which the warpgroups compute dQ in turns: three kernels of one gradient each take 1.38 to 1.45 times "
+    "as long; 128 queries spill",
+)
 TABLE = {
     (64, "full"): SQUARE,
     (64, "causal"): SQUARE,
@@ -253,6 +276,9 @@ TABLE = {
     (128, "full"): WIDE,
     (128, "causal"): WIDE,
     (128, "local"): WIDE,
+    (96, "full"): TURNS,
+    (96, "causal"): TURNS,
+    (96, "local"): TURNS,
 }
 # Where sequences have SHORT_QUERIES at most, in the mean.
 SHORT_QUERIES = 1024
@@ -264,6 +290,7 @@ FEATURES_OF_ALL = frozenset(("has_softcap", "has_alibi", "has_chunks"))
 # Its rows with one of them, by head_dim.
 FEATURED = {
     64: SQUARE,
+    96: TURNS,
     128: Row(64, True, False, "not measured: with 80 queries some of the features spill"),
 }
 

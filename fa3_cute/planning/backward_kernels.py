@@ -24,6 +24,7 @@ from .backward import (
     SINKS_ARGUMENTS,
     TABLE,
     BackwardConfig,
+    computes_in_turns,
     has_registers,
 )
 from .config import ROWS_PER_WARPGROUP
@@ -139,7 +140,6 @@ class FinishConfig(_Around):
     tile_m: int
     is_dq_transposed: bool
 
-    num_consumer_wgs = CONSUMER_WGS
     entry = FINISH_ENTRY
     arguments = FINISH_ENTRY.arguments
     kernel = "fa3_cute.kernels.backward.finish.FinishBackward"
@@ -147,18 +147,23 @@ class FinishConfig(_Around):
     @property
     def name(self) -> str:
         """Names cache entries and kernels."""
-        tile = f"{self.tile_m}x{ROWS_PER_WARPGROUP * self.num_consumer_wgs}"
+        tile = f"{self.tile_m}x{ROWS_PER_WARPGROUP * CONSUMER_WGS}"
         return f"bwd_finish_{self.dtype}_d{self.head_dim}_{tile}{'_transposed' * self.is_dq_transposed}"
+
+    @property
+    def num_dq_wgs(self) -> int:
+        """Warpgroups of the main kernel that compute dQ of one Q tile."""
+        return 1 if computes_in_turns(self.tile_m, self.is_dq_transposed) else CONSUMER_WGS
 
     @property
     def dq_part(self) -> int:
         """Floats of a tile of dQ that one warpgroup has."""
-        return self.tile_m * self.head_dim // self.num_consumer_wgs
+        return self.tile_m * self.head_dim // self.num_dq_wgs
 
     @property
     def num_threads(self) -> int:
-        """Of a CTA: as many as the main kernel's consumers."""
-        return 128 * self.num_consumer_wgs
+        """Of a CTA: as many as hold a tile of dQ in the main kernel."""
+        return 128 * self.num_dq_wgs
 
     @property
     def smem_bytes(self) -> int:

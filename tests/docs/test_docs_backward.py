@@ -168,6 +168,7 @@ def rings_in(text: str, cfg) -> list[tuple[str, int, int, int]]:
     numbers = {
         "n": n,
         "4n": 4 * n,
+        "4r": 4 * cfg.num_dq_wgs,
         "4n+2": 4 * n + 2,
         "num_q_stages": cfg.num_q_stages,
         "num_do_stages": cfg.num_do_stages,

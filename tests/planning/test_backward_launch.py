@@ -109,7 +109,7 @@ def test_kernels_are_told_by_their_names():
 
 def test_the_selection_has_every_row_and_option():
     everything = backward_configs()
-    assert len(set(everything)) == len(everything) <= 36
+    assert len(set(everything)) == len(everything) <= 40
     configs = [cfg for cfg in everything if cfg.has_sums]
     rows = {(cfg.head_dim, cfg.mask, cfg.is_varlen) for cfg in configs if cfg.dtype == "bf16"}
     assert rows == {(*row, is_varlen) for row in TABLE for is_varlen in (False, True)}
@@ -130,7 +130,7 @@ def test_the_selection_has_every_row_and_option():
     assert {kernel for cfg in everything for kernel in kernels_of(cfg)} == set(backward_kernels())
 
 
-@pytest.mark.parametrize("head_dim", [96, 192, 256])
+@pytest.mark.parametrize("head_dim", [192, 256])
 @pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
 def test_passes_of_one_gradient_each(call, head_dim):
     """Asked for the same bits or not: the same kernels, and a workspace without sums."""

@@ -40,7 +40,7 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
             if has_queries:
                 mask = KeyMask.create(cfg, params.window, tile, tidx)
                 gradients.start_head(tile.kv_head * params.group, tile.sequence)
-                gradients.step_behind(mask, queries.m_block_min, turn, is_masked=True, is_first=True)
+                gradients.step_behind(mask, queries.m_block_min, turn, is_masked=True, has_dq=False)
                 turn += 1
         for i in cutlass.range(params.group, unroll=1):
             for kind in cutlass.range_constexpr(3 if cfg.is_local else 2):
@@ -57,7 +57,10 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         if const_expr(cfg.is_dq_behind):
             if queries.m_block_max > queries.m_block_min:
-                gradients.finish_dQ(turn - 1)
+                if const_expr(not cfg.is_dq_in_turns):
+                    gradients.finish_dQ(turn - 1)
+                elif gradients.has_turn(turn - 1):
+                    gradients.finish_dQ(turn - 1)
         for pipe in (pipes.v, pipes.k):
             pipe.consumer_release(pipeline.PipelineState(1, count, Int32(0), count & 1))
         cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)
@@ -96,7 +99,12 @@ def walk(gradients: Gradients, mask: KeyMask, blocks: tuple[Int32, Int32], turn:
     """The Q tiles [begin, end), in the config's order; the turn after them."""
     for m_block in cutlass.range(blocks[0], blocks[1], unroll=1):
         if const_expr(gradients.cfg.is_dq_behind):
-            gradients.step_behind(mask, m_block, turn, is_masked, is_first=False)
+            if const_expr(not gradients.cfg.is_dq_in_turns):
+                gradients.step_behind(mask, m_block, turn, is_masked, has_dq=True)
+            elif gradients.has_turn(turn - 1):
+                gradients.step_behind(mask, m_block, turn, is_masked, has_dq=True)
+            else:
+                gradients.step_behind(mask, m_block, turn, is_masked, has_dq=False)
         else:
             gradients.step(mask, m_block, turn, is_masked)
         turn += 1

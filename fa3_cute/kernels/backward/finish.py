@@ -9,7 +9,7 @@ from ..common.layout import convert, element_type, smem_ring, tensor_view, trans
 from ..common.sequences import Sequences
 from .blocks import Blocks, query_tile
 from .gradients import QUAD
-from .kernel import make_bwd_mmas
+from .kernel import make_dq_mma
 from .store import store_used_rows
 
 
@@ -32,8 +32,8 @@ class FinishBackward:
         mdQ = tensor_view(a, "dq", (a.seqlen_q, cfg.head_dim, a.num_heads, batches))
         sdQ = smem_ring(element_type(cfg), cfg.tile_m, cfg.head_dim, 1)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
-        self.kernel(mdQ, dq_sum, sdQ, make_bwd_mmas(cfg).dq, blocks, sequences, a.softmax_scale).launch(
-            grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(128 * cfg.num_consumer_wgs, 1, 1),
+        self.kernel(mdQ, dq_sum, sdQ, make_dq_mma(cfg), blocks, sequences, a.softmax_scale).launch(
+            grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(cfg.num_threads, 1, 1),
             use_pdl=True, stream=a.stream)
 
     @cute.kernel
@@ -60,4 +60,4 @@ class FinishBackward:
         cute.copy(thread_copy, thread_copy.retile(rdQ), thread_copy.partition_D(slot))
         cute.arch.sync_threads()
         num_rows = tile.seqlen - tile.m_block * cfg.tile_m
-        store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), num_rows, thread, 128 * cfg.num_consumer_wgs)
+        store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), num_rows, thread, cfg.num_threads)

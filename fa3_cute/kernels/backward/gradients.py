@@ -14,7 +14,7 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
@@ -87,24 +87,24 @@ class Gradients:
 
     @cute.jit
     def step_behind(self, mask: KeyMask, m_block: Int32, turn: Int32, is_masked: Constexpr[bool],
-                    is_first: Constexpr[bool]):
+                    has_dq: Constexpr[bool]):
         """dV and dK of one Q tile and dQ of the one before it, whose dS no warpgroup has to wait for: it runs under the
         exponentials. Nothing is in flight before or after."""
         q = do = filled(turn)
         self.wait_for_queries(q, mask, m_block)
         acc_S = self.start_S(turn & 1)
-        if const_expr(not is_first):
+        if const_expr(has_dq):
             ds = filled(turn - 1)
             self.pipes.ds.consumer_wait(ds)
             acc_dQ = self.start_dQ((turn - 1) & 1)
-        in_flight(int(not is_first))     # S is complete
+        in_flight(int(has_dq))           # S is complete
         if const_expr(self.cfg.has_softcap):
             self.scores.cap(acc_S)
         if const_expr(is_masked):
             mask.apply(acc_S, m_block)
         rP = self.make_P(acc_S, mask, m_block, turn & 1)
         self.wait_for_douts(do, mask, m_block)
-        if const_expr(not is_first):
+        if const_expr(has_dq):
             in_flight(0)                 # dQ
             self.release_dS(ds)
             self.send_dQ(acc_dQ, turn - 1)   # before dP needs its registers
@@ -117,6 +117,11 @@ class Gradients:
         self.pipes.do.consumer_release(do)
         in_flight(0)                     # dK
         self.pipes.q.consumer_release(q)
+
+    def has_turn(self, turn: Int32) -> Boolean:
+        """It is this warpgroup that computes dQ of the Q tile of that turn; so it is one slot of dS and dQ's that it
+        has to do with."""
+        return turn & 1 == self.wg_idx
 
     @cute.jit
     def finish_dQ(self, turn: Int32):
@@ -265,7 +270,9 @@ class Gradients:
     @cute.jit
     def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
         """To the reduce warp, in thread order: element 4 j + i of thread t lies at 512 j + 4 t + i."""
-        slot = pipeline.PipelineState(self.cfg.num_consumer_wgs, turn, self.wg_idx, turn & 1 ^ 1)
+        slot = emptied(turn)
+        if const_expr(not self.cfg.is_dq_in_turns):
+            slot = pipeline.PipelineState(self.cfg.num_consumer_wgs, turn, self.wg_idx, turn & 1 ^ 1)
         self.pipes.dq.producer_acquire(slot)
         quads = cute.make_tensor(acc_dQ.iterator, cute.make_layout((QUAD, cute.size(acc_dQ) // QUAD)))
         cute.autovec_copy(quads, self.sdQ)
@@ -330,6 +337,7 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
     part = lambda mma: mma.get_slice(first_threads(wg_idx))
     operand_a = lambda mma, sX: mma.make_fragment_A(part(mma).partition_A(sX))
     operand_b = lambda mma, sX: mma.make_fragment_B(part(mma).partition_B(sX))
+    dq_part = mmas.dq.get_slice(0 if cfg.is_dq_in_turns else first_threads(wg_idx))
     sdSt, sKt = transposed(smem.sdS), transposed(smem.sK)
     sA, sB = (sKt, smem.sdS) if cfg.is_dq_transposed else (smem.sdS, sKt)
     stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(True, 4), element_type(cfg))
@@ -343,7 +351,7 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
         tSrK=operand_a(mmas.sdp, smem.sK), tSrQ=operand_b(mmas.sdp, smem.sQ),
         tPrV=operand_a(mmas.sdp, smem.sV), tPrdO=operand_b(mmas.sdp, smem.sdO),
         tVrdO=operand_b(mmas.dkv, transposed(smem.sdO)), tKrQ=operand_b(mmas.dkv, transposed(smem.sQ)),
-        tQrA=operand_a(mmas.dq, sA), tQrB=operand_b(mmas.dq, sB),
+        tQrA=mmas.dq.make_fragment_A(dq_part.partition_A(sA)), tQrB=mmas.dq.make_fragment_B(dq_part.partition_B(sB)),
         tSsdS=store_dS.partition_D(sdSt), store_dS=store_dS, acc_dK=acc_dK, acc_dV=acc_dV,
         pipes=pipes, wg_idx=wg_idx, sdQ=sdQ, scale_log2=params.scale_log2, tidx=tidx,
         scores=params.scores, slope=Float32(0.0) if cfg.has_alibi else None)

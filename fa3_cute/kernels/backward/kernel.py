@@ -137,12 +137,21 @@ class FlashAttentionBackward:
 
 def make_bwd_mmas(cfg: BackwardConfig) -> BwdMmas:
     """Of the five GEMMs; K and Q are read K-major for S and MN-major for dQ and dK from the same slots."""
-    element, wgs = element_type(cfg), cfg.num_consumer_wgs
+    element, atoms = element_type(cfg), (cfg.num_consumer_wgs, 1, 1)
     k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-    make = lambda a, b, atoms, n, source=warpgroup.OperandSource.SMEM: sm90.make_trivial_tiled_mma(
-        element, element, a, b, Float32, (*atoms, 1), (ROWS_PER_WARPGROUP, n), source)
-    dq = make(mn_major, k_major, (wgs, 1), cfg.tile_m) if cfg.is_dq_transposed else make(
-        k_major, mn_major, (wgs, 1), cfg.head_dim)
-    return BwdMmas(sdp=make(k_major, k_major, (wgs, 1), cfg.tile_m),
-                   dkv=make(k_major, mn_major, (wgs, 1), cfg.head_dim, warpgroup.OperandSource.RMEM),
-                   dq=dq)
+    return BwdMmas(
+        sdp=sm90.make_trivial_tiled_mma(element, element, k_major, k_major, Float32, atoms,
+                                        (ROWS_PER_WARPGROUP, cfg.tile_m)),
+        dkv=sm90.make_trivial_tiled_mma(element, element, k_major, mn_major, Float32, atoms,
+                                        (ROWS_PER_WARPGROUP, cfg.head_dim), warpgroup.OperandSource.RMEM),
+        dq=make_dq_mma(cfg))
+
+
+def make_dq_mma(cfg: BackwardConfig) -> cute.TiledMma:
+    """Of dQ = dS K or dQ^T = K^T dS^T, over the warpgroups that compute it."""
+    element, atoms = element_type(cfg), (cfg.num_dq_wgs, 1, 1)
+    k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+    majors, columns = (k_major, mn_major), cfg.head_dim
+    if cfg.is_dq_transposed:
+        majors, columns = (mn_major, k_major), cfg.tile_m
+    return sm90.make_trivial_tiled_mma(element, element, *majors, Float32, atoms, (ROWS_PER_WARPGROUP, columns))

@@ -90,8 +90,10 @@ class PrepareBackward:
             sink = params.sinks.read(tile.head)
         gO, gdO = (copy.partition_S(tile.rows_of(cfg, mX)) for mX in (params.mO, params.mdO))
         num_steps = -(-cfg.tile_m // rows_per_step)
-        for first in cutlass.range(0, num_steps, STEPS_IN_FLIGHT, unroll=1):
-            rows = [(first + i) * rows_per_step + first_row for i in range(STEPS_IN_FLIGHT)]
+        # All of them at once would be one more row than registers are there for.
+        steps_in_flight = STEPS_IN_FLIGHT if num_steps > STEPS_IN_FLIGHT else 1
+        for first in cutlass.range(0, num_steps, steps_in_flight, unroll=1):
+            rows = [(first + i) * rows_per_step + first_row for i in range(steps_in_flight)]
             are_used = [(tile.m_block * cfg.tile_m + row < tile.seqlen) & (row < cfg.tile_m) for row in rows]
             pairs = [[read_step(gX, first + i, is_used) for gX in (gO, gdO)] for i, is_used in enumerate(are_used)]
             for i in cutlass.range_constexpr(len(rows)):

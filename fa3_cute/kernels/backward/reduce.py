@@ -32,9 +32,10 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
             if const_expr(cfg.is_deterministic):
                 last = last_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
                 wait_for_turn(params.order[None, block, head], last - tile.n_block)
-            for w in cutlass.range_constexpr(cfg.num_consumer_wgs):
+            for w in cutlass.range_constexpr(cfg.num_dq_wgs):
                 part = consumer.wait_and_advance()
-                add_part(cfg, params.dq_sum[None, block, head], smem.sdQ[None, w], w)
+                slot = part.index if const_expr(cfg.is_dq_in_turns) else w
+                add_part(cfg, params.dq_sum[None, block, head], smem.sdQ[None, slot], w)
                 with cute.arch.elect_one():
                     part.release()
             if const_expr(cfg.is_deterministic):
