@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .append import fp8_rotary, new_keys, new_sizes, rotary
 from .formats import MAX_SPLITS
-from .fp8_cache import has_fp8_cache, has_fp8_keys, keys_dtype, kv_dtype, unserved
+from .fp8_cache import has_fp8_cache, has_fp8_keys, kv_dtype, unserved
 from .head_dims import fp8_head_dims, head_dims
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
 from .mla import is_mla, mla
@@ -199,7 +199,7 @@ def _descales(p) -> Sentences:
     if not any(_read_descales(p)):
         return ()
     return [
-        must(p, name, f"None with k and v of {keys_dtype(p).name}: descales belong to FP8_E4M3")
+        must(p, name, f"None with dtype={p.dtype.name}: descales belong to FP8_E4M3")
         for name in DESCALES
         if getattr(p, name)
     ]

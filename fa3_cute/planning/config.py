@@ -15,7 +15,7 @@ from .key_source import KeySourceFields
 from .packing import PackedFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .score_features import ScoreFields
-from .stored_keys import CONSUME_REGISTERS, NUM_WIDEN_WARPS, StoredFields
+from .stored_keys import StoredFields
 from .strategies import Output, Steps, Values
 
 REGISTERS_PER_SM = 65536
@@ -324,8 +324,7 @@ class DecodeConfig(KernelConfig):
     is_local          a window (a causal mask is one); without it every row sees every key
     num_kv_stages     depth of the K ring and of the V ring
     ctas_per_sm       how many CTAs can share an SM
-    kv_dtype ..       of StoredFields
-    is_ragged ..      of KeySourceFields; ragged batches are split sequence by sequence (ragged.py)
+    kv_dtype, is_ragged ..   of StoredFields, KeySourceFields; ragged batches are split sequence by sequence (ragged.py)
     """
 
     is_local: bool
@@ -387,21 +386,22 @@ class DecodeConfig(KernelConfig):
         """Those rows in shared memory, in FP32."""
         return 4 * self.partial_lines * self.dim_v
 
+    @property
+    def uses_setmaxnreg(self) -> bool:
+        return self.widens
+
     @cached_property
     def roles(self) -> tuple[Role, ...]:
         """The consumers come first: the number of a warpgroup's first warp must be a multiple of 4."""
         warps = self.num_consumer_warps
-        if self.widens:
-            return Role("consume", range(warps), CONSUME_REGISTERS), *self.widening_roles
-        return Role("consume", range(warps)), Role("load", range(warps, warps + 1))
+        return self.widening_roles or (Role("consume", range(warps)), Role("load", range(warps, warps + 1)))
 
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory; q is one slot without mbarriers, filled by its readers."""
-        readers = NUM_WIDEN_WARPS if self.widens else self.num_consumer_warps
         return (
             Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
-            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, readers, "K"),
-            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, readers, "V"),
+            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, self.num_kv_readers, "K"),
+            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, self.num_kv_readers, "V"),
             *self.wide_rings,
         )

@@ -22,6 +22,8 @@ class StoredFields:
     kv_dtype: str | None = None
     num_wide_slots: int = 0
 
+    uses_setmaxnreg = False  # warpgroups have unlike numbers of registers
+
     if TYPE_CHECKING:  # of the config
 
         def __getattr__(self, name: str) -> Any: ...
@@ -69,26 +71,29 @@ class StoredFields:
         return f"_kv_{self.kv_dtype}" if self.widens else ""
 
     @property
-    def uses_setmaxnreg(self) -> bool:
-        """Warpgroups have unlike numbers of registers; the forward kernel's always."""
-        return self.widens
-
-    @property
     def registers(self) -> tuple[int, int]:
         """(load, consume) registers per thread after setmaxnreg, where there is one."""
         return LOAD_REGISTERS, CONSUME_REGISTERS
 
     @property
     def widening_roles(self) -> tuple[Role, ...]:
-        """Behind the consumers: who widens K and who V, who loads, and the rest of the loading warpgroup."""
+        """Who consumes, who widens K and who V, who loads, and the rest of the loading warpgroup; () without."""
+        if not self.widens:
+            return ()
         first = self.num_consumer_warps
         second, loader = first + NUM_WIDEN_WARPS, first + 2 * NUM_WIDEN_WARPS
         return (
+            Role("consume", range(first), CONSUME_REGISTERS),
             Role("widen_k", range(first, second), WIDEN_REGISTERS),
             Role("widen_v", range(second, loader), WIDEN_REGISTERS),
             Role("load", range(loader, loader + 1), LOAD_REGISTERS),
             Role("retire", range(loader + 1, loader + WARPS_PER_WARPGROUP), LOAD_REGISTERS),
         )
+
+    @property
+    def num_kv_readers(self) -> int:
+        """Warps that give a slot of the K or V ring back."""
+        return NUM_WIDEN_WARPS if self.widens else self.num_consumer_warps
 
     @property
     def wide_rings(self) -> tuple[Ring, ...]:

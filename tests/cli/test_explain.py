@@ -56,6 +56,10 @@ def test_explain_names_every_problem(capsys):
             ["--dtype", "fp8_e4m3", "--out-dtype", "fp16", "--mode", "decode"],
             decode_config("fp8_e4m3", 128, False, "fp16"),
         ),
+        (
+            ["--mode", "decode", "--kv-dtype", "fp8_e4m3"],
+            decode_config("bf16", 128, False, kv_dtype="fp8_e4m3"),
+        ),
     ],
 )
 def test_explain_names_the_kernel(argv, cfg, capsys):

@@ -103,7 +103,7 @@ def test_a_kv_dtype_that_is_dtype_means_nothing():
         )
         assert stated == plainly and stated.kv_dtype is None
     (found,) = problems(replace(DENSE, kv_dtype=DENSE.dtype, k_descale_ptr=A))
-    assert found == (-9, f"k_descale_ptr={A}: must be None with k and v of FP16: descales belong to FP8_E4M3")
+    assert found == (-9, f"k_descale_ptr={A}: must be None with dtype=FP16: descales belong to FP8_E4M3")
 
 
 def test_descales_are_part_of_the_shape():

@@ -315,6 +315,8 @@ def test_fp8_cache_of_16_bit_queries():
         flash_attn_func(q.requires_grad_(), keys, values)
     with pytest.raises(FlashAttentionError, match="softcap=1.0: must be None or 0 with kv_dtype=FP8_E4M3"):
         flash_attn_with_kvcache(q.detach(), keys, values, softcap=1.0)
+
+
 # ---- a given out -----------------------------------------------------------------------------------------------------
 
 
