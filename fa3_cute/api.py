@@ -165,8 +165,7 @@ def warmup(params: FlashAttentionParams | BackwardParams | MergeParams, stream=N
 
     After it, such a call can be captured into a CUDA graph, on any stream of the context. If it needs a workspace and
     none is given, this makes the stream's own. Arguments, returns and raises as `forward`; the params are checked in
-    full, but of the pointers only presence and alignment matter. Takes the params of `backward` and `merge_attention`
-    too.
+    full, but of the pointers only presence and alignment matter. Takes `backward`'s and `merge_attention`'s params too.
     """
     if isinstance(params, BackwardParams):
         return _warm_other(backward_launch, _differentiator, params, stream)
@@ -395,8 +394,7 @@ def attention(
 def _attention_on_device(call: AttentionCall):
     try:
         return attention_on_device(call, forward)
-    except FlashAttentionError:
-        raise
-    except RuntimeError as error:  # of a CUDA call before the launch
-        _failure(error).check()
+    except RuntimeError as error:
+        if not isinstance(error, FlashAttentionError):  # of a CUDA call before the launch
+            _failure(error).check()
         raise

@@ -290,8 +290,7 @@ class Tensors:
         q_size = max(prod(case.q_shape) for case in cases)
         kv_size = max(prod(case.kv_shape) * case.kv_sets for case in cases)
         sizes = {"q": q_size, "k": kv_size, "v": kv_size}
-        # What a tensor repeats.
-        self.host = {
+        self.host = {  # what a tensor repeats
             name: to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtypes[name])
             for name, size in sizes.items()
         }

@@ -100,21 +100,6 @@ class KernelConfig(DimFields, KeySourceFields, StoredFields, ScoreFields):
         return ELEMENT_BYTES.get(self.dtype, 2)
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """K and V of one token and KV head."""
-        return (self.dim_qk + self.dim_v) * self.stored_bytes
-
-    @property
-    def k_slot_bytes(self) -> int:
-        """A slot of the K ring."""
-        return self.tile_n * self.dim_qk * self.stored_bytes
-
-    @property
-    def v_slot_bytes(self) -> int:
-        """A slot of the V ring, and of transposed V."""
-        return self.tile_n * self.dim_v * self.stored_bytes
-
-    @property
     def q_slot_bytes(self) -> int:
         """A slot of the Q ring; in 16 bit the forward kernel's takes O after Q."""
         return self.tile_m * self.dim_qk * self.element_bytes

@@ -66,6 +66,21 @@ class StoredFields:
         return ELEMENT_BYTES.get(self.stored_dtype, 2)
 
     @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one token and KV head."""
+        return (self.dim_qk + self.dim_v) * self.stored_bytes
+
+    @property
+    def k_slot_bytes(self) -> int:
+        """A slot of the K ring."""
+        return self.tile_n * self.dim_qk * self.stored_bytes
+
+    @property
+    def v_slot_bytes(self) -> int:
+        """A slot of the V ring, and of transposed V."""
+        return self.tile_n * self.dim_v * self.stored_bytes
+
+    @property
     def stored_name(self) -> str:
         """The element type of K and V in a name, where it is not dtype."""
         return f"_kv_{self.kv_dtype}" if self.widens else ""

@@ -3,6 +3,7 @@ to it, beside the same step without; over a dense cache and over pages."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 from ...contract.formats import FP8
 from ..case import Case
@@ -43,13 +44,11 @@ def cases(args) -> list[Case]:
     # FP8 numbers are rotated before they are quantised, outside of the call.
     asked = (WITHOUT, APPEND if dtype == FP8 else ROTATED)
     found = []
-    for head_dim in args.head_dim or [HEAD_DIM]:
-        for num_heads, num_heads_k in HEADS:
-            for batch_size, seqlen in STEPS:
-                sizes = dtype, head_dim, False, 1, seqlen, batch_size, num_heads, num_heads_k
-                step = Case(*sizes, label=f"{batch_size}x{seqlen}", l2="warm", lengths_k=(seqlen,) * batch_size)
-                for page_size in PAGES:
-                    found += problem(replace(step, page_size=page_size), asked)
+    for head_dim, heads, (batch_size, seqlen) in product(args.head_dim or [HEAD_DIM], HEADS, STEPS):
+        sizes = dtype, head_dim, False, 1, seqlen, batch_size, *heads
+        step = Case(*sizes, label=f"{batch_size}x{seqlen}", l2="warm", lengths_k=(seqlen,) * batch_size)
+        for page_size in PAGES:
+            found += problem(replace(step, page_size=page_size), asked)
     return [case for case in found if case.head_dim in head_dims(dtype)]
 
 

@@ -17,10 +17,10 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
 from ...planning.config import KernelConfig
 from ...planning.strategies import Steps, Values
 from .arithmetic import maximum
-from .barriers import all_agree, pass_turn, sync_warpgroup, wait_turn
+from .barriers import all_agree, pass_turn, wait_turn
 from .block_list import BlockList
 from .block_range import BlockRange, first_key
-from .copies import clear_rows
+from .copies import clear_unused_rows
 from .dropout import RowDropout
 from .fp8 import Descales
 from .layout import ROW_STEP, as_operand_a, convert
@@ -308,21 +308,6 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
         value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.has_descales else None,
         factors=factors, dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask,
         mods=scores.mods.start(cfg, num_rows) if cfg.has_mods else None)
-
-
-@cute.jit
-def clear_unused_rows(cfg: KernelConfig, sV: cute.Tensor, v_consumer: pipeline.PipelineConsumer, first: Int32,
-                      end: Int32 | int, tidx: Int32):
-    """Zero the rows [first, end) of the V slot that is consumed next.
-
-    They belong to another sequence or to none, and may hold NaN, which P = 0 would not silence. TMA fills with zeros
-    past the end of the tensor only. Each warpgroup does it for itself, so that none waits for another: they write the
-    same zeros. K needs no such care: masking selects, it does not multiply.
-    """
-    v = v_consumer.wait()
-    clear_rows(cfg, sV[None, None, v.index], first, end, tidx % 128, num_threads=128)
-    cute.arch.fence_view_async_shared()
-    sync_warpgroup(tidx // 128)
 
 
 @cute.jit

@@ -3,9 +3,11 @@ import math
 
 import cutlass
 import cutlass.cute as cute
+import cutlass.pipeline as pipeline
 from cutlass import Boolean, Constexpr, Int32
 
 from ...planning.config import KernelConfig
+from .barriers import sync_warpgroup
 
 PIECE_BYTES = 16           # what `row_copy` moves at once
 
@@ -62,3 +64,18 @@ def clear_rows(cfg: KernelConfig, slot: cute.Tensor, first: Int32, end: Int32 | 
         if row >= first and row < end:
             for c in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
                 cute.autovec_copy(zeros, tXsX[None, step, c])
+
+
+@cute.jit
+def clear_unused_rows(cfg: KernelConfig, sV: cute.Tensor, v_consumer: pipeline.PipelineConsumer, first: Int32,
+                      end: Int32 | int, tidx: Int32):
+    """Zero the rows [first, end) of the V slot that is consumed next.
+
+    They belong to another sequence or to none, and may hold NaN, which P = 0 would not silence. TMA fills with zeros
+    past the end of the tensor only. Each warpgroup does it for itself, so that none waits for another: they write the
+    same zeros. K needs no such care: masking selects, it does not multiply.
+    """
+    v = v_consumer.wait()
+    clear_rows(cfg, sV[None, None, v.index], first, end, tidx % 128, num_threads=128)
+    cute.arch.fence_view_async_shared()
+    sync_warpgroup(tidx // 128)

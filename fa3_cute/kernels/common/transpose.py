@@ -84,7 +84,7 @@ def transpose_in_place(cfg: KernelConfig, slot_V: cute.Tensor, slot_Vt: cute.Ten
 @cute.jit
 def clear_share(cfg: KernelConfig, slot_V: cute.Tensor, num_used: Int32, thread: Int32, num_warps: Constexpr[int],
                 is_before: Constexpr[bool] = False):
-    """Zero the rows of a warp's share of a V tile from num_used on (attend.clear_unused_rows says why), or before it.
+    """Zero the rows of a warp's share of a V tile from num_used on (copies.clear_unused_rows says why), or before it.
 
     Each lane zeroes what it addresses for ldmatrix: no warp waits for another.
     """

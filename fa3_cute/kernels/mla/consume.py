@@ -14,9 +14,9 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ...planning.mla import MlaConfig
 from ..common.arithmetic import ceil_div
-from ..common.attend import clear_unused_rows
 from ..common.barriers import BarrierId
 from ..common.block_range import first_key
+from ..common.copies import clear_unused_rows
 from ..common.layout import ROW_STEP, as_operand_a, as_rows_cols, convert, element_type, fragment_col, fragment_row
 from ..common.row_end import end_rows, end_rows_without_keys
 from ..common.softmax import OnlineSoftmax, Scores
