@@ -1,7 +1,7 @@
 """Configs compile clean: no spill, no serialised WGMMA, within their budgets, and to the code that is on record.
 
 Each row of the tables once, its options in turn: `selection` sees every option of a kernel beside every other, of
-ragged batches each kernel with each kind of source, and half of `feature_configs`.
+ragged batches each kernel with each kind of source, and each feature in each kernel, element size and mask.
 All configs: `make fingerprints`, or `python tests/support/fingerprints.py --check`.
 """
 
@@ -44,7 +44,8 @@ PROCESSES = min(4, os.cpu_count() or 1)  # a compile takes 3 s of one core and 3
 
 def selection() -> list:
     """One config per row of FORWARD and two per row of DECODE (with a window and without), the element types and the
-    other options in turn; then `ragged_selection`, one per row of PACKED, what has features, and other dims."""
+    other options in turn; of DECODE those that `ragged_selection` has are of ragged batches. Then one per row of
+    PACKED, `feature_selection`, and other dims."""
     chosen = {}
     options = cycle(product((False, True), (False, True), (0, 1)))
     for cfg in all_forward_configs():
@@ -60,14 +61,18 @@ def selection() -> list:
     decode = {}
     for number, cfg in enumerate(all_decode_configs()):
         decode.setdefault((cfg.element_bytes, cfg.head_dim, cfg.is_local), []).append((number, cfg))
-    decode_ones = [variants[index % len(variants)][1] for index, variants in enumerate(decode.values())]
-    packed_ones, feature_ones = (  # of two each
-        [cfg for number, cfg in enumerate(configs) if number % 4 in (0, 3)]
-        for configs in (packed_configs(), feature_configs())
-    )
+    ragged_ones = ragged_selection()
+    ragged_rows = {(cfg.element_bytes, cfg.head_dim, cfg.is_local) for cfg in ragged_ones if cfg.splits_keys}
+    decode_ones = [
+        variants[index % len(variants)][1]
+        for index, (row, variants) in enumerate(decode.items())
+        if row not in ragged_rows
+    ]
+    packed_ones = [cfg for number, cfg in enumerate(packed_configs()) if number % 4 in (0, 3)]  # of two each
     dim_ones = [cfg for cfg in dim_configs() if cfg.out_dtype != PARTIAL][::4]
     cached_ones = cached_fp8_configs()[1::5]
-    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_ones, *dim_ones, *cached_ones]
+    others = decode_ones, ragged_ones, packed_ones, feature_selection(), dim_ones, cached_ones
+    return [*chosen.values(), *(cfg for configs in others for cfg in configs)]
 
 
 def kind_of(cfg) -> tuple:
@@ -81,6 +86,27 @@ def ragged_selection() -> list:
     for cfg in ragged_configs():
         kinds.setdefault(kind_of(cfg), []).append(cfg)
     return [variants[3 * index % len(variants)] for index, variants in enumerate(kinds.values())]
+
+
+def feature_facts(cfg) -> set:
+    """What of a config with a feature has to be compiled at least once."""
+    (feature,) = ((field, getattr(cfg, field)) for field in FEATURES if getattr(cfg, field))
+    mask = cfg.mask if type(cfg) is FwdConfig else ""
+    return {
+        (feature, type(cfg), mask),
+        (feature, cfg.element_bytes),
+        (type(cfg), cfg.element_bytes, cfg.head_dim),
+    }
+
+
+def feature_selection() -> list:
+    """Of feature_configs as few as have all of their feature_facts, each time the one that has most of what is left."""
+    configs = feature_configs()
+    left, chosen = set().union(*map(feature_facts, configs)), []
+    while left:
+        chosen.append(max(configs, key=lambda cfg: len(left & feature_facts(cfg))))
+        left -= feature_facts(chosen[-1])
+    return chosen
 
 
 CONFIGS = selection()
