@@ -8,7 +8,7 @@ from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role
 
 NUM_WIDEN_WARPS = 4  # of K, and of V: a warpgroup each, which then do not wait for one another
 # Registers per thread after setmaxnreg: of the loading warpgroup, the widening ones and the consumers.
-LOAD_REGISTERS, WIDEN_REGISTERS, CONSUME_REGISTERS = 24, 112, 240
+LOAD_REGISTERS, WIDEN_REGISTERS, CONSUME_REGISTERS = 40, 112, 240
 
 
 @dataclass(frozen=True, kw_only=True)
