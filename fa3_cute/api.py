@@ -109,8 +109,10 @@ def backward(params: BackwardParams, stream=None) -> Status:
              and used again as soon as this returns
     stream   as of `forward`
 
-    Returns and raises as `forward`; `explain` and `warmup` take these params too. Three launches, captured into a CUDA
-    graph as they are. dk and dv have the same bits in every call, dq with deterministic=True alone.
+    Returns and raises as `forward`; `explain` and `warmup` take these params too. All launches are captured into a CUDA
+    graph: three at head_dim 64 and 128; at 96, 192 and 256, and for what the kernel of all gradients does not serve,
+    one and one per gradient; one more with d_s_aux and two with d_bias. dk and dv have the same bits in every call, dq
+    where each gradient has its launch, else with deterministic=True alone; d_bias that is summed may differ.
     Source: FlashAttention-2 (Dao 2023), algorithm 2; backward_reference in contract/backward_reference.py defines it.
     """
     found = backward_launch.checked(params)
@@ -321,6 +323,7 @@ def attention(
     seqused_k=None,
     page_table=None,
     kv_batch_idx=None,
+    leftpad_k=None,
     k_new=None,
     v_new=None,
     cu_seqlens_k_new=None,
@@ -342,8 +345,8 @@ def attention(
     q, out        [batch, seqlen_q, num_heads, head_dim], or [total_q, num_heads, head_dim] with cu_seqlens_q
     k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens_k, or
                   [num_pages, page_size, num_heads_k, head_dim] with page_table. float16, bfloat16 or float8_e4m3fn; FP8
-                  also as uint8 with dtype="float8_e4m3fn". v and out may have another head_dim than q and k. Last
-                  dimension contiguous, other strides multiples of 16 for FP8 q, k and v, else of 8. A given out is
+                  also as uint8 with dtype="float8_e4m3fn", or k and v alone. v and out may have another head_dim than q
+                  and k. Last dimension contiguous, other strides multiples of 16 in FP8, else of 8. A given out is
                   written: of q's type (FP8: 16 bit) or float32
     stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
@@ -360,10 +363,11 @@ def attention(
     seqused_k     [batch] int32; beyond the rows that there are it is these, in pages and with packed queries
     page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k
     kv_batch_idx  [batch] int32: the entry of k and v, or row of page_table, of each sequence; None: its own
+    leftpad_k     [batch] int32: first rows of each sequence's keys that do not exist; seqused_k counts them
     k_new, v_new  [batch, rows, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new: written behind seqused_k
     rotary_cos, rotary_sin   [positions, rotary_dim / 2] for q and k_new, from seqlens_rotary [batch] on or seqused_k
-    *_descale     FP8 only: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q, num_heads_k
-                  for k and v, batch the number of sequences; any strides; real value = FP8 value * descale
+    *_descale     of FP8 k and v: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q,
+                  num_heads_k for k and v, batch the number of sequences; any strides; real value = FP8 value * descale
     num_splits    0 automatic, 1 never, n exactly n; max_seqlen_q a hint: no packed sequence has more; 0 unknown
     zero_padding  packed rows behind the last sequence get out = 0 and LSE = -inf
 

@@ -225,11 +225,17 @@ def attention_forward(
     if attention_mask is not None and _known(attention_mask).get("is_full"):
         attention_mask = None
     head_dim, columns_v = query.shape[-1], value.shape[-1]
-    q, k, v = (padded(x.transpose(1, 2), columns(head_dim)) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if _is_trained(q, k, v) or head_dim % 8 or columns_v % 8:  # backward has one number of columns for all
+        q, k, v = (padded(x, columns(head_dim)) for x in (q, k, v))
     given = _choices(options, k.shape[1], is_causal)
     given["softmax_scale"] = head_dim**-0.5 if scaling is None else scaling
     out = _attend((q, k, v), attention_mask, options, given)
     return out[..., :columns_v], None
+
+
+def _is_trained(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _choices(options: dict, kv_length: int, is_causal: bool) -> dict[str, Any]:
@@ -255,7 +261,7 @@ def _attend(tensors: tuple[Tensor, ...], mask: Tensor | None, options: dict, giv
     if found is None:
         return flash_attn_func(q, k, v, **given)
     q, k, v = (x.flatten(0, 1) for x in tensors)
-    return flash_attn_varlen_func(q, k, v, found[0], found[1], found[2], **given).view(tensors[0].shape)
+    return flash_attn_varlen_func(q, k, v, found[0], found[1], found[2], **given).unflatten(0, tensors[0].shape[:2])
 
 
 def _attend_padded(tensors: tuple[Tensor, ...], mask: Tensor, given: dict) -> Tensor:
@@ -266,7 +272,7 @@ def _attend_padded(tensors: tuple[Tensor, ...], mask: Tensor, given: dict) -> Te
     q, k, v = (x.flatten(0, 1) for x in tensors)
     used = {"seqused_q": where.used_q, "seqused_k": where.used_k}
     out = flash_attn_varlen_func(q, k, v, where.offsets_q, where.offsets_k, q_length, **used, **given)
-    return out.view(tensors[0].shape).masked_fill(where.unused, 0)
+    return out.unflatten(0, tensors[0].shape[:2]).masked_fill(where.unused, 0)
 
 
 def _sequences(options: dict, batch: int, q_length: int, kv_length: int) -> tuple | None:

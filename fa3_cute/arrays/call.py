@@ -20,7 +20,10 @@ FP8 = "float8_e4m3fn"
 DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
 OUT_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP32}
 # The arrays of integers, by their dimensions.
-VECTORS = "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_batch_idx", "cu_seqlens_k_new", "seqlens_rotary"
+VECTORS = (
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_batch_idx", "leftpad_k"),
+    *("cu_seqlens_k_new", "seqlens_rotary"),
+)
 INTEGERS = dict.fromkeys(VECTORS, 1) | {"page_table": 2}
 DESCALES = ("q_descale", "k_descale", "v_descale")
 DIMS = ("batch", "row", "head")
@@ -87,6 +90,7 @@ class AttentionCall:
     seqused_k: Any
     page_table: Any
     kv_batch_idx: Any
+    leftpad_k: Any
     k_new: Any
     v_new: Any
     cu_seqlens_k_new: Any
@@ -154,21 +158,26 @@ class AttentionCall:
             "mode": AttentionMode.VARLEN_PREFILL if self.is_packed else AttentionMode.PREFILL,
         }
 
-    def element_type(self, q: str, k: str, v: str, known: dict) -> str:
-        """The element type by name: that of the arrays, or what `dtype` says that their bytes are."""
+    def element_types(self, q: str, k: str, v: str, known: dict) -> tuple[str, str]:
+        """The element types of q, and of k and v, by name: those of the arrays, or what `dtype` says that their bytes
+        are."""
         stated = self.dtype if self.dtype is None else getattr(self.dtype, "name", self.dtype)
         stated = stated if stated is None or isinstance(stated, str) else ""
+        is_fp8 = k == v and (k == FP8 and stated in (None, FP8) or k == "uint8" and stated == FP8)
+        if is_fp8 and q in known and q != FP8:
+            return q, FP8
         if not q == k == v:
-            raise error_for(Status.INVALID_ARGUMENT, f"dtypes {q}, {k}, {v} of q, k, v: must be the same")
+            sentence = f"dtypes {q}, {k}, {v} of q, k, v: must be the same, or {FP8} those of k and v alone"
+            raise error_for(Status.INVALID_ARGUMENT, sentence)
         if q == "uint8" and stated == FP8:
-            return FP8
+            return FP8, FP8
         if q not in known or stated not in (None, q):
             raise error_for(
                 Status.INVALID_ARGUMENT,
                 f"dtype={shown(self.dtype)} with arrays of {q}: must be None with arrays of "
                 f"{', '.join(known)}, or '{FP8}' with arrays of uint8",
             )
-        return q
+        return q, q
 
     def require_dims(self, shapes: dict) -> None:
         """Raise unless q, k and the arrays of integers have as many dimensions as they must, and there are keys.
@@ -249,15 +258,15 @@ def attention_on_device(call: AttentionCall, forward):
     with dlpack.on_device_of(call.stream) as (handle, device):
         tensors = {name: dlpack.view(name, array, handle) for name, array in arrays.items()}
         q, k, v = (tensors[name] for name in "qkv")
-        element = call.element_type(q.dtype, k.dtype, v.dtype, DEVICE_DTYPES)
-        _check_tensors(call, tensors, element, device)
-        params = _params(call, tensors, element)
+        elements = call.element_types(q.dtype, k.dtype, v.dtype, DEVICE_DTYPES)
+        _check_tensors(call, tensors, elements[0], device)
+        params = _params(call, tensors, elements)
         found = checked(plain(params))
         if isinstance(found, Problem):
             raise refusal(found)
         out, lse, wants_lse = call.out, None, call.wants_lse
         if out is None:
-            out = dlpack.new_array("out", (*q.shape[:-1], v.shape[-1]), out_dtypes(element)[0], call.stream, device)
+            out = dlpack.new_array("out", (*q.shape[:-1], v.shape[-1]), out_dtypes(elements[0])[0], call.stream, device)
             params.out = out.address
         if wants_lse:
             *batch, rows, heads, _ = q.shape
@@ -315,6 +324,7 @@ def _shapes(call: AttentionCall, found: dict) -> dict:
         "cu_seqlens_k": (batch + 1,),
         "seqused_k": (batch,),
         "kv_batch_idx": (batch,),
+        "leftpad_k": (batch,),
         "cu_seqlens_k_new": (batch + 1,),
         "seqlens_rotary": (batch,),
     }
@@ -325,14 +335,15 @@ def _shapes(call: AttentionCall, found: dict) -> dict:
     return shapes
 
 
-def _params(call: AttentionCall, tensors: dict, element: str) -> FlashAttentionParams:
+def _params(call: AttentionCall, tensors: dict, elements: tuple[str, str]) -> FlashAttentionParams:
     """The call as params: what has no elements, and an out that is not given, has an address that nothing uses."""
     q, out = tensors["q"], tensors.get("out")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     params = FlashAttentionParams(
         **call.sizes(shapes),
         **call.choices(),
-        dtype=DEVICE_DTYPES[element],
+        dtype=DEVICE_DTYPES[elements[0]],
+        kv_dtype=DEVICE_DTYPES[elements[1]],
         out=ANY_ADDRESS,
         out_dtype=None if out is None else OUT_DTYPES[out.dtype],
     )

@@ -26,8 +26,8 @@ def attention_on_host(call: AttentionCall):
     _require_numpy(call)
     if call.stream is not None:
         raise error_for(Status.INVALID_ARGUMENT, f"stream={shown(call.stream)}: must be None with NumPy arrays")
-    element = call.element_type(q.dtype.name, k.dtype.name, v.dtype.name, HOST_DTYPES)
-    params = _checked_params(call, element)
+    element, stored = call.element_types(q.dtype.name, k.dtype.name, v.dtype.name, HOST_DTYPES)
+    params = _checked_params(call, element, stored)
     _require_numbers(call)
     out_dtype, wants_lse = _out_dtype(call, element), call.wants_lse
     options = {name: getattr(call, name) for name in (*SCORES, *INTEGERS, *UPDATES, *DESCALES)}
@@ -89,7 +89,7 @@ def _require_numbers(call: AttentionCall) -> None:
             raise error_for(Status.INVALID_ARGUMENT, f"{name} is {dtype.name}: must be real numbers, as float32")
 
 
-def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
+def _checked_params(call: AttentionCall, element: str, stored: str) -> FlashAttentionParams:
     """The call as plain params without addresses; raises what `forward` would say to it, apart from addresses and from
     what has no kernel yet."""
     shapes = {name: array.shape for name, array in call.given("q", "k", "v", *SCORES, *INTEGERS, *UPDATES).items()}
@@ -103,7 +103,8 @@ def _checked_params(call: AttentionCall, element: str) -> FlashAttentionParams:
             Status.INVALID_SHAPE,
             f"cu_seqlens_q.shape={call.cu_seqlens_q.shape}: must be (sequences + 1,), at least (2,)",
         )
-    params = FlashAttentionParams(dtype=HOST_DTYPES[element], **call.sizes(shapes), **call.choices(), **pointers)
+    dtypes = {"dtype": HOST_DTYPES[element], "kv_dtype": HOST_DTYPES[stored]}
+    params = FlashAttentionParams(**dtypes, **call.sizes(shapes), **call.choices(), **pointers)
     if found := contract_problems(params):
         raise refusal(found[0])
     require_score_shapes(shapes, call.sizes(shapes))

@@ -12,6 +12,9 @@ short calls could not be captured.
 FP8, the suite fp8 or --dtype fp8_e4m3, has Q, K and V in E4M3 without descales, O in BF16. "ours bf16" is then our own
 BF16 kernel on a problem of the same sizes, in the same rounds.
 
+The suite fp8cache has 16-bit queries over K and V in E4M3; "ours bf16" is our own kernel over K and V in BF16, "ours
+fp8" the one with Q in E4M3 too, in the same rounds. It has no other libraries.
+
 Decode is always replayed, twice per problem. warm: every call reads the same K and V, which the L2 cache may hold.
 cold: calls take turns on sets of K and V that are together larger than 300 MB; a larger problem is its own set, and its
 two rows are the same work. GB/s counts K and V once, Q and O. "copy" is that rate over the one, bytes read plus bytes
@@ -25,6 +28,9 @@ The suite scores times what changes scores beside the same problem without: the 
 timed in the same rounds. "of first" is a row's time over that of the first row of its problem, the median of each
 round's ratio.
 
+The suite append is decode steps that write their new key and value to the cache and rotate them and Q, beside the same
+steps without; the suite dims head dims of V and of kernels whose tiles have more columns. "of first" is as before.
+
 The suite backward times dQ, dK and dV, given O and its LSE, which forward() has made before; its TFLOP/s are 2.5 times
 the forward's, those of forward and backward together 3.5 times. "deterministic" is the pass with the same bits in every
 call, in the same rounds as without. The peers are fa4 and cudnn; they read our O and LSE.
@@ -37,29 +43,40 @@ kernels for what is asked.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import groupby
 from statistics import median
 
 from .. import backward, forward
 from ..contract.backward_rules import SERVED_HEAD_DIMS
-from ..contract.formats import ELEMENT_BYTES, FP8, HEAD_DIMS
+from ..contract.formats import (
+    ELEMENT_BYTES,
+    FP8,
+    FP8_CACHE_HEAD_DIMS,
+    FP8_SERVED_DIMS,
+    HEAD_DIMS,
+    SERVED_DIMS,
+)
 from ..arrays.memory import hopper_device_problem, open_device
 from . import environment
 from . import host
 from . import peers
 from . import plot
 from .case import COPIED_BYTES, Case, Tensors
-from .dtypes import head_dims
 from .gradients import GradientTensors
+from .latent import LatentCase, LatentTensors
 from .measure import Batch, Stopwatch, Work, in_turn
 from .passes import BOTH, FORWARD
 from .options import cannot_run, count, milliseconds, new_file, one_or_more
-from .shown import ARITHMETIC, OURS, OURS_16, Shown
+from .shown import ARITHMETIC, OURS, OURS_8, OURS_16, Shown
+from .suites import append
 from .suites import backward as gradients
 from .suites import decode
+from .suites import dims
 from .suites import fp8
+from .suites import fp8cache
+from .suites import mla
 from .suites import prefill
 from .suites import scores
 from .suites import serving
@@ -73,8 +90,12 @@ SUITES = {
     "window": window,
     "decode": decode,
     "fp8": fp8,
+    "fp8cache": fp8cache,
     "serving": serving,
+    "mla": mla,
     "scores": scores,
+    "append": append,
+    "dims": dims,
     "backward": gradients,
 }
 HOST = "host"  # a suite of its own kind: host.py
@@ -166,20 +187,28 @@ def write(results: dict, path: str | None) -> None:
             json.dump(results, file, indent=1)
 
 
-def served(case: Case) -> tuple[int, ...]:
+def served(case: Case) -> Collection[int]:
     """The head dims that there are kernels for."""
+    if isinstance(case, LatentCase):
+        return () if case.dtype == FP8 else (case.head_dim,)
+    if case.kv_dtype:
+        return () if case.dtype == FP8 else FP8_CACHE_HEAD_DIMS
     if case.passes == FORWARD:
-        return head_dims(case.dtype)
+        return FP8_SERVED_DIMS if case.dtype == FP8 else SERVED_DIMS
     return () if case.dtype == FP8 else SERVED_HEAD_DIMS
 
 
 def limit(dtype: str, name: str) -> float:
     """The error of one implementation's result from which on it is wrong."""
-    return WRONG[ELEMENT_BYTES["bf16" if name == OURS_16 else dtype]]
+    return WRONG[ELEMENT_BYTES[{OURS_16: "bf16", OURS_8: FP8}.get(name, dtype)]]
 
 
 def own(case: Case) -> dict[str, Case]:
-    """What our own implementations do of a case: OURS the case, and OURS_16 the same sizes in BF16 beside FP8."""
+    """What our own implementations do of a case: OURS the case, and beside FP8 OURS_16 the same sizes in BF16; beside
+    16-bit queries over an FP8 cache OURS_8 besides, with FP8 queries."""
+    if case.kv_dtype:
+        others = {OURS_16: "bf16", OURS_8: FP8}
+        return {OURS: case} | {name: replace(case, dtype=dtype, kv_dtype=None) for name, dtype in others.items()}
     return {OURS: case} | ({OURS_16: replace(case, dtype="bf16")} if case.dtype == FP8 else {})
 
 
@@ -193,12 +222,12 @@ class Bench:
         self.stream = device.create_stream()
         self.handle = int(self.stream.handle)
         self.stopwatch = Stopwatch(device, self.stream)
-        kind = GradientTensors if cases[0].passes else Tensors
+        kind = GradientTensors if cases[0].passes else LatentTensors if isinstance(cases[0], LatentCase) else Tensors
         self.tensors = {name: kind([own(case)[name] for case in cases], self.stream) for name in own(cases[0])}
         self.peers = self.find_peers(args.peers)
         self.environment = environment.describe(device, self.stopwatch.monitor, self.peers, args)
-        if OURS_16 in self.tensors:
-            self.environment["peers"] = {OURS_16: "", **self.environment["peers"]}
+        others = {name: "" for name in self.tensors if name != OURS}
+        self.environment["peers"] = others | self.environment["peers"]
 
     def find_peers(self, names: list[str]) -> dict[str, peers.Peer]:
         """Loads the peers asked for; says in one line each which are not here."""
@@ -258,7 +287,7 @@ class Bench:
         for name, our_case in own(case).items():
             launches[name], errors[name] = self.ours(self.tensors[name], our_case)
         every_pointers = [self.tensors[OURS].pointers(case, kv_set) for kv_set in range(case.kv_sets)]
-        for name, peer in self.peers.items():
+        for name, peer in ({} if case.kv_dtype else self.peers).items():  # which have one type for all
             try:
                 theirs = [peer.launch(case, pointers) for pointers in every_pointers]
                 notes += filter(None, [getattr(theirs[-1], "note", "")])

@@ -3,22 +3,21 @@
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
-from typing import Any
 
 import numpy as np
 
-from .. import AttentionMode, DataType, FlashAttentionParams
+from .. import FlashAttentionParams
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, OUT_BYTES
 from ..arrays.memory import address, allocate, download, fill, upload
 from ..arrays.memory import window as window_of
 from ..contract.reference import as_float, to_bits
-from .features import Array, Feature, arrays_of, expected, fields_of
+from .call import call_of
+from .features import Array, Feature, arrays_of, expected
 from .measure import CALLS_PER_GRAPH
-from .passes import FORWARD, PRODUCTS
+from .passes import FORWARD, PRODUCTS, visible_pairs
 
 CHECKED_ROWS = 64
-# Random numbers drawn per tensor; a longer one repeats them. More than the dense grid needs, and an odd period: no row
-# meets its own copy.
+# Random numbers per tensor; a longer one repeats them. More than the dense grid needs, odd: no row meets its own copy.
 DISTINCT_NUMBERS = 40_000_003
 # K/V sets that a cold case reads in turn are together larger than this: several times the L2 cache of any Hopper GPU.
 COLD_BYTES = 300_000_000
@@ -29,16 +28,16 @@ COPIED_BYTES = 1 << 30
 class Case:
     """An attention problem; lengths in tokens.
 
-    dtype      of Q, K and V; out_dtype of O where they are FP8, None: BF16
+    dtype      of Q, K and V, kv_dtype of K and V if not None; out_dtype of O where Q is FP8, None: BF16
+    head_dim_v   columns of V and O; 0: head_dim
     window     (left, right) around the bottom-right diagonal, negative is unbounded; not together with is_causal
     lengths    of packed sequences, batch_size is then their number, seqlen_* the longest; with pages those of Q alone
-    lengths_k  with pages: keys of each sequence
+    lengths_k  keys of each sequence, in pages or in a dense cache; those that the call appends are the last of them
     page_size  tokens of a page of K and V, whose order in memory is random; 0: K and V are contiguous, beside other
                cases whose are not; None: contiguous, not looked at
     label      what the sequences are called
     l2         "cold": successive calls read different sets of K and V, so that the L2 cache never holds what comes
-               next; "warm": they all read the same one, and as many are in a graph as of the cold case; "": not looked
-               at
+               next; "warm": they all read the same one, and as many are in a graph as of the cold case; "": either
     scores     what else is asked of scores
     passes     what is timed of it (passes.py)
     group      cases that are called the same, one after the other, are timed in the same rounds; "": alone
@@ -62,12 +61,25 @@ class Case:
     scores: Feature = Feature()
     passes: str = FORWARD
     group: str = ""
+    head_dim_v: int = 0
+    kv_dtype: str | None = None
 
     @property
     def name(self) -> str:
-        out = "" if self.element_out in (self.dtype, FP8_OUT_DTYPES[0]) else f"->{self.out_dtype}"
-        parts = f"{self.dtype}{out} d{self.head_dim} {self.mask} h{self.heads} {self.layout}"
+        keys = f" over {self.kv_dtype}" if self.kv_dtype else ""
+        out = keys if self.element_out in (self.dtype, FP8_OUT_DTYPES[0]) else f"->{self.out_dtype}"
+        parts = f"{self.dtype}{out} d{self.dims} {self.mask} h{self.heads} {self.layout}"
         return " ".join(filter(None, (parts, self.keys, self.l2, self.scores.name, self.passes)))
+
+    @property
+    def dims(self) -> str:
+        """head_dim, and head_dim_v where it differs."""
+        return f"{self.head_dim}" if self.columns_v == self.head_dim else f"{self.head_dim}:{self.columns_v}"
+
+    @property
+    def columns_v(self) -> int:
+        """Of V and O."""
+        return self.head_dim_v or self.head_dim
 
     @property
     def keys(self) -> str:
@@ -86,8 +98,12 @@ class Case:
 
     @property
     def element_bytes(self) -> int:
-        """Of an element of Q, K or V."""
+        """Of an element of Q, K or V in the GEMMs."""
         return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def stored(self) -> str:
+        return self.kv_dtype or self.dtype
 
     @property
     def mask(self) -> str:
@@ -130,19 +146,19 @@ class Case:
 
     @property
     def _pair_flops(self) -> int:
-        return 2 * PRODUCTS[self.passes] * self.num_heads * self.head_dim
+        return PRODUCTS[self.passes] * self.num_heads * (self.head_dim + self.columns_v)
 
     @property
     def nbytes(self) -> int:
         """What has to be read and written: K and V once, Q and O."""
         keys = sum(seqlen_k * count for (_, seqlen_k), count in self.sequences().items())
-        kv_bytes = 2 * self.element_bytes * keys * self.num_heads_k * self.head_dim
-        return kv_bytes + (self.element_bytes + OUT_BYTES) * prod(self.q_shape)
+        kv_bytes = ELEMENT_BYTES[self.stored] * keys * self.num_heads_k * (self.head_dim + self.columns_v)
+        return kv_bytes + self.element_bytes * prod(self.q_shape) + OUT_BYTES * prod(self.out_shape)
 
     @property
     def kv_bytes(self) -> int:
         """One set of K and V, as they lie in memory."""
-        return 2 * self.element_bytes * prod(self.kv_shape)
+        return ELEMENT_BYTES[self.stored] * (prod(self.kv_shape) + prod(self.v_shape))
 
     @property
     def kv_sets(self) -> int:
@@ -165,7 +181,8 @@ class Case:
 
     def sequences(self) -> Counter[tuple[int, int]]:
         """How many sequences there are of each (seqlen_q, seqlen_k)."""
-        packed = Counter(zip(self.lengths, self.lengths_k or self.lengths, strict=True))
+        queries = self.lengths or (self.seqlen_q,) * len(self.lengths_k)
+        packed = Counter(zip(queries, self.lengths_k or queries, strict=True))
         return packed or Counter({(self.seqlen_q, self.seqlen_k): self.batch_size})
 
     def segments(self) -> Counter[tuple[int, int]]:
@@ -181,6 +198,10 @@ class Case:
         return (*self._rows(self.seqlen_q), self.num_heads, self.head_dim)
 
     @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.q_shape[:-1], self.columns_v)
+
+    @property
     def lse_shape(self) -> tuple[int, ...]:
         """[batch, num_heads, seqlen_q], packed [num_heads, total_q]."""
         *batch, rows, heads, _ = self.q_shape
@@ -188,8 +209,13 @@ class Case:
 
     @property
     def kv_shape(self) -> tuple[int, ...]:
+        """Of K."""
         rows = (sum(self._pages), self.page_size) if self.page_size else self._rows(self.seqlen_k)
         return (*rows, self.num_heads_k, self.head_dim)
+
+    @property
+    def v_shape(self) -> tuple[int, ...]:
+        return (*self.kv_shape[:-1], self.columns_v)
 
     @property
     def _pages(self) -> list[int]:
@@ -198,17 +224,17 @@ class Case:
 
     def index_shapes(self) -> dict[str, tuple[int, ...]]:
         """The int32 arrays that say where the sequences lie."""
-        if self.page_size:
-            pages = self.batch_size, max(self._pages)
-            return {"cu_seqlens": (self.batch_size + 1,), "seqused_k": (self.batch_size,), "page_table": pages}
-        return {"cu_seqlens": (self.batch_size + 1,)} if self.lengths else {}
+        shapes = {"cu_seqlens": (self.batch_size + 1,)} if self.lengths else {}
+        if self.lengths_k:
+            shapes["seqused_k"] = (self.batch_size,)
+        return shapes | ({"page_table": (self.batch_size, max(self._pages))} if self.page_size else {})
 
     def index(self, name: str) -> np.ndarray:
         """One of them. Pages have an order that is random and the same in every run."""
         if name == "cu_seqlens":
             return np.cumsum((0, *self.lengths), dtype=np.int32)
         if name == "seqused_k":
-            return np.array(self.lengths_k, np.int32)
+            return np.array(self.lengths_k, np.int32) - self.scores.append
         order = np.random.default_rng(0).permutation(sum(self._pages)).astype(np.int32)
         table = np.zeros(self.index_shapes()[name], np.int32)
         for row, pages in zip(table, np.split(order, np.cumsum(self._pages)[:-1]), strict=True):
@@ -244,42 +270,12 @@ class Case:
         """A JSON row: the fields and what the name is made of; up to 10,000 lengths are told by their label."""
         told = "lengths", "lengths_k", "label", "scores"
         fields = {name: value for name, value in asdict(self).items() if name not in told}
-        made = {name: getattr(self, name) for name in ("mask", "heads", "layout", "variant", "kv_sets")}
+        made = {name: getattr(self, name) for name in ("dims", "mask", "heads", "layout", "variant", "kv_sets")}
         return fields | made | {"scores": self.scores.name}
 
 
-def visible_pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:
-    """How many (query, key) pairs of one sequence a window leaves; a negative bound is no bound."""
-    diagonal = np.arange(seqlen_q) + seqlen_k - seqlen_q
-    first = 0 if left < 0 else np.clip(diagonal - left, 0, seqlen_k)
-    stop = seqlen_k if right < 0 else np.clip(diagonal + right + 1, 0, seqlen_k)
-    return int(np.maximum(np.broadcast_to(stop - first, diagonal.shape), 0).sum())
-
-
-def call_of(case: Case, pointers: dict[str, int]) -> dict[str, Any]:
-    """The fields of a call, from the addresses of its arrays."""
-    if offsets := pointers.pop("cu_seqlens", None):
-        rows = {"mode": AttentionMode.VARLEN_PREFILL, "cu_seqlens_q": offsets, "total_q": case.q_shape[0]}
-        if case.page_size:
-            num_pages, page_size, *_ = case.kv_shape
-            _, max_pages = case.index_shapes()["page_table"]
-            rows |= {"max_seqlen_q": case.seqlen_q, "num_pages": num_pages, "page_size": page_size}
-            rows |= {"seqlen_k": max_pages * page_size}
-        else:
-            rows |= {"cu_seqlens_k": offsets, "total_k": case.kv_shape[0]}
-    else:
-        mode = AttentionMode.DECODE if case.is_decode else AttentionMode.PREFILL
-        rows = {"mode": mode, "seqlen_q": case.seqlen_q, "seqlen_k": case.seqlen_k}
-    rows |= fields_of(case, pointers)
-    sizes = ("batch_size", "num_heads", "num_heads_k", "head_dim", "is_causal")
-    numbers = {name: getattr(case, name) for name in sizes}
-    numbers |= dict(zip(("window_size_left", "window_size_right"), case.window, strict=True))
-    types = {"dtype": DataType[case.dtype.upper()], "out_dtype": DataType[case.element_out.upper()]}
-    return pointers | rows | numbers | types
-
-
 class Tensors:
-    """Q, K, V (standard normal, seeded) and O on the device, large enough for every case of a run; all have one dtype.
+    """Q, K, V (standard normal, seeded) and O on the device, large enough for every case of a run, of the same dtypes.
 
     Uploaded once per run: each case reads the same numbers in its own shape, and so does each implementation. K and V
     hold the sets of a cold case one after the other.
@@ -288,32 +284,38 @@ class Tensors:
     def __init__(self, cases: list[Case], stream):
         self.stream = stream
         rng = np.random.default_rng(0)
-        dtype = cases[0].dtype
-        self.element_bytes = ELEMENT_BYTES[dtype]
+        dtypes = {"q": cases[0].dtype, "k": cases[0].stored, "v": cases[0].stored}
+        self.element_bytes = ELEMENT_BYTES[dtypes["k"]]
         self.out_type = to_bits(np.zeros(1, np.float32), cases[0].element_out).dtype
         q_size = max(prod(case.q_shape) for case in cases)
         kv_size = max(prod(case.kv_shape) * case.kv_sets for case in cases)
         sizes = {"q": q_size, "k": kv_size, "v": kv_size}
         # What a tensor repeats.
         self.host = {
-            name: to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtype)
+            name: to_bits(rng.standard_normal(min(size, DISTINCT_NUMBERS), np.float32), dtypes[name])
             for name, size in sizes.items()
         }
         self.buffers = {name: self.repeated(self.host[name], size) for name, size in sizes.items()}
         self.buffers["out"] = allocate(OUT_BYTES * q_size, stream=stream)
         self.scratch = None
         self.arrays = {}
+        # Calls that append write to K and V: other numbers than the host knows, until they are written anew.
+        self.written_to = {name: kv_size for name in "kv" if any(case.scores.append for case in cases)}
 
     def repeated(self, numbers: np.ndarray, size: int):
-        """A buffer of `size` numbers that repeats these: they are uploaded once, then doubled on the device."""
+        """A buffer of `size` numbers that repeats these."""
+        buffer = allocate(numbers.itemsize * size, stream=self.stream)
+        self.write(buffer, numbers, size)
+        return buffer
+
+    def write(self, buffer, numbers: np.ndarray, size: int) -> None:
+        """Fills a buffer with them: they are uploaded once, then doubled on the device."""
         nbytes, done = numbers.itemsize * size, numbers.nbytes
-        buffer = allocate(nbytes, stream=self.stream)
         upload(numbers, window_of(buffer, 0, done), stream=self.stream)
         while done < nbytes:
             more = min(done, nbytes - done)
             self.copy(buffer, done, more)
             done += more
-        return buffer
 
     def copy(self, buffer, start: int, nbytes: int) -> None:
         """Queues a copy of a buffer's first bytes to its byte `start`."""
@@ -344,14 +346,16 @@ class Tensors:
     def pointers(self, case: Case, kv_set: int = 0) -> dict[str, int]:
         """Addresses of q, k, v and out, of the case's index arrays, one cu_seqlens serves Q and K, and of what its
         features read."""
+        shapes = {"k": case.kv_shape, "v": case.v_shape}
         found = {
-            name: address(buffer, kv_set * case.kv_bytes // 2 if name in ("k", "v") else 0)
+            name: address(buffer, kv_set * self.element_bytes * prod(shapes[name]) if name in shapes else 0)
             for name, buffer in self.buffers.items()
         }
         for name in case.index_shapes():
-            key = name, case.lengths, case.lengths_k, case.page_size
+            key = name, case.lengths, case.lengths_k, case.page_size, case.scores.append
             found[name] = self.placed(key, Array(lambda name=name: case.index(name)))
-        sizes = case.dtype, case.is_causal, case.batch_size, case.num_heads, case.head_dim, case.seqlen_q, case.seqlen_k
+        heads = case.num_heads, case.num_heads_k, case.head_dim
+        sizes = case.dtype, case.is_causal, case.batch_size, heads, case.seqlen_q, case.seqlen_k
         found |= {name: self.placed((name, case.scores, *sizes), array) for name, array in arrays_of(case).items()}
         return found
 
@@ -364,8 +368,11 @@ class Tensors:
         return address(self.arrays[key])
 
     def poison_out(self) -> None:
-        """Every element of O becomes NaN: what a kernel leaves out shows in its error."""
+        """Every element of O becomes NaN: what a kernel leaves out shows in its error. K and V become what they were
+        before any call."""
         fill(self.buffers["out"], 0xFF, stream=self.stream)
+        for name, size in self.written_to.items():
+            self.write(self.buffers[name], self.host[name], size)
 
     def params(self, case: Case, kv_set: int = 0) -> FlashAttentionParams:
         """The case as a call of `forward`."""
@@ -377,18 +384,17 @@ class Tensors:
 
         The last rows alone are an attention problem of their own, with the same keys: masks are bottom-right aligned.
         """
-        num_rows = prod(case.q_shape) // (case.num_heads * case.head_dim)
-        out = download(
-            self.buffers["out"], (num_rows, case.num_heads, case.head_dim), self.out_type, stream=self.stream
-        )
+        shape = prod(case.q_shape[:-2]), case.num_heads, case.columns_v
+        out = download(self.buffers["out"], shape, self.out_type, stream=self.stream)
         lengths, before = case.lengths_k or case.lengths or (case.seqlen_k,), prod(case.kv_shape[:-2]) * kv_set
+        shapes = {"k": case.kv_shape, "v": case.v_shape}
         longest = lengths.index(max(lengths))
         differences, norms = 0.0, 0.0
         for index, head in ((0, 0), (longest, case.num_heads // 2), (case.batch_size - 1, case.num_heads - 1)):
             kv_head = head // (case.num_heads // case.num_heads_k)
             rows = case.rows_of(index, case.seqlen_q)[-CHECKED_ROWS:]
             q = self.vectors("q", rows, case.q_shape, head)
-            k, v = (self.vectors(name, before + case.kv_rows_of(index), case.kv_shape, kv_head) for name in "kv")
+            k, v = (self.vectors(name, before + case.kv_rows_of(index), shapes[name], kv_head) for name in "kv")
             exact = expected(case, index, head, q, k, v)
             differences += np.square(as_float(out[rows, head]) - exact[0, :, 0]).sum()
             norms += np.square(exact).sum()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .shown import OURS, OURS_16
+from .shown import OURS, OURS_8, OURS_16
 
 LONG = 1024  # tokens from which on FP8 has to be worth its errors
 
@@ -16,7 +16,7 @@ def versus_peers(rows: Sequence[dict]) -> list[str]:
     """In which rows another library is faster: one line, none if there was no other."""
     compared, slower = 0, []
     for row in rows:
-        theirs = {name: result["ratio"] for name, result in timed(row).items() if name != OURS_16}
+        theirs = {name: result["ratio"] for name, result in timed(row).items() if name not in (OURS_8, OURS_16)}
         if theirs:
             best = min(theirs, key=theirs.__getitem__)
             compared += 1

@@ -53,6 +53,7 @@ def add_arguments(parser) -> None:
         default="bf16",
         help="of Q, K and V; default bf16",
     )
+    parser.add_argument("--kv-dtype", choices=list(ELEMENT_BYTES), help="of K and V; default --dtype")
     parser.add_argument("--out-dtype", choices=FP8_OUT_DTYPES, help="of O; default --dtype, bf16 with fp8_e4m3")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument(
@@ -170,6 +171,7 @@ def params_of(args) -> FlashAttentionParams:
         head_dim=args.head_dim,
         head_dim_v=args.head_dim_v,
         dtype=DataType[args.dtype.upper()],
+        kv_dtype=args.kv_dtype and DataType[args.kv_dtype.upper()],
         out_dtype=args.out_dtype and DataType[args.out_dtype.upper()],
         is_causal=args.causal,
         window_size_left=args.window[0],

@@ -16,6 +16,7 @@ from ..contract.block_mask import LISTS
 from ..contract.dropout import effective_p
 from ..contract.philox import keep_mask
 from ..contract.reference import attention_reference, to_bits
+from . import appended
 
 if TYPE_CHECKING:
     from .case import Case
@@ -34,6 +35,8 @@ class Feature:
     score_mod   whether it is a ScoreMod that does what softcap says, and not the built-in one
     mask_mod    tokens of a document, outside of which nothing is seen
     block_mask  whether the mask_mod has block lists
+    append      rows that the call appends to each sequence
+    rotary      whether it rotates them, and Q
     """
 
     name: str = ""
@@ -46,6 +49,8 @@ class Feature:
     score_mod: bool = False
     mask_mod: int = 0
     block_mask: bool = False
+    append: int = 0
+    rotary: bool = False
     pack_gqa: bool | None = None
 
     @property
@@ -123,6 +128,9 @@ def arrays_of(case: "Case") -> dict[str, Array]:
         found["documents"] = Array(lambda: documents(case.seqlen_k, asked.mask_mod))
     if asked.block_mask:
         found |= {name: Array(lambda name=name: getattr(lists_of(case), name)) for name in LISTS}
+    if asked.append:
+        shapes = appended.shapes_of(case)
+        found |= {name: Array(lambda name=name: appended.numbers(case.dtype, name, shapes[name])) for name in shapes}
     return found
 
 
@@ -172,7 +180,7 @@ def fields_of(case: "Case", pointers: dict[str, int]) -> dict[str, Any]:
     `pointers`."""
     asked = case.scores
     found: dict[str, Any] = {"attention_chunk": asked.attention_chunk, "p_dropout": asked.p_dropout}
-    found |= {"pack_gqa": asked.pack_gqa}
+    found |= {"pack_gqa": asked.pack_gqa} | appended.fields_of(case)
     if asked.s_aux:
         found["s_aux_dtype"] = DataType.BF16
     if asked.attn_mask == BIAS:
@@ -193,6 +201,8 @@ def fields_of(case: "Case", pointers: dict[str, int]) -> dict[str, Any]:
 def expected(case: "Case", sequence: int, head: int, q, k, v) -> np.ndarray:
     """O [1, rows, 1, head_dim], float64, of the last rows of one head of a sequence, whose Q these are, and K and V all
     that the sequence has: the reference's."""
+    if case.scores.append:
+        q, k, v = appended.updated(case, sequence, head, q, k, v)
     options = {"window_size": case.visible_bounds} | options_of(case, sequence, head, q.shape[1])
     exact, lse = attention_reference(q, k, v, **options)
     p = case.scores.p_dropout

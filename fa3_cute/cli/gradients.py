@@ -10,7 +10,8 @@ from ..arrays.memory import address, allocate, download, fill
 from ..contract.backward_reference import Saved, backward_reference
 from ..contract.formats import OUT_BYTES
 from ..contract.reference import as_float, to_bits
-from .case import CHECKED_ROWS, DISTINCT_NUMBERS, Case, Tensors, call_of
+from .call import call_of
+from .case import CHECKED_ROWS, DISTINCT_NUMBERS, Case, Tensors
 from .passes import DETERMINISTIC
 
 LSE_BYTES = 4

@@ -3,8 +3,9 @@
 bench --suite host. Of calls: microseconds of the calling thread's CPU time, from batches of calls with no wait in
 between; the median over batches. The problem is small and its sizes change as a caller's do: not at all, between two
 shapes in turn, or to one never seen before in every call. Then the same call over pages: packed decodes, and decodes
-beside a chunk of a prompt, which are two launches. Of starts: seconds from the import to the first result of a
-fresh process, CUDA context included, with no kernel on disk (cold) and with the one that the cold one left (warm).
+beside a chunk of a prompt, which are two launches. With --peers fa3, calls of torch tensors too (wrappers.py). Of
+starts: seconds from the import to the first result of a fresh process, CUDA context included, with no kernel on disk
+(cold) and with the one that the cold one left (warm).
 """
 
 import json
@@ -20,10 +21,11 @@ from statistics import median
 
 from .. import FlashAttentionParams, forward
 from ..arrays.memory import hopper_device_problem, open_device
-from . import environment
+from . import environment, wrappers
 from .case import Case, Tensors
 from .measure import Monitor
 from .options import cannot_run
+from .peers import PeerMissing
 from .table import Table
 
 CASE = Case("bf16", 128, True, 128, 8192, 1, 16, 16)
@@ -55,7 +57,11 @@ def run(args) -> int:
     table, rows = Table((("host", 36), ("median", 8), ("", 3))), []
     kinds = changing(tensors.params(CASE))
     kinds |= {name: cycle([tensors.params(case)]) for name, case in PAGED.items()}
-    for name, value, unit in [*calls(kinds, handle, stream.sync, args.rounds), *starts(args.rounds)]:
+    try:
+        through_torch = list(wrappers.rows(args.rounds)) if "fa3" in args.peers else []
+    except PeerMissing as error:
+        return cannot_run(str(error))
+    for name, value, unit in [*calls(kinds, handle, stream.sync, args.rounds), *through_torch, *starts(args.rounds)]:
         rows.append({"name": name, "value": value, "unit": unit})
         table.print_row([name, f"{value:.2f}", unit])
     if args.json:

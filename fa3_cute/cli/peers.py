@@ -1,4 +1,4 @@
-"""Other libraries to time beside ours. The one module that imports torch, and only when a peer is asked for.
+"""Other libraries to time beside ours. torch is imported only when a peer is asked for.
 
 A peer reads the benchmark's own tensors, in place, as torch views.
 """
@@ -11,13 +11,12 @@ from math import prod
 from typing import Any
 
 from ..contract.formats import FP8
-from . import gradient_peers
+from . import cache_peers, gradient_peers, latent
+from .appended import shapes_of
 from .case import Case
+from .cudnn_graph import O_SCALE, CudnnGraph
 from .measure import CALLS_PER_GRAPH, Work
 
-# cuDNN's FP8 attention rounds P, at most 1, to E4M3 as P * P_SCALE, and its O, which is E4M3 on Hopper, as O * O_SCALE:
-# small numbers then keep their bits, and no O of normal inputs, at most about 6, passes E4M3's largest number, 448.
-P_SCALE, O_SCALE = 256.0, 64.0
 DECODE_PAGE = 128  # tokens
 REPLAYS = 4  # that a call with metadata of its own has to get right
 SAME = 2e-2  # relative difference of two calls that cut K and V differently; of O that was never written, NaN
@@ -62,6 +61,8 @@ class Peer:
         indices = {name: view(pointers[name], shape, "int32") for name, shape in case.index_shapes().items()}
         if case.scores.s_aux:
             indices["s_aux"] = view(pointers["s_aux"], (case.num_heads,), "bf16")
+        if case.scores.append:
+            indices |= {name: view(pointers[name], shape, case.dtype) for name, shape in shapes_of(case).items()}
         try:
             launch = make(case, *([tensors] if case.passes else tensors.values()), indices)
             launch()
@@ -80,7 +81,7 @@ class Peer:
             pairs = [(mine.float(), other.float()) for mine, other in zip(ours, theirs, strict=True)]
             return max(float((mine - other).norm() / other.norm()) for mine, other in pairs)
         theirs = theirs.float() / (O_SCALE if theirs.element_size() == 1 else 1)
-        return float((view(pointers["out"], case.q_shape, case.element_out).float() - theirs).norm() / theirs.norm())
+        return float((view(pointers["out"], case.out_shape, case.element_out).float() - theirs).norm() / theirs.norm())
 
 
 def load(name: str) -> Peer:
@@ -93,15 +94,19 @@ def load(name: str) -> Peer:
 
 def load_fa3() -> Peer:
     """FlashAttention-3 in C++, as the PyPI wheel fa3-fwd packs it: built without FP16 kernels and without windows."""
-    from fa3_fwd_interface import flash_attn_func, flash_attn_varlen_func
+    import fa3_fwd_interface as interface
 
     def make_launch(case, q, k, v, indices):
         if case.page_size:
             raise PeerMissing("fa3 is built without pages")
-        call = partial(flash_attn_func, q, k, v)
+        if with_cache and case.lengths_k:
+            return cache_peers.fa3(with_cache, case, q, k, v, indices)
+        call = partial(interface.flash_attn_func, q, k, v)
         if case.lengths:
             cu_seqlens = indices["cu_seqlens"]
-            call = partial(flash_attn_varlen_func, q, k, v, cu_seqlens, cu_seqlens, case.seqlen_q, case.seqlen_k)
+            call = partial(
+                interface.flash_attn_varlen_func, q, k, v, cu_seqlens, cu_seqlens, case.seqlen_q, case.seqlen_k
+            )
         elif case.is_decode:
             call = partial(call, num_splits=0)  # as many as its heuristic wants; its default is one
 
@@ -111,7 +116,9 @@ def load_fa3() -> Peer:
 
         return launch
 
-    return Peer("fa3", f"fa3-fwd {metadata.version('fa3-fwd')}", ("bf16", FP8), make_launch)
+    with_cache = getattr(interface, "flash_attn_with_kvcache", None)
+    features = ("append", "rotary") if with_cache else ()
+    return Peer("fa3", f"fa3-fwd {metadata.version('fa3-fwd')}", ("bf16", FP8), make_launch, features)
 
 
 def load_cudnn() -> Peer:
@@ -180,9 +187,11 @@ def load_vllm() -> Peer:
         from vllm.vllm_flash_attn import flash_attn_interface as interface
 
     def make_launch(case, q, k, v, indices):
+        if isinstance(case, latent.LatentCase):
+            return latent.vllm_launch(interface, torch, case, q, k, indices)
         if case.page_size == 0:
             raise PeerMissing("vllm is timed over pages alone")
-        out = torch.empty(case.q_shape, dtype=getattr(torch, VIEWS[case.element_out][1]), device="cuda")
+        out = torch.empty(case.out_shape, dtype=getattr(torch, VIEWS[case.element_out][1]), device="cuda")
         options = vllm_tensors(case, q, k, v, out, indices) | {
             "max_seqlen_q": case.seqlen_q,
             "max_seqlen_k": case.seqlen_k,
@@ -282,74 +291,6 @@ def is_repeatable(launch: Callable, right) -> bool:
     return True
 
 
-class CudnnGraph:
-    """cuDNN's FP8 attention of one case, built and with all its memory but Q, K and V: calls only execute it.
-
-    Scales are per tensor: 1 for Q, K and V, P_SCALE and O_SCALE. O is E4M3: frontend and library have 16-bit O on
-    Blackwell only.
-    """
-
-    def __init__(self, case: Case, cudnn, handle):
-        import torch
-
-        def scalar(value: float):
-            return torch.full((1, 1, 1, 1), value, dtype=torch.float32, device="cuda")
-
-        types = cudnn.data_type
-        self.handle = handle
-        self.graph = cudnn.pygraph(
-            io_data_type=types.FP8_E4M3,
-            intermediate_data_type=types.FLOAT,
-            compute_data_type=types.FLOAT,
-            handle=handle,
-        )
-        self.out = torch.empty(case.q_shape, dtype=torch.float8_e4m3fn, device="cuda")
-        layouts = {"q": case.q_shape, "k": case.kv_shape, "v": case.kv_shape}
-        self.inputs = {
-            name: self.graph.tensor(name=name, data_type=types.FP8_E4M3, **strided(shape))
-            for name, shape in layouts.items()
-        }
-        scales = {
-            "descale_q": 1.0,
-            "descale_k": 1.0,
-            "descale_v": 1.0,
-            "descale_s": 1 / P_SCALE,
-            "scale_s": P_SCALE,
-            "scale_o": O_SCALE,
-        }
-        named = {
-            name: self.graph.tensor(name=name, dim=[1] * 4, stride=[1] * 4, data_type=types.FLOAT) for name in scales
-        }
-        out, _, amax_p, amax_out = self.graph.sdpa_fp8(
-            **self.inputs, **named, attn_scale=case.head_dim**-0.5, use_causal_mask=case.is_causal, generate_stats=False
-        )
-        layout = strided(case.q_shape)
-        out.set_output(True).set_dim(layout["dim"]).set_stride(layout["stride"]).set_data_type(types.FP8_E4M3)
-        for amax in (amax_p, amax_out):
-            amax.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(types.FLOAT)
-        self.graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        self.workspace = torch.empty(max(1, self.graph.get_workspace_size()), dtype=torch.uint8, device="cuda")
-        self.memory = {named[name]: scalar(value) for name, value in scales.items()}
-        self.memory |= {out: self.out.transpose(1, 2), amax_p: scalar(0), amax_out: scalar(0)}
-
-    def launch(self, q, k, v) -> Callable:
-        """A call that reads these tensors [batch, heads, rows, head_dim]."""
-        memory = self.memory | dict(zip(self.inputs.values(), (q, k, v), strict=True))
-
-        def launch():
-            self.graph.execute(memory, self.workspace, handle=self.handle)
-            return self.out
-
-        return launch
-
-
-def strided(shape: tuple[int, ...]) -> dict[str, list[int]]:
-    """cuDNN's description of contiguous [batch, rows, heads, head_dim] as [batch, heads, rows, head_dim]."""
-    batch, rows, heads, head_dim = shape
-    width = heads * head_dim
-    return {"dim": [batch, heads, rows, head_dim], "stride": [rows * width, head_dim, width, 1]}
-
-
 PEERS = {"fa3": load_fa3, "cudnn": load_cudnn, "vllm": load_vllm, "fa4": load_fa4}
 
 
@@ -373,8 +314,8 @@ def capture(launch: Callable, calls: int = CALLS_PER_GRAPH) -> Work:
 
 def views(case: Case, pointers: dict[str, int], names: Sequence[str]) -> dict[str, Any]:
     """Tensors of a case by name."""
-    shapes: dict[str, tuple] = {"k": case.kv_shape, "v": case.kv_shape, "dk": case.kv_shape, "dv": case.kv_shape}
-    shapes["softmax_lse"] = case.lse_shape
+    shapes: dict[str, tuple] = {"k": case.kv_shape, "v": case.v_shape, "dk": case.kv_shape, "dv": case.v_shape}
+    shapes |= {"out": case.out_shape, "dout": case.out_shape, "softmax_lse": case.lse_shape}
     types = {"softmax_lse": "fp32"}
     return {name: view(pointers[name], shapes.get(name, case.q_shape), types.get(name, case.dtype)) for name in names}
 

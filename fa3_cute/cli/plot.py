@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .environment import sentence
-from .shown import MEMORY, OURS, OURS_16
+from .shown import MEMORY, OURS, OURS_8, OURS_16
 
-NAMES = {OURS: "fa3_cute", OURS_16: "fa3_cute in BF16", "fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM", "fa4": "FA4"}
+NAMES = {OURS: "fa3_cute", OURS_16: "fa3_cute in BF16", OURS_8: "fa3_cute in FP8"}
+NAMES |= {"fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM", "fa4": "FA4"}
 # Okabe and Ito's, which colour-blind readers can tell apart; hatches for prints without colour.
 STYLES = {
     OURS: ("#0072B2", ""),
     OURS_16: ("#56B4E9", "\\\\"),
+    OURS_8: ("#D55E00", "++"),
     "fa3": ("#E69F00", "//"),
     "cudnn": ("#009E73", ".."),
     "vllm": ("#CC79A7", "--"),

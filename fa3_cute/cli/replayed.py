@@ -15,7 +15,7 @@ from ..contract import backward_params, merge
 from ..contract.append import table_dtype
 from ..contract.backward_params import BackwardParams, grad_dtype_of, plain_backward, sizes_of
 from ..contract.formats import FP8, FP8_OUT_DTYPES
-from ..contract.head_dims import columns_of
+from ..contract.head_dims import columns_of, value_dim
 from ..contract.limits import DIMS
 from ..contract.merge import MergeParams, out_dtype_of, plain_merge
 from ..contract.params import ARGUMENTS, DESCALES, DTYPE_NAMES
@@ -174,12 +174,12 @@ def _scores(p: Any) -> dict[str, Array]:
 def _appended(p: Any) -> dict[str, Array]:
     """New keys and values, and rotary tables."""
     sizes = 1 if p.cu_seqlens_k_new else p.batch_size, p.seqlen_knew, p.num_heads_k
-    contiguous = (math.prod(sizes[1:]) * p.head_dim, p.num_heads_k * p.head_dim, p.head_dim)
     found = {}
-    for name in ("k_new", "v_new"):
+    for name, head_dim in (("k_new", p.head_dim), ("v_new", value_dim(p))):
+        contiguous = (math.prod(sizes[1:]) * head_dim, p.num_heads_k * head_dim, head_dim)
         given = [getattr(p, f"{name}_{dim}_stride") for dim in DIMS]
         strides = tuple(own if stride is None else stride for stride, own in zip(given, contiguous, strict=True))
-        found[name] = Array(extent(sizes, strides, p.head_dim), normal(DTYPE_NAMES[p.dtype]))
+        found[name] = Array(extent(sizes, strides, head_dim), normal(DTYPE_NAMES[p.dtype]))
     columns = p.rotary_dim // 2
     stride = columns if p.rotary_row_stride is None else p.rotary_row_stride
     table = Array(extent((_positions(p),), (stride,), columns), normal(DTYPE_NAMES[table_dtype(p)]))
@@ -216,6 +216,8 @@ def _assumed(p: Any, name: str) -> np.ndarray:
         return np.arange(batch + 1) * total // max(1, batch)
     if name == "kv_batch_idx":
         return np.arange(batch) % max(1, p.batch_size_k or batch)
+    if name == "leftpad_k":
+        return np.zeros(batch)
     if name == "page_table":
         rows, pages = p.batch_size_k or batch, p.seqlen_k // p.page_size
         order = np.random.default_rng(0).permutation(p.num_pages)

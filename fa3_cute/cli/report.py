@@ -21,13 +21,13 @@ from . import environment
 from . import plot
 from .bench import SUITES
 from .options import cannot_run, new_file, one_or_more
-from .shown import OURS, OURS_16, Shown
+from .shown import OURS, OURS_8, OURS_16, Shown
 from .table import markdown
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 OWN = "performance of {}:"  # what "performance:" is in the lines of one suite
 FP8_PLACE = "fp8"
-PEER_NAMES = {OURS_16: "BF16", "fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM", "fa4": "FA4"}
+PEER_NAMES = {OURS_16: "BF16", OURS_8: "FP8", "fa3": "FA3", "cudnn": "cuDNN", "vllm": "vLLM", "fa4": "FA4"}
 
 
 def add_arguments(parser) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 OURS = "fa3_cute"
 OURS_16 = "ours bf16"  # our own 16-bit kernel, which is timed beside FP8
+OURS_8 = "ours fp8"  # with FP8 queries too, timed beside 16-bit queries over an FP8 cache
 Column = tuple[str, int, Callable[[dict], str]]
 
 

@@ -38,8 +38,17 @@ STRIDES = (
 )
 # query_step: positions from a query to the next, 0 or 1. num_new: rows of k_new, all together.
 SIZES = (
-    *("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "head_dim", "page_size", "num_pages"),
-    *("batch_size_k", "seqlen_knew", "num_new", "num_queries", "rotary_dim", "rotary_positions", "query_step"),
+    *("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "head_dim", "head_dim_v", "page_size"),
+    *(
+        "num_pages",
+        "batch_size_k",
+        "seqlen_knew",
+        "num_new",
+        "num_queries",
+        "rotary_dim",
+        "rotary_positions",
+        "query_step",
+    ),
 )
 APPEND_ENTRY = Entry(
     arguments=(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from .block_mask import LISTS
 from .mods import MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER
-from .params import ARGUMENTS, DECODE, FORWARD, Argument
+from .params import ARGUMENTS, DECODE, FORWARD, LEFTPAD, Argument
 
 KINDS = {
     "pointer": "pointer",
@@ -41,10 +41,18 @@ class Entry:
 
 
 def entry_of(
-    kernel: str, scratch: tuple[str, ...], counts: tuple[str, ...], described: dict[str, Argument] = ARGUMENTS
+    kernels: tuple[str, ...],
+    scratch: tuple[str, ...],
+    counts: tuple[str, ...],
+    described: dict[str, Argument] = ARGUMENTS,
 ) -> Entry:
-    """The entry of a kernel, by the descriptions of fields; scratch memory and counts are what the launch adds."""
-    taken = {argument.entry or name: argument for name, argument in described.items() if kernel in argument.takers}
+    """The entry of a kernel, of the fields that name it in `takers`, by one of its names; scratch memory
+    and counts are what the launch adds."""
+    taken = {
+        argument.entry or name: argument
+        for name, argument in described.items()
+        if not {*kernels}.isdisjoint(argument.takers)
+    }
     by_kind = {
         kind: [(name, KINDS[kind]) for name, argument in taken.items() if argument.kind == kind] for kind in KINDS
     }
@@ -64,7 +72,8 @@ def entry_of(
 # Of ragged batches (kernels/common/ragged.py): whether there is padding to fill, and the number of queries up to which
 # sequences are the decode launch's.
 RAGGED_COUNTS = ("has_padding", "decode_queries")
-FORWARD_ENTRY = entry_of(FORWARD, ("tile_counter",), ("num_sms", *RAGGED_COUNTS))
+FORWARD_SCRATCH, FORWARD_COUNTS = ("tile_counter",), ("num_sms", *RAGGED_COUNTS)
+FORWARD_ENTRY = entry_of((FORWARD,), FORWARD_SCRATCH, FORWARD_COUNTS)
 # packed_heads query heads of one KV head share an M tile; partials and arrivals are the scratch of split-KV
 # (kernels/decode/merge.py), unused if one cluster does all of an item.
 # What follows smem_bytes is of ragged batches alone (kernels/decode/ragged.py).
@@ -86,7 +95,11 @@ DECODE_COUNTS = (
     "num_partials",
     "partial_rows",
 )
-DECODE_ENTRY = entry_of(DECODE, ("partials", "arrivals"), DECODE_COUNTS)
+DECODE_SCRATCH = ("partials", "arrivals")
+DECODE_ENTRY = entry_of((DECODE,), DECODE_SCRATCH, DECODE_COUNTS)
+# Of kernels whose sequences may begin behind the first of their rows.
+FORWARD_LEFTPAD_ENTRY = entry_of((FORWARD, LEFTPAD), FORWARD_SCRATCH, FORWARD_COUNTS)
+DECODE_LEFTPAD_ENTRY = entry_of((DECODE, LEFTPAD), DECODE_SCRATCH, DECODE_COUNTS)
 
 
 # Of kernels that call mods: addresses, strides and scalars of all that the mods read, in front of the stream.
@@ -108,3 +121,7 @@ def _with_mods(entry: Entry) -> Entry:
 
 
 FORWARD_MODS_ENTRY, DECODE_MODS_ENTRY = _with_mods(FORWARD_ENTRY), _with_mods(DECODE_ENTRY)
+
+# By the name of what a config has that most have not.
+FORWARD_ENTRIES = {"": FORWARD_ENTRY, "mods": FORWARD_MODS_ENTRY, "leftpad": FORWARD_LEFTPAD_ENTRY}
+DECODE_ENTRIES = {"": DECODE_ENTRY, "mods": DECODE_MODS_ENTRY, "leftpad": DECODE_LEFTPAD_ENTRY}

@@ -55,6 +55,7 @@ REFUSED = {
     "accumulate_dkv": "backward overwrites dk and dv; add them up after the call",
     "page_table": "dk and dv are those of dense or packed keys, not of pages",
     "kv_batch_idx": "dk and dv are those of each sequence, not of entries of a cache",
+    "leftpad_k": "give the rows that exist as packed keys, with cu_seqlens_k",
     "batch_size_k": "dk and dv are those of each sequence, not of entries of a cache",
     **dict.fromkeys(("k_new", "v_new"), "dk and dv are those of keys that are there before the call"),
     **dict.fromkeys(("rotary_cos", "rotary_sin"), "rotate q and k before the call, and turn dq and dk back after it"),
@@ -225,6 +226,8 @@ def _not_served(p) -> Sentences:
             found.append(must(p, "deterministic", f"False with d_bias and {stated}: it is a sum in any order"))
     if p.dtype is DataType.FP8_E4M3:
         found.append(must(p, "dtype", "DataType.FP16 or BF16: backward has no kernel for FP8"))
+    if p.kv_dtype not in (None, p.dtype):
+        found.append(must(p, "kv_dtype", "None or dtype: backward has no kernel for FP8"))
     if p.head_dim in HEAD_DIMS and p.head_dim not in SERVED_HEAD_DIMS:
         found.append(must(p, "head_dim", f"{listed(SERVED_HEAD_DIMS)}: {_NO_GRADIENT}"))
     if p.head_dim_v not in (0, p.head_dim):

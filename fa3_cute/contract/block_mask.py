@@ -22,6 +22,8 @@ BLOCK_SIZES = {
     (1, 64): (192, 128),
     (1, 96): (192, 128),
     (1, 128): (128, 128),
+    (1, 192): (128, 128),
+    (1, 256): (128, 64),
 }
 LISTS = ("partial_count", "partial_index", "full_count", "full_index")
 

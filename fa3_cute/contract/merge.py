@@ -92,7 +92,7 @@ class MergeParams:
 
 
 ARGUMENTS: dict[str, Argument] = {item.name: item.metadata["argument"] for item in fields(MergeParams)}
-MERGE_ENTRY = entry_of(MERGE, (), (), ARGUMENTS)
+MERGE_ENTRY = entry_of((MERGE,), (), (), ARGUMENTS)
 POINTERS = tuple(name for name, argument in ARGUMENTS.items() if argument.kind == "pointer")
 SHAPE = tuple(name for name in ARGUMENTS if name not in POINTERS)
 OUTPUTS, LSES = ("out_a", "out_b", "out"), ("lse_a", "lse_b", "lse")

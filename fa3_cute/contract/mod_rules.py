@@ -92,7 +92,7 @@ def _scalars(p, scalars: int) -> Sentences:
 
 # What the kernel that reads block lists does not serve.
 _NOT_WITH_LISTS = (
-    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx"),
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx", "leftpad_k"),
     *("attn_mask", "attention_chunk"),
 )
 

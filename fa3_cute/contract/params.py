@@ -8,7 +8,6 @@ from typing import Any
 
 from .block_mask import BlockMask
 from .mods import MaskMod, ScoreMod
-from .status import Status
 
 
 class DataType(IntEnum):
@@ -32,6 +31,7 @@ class AttentionMode(IntEnum):
 
 FORWARD, DECODE = "forward", "decode"  # the kernels
 BOTH = (FORWARD, DECODE)
+LEFTPAD = "leftpad"  # and those of either that serve leftpad_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,15 @@ class Argument:
     """The description of a field, which rules, kernel entries, argument buffers and repeat checks are made of.
 
     kind        "pointer", "size", "stride", "count", "number", "flag", "choice" or "object"
-    element     what a pointer points at: "input" (dtype), "output" (out_dtype), "float32", "int32", "uint64" or "bytes"
+    element     what a pointer points at: "input" (dtype), "stored" (kv_dtype), "output" (out_dtype), "float32",
+                "int32", "uint64" or "bytes"
     alignment   of a pointer, in bytes
     takers      the kernels whose entry takes it
     entry       its name there; "" where it is the field's
-    is_fp8      only FP8 has it: 16-bit kernels take it and never read it
+    is_fp8      only calls with FP8 keys have it: 16-bit kernels take it and never read it
     changes     an address that is another one in every call; all else changes with the shape at most
     is_optional of these, one that few calls have: whether they do is part of the shape
     varies      other shapes have other values of it, as of lengths; what neither changes nor varies is a choice
-    refused     the status of a call that sets it: part of the interface but of nothing that this library does
-    instead     what to do then
     """
 
     kind: str
@@ -60,8 +59,6 @@ class Argument:
     changes: bool = False
     is_optional: bool = False
     varies: bool = False
-    refused: Status | None = None
-    instead: str = ""
 
 
 def _field(default, kind: str, **facts) -> Any:
@@ -102,10 +99,6 @@ def _new_stride() -> Any:
     return _field(None, "stride", varies=True)
 
 
-def _refused(status: Status, default=None, kind: str = "pointer", instead: str = "") -> Any:
-    return _field(default, kind, refused=status, instead=instead)
-
-
 @dataclass(slots=True, kw_only=True)
 class FlashAttentionParams:
     """Arguments of `forward`: pointers, sizes, strides, choices. Mutable; a misspelt field is an error.
@@ -119,8 +112,8 @@ class FlashAttentionParams:
     # [total_q, num_heads, head_dim] and [total_k, num_heads_k, head_dim]; k and v in pages are
     # [num_pages, page_size, num_heads_k, head_dim]. 16-byte aligned, last dimension contiguous.
     q: int | None = _tensor()
-    k: int | None = _tensor()
-    v: int | None = _tensor()
+    k: int | None = _tensor("stored")
+    v: int | None = _tensor("stored")
     out: int | None = _tensor("output")
     # FP32 output, natural logarithm, contiguous: [batch, num_heads, seqlen_q], packed [num_heads, total_q].
     softmax_lse: int | None = _tensor("float32", 4)
@@ -148,6 +141,7 @@ class FlashAttentionParams:
 
     dtype: DataType = _field(DataType.FP16, "choice")
     out_dtype: DataType | None = _field(None, "choice")  # None: dtype, BF16 for FP8_E4M3
+    kv_dtype: DataType | None = _field(None, "choice")  # of k and v; None: dtype; FP8_E4M3 with q of FP16 or BF16 too
     softmax_scale: float | None = _field(None, "number", takers=BOTH, varies=True)  # None: 1/sqrt(head_dim)
 
     # Bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q.
@@ -175,9 +169,11 @@ class FlashAttentionParams:
     # int32 [batch]: the sequence's entry of k and v, which have batch_size_k of them, or its row of page_table.
     kv_batch_idx: int | None = _lengths(*BOTH)
     batch_size_k: int = _size(*BOTH)
+    # int32 [batch]: the first rows of a sequence's keys that do not exist, among those that seqused_k counts.
+    leftpad_k: int | None = _lengths(LEFTPAD)
 
-    # FP8 only. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by sequence,
-    # packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
+    # Of FP8 k and v. FP32; real value = FP8 value * descale; None: 1.0. Strides 0 and 0: one scale for all; else by
+    # sequence, packed or not, and by head: q by query head [batch, num_heads], k and v by KV head [batch, num_heads_k].
     q_descale_ptr: int | None = _descale("q_descale")
     k_descale_ptr: int | None = _descale("k_descale")
     v_descale_ptr: int | None = _descale("v_descale")
@@ -257,11 +253,6 @@ class FlashAttentionParams:
     rotary_row_stride: int | None = _new_stride()
     seqlens_rotary: int | None = _new("int32", 4)  # int32 [batch]: the position of the first new key
 
-    # Known by name, refused while set.
-    leftpad_k: int | None = _refused(
-        Status.FEATURE_UNSUPPORTED, instead="seqused_k gives the used length of each sequence"
-    )
-
 
 ARGUMENTS: dict[str, Argument] = {item.name: item.metadata["argument"] for item in fields(FlashAttentionParams)}
 
@@ -275,12 +266,12 @@ def names(**facts) -> tuple[str, ...]:
     )
 
 
-TENSORS = names(element="input") + names(element="output")  # q, k, v, out
+TENSORS = names(element="input") + names(element="stored") + names(element="output")  # q, k, v, out
 DESCALES = names(kind="pointer", is_fp8=True)
 # Pointers that few calls have.
 OPTIONALS = names(is_optional=True)
 # Features that are a number, 0 where they are off; the scale, which every call has, is none.
-NUMBERS = tuple(name for name in names(kind="number", refused=None) if name != "softmax_scale")
+NUMBERS = tuple(name for name in names(kind="number") if name != "softmax_scale")
 # What changes with every call, and what changes with the shape at most.
 POINTERS = tuple(name for name in names(changes=True) if name not in DESCALES + OPTIONALS)
 CHOICES = names(changes=False, varies=False)

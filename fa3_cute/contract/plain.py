@@ -78,11 +78,6 @@ class Plain(FlashAttentionParams):
     raw: FlashAttentionParams
 
 
-def _refused(value):
-    """Of fields that must be off: 0 if it is."""
-    return BAD if is_given(value) else 0
-
-
 def _pointer(name: str, value):
     if not is_given(value):
         return 0
@@ -189,5 +184,5 @@ def plain(params: FlashAttentionParams, shape: tuple | None = None) -> FlashAtte
     copy.raw = params
     for name, value in zip(_FIELDS, values, strict=True):
         argument = ARGUMENTS[name]
-        setattr(copy, name, _refused(value) if argument.refused else _READERS[argument.kind](name, value))
+        setattr(copy, name, _READERS[argument.kind](name, value))
     return copy

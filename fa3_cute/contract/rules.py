@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 from .append import fp8_rotary, new_keys, new_sizes, rotary
 from .formats import MAX_SPLITS
-from .head_dims import fp8_head_dims, head_dims, new_values
+from .fp8_cache import has_fp8_cache, has_fp8_keys, keys_dtype, kv_dtype, unserved
+from .head_dims import fp8_head_dims, head_dims
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
+from .mla import is_mla, mla
 from .mod_rules import block_mask, listed_blocks, mod_arguments, mods
 from .params import (
     ARGUMENTS,
     DESCALES,
-    OFF,
     TENSORS,
     AttentionMode,
     DataType,
@@ -47,6 +48,7 @@ from .sequences import (
     has_fixed_splits,
     is_masked,
     masked_sizes,
+    padded_places,
     pages,
     sizes,
     varlen,
@@ -55,11 +57,7 @@ from .status import Problem, Status, shown
 from .strides import descale_strides, has_descale_strides, strides
 
 # Alignment in bytes of every pointer field that is read or written.
-ALIGNMENT = {
-    name: argument.alignment
-    for name, argument in ARGUMENTS.items()
-    if argument.kind == "pointer" and not argument.refused
-}
+ALIGNMENT = {name: argument.alignment for name, argument in ARGUMENTS.items() if argument.kind == "pointer"}
 _read_tensors = attrgetter(*TENSORS)
 _read_by_16, _read_by_4 = (attrgetter(*(name for name in ALIGNMENT if ALIGNMENT[name] == n)) for n in (16, 4))
 _read_descales = attrgetter(*DESCALES)
@@ -194,14 +192,14 @@ def _workspace(p) -> Sentences:
 
 
 def _has_no_descales(p) -> bool:
-    return p.dtype is not DataType.FP8_E4M3 and p.dtype is not BAD
+    return not has_fp8_keys(p) and p.dtype is not BAD and p.kv_dtype is not BAD
 
 
 def _descales(p) -> Sentences:
     if not any(_read_descales(p)):
         return ()
     return [
-        must(p, name, f"None with dtype={p.dtype.name}: descales belong to FP8_E4M3")
+        must(p, name, f"None with k and v of {keys_dtype(p).name}: descales belong to FP8_E4M3")
         for name in DESCALES
         if getattr(p, name)
     ]
@@ -221,24 +219,6 @@ def _num_splits(p) -> Sentences:
     if not found and most and splits > most:
         found.append(must(p, "num_splits", f"at most max_num_splits={most}"))
     return found
-
-
-def _off(status: Status):
-    """The rule for fields that are part of the interface but of nothing that this library does."""
-    refused = {
-        name: f"; {argument.instead}" if argument.instead else ""
-        for name, argument in ARGUMENTS.items()
-        if argument.refused is status
-    }
-
-    def refused_is_off(p) -> Sentences:
-        return [
-            must(p, name, f"None or 0: {name} is not supported{instead}")
-            for name, instead in refused.items()
-            if getattr(p, name) not in OFF
-        ]
-
-    return refused_is_off
 
 
 class Rule(NamedTuple):
@@ -272,6 +252,7 @@ RULES = (
     Rule(Status.MODE_MISMATCH, _decode, concerns=_is_decode),
     Rule(Status.INVALID_ARGUMENT, _alignment),
     Rule(Status.INVALID_ARGUMENT, _choices, of_choices=True),
+    Rule(Status.INVALID_ARGUMENT, kv_dtype, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _counts, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _scale),
     Rule(Status.INVALID_ARGUMENT, score_choices, of_choices=True),
@@ -287,11 +268,12 @@ RULES = (
     Rule(Status.SPLIT_KV_UNSUPPORTED, fixed_splits, concerns=has_fixed_splits),
     Rule(Status.PAGED_KV_UNSUPPORTED, pages),
     Rule(Status.ROTARY_UNSUPPORTED, rotary),
-    Rule(Status.FEATURE_UNSUPPORTED, _off(Status.FEATURE_UNSUPPORTED), of_choices=True),
-    Rule(Status.FEATURE_UNSUPPORTED, new_values),
+    Rule(Status.FEATURE_UNSUPPORTED, padded_places),
     Rule(Status.FEATURE_UNSUPPORTED, fp8_rotary),
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
     Rule(Status.FEATURE_UNSUPPORTED, listed_blocks),
+    Rule(Status.FEATURE_UNSUPPORTED, mla, concerns=is_mla),
+    Rule(Status.FEATURE_UNSUPPORTED, unserved, concerns=has_fp8_cache),
 )
 
 

@@ -108,6 +108,17 @@ def cache_sizes(p) -> Sentences:
     return found
 
 
+def padded_places(p) -> Sentences:
+    """The rule of what left padding has no kernel for: what counts keys from the sequence's first row."""
+    if not p.leftpad_k:
+        return ()
+    reason = "with leftpad_k: keys are counted from the first that exists"
+    found = _off(p, ("attn_mask", "p_dropout"), reason)
+    return found + [
+        must(p, name, f"None {reason}") for name in ("score_mod", "mask_mod") if getattr(p, name) is not None
+    ]
+
+
 def is_masked(p) -> bool:
     """There is a mask, which counts from the diagonal."""
     bounds = p.window_size_left, p.window_size_right

@@ -52,8 +52,9 @@ class Status(IntEnum):
 _MEANING = {
     Status.OK: "success",
     Status.NULL_POINTER: "q, k, v or out is missing",
-    Status.UNSUPPORTED_HEAD_DIM: "head_dim and head_dim_v must be multiples of 8 up to 256",
-    Status.FP8_HEAD_DIM: "FP8 needs head_dim and head_dim_v that are multiples of 16 up to 128",
+    Status.UNSUPPORTED_HEAD_DIM: "head_dim and head_dim_v must be multiples of 8 up to 256, or 576 and 512",
+    Status.FP8_HEAD_DIM: "FP8 needs head_dim and head_dim_v that are multiples of 16 up to 256, or 64 or 128 with q of "
+    "16 bit",
     Status.INVALID_HEADS: "num_heads must be a positive multiple of a positive num_heads_k",
     Status.CAUSAL_WINDOW_CONFLICT: "is_causal and a sliding window exclude each other",
     Status.VARLEN_MISMATCH: "VARLEN_PREFILL, cu_seqlens_q, cu_seqlens_k, total_q and total_k do not fit together",

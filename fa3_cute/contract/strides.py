@@ -8,6 +8,7 @@ from math import prod
 from operator import attrgetter
 
 from .formats import SERVED_DIMS
+from .fp8_cache import keys_dtype
 from .head_dims import are_served, columns_of, value_dim
 from .limits import DIMS, MAX_ROWS, MAX_SIZE, TMA_ALIGNMENT, TMA_STRIDE_BYTES
 from .params import TENSORS, DataType, all_sizes, names, tensor_sizes
@@ -100,7 +101,8 @@ def _strides_of(p, tensor: str) -> Sentences:
         for name, stride, default, size in zip(fields, given, contiguous, sizes, strict=True)
         if size > 1
     ]
-    element_bytes = 1 if tensor != "out" and p.dtype is DataType.FP8_E4M3 else 2
+    dtype = keys_dtype(p) if tensor in ("k", "v") else p.dtype
+    element_bytes = 1 if tensor != "out" and dtype is DataType.FP8_E4M3 else 2
     if tensor == "out" and p.out_dtype is DataType.FP32:
         element_bytes = 4
     multiple, limit = TMA_ALIGNMENT // element_bytes, TMA_STRIDE_BYTES // element_bytes

@@ -9,6 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 from ..contract.append import APPEND_ENTRY, LISTS, NEW_STRIDES, has_new_keys, has_rotary, table_dtype
+from ..contract.head_dims import value_dim
 from ..contract.params import DTYPE_NAMES
 from ..contract.sequences import is_masked
 
@@ -28,7 +29,7 @@ class AppendConfig:
     rotary: str = ""
     table_dtype: str = ""
 
-    is_fp8 = False  # nothing here depends on it
+    is_fp8 = has_descales = False  # nothing here depends on it
     uses_setmaxnreg = False
     smem_bytes = 0
     num_threads = 256
@@ -130,8 +131,9 @@ def append_shape(p, shape) -> AppendShape | None:
     row_stride = p.rotary_dim // 2 if p.rotary_row_stride is None else p.rotary_row_stride
     strides = *shape.strides[:9], *_new_strides(p, packed_new), shape.strides[12], row_stride
     sizes = (
-        *(shape.batch_size, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.num_heads_k, shape.head_dim),
-        *(shape.page_size, shape.num_pages, shape.batch_size_k, p.seqlen_knew if has_new else 0, num_new, num_queries),
+        *(shape.batch_size, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.num_heads_k),
+        *(shape.head_dim, shape.head_dim_v, shape.page_size, shape.num_pages),
+        *(shape.batch_size_k, p.seqlen_knew if has_new else 0, num_new, num_queries),
         *(p.rotary_dim if turns else 0, p.rotary_positions or shape.seqlen_k),
         int(is_masked(p) or not has_new),
     )
@@ -150,8 +152,12 @@ def append_shape(p, shape) -> AppendShape | None:
 def _new_strides(p, packed: bool) -> tuple[int, ...]:
     """NEW_STRIDES with the contiguous ones where they are None, or along dimensions of size 1; of packed rows 0 along
     batches."""
-    rows, heads, head_dim = p.seqlen_knew, p.num_heads_k, p.head_dim
-    contiguous = (0 if packed else rows * heads * head_dim, heads * head_dim, head_dim) * 2
+    rows, heads = p.seqlen_knew, p.num_heads_k
+    contiguous = [
+        stride
+        for columns in (p.head_dim, value_dim(p))
+        for stride in (0 if packed else rows * heads * columns, heads * columns, columns)
+    ]
     sizes = (1 if packed else p.batch_size, rows, heads) * 2
     return tuple(
         [

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ..contract.scores import MASK_STRIDES
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
-from .score_features import NO_FEATURES, Features, ScoreFields
+from .score_features import Features, ScoreFields
 
 FLOAT_BYTES = 4
 PREPARE_THREADS = 128
@@ -63,8 +63,57 @@ FINISH_ARGUMENTS = tuple(
 )
 
 
+class GradientFields(ScoreFields):
+    """What the configs of the kernels with GEMMs have in common."""
+
+    num_consumer_wgs = CONSUMER_WGS
+    registers = REGISTERS
+    is_fp8 = has_descales = False
+    packs_heads = False
+    uses_setmaxnreg = True
+
+    @property
+    def stages_mask(self) -> bool:
+        return False  # threads read attn_mask themselves
+
+    @property
+    def is_causal(self) -> bool:
+        return self.mask == "causal"
+
+    @property
+    def is_local(self) -> bool:
+        return self.mask == "local"
+
+    @property
+    def element_out(self) -> str:
+        """The element type of gradients."""
+        return self.dtype
+
+    @property
+    def dim_v(self) -> int:
+        return self.head_dim
+
+    @property
+    def num_consumer_warps(self) -> int:
+        return WARPS_PER_WARPGROUP * self.num_consumer_wgs
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA."""
+        return smem_bytes(self.rings)
+
+    @property
+    def num_threads(self) -> int:
+        """Of a CTA."""
+        return num_threads(self.roles)
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return asdict(self)
+
+
 @dataclass(frozen=True)
-class BackwardConfig(ScoreFields):
+class BackwardConfig(GradientFields):
     """Compile-time choices of a backward pass: those of its main kernel, and of the two around it that share its tiles.
 
     dtype             of Q, K, V, O and dO: "fp16" or "bf16"; P and dS are rounded to it, accumulation is FP32
@@ -88,12 +137,7 @@ class BackwardConfig(ScoreFields):
     is_dq_behind: bool
 
     num_q_stages = num_do_stages = num_ds_stages = 2  # slots: all that turns with the Q tiles turns together
-    num_consumer_wgs = CONSUMER_WGS
-    registers = REGISTERS
-    is_fp8 = False
     has_sums = True  # of dQ, in the workspace
-    packs_heads = False
-    uses_setmaxnreg = True
 
     def __post_init__(self):
         if problem := next((sentence for holds, sentence in self.rules() if not holds), None):
@@ -128,34 +172,9 @@ class BackwardConfig(ScoreFields):
         return f"{self.dtype}_d{self.head_dim}_{self.mask}{flags}{self.feature_names}_{self.tile_m}x{self.tile_n}"
 
     @property
-    def stages_mask(self) -> bool:
-        return False  # threads read it themselves
-
-    @property
-    def is_causal(self) -> bool:
-        return self.mask == "causal"
-
-    @property
-    def is_local(self) -> bool:
-        return self.mask == "local"
-
-    @property
     def tile_n(self) -> int:
         """Keys of a CTA: a warpgroup has the 64 of one WGMMA, with their dK and dV in its registers."""
         return ROWS_PER_WARPGROUP * self.num_consumer_wgs
-
-    @property
-    def element_out(self) -> str:
-        """The element type of the gradients."""
-        return self.dtype
-
-    @property
-    def dim_v(self) -> int:
-        return self.head_dim
-
-    @property
-    def num_consumer_warps(self) -> int:
-        return WARPS_PER_WARPGROUP * self.num_consumer_wgs
 
     @property
     def finds_bounds_again(self) -> bool:
@@ -205,20 +224,6 @@ class BackwardConfig(ScoreFields):
             Ring("shift", self.num_q_stages, vector, 0, 0, "shift"),
             Ring("delta", self.num_do_stages, vector, 0, 0, "delta"),
         )
-
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory of a CTA of the main kernel."""
-        return smem_bytes(self.rings)
-
-    @property
-    def num_threads(self) -> int:
-        """Of a CTA of the main kernel."""
-        return num_threads(self.roles)
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
 
 
 def computes_in_turns(tile_m: int, is_dq_transposed: bool) -> bool:
@@ -294,19 +299,3 @@ def has_registers(head_dim: int, features: Features) -> bool:
     """The kernel of all gradients does not spill with these features."""
     fields = {field for field, _ in features}
     return len(fields) <= 1 and fields <= FEATURES_OF_ALL and (head_dim, fields) != (64, {"has_softcap"})
-
-
-def backward_config(
-    dtype: str,
-    head_dim: int,
-    mask: str,
-    is_varlen: bool,
-    is_deterministic: bool,
-    features: Features = NO_FEATURES,
-    is_short: bool = False,
-) -> BackwardConfig:
-    """The tables' config."""
-    table = TABLE | SHORT if is_short else TABLE
-    row = FEATURED[head_dim] if features else table[head_dim, mask]
-    choices = row.tile_m, row.is_dq_transposed, row.is_dq_behind
-    return BackwardConfig(dtype, head_dim, mask, is_varlen, is_deterministic, *choices, **dict(features))

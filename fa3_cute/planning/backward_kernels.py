@@ -4,7 +4,7 @@ A BackwardConfig chooses for all of them. Each compiles from those of its choice
 kernel serves all masks, for instance.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -24,7 +24,6 @@ from .backward import (
     SINKS_ARGUMENTS,
     TABLE,
     BackwardConfig,
-    backward_config,
     computes_in_turns,
     has_registers,
 )
@@ -83,7 +82,8 @@ PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, SINKS_ENTRY, CLEAR_ENTRY = 
 class MainConfig(BackwardConfig):
     """Of the main kernel: the choices as they are."""
 
-    entries = MAIN_ENTRY, MAIN_ENTRY  # with mods, which it has not, too
+    entries = {"": MAIN_ENTRY}
+    has_leftpad = False
     kernel_class = "backward", "FlashAttentionBackward"
 
     @property
@@ -95,7 +95,7 @@ class MainConfig(BackwardConfig):
 class _Around:
     """What the configs of the two kernels around the main one have in common: no GEMM, one role."""
 
-    is_fp8 = False
+    is_fp8 = has_descales = False
     uses_setmaxnreg = False
     has_gemms = False
     dtype: str
@@ -104,6 +104,10 @@ class _Around:
     def element_out(self) -> str:
         """The element type of the gradients."""
         return self.dtype
+
+    def as_dict(self) -> dict:
+        """The fields as plain values: a cache key, a JSON row."""
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,6 @@ class PrepareConfig(_Around):
     def name(self) -> str:
         """Names cache entries and kernels."""
         return f"bwd_prepare_{self.dtype}_d{self.head_dim}_{self.tile_m}{'' if self.has_sums else '_no_sums'}"
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -170,53 +170,45 @@ class FinishConfig(_Around):
         """Shared memory of a CTA: a tile of dQ, rounded."""
         return 2 * self.tile_m * self.head_dim
 
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
-
 
 class SideConfig(OneSideConfig):
     """Of the kernel of one gradient: the choices as they are."""
 
-    entries = SIDE_ENTRY, SIDE_ENTRY
+    entries = {"": SIDE_ENTRY}
+    has_leftpad = False
 
     @property
     def kernel(self) -> str:
         return "fa3_cute.kernels.backward.one_side.OneSideBackward"
 
 
-@dataclass(frozen=True)
-class SinksConfig(_Around):
-    """Of the kernel that adds up what the prepare kernel has left of d_s_aux: one for all, of no element type."""
+class _OfAll(_Around):
+    """Of a kernel that is one for all passes, of no element type and without shared memory."""
 
     dtype = PARTIAL
+    smem_bytes = 0
+
+
+@dataclass(frozen=True)
+class SinksConfig(_OfAll):
+    """Of the kernel that adds up what the prepare kernel has left of d_s_aux."""
+
     entry = SINKS_ENTRY
     arguments = SINKS_ENTRY.arguments
     kernel = "fa3_cute.kernels.backward.sinks.SinkGradients"
     name = "bwd_sinks"
     num_threads = WARP
-    smem_bytes = 0
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
-class ClearConfig(_Around):
+class ClearConfig(_OfAll):
     """Of the kernel that zeroes d_bias, whose other kernel visits what some row sees and may add up."""
 
-    dtype = PARTIAL
     entry = CLEAR_ENTRY
     arguments = CLEAR_ENTRY.arguments
     kernel = "fa3_cute.kernels.backward.clear.ClearBias"
     name = "bwd_clear"
     num_threads = CLEAR_THREADS
-    smem_bytes = 0
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
 
 
 KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | SinksConfig | ClearConfig
@@ -234,7 +226,10 @@ def pass_config(
     """The pass of a row of the tables; one without sums has the same bits in every call, asked for or not."""
     if head_dim in ONE_SIDE or not has_registers(head_dim, features):
         return OneSidePass(dtype, head_dim, mask, is_varlen, features)
-    return backward_config(dtype, head_dim, mask, is_varlen, is_deterministic, features, is_short)
+    table = TABLE | SHORT if is_short else TABLE
+    row = FEATURED[head_dim] if features else table[head_dim, mask]
+    choices = row.tile_m, row.is_dq_transposed, row.is_dq_behind
+    return BackwardConfig(dtype, head_dim, mask, is_varlen, is_deterministic, *choices, **dict(features))
 
 
 def reason_of(cfg: BackwardConfig | OneSidePass) -> str:

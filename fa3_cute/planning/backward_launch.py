@@ -42,11 +42,11 @@ from .backward_kernels import (
     kernels_of,
     pass_config,
 )
+from .known import MAX_SHAPES, Known
 from .one_side import BIAS, OneSidePass
 from .problem import ProblemShape
 from .score_features import features_of
 
-MAX_SHAPES = 512  # that are remembered; the next one starts anew
 PART_ALIGNMENT = 16  # of the parts of a workspace, in bytes
 TENSORS = (*INPUTS, *OUTPUTS)
 _CHANGING = tuple(name for name, item in ARGUMENTS.items() if item.changes and BACKWARD in item.takers)
@@ -58,7 +58,7 @@ WORKSPACE = ("workspace", "workspace_bytes")
 # What kernels are given: these, and the parts of the workspace.
 PLACES = (*POINTERS, *SCORES, *SCRATCH)
 MASK_BYTES = {DTYPE_NAMES[dtype]: nbytes for dtype, nbytes in SCORE_BYTES.items()}  # else a byte
-_ABSENT, _NO_SCORES = (None,) * len(SCORES), (0,) * len(SCORES)
+_NO_SCORES = (0,) * len(SCORES)
 # Of addresses, in their order.
 _IS_WRITTEN = (*(name in OUTPUTS for name in POINTERS), True, *(name in SCORE_OUTPUTS for name in SCORES))
 # All else is the same in every call of a shape.
@@ -256,13 +256,17 @@ def _scores_of(shape: BackwardShape) -> tuple[tuple[int, int], ...]:
 
 # ---- checking --------------------------------------------------------------------------------------------------------
 
-# Of calls that were good, by their `_key`.
-_known: dict[tuple, Pass] = {}
+_known: Known[Pass] = Known()  # by their `_key`
+
+
+def _are_absent(scores: tuple) -> bool:
+    """Whether all are None; by their types, since comparing an array may raise."""
+    return {type(None)}.issuperset(map(type, scores))
 
 
 def _key(values: tuple, scores: tuple) -> tuple:
     """Of the values of read_shape and read_scores: which of the latter there are is part of the shape."""
-    if scores == _ABSENT:
+    if _are_absent(scores):
         return values
     given = tuple([type(address) is int and address != 0 for address in scores])
     return (values, given) if any(given) else values
@@ -276,10 +280,7 @@ def checked(params: BackwardParams) -> Problem | tuple[Pass, tuple[int, ...]]:
     """
     require(params)
     values, scores = read_shape(params), read_scores(params)
-    try:
-        known = _known.get(_key(values, scores))
-    except Exception:  # a value that cannot be hashed or compared: the rules put it into words
-        known = None
+    known = _known.get(_key(values, scores))
     if known is not None and (addresses := _addresses(known, read_pointers(params), scores)):
         return known, addresses
     p = plain_backward(params)
@@ -293,9 +294,7 @@ def checked(params: BackwardParams) -> Problem | tuple[Pass, tuple[int, ...]]:
     if found.scores:
         given += [address or 0 for address in read_scores(p)]
     if are_constants(values) and shape.forward.seqlen_q and shape.forward.seqlen_k:
-        if len(_known) >= MAX_SHAPES:
-            _known.clear()
-        _known[_key(values, read_scores(p))] = found
+        _known.remember(_key(values, read_scores(p)), found)
         found.apart = tuple(given)
     return found, tuple(given)
 
@@ -303,7 +302,7 @@ def checked(params: BackwardParams) -> Problem | tuple[Pass, tuple[int, ...]]:
 def _addresses(known: Pass, given: tuple[Any, ...], scores: tuple[Any, ...]) -> tuple[int, ...] | None:
     """Good addresses in plain ints; None if the rules have to look."""
     *addresses, nbytes = given
-    if known.scores or scores != _ABSENT:
+    if known.scores or not _are_absent(scores):
         addresses += scores
     found = tuple([0 if address is None else address for address in addresses])
     if not {int}.issuperset(map(type, found)) or type(nbytes) is not int or nbytes < known.workspace_bytes:

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..contract.arguments import DECODE_ENTRY, DECODE_MODS_ENTRY, FORWARD_ENTRY, FORWARD_MODS_ENTRY
+from ..contract.arguments import DECODE_ENTRIES, DECODE_ENTRY, FORWARD_ENTRIES, FORWARD_ENTRY
 from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, OUT_BYTES, PARTIAL
 from .dims import DimFields
 from .key_source import KeySourceFields
 from .packing import PackedFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .score_features import ScoreFields
+from .stored_keys import CONSUME_REGISTERS, NUM_WIDEN_WARPS, StoredFields
 from .strategies import Output, Steps, Values
 
 REGISTERS_PER_SM = 65536
@@ -29,7 +30,7 @@ FORWARD_ARGUMENTS, DECODE_ARGUMENTS = FORWARD_ENTRY.arguments, DECODE_ENTRY.argu
 
 
 @dataclass(frozen=True)
-class KernelConfig(DimFields, KeySourceFields, ScoreFields):
+class KernelConfig(DimFields, KeySourceFields, StoredFields, ScoreFields):
     """What the configs of all kernels have in common. Shared device code knows no other.
 
     dtype      of Q, K and V: "fp16", "bf16" or "fp8_e4m3"; accumulation is always FP32
@@ -45,7 +46,6 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     packs_heads = False  # consecutive rows of a tile are heads of one query
     splits_keys = False  # several CTAs may share the keys of a row
     takes_max_of_bits = False  # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
-    uses_setmaxnreg = False
 
     if TYPE_CHECKING:  # what the configs of both kernels have: fields, rules, rings and roles
 
@@ -76,6 +76,7 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
                 f"tile_n={self.tile_n}: must be a multiple of {k_of_pv}, K of PV's WGMMA, up to 256, N of QK's WGMMA",
             ),
             *self.source_rules(),
+            *self.stored_rules(),
             *self.score_rules(),
         )
 
@@ -95,23 +96,23 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
 
     @property
     def element_bytes(self) -> int:
-        """Of an element of Q, K or V."""
+        """Of an element in the GEMMs."""
         return ELEMENT_BYTES.get(self.dtype, 2)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """K and V of one token and KV head."""
-        return (self.dim_qk + self.dim_v) * self.element_bytes
+        return (self.dim_qk + self.dim_v) * self.stored_bytes
 
     @property
     def k_slot_bytes(self) -> int:
         """A slot of the K ring."""
-        return self.tile_n * self.dim_qk * self.element_bytes
+        return self.tile_n * self.dim_qk * self.stored_bytes
 
     @property
     def v_slot_bytes(self) -> int:
         """A slot of the V ring, and of transposed V."""
-        return self.tile_n * self.dim_v * self.element_bytes
+        return self.tile_n * self.dim_v * self.stored_bytes
 
     @property
     def q_slot_bytes(self) -> int:
@@ -127,6 +128,13 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     def steps(self) -> Steps:
         """How the GEMMs of a step follow one another."""
         return Steps.SERIAL if self.is_fp8 else Steps.OVERLAPPED
+
+    @property
+    def num_value_parts(self) -> int:
+        """PV takes so many parts of V's columns in turn: FP8's O and a T of 256 have no registers. Of 64 columns where
+        other things need registers, else of 128 or more: prefill at head_dim 192 and 256 takes 3 to 6 % less time."""
+        columns = 64 if self.splits_keys or self.attn_mask else 128
+        return self.dim_v // columns if self.is_fp8 and self.dim_v > 128 else 1
 
     @property
     def mask(self) -> str:
@@ -151,7 +159,7 @@ class KernelConfig(DimFields, KeySourceFields, ScoreFields):
     @property
     def dtype_name(self) -> str:
         """The dtypes in a name: that of Q, K and V, and O's where it is another."""
-        return f"{self.dtype}_{self.out_dtype}" if self.out_dtype else self.dtype
+        return self.dtype + self.stored_name + (f"_{self.out_dtype}" if self.out_dtype else "")
 
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""
@@ -189,7 +197,7 @@ class FwdConfig(PackedFields, KernelConfig):
 
     ctas_per_sm = 1
     uses_setmaxnreg = True
-    entries = FORWARD_ENTRY, FORWARD_MODS_ENTRY
+    entries = FORWARD_ENTRIES
     kernel_class = "forward", "FlashAttentionForward"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
@@ -316,6 +324,7 @@ class DecodeConfig(KernelConfig):
     is_local          a window (a causal mask is one); without it every row sees every key
     num_kv_stages     depth of the K ring and of the V ring
     ctas_per_sm       how many CTAs can share an SM
+    kv_dtype ..       of StoredFields
     is_ragged ..      of KeySourceFields; ragged batches are split sequence by sequence (ragged.py)
     """
 
@@ -331,7 +340,7 @@ class DecodeConfig(KernelConfig):
     packs_heads = True
     splits_keys = True
     is_varlen = True
-    entries = DECODE_ENTRY, DECODE_MODS_ENTRY
+    entries = DECODE_ENTRIES
     kernel_class = "decode", "FlashAttentionDecode"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
@@ -382,14 +391,17 @@ class DecodeConfig(KernelConfig):
     def roles(self) -> tuple[Role, ...]:
         """The consumers come first: the number of a warpgroup's first warp must be a multiple of 4."""
         warps = self.num_consumer_warps
+        if self.widens:
+            return Role("consume", range(warps), CONSUME_REGISTERS), *self.widening_roles
         return Role("consume", range(warps)), Role("load", range(warps, warps + 1))
 
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory; q is one slot without mbarriers, filled by its readers."""
-        warps = self.num_consumer_warps
+        readers = NUM_WIDEN_WARPS if self.widens else self.num_consumer_warps
         return (
             Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
-            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, warps, "K"),
-            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, warps, "V"),
+            Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, readers, "K"),
+            Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, readers, "V"),
+            *self.wide_rings,
         )

@@ -3,14 +3,16 @@ reason."""
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-from ..contract.formats import ELEMENT_BYTES
+from ..contract.formats import ELEMENT_BYTES, MLA_DIMS
 
 
 @dataclass(frozen=True)
 class DecodeRow:
     """Tile choice of one (bytes per element, head_dim) for decode.
 
+    num_wide_slots   of StoredFields
     tile_us   microseconds that a CTA takes per K/V tile when it does not wait for memory
     """
 
@@ -19,6 +21,7 @@ class DecodeRow:
     ctas_per_sm: int
     tile_us: float
     reason: str
+    num_wide_slots: int = 0
 
 
 # Reasons: microseconds of BF16, 16:2 heads, batch x context, with the best number of splits; H200, 2026-11-22, graph
@@ -48,6 +51,8 @@ DECODE = {
         "4x2k 5.6, 1x32k 10.0, 16x8k 23.8, 64x8k 32:8 281; 64x12x1 6.1, 11.1, 28.1, "
         "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256",
     ),
+    (1, 192): DecodeRow(64, 8, 1, 0.8, "16x8k 36.8; 128x4x1 spills 8 bytes, 64x4x2 1204"),
+    (1, 256): DecodeRow(64, 6, 1, 1.0, "16x8k 41.7, 32x8k 32:8 280; 128x3x1 spills 32 bytes with a window"),
 }
 # {(bytes per element, head_dim, is_local): its own row in ragged batches}
 RAGGED_DECODE = {
@@ -63,14 +68,43 @@ HEAVY_DECODE = {
     (1, 96): DecodeRow(128, 8, 1, 1.0, "registers; 64 keys are not divisible among the warps that transpose"),
     (1, 128): DecodeRow(64, 12, 1, 0.6, "registers"),
 }
+# Of MLA (planning/mla.py), whose tile of K is 72 KB.
+MLA_ROW = DecodeRow(
+    64,
+    2,
+    1,
+    2.0,
+    "what fits one CTA per SM; 32x4x1 with S of a tile ahead serialises WGMMA, which is then in flight "
+    "from one iteration to the next",
+)
+# {head_dim} of 16-bit queries over FP8 keys. Of an earlier form, in which the same warps widened K and V in turn, H200,
+# 2026-11-29, graph replay; behind + the slots of 16 bit. The present one is not measured.
+FP8_CACHE = {
+    64: DecodeRow(128, 8, 1, 0.7, "64x8k 32:8 233, 16x8k 20.0", 2),
+    128: DecodeRow(128, 2, 1, 0.9, "64x8k 32:8 322, 16x8k 25.7; 128x3x1+1 353, 27.7; 64x8x1+2 455, 33.3", 2),
+}
 
 
 @cache
 def decode_row(
-    dtype: str, head_dim: int, is_local: bool = False, is_ragged: bool = False, takes_registers: bool = False
+    dtype: str,
+    head_dim: int,
+    is_local: bool = False,
+    is_ragged: bool = False,
+    takes_registers: bool = False,
+    kv_dtype: str | None = None,
 ) -> DecodeRow:
-    """The row of DECODE that serves a problem, or that of RAGGED_DECODE or HEAVY_DECODE."""
+    """The row of DECODE that serves a problem, or that of FP8_CACHE, MLA_ROW, RAGGED_DECODE or HEAVY_DECODE."""
+    if head_dim == MLA_DIMS[0]:
+        return MLA_ROW
+    if kv_dtype:
+        return FP8_CACHE[head_dim]
     key = ELEMENT_BYTES[dtype], head_dim
     if takes_registers:
         return HEAVY_DECODE.get(key, DECODE[key])
     return is_ragged and RAGGED_DECODE.get((*key, is_local)) or DECODE[key]
+
+
+def row_of(cfg: Any) -> DecodeRow:
+    """That of a decode kernel's config."""
+    return decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers, cfg.kv_dtype)

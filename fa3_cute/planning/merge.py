@@ -22,8 +22,7 @@ from ..contract.merge import (
 )
 from ..contract.params import DTYPE_NAMES, are_constants
 from ..contract.status import Problem
-
-MAX_SHAPES = 512  # that are remembered; the next one starts anew
+from .known import Known
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class MergeConfig:
     dtype: str
     out_dtype: str
 
-    is_fp8 = False
+    is_fp8 = has_descales = False
     uses_setmaxnreg = False
     smem_bytes = 0
     num_threads = 256
@@ -144,8 +143,7 @@ class MergeShape(NamedTuple):
         )
 
 
-# Of calls that were good, by the values of SHAPE.
-_known: dict[tuple, MergeShape] = {}
+_known: Known[MergeShape] = Known()  # by the values of SHAPE
 
 
 def checked(params: MergeParams) -> Problem | tuple[MergeShape, tuple[int, ...]]:
@@ -155,10 +153,7 @@ def checked(params: MergeParams) -> Problem | tuple[MergeShape, tuple[int, ...]]
     """
     require(params)
     values = read_shape(params)
-    try:
-        shape = _known.get(values)
-    except Exception:  # a value that cannot be hashed or compared: the rules put it into words
-        shape = None
+    shape = _known.get(values)
     if shape is not None and (addresses := _addresses(shape, read_pointers(params))):
         return shape, addresses
     p = plain_merge(params)
@@ -166,9 +161,7 @@ def checked(params: MergeParams) -> Problem | tuple[MergeShape, tuple[int, ...]]
         return problem
     shape = MergeShape.of(p)
     if are_constants(values):
-        if len(_known) >= MAX_SHAPES:
-            _known.clear()
-        _known[values] = shape
+        _known.remember(values, shape)
     return shape, read_pointers(p)
 
 

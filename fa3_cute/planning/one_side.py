@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from .backward import BACKWARD_ARGUMENTS, CONSUMER_WGS, REGISTERS
+from .backward import BACKWARD_ARGUMENTS, GradientFields
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
-from .rings import WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
-from .score_features import NO_FEATURES, Features, ScoreFields, take_registers
+from .rings import WARPS_PER_WARPGROUP, Ring, Role
+from .score_features import NO_FEATURES, Features, take_registers
 
 SIDES = ("dq", "dk", "dv")
 BIAS = "d_bias"  # another side: rows of dS are what it writes, and there is no third GEMM
@@ -27,7 +27,7 @@ ONE_SIDE_ARGUMENTS = tuple(
 
 
 @dataclass(frozen=True)
-class OneSideConfig(ScoreFields):
+class OneSideConfig(GradientFields):
     """Compile-time choices.
 
     side            the gradient: "dq", "dk", "dv" or "d_bias"
@@ -46,13 +46,8 @@ class OneSideConfig(ScoreFields):
     num_y_stages: int = 2
     num_y2_stages: int = 1
 
-    num_consumer_wgs = CONSUMER_WGS
-    registers = REGISTERS
-    is_fp8 = False
-    packs_heads = False
     is_dq_behind = False
     page_box = 0
-    uses_setmaxnreg = True
 
     def __post_init__(self):
         if self.side not in (*SIDES, BIAS):
@@ -95,29 +90,8 @@ class OneSideConfig(ScoreFields):
         return self.tile_columns if self.is_of_queries else self.tile_rows
 
     @property
-    def stages_mask(self) -> bool:
-        return False  # threads read it themselves
-
-    @property
-    def is_causal(self) -> bool:
-        return self.mask == "causal"
-
-    @property
-    def is_local(self) -> bool:
-        return self.mask == "local"
-
-    @property
     def is_deterministic(self) -> bool:
         return False  # there is no order to keep
-
-    @property
-    def element_out(self) -> str:
-        """The element type of the gradient."""
-        return self.dtype
-
-    @property
-    def dim_v(self) -> int:
-        return self.head_dim
 
     @cached_property
     def roles(self) -> tuple[Role, ...]:
@@ -126,13 +100,13 @@ class OneSideConfig(ScoreFields):
         first = WARPS_PER_WARPGROUP
         return (
             Role("load", range(1), producer),
-            Role("consume", range(first, first + first * self.num_consumer_wgs), consumer),
+            Role("consume", range(first, first + self.num_consumer_warps), consumer),
         )
 
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory: x, x2 are the CTA's own rows, y, y2 the other side's tiles."""
-        warps, row = WARPS_PER_WARPGROUP * self.num_consumer_wgs, self.head_dim * 2
+        warps, row = self.num_consumer_warps, self.head_dim * 2
         vector = 4 * max(self.tile_columns, 32) * (not self.is_of_queries)
         x, x2, y, y2 = ("Q", "dO", "K", "V") if self.is_of_queries else ("K", "V", "Q", "dO")
         return (
@@ -143,20 +117,6 @@ class OneSideConfig(ScoreFields):
             Ring("shift", self.num_y_stages, vector, 0, 0, "shift"),
             Ring("delta", self.num_y2_stages, vector * self.has_dp, 0, 0, "delta"),
         )
-
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory of a CTA."""
-        return smem_bytes(self.rings)
-
-    @property
-    def num_threads(self) -> int:
-        """Of a CTA."""
-        return num_threads(self.roles)
-
-    def as_dict(self) -> dict:
-        """The fields as plain values: a cache key, a JSON row."""
-        return asdict(self)
 
 
 class OneSideRow(NamedTuple):

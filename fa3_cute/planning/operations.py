@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ..contract.arguments import Entry
-from ..contract.formats import FP8, PARTIAL
+from ..contract.formats import PARTIAL
 from ..contract.params import CHOICES, FlashAttentionParams
 from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
@@ -17,8 +17,9 @@ from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
 from .append import append_plan
 from .config import DecodeConfig, FwdConfig
-from .decode_rows import decode_row
+from .decode_rows import row_of
 from .dims import dim_fields
+from .mla import mla_config
 from .packing import packed_heads_of_window
 from .problem import Chosen, ProblemShape, chosen_by
 from .ragged import is_ragged, kernels_of, ragged_plan_of
@@ -90,8 +91,11 @@ def _attention_of(shape: ProblemShape) -> Operation:
     source = source_of(shape) if is_ragged(shape, has_decode) else DENSE
     launches: tuple[Launch, ...] = ()
     if has_decode:
-        fields = features | dim_fields(shape, is_by_tma=False)
-        cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, fields, source)
+        if shape.is_mla:
+            cfg = mla_config(dtype, is_windowed(shape), out_dtype, source)
+        else:
+            fields = features | dim_fields(shape, is_by_tma=False)
+            cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, fields, source, shape.kv_dtype)
         launches = (_decode_launch(cfg, shape, decode_queries),)
     if not has_forward:
         return Operation(launches)
@@ -104,9 +108,11 @@ def _attention_of(shape: ProblemShape) -> Operation:
 
 def source_of(shape: ProblemShape) -> KeySource:
     """Where a ragged batch has its K and V."""
-    if not shape.is_paged:
-        return KeySource(True)
-    return KeySource(True, shape.page_size, shape.dtype != FP8 and not shape.is_padded and has_wide_boxes(shape))
+    has_leftpad = shape.length("leftpad_k") != 0
+    if not shape.is_paged or has_leftpad:
+        return KeySource(True, shape.page_size, has_leftpad=has_leftpad)
+    is_wide = not (shape.has_fp8_keys or shape.is_padded) and has_wide_boxes(shape)
+    return KeySource(True, shape.page_size, is_wide)
 
 
 def has_wide_boxes(shape: ProblemShape) -> bool:
@@ -138,8 +144,7 @@ def _forward_launch(cfg: FwdConfig) -> Launch:
 
 def _decode_launch(cfg: DecodeConfig, shape: ProblemShape, decode_queries: int = 0) -> Launch:
     plan = ragged_plan_of(cfg, shape, decode_queries) if cfg.is_ragged else plan_of(cfg, shape)
-    row = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers)
-    return Launch(cfg, row.reason, "splits" if plan.partial_bytes else "none", plan)
+    return Launch(cfg, row_of(cfg).reason, "splits" if plan.partial_bytes else "none", plan)
 
 
 def launch_of(cfg: Config, shape: ProblemShape) -> Launch:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 from ..contract.arguments import BLOCK_ARGUMENTS, MOD_ARGUMENTS
 from ..contract.block_mask import LISTS, block_sizes
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW, tile_dims
+from ..contract.fp8_cache import has_fp8_keys, keys_dtype
 from ..contract.head_dims import value_dim
+from ..contract.mla import is_mla
 from ..contract.params import (
     ARGUMENTS,
     DTYPE_NAMES,
@@ -50,6 +52,7 @@ ModSizes = namedtuple("ModSizes", SIZES)  # of a call, by which mods declare ext
 Chosen = tuple[
     str,
     str | None,
+    str | None,
     int,
     int,
     str,
@@ -76,7 +79,7 @@ Chosen = tuple[
 class ProblemShape(NamedTuple):
     """What is the same for all calls of one shape.
 
-    dtype, out_dtype    of Q, K and V; of O, None where it is the same: as configs call them
+    dtype, out_dtype, kv_dtype   of Q, K and V; of O, and of K and V, None where they are the same: as configs call them
     head_dim, head_dim_v   columns of q and k, and of v and out
     mask                "full", "causal" or "local"
     is_packed           the queries are packed: seqlen_q is the rows of all, strides along batches 0
@@ -102,6 +105,7 @@ class ProblemShape(NamedTuple):
 
     dtype: str
     out_dtype: str | None
+    kv_dtype: str | None
     head_dim: int
     head_dim_v: int
     mask: str
@@ -143,13 +147,23 @@ class ProblemShape(NamedTuple):
 
     @property
     def element_bytes(self) -> int:
-        """Of an element of Q, K or V."""
+        """Of an element of Q, K or V in the GEMMs."""
         return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def has_fp8_keys(self) -> bool:
+        """K and V are FP8, and have descales."""
+        return FP8 in (self.dtype, self.kv_dtype)
 
     @property
     def tile_dims(self) -> tuple[int, int]:
         """Columns of the kernels' tiles of Q and K, and of V and O."""
         return tile_dims(self.element_bytes, self.head_dim, self.head_dim_v)
+
+    @property
+    def is_mla(self) -> bool:
+        """V is the first columns of K."""
+        return is_mla(self)
 
     @property
     def is_padded(self) -> bool:
@@ -221,7 +235,7 @@ class ProblemShape(NamedTuple):
         lengths, scale = _read_lengths(p), p.softmax_scale
         packed, packed_keys, paged = is_packed(p), has_packed_keys(p), is_paged(p)
         strides = _strides_of(p, packed, packed_keys)
-        if p.dtype is DataType.FP8_E4M3:
+        if has_fp8_keys(p):
             strides += _descale_strides_of(p)
         given = _read_optionals(p)
         optionals = tuple([name for name, value in zip(OPTIONALS, given, strict=True) if value]) if any(given) else ()
@@ -268,6 +282,7 @@ def chosen_by(p: FlashAttentionParams) -> Chosen:
     return (
         dtype,
         out_dtype,
+        None if keys_dtype(p) is p.dtype else DTYPE_NAMES[keys_dtype(p)],
         p.head_dim,
         value_dim(p),
         "local" if chunk else _MASKS.get((left, right), "local"),

@@ -100,7 +100,12 @@ class ScoreFields:
     @property
     def entry(self) -> Entry:
         """What the kernel takes."""
-        return self.entries[self.has_mods]
+        return self.entries[self.entry_name]
+
+    @property
+    def entry_name(self) -> str:
+        """Of the entries that a kernel may have: "mods", "leftpad", or "", the one of most kernels."""
+        return "mods" if self.has_mods else "leftpad" if self.has_leftpad else ""
 
     @property
     def arguments(self) -> tuple[tuple[str, str], ...]:
@@ -111,7 +116,8 @@ class ScoreFields:
     def kernel(self) -> str:
         """The class of the kernel, by its whole name."""
         folder, name = self.kernel_class
-        return f"fa3_cute.kernels.{folder}." + (f"with_mods.{name}WithMods" if self.has_mods else f"kernel.{name}")
+        of = self.entry_name
+        return f"fa3_cute.kernels.{folder}." + (f"with_{of}.{name}With{of.title()}" if of else f"kernel.{name}")
 
     @property
     def takes_registers(self) -> bool:

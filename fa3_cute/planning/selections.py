@@ -7,8 +7,8 @@ from dataclasses import replace
 from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL, VALUE_DIMS
 from .backward import SHORT
 from .backward import TABLE as BACKWARD
-from .backward import BackwardConfig, backward_config
-from .backward_kernels import ROWS, KernelOfPass, kernels_of
+from .backward import BackwardConfig
+from .backward_kernels import ROWS, KernelOfPass, kernels_of, pass_config
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import DECODE
 from .key_source import PAGE_BOXES
@@ -25,6 +25,7 @@ from .tables import (
     all_packed_configs,
     decode_config,
     forward_config,
+    fp8_cache_configs,
     interned,
 )
 
@@ -137,11 +138,19 @@ def dim_configs() -> list[FwdConfig | DecodeConfig]:
     return out
 
 
+def cached_fp8_configs() -> list[DecodeConfig]:
+    """Of 16-bit queries over FP8 keys some that stand for all: each of dense keys, the other sources in turn."""
+    sources = [KeySource(True), KeySource(True, 16), KeySource(True, 1), KeySource(True, 64)]
+    others = [fp8_cache_configs(source) for source in (*sources, *sources)]
+    return [*fp8_cache_configs(), *(configs[number] for number, configs in enumerate(others))]
+
+
 def all_configs() -> list[FwdConfig | DecodeConfig]:
     """Every config that some supported call can need, but of ragged batches, FP32, packed heads, features and dims that
     the tables do not have a selection."""
     tables = all_forward_configs(), all_decode_configs(), ragged_configs(), partial_configs(), packed_configs()
-    return [cfg for configs in (*tables, feature_configs(), dim_configs()) for cfg in configs]
+    others = feature_configs(), dim_configs(), cached_fp8_configs()
+    return [cfg for configs in (*tables, *others) for cfg in configs]
 
 
 def backward_configs() -> list[BackwardConfig | OneSidePass]:
@@ -149,10 +158,10 @@ def backward_configs() -> list[BackwardConfig | OneSidePass]:
     in turn FP16 and deterministic ones; of short sequences one with each mask. Of those of one gradient each, BF16 with
     each head_dim and mask, dense and with lengths in turn, and one in FP16."""
     rows = list(BACKWARD)
-    bf16 = [backward_config("bf16", *row, is_varlen, False) for row in rows for is_varlen in (False, True)]
-    fp16 = [backward_config("fp16", *row, number % 2 == 1, False) for number, row in enumerate(rows) if number % 3]
-    ordered = [backward_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(rows) if number % 3]
-    short = [backward_config("bf16", *row, row[1] != "full", row[1] == "local", is_short=True) for row in SHORT]
+    bf16 = [pass_config("bf16", *row, is_varlen, False) for row in rows for is_varlen in (False, True)]
+    fp16 = [pass_config("fp16", *row, number % 2 == 1, False) for number, row in enumerate(rows) if number % 3]
+    ordered = [pass_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(rows) if number % 3]
+    short = [pass_config("bf16", *row, row[1] != "full", row[1] == "local", is_short=True) for row in SHORT]
     others = [row for row in ROWS if row not in BACKWARD]
     one_side = [OneSidePass("bf16", *row, number % 2 == 1) for number, row in enumerate(others)]
     return [*bf16, *fp16, *ordered, *short, *one_side, OneSidePass("fp16", 192, "causal", True)]

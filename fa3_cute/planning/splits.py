@@ -24,7 +24,7 @@ from ..contract.formats import MAX_SPLITS, UNBOUNDED_WINDOW
 from .config import SMEM_BYTES_PER_CTA, DecodeConfig
 from .packing import packed_heads_of_window
 from .problem import ProblemShape
-from .decode_rows import decode_row
+from .decode_rows import row_of
 
 NUM_SMS = 132
 MAX_DECODE_ROWS = 64  # of a KV head: one M tile
@@ -51,6 +51,8 @@ CLUSTER_TIME = {1: 0.0, 16: 1.1}  # a merge within a cluster; of other sizes OTH
 OTHER_CLUSTER_TIME = 0.4
 CLUSTERS_TIME, ROUND_TIME = 1.3, 0.6  # a merge of clusters, in rounds of so many partial results:
 ROUND = 16
+# Of more columns than the fit is of, MLA's: what the last of the clusters reads of the others' rows, at such a rate.
+FITTED_DIM, MERGE_RATE = 256, 45e3
 # Two CTAs per SM, unless there are many and each does all of an item: a tile's latency, and its transfer, times this.
 PACKED_LATENCY, PACKED_LOSS = 1.5, 1.15
 
@@ -205,7 +207,7 @@ def time_of(
     """The model: microseconds, without what every call costs."""
     num_ctas, tiles = num_items * num_splits, -(-n_blocks // num_splits)
     slots = CLUSTER_SLOTS[cluster_size][0]
-    latency = decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers).tile_us
+    latency = row_of(cfg).tile_us
     loss = 1.0
     if num_ctas > slots and cfg.ctas_per_sm > 1:
         slots = CLUSTER_SLOTS[cluster_size][1]
@@ -221,4 +223,6 @@ def time_of(
     num_clusters = num_splits // cluster_size
     if num_clusters > 1:
         time += CLUSTERS_TIME + ROUND_TIME * -(-num_clusters // ROUND)
+        if cfg.dim_v > FITTED_DIM:
+            time += 4 * cfg.dim_v * (cfg.tile_m / cluster_size) * num_clusters / MERGE_RATE
     return time + CLUSTER_TIME.get(cluster_size, OTHER_CLUSTER_TIME)

@@ -11,7 +11,8 @@ from functools import cache
 from operator import attrgetter
 
 from ..contract.arguments import Entry
-from ..contract.params import DESCALES, OPTIONALS, POINTERS, DataType, FlashAttentionParams
+from ..contract.fp8_cache import has_fp8_keys
+from ..contract.params import DESCALES, OPTIONALS, POINTERS, FlashAttentionParams
 from ..planning.problem import LENGTHS, ProblemShape
 
 STRUCT_CODES = {"pointer": "Q", "int64": "q", "int32": "i", "float32": "f", "stream": "Q"}
@@ -27,9 +28,9 @@ class Layout:
                           cudaError_t that a launch writes
     """
 
-    def __init__(self, entry: Entry, is_fp8: bool, has_optionals: bool = False):
+    def __init__(self, entry: Entry, has_descales: bool, has_optionals: bool = False):
         codes = {name: STRUCT_CODES[kind] for name, kind in entry.arguments}
-        absent = (entry.fp8_only if not is_fp8 else frozenset()).union(() if has_optionals else entry.optional)
+        absent = (entry.fp8_only if not has_descales else frozenset()).union(() if has_optionals else entry.optional)
         self.absent = tuple(name for name in codes if name in absent)
         self.per_call = tuple(name for name in entry.per_call if name not in self.absent)
         self.per_shape = tuple(name for name in codes if name not in self.per_call + self.absent)
@@ -63,9 +64,9 @@ class Layout:
 
 
 @cache
-def layout_of(entry: Entry, is_fp8: bool, has_optionals: bool = False) -> Layout:
+def layout_of(entry: Entry, has_descales: bool, has_optionals: bool = False) -> Layout:
     """The buffer of a kernel that takes this entry, for calls that have one of its optional pointers or none."""
-    return Layout(entry, is_fp8, has_optionals)
+    return Layout(entry, has_descales, has_optionals)
 
 
 def addresses_of(p: FlashAttentionParams) -> tuple[int, ...]:
@@ -74,7 +75,7 @@ def addresses_of(p: FlashAttentionParams) -> tuple[int, ...]:
     found = _read_pointers(p)
     if not p.softmax_lse:
         found = (*found[:-1], 0)
-    if p.dtype is DataType.FP8_E4M3:
+    if has_fp8_keys(p):
         found = (*found, *[address or 0 for address in _read_descales(p)])
     optionals = _read_optionals(p)
     return (*found, *[address or 0 for address in optionals]) if any(optionals) else found

@@ -3,7 +3,8 @@
 import threading
 from typing import Any
 
-from ..planning.backward_launch import MAX_SHAPES, PLACES, Pass
+from ..planning.backward_launch import PLACES, Pass
+from ..planning.known import MAX_SHAPES
 from .launch import Call, ensure_loaded, launch, require_loaded, resolve_stream
 
 # What a launch is left out without, and its place.

@@ -52,9 +52,9 @@ def typed_arguments(cfg: KernelConfig, values) -> list:
 
 def _pointer(cfg: KernelConfig, facts: tuple[str, int], value: int) -> Any:
     element, alignment = facts
-    own_type = ELEMENT_TYPES[cfg.element_out if element == "output" else cfg.dtype]
+    own = {"output": cfg.element_out, "stored": getattr(cfg, "kv_dtype", None)}.get(element) or cfg.dtype
     return cute.runtime.make_ptr(
-        POINTED_TYPES.get(element, own_type), value, cute.AddressSpace.gmem, assumed_align=alignment
+        POINTED_TYPES.get(element, ELEMENT_TYPES[own]), value, cute.AddressSpace.gmem, assumed_align=alignment
     )
 
 

@@ -198,7 +198,7 @@ class Buffer:
 
     def __init__(self, cfg: Config, kernel: Kernel, has_optionals: bool):
         self.cfg, self.kernel = cfg, kernel
-        self.layout = layout_of(cfg.entry, cfg.is_fp8, has_optionals)
+        self.layout = layout_of(cfg.entry, cfg.has_descales, has_optionals)
         self.run = kernel.compiled.capi_func
         self.filled_by: Call | None = None
         offsets = self.layout.offsets

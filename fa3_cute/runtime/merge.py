@@ -3,7 +3,8 @@
 import threading
 from typing import Any
 
-from ..planning.merge import MAX_SHAPES, MergeShape
+from ..planning.known import MAX_SHAPES
+from ..planning.merge import MergeShape
 from .launch import Call, ensure_loaded, launch, resolve_stream
 
 

@@ -4,7 +4,6 @@ import threading
 from operator import attrgetter
 from typing import Any
 
-from ..contract.formats import FP8
 from ..contract.params import ARGUMENTS, DESCALES, OPTIONALS, POINTERS
 from ..contract.scores import alignment_of
 
@@ -16,16 +15,16 @@ MAX_SHAPES, MAX_SEEN = 512, 4096  # calls that a thread remembers, and hashes of
 class Repeatable:
     """A good call that was launched. The next one is mostly the same but for addresses: then only these are checked.
 
-    Equal values are as good as those that were checked: 4096.0 passes after 4096. Of an FP8 call the addresses of the
+    Equal values are as good as those that were checked: 4096.0 passes after 4096. Of FP8 keys the addresses of the
     descales are as free as the tensors': each layer of a model has its own.
     """
 
-    __slots__ = "values", "call", "has_lse", "is_fp8", "alignments", "has_more", "resolved"
+    __slots__ = "values", "call", "has_lse", "has_descales", "alignments", "has_more", "resolved"
 
     def __init__(self, values: tuple, call, shape, p, resolved):
         self.values, self.call, self.resolved = values, call, resolved
         self.has_lse = shape is not None and shape.has_lse
-        self.is_fp8 = shape is not None and shape.dtype == FP8
+        self.has_descales = shape is not None and shape.has_fp8_keys
         # of OPTIONALS, in bytes; 0 of those that the call does not have
         self.alignments: tuple[int, ...] = ()
         if shape is not None and shape.optionals:
@@ -35,7 +34,7 @@ class Repeatable:
                     for name in OPTIONALS
                 ]
             )
-        self.has_more = self.is_fp8 or bool(self.alignments)
+        self.has_more = self.has_descales or bool(self.alignments)
 
     def repeat(self, params, stream) -> bool:
         """Launch these params, whose shape is this call's, its way; False, and nothing done, if that cannot be."""
@@ -65,9 +64,9 @@ class Repeatable:
         q, k, v = descales
         q, k, v = q or 0, k or 0, v or 0
         bits = q | k | v
-        if bits & 3 or bits >> 64 or bits and not self.is_fp8:
+        if bits & 3 or bits >> 64 or bits and not self.has_descales:
             return None
-        scales = (q, k, v) if self.is_fp8 else ()
+        scales = (q, k, v) if self.has_descales else ()
         if not self.alignments:
             return None if any(optionals) else scales
         for address, alignment in zip(optionals, self.alignments, strict=True):

@@ -32,6 +32,7 @@ class ForwardCall(NamedTuple):
     seqused_k: Tensor | None = None
     page_table: Tensor | None = None
     kv_batch_idx: Tensor | None = None
+    leftpad_k: Tensor | None = None
     q_descale: Tensor | None = None
     k_descale: Tensor | None = None
     v_descale: Tensor | None = None
@@ -83,6 +84,12 @@ class BackwardCall(NamedTuple):
     attention_chunk: int = 0
     softcap: float = 0.0
     is_deterministic: bool = False
+
+    @staticmethod
+    def of(call: ForwardCall, **found: Any) -> "BackwardCall":
+        """Of a forward call: with dout and what forward has found."""
+        given: dict[str, Any] = call._asdict()
+        return BackwardCall(**{name: given[name] for name in BackwardCall._fields if name in given}, **found)
 
     @property
     def differentiated(self) -> ForwardCall:
@@ -187,10 +194,10 @@ def forward_params(call: ForwardCall, update: Update | None = None, **more: Tens
     names = (*"qkv", *described.given(*arrays.SCORES, *arrays.INTEGERS, *arrays.UPDATES, *arrays.DESCALES))
     tensors = {name: _view(x) for name, x in ({name: getattr(described, name) for name in names} | more).items()}
     q, k, v = (tensors[name].dtype for name in "qkv")
-    element = described.element_type(q, k, v, arrays.DEVICE_DTYPES)
+    elements = described.element_types(q, k, v, arrays.DEVICE_DTYPES)
     # The rules that attention() has for arrays of any library.
-    arrays._check_tensors(described, tensors, element, call.q.device)  # type: ignore[arg-type]
-    params = arrays._params(described, tensors, element)
+    arrays._check_tensors(described, tensors, elements[0], call.q.device)  # type: ignore[arg-type]
+    params = arrays._params(described, tensors, elements)
     batch = described.batch({name: tensor.shape for name, tensor in tensors.items()})
     if call.seqused_q is not None:
         _require("seqused_q", call.seqused_q, (batch,), torch.int32, call.q.device)

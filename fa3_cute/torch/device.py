@@ -227,7 +227,7 @@ def _plan_of(call, kind: type, plans: dict, *more: Any):
         if more and more != _NOTHING:
             key = (
                 key,
-                *(x if x is None else key_of(x) if isinstance(x, Update) else (x.dtype, x.stride()) for x in more),
+                *(x if x is None else key_of(x) if isinstance(x, Update) else _facts(x) for x in more),
             )
         found = plans.get(key)
     except (AttributeError, TypeError):  # no tensor, or a value that cannot be hashed: the rules put it into words
@@ -240,6 +240,10 @@ def _plan_of(call, kind: type, plans: dict, *more: Any):
             plans.clear()
         plans[key] = found
     return found
+
+
+def _facts(x: Tensor) -> tuple:
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:

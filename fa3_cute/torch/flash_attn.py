@@ -35,10 +35,10 @@ def flash_attn_func(
     """softmax(softmax_scale * q k^T, masked) v
 
     q           [batch, seqlen_q, num_heads, head_dim], float16, bfloat16 or float8_e4m3fn
-    k, v        [batch, seqlen_k, num_heads_k, head_dim]; num_heads is a multiple of num_heads_k
+    k, v        [batch, seqlen_k, num_heads_k, head_dim], as q or float8_e4m3fn; num_heads is a multiple of num_heads_k
     causal      bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q
     window_size (left, right) keys around that diagonal, inclusive; -1 is unbounded. With causal right is 0
-    *_descale   FP8 only: float32 [batch, num_heads_k]; q's may be [batch, num_heads] too
+    *_descale   with FP8 keys: float32 [batch, num_heads_k]; q's may be [batch, num_heads] too
     num_splits  1 never splits keys, 0 is automatic, n exactly n
     s_aux       [num_heads] float32, bfloat16 or float16: attention sinks, logits of one more key, whose value is 0;
                 not of FlashAttention-3's own signature
@@ -135,6 +135,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse=False,
     *,
     s_aux=None,
+    out=None,
 ):
     """`flash_attn_func` over a cache of keys and values.
 
@@ -145,15 +146,17 @@ def flash_attn_with_kvcache(
     cache_seqlens     int32 [batch]: keys of each sequence, those of q included, without those of k; an int: of all;
                       None: the capacity
     cache_batch_idx   int32 [batch]: the entry of the cache, or row of page_table, of each sequence
+    cache_leftpad     int32 [batch]: first rows of each sequence that do not exist, though cache_seqlens counts them
     page_table        int32 [batch, max_pages]; needs cache_seqlens
     rotary_cos, _sin  [positions, rotary_dim / 2], of q's dtype or float32: q and k are rotated; pairs are (2i, 2i + 1)
                       if rotary_interleaved, else (i, i + rotary_dim / 2)
     rotary_seqlens    int32 [batch]: the position of the first new row; None: cache_seqlens
+    out               of q's shape with v's columns: written and returned; not in a compiled function
 
     Without k only q is rotated, by the positions of the last seqlen_q keys. With k or rotary tables there are no
-    gradients. Left padding is refused; scheduler_metadata is ignored.
+    gradients. scheduler_metadata is ignored.
     """
-    _refuse(qv=qv, cache_leftpad=cache_leftpad)
+    _refuse(qv=qv)
     update = _update(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     if k is not None and cache_seqlens is None:
         raise error_for(Status.INVALID_ARGUMENT, "cache_seqlens=None: must be given with k: the rows before the call")
@@ -166,8 +169,9 @@ def flash_attn_with_kvcache(
     if cu_seqlens_q is not None:
         options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": 0 if max_seqlen_q is None else max_seqlen_q}
     where = {"seqused_k": cache_seqlens, "page_table": page_table, "kv_batch_idx": cache_batch_idx}
+    where["leftpad_k"] = cache_leftpad
     call = ForwardCall(q, k_cache, v_cache, s_aux=s_aux, **where, **scales, **options)
-    return _attend(call, return_softmax_lse, update)
+    return _attend(call, return_softmax_lse, update, out)
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,10 +188,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 _INTS = (int, torch.SymInt)
-_INSTEAD = {
-    "qv": "MLA's second product has no kernel",
-    "cache_leftpad": "cache_seqlens gives the used length of each sequence",
-}
+_INSTEAD = {"qv": "MLA's second product has no kernel"}
 
 
 def _refuse(**arguments) -> None:
@@ -196,8 +197,11 @@ def _refuse(**arguments) -> None:
             raise error_for(Status.FEATURE_UNSUPPORTED, f"{name}: must be None; {_INSTEAD[name]}")
 
 
-def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None) -> Any:
-    out, lse = ops.attend(call, wants_lse) if update is None else ops.attend_updated(call, update, wants_lse)
+def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None, to: Tensor | None = None) -> Any:
+    if to is not None:
+        out, lse = ops.attend_into(to, call, wants_lse, update)
+    else:
+        out, lse = ops.attend(call, wants_lse) if update is None else ops.attend_updated(call, update, wants_lse)
     return (out, lse) if wants_lse else out
 
 

@@ -84,7 +84,7 @@ _define_update()
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 # What backward does not differentiate (contract/backward_rules.py).
-_NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx")
+_NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx", "leftpad_k")
 
 
 def require_differentiable(call: ForwardCall) -> None:
@@ -94,6 +94,8 @@ def require_differentiable(call: ForwardCall) -> None:
             _refuse(f"{name}: must be None where a gradient is asked for")
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
+    if call.k.dtype != call.q.dtype:
+        _refuse(f"k is {call.k.dtype}: must be {call.q.dtype}, as q is, where a gradient is asked for")
     if call.q.shape[-1] not in SERVED_HEAD_DIMS:
         served = ", ".join(map(str, SERVED_HEAD_DIMS))
         _refuse(f"head_dim={call.q.shape[-1]}: must be one of {served} where a gradient is asked for")
@@ -202,8 +204,28 @@ def attend_updated(call: ForwardCall, update: Update, wants_lse: bool) -> tuple[
         return torch.ops.fa3_cute.update_forward(*call, *update)
     results = _implementation(call.q).forward(call, wants_lse, update)
     if update.k_new is not None:
-        torch.autograd.graph.increment_version([x for x in (call.k, call.v) if not x.is_inference()])
+        _has_changed(call.k, call.v)
     return results
+
+
+def attend_into(out: Tensor, call: ForwardCall, wants_lse: bool, update: Update | None) -> tuple[Tensor, Tensor | None]:
+    """As attend, and as attend_updated with an update, but into a tensor that is there; it has no gradient."""
+    tensors = call.q, call.k, call.v, call.s_aux, out, *(() if update is None else (update.k_new, update.v_new))
+    for x in (out, call.q):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"out and q must be torch tensors, not {type(x).__name__}")
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        _refuse("out: must be None where a gradient is asked for")
+    if torch.compiler.is_compiling() or not is_plain(call.q):
+        raise error_for(Status.FEATURE_UNSUPPORTED, "out: must be None in a compiled function: it has a new one")
+    results = _implementation(call.q).forward(call, wants_lse, update, out)
+    _has_changed(out, *(() if update is None or update.k_new is None else (call.k, call.v)))
+    return results
+
+
+def _has_changed(*tensors: Tensor) -> None:
+    """Tell autograd."""
+    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
 
 
 # What flash-attn calls otherwise.

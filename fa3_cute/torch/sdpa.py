@@ -139,18 +139,11 @@ def _flash_into(out, *arguments, **options):
     given = _Forward(*arguments, **options)
     _refuse(given.dropout_p, return_debug_mask=given.return_debug_mask, alibi_slopes=given.alibi_slopes)
     is_packed, is_paged = given.cum_seq_q is not None, given.block_table is not None
-    q, k, v = (_padded(x) for x in arguments[:3])
-    call = ForwardCall(
-        q,
-        k,
-        v,
-        cu_seqlens_q=given.cum_seq_q,
-        cu_seqlens_k=None if is_paged else given.cum_seq_k,
-        seqused_k=given.seqused_k,
-        page_table=given.block_table,
-        max_seqlen_q=given.max_q if is_packed else 0,
-        **_choices(given, given.num_splits or 0),
+    call = _forward_call(given, given.num_splits or 0)._replace(
+        seqused_k=given.seqused_k, page_table=given.block_table, max_seqlen_q=given.max_q if is_packed else 0
     )
+    if is_paged:
+        call = call._replace(cu_seqlens_k=None)
     wide = _room(out)
     _, lse = ops._implementation(out).forward(call, True, None, wide)
     _cut(out, wide)
@@ -161,33 +154,24 @@ def _flash_backward(*arguments, **options):
     """aten::_flash_attention_backward: gradients of query, key and value."""
     given = _Backward(*arguments, **options)
     _refuse(given.dropout_p)
-    choices = _choices(given, 0)
-    dout, q, k, v, out = (_padded(x) for x in arguments[:5])
-    call = BackwardCall(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        given.logsumexp,
-        cu_seqlens_q=given.cum_seq_q,
-        cu_seqlens_k=given.cum_seq_k,
-        is_deterministic=torch.are_deterministic_algorithms_enabled(),
-        **{name: choices[name] for name in choices if name in BackwardCall._fields},
-    )
-    gradients = [torch.empty_like(x) for x in arguments[1:4]]
+    forward = _forward_call(given, 0)._replace(is_deterministic=torch.are_deterministic_algorithms_enabled())
+    found = {"dout": _padded(given.grad_out), "out": _padded(given.out), "softmax_lse": given.logsumexp}
+    call = BackwardCall.of(forward, **found)
+    gradients = [torch.empty_like(x) for x in (given.query, given.key, given.value)]
     wide = tuple(_room(x) for x in gradients)
     ops._implementation(given.query).backward(call, wide)
-    for gradient, found in zip(gradients, wide, strict=True):
-        _cut(gradient, found)
+    for gradient, room in zip(gradients, wide, strict=True):
+        _cut(gradient, room)
     return tuple(gradients)
 
 
-def _choices(given: _Forward | _Backward, num_splits: int) -> dict:
-    """Without a scale it is that of the true head_dim."""
+def _forward_call(given: _Forward | _Backward, num_splits: int) -> ForwardCall:
+    """What both passes have of it. Without a scale it is that of the true head_dim."""
     window = tuple(-1 if bound is None else bound for bound in (given.window_size_left, given.window_size_right))
     scale = given.query.shape[-1] ** -0.5 if given.scale is None else given.scale
-    return _options(scale, given.is_causal, window, 0, 0.0, num_splits, None, 0)
+    options = _options(scale, given.is_causal, window, 0, 0.0, num_splits, None, 0)
+    q, k, v = (_padded(x) for x in (given.query, given.key, given.value))
+    return ForwardCall(q, k, v, cu_seqlens_q=given.cum_seq_q, cu_seqlens_k=given.cum_seq_k, **options)
 
 
 # ---- head dims that kernels do not have ------------------------------------------------------------------------------

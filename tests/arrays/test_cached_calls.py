@@ -61,7 +61,7 @@ def test_sequences_choose_their_entry(gpu):
     attention(dense()[0], DLArray(5, 9, 2, 64), DLArray(5, 9, 2, 64), kv_batch_idx=rows)
     attention(dense()[0], *POOL, kv_batch_idx=rows, page_table=table(rows=4), seqused_k=lengths(2))
     (p, _), (paged, _) = gpu.launches
-    assert (p.kv_batch_idx, p.batch_size_k, p.batch_size, p.seqlen_k) == (8 * A, 5, 2, 9)
+    assert (p.kv_batch_idx, p.batch_size_k, p.batch_size, p.seqlen_k) == (8 * A, 5, 2, 9) and p.leftpad_k is None
     assert (paged.kv_batch_idx, paged.batch_size_k, paged.batch_size, paged.seqlen_k) == (8 * A, 4, 2, 48)
 
 
@@ -105,6 +105,7 @@ REFUSED = [
     (-7, (Q, POOL[0], DLArray(6, 16, 2, 64)), PAGES, r"v.shape=\(6, 16, 2, 64\): must be \(7, 16, 2, 64\)"),
     (-7, (Q, *POOL), PAGES | {"seqused_k": lengths(3)}, r"seqused_k.shape=\(3,\): must be \(2,\)"),
     (-7, (Q, *CACHE), {"kv_batch_idx": lengths(3)}, r"kv_batch_idx.shape=\(3,\): must be \(2,\)"),
+    (-7, (Q, *CACHE), {"leftpad_k": lengths(3)}, r"leftpad_k.shape=\(3,\): must be \(2,\)"),
     (-7, (Q, *CACHE), {"kv_batch_idx": table()}, r"kv_batch_idx.shape=\(2, 3\): must have one dimension"),
     (-7, (PACKED_Q, *[DLArray(3, 9, 2, 64)] * 2), LONE, r"k.shape=\(3, 9, 2, 64\): must be \(2, 9, 2, 64\)"),
     (-7, (PACKED_Q, *packed()[1:]), LONE, r"k.shape=\(9, 2, 64\): must be \[batch, seqlen"),
@@ -142,6 +143,7 @@ CALLS = {
         HOST_POOL,
         IN_PAGES | {"kv_batch_idx": np.array([1, 0]), "seqused_k": np.array([40, 20])},
     ),
+    "left padding": (HOST_Q, HOST_POOL, IN_PAGES | {"leftpad_k": np.array([17, 30]), "causal": True}),
     "entries": (HOST_Q, HOST_CACHE, {"kv_batch_idx": np.array([4, 0], np.int8), "causal": True}),
     "packed, pages": (HOST_PACKED_Q, HOST_POOL, IN_PAGES | {"cu_seqlens_q": HOST_OFFSETS, "causal": True}),
     "packed, cache": (

@@ -149,7 +149,7 @@ REFUSED = [
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(2, 4, 1, dtype="float32")}, "q_descale.shape="),
     (-7, dense(dtype="uint8"), {**BYTES, "q_descale": DLArray(0, 4, dtype="float32")}, r"q_descale.shape=\(0, 4\)"),
     (-7, dense(dtype="uint8", strides=(5120, 520, 64, 1)), BYTES, "q's row stride=520: .*multiple of 16 elements"),
-    (-3, [DLArray(2, 9, 2, 192, dtype="uint8")] * 3, BYTES, "head_dim=192: must be a multiple of 16 from 16 to 128"),
+    (-3, [DLArray(2, 9, 2, 200, dtype="uint8")] * 3, BYTES, "head_dim=200: must be a multiple of 16 from 16 to 256"),
 ]
 
 
@@ -159,3 +159,13 @@ def test_refusals_enqueue_and_allocate_nothing(gpu, code, qkv, options, words):
         attention(*qkv, **options)
     assert caught.value.code == code
     assert gpu.launches == gpu.allocated == []
+
+
+@pytest.mark.parametrize("dtype, data_type", [("bfloat16", DataType.BF16), ("float16", DataType.FP16)])
+@pytest.mark.parametrize("keys, options", [("float8_e4m3fn", {}), ("float8_e4m3fn", BYTES), ("uint8", BYTES)])
+def test_fp8_keys_of_16_bit_queries(gpu, dtype, data_type, keys, options):
+    q, descale = DLArray(2, 5, 4, 64, dtype=dtype), DLArray(2, 2, dtype="float32")
+    out = attention(q, *dense(dtype=keys)[1:], **options, k_descale=descale, v_descale=descale)
+    p, _ = gpu.launches[0]
+    assert (p.dtype, p.kv_dtype, p.out_dtype, out.dtype) == (data_type, FP8, None, dtype)
+    assert p.k_descale_ptr and (p.k_descale_batch_stride, p.v_descale_head_stride) == (2, 1)

@@ -5,7 +5,7 @@ from commands import answer
 
 from fa3_cute.cli import compile as compile_command
 from fa3_cute.cli import main
-from fa3_cute.planning.backward import SHORT, TABLE, backward_config
+from fa3_cute.planning.backward import SHORT, TABLE
 from fa3_cute.planning.backward_kernels import MainConfig, SideConfig, kernels_of, pass_config
 from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 
@@ -56,7 +56,7 @@ def test_compile_of_decode_or_backward(capsys):
 @pytest.mark.parametrize("argv", [[], ["--deterministic", "--causal"], ["--mode", "varlen"], ["--window=10,3"]])
 def test_explain_names_the_kernels(argv, capsys):
     mask = "causal" if "--causal" in argv else "local" if "--window=10,3" in argv else "full"
-    cfg = backward_config("bf16", 64, mask, "varlen" in argv, "--deterministic" in argv)
+    cfg = pass_config("bf16", 64, mask, "varlen" in argv, "--deterministic" in argv)
     status, said = answer(capsys, "explain", "--backward", *SIZES, *argv)
     assert (status, said["problems"]) == (0, [])
     assert said["kernels"] == [kernel.name for kernel in kernels_of(cfg)]

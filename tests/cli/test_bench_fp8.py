@@ -35,7 +35,7 @@ def parsed(*argv: str):
 
 def test_cases():
     cases = fp8.cases(parsed())
-    assert len(set(cases)) == len(cases) == 3 * 2 * 4 + 2 + 2 * 4 and {case.dtype for case in cases} == {FP8}
+    assert len(set(cases)) == len(cases) == 5 * 2 * 4 + 2 + 2 * 4 and {case.dtype for case in cases} == {FP8}
     dense, grouped, packed = cases[:24], cases[24:26], cases[26:]
     assert {(case.head_dim, case.num_heads) for case in dense} == {(64, 32), (96, 16), (128, 16)}
     assert {case.seqlen_k for case in dense} == {512, 1024, 4096, 16384}

@@ -11,8 +11,7 @@ from disassembler import nvdisasm
 
 from fa3_cute.cli import main, units
 from fa3_cute.cli import inspect as inspect_command
-from fa3_cute.planning.backward import backward_config
-from fa3_cute.planning.backward_kernels import kernels_of
+from fa3_cute.planning.backward_kernels import kernels_of, pass_config
 from fa3_cute.planning.config import DecodeConfig
 from fa3_cute.planning.selections import all_configs
 from fa3_cute.planning.tables import KeySource, decode_config, forward_config
@@ -159,7 +158,7 @@ def test_masked_tiles_cost_more(cfg):
         decode_config("fp8_e4m3", 64, True, "bf16"),
         forward_config("fp16", 64, "causal", False, False, features=frozenset({("attn_mask", "bf16")})),
         decode_config("fp16", 96, False, source=KeySource(is_ragged=True)),
-        *kernels_of(backward_config("bf16", 128, "local", True, True)),
+        *kernels_of(pass_config("bf16", 128, "local", True, True)),
     ],
     ids=lambda cfg: cfg.name,
 )

@@ -72,7 +72,7 @@ ACCEPTED = [
     *(
         (call, {"head_dim": head_dim, "out_dtype": out_dtype} | descales)
         for call in (DENSE_FP8, PACKED_FP8)
-        for head_dim in (64, 96, 128)
+        for head_dim in (64, 96, 128, 192, 256)
         for out_dtype, descales in ((None, {}), (FP16, DESCALES), (BF16, DESCALES | PER_HEAD))
     ),
     (DENSE_FP8, {"seqlen_q": 1, "mode": DECODE, "seqused_k": A + 4, "num_splits": 8} | DESCALES),

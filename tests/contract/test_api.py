@@ -259,8 +259,8 @@ def test_workspace_size():
     assert workspace_size(GOOD) == workspace_size(replace(decode, num_splits=16)) == 0
     with pytest.raises(ValueError, match="head_dim=84"):
         workspace_size(BAD)
-    with pytest.raises(ValueError, match="head_dim=192"):
-        workspace_size(replace(decode, dtype=DataType.FP8_E4M3, head_dim=192))
+    with pytest.raises(ValueError, match="head_dim=136"):
+        workspace_size(replace(decode, dtype=DataType.FP8_E4M3, head_dim=136))
     small, enough = (replace(decode, q=A, workspace=A, workspace_bytes=needed - less) for less in (1, 0))
     assert [str(problem) for problem in explain(small)] == [
         f"INVALID_ARGUMENT (-9): workspace_bytes={needed - 1}: must be at least workspace_size(params)={needed}"

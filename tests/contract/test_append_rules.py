@@ -7,6 +7,7 @@ from cache_calls import CACHES, PACKED_PAGED, PAGED
 from rule_calls import BF16, DENSE, DENSE_FP8, FP8, FP16, FP32, PACKED, A, every, first_problem
 
 from fa3_cute import workspace_size
+from fa3_cute.contract.append import APPEND_ENTRY
 from fa3_cute.contract.limits import MAX_SIZE
 from fa3_cute.contract.plain import plain
 from fa3_cute.planning.operations import operation_of, problems
@@ -21,6 +22,7 @@ ACCEPTED = [
     *((base, ROTARY) for base in (DENSE, PACKED, CACHE, *CACHES)),
     (PAGED, NEW | {"kv_batch_idx": A, "batch_size_k": 5, "cu_seqlens_k_new": A + 4, "seqlen_knew": 1}),
     (DENSE_FP8, NEW | {"seqused_k": A, "k_new_row_stride": 1024}),
+    *((APPENDING, ROTARY | {"head_dim": dim, "head_dim_v": dim_v}) for dim, dim_v in ((192, 128), (64, 128))),
     (APPENDING, {"k_new_batch_stride": 0, "k_new_row_stride": 640, "k_new_head_stride": 128, "v_new_head_stride": 8}),
     # along a dimension of size 1 nothing moves
     (APPENDING, {"seqlen_knew": 1, "k_new_row_stride": 7, "v_new_row_stride": -1}),
@@ -122,3 +124,15 @@ def test_workspace():
     assert workspace_size(replace(DENSE, **ROTARY)) == 2 * 2 * 512 * 16 * 128
     small = replace(splits, **NEW, workspace=A, workspace_bytes=partial_bytes)
     assert first_problem(small).status == -9 and "workspace_size(params)" in first_problem(small).detail
+
+
+def test_new_values_have_columns_of_their_own():
+    """And strides of their own where they are contiguous."""
+    params = replace(APPENDING, head_dim=192, head_dim_v=128, cu_seqlens_k_new=A)
+    shape = ProblemShape.of(plain(params)).append
+    names = [name for name, kind in APPEND_ENTRY.arguments if kind == "int64"]
+    strides = dict(zip(names, shape.strides[-len(names) :], strict=True))
+    assert [strides[f"k_new_{dim}_stride"] for dim in ("batch", "row", "head")] == [0, 4 * 192, 192]
+    assert [strides[f"v_new_{dim}_stride"] for dim in ("batch", "row", "head")] == [0, 4 * 128, 128]
+    sizes = dict(zip([name for name, kind in APPEND_ENTRY.arguments if kind == "int32"], shape.sizes, strict=True))
+    assert (sizes["head_dim"], sizes["head_dim_v"], sizes["batch_size_k"], sizes["seqlen_knew"]) == (192, 128, 2, 3)

@@ -114,7 +114,7 @@ REFUSED = [
     (-9, [x.astype(ml_dtypes.float8_e5m2) for x in FP8], {}, "arrays of float8_e5m2"),
     (-9, FP8, {"out": np.empty(Q.shape, E4M3)}, "out is float8_e4m3fn.*must be bfloat16 or float16"),
     (-7, FP8, {"k_descale": np.ones((2, 4), np.float32)}, r"k_descale.shape=\(2, 4\): must broadcast to .* = \[2, 2\]"),
-    (-3, [np.zeros((1, 3, 1, 192), E4M3)] * 3, {}, "head_dim=192: must be a multiple of 16 from 16 to 128"),
+    (-3, [np.zeros((1, 3, 1, 200), E4M3)] * 3, {}, "head_dim=200: must be a multiple of 16 from 16 to 256"),
     (-9, (Q, K, V), {"out": np.empty(Q.shape, np.float64)}, "out is float64.*must be float16 or float32"),
     (
         -7,

@@ -41,12 +41,12 @@ def test_other_columns_of_v_are_refused(value):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"head_dim": 72}, {"head_dim": 136}, {"head_dim_v": 24}, {"head_dim_v": 160}], ids=str
+    "changes", [{"head_dim": 72}, {"head_dim": 136}, {"head_dim_v": 24}, {"head_dim_v": 152}], ids=str
 )
 def test_other_dims_are_refused_in_fp8(changes):
     ((name, value),) = changes.items()
     (found,) = problems(replace(DENSE_FP8, **changes))
-    assert found == (-3, f"{name}={value}: must be a multiple of 16 from 16 to 128 with dtype=FP8_E4M3")
+    assert found == (-3, f"{name}={value}: must be a multiple of 16 from 16 to 256 with dtype=FP8_E4M3")
 
 
 @pytest.mark.parametrize("value", [None, 0, np.int64(0), 128, np.int32(128)], ids=repr)
@@ -77,11 +77,10 @@ def test_rows_of_out_lie_apart(head_dim, head_dim_v, field):
     assert found.status == -7 and f"must be at least {columns} ({field}: rows must not overlap)" in found.detail
 
 
-def test_new_keys_have_the_columns_of_v():
+def test_new_values_may_have_columns_of_their_own():
     call = replace(PAGED, k_new=A, v_new=A, seqlen_knew=1)
-    assert problems(replace(call, head_dim=72)) == problems(replace(call, head_dim_v=call.head_dim)) == []
-    (found,) = problems(replace(call, head_dim=192, head_dim_v=128))
-    assert found.status == -16 and found.detail.startswith("head_dim_v=128: must be 0 or head_dim=192 with k_new")
+    for dims in ({"head_dim": 72}, {"head_dim_v": call.head_dim}, {"head_dim": 192, "head_dim_v": 128}):
+        assert problems(replace(call, **dims)) == []
 
 
 def test_backward_has_no_columns_of_v_of_their_own():

@@ -51,11 +51,12 @@ def test_first_problem_follows_the_table():
         rotary_dim=8,
         total_q=1,
         leftpad_k=A,
+        attn_mask=A,
         dtype=FP8,
     )
     mending = [
         (-1, {"q": A}),
-        (-2, {"head_dim": 192}),
+        (-2, {"head_dim": 200}),
         (-3, {"head_dim": 128}),
         (-4, {"num_heads": 8}),
         (-5, {"is_causal": False}),

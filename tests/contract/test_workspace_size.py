@@ -17,7 +17,7 @@ ONE_TOKEN = replace(DENSE, seqlen_q=1, mode=DECODE, num_splits=32)
     "base, changes, status",
     [
         (PACKED, {"num_splits": 257}, -13),
-        (ONE_TOKEN, {"leftpad_k": A}, -16),
+        (ONE_TOKEN, {"leftpad_k": A, "attn_mask": A}, -16),
         (ONE_TOKEN, {"num_splits": 257}, -13),
         (ONE_TOKEN, {"seqused_k": A + 1}, -9),
         (ONE_TOKEN, {"softmax_scale": -1.0}, -9),

@@ -10,7 +10,8 @@ import fa3_cute
 from fa3_cute import BackwardParams, FlashAttentionParams
 from fa3_cute.contract.backward_params import ARGUMENTS, NEW, OWN
 from fa3_cute.contract.backward_rules import REFUSED, SERVED_DTYPES, SERVED_HEAD_DIMS
-from fa3_cute.planning.backward import SHORT, TABLE, backward_config
+from fa3_cute.planning.backward import SHORT, TABLE
+from fa3_cute.planning.backward_kernels import pass_config
 from fa3_cute.planning.one_side import SIDES, OneSidePass
 from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 from fa3_cute.planning.rings import by_name
@@ -133,8 +134,8 @@ def contract() -> str:
     return CONTRACT.read_text().partition("\n## The backward kernels\n")[2].partition("\n## ")[0]
 
 
-CONFIGS = [backward_config("bf16", *row, False, False) for row in TABLE]
-SHORT_CONFIGS = [backward_config("bf16", *row, False, False, is_short=True) for row in SHORT]
+CONFIGS = [pass_config("bf16", *row, False, False) for row in TABLE]
+SHORT_CONFIGS = [pass_config("bf16", *row, False, False, is_short=True) for row in SHORT]
 
 
 def memory_in(text: str) -> set[tuple[str, ...]]:

@@ -41,7 +41,7 @@ def test_a_wrong_layout_is_found(old, new):
     assert old in text and layout_in(text.replace(old, new)) != modules_of_rooms()
 
 
-ROOMS = ("torch", "arrays", "runtime", "planning", "contract")
+ROOMS = ("jax", "torch", "arrays", "runtime", "planning", "contract")
 
 
 def modules_of_rooms() -> set[tuple[str, str]]:

@@ -31,5 +31,5 @@ def test_compiles_clean(dtype, rotary, table):
     assert accesses(kernel.code, STG) == {16: 5 if rotary else 2, 4: 1}
     assert accesses(kernel.code, LDG).get(16, 0) >= 2
     known = fingerprints.known().get(cfg.name)
-    found = [*(getattr(report, field) for field in fingerprints.FIELDS), fingerprints.code_hash(kernel.code)]
+    found = fingerprints.of_compiled(cfg, report, kernel)
     assert known in (None, found), "the kernel changed: on purpose? make fingerprints, say why"

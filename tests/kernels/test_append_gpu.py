@@ -58,6 +58,14 @@ def test_head_dims_and_types(head_dim, dtype, stream):
     run(replace(PAGED, head_dim=head_dim, dtype=dtype, **rotary), stream)
 
 
+@pytest.mark.parametrize("update", [DECODE, RAGGED], ids=["decode", "ragged"])
+@pytest.mark.parametrize("dims", [(192, 128), (64, 128)], ids=str)
+def test_values_of_other_columns(dims, update, stream):
+    """Rows of v with fewer pieces than those of k, and with more."""
+    head_dim, head_dim_v = dims
+    run(replace(update, head_dim=head_dim, head_dim_v=head_dim_v, rotary="halves"), stream)
+
+
 def test_splits_and_many_sequences(stream):
     """Of partial results and what is made ahead neither overwrites the other; 1,100 sequences are searched in steps."""
     run(replace(DECODE, rotary="halves", capacity=4096, old=(4000, 5, 4093, 1)), stream, num_splits=48)

@@ -10,8 +10,9 @@ from fa3_cute.planning.backward_kernels import MASKS, pass_config
 pytest.importorskip("cutlass")
 
 from fa3_cute.kernels.backward.blocks import last_key_block, query_range
-from fa3_cute.kernels.backward.order import heads_per_section, key_tile
+from fa3_cute.kernels.backward.order import heads_per_section
 from fa3_cute.kernels.common.block_range import Window
+from fa3_cute.kernels.common.order import block_and_head
 
 LENGTHS = [(1, 1), (64, 128), (80, 129), (200, 333), (333, 200), (257, 5), (5, 700), (640, 640)]
 WINDOWS = [(0, 0), (64, 0), (100, 50), (3, 300), (1000, 1000)]
@@ -61,6 +62,9 @@ def test_query_range(head_dim, mask, window, lengths, chunk):
         keys = range(n_block * cfg.tile_n, (n_block + 1) * cfg.tile_n)
         found = query_range(cfg, seen_by, n_block, seqlen_q, seqlen_k)
         assert found.m_block_min <= found.m_block_full_min <= found.m_block_full_max <= found.m_block_max
+        for first in (found.m_block_min, min(found.m_block_min + 1, found.m_block_max)):  # the loops, one after another
+            walked = [m_block for kind in range(3) for m_block in range(*found.of_kind(kind, first))]
+            assert walked == list(range(first, found.m_block_max))
         if mask != "local":
             assert found.m_block_full_max == found.m_block_max  # the role loops over no third part
         for m_block in range(-(-seqlen_q // cfg.tile_m)):
@@ -86,16 +90,17 @@ def test_turns(head_dim, mask, window, lengths, chunk):
         assert sorted(last - n for n in adders) == list(range(len(adders)))
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal, is_reversed", list(product((False, True), repeat=2)))
 @pytest.mark.parametrize("num_blocks, num_heads, seqlen_q, group", [(1, 1, 64, 1), (5, 7, 4096, 4), (32, 16, 4096, 1)])
-def test_order(is_causal, num_blocks, num_heads, seqlen_q, group):
-    """Every tile once; of each head ascending, as deterministic CTAs count on."""
+def test_order(is_causal, is_reversed, num_blocks, num_heads, seqlen_q, group):
+    """Every tile once; of each head in one direction, as deterministic CTAs count on."""
     section = heads_per_section(num_heads, group, seqlen_q, 128, num_blocks)
     assert 1 <= section <= num_heads
-    tiles = [key_tile(is_causal, i, num_blocks, num_heads, section) for i in range(num_blocks * num_heads)]
+    extents = num_blocks, num_heads, section
+    tiles = [block_and_head(is_causal, is_reversed, i, *extents) for i in range(num_blocks * num_heads)]
     assert sorted(tiles) == [(block, head) for block in range(num_blocks) for head in range(num_heads)]
     for head in range(num_heads):
-        assert [block for block, of in tiles if of == head] == list(range(num_blocks))
+        assert [block for block, of in tiles if of == head] == list(range(num_blocks))[:: -1 if is_reversed else 1]
 
 
 @pytest.mark.parametrize(

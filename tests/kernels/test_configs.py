@@ -21,7 +21,14 @@ from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA, Decod
 from fa3_cute.planning.decode_rows import DECODE
 from fa3_cute.planning.key_source import PAGE_BOXES
 from fa3_cute.planning.score_features import FEATURES, MODS
-from fa3_cute.planning.selections import all_configs, dim_configs, feature_configs, packed_configs, ragged_configs
+from fa3_cute.planning.selections import (
+    all_configs,
+    cached_fp8_configs,
+    dim_configs,
+    feature_configs,
+    packed_configs,
+    ragged_configs,
+)
 from fa3_cute.planning.tables import (
     DTYPES,
     FORWARD,
@@ -59,7 +66,8 @@ def selection() -> list:
         for configs in (packed_configs(), feature_configs())
     )
     dim_ones = [cfg for cfg in dim_configs() if cfg.out_dtype != PARTIAL][::4]
-    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_ones, *dim_ones]
+    cached_ones = cached_fp8_configs()[1::5]
+    return [*chosen.values(), *decode_ones, *ragged_selection(), *packed_ones, *feature_ones, *dim_ones, *cached_ones]
 
 
 def kind_of(cfg) -> tuple:
@@ -208,3 +216,5 @@ def test_a_changed_instruction_changes_the_hash():
     assert fingerprints.code_hash(code) != fingerprints.code_hash(code[:16] + bytes(16))
     assert fingerprints.code_hash(constant) == fingerprints.code_hash(moved)
     assert fingerprints.code_hash(constant) != fingerprints.code_hash(moved[:9] + b"\1" + bytes(6))
+    assert fingerprints.opcode_hash(Counter({5: 1, 6: 2})) == fingerprints.opcode_hash(Counter({6: 2, 5: 1}))
+    assert fingerprints.opcode_hash(Counter({5: 1, 6: 2})) != fingerprints.opcode_hash(Counter({5: 2, 6: 1}))

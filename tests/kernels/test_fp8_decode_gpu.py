@@ -31,7 +31,7 @@ LONG = [
 
 
 @pytest.mark.parametrize("index, seqlen_k", list(enumerate(CONTEXTS)))
-@pytest.mark.parametrize("number", range(3), ids=("d64", "d96", "d128"))
+@pytest.mark.parametrize("number", range(5), ids=("d64", "d96", "d128", "d192", "d256"))
 def test_contexts(number, index, seqlen_k, stream):
     """With LSE in every second one, both element types of O."""
     case = replace(FP8_DECODE[2 * number + index // 2 % 2], seqlen_k=seqlen_k, has_lse=index % 2 == 0)

@@ -33,7 +33,7 @@ WINDOWED = [replace(family, window=(50, 20), is_causal=False) for family in FP8_
 
 
 @pytest.mark.parametrize("index, name", list(enumerate(LAYOUTS)), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("number", range(3), ids=("d64", "d96", "d128"))
+@pytest.mark.parametrize("number", range(5), ids=("d64", "d96", "d128", "d192", "d256"))
 def test_layouts(number, index, name, stream):
     """With LSE in every second layout; causal in half of them."""
     family = replace(FP8_SOME[2 * number + (index // 2 + number) % 2], has_lse=index % 2 == 0)

@@ -32,6 +32,8 @@ RAGGED = {
     "window": WINDOWED,
     "scores": replace(BATCH, case=replace(CASE, **SCORES)),
     "scores of rows": replace(BATCH, case=replace(CASE, **SCORES), page_size=0, rows=(3, 1, 0, 1)),
+    "left padding": replace(BATCH, leftpad=(65, 2, 3, 40)),
+    "cache left padding": replace(BATCH, page_size=0, is_packed=False, leftpad=(65, 2, 3, 40)),
     "FP8": replace(BATCH, case=replace(CASE, dtype="fp8_e4m3", out_dtype="bf16"), layout="odd"),
 }
 
@@ -69,6 +71,7 @@ def test_the_device_holds_the_packed_keys(ragged):
     assert explain(problem.params()) == []
     same(problem)
     used = {"rows": 70 + 33, "scores of rows": 70 + 33, "shared": 32 + 38 + 5 + 1, "capacity": 64 + 5 + 64}
+    used["left padding"] = 5 + 3
     name = next(name for name, other in RAGGED.items() if other is ragged)
     expected = used.get(name.removeprefix("cache "), 108)
     assert np.isfinite(as_float(problem.k.array)).all(axis=(2, 3)).sum() == expected

@@ -306,6 +306,7 @@ def test_good_addresses_are_all_that_is_looked_at(counted, changes):
         ({"accumulate_dkv": True}, Status.FEATURE_UNSUPPORTED),
         ({"q": "an address"}, Status.INVALID_ARGUMENT),
         ({"softcap": np.ones(3)}, Status.SOFTCAP_UNSUPPORTED),
+        ({"s_aux": np.ones(3)}, Status.INVALID_ARGUMENT),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else str(int(value)),
 )

@@ -39,7 +39,7 @@ def test_tiles_have_room_for_all_columns():
             assert columns == min(dim for dim in HEAD_DIMS if dim >= max(head_dim, head_dim_v))
             assert value_columns == (128 if columns == 192 and head_dim_v <= 128 else columns)
         assert tile_dims(2, head_dim, 0) == (min(dim for dim in HEAD_DIMS if dim >= head_dim),) * 2
-    assert {tile_dims(1, dim, 0) for dim in FP8_SERVED_DIMS} == {(64, 64), (96, 96), (128, 128)}
+    assert {tile_dims(1, dim, 0) for dim in FP8_SERVED_DIMS} == {(dim, dim) for dim in HEAD_DIMS}
 
 
 @pytest.mark.parametrize("base", [DENSE, DENSE_FP8], ids=["16 bit", "fp8"])

@@ -2,39 +2,13 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from host_memory import NAMES, HostMemory, array, options, tensor
-
-from fa3_cute.contract.backward_reference import OPTIONS, Saved, backward_reference
-from fa3_cute.contract.number_formats import to_bits
-from fa3_cute.contract.params import is_packed
-from fa3_cute.contract.rows import used_rows
-from fa3_cute.contract.status import Status
+from host_memory import HostMemory
 
 try:
     import torch
 except ImportError:  # test_installed.py says so
     collect_ignore_glob = ["test_[!i]*.py"]
-
-
-class Memory(HostMemory):
-    """Whose backward differentiates what changes scores."""
-
-    def backward(self, params, stream):
-        self._check(params, stream)
-        p, names = params, ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-        q, k, v, out, dout, *gradients = (tensor(p, name) for name in names)
-        shape = (p.num_heads, p.total_q) if is_packed(p) else (p.batch_size, p.num_heads, p.seqlen_q)
-        lse, dlse = (array(address, shape, np.float32) if address else None for address in (p.softmax_lse, p.dlse))
-        given = {name: value for name, value in options(p).items() if name in OPTIONS}
-        found = backward_reference(q, k, v, dout, Saved(out, lse, dlse), **given)
-        for gradient, exact, of in zip(gradients, found, "qkk", strict=True):
-            for rows in used_rows(exact, given.get(f"cu_seqlens_{of}"), given.get(f"seqused_{of}")):
-                gradient[rows] = to_bits(exact[rows], NAMES[p.dtype])
-        if p.d_s_aux:
-            array(p.d_s_aux, (p.num_heads,), np.float32)[...] = found.d_s_aux
-        return Status.OK
 
 
 @pytest.fixture
@@ -45,7 +19,7 @@ def fake_device(monkeypatch):
     """
     from fa3_cute.torch import device, ops
 
-    memory = Memory()
+    memory = HostMemory()
     memory.install(monkeypatch)
     memory.is_capturing = False
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)

@@ -150,6 +150,7 @@ CALLS = {
     "kvcache": kvcache,
     "kvcache int": kvcache_int,
     "kvcache entries": kvcache_entries,
+    "kvcache left padding": lambda device="cpu": kvcache(device, cache_leftpad=ints(70, 5, device=device)),
     "pages": pages,
     "append": append,
     "append int": lambda device="cpu": append(device, cache_seqlens=20),

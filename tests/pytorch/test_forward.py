@@ -248,7 +248,7 @@ REFUSED = [
     (lambda: flash_attn_varlen_func(q[0], k[0], v[0], ints(0, 24), ints(0, 9, 40), 24, 40), -7, "cu_seqlens_k"),
     (lambda: flash_attn_varlen_func(*packed(), 33, 49, seqused_q=ints(1)), Status.INVALID_SHAPE, "seqused_q"),
     (lambda: flash_attn_with_kvcache(q, k, v, qv=v), Status.FEATURE_UNSUPPORTED, "qv"),
-    (lambda: flash_attn_with_kvcache(q, k, v, cache_leftpad=q), Status.FEATURE_UNSUPPORTED, "cache_leftpad"),
+    (lambda: flash_attn_with_kvcache(q, k, v, cache_leftpad=ints(1)), Status.INVALID_SHAPE, "leftpad_k.shape"),
     (lambda: flash_attn_with_kvcache(q, k, v, k=k, cache_seqlens=used), Status.INVALID_ARGUMENT, "v=None"),
     (lambda: flash_attn_with_kvcache(q, k, v, v=k, cache_seqlens=used), Status.INVALID_ARGUMENT, "k=None"),
     (lambda: flash_attn_with_kvcache(q, k, v, k, k), Status.INVALID_ARGUMENT, "cache_seqlens=None"),
@@ -300,3 +300,18 @@ def test_fp8_descales_are_by_kv_head(fake_device):
     flash_attn_func(*tensors, q_descale=torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     params = fake_device.calls[-1]
     assert (params.q_descale_batch_stride, params.q_descale_head_stride) == (4, 1)
+
+
+def test_fp8_cache_of_16_bit_queries():
+    """With descales of each sequence and KV head; there is no gradient of it."""
+    q, k, v = qkv()
+    keys, values = k.to(FP8), v.to(FP8)
+    descale = torch.tensor([[0.5, 2.0], [1.0, 0.25]])
+    out = flash_attn_with_kvcache(q, keys, values, causal=True, k_descale=descale, v_descale=descale)
+    factor = descale[:, None, :, None].double()
+    expected, _ = exact(q, keys.double() * factor, values.double() * factor, diagonals(24, 40, right=0))
+    assert out.dtype == BF16 and (out.double() - expected).abs().max() <= 2 * ERROR_BF16
+    with pytest.raises(FlashAttentionError, match="k is torch.float8_e4m3fn: must be torch.bfloat16, as q is"):
+        flash_attn_func(q.requires_grad_(), keys, values)
+    with pytest.raises(FlashAttentionError, match="softcap=1.0: must be None or 0 with kv_dtype=FP8_E4M3"):
+        flash_attn_with_kvcache(q.detach(), keys, values, softcap=1.0)

@@ -176,6 +176,7 @@ def test_a_plan_of_backward_is_used_again(fake_device):
 
 HAVE_NONE = {
     "kv_batch_idx": lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_batch_idx=ints(1, 0)),
+    "leftpad_k": lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_leftpad=ints(1, 0)),
     "page_table": lambda q, k, v: flash_attn_with_kvcache(
         q, k.view(10, 8, 2, 64), v.view(10, 8, 2, 64), cache_seqlens=ints(9, 9), page_table=ints(1, 0)[:, None]
     ),

@@ -70,6 +70,7 @@ CACHES = {
 
 GREEDY = [
     *((kind, side, cache) for kind in ("Gemma2", "GptOss") for side in ("", "left") for cache in ("dynamic", "static")),
+    *((kind, "left", "dynamic") for kind in ("Qwen3", "Phi3", "DeepseekV2", "DeepseekV3")),
     *(("Llama", side, "compiled") for side in ("", "left")),
 ]
 
@@ -122,6 +123,17 @@ def test_as_params_of_a_device(kind, side, fake_device, monkeypatch):
     assert len(fake_device.calls) == 2 and all(bool(call.seqused_k) == bool(side) for call in fake_device.calls)
     monkeypatch.undo()
     assert error(found.float(), logits_of(ids, mask)(model).float()) < 0.01
+
+
+@pytest.mark.parametrize("kind, dims", [("DeepseekV3", (192, 128)), ("Phi3-80", (80, 0))])
+def test_columns_are_filled_up_for_gradients_alone(kind, dims, fake_device):
+    """Without them a device is given all as it is."""
+    model, ids = using(decoder(kind), "fa3_cute"), tokens()
+    with torch.no_grad():
+        model(ids)
+    model(ids)
+    found = [(call.head_dim, call.head_dim_v) for call in fake_device.calls]
+    assert found == [dims] * 2 + [(-(-dims[0] // 96) * 96, 0)] * 2
 
 
 def test_a_cache_with_room_is_not_copied(fake_device):
@@ -209,7 +221,7 @@ def gradients_of(ids, mask):
 
 
 @pytest.mark.parametrize("side", ["", "left", "right"])
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Gemma2", "GptOss"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mistral", "Gemma2", "GptOss", "Phi3", "Phi3-80", "DeepseekV3"])
 def test_gradients(kind, side):
     ids = tokens()
     exact, eager, ours = three(gradients_of(ids, padding(side, ids)), decoder(kind))

@@ -14,8 +14,11 @@ pytestmark = [
 MORE = 1.5  # than eager BF16's own error
 
 
-@pytest.mark.parametrize("side", ["", "left"])
-@pytest.mark.parametrize("kind", ["Mistral", "Gemma2", "GptOss"])
+ALL = [(kind, side) for kind in ("Mistral", "Gemma2", "GptOss") for side in ("", "left")]
+ALL += [("Llama", "left"), ("Qwen3", ""), ("Phi3", "left"), ("DeepseekV2", "left"), ("DeepseekV3", "left")]
+
+
+@pytest.mark.parametrize("kind, side", ALL)
 def test_logits(kind, side):
     ids = tokens(device="cuda")
     mask = padding(side, ids)
@@ -28,15 +31,22 @@ def test_logits(kind, side):
     assert error(ours, exact) <= MORE * error(eager, exact)
 
 
-@pytest.mark.parametrize("side", ["", "left"])
-def test_greedy_tokens(side):
+GREEDY = [("Mistral", ""), ("Mistral", "left"), ("Llama", ""), ("Phi3", "left"), ("DeepseekV3", "left")]
+
+
+@pytest.mark.parametrize("kind, side", GREEDY)
+def test_greedy_tokens(kind, side):
     """Each token is the best in float32, or as good within an error."""
     ids = tokens(device="cuda")
-    chosen, worse = greedy(decoder("Mistral").cuda(), ids, padding(side, ids))
+    chosen, worse = greedy(decoder(kind).cuda(), ids, padding(side, ids))
     assert chosen.shape == (2, 6) and worse < 0.1
 
 
-@pytest.mark.parametrize("kind, side", [("Mistral", ""), ("Mistral", "left"), ("Gemma2", ""), ("GptOss", "left")])
+TRAINED = [("Mistral", ""), ("Mistral", "left"), ("Gemma2", ""), ("GptOss", "left")]
+TRAINED += [("Llama", "left"), ("Qwen3", ""), ("Phi3", "left"), ("DeepseekV3", "")]
+
+
+@pytest.mark.parametrize("kind, side", TRAINED)
 def test_a_training_step(kind, side):
     """Gradients of all weights; a batch with padding has none that are not numbers."""
     ids = tokens(device="cuda")

@@ -21,22 +21,36 @@ SIZES = {
 }
 # All experts see all tokens: which are chosen is no matter of a rounding error.
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+# Q and K of 192 columns, V of 128, which its decoded keys have; without experts.
+DEEPSEEK = {
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 2,
+}
 DECODERS = {
     "Llama": {},
     "Qwen3": {},
     "Mistral": {"sliding_window": 8},
     "Gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 2.0},
     "GptOss": {"sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} | EXPERTS,
-    "Phi3": {"hidden_size": 320},  # head_dim 80
+    "Phi3": {"head_dim": 96},
+    "Phi3-80": {"head_dim": 80},  # no multiple of 32, as few models have it
+    "DeepseekV2": DEEPSEEK,
+    "DeepseekV3": DEEPSEEK,
 }
 
 
 def decoder(kind, **options):
-    """In BF16, ready to infer."""
+    """In BF16, ready to infer. What follows a dash in its kind is of the sizes alone."""
     fa3_cute.huggingface.register()
-    config = getattr(transformers, f"{kind}Config")(**SIZES | DECODERS.get(kind, {}) | options)
+    name, _, _ = kind.partition("-")
+    config = getattr(transformers, f"{name}Config")(**SIZES | DECODERS.get(kind, {}) | options)
     torch.manual_seed(0)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).eval()
+    return getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16).eval()
 
 
 def using(model, implementation, dtype=torch.bfloat16):

@@ -15,7 +15,7 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 @pytest.fixture(scope="session")
 def fake_cuda(tmp_path_factory):
-    """Folder of the fake driver and runtime, and of a disk cache that all tests share."""
+    """Folder of the fake driver and runtime."""
     if COMPILER is None:
         pytest.skip("needs a C compiler for the fake CUDA driver")
     folder = tmp_path_factory.mktemp("fake_cuda")
@@ -25,15 +25,22 @@ def fake_cuda(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory):
+    """Folder of a disk cache that all tests share, those of other processes of the same run (xdist) too."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
+
+
 @pytest.fixture
-def run(fake_cuda):
+def run(fake_cuda, kernel_cache):
     """run(script) -> what it told, in a process whose CUDA is the fake."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("FA3_CUTE", "CUTE_DSL"))}
     libraries = f"{fake_cuda}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     environment = clean | {
         "LD_LIBRARY_PATH": libraries,
         "CUTE_DSL_LIBS": str(fake_cuda / "libcute_dsl_runtime.so"),
-        "FA3_CUTE_CACHE_DIR": str(fake_cuda / "cache"),
+        "FA3_CUTE_CACHE_DIR": str(kernel_cache),
         "PYTHONPATH": f"{SUPPORT}:{SUPPORT.parents[1]}",
     }
 

@@ -6,8 +6,7 @@ import pytest
 # with `values`, whether its parameters hold them, and the addresses that its TMA descriptors begin at.
 SENT = """
 from fa3_cute import BackwardParams, backward, backward_workspace_size, explain, last_error, warmup
-from fa3_cute.planning.backward import backward_config
-from fa3_cute.planning.backward_kernels import kernels_of
+from fa3_cute.planning.backward_kernels import kernels_of, pass_config
 ADDRESSES = dict(q=0x7F1234567000, k=0x7E0000000010, v=0x7D0000000020, out=0x7C0000000030, dout=0x7B0000000040,
                  softmax_lse=0x7F2200000014, dlse=0x7F3300000018,
                  dq=0x7F4400000020, dk=0x7F5500000030, dv=0x7F6600000040)
@@ -54,7 +53,7 @@ def test_what_reaches_the_kernels(told, lengths):
 call = {lengths} | dict(softmax_scale=0.3)
 if not {lengths}:
     call |= dict(out_batch_stride=2**32 + 1024, dk_batch_stride=2**32 + 2048, dq_batch_stride=2**32 + 4096)
-cfg = backward_config("bf16", 64, "causal", {lengths} != {{}}, False)
+cfg = pass_config("bf16", 64, "causal", {lengths} != {{}}, False)
 nbytes = backward_workspace_size(BackwardParams(**FIELDS | call))
 rows = (3000 // cfg.tile_m + 3 if {lengths} else 3 * -(-1000 // cfg.tile_m)) * 12
 parts = dict(shift=0, delta=4 * rows * cfg.tile_m, dq_sum=8 * rows * cfg.tile_m, order=(8 + 256) * rows * cfg.tile_m)
@@ -185,7 +184,7 @@ def test_sinks(told):
     """The prepare kernel is given them, and leaves sums for a launch that d_s_aux has, without queries too."""
     found = told("""
 nbytes = backward_workspace_size(BackwardParams(**FIELDS | dict(s_aux=ADDRESSES["q"])))
-cfg = backward_config("bf16", 64, "causal", False, False)
+cfg = pass_config("bf16", 64, "causal", False, False)
 rows = 3 * -(-1000 // cfg.tile_m) * 12
 sinks = dict(s_aux=0x7F7700000044, d_s_aux=0x7F7800000048)
 values |= sinks | dict(sums=WORKSPACE + nbytes - 16 * rows)

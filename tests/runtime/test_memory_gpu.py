@@ -112,7 +112,7 @@ REFUSED = {
     "pages": ({"page_table": 16, "page_size": 128}, Status.PAGED_KV_UNSUPPORTED),
     "rotary": ({"rotary_dim": 64}, Status.ROTARY_UNSUPPORTED),
     "dropout": ({"p_dropout": 0.1}, Status.INVALID_ARGUMENT),
-    "left padding": ({"leftpad_k": 16}, Status.FEATURE_UNSUPPORTED),
+    "left padding": ({"leftpad_k": 16, "attn_mask": 16}, Status.FEATURE_UNSUPPORTED),
 }
 
 

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from backward_cases import BackwardCase
 
 from fa3_cute.planning import backward_launch as planning
-from fa3_cute.planning.backward import SHORT_QUERIES, BackwardConfig, backward_config
+from fa3_cute.planning.backward import SHORT_QUERIES, BackwardConfig
 from fa3_cute.planning.backward_kernels import pass_config
 from fa3_cute.planning.one_side import OneSidePass
 from fa3_cute.planning.selections import backward_configs
 
 # Those that tests run: a selection, and with short sequences every mask, dense or with lengths, in BF16.
 KERNELS = set(backward_configs()) | {
-    backward_config("bf16", 128, mask, is_varlen, False, is_short=True)
+    pass_config("bf16", 128, mask, is_varlen, False, is_short=True)
     for mask, is_varlen in (("full", True), ("causal", False), ("local", True))
 }
 

@@ -7,7 +7,7 @@ from itertools import accumulate, product
 DTYPES = ("fp16", "bf16")
 HEAD_DIMS = (64, 96, 128, 192, 256)
 FP8 = "fp8_e4m3"
-FP8_HEAD_DIMS = (64, 96, 128)
+FP8_HEAD_DIMS = (64, 96, 128, 192, 256)
 FP8_OUT_DTYPES = ("bf16", "fp16")
 
 # Query heads, KV heads. Two KV heads where they fit, so that a wrong KV head shows; MQA has an odd group.
@@ -42,6 +42,7 @@ class Case:
     Packed sequences: seqlen_q and seqlen_k are the rows of the tensors, batch is the number of sequences.
     out_dtype is for FP8 only.
 
+    kv_dtype     of k and v, "": dtype
     head_dim_v   columns of v and out, 0: head_dim
     softcap, attention_chunk, p_dropout   as the call has them, 0: off
     sinks        logits of attention sinks, taken in turn by the heads; (): none. sink_dtype: "fp32", "bf16", "fp16"
@@ -71,11 +72,22 @@ class Case:
     attention_chunk: int = 0
     p_dropout: float = 0.0
     head_dim_v: int = 0
+    kv_dtype: str = ""
+
+    @property
+    def stored(self) -> str:
+        """The dtype that k and v really have."""
+        return self.kv_dtype or self.dtype
 
     @property
     def dim_v(self) -> int:
         """Columns of v and out."""
         return self.head_dim_v or self.head_dim
+
+    @property
+    def is_mla(self) -> bool:
+        """V is the first columns of K."""
+        return (self.head_dim, self.head_dim_v) == (576, 512)
 
     @property
     def element_out(self) -> str:
@@ -111,6 +123,7 @@ class Case:
     def __str__(self) -> str:
         return (
             f"{self.dtype}{f'-{self.out_dtype}' if self.out_dtype else ''}"
+            f"{f'-{self.kv_dtype}cache' if self.kv_dtype else ''}"
             f"-d{self.head_dim}{f'v{self.head_dim_v}' if self.head_dim_v else ''}-{self.mask}"
             f"-{self.num_heads}over{self.num_heads_k}heads-{self.seqlen_q}x{self.seqlen_k}"
             f"{f'-batch{self.batch}' if self.batch > 1 else ''}{'-lse' if self.has_lse else ''}"
@@ -260,14 +273,14 @@ FP8_FAMILIES = [
     for head_dim, is_causal, out_dtype in product(FP8_HEAD_DIMS, (False, True), FP8_OUT_DTYPES)
 ]
 # One per head_dim and mask, with each out_dtype in turn: where O's element type does not matter.
-FP8_SOME = [FP8_FAMILIES[index] for index in (0, 3, 5, 6, 8, 11)]
+FP8_SOME = [FP8_FAMILIES[index] for index in (0, 3, 5, 6, 8, 11, 13, 14, 16, 19)]
 # One per head_dim, of both masks and out_dtypes: where the mask does not matter either.
-FP8_FEW = [FP8_FAMILIES[index] for index in (0, 6, 11)]
+FP8_FEW = [FP8_FAMILIES[index] for index in (0, 6, 11, 13, 18)]
 
 FP8_MANY_TILES = [
     Case(FP8, head_dim, is_causal, 16, 4, seqlen_q, seqlen_k, batch=6, out_dtype=out_dtype)
     for (head_dim, is_causal), (out_dtype, (seqlen_q, seqlen_k)) in zip(
-        product(FP8_HEAD_DIMS, (False, True)), 3 * (("bf16", (1300, 700)), ("fp16", (900, 1100))), strict=True
+        product(FP8_HEAD_DIMS, (False, True)), 5 * (("bf16", (1300, 700)), ("fp16", (900, 1100))), strict=True
     )
 ]
 
@@ -276,5 +289,10 @@ FP8_DECODE = [
     Case(FP8, head_dim, False, 6, 2, 1, 385, batch=2, out_dtype=out_dtype)
     for head_dim, out_dtype in product(FP8_HEAD_DIMS, FP8_OUT_DTYPES)
 ]
-FP8_DECODE_SOME = FP8_DECODE[1::3] + FP8_DECODE[2:3]
+FP8_DECODE_SOME = FP8_DECODE[1::3] + FP8_DECODE[2:3] + FP8_DECODE[8:9]
 FP8_SPLITS = (0, 1, 2, 3, 7)
+
+# 16-bit queries over FP8 keys: one per dtype and head_dim.
+FP8_CACHE = [
+    Case(dtype, head_dim, False, 6, 2, 1, 385, batch=2, kv_dtype=FP8) for dtype, head_dim in product(DTYPES, (64, 128))
+]

@@ -121,11 +121,13 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
         place(name, shape, dtype)
         for name, shape, dtype in (
             ("q", q_shape, case.dtype),
-            ("k", k_shape, case.dtype),
-            ("v", v_shape, case.dtype),
+            ("k", k_shape, case.stored),
+            ("v", v_shape, case.stored),
             ("out", out_shape, case.element_out),
         )
     )
+    if case.is_mla:
+        v = k.image.tensor(k.array[..., : case.dim_v])
     lse = contiguous("lse", (*outer, case.num_heads, case.seqlen_q), "fp32") if case.has_lse else None
     on_device = {name: contiguous(name, (len(values),), "int32") for name, values in lengths.items()}
     for name, tensor in on_device.items():
@@ -141,7 +143,11 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
     rngs = np.random.default_rng(zlib.crc32(str(case).encode())).spawn(3)
     list(
         POOL.map(
-            lambda array, rng, side: fill(array, case.dtype, rng, problem.is_used(side)), problem.inputs, rngs, "qkk"
+            lambda array, dtype, rng, side: fill(array, dtype, rng, problem.is_used(side)),
+            problem.inputs[: 2 if case.is_mla else 3],
+            (case.dtype, case.stored, case.stored),
+            rngs,
+            "qkk",
         )
     )
     problem.upload()
@@ -197,6 +203,7 @@ def params_of(problem: Problem, **overrides) -> FlashAttentionParams:
         "head_dim_v": case.head_dim_v,
         "dtype": DATA_TYPES[case.dtype],
         "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype],
+        "kv_dtype": DATA_TYPES[case.kv_dtype] if case.kv_dtype else None,
         "is_causal": case.is_causal,
         "softmax_scale": problem.softmax_scale,
         **dict(zip(("window_size_left", "window_size_right"), case.window, strict=True)),

@@ -11,7 +11,8 @@ import numpy as np
 
 from fa3_cute import BackwardParams, DataType, FlashAttentionParams, MergeParams, api, explain
 from fa3_cute.arrays.append import updated_on_host
-from fa3_cute.contract.backward_reference import Saved, backward_reference
+from fa3_cute.contract.backward_reference import OPTIONS, Saved, backward_reference
+from fa3_cute.contract.fp8_cache import keys_dtype
 from fa3_cute.contract.merge_reference import merge_reference
 from fa3_cute.contract.params import has_packed_keys, is_packed, tensor_sizes
 from fa3_cute.contract.plain import plain
@@ -51,24 +52,26 @@ class HostMemory:
         exact, lse = attention_reference(q, k, v, **given)
         for rows in query_rows(p, out):
             out[rows] = to_bits(exact[rows], NAMES[out_dtype(p)])
+        if p.zero_padding:
+            out[given["cu_seqlens_q"][-1] :] = 0
         if p.softmax_lse:
             array(p.softmax_lse, lse.shape, np.float32)[...] = lse
         return Status.OK
 
     def backward(self, params: BackwardParams, stream) -> Status:
-        """dq, dk and dv, as forward."""
+        """dq, dk and dv, as forward; and d_s_aux."""
         self._check(params, stream)
-        p = params
-        q, k, v, out, dout, dq, dk, dv = (tensor(p, x) for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
+        p, names = params, ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+        q, k, v, out, dout, *gradients = (tensor(p, name) for name in names)
         shape = (p.num_heads, p.total_q) if is_packed(p) else (p.batch_size, p.num_heads, p.seqlen_q)
-        lse = array(p.softmax_lse, shape, np.float32)
-        dlse = array(p.dlse, shape, np.float32) if p.dlse else None
-        given = options(p)
-        given = {name: given[name] for name in given if name not in ("softcap", "attention_chunk")}
+        lse, dlse = (array(address, shape, np.float32) if address else None for address in (p.softmax_lse, p.dlse))
+        given = {name: value for name, value in options(p).items() if name in OPTIONS}
         found = backward_reference(q, k, v, dout, Saved(out, lse, dlse), **given)
-        for gradient, exact, of in ((dq, found.dq, "q"), (dk, found.dk, "k"), (dv, found.dv, "k")):
+        for gradient, exact, of in zip(gradients, found, "qkk", strict=True):
             for rows in used_rows(exact, given.get(f"cu_seqlens_{of}"), given.get(f"seqused_{of}")):
                 gradient[rows] = to_bits(exact[rows], NAMES[p.dtype])
+        if p.d_s_aux:
+            array(p.d_s_aux, (p.num_heads,), np.float32)[...] = found.d_s_aux
         return Status.OK
 
     def merge_attention(self, params: MergeParams, stream) -> Status:
@@ -113,7 +116,7 @@ def tensor(p, name: str) -> np.ndarray:
     """q, k, v, out or a gradient, packed ones without their batch."""
     as_q = name in ("q", "out", "dout", "dq")
     batch, rows, heads = tensor_sizes(p, "q" if as_q else "k")
-    kind = NUMPY[out_dtype(p) if name == "out" else p.dtype]
+    kind = NUMPY[out_dtype(p) if name == "out" else keys_dtype(p) if name in ("k", "v") else p.dtype]
     columns = p.head_dim if name in ("q", "k", "dq", "dk") else p.head_dim_v or p.head_dim
     found = array(getattr(p, name), (batch, rows, heads, columns), kind, strides_of(p, name))
     is_flat = is_packed(p) if as_q else has_packed_keys(p)
@@ -134,7 +137,7 @@ def options(p) -> dict:
         "attention_chunk": p.attention_chunk,
     }
     shapes = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (p.batch_size + 1,))
-    shapes |= dict.fromkeys(("seqused_q", "seqused_k", "kv_batch_idx"), (p.batch_size,))
+    shapes |= dict.fromkeys(("seqused_q", "seqused_k", "kv_batch_idx", "leftpad_k"), (p.batch_size,))
     for name, shape in shapes.items():
         if getattr(p, name):
             found[name] = array(getattr(p, name), shape, np.int32)
@@ -156,8 +159,8 @@ def options(p) -> dict:
 def updates(p) -> dict:
     """Options of the reference, of new rows and rotary positions."""
     found = {"rotary_interleaved": p.rotary_interleaved}
-    shape = (p.seqlen_knew, p.num_heads_k, p.head_dim)
-    for name in ("k_new", "v_new"):
+    for name, columns in (("k_new", p.head_dim), ("v_new", p.head_dim_v or p.head_dim)):
+        shape = (p.seqlen_knew, p.num_heads_k, columns)
         if getattr(p, name):
             rows = array(getattr(p, name), (1 if p.cu_seqlens_k_new else p.batch_size, *shape), NUMPY[p.dtype])
             dims = [getattr(p, f"{name}_{dim}_stride") for dim in ("batch", "row", "head")]

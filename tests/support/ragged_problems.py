@@ -81,6 +81,8 @@ class Ragged:
     capacity    of a sequence; 0: the most keys
     rows        kv_batch_idx of each sequence; None: none. Sequences of one row have the same keys
     shared      pages that all sequences start with, the same ones
+    leftpad     first rows of each sequence that do not exist; None: leftpad_k is not given. Not with `shared`, nor with
+                rows that sequences share
     total_q     packed rows, those of sequences and behind them; 0: those of sequences
     is_packed   else queries are dense, with seqused_q
     stale       page ids behind the used ones
@@ -96,6 +98,7 @@ class Ragged:
     capacity: int = 0
     rows: tuple[int, ...] | None = None
     shared: int = 0
+    leftpad: tuple[int, ...] | None = None
     total_q: int = 0
     is_packed: bool = True
     stale: int = -1
@@ -121,14 +124,16 @@ class RaggedProblem:
         if size:
             self.width = -(-capacity // size)
             self.capacity, self.num_pages = self.width * size, self.num_rows * self.width + ragged.spare
-            self.k, self.v = POOLS[ragged.layout]((self.num_pages, size, *kv_dims), case.dtype)
+            self.k, self.v = POOLS[ragged.layout]((self.num_pages, size, *kv_dims), case.stored)
             if case.head_dim_v:
-                _, self.v = POOLS[ragged.layout]((self.num_pages, size, case.num_heads_k, case.dim_v), case.dtype)
+                _, self.v = POOLS[ragged.layout]((self.num_pages, size, case.num_heads_k, case.dim_v), case.stored)
             self.table = contiguous("table", (self.num_rows, self.width + 1), "int32")
         else:
             self.capacity, self.table = capacity, None
-            self.k, _ = _separate((self.num_rows, capacity, *kv_dims), case.dtype)
-            _, self.v = _separate((self.num_rows, capacity, case.num_heads_k, case.dim_v), case.dtype)
+            self.k, _ = _separate((self.num_rows, capacity, *kv_dims), case.stored)
+            _, self.v = _separate((self.num_rows, capacity, case.num_heads_k, case.dim_v), case.stored)
+        if case.is_mla:
+            self.v = self.k.image.tensor(self.k.array[..., : case.dim_v])
         self.q = contiguous("q", (self.total_q, case.num_heads, case.head_dim), case.dtype)
         self.out = contiguous("out", (*self.q.array.shape[:-1], case.dim_v), case.element_out)
         self.lse = contiguous("lse", self.lse_shape, "fp32") if case.has_lse else None
@@ -148,7 +153,12 @@ class RaggedProblem:
     def length_sizes(self) -> dict[str, int]:
         """{array of lengths on the device: its entries}."""
         own = {"cu_seqlens_q": self.batch + 1} if self.ragged.is_packed else {"seqused_q": self.batch}
+        own |= {"leftpad_k": self.batch} if self.ragged.leftpad else {}
         return own | {"seqused_k": self.batch} | ({"kv_batch_idx": self.batch} if self.ragged.rows else {})
+
+    def pads(self, keys) -> list[int]:
+        """Rows of each sequence that do not exist."""
+        return [min(pad, n) for pad, n in zip(self.ragged.leftpad or [0] * self.batch, keys, strict=True)]
 
     # ---- what it holds -------------------------------------------------------------------------
 
@@ -157,8 +167,8 @@ class RaggedProblem:
         ragged, case = self.ragged, self.ragged.case
         keys_there = [min(n, self.capacity) for n in keys]
         rng = np.random.default_rng(zlib.crc32(f"{case} {queries} {keys} {ragged.shared}".encode()))
-        randn = lambda *shape: to_bits(rng.standard_normal(shape, np.float32), case.dtype)
-        q, k, v = inputs or (randn(sum(queries), case.num_heads, case.head_dim), None, None)
+        randn = lambda *shape, dtype=case.stored: to_bits(rng.standard_normal(shape, np.float32), dtype)
+        q, k, v = inputs or (randn(sum(queries), case.num_heads, case.head_dim, dtype=case.dtype), None, None)
         self.starts = list(accumulate(queries, initial=0))
         if not ragged.is_packed:
             self.starts = [b * self.longest_q for b in range(self.batch + 1)]
@@ -167,8 +177,11 @@ class RaggedProblem:
             self.q.array[start : start + n] = q[first : first + n]
         if k is None:
             k, v = (self.values_of(keys_there, randn, columns) for columns in (case.head_dim, case.dim_v))
+        if case.is_mla:
+            v = k[..., : case.dim_v]
         self.store(queries, keys_there, k, v, rng)
         given = {"cu_seqlens_q": self.starts, "seqused_q": queries, "seqused_k": keys, "kv_batch_idx": ragged.rows}
+        given["leftpad_k"] = ragged.leftpad
         for name, tensor in self.lengths.items():
             tensor.array[...] = given[name]
         self.problem = self.logical(queries, keys_there, k, v)
@@ -198,7 +211,8 @@ class RaggedProblem:
         step, done = size or self.capacity, set()
         for b in sorted(range(self.batch), key=lambda b: -keys[b]):
             n, row, first = keys[b], rows[b], firsts[b]
-            unseen = self.first_seen(n - queries[b]) if self.is_evicted else 0
+            pad = self.pads(keys)[b]
+            unseen = pad + max(self.first_seen(n - pad - queries[b]), 0) if self.is_evicted else pad
             for start in range(0, 0 if row in done else n, step):
                 end, place = min(start + step, n), row
                 if size:
@@ -219,7 +233,11 @@ class RaggedProblem:
 
     def logical(self, queries, keys, k, v) -> Problem:
         """The same as packed sequences on the host, and padding that is to be filled as one that sees no key."""
-        ragged = self.ragged
+        ragged, pads, starts = self.ragged, self.pads(keys), accumulate(keys, initial=0)
+        exists = np.concatenate(
+            [np.arange(first + pad, first + n) for first, pad, n in zip(starts, pads, keys, strict=False)]
+        )
+        k, v, keys = k[exists], v[exists], [n - pad for n, pad in zip(keys, pads, strict=True)]
         offsets = {"cu_seqlens_q": self.starts, "cu_seqlens_k": list(accumulate(keys, initial=0))}
         if not ragged.is_packed:
             offsets["seqused_q"] = list(queries)
@@ -271,6 +289,7 @@ class RaggedProblem:
         left, right = case.window
         fields |= {"is_causal": case.is_causal, "window_size_left": left, "window_size_right": right}
         fields |= {"dtype": DATA_TYPES[case.dtype], "out_dtype": case.out_dtype and DATA_TYPES[case.out_dtype]}
+        fields |= {"kv_dtype": DATA_TYPES[case.kv_dtype] if case.kv_dtype else None}
         fields |= {"softmax_lse": self.lse and self.lse.address, "batch_size": self.batch, "seqlen_k": self.capacity}
         fields |= {name: getattr(case, name) for name in ("num_heads", "num_heads_k", "head_dim", "head_dim_v")}
         return FlashAttentionParams(**fields | score_params(case, self.scores) | ragged.fields | overrides)

@@ -13,16 +13,18 @@ MAX_FUNCTION, MAX_FUNCTION_ELSEWHERE = 60, 80  # of the package; of tests and ex
 
 # From the ground up: a folder's modules may import those of their own folder and of the folders before it. "" is the
 # package's own __init__.py. The command line uses the package as anyone does, hence its place at the end.
-FOLDERS = ("contract", "planning", "kernels", "runtime", "arrays", "api", "torch", "huggingface", "", "cli", "__main__")
+FRAMEWORK_ROOMS = "torch", "huggingface", "jax"
+FOLDERS = ("contract", "planning", "kernels", "runtime", "arrays", "api", *FRAMEWORK_ROOMS, "", "cli", "__main__")
 # Of the folders within kernels/: which of them a module there may import.
 KINDS = "forward", "decode", "merge", "backward", "append"
-KERNELS = {"common": {"common"}, **{kind: {"common", kind} for kind in KINDS}}
+KERNELS = {"common": {"common"}, **{kind: {"common", kind} for kind in KINDS}, "mla": {"common", "decode", "mla"}}
 FRAMEWORKS = {"torch", "cupy", "jax", "tensorflow", "triton"}
 DEVICE = {"cutlass", "cuda"}
 # What a folder may not import. A call's meaning and its plan are known where there is neither the DSL nor CUDA.
 BANNED = {
     "torch": FRAMEWORKS - {"torch"} | DEVICE,
     "huggingface": FRAMEWORKS - {"torch"} | DEVICE,
+    "jax": FRAMEWORKS - {"jax"} | DEVICE,
     "contract": FRAMEWORKS | DEVICE,
     "planning": FRAMEWORKS | DEVICE,
     "kernels": FRAMEWORKS | {"numpy", "ctypes", "os", "subprocess"},
@@ -93,7 +95,8 @@ def owner(names: list[str]) -> str:
 
 
 def layering(source: Source):
-    """Imports go one way: down the folders; in kernels/, forward and decode know common and not one another."""
+    """Imports go one way: down the folders; in kernels/, forward and decode know common and not one another, and mla is
+    a kind of decode."""
     if source.top not in FOLDERS:
         yield 1, f"{source.module}: no such folder in FOLDERS"
         return
@@ -121,7 +124,7 @@ def foreign_imports(source: Source):
     """No array framework in the package, the benchmark's peers excepted; no host library in device code; no DSL and no
     CUDA in what a call means and how it is planned."""
     banned = BANNED.get(source.top, FRAMEWORKS)
-    if source.module == "cli.peers":
+    if source.module in ("cli.peers", "cli.wrappers"):
         return
     for node in source.nodes(ast.Import, ast.ImportFrom):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]

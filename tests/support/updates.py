@@ -12,7 +12,15 @@ from fa3_cute.arrays import memory as cuda
 from fa3_cute.contract.reference import as_float, attention_reference, low_precision_twin, to_bits, update_cache
 
 ULP = {"fp16": 2.0**-10, "bf16": 2.0**-7}  # of a number, at most
-INTEGERS = ("cu_seqlens_q", "seqused_k", "page_table", "kv_batch_idx", "cu_seqlens_k_new", "seqlens_rotary")
+INTEGERS = (
+    "cu_seqlens_q",
+    "seqused_k",
+    "page_table",
+    "kv_batch_idx",
+    "leftpad_k",
+    "cu_seqlens_k_new",
+    "seqlens_rotary",
+)
 UPDATES = ("k_new", "v_new", "cu_seqlens_k_new", "rotary_cos", "rotary_sin", "seqlens_rotary", "rotary_interleaved")
 
 
@@ -24,11 +32,13 @@ class Update:
     queries       of each sequence; packs_queries, packs_new: packed, the new rows with some behind the last sequence's
     page_size     0: entries of `capacity` rows; is_indexed: the sequences choose theirs
     rotary        "halves", "neighbours" or ""; rotary_dim of head_dim; table_dtype of the tables
+    leftpad       first rows of each sequence that do not exist
     starts        positions of the first new keys; None: the old lengths
     """
 
     dtype: str = "bf16"
     head_dim: int = 128
+    head_dim_v: int = 0
     heads: tuple[int, int] = (8, 2)
     old: tuple[int, ...] = (0, 5, 511, 300)
     new: tuple[int, ...] | None = (3, 3, 3, 3)
@@ -38,6 +48,7 @@ class Update:
     page_size: int = 0
     capacity: int = 512
     is_indexed: bool = False
+    leftpad: tuple[int, ...] | None = None
     rotary: str = ""
     rotary_dim: int = 64
     table_dtype: str = "fp32"
@@ -60,14 +71,19 @@ class UpdateProblem:
             self.arrays["cu_seqlens_q"] = offsets(update.queries)
         if update.new is not None:
             new = (sum(update.new) + 2,) if update.packs_new else (len(update.old), update.new[0])
-            self.arrays |= {name: self.rows(*new, heads_k) for name in ("k_new", "v_new")}
+            self.arrays |= {"k_new": self.rows(*new, heads_k), "v_new": self.rows(*new, heads_k, columns=self.dim_v)}
             if update.packs_new:
                 self.arrays["cu_seqlens_k_new"] = offsets(update.new)
         if update.rotary:
             self.make_tables()
 
-    def rows(self, *shape):
-        return to_bits(self.rng.standard_normal((*shape, self.update.head_dim)), self.update.dtype)
+    @property
+    def dim_v(self) -> int:
+        """Columns of v and out."""
+        return self.update.head_dim_v or self.update.head_dim
+
+    def rows(self, *shape, columns: int = 0):
+        return to_bits(self.rng.standard_normal((*shape, columns or self.update.head_dim)), self.update.dtype)
 
     def make_cache(self, heads_k: int) -> None:
         update, batch = self.update, len(self.update.old)
@@ -79,10 +95,10 @@ class UpdateProblem:
             table = np.full((batch + 2 * update.is_indexed, pages), -1, np.int32)
             table[entries] = self.rng.permutation(shape[0])[: batch * pages].reshape(batch, pages)
         for name in ("k", "v"):
-            cache = self.rows(*shape, heads_k)
+            cache = self.rows(*shape, heads_k, columns=self.dim_v if name == "v" else 0)
             unused = np.ones(shape, bool)
-            for entry, n in zip(entries, update.old, strict=True):
-                at = np.arange(n)
+            for entry, n, pad in zip(entries, update.old, update.leftpad or [0] * batch, strict=True):
+                at = np.arange(pad, n)
                 unused[(entry, at) if table is None else (table[entry, at // shape[1]], at % shape[1])] = False
             bits(cache)[unused] = np.iinfo(bits(cache).dtype).max  # NaN
             self.arrays[name] = cache
@@ -90,6 +106,8 @@ class UpdateProblem:
             self.arrays["page_table"] = table
         if update.is_indexed:
             self.arrays["kv_batch_idx"] = entries.astype(np.int32)
+        if update.leftpad:
+            self.arrays["leftpad_k"] = np.array(update.leftpad, np.int32)
         self.arrays["seqused_k"] = np.array(update.old, np.int32)
 
     def make_tables(self) -> None:
@@ -141,7 +159,8 @@ class UpdateProblem:
         *self.lse_shape, rows = *q.shape[:-3], self.update.heads[0], q.shape[-3]
         self.lse_shape.append(rows)
         if "out" not in self.buffers:
-            self.out, self.lse = cuda.allocate(2 * q.size, stream=stream), cuda.allocate(4 * q.size, stream=stream)
+            size = q.size // q.shape[-1] * self.dim_v
+            self.out, self.lse = cuda.allocate(2 * size, stream=stream), cuda.allocate(4 * q.size, stream=stream)
 
     def params(self, **changes) -> FlashAttentionParams:
         """The call."""
@@ -149,7 +168,12 @@ class UpdateProblem:
         heads, heads_k = update.heads
         fields = {name: cuda.address(buffer) for name, buffer in self.buffers.items()}
         fields |= {"batch_size": len(update.old), "num_heads": heads, "num_heads_k": heads_k}
-        fields |= {"head_dim": update.head_dim, "dtype": DataType[update.dtype.upper()], "seqlen_k": update.capacity}
+        fields |= {
+            "head_dim": update.head_dim,
+            "head_dim_v": update.head_dim_v,
+            "dtype": DataType[update.dtype.upper()],
+            "seqlen_k": update.capacity,
+        }
         fields |= {"out": cuda.address(self.out), "softmax_lse": cuda.address(self.lse), "is_causal": update.is_causal}
         fields |= {"seqlen_q": update.queries[0]}
         if update.packs_queries:
@@ -173,7 +197,7 @@ class UpdateProblem:
             for name in ("k", "v")
         }
         dtype = np.float16 if self.update.dtype == "fp16" else np.uint16
-        found["out"] = cuda.download(self.out, self.arrays["q"].shape, dtype, stream=stream)
+        found["out"] = cuda.download(self.out, (*self.arrays["q"].shape[:-1], self.dim_v), dtype, stream=stream)
         return found | {"lse": cuda.download(self.lse, tuple(self.lse_shape), np.float32, stream=stream)}
 
 

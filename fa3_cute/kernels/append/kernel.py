@@ -2,8 +2,9 @@
 
 contract/append_reference.py says what comes out. A CTA has one token, of the queries, then of the new keys and values;
 behind these, CTAs have a sequence per thread and write its length with the new rows. A thread has one piece of 16 bytes
-of one head, of k and of v both. The other half of a pair that is not in its piece it reads as well: each byte of q and
-k_new is read twice, the second time from L1, and no thread waits for another.
+of one head, of k and of v both, of which the rows of one may have fewer pieces. The other half of a pair that is not in
+its piece it reads as well: each byte of q and k_new is read twice, the second time from L1, and no thread waits for
+another.
 """
 from dataclasses import dataclass
 
@@ -27,13 +28,16 @@ class AppendWork:
 
     num_queries, num_new   tokens, of all sequences
     num_heads, num_heads_k
-    pieces                 of a row
+    pieces                 of the longer of a row of k and one of v
+    pieces_k, pieces_v     of each; a row of q has as many as one of k
     """
     num_queries: Int32
     num_new: Int32
     num_heads: Int32
     num_heads_k: Int32
     pieces: Divisor
+    pieces_k: Int32
+    pieces_v: Int32
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ class AppendKeys:
         Pointers, strides (in elements) and sizes as in contract/append.py.
         """
         cfg = self.cfg
-        work = AppendWork(a.num_queries, a.num_new, a.num_heads, a.num_heads_k,
-                          Divisor(a.head_dim // self.columns))
+        pieces_k, pieces_v = a.head_dim // self.columns, a.head_dim_v // self.columns
+        pieces = maximum(pieces_k, pieces_v)
+        work = AppendWork(a.num_queries, a.num_new, a.num_heads, a.num_heads_k, Divisor(pieces), pieces_k, pieces_v)
         # Extents mean nothing to ordinary loads and stores: those of packed rows are others.
         mQ = tensor_view(a, "q", (a.seqlen_q, a.head_dim, a.num_heads, a.batch_size))
         aligned = cute.assume(a.head_dim, divby=self.columns)
@@ -88,7 +93,7 @@ class AppendKeys:
         heads = maximum(a.num_heads if a.num_queries > 0 else Int32(0), a.num_heads_k)
         self.kernel(t, Rows.create(a), Cache.create(a), rotary, work).launch(
             grid=(a.num_queries + a.num_new + length_ctas,
-                  ceil_div(heads * (a.head_dim // self.columns), cfg.num_threads), 1),
+                  ceil_div(heads * pieces, cfg.num_threads), 1),
             block=(cfg.num_threads, 1, 1), use_pdl=True, stream=a.stream)
 
     @property
@@ -116,9 +121,10 @@ class AppendKeys:
         cute.arch.griddepcontrol_launch_dependents()
         if token < work.num_queries:
             if const_expr(self.cfg.rotary):
-                self.rotate_query(t, rows, rotary, token, head, piece, head < work.num_heads)
+                has_piece = head < work.num_heads and piece < work.pieces_k
+                self.rotate_query(t, rows, rotary, token, head, piece, has_piece)
         elif token < work.num_queries + work.num_new:
-            self.append(t, rows, cache, rotary, token - work.num_queries, head, piece, head < work.num_heads_k)
+            self.append(t, rows, cache, rotary, token - work.num_queries, head, piece, work)
         elif cute.arch.block_idx()[1] == 0:
             sequence = (token - work.num_queries - work.num_new) * self.cfg.num_threads + thread
             if sequence < rows.batch_size:
@@ -139,26 +145,36 @@ class AppendKeys:
 
     @cute.jit
     def append(self, t: AppendTensors, rows: Rows, cache: Cache, rotary, token: Int32, head: Int32, piece: Int32,
-               has_piece):
+               work: AppendWork):
         """A piece of one new key and of its value, to the cache, if there is room for it."""
         sequence, row, place, batch = rows.new_row(token)
         old = rows.old_length(sequence)
         page, within, exists = cache.find(sequence, old + row, rows.seqlen_k)
-        if has_piece and exists and row >= 0 and row < rows.num_new(sequence):
-            source, target = t.mK_new[place, None, head, batch], cache.mK[within, None, head, page]
-            if const_expr(self.cfg.rotary):
-                position = rows.position(rows.key_start(sequence, old) + row)
-                self.write_rotated(source, target, rotary, position, piece)
-            else:
-                self.write(source, target, piece)
-            self.write(t.mV_new[place, None, head, batch], cache.mV[within, None, head, page], piece)
+        if head < work.num_heads_k and exists and row >= 0 and row < rows.num_new(sequence):
+            # The value is on its way while the key is read and turned.
+            value = cute.make_rmem_tensor(self.columns, t.mV_new.element_type)
+            if piece < work.pieces_v:
+                cute.autovec_copy(self.piece_of(t.mV_new[place, None, head, batch], piece), value)
+            if piece < work.pieces_k:
+                source, target = t.mK_new[place, None, head, batch], cache.mK[within, None, head, page]
+                if const_expr(self.cfg.rotary):
+                    position = rows.position(rows.key_start(sequence, old) + row)
+                    self.write_rotated(source, target, rotary, position, piece)
+                else:
+                    self.write(source, target, piece)
+            if piece < work.pieces_v:
+                cute.autovec_copy(value, self.piece_of(cache.mV[within, None, head, page], piece))
+
+    def piece_of(self, row: cute.Tensor, piece: Int32) -> cute.Tensor:
+        """Its `columns` elements."""
+        return cute.local_tile(row, (self.columns,), (piece,))
 
     @cute.jit
     def write(self, source: cute.Tensor, target: cute.Tensor, piece: Int32):
         """The bits as they are."""
         fragment = cute.make_rmem_tensor(self.columns, source.element_type)
-        cute.autovec_copy(cute.local_tile(source, (self.columns,), (piece,)), fragment)
-        cute.autovec_copy(fragment, cute.local_tile(target, (self.columns,), (piece,)))
+        cute.autovec_copy(self.piece_of(source, piece), fragment)
+        cute.autovec_copy(fragment, self.piece_of(target, piece))
 
     @cute.jit
     def write_rotated(self, source: cute.Tensor, target: cute.Tensor, rotary: Rotary, position: Int32, piece: Int32):

@@ -8,7 +8,7 @@ total rows / block_rows + batch_size of them; some may belong to no sequence.
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32
+from cutlass import Constexpr, Int32, Int64, const_expr
 
 from ...planning.backward import BackwardConfig
 from ..common.arithmetic import ceil_div, maximum, minimum
@@ -62,6 +62,36 @@ class Blocks:
                 found += (cute.arch.popc(cute.arch.vote_ballot_sync(is_before != 0)) - 1) * step
                 end = minimum(end, found + step)
         return found
+
+
+@dataclass(frozen=True)
+class Extents:
+    """Shapes of a launch's tensors, on the host.
+
+    q, k       (seqlen, head_dim, heads, batch), not empty: of such TMA has no descriptor
+    vector     (padded rows, num_heads), of the queries' values that the prepare kernel leaves
+    q_blocks   a sequence's rows of these start a block
+    """
+    q: tuple
+    k: tuple
+    vector: cute.Layout
+    q_blocks: Blocks
+    k_blocks: Blocks
+
+    @staticmethod
+    @cute.jit
+    def create(cfg: BackwardConfig, a, sequences: Sequences, rows_per_q_block: Constexpr[int]) -> "Extents":
+        """From a kernel's arguments."""
+        batches = a.batch_size
+        if const_expr(cfg.is_varlen):
+            batches = Int32(1) if sequences.is_packed() else a.batch_size
+        q_blocks = Blocks.create(rows_per_q_block, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
+        padded = Int64(q_blocks.num_blocks) * rows_per_q_block
+        return Extents(
+            (maximum(a.seqlen_q, 1), cfg.head_dim, a.num_heads, batches),
+            (maximum(a.seqlen_k, 1), cfg.head_dim, a.num_heads_k, batches),
+            cute.make_layout((padded, a.num_heads), stride=(1, padded)), q_blocks,
+            Blocks.create(cfg.tile_n, sequences.cu_seqlens_k, a.seqlen_k, a.batch_size))
 
 
 @dataclass(frozen=True)

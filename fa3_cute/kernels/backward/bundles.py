@@ -62,7 +62,7 @@ class BwdLayouts:
 @dataclass(frozen=True)
 class BwdSmem:
     """Shared-memory tensors."""
-    sTiles: cute.Tensor            # (ENTRY_INTS, TILE_SLOTS) int32, see schedule.py
+    sTiles: cute.Tensor            # (entry_ints(KeyTile), TILE_SLOTS) int32
     sQ: cute.Tensor
     sdO: cute.Tensor
     sK: cute.Tensor

@@ -6,14 +6,13 @@ from cutlass import Constexpr, Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
-from ..common.arithmetic import maximum
 from ..common.barriers import sync_warpgroup
 from ..common.layout import element_type, smem_ring, unhoisted, view_as
+from ..common.tile_ring import END, read_tile
 from .barriers import BarrierId
 from .blocks import KeyTile, query_range
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .gradients import Gradients, clear_unused_rows, filled, make_gradients
-from .schedule import END, read_tile
 from .store import store_gradient
 from .visible import KeyMask
 
@@ -46,7 +45,7 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
         for i in cutlass.range(params.group, unroll=1):
             for kind in cutlass.range_constexpr(3 if cfg.is_local else 2):
                 if const_expr(kind == 0 or cfg.finds_bounds_again):
-                    tile = read_tile(smem.sTiles[None, count & 1])  # registers are what the loops below are short of
+                    tile = read_tile(smem.sTiles[None, count & 1], KeyTile)     # again: loops are short of registers
                     queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
                     mask, first = KeyMask.create(cfg, params.window, tile, tidx), queries.m_block_min
                     if const_expr(cfg.is_dq_behind):
@@ -54,7 +53,7 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
                 if const_expr(kind == 0):
                     gradients.start_head(tile.kv_head * params.group + i, tile.sequence)
                 turn = walk(gradients, mask, queries.of_kind(kind, first), turn, kind != 1)
-        tile = read_tile(smem.sTiles[None, count & 1])
+        tile = read_tile(smem.sTiles[None, count & 1], KeyTile)
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         if const_expr(cfg.is_dq_behind):
             if queries.m_block_max > queries.m_block_min:
@@ -82,7 +81,7 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
 def wait_for_tile(smem: BwdSmem, pipes: BwdPipelines, count: Int32) -> KeyTile:
     """The CTA's tile of that number."""
     pipes.tiles.consumer_wait(filled(count))
-    return read_tile(smem.sTiles[None, count & 1])
+    return read_tile(smem.sTiles[None, count & 1], KeyTile)
 
 
 @cute.jit

@@ -5,24 +5,25 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.rings import by_name
-from ..common.arithmetic import LOG2_E, maximum, minimum
+from ..common.arithmetic import LOG2_E, minimum
 from ..common.block_range import Window
 from ..common.entry import flat_entry
 from ..common.layout import element_type, smem_ring, tensor_view
 from ..common.sequences import Sequences
+from ..common.tile_ring import entry_ints
 from ..common.tma import tma_load
-from .blocks import Blocks
+from .blocks import Extents, KeyTile
 from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .consume import consume
 from .load import load
 from .reduce import reduce_dq
-from .schedule import ENTRY_INTS, schedule
+from .schedule import schedule
 from .scores import Scores
 
 
@@ -42,23 +43,16 @@ class FlashAttentionBackward:
         it zeroes `order`, and a deterministic kernel that finds another call's counts there waits forever.
         """
         cfg, layouts, sequences = self.cfg, self.make_layouts(), Sequences.create(a)
-        batches = a.batch_size
-        if const_expr(cfg.is_varlen):
-            batches = Int32(1) if sequences.is_packed() else a.batch_size
-        shape_q = (maximum(a.seqlen_q, 1), cfg.head_dim, a.num_heads, batches)     # TMA knows no empty tensor
-        shape_k = (a.seqlen_k, cfg.head_dim, a.num_heads_k, batches)
-        q_blocks = Blocks.create(cfg.tile_m, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
-        k_blocks = Blocks.create(cfg.tile_n, sequences.cu_seqlens_k, a.seqlen_k, a.batch_size)
-        vector = cute.make_layout((q_blocks.num_blocks * cfg.tile_m, a.num_heads),
-                                  stride=(1, Int64(q_blocks.num_blocks) * cfg.tile_m))
+        shapes = Extents.create(cfg, a, sequences, cfg.tile_m)
+        q_blocks, k_blocks = shapes.q_blocks, shapes.k_blocks
         tile = cfg.tile_m * cfg.head_dim
         params = BwdParams(
-            q=tma_load(tensor_view(a, "q", shape_q), layouts.sQ, cfg.tile_m),
-            do=tma_load(tensor_view(a, "dout", shape_q), layouts.sdO, cfg.tile_m),
-            k=tma_load(tensor_view(a, "k", shape_k), layouts.sK, cfg.tile_n),
-            v=tma_load(tensor_view(a, "v", shape_k), layouts.sV, cfg.tile_n),
-            mdK=tensor_view(a, "dk", shape_k), mdV=tensor_view(a, "dv", shape_k),
-            shift=cute.make_tensor(a.shift, vector), delta=cute.make_tensor(a.delta, vector),
+            q=tma_load(tensor_view(a, "q", shapes.q), layouts.sQ, cfg.tile_m),
+            do=tma_load(tensor_view(a, "dout", shapes.q), layouts.sdO, cfg.tile_m),
+            k=tma_load(tensor_view(a, "k", shapes.k), layouts.sK, cfg.tile_n),
+            v=tma_load(tensor_view(a, "v", shapes.k), layouts.sV, cfg.tile_n),
+            mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.k),
+            shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
             dq_sum=cute.make_tensor(a.dq_sum, cute.make_layout(
                 (tile, q_blocks.num_blocks, a.num_heads), stride=(1, Int64(tile), Int64(tile) * q_blocks.num_blocks))),
             order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
@@ -114,7 +108,7 @@ class FlashAttentionBackward:
         names = ("tiles", "k", "v", "q", "do", "ds", "dq")
         bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in names}   # full and empty
         sTiles = allocator.allocate_tensor(
-            Int32, cute.make_layout((ENTRY_INTS, rings["tiles"].slots)), byte_alignment=16)
+            Int32, cute.make_layout((entry_ints(KeyTile), rings["tiles"].slots)), byte_alignment=16)
         tensor = lambda layout: allocator.allocate_tensor(
             element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
         floats = lambda rows, slots: allocator.allocate_tensor(

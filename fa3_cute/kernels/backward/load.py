@@ -5,11 +5,11 @@ from cutlass import Int32
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
+from ..common.tile_ring import END, read_tile
 from ..common.tiles import rows_from
 from ..common.tma import TmaOperand, tma_views
 from .blocks import KeyTile, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .schedule import END, read_tile
 
 
 @cute.jit
@@ -23,7 +23,7 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
     q_producer, do_producer = pipes.q.make_producer(), pipes.do.make_producer()
     k_producer, v_producer = pipes.k.make_producer(), pipes.v.make_producer()
     tiles = pipes.tiles.make_consumer()
-    tile = read_tile(smem.sTiles[None, tiles.wait().index])
+    tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
     while tile.n_block != END:
         load_keys(cfg, params.v, smem.sV, tile, v_producer.acquire_and_advance())
         load_keys(cfg, params.k, smem.sK, tile, k_producer.acquire_and_advance())
@@ -44,7 +44,7 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
-        tile = read_tile(smem.sTiles[None, tiles.wait().index])
+        tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
 
 
 @cute.jit

@@ -19,7 +19,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.one_side import ONE_SIDE_ARGUMENTS, PREPARED_ROWS, OneSideConfig
 from ...planning.rings import by_name
-from ..common.arithmetic import LOG2_E, maximum
+from ..common.arithmetic import LOG2_E
 from ..common.block_range import Window
 from ..common.dropout import Dropout
 from ..common.entry import flat_entry
@@ -28,11 +28,11 @@ from ..common.sequences import Sequences
 from ..common.tiles import Tile, rows_from
 from ..common.tma import TmaOperand, tma_load, tma_views
 from ..common.visibility import Visibility
-from .blocks import Blocks, KeyTile, query_range
+from .blocks import Extents, KeyTile, query_range
 from .load import load_rows
 from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
 from .one_side_consume import consume_for_keys, consume_for_queries
-from .order import heads_per_section, key_tile
+from .place import find_place
 from .scores import BiasGradient, Scores
 
 
@@ -47,33 +47,25 @@ class OneSideBackward:
     def launch(self, a):
         """dQ = scale dS K, dK = scale dS^T Q or dV = P^T dO; dS = P (dP - D), P = exp(scale S - LSE), dP = dO V^T"""
         cfg, sequences, element = self.cfg, Sequences.create(a), element_type(self.cfg)
-        batches = a.batch_size
-        if const_expr(cfg.is_varlen):
-            batches = Int32(1) if sequences.is_packed() else a.batch_size
-        shape_q = (maximum(a.seqlen_q, 1), cfg.head_dim, a.num_heads, batches)
-        shape_k = (maximum(a.seqlen_k, 1), cfg.head_dim, a.num_heads_k, batches)
+        shapes = Extents.create(cfg, a, sequences, PREPARED_ROWS)
         ring = lambda rows, slots: smem_ring(element, rows, cfg.head_dim, slots)
         sX, sY, sY2 = ring(cfg.tile_rows, 1), ring(cfg.tile_columns, cfg.num_y_stages), ring(
             cfg.tile_columns, cfg.num_y2_stages)
-        names, shape, other = (("q", "dout", "k", "v"), shape_q, shape_k)
+        names, shape, other = ("q", "dout", "k", "v"), shapes.q, shapes.k
         if const_expr(not cfg.is_of_queries):
-            names, shape, other = (("k", "v", "q", "dout"), shape_k, shape_q)
+            names, shape, other = ("k", "v", "q", "dout"), shapes.k, shapes.q
         x, x2 = (tma_load(tensor_view(a, name, shape), sX, cfg.tile_rows) for name in names[:2])
         y = tma_load(tensor_view(a, names[2], other), sY, cfg.tile_columns)
         y2 = tma_load(tensor_view(a, names[3], other), sY2, cfg.tile_columns)
-        q_blocks = Blocks.create(PREPARED_ROWS, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
-        k_blocks = Blocks.create(cfg.tile_n, sequences.cu_seqlens_k, a.seqlen_k, a.batch_size)
-        padded = Int64(q_blocks.num_blocks) * PREPARED_ROWS
-        vector = cute.make_layout((padded, a.num_heads), stride=(1, padded))
-        blocks = q_blocks if const_expr(cfg.is_of_queries) else k_blocks
+        blocks = shapes.q_blocks if const_expr(cfg.is_of_queries) else shapes.k_blocks
         num_heads = a.num_heads if const_expr(cfg.is_of_queries) else a.num_heads_k
         params = SideParams(
             x=x, x2=x2, y=y, y2=y2, mG=tensor_view(a, "gradient", shape),
-            shift=cute.make_tensor(a.shift, vector), delta=cute.make_tensor(a.delta, vector),
-            window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, blocks=blocks, num_heads=num_heads,
-            group=a.num_heads // a.num_heads_k, scale=a.softmax_scale, scale_log2=a.softmax_scale * Float32(LOG2_E),
-            scores=Scores.create(cfg, a), d_bias=None if cfg.has_gradient else BiasGradient.create(a),
-            dropout=Dropout.create(cfg, a))
+            shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
+            window=Window.create(cfg, a), sequences=sequences, q_blocks=shapes.q_blocks, blocks=blocks,
+            num_heads=num_heads, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
+            scale_log2=a.softmax_scale * Float32(LOG2_E), scores=Scores.create(cfg, a),
+            d_bias=None if cfg.has_gradient else BiasGradient.create(a), dropout=Dropout.create(cfg, a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, (sX, sY, sY2), make_side_mmas(cfg)).launch(
             grid=(blocks.num_blocks * num_heads, 1, 1), block=(cfg.num_threads, 1, 1),
@@ -108,33 +100,20 @@ class OneSideBackward:
     @cute.jit
     def find_tile(self, params: SideParams):
         """(KeyTile or Tile, sequence, whether it has a row). Runs on: whole warps."""
-        cfg, index = self.cfg, cute.arch.block_idx()[0]
-        sequences = params.sequences
-        seqlen_q, seqlen_k, offset_q, offset_k = sequences.rows_q, sequences.rows_k, Int32(0), Int32(0)
-        if const_expr(cfg.is_varlen):
-            head = index // params.blocks.num_blocks
-            block = index - head * params.blocks.num_blocks
-            sequence = params.blocks.find(block)
-            offset_q, seqlen_q, offset_k, seqlen_k = sequences.place(sequence)
-            block, batch = block - params.blocks.first(sequence), sequences.batch_coordinate(sequence)
-        else:
-            num_heads = params.num_heads * sequences.batch_size
-            num_blocks = params.blocks.num_blocks // sequences.batch_size
-            section = heads_per_section(num_heads, params.group, seqlen_q, cfg.head_dim, num_blocks)
-            block, any_head = key_tile(cfg.is_causal, index, num_blocks, num_heads, section)
-            if const_expr(cfg.is_of_queries and cfg.is_causal):
-                block = num_blocks - 1 - block       # the last queries see most keys
-            sequence = any_head // params.num_heads
-            batch, head = sequence, any_head - sequence * params.num_heads
-        first_q_block = params.q_blocks.first(sequence)
+        cfg = self.cfg
+        # Of dense causal queries the last ones first, which see most keys.
+        at = find_place(cfg, params.sequences, params.blocks, (params.num_heads, params.group),
+                        cute.arch.block_idx()[0], cfg.is_of_queries and cfg.is_causal and not cfg.is_varlen)
+        first_q_block = params.q_blocks.first(at.sequence)
+        lengths = at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k
         if const_expr(cfg.is_of_queries):
             # Tile.sequence: its first block among the prepared ones, which is all that is asked of it here
-            tile = Tile(block, head, head // params.group, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block)
-            is_there = block * cfg.tile_rows < seqlen_q
+            tile = Tile(at.block, at.head, at.head // params.group, at.batch, *lengths, first_q_block)
+            is_there = at.block * cfg.tile_rows < at.seqlen_q
         else:
-            tile = KeyTile(block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, first_q_block, sequence)
-            is_there = block * cfg.tile_rows < seqlen_k
-        return tile, sequence, is_there
+            tile = KeyTile(at.block, at.head, at.batch, *lengths, first_q_block, at.sequence)
+            is_there = at.block * cfg.tile_rows < at.seqlen_k
+        return tile, at.sequence, is_there
 
     @cute.jit
     def allocate(self, layouts: tuple):

@@ -23,15 +23,3 @@ def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim:
     most = L2_BYTES // (BYTES_PER_VALUE * head_dim) // maximum(seqlen_q * group, 1)
     most = minimum(maximum(most, ceil_div(MIN_TILES, maximum(num_blocks, 1))), num_heads)
     return ceil_div(num_heads, ceil_div(num_heads, most))
-
-
-def key_tile(is_causal: bool, index: Int32, num_blocks: Int32, num_heads: Int32, section: Int32):
-    """(n_block, head) at a place of the order of num_heads heads with num_blocks blocks of keys each."""
-    if not is_causal:
-        head = index // num_blocks
-        return index - head * num_blocks, head
-    first_head = index // (section * num_blocks) * section
-    heads = minimum(section, num_heads - first_head)
-    within = index - first_head * num_blocks
-    n_block = within // heads
-    return n_block, first_head + within - n_block * heads

@@ -5,9 +5,9 @@ from cutlass import Int32, const_expr
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
-from .blocks import last_key_block, query_range
+from ..common.tile_ring import END, read_tile
+from .blocks import KeyTile, last_key_block, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .schedule import END, read_tile
 
 
 @cute.jit
@@ -21,7 +21,7 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     """
     consumer = pipes.dq.make_consumer()
     tiles = pipes.tiles.make_consumer()
-    tile = read_tile(smem.sTiles[None, tiles.wait().index])
+    tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
     while tile.n_block != END:
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         per_head = queries.m_block_max - queries.m_block_min
@@ -43,7 +43,7 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
-        tile = read_tile(smem.sTiles[None, tiles.wait().index])
+        tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
 
 
 @cute.jit

@@ -32,7 +32,7 @@ from .softmax import OnlineSoftmax, Scores, by_head
 from .staged_mask import StagedMask
 from .transpose import transpose_in_place
 from .visibility import Mask
-from .wgmma import Mmas, in_flight, issue_gemm
+from .wgmma import Mmas, in_flight, issue_gemm, part_of
 
 
 @dataclass
@@ -61,10 +61,10 @@ class Attend:
 
     @cute.jit
     def start_tile(self, descales: Optional[Descales], mask: Mask, packed_heads: Int32 | int = 1):
-        """Read what the tile's scores and values are to be multiplied with, FP8's descales, and ALiBi's slopes; find
+        """Read what the tile's scores and values are to be multiplied with, descales, and ALiBi's slopes; find
         the rows of attn_mask, and the rows' heads for dropout."""
         tile = mask.tile
-        if const_expr(self.cfg.is_fp8):
+        if const_expr(self.cfg.has_descales):
             self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
             if const_expr(self.cfg.has_dropout):
                 self.value_factor = self.value_factor * self.dropout.keep_factor
@@ -135,7 +135,7 @@ class Attend:
         k = self.k_consumer.wait_and_advance()
         wait_turn(self.cfg, self.wg_idx)
         self.start_qk(acc_S, k.index)
-        v, acc_PV = self.start_pv()
+        v = self.start_pv()
         pass_turn(self.cfg, self.wg_idx)
         ahead = self.fetch(acc_S, mask, n_block)
         in_flight(1)                     # S[n] is complete, PV[n+1] may still run
@@ -144,7 +144,7 @@ class Attend:
         if const_expr(is_masked):
             mask.apply(acc_S, n_block)
         self.softmax.update(acc_S, known)
-        in_flight(0)                     # PV[n+1] is complete: acc_PV and tOrP are ours again
+        in_flight(0)                     # PV[n+1] is complete: acc_O and tOrP are ours again
         self.release_v(v)
         self.make_P(acc_S, mask, n_block)
         if const_expr(not self.cfg.rescale_before_pv):
@@ -185,11 +185,30 @@ class Attend:
     @cute.jit
     def add_pv(self):
         """O += P V of the next V slot, alone; O has been rescaled for P, but not in serial steps."""
-        v, acc_PV = self.start_pv()
-        in_flight(0)
-        self.release_v(v)
         if const_expr(self.cfg.steps is Steps.SERIAL):
-            self.softmax.fold(self.acc_O, acc_PV)
+            self.fold_pv()
+        else:
+            v = self.start_pv()
+            in_flight(0)
+            self.release_v(v)
+
+    @cute.jit
+    def fold_pv(self):
+        """T = P V of the next V slot, added to O; for parts of V's columns in turn where T has no registers for all.
+
+        T is a new tensor every time: WGMMA's operands would otherwise carry the last one's along. The parts share one,
+        which holds the compiler back: with a T of its own for each it folds them last, all at once, and spills.
+        """
+        v = self.wait_for_v()
+        acc_T = cute.make_rmem_tensor_like(part_of(self.acc_O, 2, 0))
+        for part in cutlass.range_constexpr(self.cfg.num_value_parts):
+            acc_O = part_of(self.acc_O, 2, part)
+            tOrV = part_of(self.tOrV[None, None, None, v.index], 1, part)
+            issue_gemm(self.mmas.pv, acc_T, self.tOrP, tOrV, zero_init=True)
+            in_flight(0)
+            if const_expr(part == self.cfg.num_value_parts - 1):
+                self.release_v(v)
+            self.softmax.fold(acc_O, acc_T)
 
     @cute.jit
     def no_visible_key(self, sinks: Optional[cute.Tensor]):
@@ -229,22 +248,21 @@ class Attend:
         tSrQ, tSrK = self.tSrQ[None, None, None, self.q_slot], self.tSrK[None, None, None, k_slot]
         issue_gemm(self.mmas.qk, acc_S, tSrQ, tSrK, zero_init=True)
 
-    def start_pv(self):
-        """O += P V of the next V slot, left in flight; serial steps: T = P V. Returns the slot and O or T.
-
-        T is a new tensor every time: WGMMA's operands would otherwise carry the last one's registers along.
-        """
+    def start_pv(self) -> pipeline.PipelineConsumer.ImmutableResourceHandle:
+        """O += P V of the next V slot, which is returned, left in flight."""
         if self.cfg.rescale_before_pv:
             self.softmax.rescale(self.acc_O)
+        v = self.wait_for_v()
+        issue_gemm(self.mmas.pv, self.acc_O, self.tOrP, self.tOrV[None, None, None, v.index], zero_init=False)
+        return v
+
+    def wait_for_v(self) -> pipeline.PipelineConsumer.ImmutableResourceHandle:
+        """The next V slot, as PV reads it."""
         v = self.v_consumer.wait_and_advance()
         if self.cfg.values is Values.TRANSPOSED_IN_PLACE:
             tidx = cute.arch.thread_idx()[0]
             transpose_in_place(self.cfg, self.sV[None, None, v.index], self.sVt[None, None, v.index], tidx)
-        is_apart = self.cfg.steps is Steps.SERIAL
-        acc_PV = cute.make_rmem_tensor_like(self.acc_O) if is_apart else self.acc_O
-        tOrV = self.tOrV[None, None, None, v.index]
-        issue_gemm(self.mmas.pv, acc_PV, self.tOrP, tOrV, zero_init=is_apart)
-        return v, acc_PV
+        return v
 
     @cute.jit
     def release_v(self, v: pipeline.PipelineConsumer.ImmutableResourceHandle):
@@ -270,7 +288,7 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
     acc_O = cute.make_rmem_tensor(mmas.pv.partition_shape_C((cfg.tile_m, cfg.dim_v)), Float32)
     num_rows, factors = acc_O.shape[0][0] * acc_O.shape[1], None
     if cfg.transforms_scores:
-        scale = by_head(cfg, num_rows, scores.scale) if cfg.is_fp8 else scores.scale
+        scale = by_head(cfg, num_rows, scores.scale) if cfg.has_descales else scores.scale
         factors = RowFactors(scale, by_head(cfg, num_rows, Float32(0.0)) if cfg.has_alibi else None)
     if cfg.stages_mask:
         row_mask = StagedMask.create(cfg, scores.mask, smem.sMask, wg_idx)
@@ -279,15 +297,16 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
     return Attend(
         cfg, mmas,
         tSrQ=mmas.qk.make_fragment_A(wg_qk.partition_A(smem.sQ)),
-        tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.sK)),
+        tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.wide_K if cfg.widens else smem.sK)),
         tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(smem.sVt)),
         tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),
         acc_O=acc_O, scores=scores,
         softmax=OnlineSoftmax.create(cfg, scores.scale_log2, num_rows, num_used),
-        k_consumer=pipes.k.make_consumer(), v_consumer=pipes.vt.make_consumer(), wg_idx=wg_idx, q_slot=Int32(0),
+        k_consumer=(pipes.wide_k if cfg.widens else pipes.k).make_consumer(), v_consumer=pipes.vt.make_consumer(),
+        wg_idx=wg_idx, q_slot=Int32(0),
         sV=smem.sV, sVt=smem.sVt,
-        value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.is_fp8 else None, factors=factors,
-        dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask,
+        value_factor=dropout.keep_factor if cfg.has_dropout else Float32(1.0) if cfg.has_descales else None,
+        factors=factors, dropout=dropout.start(cfg, num_rows) if cfg.has_dropout else None, row_mask=row_mask,
         mods=scores.mods.start(cfg, num_rows) if cfg.has_mods else None)
 
 

@@ -4,6 +4,9 @@ id    name        threads  who                                       protects
 1..3  EPILOGUE+i  128      warpgroup i syncs                         its rows of Q, until its four warps have read them
 4..6  TURN+i      256      warpgroup i syncs, warpgroup i-1 arrives  the tensor core: one warpgroup issues at a time
 7..9  VOTE+i      128      warpgroup i votes                         nothing: its four warps branch the same way
+10    CONSUMERS   256      two warpgroups sync                       what they read or write together
+11    P_FULL      256      warpgroup 0 arrives, warpgroup 1 syncs    P and factors in shared memory, until written (mla)
+12    P_EMPTY     256      warpgroup 1 arrives, warpgroup 0 syncs    the same, until read
 """
 import enum
 
@@ -19,6 +22,9 @@ class BarrierId(enum.IntEnum):
     EPILOGUE = 1
     TURN = 4
     VOTE = 7
+    CONSUMERS = 10
+    P_FULL = 11
+    P_EMPTY = 12
 
 
 @cute.jit
@@ -48,6 +54,15 @@ def pass_turn(cfg: KernelConfig, wg_idx: Int32):
 def sync_warpgroup(wg_idx: Int32):
     """Wait for the other three warps of this consumer warpgroup."""
     cute.arch.barrier(barrier_id=BarrierId.EPILOGUE + wg_idx, number_of_threads=128)
+
+
+@cute.jit
+def sync_consumers(cfg: KernelConfig):
+    """Wait for all warps of the consumer warpgroups, which are one or two."""
+    if const_expr(cfg.num_consumer_wgs == 1):
+        sync_warpgroup(0)
+    else:
+        cute.arch.barrier(barrier_id=BarrierId.CONSUMERS, number_of_threads=256)
 
 
 def all_agree(wg_idx: Int32, agrees: Boolean) -> Boolean:

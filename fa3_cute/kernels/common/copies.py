@@ -6,7 +6,6 @@ import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Int32
 
 from ...planning.config import KernelConfig
-from .layout import element_type
 
 PIECE_BYTES = 16           # what `row_copy` moves at once
 
@@ -54,9 +53,9 @@ def is_in_row(extent: Int32, columns: int, element, thread: Int32, column: int) 
 def clear_rows(cfg: KernelConfig, slot: cute.Tensor, first: Int32, end: Int32 | int, thread: Int32,
                num_threads: Constexpr[int]):
     """Zero the rows [first, end) of a V slot, by ordinary stores of `num_threads` threads."""
-    copy, first_row, rows_per_step = row_copy(cfg.dim_v, element_type(cfg), thread, num_threads)
+    copy, first_row, rows_per_step = row_copy(cfg.dim_v, slot.element_type, thread, num_threads)
     tXsX = copy.partition_D(slot)
-    zeros = cute.make_rmem_tensor_like(tXsX[None, 0, 0], element_type(cfg))
+    zeros = cute.make_rmem_tensor_like(tXsX[None, 0, 0], slot.element_type)
     cute.recast_tensor(zeros, Int32).fill(0)
     for step in cutlass.range(first // rows_per_step, -(-end // rows_per_step), unroll=1):
         row = step * rows_per_step + first_row

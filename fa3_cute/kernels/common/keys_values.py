@@ -15,7 +15,7 @@ from cutlass import Int32, Int64, const_expr
 
 from ...planning.config import KernelConfig
 from .block_range import BlockRange, first_key
-from .layout import element_type, tensor_view
+from .layout import stored_type, tensor_view
 from .pages import PagedOperand, PagedSource, Pages, paged_operand, paged_source_of
 from .ragged import RaggedBatch
 from .rows import RowOperand, RowRing, RowSource, row_operand, row_source_of
@@ -71,7 +71,7 @@ def key_value_ring(cfg: KernelConfig, layout: cute.ComposedLayout, **facts) -> p
     """The barriers of a ring of K or V with that layout of slots; facts: PipelineAsync.create's arguments."""
     if cfg.reads_rows:
         return RowRing.create(**facts)
-    slot_bytes = cute.size_in_bytes(element_type(cfg), cute.select(layout, mode=[0, 1]))
+    slot_bytes = cute.size_in_bytes(stored_type(cfg), cute.select(layout, mode=[0, 1]))
     return pipeline.PipelineTmaAsync.create(**facts, tx_count=slot_bytes)
 
 

@@ -28,8 +28,13 @@ CONVERT_CHUNK = 8          # elements converted by one vector operation; see `co
 
 
 def element_type(cfg: KernelConfig):
-    """The CUTLASS type of Q, K and V."""
+    """The CUTLASS type of Q, K and V in the GEMMs."""
     return ELEMENT_TYPES[cfg.dtype]
+
+
+def stored_type(cfg: KernelConfig):
+    """The CUTLASS type of K and V in memory."""
+    return ELEMENT_TYPES[cfg.stored_dtype]
 
 
 def out_type(cfg: KernelConfig):
@@ -133,10 +138,11 @@ def as_quads(acc: cute.Tensor) -> cute.Tensor:
     V is transposed with the even columns of each 16 before the odd ones (transpose.py): as WGMMA counts them, a thread
     has columns 0, 2 and 1, 3 of its four.
     """
-    ((pair, row_half, col_block), mma_m, _), stride = acc.shape, acc.stride
-    ((pair_by, row_by, block_by), m_by, _) = stride
+    ((pair, row_half, col_block), mma_m, mma_n), stride = acc.shape, acc.stride
+    ((pair_by, row_by, block_by), m_by, n_by) = stride
     return cute.make_tensor(acc.iterator, cute.make_layout(
-        ((2, pair), (row_half, mma_m), col_block // 2), stride=((block_by, pair_by), (row_by, m_by), 2 * block_by)))
+        ((2, pair), (row_half, mma_m), (col_block // 2, mma_n)),
+        stride=((block_by, pair_by), (row_by, m_by), (2 * block_by, n_by))))
 
 
 def pieces_of_row(cfg: KernelConfig, acc_O: cute.Tensor, r: int) -> tuple[list[tuple], int]:
@@ -148,7 +154,7 @@ def pieces_of_row(cfg: KernelConfig, acc_O: cute.Tensor, r: int) -> tuple[list[t
         quads = as_quads(acc_O)
         return [tuple(quads[i, r, g] for i in range(4)) for g in range(cfg.dim_v // 16)], 4
     O = as_rows_cols(acc_O)
-    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cfg.dim_v // 8)], 2
+    return [(O[r, 2 * c], O[r, 2 * c + 1]) for c in range(cute.size(O, mode=[1]) // 2)], 2
 
 
 @dataclass(frozen=True)

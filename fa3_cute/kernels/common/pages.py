@@ -20,7 +20,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from ...planning.config import KernelConfig
 from .arithmetic import ceil_div
-from .layout import ROWS_OF_ATOM, element_type, smem_ring, stretch_of, tensor_view
+from .layout import ROWS_OF_ATOM, smem_ring, stored_type, stretch_of, tensor_view
 from .tiles import Tile
 from .tma import tma_views
 
@@ -71,7 +71,7 @@ def paged_operand(cfg: KernelConfig, a, name: str, extent: Int32, columns: int) 
     """
     heads = None
     if cfg.box_is_wide:
-        stretch = stretch_of(element_type(cfg), columns)
+        stretch = stretch_of(stored_type(cfg), columns)
         row, head = (cute.assume(getattr(a, f"{name}_{of}_stride"), divby=8) for of in ("row", "head"))
         heads = Int32(getattr(a, f"{name}_batch_stride") // getattr(a, f"{name}_head_stride"))
         pool = cute.make_tensor(getattr(a, name), cute.make_layout(
@@ -86,7 +86,7 @@ def paged_operand(cfg: KernelConfig, a, name: str, extent: Int32, columns: int) 
 
 def ring_of_boxes(cfg: KernelConfig, rows: int, columns: int, num_slots: int) -> cute.ComposedLayout:
     """smem_ring, in the order that the config's boxes need."""
-    return smem_ring(element_type(cfg), rows, columns, num_slots, has_columns_first=cfg.box_is_wide)
+    return smem_ring(stored_type(cfg), rows, columns, num_slots, has_columns_first=cfg.box_is_wide)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,20 @@
 
 Queries are packed or dense; keys are packed, rows of a cache, or pages. Nothing of that is a choice at compile time:
 an array that is not there is a null pointer. What the arrays say is clamped to what there is, so that a length beyond
-the capacity, or a negative one, reads nothing that is not there.
+the capacity, or a negative one, reads nothing that is not there. A sequence with padding on its left is one that begins
+where the padding ends: its queries are aligned with its last key, so that nothing else changes.
 
 Two launches may share a batch, decode and forward: each serves the sequences with as many queries as suit it, and to
 the other one's it sees no queries. Packed rows behind the last sequence can be filled: they are one more sequence, of
 queries that see no key.
 """
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Int32, const_expr
 
+from ...planning.config import KernelConfig
 from .arithmetic import maximum, minimum
 from .sequences import Sequences, is_present
 
@@ -27,18 +30,22 @@ class RaggedBatch:
     kv_batch_idx   [batch_size] int32: a sequence's entry of K and V or row of the page table; null: its own index
     batch_size     sequences, and padding as one more
     least_queries, most_queries   of the sequences that this kernel serves
+    leftpad_k      [batch_size] int32: first rows of a sequence's keys that do not exist; None unless cfg.has_leftpad
     """
     arrays: Sequences
     kv_batch_idx: cute.Tensor
     batch_size: Int32
     least_queries: Int32
     most_queries: Int32
+    leftpad_k: Optional[cute.Tensor] = None
 
     @staticmethod
-    def create(a, least_queries: Int32, most_queries: Int32) -> "RaggedBatch":
+    def create(cfg: KernelConfig, a, least_queries: Int32, most_queries: Int32) -> "RaggedBatch":
         """From a kernel's arguments."""
         kv_batch_idx = cute.make_tensor(a.kv_batch_idx, cute.make_layout(a.batch_size))
-        return RaggedBatch(Sequences.create(a), kv_batch_idx, a.batch_size + a.has_padding, least_queries, most_queries)
+        leftpad_k = cute.make_tensor(a.leftpad_k, cute.make_layout(a.batch_size)) if cfg.has_leftpad else None
+        return RaggedBatch(Sequences.create(a), kv_batch_idx, a.batch_size + a.has_padding, least_queries, most_queries,
+                           leftpad_k)
 
     def is_packed(self) -> Boolean:
         """Whether the queries are packed."""
@@ -71,7 +78,7 @@ class RaggedBatch:
         """
         arrays = self.arrays
         first_q, end_q, first_k, end_k = Int32(0), Int32(0), Int32(0), Int32(0)
-        used_q, used_k = Int32(UNLIMITED), Int32(UNLIMITED)
+        used_q, used_k, pad = Int32(UNLIMITED), Int32(UNLIMITED), Int32(0)
         if sequence < arrays.batch_size:
             end_q, end_k = arrays.rows_q, arrays.rows_k
             if is_present(arrays.cu_seqlens_q):
@@ -82,10 +89,15 @@ class RaggedBatch:
                 used_q = arrays.seqused_q[sequence]
             if is_present(arrays.seqused_k):
                 used_k = arrays.seqused_k[sequence]
+            if const_expr(self.leftpad_k is not None):
+                pad = self.leftpad_k[sequence]
         elif sequence < self.batch_size:
             first_q, end_q, end_k = arrays.cu_seqlens_q[arrays.batch_size], arrays.rows_q, Int32(-1)
         seqlen_q = maximum(minimum(end_q - first_q, used_q), 0)
         if seqlen_q < self.least_queries or seqlen_q > self.most_queries:
             seqlen_q = Int32(0)
         seqlen_k = maximum(minimum(end_k - first_k, used_k), 0)
+        if const_expr(self.leftpad_k is not None):
+            pad = minimum(maximum(pad, 0), seqlen_k)
+            first_k, seqlen_k = first_k + pad, seqlen_k - pad
         return first_q, seqlen_q, first_k, Int32(-1) if end_k < 0 else seqlen_k

@@ -71,6 +71,7 @@ class RowSource:
     ring       (tile_n, column, slot) in shared memory
     row        of the table
     num_rows   that are used
+    first_row  of the sequence's first key; None: 0
     """
     cfg: Constexpr
     pool: cute.Tensor
@@ -78,11 +79,16 @@ class RowSource:
     row: cute.Tensor
     pages: Pages
     num_rows: Int32
+    first_row: Optional[Int32] = None
 
     @property
     def rows_of_round(self) -> int:
         """At most one per lane, and a tile is whole rounds."""
         return math.gcd(WARP, self.cfg.tile_n)
+
+    def row_of(self, key: Int32) -> Int32:
+        """Of the sequence, as the table counts them."""
+        return key if self.first_row is None else key + self.first_row
 
     @cute.jit
     def page_of(self, key: Int32, end: Int32) -> Int32:
@@ -90,7 +96,7 @@ class RowSource:
         key = key + cute.arch.lane_idx() % self.rows_of_round
         page = Int32(-1)
         if key >= 0 and key < end and key < self.num_rows:
-            index, _ = divmod(key, self.pages.boxes_per_page)
+            index, _ = divmod(self.row_of(key), self.pages.boxes_per_page)
             page = self.row[index]
         if page >= self.pages.num_pages:
             page = Int32(-1)
@@ -103,7 +109,8 @@ class RowSource:
     @cute.jit
     def address(self, key: Int32, page: Int32) -> Int64:
         """Of the lane's row of the round from `key` on, which lies in `page`; 0 if it is not to be read."""
-        _, within = divmod(key + cute.arch.lane_idx() % self.rows_of_round, self.pages.boxes_per_page)
+        row = self.row_of(key + cute.arch.lane_idx() % self.rows_of_round)
+        _, within = divmod(row, self.pages.boxes_per_page)
         address = Int64(0)
         if page >= 0:
             address = Int64(self.pool[within, None, page].iterator.toint())
@@ -174,4 +181,5 @@ def row_source_of(cfg: KernelConfig, op: RowOperand, ring: cute.Tensor, tile: Ti
                   table_row: Int32) -> RowSource:
     """The rows that `tile` reads."""
     pool = op.tensor[None, None, tile.kv_head, None]
-    return RowSource(cfg, pool, ring, pages.table[table_row, None], pages, tile.seqlen_k)
+    first_row = tile.offset_k if cfg.has_leftpad else None
+    return RowSource(cfg, pool, ring, pages.table[table_row, None], pages, tile.seqlen_k, first_row)

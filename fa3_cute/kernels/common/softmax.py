@@ -66,12 +66,12 @@ class OnlineSoftmax:
                num_used: Optional[Int32] = None) -> "OnlineSoftmax":
         """Before the first tile; `update` initialises the rows with its scores.
 
-        scale_log2 of the scores; of raw ones FP8's are set for each tile of O (`by_head`)
+        scale_log2 of the scores; of raw ones of FP8 keys they are set for each tile of O (`by_head`)
         num_used   how many of the thread's rows exist, the same in the whole warp; the others are left out, and what
                    becomes of them is undefined. None: all of them.
         """
         row_max, row_sum, row_scale = (cute.make_rmem_tensor(num_rows, Float32) for _ in range(3))
-        if cfg.is_fp8 and not cfg.transforms_scores:
+        if cfg.has_descales and not cfg.transforms_scores:
             scale_log2 = by_head(cfg, num_rows, scale_log2)
         return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, num_used, P_SCALE_LOG2 if cfg.is_fp8 else 0,
                              cfg.has_natural_scores)

@@ -27,7 +27,8 @@ def make_mmas(cfg: KernelConfig) -> Mmas:
         qk=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, OperandMajorMode.K, Float32, warpgroups,
                                        (ROWS_PER_WARPGROUP, cfg.tile_n)),
         pv=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, v_major, Float32, warpgroups,
-                                       (ROWS_PER_WARPGROUP, cfg.dim_v), warpgroup.OperandSource.RMEM))
+                                       (ROWS_PER_WARPGROUP, cfg.dim_v // cfg.num_value_parts),
+                                       warpgroup.OperandSource.RMEM))
 
 
 @cute.jit
@@ -45,3 +46,16 @@ def issue_gemm(tiled_mma: cute.TiledMma, acc: cute.Tensor, tCrA: cute.Tensor, tC
 def in_flight(n: int):
     """Block until at most n committed GEMMs of this warpgroup are still running."""
     warpgroup.wait_group(n)
+
+
+def part_of(X: cute.Tensor, mode: int, part: int) -> cute.Tensor:
+    """One of the WGMMAs along a mode, 1 or 2, of a fragment of three modes, which it keeps."""
+    if cute.size(X, mode=[mode]) == 1:
+        return X
+    index = [None, None, None]
+    index[mode] = part
+    rest = X[tuple(index)]
+    shape, stride = [rest.shape[0], rest.shape[1]], [rest.stride[0], rest.stride[1]]
+    shape.insert(mode, 1)
+    stride.insert(mode, 0)
+    return cute.make_tensor(rest.iterator, cute.make_layout(tuple(shape), stride=tuple(stride)))

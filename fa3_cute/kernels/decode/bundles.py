@@ -27,7 +27,7 @@ class DecodeParams:
     mLSE: cute.Tensor              # (seqlen_q, num_heads, batch) f32; may be null
     lengths: UsedLengths           # unless cfg.is_ragged
     places: Optional[KeyPlaces]    # None unless cfg.is_ragged
-    descales: Optional[Descales]   # None unless cfg.is_fp8
+    descales: Optional[Descales]   # None unless cfg.has_descales
     scratch: SplitScratch
     scores: ScoreTransform
     sinks: Sinks
@@ -46,6 +46,8 @@ class DecodeLayouts:
     sK: cute.ComposedLayout        # (tile_n, dim_qk, num_kv_stages)
     sV: cute.ComposedLayout        # (tile_n, dim_v, num_kv_stages)
     sVt: Optional[cute.ComposedLayout]     # (dim_v, tile_n, num_kv_stages): V^T; None unless cfg.values.is_transposed
+    wide_K: Optional[cute.ComposedLayout]  # (tile_n, dim_qk, num_wide_slots) of cfg.dtype; None unless cfg.widens
+    wide_V: Optional[cute.ComposedLayout]  # (tile_n, dim_v, num_wide_slots), as wide_K
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class DecodeSmem:
     sQ: cute.Tensor
     sK: cute.Tensor
     sV: cute.Tensor
-    sVt: cute.Tensor               # (dim_v, tile_n, num_kv_stages): sV itself; FP8 is transposed within its slot
+    wide_K: Optional[cute.Tensor]  # None unless cfg.widens, as wide_V
+    wide_V: Optional[cute.Tensor]
+    sVt: cute.Tensor               # (dim_v, tile_n, slot): sV itself or wide_V; FP8 is transposed within its slot
     # (partial_lines, dim_v) f32: line row / cluster_size * cluster_size + r holds row `row` of the CTA of rank r.
     # Aliases sK and, if need be, sV, once all CTAs of the cluster have read all of theirs (send_partial).
     sPartial: cute.Tensor
@@ -66,6 +70,7 @@ class DecodeSmem:
 @dataclass(frozen=True)
 class DecodePipelines:
     """Barrier arrays only, as FwdPipelines."""
-    k: pipeline.PipelineTmaAsync   # load warp -> consumers
-    v: pipeline.PipelineTmaAsync   # load warp -> consumers
-    vt: pipeline.PipelineTmaAsync  # v
+    k: pipeline.PipelineTmaAsync   # load warp -> consumers, or widening warps
+    v: pipeline.PipelineTmaAsync   # load warp -> consumers, or widening warps
+    wide_k: pipeline.PipelineAsync # k, or widening warps -> consumers
+    vt: pipeline.PipelineAsync     # v, or widening warps -> consumers: what PV reads

@@ -4,9 +4,10 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from ...planning.config import DecodeConfig
+from ...planning.rings import WARP
 from ..common.arithmetic import ceil_div
 from ..common.attend import attend_to, make_attend
-from ..common.barriers import sync_warpgroup
+from ..common.barriers import sync_consumers
 from ..common.copies import is_in_row, row_copy, row_piece
 from ..common.layout import element_type
 from ..common.visibility import Visibility
@@ -32,7 +33,7 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: Mmas, smem: Dec
     attend = make_attend(cfg, params, mmas, smem, pipes, Int32(0), num_used)
     mask = Visibility(cfg, params.window, work.tile, params.grid.packed_heads).of_thread(tidx)
     attend.start_tile(params.descales, mask, params.grid.packed_heads)
-    attend = attend_to(cfg, attend, mask, work.blocks, smem.sV, tidx)
+    attend = attend_to(cfg, attend, mask, work.blocks, smem.wide_V if cfg.widens else smem.sV, tidx)
     cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
     send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)
     merge_cluster(cfg, params, smem, work, tidx)
@@ -45,9 +46,10 @@ def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: Spli
     """The rows of Q that exist, from global to shared memory with ordinary loads: there are few, and they are strided.
 
     The other rows of sQ hold anything: rows do not mix, and these are never stored.
-    Runs on: the consumer warpgroup. Synchronises: its four warps.
+    Runs on: the consumers. Synchronises: their warps.
     """
-    copy, first_row, rows_per_step = row_copy(cfg.dim_qk, element_type(cfg), tidx, num_threads=128)
+    copy, first_row, rows_per_step = row_copy(cfg.dim_qk, element_type(cfg), tidx,
+                                              WARP * cfg.num_consumer_warps)
     tQsQ = copy.partition_D(smem.sQ[None, None, 0])
     packed_heads = params.grid.packed_heads
     for step in cutlass.range(ceil_div(work.num_rows, rows_per_step), unroll=1):
@@ -58,7 +60,7 @@ def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: Spli
             mQ = params.mQ[work.tile.offset_q + query, None, work.tile.head + head, work.tile.batch]
             read_row(cfg, mQ, tQsQ[None, step, None], tidx)
     cute.arch.fence_view_async_shared()
-    sync_warpgroup(0)
+    sync_consumers(cfg)
 
 
 @cute.jit

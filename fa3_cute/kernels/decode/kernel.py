@@ -7,19 +7,21 @@ from functools import partial
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ...planning.config import DECODE_ARGUMENTS, DecodeConfig
-from ...planning.rings import by_name
+from ...planning.rings import WARP, by_name
 from ..common.arithmetic import maximum, minimum
 from ..common.block_range import Window, split_range
 from ..common.cluster import sync_cluster
 from ..common.entry import flat_entry
 from ..common.dropout import Dropout
 from ..common.fp8 import Descales
-from ..common.keys_values import KeyPlaces, capacity, key_value_operand, key_value_ring, with_descriptors
-from ..common.layout import dims_of, element_type, lse_view, smem_ring, tensor_view, transposed, view_as
+from ..common.keys_values import (
+    KeyPlaces, Operand, capacity, key_value_operand, key_value_ring, with_descriptors
+)
+from ..common.layout import dims_of, element_type, lse_view, smem_ring, stored_type, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import RaggedBatch
 from ..common.row_end import Sinks
@@ -28,12 +30,14 @@ from ..common.sequences import UsedLengths, is_present
 from ..common.tiles import Tile
 from ..common.tma import kv_policy
 from ..common.visibility import Visibility
+from ..common.widen import WideRing
 from ..common.wgmma import Mmas, make_mmas
 from .bundles import DecodeLayouts, DecodeParams, DecodePipelines, DecodeSmem
 from .consume import consume_split
 from .load import load_split
 from .ragged import Dealer, RaggedGrid
 from .split import SplitGrid, SplitScratch, SplitWork, place_of, rows_of
+from .widen_role import widen_split
 
 
 @flat_entry(DECODE_ARGUMENTS)
@@ -52,19 +56,14 @@ class FlashAttentionDecode:
         KV head, cluster_size (at most 16) divides num_splits; smem_bytes is at least cfg.smem_bytes. partials and
         arrivals: see split.SplitScratch.
         """
-        cfg = self.cfg
-        ring = partial(smem_ring, element_type(cfg))
-        layouts = DecodeLayouts(
-            sQ=ring(cfg.tile_m, cfg.dim_qk, 1), sK=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
-            sV=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages),
-            sVt=ring(cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None)
+        cfg, layouts = self.cfg, self.layouts()
         grid = SplitGrid.create(cfg.tile_m, a.batch_size, a.seqlen_q, a.num_heads, a.num_heads // a.num_heads_k,
                                 a.packed_heads, a.num_splits, a.cluster_size)
         batches = batches_k = a.batch_size
         places, ragged, num_ctas = None, None, grid.num_items * a.num_splits
         num_tokens = Int64(a.batch_size) * a.seqlen_k        # of K and V that the call may read
         if const_expr(cfg.is_ragged):
-            batch = RaggedBatch.create(a, Int32(0), a.decode_queries)
+            batch = RaggedBatch.create(cfg, a, Int32(0), a.decode_queries)
             batches = Int32(1) if batch.is_packed() else a.batch_size
             batches_k = Int32(1) if is_present(batch.arrays.cu_seqlens_k) else a.batch_size_k
             places, ragged = KeyPlaces.create(cfg, a, batch), RaggedGrid.create(a)
@@ -73,22 +72,46 @@ class FlashAttentionDecode:
         dim_qk, dim_v = dims_of(cfg, a)
         mQ, mO = (tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches))
                   for name, columns in (("q", dim_qk), ("out", dim_v)))
-        k, v = (key_value_operand(cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), layout)
-                for name, columns, layout in (("k", dim_qk, layouts.sK), ("v", dim_v, layouts.sV)))
+        k, v = self.operands(a, layouts, batches_k)
         num_clusters = a.num_splits // a.cluster_size
         params = DecodeParams(
             k=k, v=v, mQ=mQ, mO=mO, mLSE=lse_view(a, batches), lengths=UsedLengths.create(a), places=places,
-            descales=Descales.create(a) if const_expr(cfg.is_fp8) else None,
+            descales=Descales.create(a) if const_expr(cfg.has_descales) else None,
             scratch=self.scratch(grid, num_clusters, a),
             scores=ScoreTransform.create(cfg, a), sinks=Sinks.create(a), dropout=Dropout.create(cfg, a),
             window=Window.create(cfg, a),
             grid=grid, ragged=ragged, num_clusters=num_clusters,
-            kv_policy=kv_policy(num_tokens * a.num_heads_k * cfg.kv_bytes_per_token))
+            kv_policy=self.policy(grid, num_tokens * a.num_heads_k * cfg.kv_bytes_per_token))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
-        self.kernel(params, layouts, make_mmas(cfg)).launch(
+        self.kernel(params, layouts, self.mmas()).launch(
             grid=(num_ctas, 1, 1), block=(cfg.num_threads, 1, 1), cluster=(a.cluster_size, 1, 1),
             smem=a.smem_bytes, min_blocks_per_mp=cfg.ctas_per_sm, preferred_smem_carveout=100, use_pdl=True,
             stream=a.stream)
+
+    def layouts(self) -> DecodeLayouts:
+        """Of shared memory."""
+        cfg = self.cfg
+        ring = partial(smem_ring, element_type(cfg))
+        return DecodeLayouts(
+            sQ=ring(cfg.tile_m, cfg.dim_qk, 1), sK=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
+            sV=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages),
+            sVt=ring(cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None,
+            wide_K=ring(cfg.tile_n, cfg.dim_qk, cfg.num_wide_slots) if cfg.widens else None,
+            wide_V=ring(cfg.tile_n, cfg.dim_v, cfg.num_wide_slots) if cfg.widens else None)
+
+    def operands(self, a, layouts: DecodeLayouts, batches_k: Int32) -> tuple[Operand, Operand]:
+        """K and V."""
+        dim_qk, dim_v = dims_of(self.cfg, a)
+        return tuple(key_value_operand(self.cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), layout)
+                     for name, columns, layout in (("k", dim_qk, layouts.sK), ("v", dim_v, layouts.sV)))
+
+    def policy(self, grid: SplitGrid, num_bytes: Int64) -> Int64:
+        """L2 policy of K and V that are num_bytes together."""
+        return kv_policy(num_bytes)
+
+    def mmas(self) -> Mmas:
+        """The GEMMs."""
+        return make_mmas(self.cfg)
 
     def scratch(self, grid: SplitGrid, clusters: Int32, a) -> SplitScratch:
         """The scratch memory as tensors: O, and behind it LSE; `clusters` work on one item."""
@@ -108,7 +131,8 @@ class FlashAttentionDecode:
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
     def kernel(self, params: DecodeParams, layouts: DecodeLayouts, mmas: Mmas):
-        """Warps 0-3 consume, warp 4 loads."""
+        """Warps 0-3 consume, warp 4 loads; where K and V are widened, warps 4-7 and 8-11 do that, and warp 12
+        loads."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         load_warp = by_name(cfg.roles)["load"].warps[0]
@@ -119,19 +143,44 @@ class FlashAttentionDecode:
         work = self.work_of(params, cute.arch.block_idx()[0])
         if const_expr(cfg.is_ragged):
             if work.num_clusters > 0:
-                self.play(params, mmas, smem, pipes, work, warp_idx == load_warp)
+                self.play(params, mmas, smem, pipes, work, warp_idx)
         else:
-            self.play(params, mmas, smem, pipes, work, warp_idx == load_warp)
+            self.play(params, mmas, smem, pipes, work, warp_idx)
 
     @cute.jit
     def play(self, params: DecodeParams, mmas: Mmas, smem: DecodeSmem, pipes: DecodePipelines, work: SplitWork,
-             is_loader: Boolean):
+             warp_idx: Int32):
         """The warp's role."""
-        if is_loader:
+        if const_expr(self.cfg.widens):
+            self.play_widening(params, mmas, smem, pipes, work)
+        elif warp_idx == by_name(self.cfg.roles)["load"].warps[0]:
             load_split(self.cfg, params, smem, pipes, work)
             sync_cluster()      # as the consumers do, once
         else:
             consume_split(self.cfg, params, mmas, smem, pipes, work)
+
+    @cute.jit
+    def play_widening(self, params: DecodeParams, mmas: Mmas, smem: DecodeSmem, pipes: DecodePipelines,
+                      work: SplitWork):
+        """The same where K and V are widened; a warpgroup decides on its registers."""
+        cfg, roles = self.cfg, by_name(self.cfg.roles)
+        tidx, first = cute.arch.thread_idx()[0], {name: role.warps[0] for name, role in roles.items()}
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx < first["widen_k"]:
+            cute.arch.setmaxregister_increase(roles["consume"].registers)
+            consume_split(cfg, params, mmas, smem, pipes, work)
+        else:
+            if warp_idx < first["load"]:
+                cute.arch.setmaxregister_decrease(roles["widen_k"].registers)
+                if warp_idx < first["widen_v"]:
+                    widen_split(cfg, smem.sK, smem.wide_K, pipes.k, pipes.wide_k, work, tidx - WARP * first["widen_k"])
+                else:
+                    widen_split(cfg, smem.sV, smem.wide_V, pipes.v, pipes.vt, work, tidx - WARP * first["widen_v"])
+            else:
+                cute.arch.setmaxregister_decrease(roles["load"].registers)
+                if warp_idx == first["load"]:
+                    load_split(cfg, params, smem, pipes, work)
+            sync_cluster()      # as the consumers do, once
 
     @cute.jit
     def work_of(self, params: DecodeParams, index: Int32) -> SplitWork:
@@ -175,25 +224,32 @@ class FlashAttentionDecode:
         """Carve shared memory; initialise and publish the mbarriers. cfg.rings has the arrival counts."""
         cfg = self.cfg
         allocator = cutlass.memory.SmemAllocator()
-        k_bars, v_bars = (allocator.allocate_array(Int64, 2 * cfg.num_kv_stages) for _ in range(2))
+        rings = by_name(cfg.rings)
+        bars = {name: allocator.allocate_array(Int64, 2 * ring.slots) for name, ring in rings.items() if ring.full}
         partials_arrived = allocator.allocate_array(Int64, 1)
         sArrived = allocator.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=16)
         sPartialLSE = allocator.allocate_tensor(Float32, cute.make_layout(cfg.partial_lines), byte_alignment=16)
-        tensor = lambda layout: allocator.allocate_tensor(
-            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        sQ, sK, sV = tensor(layouts.sQ), tensor(layouts.sK), tensor(layouts.sV)
-        sVt = view_as(sV, layouts.sVt, element_type(cfg)) if const_expr(cfg.values.is_transposed) else transposed(sV)
+        tensor = lambda layout, element: allocator.allocate_tensor(
+            element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        sQ, sK, sV = (tensor(layout, element) for layout, element in (
+            (layouts.sQ, element_type(cfg)), (layouts.sK, stored_type(cfg)), (layouts.sV, stored_type(cfg))))
+        wide_K, wide_V = (tensor(layout, element_type(cfg)) if const_expr(cfg.widens) else None
+                          for layout in (layouts.wide_K, layouts.wide_V))
+        is_transposed, wgmma_V = cfg.values.is_transposed, wide_V if const_expr(cfg.widens) else sV
+        sVt = view_as(sV, layouts.sVt, element_type(cfg)) if const_expr(is_transposed) else transposed(wgmma_V)
         sPartial = cute.make_tensor(cute.recast_ptr(sK.iterator, dtype=Float32), cute.make_layout(
             (cfg.partial_lines, cfg.dim_v), stride=(cfg.dim_v, 1)))
-        smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, sVt, sPartial)
+        smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, wide_K, wide_V, sVt, sPartial)
 
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
-        rings = by_name(cfg.rings)
-        kv_ring = lambda name, bars, layout: key_value_ring(
-            cfg, layout, num_stages=rings[name].slots, producer_group=group(rings[name].full),
-            consumer_group=group(rings[name].empty), barrier_storage=bars, defer_sync=True)
-        v = kv_ring("v", v_bars, layouts.sV)
-        pipes = DecodePipelines(k=kv_ring("k", k_bars, layouts.sK), v=v, vt=v)
+        facts = lambda name: {
+            "num_stages": rings[name].slots, "producer_group": group(rings[name].full),
+            "consumer_group": group(rings[name].empty), "barrier_storage": bars[name], "defer_sync": True}
+        v, k = key_value_ring(cfg, layouts.sV, **facts("v")), key_value_ring(cfg, layouts.sK, **facts("k"))
+        wide_k, vt = k, v
+        if const_expr(cfg.widens):
+            wide_k, vt = WideRing.create(**facts("wide_k")), WideRing.create(**facts("wide_v"))
+        pipes = DecodePipelines(k=k, v=v, wide_k=wide_k, vt=vt)
         if cute.arch.thread_idx()[0] == 0:
             cute.arch.mbarrier_init(partials_arrived, 1)
         cute.arch.mbarrier_init_fence()

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Constexpr, Float32, Int32
 
 from ...planning.config import DecodeConfig
+from ...planning.rings import WARP
 from ..common.arithmetic import LOG2_E
-from ..common.barriers import sync_warpgroup
+from ..common.barriers import sync_consumers
 from ..common.cluster import send, sync_cluster
 from ..common.layout import ROW_STEP, fragment_col, fragment_row, out_type, pieces_of_row
 from ..common.row_end import with_sink
@@ -39,13 +40,14 @@ def expect_partials(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, w
 
 @cute.jit
 def send_partial(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, acc_O: cute.Tensor,
-                 lse: cute.Tensor, tidx: Int32):
+                 lse: cute.Tensor, tidx: Int32, part: Constexpr[int] = 0):
     """acc_O and lse (f32, normalised) -> the CTAs of the cluster that own the rows.
 
-    Runs on: the consumer warpgroup. Synchronises: the cluster, before, since the partial results lie over the K that
+    part   of the columns that acc_O has, where each consumer warpgroup has one; tidx counts within it
+    Runs on: the consumers. Synchronises: the cluster, before, since the partial results lie over the K that
     its consumers read; the mbarrier of each owner counts the bytes.
     """
-    sync_warpgroup(0)
+    sync_consumers(cfg)
     sync_cluster()
     for r in cutlass.range_constexpr(cute.size(lse)):
         row = fragment_row(tidx) + ROW_STEP * r
@@ -54,9 +56,10 @@ def send_partial(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work
             line = slot * params.grid.cluster_size.divisor + work.rank
             pieces, size = pieces_of_row(cfg, acc_O, r)
             for i in cutlass.range_constexpr(len(pieces)):
-                place = cute.local_tile(smem.sPartial[line, None], (size,), (4 * i + tidx % 4,))
+                index = 4 * (part * len(pieces) + i) + tidx % 4
+                place = cute.local_tile(smem.sPartial[line, None], (size,), (index,))
                 send(pieces[i], place, smem.partials_arrived, owner)
-            if fragment_col(tidx) == 0:
+            if part == 0 and fragment_col(tidx) == 0:
                 send((lse[r],), cute.local_tile(smem.sPartialLSE, (1,), (line,)), smem.partials_arrived, owner)
 
 
@@ -161,11 +164,11 @@ def chunks_of(cfg: DecodeConfig, params: DecodeParams) -> Int32 | int:
 def merge_cluster(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
     """The rows that this CTA owns, from shared memory to out, or to the scratch if other clusters have a part.
 
-    Runs on: the consumer warpgroup. Synchronises: waits for the rows that the cluster sends (`send_partial`).
+    Runs on: the consumers. Synchronises: waits for the rows that the cluster sends (`send_partial`).
     """
     grid, chunks = params.grid, chunks_of(cfg, params)
     cute.arch.mbarrier_wait(smem.partials_arrived, 0)
-    for unit in cutlass.range(tidx, work.num_own_rows * chunks, 128, unroll=1):
+    for unit in cutlass.range(tidx, work.num_own_rows * chunks, WARP * cfg.num_consumer_warps, unroll=1):
         slot, chunk = unit // chunks, unit % chunks
         count = grid.cluster_size.divisor
         row, sink = slot * count + work.rank, -Float32.inf
@@ -186,18 +189,18 @@ def merge_cluster(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, wor
 def merge_clusters(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: SplitWork, tidx: Int32):
     """If this CTA is the last to arrive of those that own the same rows in their clusters: these rows to out.
 
-    Runs on: the consumer warpgroup, after merge_cluster. Synchronises: these CTAs through their arrival count, which
+    Runs on: the consumers, after merge_cluster. Synchronises: these CTAs through their arrival count, which
     releases what they wrote and lets the last one acquire it.
     """
     scratch, grid, chunks = params.scratch, params.grid, chunks_of(cfg, params)
     arrivals = work.item * grid.cluster_size.divisor + work.rank
-    sync_warpgroup(0)
+    sync_consumers(cfg)
     if tidx == 0:
         count = scratch.arrivals.iterator + arrivals
         smem.sArrived[0] = cute.arch.atomic_add(count, Int32(1), sem="acq_rel", scope="gpu")
-    sync_warpgroup(0)
+    sync_consumers(cfg)
     if smem.sArrived[0] == work.num_clusters - 1:
-        for unit in cutlass.range(tidx, work.num_own_rows * chunks, 128, unroll=1):
+        for unit in cutlass.range(tidx, work.num_own_rows * chunks, WARP * cfg.num_consumer_warps, unroll=1):
             slot, chunk = unit // chunks, unit % chunks
             row = slot * grid.cluster_size.divisor + work.rank
             O, lse = merge_columns(scratch.O[work.item, None, row, None], scratch.LSE[work.item, None, row],

@@ -64,7 +64,7 @@ class FwdSmem:
     sK: cute.Tensor
     sV: cute.Tensor
     sVt: cute.Tensor               # (dim_v, tile_n, num_kv_stages): a view of sV, or its own if cfg.values.has_ring
-    sTiles: cute.Tensor            # (ENTRY_INTS, tile slots) int32
+    sTiles: cute.Tensor            # (entry_ints(Tile), tile slots) int32
     sMask: Optional[cute.Tensor]   # bytes of all consumer warps; None unless cfg.stages_mask
 
 

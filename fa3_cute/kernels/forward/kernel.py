@@ -21,7 +21,8 @@ from ..common.ragged import UNLIMITED, RaggedBatch
 from ..common.row_end import Sinks
 from ..common.scores import ScoreTransform
 from ..common.sequences import Sequences, is_present
-from ..common.tiles import with_packed_heads
+from ..common.tile_ring import entry_ints
+from ..common.tiles import Tile, with_packed_heads
 from ..common.tma import tma_load, tma_store
 from ..common.wgmma import Mmas, make_mmas
 from .bundles import FwdLayouts, FwdParams, FwdPipelines, FwdSmem
@@ -30,7 +31,6 @@ from .load import load
 from .order import TileGrid, heads_per_section
 from .schedule import schedule
 from .store import store
-from .tile_ring import ENTRY_INTS
 from .transpose_role import transpose
 
 
@@ -54,7 +54,7 @@ class FlashAttentionForward:
             batches = batches_k = Int32(1) if sequences.is_packed() else a.batch_size
         if const_expr(cfg.is_ragged):
             batches_k = Int32(1) if is_present(sequences.cu_seqlens_k) else a.batch_size_k
-            sequences = RaggedBatch.create(a, a.decode_queries + 1, Int32(UNLIMITED))
+            sequences = RaggedBatch.create(cfg, a, a.decode_queries + 1, Int32(UNLIMITED))
             places = KeyPlaces.create(cfg, a, sequences)
         dim_qk, dim_v = dims_of(cfg, a)
         mQ, mO = (with_packed_heads(cfg, tensor_view(a, name, (a.seqlen_q, columns, a.num_heads, batches)))
@@ -134,7 +134,7 @@ class FlashAttentionForward:
         names = ("q", "k", "v", "o", *["vt"] * cfg.values.has_ring, "tiles")
         bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in names}   # full and empty
         sTiles = allocator.allocate_tensor(
-            Int32, cute.make_layout((ENTRY_INTS, rings["tiles"].slots)), byte_alignment=16)
+            Int32, cute.make_layout((entry_ints(Tile), rings["tiles"].slots)), byte_alignment=16)
         tensor = lambda layout, element=element_type(cfg): allocator.allocate_tensor(
             element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         has_fewer = cfg.output is Output.IN_Q_SLOT and cfg.dim_v < cfg.dim_qk

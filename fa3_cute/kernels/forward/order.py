@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from cutlass import Int32
 
 from ..common.arithmetic import ceil_div, maximum, minimum
+from ..common.order import block_and_head
 
 L2_BYTES_FOR_KV = 32 << 20   # of 50 MB: leaves room for Q, O and the next section
 MIN_SECTION = 32             # heads: the last tiles of a launch are then short, and its CTAs end together
@@ -43,14 +44,7 @@ def heads_per_section(num_heads: Int32, qhead_per_kvhead: Int32, seqlen_k: Int32
 
 def tile_of_heads(is_causal: bool, index: Int32, num_m_blocks: Int32, num_heads: Int32, section: Int32):
     """(m_block, head) at a place of the order of num_heads heads that have num_m_blocks Q tiles each."""
-    if not is_causal:
-        head = index // num_m_blocks
-        return index - head * num_m_blocks, head
-    first_head = index // (section * num_m_blocks) * section
-    heads = minimum(section, num_heads - first_head)
-    within = index - first_head * num_m_blocks
-    row = within // heads
-    return num_m_blocks - 1 - row, first_head + within - row * heads
+    return block_and_head(is_causal, is_causal, index, num_m_blocks, num_heads, section)
 
 
 def dense_tile(is_causal: bool, grid: TileGrid, index: Int32):

@@ -15,12 +15,13 @@ from ...planning.config import FwdConfig
 from ..common.arithmetic import ceil_div
 from ..common.ragged import RaggedBatch
 from ..common.sequences import Sequences
+from ..common.tile_ring import END, end_of
 from ..common.tiles import Tile
 from ..common.visibility import from_first_visible
 from .bundles import FwdParams, FwdPipelines, FwdSmem
 from .order import dense_tile, heads_per_section, tile_of_heads
 from .store import OutStore
-from .tile_ring import END, TileWriter, end_tile
+from .tile_ring import TileWriter
 
 LANES = 32
 
@@ -32,7 +33,7 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
     Runs on: warp 2; FP8: warp 1, so that two are left to transpose V.
     Synchronises: waits for the empty halves of the tile ring; fills it; FP8: as OutStore.store.
     """
-    out, unstored = OutStore.create(pipes), end_tile()
+    out, unstored = OutStore.create(pipes), end_of(Tile)
     writer = TileWriter(smem.sTiles, pipes.tiles.make_producer())
     index, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
     qhead_per_kvhead = params.num_heads // params.num_heads_k
@@ -67,7 +68,7 @@ def schedule(cfg: FwdConfig, params: FwdParams, smem: FwdSmem, pipes: FwdPipelin
             writer.wait_for_room()       # take the next tile as late as the ring allows
             fetched = fetch(params.tile_counter)
             index = num_ctas + fetched
-    writer.publish(end_tile())
+    writer.publish(end_of(Tile))
     if const_expr(cfg.values.has_ring):
         store_previous(cfg, params, smem, out, unstored)
     if fetched == num_tiles - 1 and cute.arch.lane_idx() == 0:

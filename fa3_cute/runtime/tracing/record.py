@@ -187,7 +187,7 @@ def lengths_of(p: Any) -> dict[str, Ints]:
     """The arrays of plain params that say where the sequences lie, of those that are there."""
     batch = p.batch_size
     found: dict[str, int] = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new"), batch + 1)
-    found |= dict.fromkeys(("seqused_q", "seqused_k", "kv_batch_idx", "seqlens_rotary"), batch)
+    found |= dict.fromkeys(("seqused_q", "seqused_k", "kv_batch_idx", "leftpad_k", "seqlens_rotary"), batch)
     arrays = {name: Ints(1, columns, columns) for name, columns in found.items() if getattr(p, name)}
     if p.page_table:
         pages = p.seqlen_k // p.page_size

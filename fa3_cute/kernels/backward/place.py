@@ -1,0 +1,53 @@
+"""Which rows a CTA's number in the order of a launch (order.py) stands for."""
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32, const_expr
+
+from ...planning.backward import BackwardConfig
+from ...planning.one_side import OneSideConfig
+from ..common.order import block_and_head
+from ..common.sequences import Sequences
+from .blocks import Blocks
+from .order import heads_per_section
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block of rows of one side of a sequence, which may all lie behind its last; fields as in KeyTile."""
+    block: Int32
+    head: Int32
+    batch: Int32
+    offset_q: Int32
+    seqlen_q: Int32
+    offset_k: Int32
+    seqlen_k: Int32
+    sequence: Int32
+
+
+@cute.jit
+def find_place(cfg: BackwardConfig | OneSideConfig, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
+               index: Int32, is_reversed: Constexpr[bool]) -> Place:
+    """At a place of the order. Runs on: whole warps.
+
+    heads         (heads of the side that `blocks` are of, query heads of a KV head)
+    is_reversed   the last blocks come first
+    """
+    num_heads, group = heads
+    seqlen_q, seqlen_k, offset_q, offset_k = sequences.rows_q, sequences.rows_k, Int32(0), Int32(0)
+    if const_expr(cfg.is_varlen):
+        head = index // blocks.num_blocks
+        block = index - head * blocks.num_blocks
+        if const_expr(is_reversed):
+            block = blocks.num_blocks - 1 - block
+        sequence = blocks.find(block)
+        offset_q, seqlen_q, offset_k, seqlen_k = sequences.place(sequence)
+        block, batch = block - blocks.first(sequence), sequences.batch_coordinate(sequence)
+    else:
+        all_heads = num_heads * sequences.batch_size
+        num_blocks = blocks.num_blocks // sequences.batch_size
+        section = heads_per_section(all_heads, group, seqlen_q, cfg.head_dim, num_blocks)
+        block, any_head = block_and_head(cfg.is_causal, is_reversed, index, num_blocks, all_heads, section)
+        sequence = any_head // num_heads
+        batch, head = sequence, any_head - sequence * num_heads
+    return Place(block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, sequence)

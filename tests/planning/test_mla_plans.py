@@ -1,0 +1,112 @@
+"""Which kernel serves an MLA problem, what it takes of an SM, and how its work is dealt out."""
+
+from dataclasses import replace
+
+import pytest
+from rule_calls import DENSE, PACKED, A
+
+from fa3_cute.contract.params import DataType
+from fa3_cute.contract.plain import plain
+from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
+from fa3_cute.planning.mla import MlaConfig, mla_config
+from fa3_cute.planning.operations import operation_of
+from fa3_cute.planning.problem import ProblemShape
+from fa3_cute.planning.rings import WARP, by_name
+from fa3_cute.planning.splits import CLUSTER_SLOTS
+from fa3_cute.planning.tables import DENSE as CONTIGUOUS
+from fa3_cute.planning.tables import KeySource, decode_config
+
+DIMS = {"head_dim": 576, "head_dim_v": 512, "num_heads_k": 1, "dtype": DataType.BF16}
+MLA = replace(DENSE, **DIMS, num_heads=16, batch_size=128, seqlen_q=1, seqlen_k=4096)
+PAGED = replace(MLA, page_table=A, page_size=64, num_pages=99999, seqused_k=A)
+CFG = mla_config("bf16", False)
+
+
+def launch_of(call):
+    """The one launch of a call."""
+    (launch,) = operation_of(ProblemShape.of(plain(call))).launches
+    return launch
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (MLA, CFG),
+        (replace(MLA, is_causal=True), CFG),  # one query sees all keys
+        (replace(MLA, seqlen_q=2, is_causal=True), mla_config("bf16", True)),
+        (replace(MLA, seqlen_q=500, is_causal=True), mla_config("bf16", True)),  # whatever the number of rows
+        (replace(MLA, dtype=DataType.FP16, out_dtype=DataType.FP32), mla_config("fp16", False, "fp32")),
+        (replace(MLA, seqused_k=A), mla_config("bf16", False, None, KeySource(True))),
+        (PAGED, mla_config("bf16", False, None, KeySource(True, 64, True))),
+        (replace(PAGED, page_size=16), mla_config("bf16", False, None, KeySource(True, 16, True))),
+        (replace(PAGED, k_batch_stride=64 * 576 + 8), mla_config("bf16", False, None, KeySource(True, 64, False))),
+        (replace(PACKED, **DIMS, is_causal=True), mla_config("bf16", True, None, KeySource(True))),
+    ],
+)
+def test_one_kernel_serves_a_call(call, expected):
+    assert launch_of(call).config is expected
+
+
+@pytest.mark.parametrize("source", [CONTIGUOUS, KeySource(True, 64, True), KeySource(True, 8)])
+def test_config_fits_an_sm(source):
+    cfg = mla_config("bf16", True, None, source)
+    assert cfg.smem_bytes == 1024 + 64 * 576 * 2 * 3 + 64 * 64 * 2 <= SMEM_BYTES_PER_CTA
+    assert cfg.partial_bytes <= cfg.kv_ring_bytes  # they lie over Q and K
+    assert cfg.num_threads == 384 and by_name(cfg.roles)["consume"].warps == range(8)
+    assert sum(role.registers * WARP * len(role.warps) for role in cfg.roles) <= REGISTERS_PER_SM
+    assert by_name(cfg.rings)["k"].empty == 8 and "v" not in by_name(cfg.rings)
+    assert cfg.kv_bytes_per_token == 576 * 2
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"head_dim_v": 0}, r"head_dim, head_dim_v: must be \(576, 512\)"),
+        ({"is_padded": True}, "FP8 and is_padded: not with V in K"),
+        ({"has_softcap": True}, "has_softcap.*: not with V in K"),
+        ({"num_kv_stages": 3}, "bytes of shared memory"),
+        ({"num_kv_stages": 1}, "cannot hold partial results"),
+        ({"is_ragged": True, "page_box": 1}, "page_box: TMA alone brings K"),
+    ],
+)
+def test_configs_without_a_kernel(changes, words):
+    with pytest.raises(ValueError, match=words):
+        replace(CFG, **changes)
+
+
+def test_names_tell_kernels_apart():
+    sources = CONTIGUOUS, KeySource(True), *(KeySource(True, box, wide) for box in (64, 8) for wide in (False, True))
+    configs = [
+        mla_config(dtype, local, None, source)
+        for dtype in ("bf16", "fp16")
+        for local in (False, True)
+        for source in sources
+    ]
+    assert len({cfg.name for cfg in configs}) == len(configs) == 24
+    assert {type(cfg) for cfg in configs} == {MlaConfig} != {type(decode_config("bf16", 128, False))}
+
+
+def test_heads_share_tiles():
+    """16 heads are one item of a sequence, 128 of two queries four."""
+    plan = launch_of(MLA).plan
+    assert (plan.packed_heads, plan.num_splits, plan.cluster_size) == (16, 1, 1)
+    plan = launch_of(replace(MLA, num_heads=128, seqlen_q=2, batch_size=32, is_causal=True)).plan
+    assert (plan.packed_heads, plan.num_splits, plan.cluster_size) == (128, 1, 1)
+
+
+def test_partial_results_have_512_columns():
+    call = replace(MLA, batch_size=3, num_splits=44, num_heads=24)
+    launch = launch_of(call)
+    assert launch.plan.cluster_size == 4 and launch.scratch == "splits"
+    assert launch.plan.partial_bytes == 3 * 11 * 24 * 4 * 513
+
+
+@pytest.mark.parametrize(
+    "heads, batch, seqlen", [(16, 1, 4096), (128, 1, 4096), (16, 16, 4096), (128, 4, 8192), (16, 1, 65536)]
+)
+def test_few_items_fill_the_gpu(heads, batch, seqlen):
+    """In one round of CTAs, no more than there are tiles."""
+    plan = launch_of(replace(MLA, num_heads=heads, batch_size=batch, seqlen_k=seqlen)).plan
+    num_ctas = batch * -(-heads // 64) * plan.num_splits
+    assert plan.num_splits <= seqlen // 64
+    assert min(seqlen // 64 * batch, 132) / 3 <= num_ctas <= CLUSTER_SLOTS[plan.cluster_size][0]

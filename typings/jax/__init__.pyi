@@ -1,0 +1,13 @@
+# For type checkers: jax is an extra, which need not be installed where types are checked.
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...
+
+class Array:
+    def __getattr__(self, name: str) -> Any: ...
+    def __getitem__(self, index: Any) -> Any: ...
+
+class ShapeDtypeStruct:
+    shape: tuple[int, ...]
+    dtype: Any
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None: ...
