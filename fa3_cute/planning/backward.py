@@ -266,8 +266,8 @@ TURNS = Row(
     64,
     False,
     True,
-    "64 queries, of which the warpgroups compute dQ in turns: three kernels of one gradient each take 1.38 to 1.45 "
-    "times as long; 128 queries spill",
+    "64 queries, whose dQ warpgroups compute in turns: three kernels of one gradient each take 1.38 to 1.45 times as "
+    "long; 128 queries spill",
 )
 TABLE = {
     (64, "full"): SQUARE,

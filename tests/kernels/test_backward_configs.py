@@ -29,7 +29,7 @@ def selection() -> list:
         for turn, mask in enumerate(MASKS):
             *_, cfg = (cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask) == (head_dim, mask))
             prepare, *sides = kernels_of(cfg)
-            found += [prepare, sides[(turn + number) % len(SIDES)]]
+            found += [prepare, sides[-1 - turn if number % 2 else turn]]
     return list(dict.fromkeys(found))
 
 
