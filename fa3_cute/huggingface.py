@@ -225,17 +225,11 @@ def attention_forward(
     if attention_mask is not None and _known(attention_mask).get("is_full"):
         attention_mask = None
     head_dim, columns_v = query.shape[-1], value.shape[-1]
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if _is_trained(q, k, v) or head_dim % 8 or columns_v % 8:  # backward has one number of columns for all
-        q, k, v = (padded(x, columns(head_dim)) for x in (q, k, v))
+    q, k, v = (padded(x.transpose(1, 2), columns(x.shape[-1])) for x in (query, key, value))
     given = _choices(options, k.shape[1], is_causal)
     given["softmax_scale"] = head_dim**-0.5 if scaling is None else scaling
     out = _attend((q, k, v), attention_mask, options, given)
     return out[..., :columns_v], None
-
-
-def _is_trained(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _choices(options: dict, kv_length: int, is_causal: bool) -> dict[str, Any]:

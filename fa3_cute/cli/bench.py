@@ -49,7 +49,6 @@ from itertools import groupby
 from statistics import median
 
 from .. import backward, forward
-from ..contract.backward_rules import SERVED_HEAD_DIMS
 from ..contract.formats import (
     ELEMENT_BYTES,
     FP8,
@@ -195,7 +194,7 @@ def served(case: Case) -> Collection[int]:
         return () if case.dtype == FP8 else FP8_CACHE_HEAD_DIMS
     if case.passes == FORWARD:
         return FP8_SERVED_DIMS if case.dtype == FP8 else SERVED_DIMS
-    return () if case.dtype == FP8 else SERVED_HEAD_DIMS
+    return () if case.dtype == FP8 else SERVED_DIMS
 
 
 def limit(dtype: str, name: str) -> float:

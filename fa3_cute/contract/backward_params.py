@@ -41,7 +41,7 @@ class BackwardParams(FlashAttentionParams):
     out: int | None = _tensor("input")
     softmax_lse: int | None = _tensor("float32", 4)
 
-    # [batch, seqlen_q, num_heads, head_dim], packed [total_q, num_heads, head_dim]: the gradient of out, in dtype.
+    # [batch, seqlen_q, num_heads, head_dim_v], packed [total_q, num_heads, head_dim_v]: the gradient of out, in dtype.
     # 16-byte aligned, last dimension contiguous, no stride 0.
     dout: int | None = _tensor("input")
     dout_batch_stride: int | None = _stride()
@@ -86,6 +86,7 @@ class BackwardParams(FlashAttentionParams):
 _TAKEN = frozenset(
     (
         *("q", "k", "v", "batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "softmax_scale"),
+        *("head_dim", "head_dim_v"),
         *(f"{tensor}_{dim}_stride" for tensor in ("q", "k", "v", "out") for dim in ("batch", "row", "head")),
         *("window_size_left", "window_size_right", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"),
         *("s_aux", "s_aux_dtype", "attention_chunk", "softcap", "alibi_slopes", "alibi_batch_stride"),

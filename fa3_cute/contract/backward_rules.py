@@ -24,19 +24,20 @@ from .backward_params import (
     strides_of,
 )
 from .formats import HEAD_DIMS
+from .head_dims import are_served, columns_of
 from .limits import DIMS, MAX_SIZE, MAX_TILES, SMALLEST_TILE_M, TMA_ALIGNMENT, TMA_STRIDE_BYTES
+from .mla import is_mla
 from .params import DataType, has_packed_keys, is_packed
 from .plain import BAD
 from .rules import RULES as FORWARD_RULES
 from .rules import Rule
 from .scores import ELEMENT_BYTES as SCORE_BYTES
 from .scores import MASK_STRIDES
-from .sentences import Sentences, is_int, listed, must
+from .sentences import Sentences, is_int, must
 from .status import Problem, Status, shown
 from .strides import overlap
 
-# What has kernels. A head_dim that forward knows and backward does not is refused as a feature.
-SERVED_HEAD_DIMS = (64, 96, 128, 192, 256)
+# What has kernels.
 SERVED_DTYPES = (DataType.FP16, DataType.BF16)
 SERVED_GRAD_DTYPES: tuple[DataType, ...] = ()  # besides that of q, k and v
 
@@ -102,10 +103,6 @@ def _pointers_present(p) -> Sentences:
     return found
 
 
-def _head_dim(p) -> Sentences:
-    return () if p.head_dim in HEAD_DIMS else [must(p, "head_dim", f"{listed(SERVED_HEAD_DIMS)}")]
-
-
 def _key_tiles(p) -> Sentences:
     """The rule of how many tiles keys make, which backward walks as forward does those of queries."""
     packed = has_packed_keys(p)
@@ -126,19 +123,20 @@ def _strides(p) -> Sentences:
 
 
 def _strides_of(p, tensor: str) -> Sentences:
-    values, sizes, head_dim = _read_strides[tensor](p), sizes_of(p, tensor), p.head_dim
+    values, sizes, columns = _read_strides[tensor](p), sizes_of(p, tensor), columns_of(p, tensor)
     given = dict(zip(STRIDES[tensor], values, strict=True))
     bad = [must(p, name, "None (contiguous) or an int, in elements") for name, stride in given.items() if stride is BAD]
-    if bad or head_dim not in HEAD_DIMS or not all(is_int(size, 1, MAX_SIZE) for size in sizes):
+    if bad or not are_served(p) or not all(is_int(size, 1, MAX_SIZE) for size in sizes):
         return bad  # an empty tensor has no strides, and those of an impossible one mean nothing
     if tensor == "dout" and 0 in (placed := strides_of(p, tensor)):
         name = list(given)[placed.index(0)]
         return [must(p, name, "not 0, as that of an expanded tensor is: copy it to a contiguous one before the call")]
     element_bytes = _element_bytes(p, tensor)
-    if values == _CONTIGUOUS and sizes[1] * sizes[2] * head_dim * element_bytes < TMA_STRIDE_BYTES:
+    if values == _CONTIGUOUS and sizes[1] * sizes[2] * columns * element_bytes < TMA_STRIDE_BYTES:
         return ()
     multiple, limit = TMA_ALIGNMENT // element_bytes, TMA_STRIDE_BYTES // element_bytes
-    least, why = (head_dim, " (head_dim: rows must not overlap)") if tensor in OUTPUTS else (1, "")
+    field = "head_dim_v" if tensor == "dv" and p.head_dim_v else "head_dim"
+    least, why = (columns, f" ({field}: rows must not overlap)") if tensor in OUTPUTS else (1, "")
     dims = list(zip(given.items(), strides_of(p, tensor), sizes, strict=True))
     found = [
         f"{name}={'None (contiguous: ' + shown(stride) + ')' if raw is None else shown(raw)}: must be at least {least}"
@@ -146,7 +144,7 @@ def _strides_of(p, tensor: str) -> Sentences:
         for (name, raw), stride, size in dims
         if size > 1 and (not least <= stride < limit or stride % multiple)
     ]
-    if tensor in OUTPUTS and not found and overlap([(stride, size) for _, stride, size in dims], head_dim):
+    if tensor in OUTPUTS and not found and overlap([(stride, size) for _, stride, size in dims], columns):
         stated = ", ".join(f"{name}={shown(raw)}" for name, raw in given.items())
         return [f"{stated}: must keep the rows of {tensor} apart; with sizes {list(sizes)} some overlap"]
     return found
@@ -228,10 +226,8 @@ def _not_served(p) -> Sentences:
         found.append(must(p, "dtype", "DataType.FP16 or BF16: backward has no kernel for FP8"))
     if p.kv_dtype not in (None, p.dtype):
         found.append(must(p, "kv_dtype", "None or dtype: backward has no kernel for FP8"))
-    if p.head_dim in HEAD_DIMS and p.head_dim not in SERVED_HEAD_DIMS:
-        found.append(must(p, "head_dim", f"{listed(SERVED_HEAD_DIMS)}: {_NO_GRADIENT}"))
-    if p.head_dim_v not in (0, p.head_dim):
-        found.append(must(p, "head_dim_v", f"0 or head_dim={shown(p.head_dim)}: {_NO_GRADIENT}"))
+    if is_mla(p):
+        found.append(must(p, "head_dim", f"at most {HEAD_DIMS[-1]}: {_NO_GRADIENT}"))
     if p.out_dtype not in (None, p.dtype, BAD):
         found.append(must(p, "out_dtype", "None: out is an input in dtype"))
     if p.grad_dtype is not None and p.grad_dtype not in (p.dtype, *SERVED_GRAD_DTYPES, BAD):
@@ -276,18 +272,18 @@ def _spans(p) -> dict[str, tuple[int, int]]:
     """{name: (address, end)} of all tensors with elements; none at all where another rule has to speak."""
     sizes_q, sizes_k = sizes_of(p, "q"), sizes_of(p, "k")
     addresses = _read_addresses(p)
-    if BAD in addresses or p.head_dim not in HEAD_DIMS or not all(type(n) is int for n in sizes_q + sizes_k):
+    if BAD in addresses or not are_served(p) or not all(type(n) is int for n in sizes_q + sizes_k):
         return {}
-    elements_q, elements_k = prod(sizes_q) * p.head_dim, prod(sizes_k) * p.head_dim
+    vectors_q, vectors_k = prod(sizes_q), prod(sizes_k)
     found = {}
     for name, address in zip(_ADDRESSES, addresses, strict=True):
-        elements = elements_k if name in _OF_KEYS else elements_q
-        if not address or elements <= 0:
+        vectors = vectors_k if name in _OF_KEYS else vectors_q
+        if not address or vectors <= 0:
             continue
         if name in LSES:
-            size = elements // p.head_dim * 4
+            size = vectors * 4
         elif _read_strides[name](p) == _CONTIGUOUS:
-            size = elements * _element_bytes(p, name)
+            size = vectors * columns_of(p, name) * _element_bytes(p, name)
         elif BAD in strides_of(p, name):
             return {}
         else:
@@ -325,7 +321,7 @@ def _reach(p, tensor: str, pitch: int = 0) -> int:
         for stride, size in zip(strides_of(p, tensor), sizes_of(p, tensor), strict=True)
         if not pitch or stride * element_bytes % pitch
     ]
-    return sum(steps) + p.head_dim * element_bytes
+    return sum(steps) + columns_of(p, tensor) * element_bytes
 
 
 def _are_columns(p, a: str, b: str) -> bool:
@@ -344,7 +340,6 @@ def _are_columns(p, a: str, b: str) -> bool:
 
 _OWN_RULES = (
     Rule(Status.NULL_POINTER, _pointers_present),
-    Rule(Status.UNSUPPORTED_HEAD_DIM, _head_dim, of_choices=True),
     Rule(Status.INVALID_SHAPE, _key_tiles),
     Rule(Status.INVALID_SHAPE, _strides),
     Rule(Status.INVALID_SHAPE, _bias_strides),
@@ -355,11 +350,8 @@ _OWN_RULES = (
     Rule(Status.INVALID_ARGUMENT, _apart),
     Rule(Status.FEATURE_UNSUPPORTED, _not_served),
 )
-# Forward's, whose sentence of head_dim would name what backward does not serve, and these, in the order of the table.
-RULES: Sequence[Rule] = sorted(
-    (*(rule for rule in FORWARD_RULES if rule.status is not Status.UNSUPPORTED_HEAD_DIM), *_OWN_RULES),
-    key=lambda rule: -rule.status,
-)
+# Forward's and these, in the order of the table.
+RULES: Sequence[Rule] = sorted((*FORWARD_RULES, *_OWN_RULES), key=lambda rule: -rule.status)
 
 
 def contract_problems(params: BackwardParams) -> list[Problem]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ..contract.scores import MASK_STRIDES
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
+from .dims import DimFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
 from .score_features import Features, ScoreFields
 
@@ -23,7 +24,8 @@ _STRIDES = {
     x: [(f"{x}_{of}_stride", "int64") for of in ("batch", "row", "head")]
     for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 }
-_SIZES = [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")]
+SIZE_NAMES = ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "head_dim", "head_dim_v")
+_SIZES = [(name, "int32") for name in SIZE_NAMES]
 _P = lambda *names: [(name, "pointer") for name in names]
 _OF_SCORES = ("alibi_slopes", "attn_mask", "rng_state", "d_bias")
 BACKWARD_ARGUMENTS = tuple(
@@ -63,7 +65,7 @@ FINISH_ARGUMENTS = tuple(
 )
 
 
-class GradientFields(ScoreFields):
+class GradientFields(DimFields, ScoreFields):
     """What the configs of the kernels with GEMMs have in common."""
 
     num_consumer_wgs = CONSUMER_WGS
@@ -88,10 +90,6 @@ class GradientFields(ScoreFields):
     def element_out(self) -> str:
         """The element type of gradients."""
         return self.dtype
-
-    @property
-    def dim_v(self) -> int:
-        return self.head_dim
 
     @property
     def num_consumer_warps(self) -> int:
@@ -125,6 +123,7 @@ class BackwardConfig(GradientFields):
                       per warpgroup; else dQ = dS K, each its rows, or of 64 rows the warpgroups all of it in turns
     is_dq_behind      dQ is computed a Q tile later, when every warpgroup's dS has long been there
     has_softcap ..    of ScoreFields
+    is_padded         of DimFields: threads store as many columns as rows have; V has tiles as wide as K's
     """
 
     dtype: str
@@ -148,6 +147,7 @@ class BackwardConfig(GradientFields):
         return (
             (self.dtype in ("fp16", "bf16"), f"dtype={self.dtype!r}: must be 'fp16' or 'bf16'"),
             (self.head_dim % 32 == 0, f"head_dim={self.head_dim}: must be a multiple of 32"),
+            (self.head_dim_v == 0, f"head_dim_v={self.head_dim_v}: must be 0, head_dim"),
             (self.mask in ("full", "causal", "local"), f"mask={self.mask!r}: must be 'full', 'causal' or 'local'"),
             (
                 self.tile_m % (16 if self.is_dq_transposed else self.tile_n) == 0 or self.is_dq_in_turns,
@@ -169,7 +169,7 @@ class BackwardConfig(GradientFields):
     def name(self) -> str:
         """Short and unique among the rows of the table: names cache entries and kernels."""
         flags = "_varlen" * self.is_varlen + "_det" * self.is_deterministic
-        return f"{self.dtype}_d{self.head_dim}_{self.mask}{flags}{self.feature_names}_{self.tile_m}x{self.tile_n}"
+        return f"{self.dtype}_{self.dims_name}_{self.mask}{flags}{self.feature_names}_{self.tile_m}x{self.tile_n}"
 
     @property
     def tile_n(self) -> int:

@@ -112,12 +112,13 @@ class _Around:
 
 @dataclass(frozen=True)
 class PrepareConfig(_Around):
-    """Of the kernel before it; fields as in BackwardConfig."""
+    """Of the kernel before it; fields as in BackwardConfig, but for head_dim, the columns of O, and of dQ's sums."""
 
     dtype: str
     head_dim: int
     tile_m: int
     has_sums: bool = True  # which it zeroes
+    is_padded: bool = False
 
     entry = PREPARE_ENTRY
     arguments = PREPARE_ENTRY.arguments
@@ -128,7 +129,8 @@ class PrepareConfig(_Around):
     @property
     def name(self) -> str:
         """Names cache entries and kernels."""
-        return f"bwd_prepare_{self.dtype}_d{self.head_dim}_{self.tile_m}{'' if self.has_sums else '_no_sums'}"
+        dims = f"d{self.head_dim}{'_padded' * self.is_padded}"
+        return f"bwd_prepare_{self.dtype}_{dims}_{self.tile_m}{'' if self.has_sums else '_no_sums'}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class FinishConfig(_Around):
     head_dim: int
     tile_m: int
     is_dq_transposed: bool
+    is_padded: bool = False
 
     entry = FINISH_ENTRY
     arguments = FINISH_ENTRY.arguments
@@ -148,7 +151,8 @@ class FinishConfig(_Around):
     def name(self) -> str:
         """Names cache entries and kernels."""
         tile = f"{self.tile_m}x{ROWS_PER_WARPGROUP * CONSUMER_WGS}"
-        return f"bwd_finish_{self.dtype}_d{self.head_dim}_{tile}{'_transposed' * self.is_dq_transposed}"
+        dims = f"d{self.head_dim}{'_padded' * self.is_padded}"
+        return f"bwd_finish_{self.dtype}_{dims}_{tile}{'_transposed' * self.is_dq_transposed}"
 
     @property
     def num_dq_wgs(self) -> int:
@@ -222,14 +226,15 @@ def pass_config(
     is_deterministic: bool,
     features: Features = NO_FEATURES,
     is_short: bool = False,
+    dims: Features = NO_FEATURES,
 ) -> BackwardConfig | OneSidePass:
     """The pass of a row of the tables; one without sums has the same bits in every call, asked for or not."""
     if head_dim in ONE_SIDE or not has_registers(head_dim, features):
-        return OneSidePass(dtype, head_dim, mask, is_varlen, features)
+        return OneSidePass(dtype, head_dim, mask, is_varlen, features, **dict(dims))
     table = TABLE | SHORT if is_short else TABLE
     row = FEATURED[head_dim] if features else table[head_dim, mask]
     choices = row.tile_m, row.is_dq_transposed, row.is_dq_behind
-    return BackwardConfig(dtype, head_dim, mask, is_varlen, is_deterministic, *choices, **dict(features))
+    return BackwardConfig(dtype, head_dim, mask, is_varlen, is_deterministic, *choices, **dict(features | dims))
 
 
 def reason_of(cfg: BackwardConfig | OneSidePass) -> str:
@@ -246,11 +251,11 @@ def reason_of(cfg: BackwardConfig | OneSidePass) -> str:
 def kernels_of(cfg: BackwardConfig | OneSidePass) -> tuple[KernelOfPass, ...]:
     """The kernels of a pass, in the order of their launches."""
     if isinstance(cfg, OneSidePass):
-        prepare = PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, has_sums=False)
+        prepare = PrepareConfig(cfg.dtype, cfg.dim_v, cfg.tile_m, has_sums=False, is_padded=cfg.is_padded)
         *others, last = (SideConfig(**side.as_dict()) for side in cfg.sides)
         return (prepare, *others, *[ClearConfig()] * cfg.has_bias, last)
     return (
-        PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m),
+        PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, is_padded=cfg.is_padded),
         MainConfig(**cfg.as_dict()),
-        FinishConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, cfg.is_dq_transposed),
+        FinishConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, cfg.is_dq_transposed, cfg.is_padded),
     )

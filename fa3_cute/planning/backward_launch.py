@@ -25,12 +25,13 @@ from ..contract.backward_params import (
 )
 from ..contract.backward_rules import first_problem, walk
 from ..contract.formats import ELEMENT_BYTES
+from ..contract.head_dims import columns_of
 from ..contract.params import DTYPE_NAMES, DataType, are_constants
 from ..contract.scores import ELEMENT_BYTES as SCORE_BYTES
 from ..contract.scores import MASK_STRIDES
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
-from .backward import PREPARE_WARPS, SHORT_QUERIES, BackwardConfig
+from .backward import PREPARE_WARPS, SHORT_QUERIES, SIZE_NAMES, BackwardConfig
 from .backward_kernels import (
     GRADIENT,
     SCRATCH,
@@ -42,6 +43,7 @@ from .backward_kernels import (
     kernels_of,
     pass_config,
 )
+from .dims import dim_fields
 from .known import MAX_SHAPES, Known
 from .one_side import BIAS, OneSidePass
 from .problem import ProblemShape
@@ -92,8 +94,8 @@ class BackwardShape(NamedTuple):
         """What the tables have for it."""
         of = self.forward
         queries = of.seqlen_q // of.batch_size if of.is_packed else of.seqlen_q  # in the mean
-        facts = of.dtype, of.head_dim, of.mask, of.has_lengths, self.is_deterministic, features_of(of)
-        return pass_config(*facts, is_short=queries <= SHORT_QUERIES)
+        facts = of.dtype, of.tile_dims[0], of.mask, of.has_lengths, self.is_deterministic, features_of(of)
+        return pass_config(*facts, queries <= SHORT_QUERIES, dim_fields(of, is_by_tma=False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,8 +194,7 @@ def _is_of_queries(cfg: KernelOfPass) -> bool:
 def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
     of = shape.forward
     values = {
-        name: getattr(of, name) for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k")
-    } | {
+        **{name: getattr(of, name) for name in SIZE_NAMES},
         "window_size_left": of.window_left,
         "window_size_right": of.window_right,
         "attention_chunk": of.attention_chunk,
@@ -228,7 +229,7 @@ def _extents(shape: BackwardShape) -> tuple[int, ...]:
         is_of_q = tensor in ("q", "out", "dout", "dq")
         sizes = (batches, of.seqlen_q, of.num_heads) if is_of_q else (batches, of.seqlen_k, of.num_heads_k)
         steps = sum(stride * (size - 1) for stride, size in zip(strides[tensor], sizes, strict=True))
-        found[tensor] = (steps + of.head_dim) * ELEMENT_BYTES[of.dtype] if all(sizes) else 0
+        found[tensor] = (steps + columns_of(of, tensor)) * ELEMENT_BYTES[of.dtype] if all(sizes) else 0
     return tuple(found[name] for name in POINTERS)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .backward import BACKWARD_ARGUMENTS, GradientFields
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
+from .dims import DimFields
 from .rings import WARPS_PER_WARPGROUP, Ring, Role
 from .score_features import NO_FEATURES, Features, take_registers
 
@@ -35,6 +36,7 @@ class OneSideConfig(GradientFields):
     tile_columns    of a tile of the other side
     num_*_stages    slots of the other side's two tensors: K and V, or Q and dO
     has_softcap ..  of ScoreFields
+    head_dim_v ..   of DimFields
     """
 
     dtype: str
@@ -59,7 +61,7 @@ class OneSideConfig(GradientFields):
     def name(self) -> str:
         """Names cache entries and kernels."""
         flags = "_varlen" * self.is_varlen + self.feature_names
-        return f"bwd_{self.side}_{self.dtype}_d{self.head_dim}_{self.mask}{flags}_{self.tile_rows}x{self.tile_columns}"
+        return f"bwd_{self.side}_{self.dtype}_{self.dims_name}_{self.mask}{flags}_{self.tile_rows}x{self.tile_columns}"
 
     @property
     def has_dp(self) -> bool:
@@ -93,6 +95,11 @@ class OneSideConfig(GradientFields):
     def is_deterministic(self) -> bool:
         return False  # there is no order to keep
 
+    @property
+    def dim_gradient(self) -> int:
+        """Columns of the gradient."""
+        return self.dim_v if self.side == "dv" else self.dim_qk
+
     @cached_property
     def roles(self) -> tuple[Role, ...]:
         """Who does what."""
@@ -106,14 +113,14 @@ class OneSideConfig(GradientFields):
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory: x, x2 are the CTA's own rows, y, y2 the other side's tiles."""
-        warps, row = self.num_consumer_warps, self.head_dim * 2
+        warps, row, row_v = self.num_consumer_warps, self.dim_qk * 2, self.dim_v * 2
         vector = 4 * max(self.tile_columns, 32) * (not self.is_of_queries)
         x, x2, y, y2 = ("Q", "dO", "K", "V") if self.is_of_queries else ("K", "V", "Q", "dO")
         return (
             Ring("x", 1, self.tile_rows * row, 1, warps, x),
-            Ring("x2", 1, self.tile_rows * row * self.has_dp, 1, warps, x2),
+            Ring("x2", 1, self.tile_rows * row_v * self.has_dp, 1, warps, x2),
             Ring("y", self.num_y_stages, self.tile_columns * row, 1, warps, y),
-            Ring("y2", self.num_y2_stages, self.tile_columns * row, 1, warps, y2),
+            Ring("y2", self.num_y2_stages, self.tile_columns * row_v, 1, warps, y2),
             Ring("shift", self.num_y_stages, vector, 0, 0, "shift"),
             Ring("delta", self.num_y2_stages, vector * self.has_dp, 0, 0, "delta"),
         )
@@ -143,7 +150,7 @@ MASKED_COLUMNS = {64: 64, 96: 64, 128: 32, 192: 32, 256: 32}
 
 
 @dataclass(frozen=True)
-class OneSidePass:
+class OneSidePass(DimFields):
     """A backward pass of three such kernels, none of which waits for another; fields as in OneSideConfig."""
 
     dtype: str
@@ -178,6 +185,8 @@ class OneSidePass:
                 side,
                 columns,
                 num_y2_stages=num_y2_stages,
+                head_dim_v=self.head_dim_v,
+                is_padded=self.is_padded,
                 **dict(self.features),
             )
             for side, (columns, num_y2_stages) in shapes.items()

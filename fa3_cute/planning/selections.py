@@ -167,6 +167,24 @@ def backward_configs() -> list[BackwardConfig | OneSidePass]:
     return [*bf16, *fp16, *ordered, *short, *one_side, OneSidePass("fp16", 192, "causal", True)]
 
 
+def backward_dim_configs() -> list[BackwardConfig | OneSidePass]:
+    """Of the passes of dims that the tables do not have some that stand for all: each head_dim padded, element types,
+    masks and lengths in turn, and of those with fewer columns of V one as it is and one padded."""
+    padded, fewer = frozenset({("is_padded", True)}), frozenset({("head_dim_v", VALUE_DIMS[2, 192])})
+    return [
+        pass_config("bf16", 64, "full", False, False, dims=padded),
+        pass_config("fp16", 64, "causal", True, False, dims=padded),
+        pass_config("fp16", 96, "causal", True, False, dims=padded),
+        pass_config("bf16", 128, "local", False, False, is_short=True, dims=padded),
+        pass_config("bf16", 128, "causal", True, False, dims=padded),
+        pass_config("fp16", 192, "full", True, False, dims=padded),
+        pass_config("bf16", 256, "causal", False, False, dims=padded),
+        pass_config("bf16", 192, "causal", False, False, dims=fewer),
+        pass_config("fp16", 192, "local", True, False, dims=fewer | padded),
+    ]
+
+
 def backward_kernels() -> list[KernelOfPass]:
-    """The kernels of backward_configs, each once."""
-    return list(dict.fromkeys(kernel for cfg in backward_configs() for kernel in kernels_of(cfg)))
+    """The kernels of these passes, each once."""
+    passes = [*backward_configs(), *backward_dim_configs()]
+    return list(dict.fromkeys(kernel for cfg in passes for kernel in kernels_of(cfg)))

@@ -232,7 +232,7 @@ def backward_params(call: BackwardCall, *gradients: Tensor) -> BackwardParams:
     forward = forward_params(call.differentiated, out=call.out)
     params = BackwardParams(**{name: getattr(forward, name) for name in FlashAttentionParams.__dataclass_fields__})
     params.q = params.k = params.v = params.out = None
-    _require("dout", call.dout, call.q.shape, call.q.dtype, call.q.device)
+    _require("dout", call.dout, out_shape(call.q, call.v), call.q.dtype, call.q.device)
     for name, x in zip(("dout", "dq", "dk", "dv"), (call.dout, *gradients), strict=False):
         arrays._set_strides(params, name, _view(x))
     for name in ("softmax_lse", "dlse"):

@@ -3,12 +3,12 @@
 from torch import Tensor
 from torch.nn import functional
 
-from ..contract.formats import HEAD_DIMS
+from ..contract.formats import DIM_STEP
 
 
 def columns(head_dim: int) -> int:
-    """The next head_dim that kernels have; the same where there is none."""
-    return next((dim for dim in HEAD_DIMS if dim >= head_dim), head_dim)
+    """The next head_dim that kernels have, if any does."""
+    return -(-head_dim // DIM_STEP) * DIM_STEP
 
 
 def padded(x: Tensor, head_dim: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..contract.backward_rules import SERVED_HEAD_DIMS
+from ..contract.formats import HEAD_DIMS
 from ..contract.status import Status, error_for
 from . import device, host
 from .calls import OUT_DTYPE, BackwardCall, ForwardCall, MergeCall, Update, lse_shape, new_merged, out_shape, schema
@@ -96,11 +96,8 @@ def require_differentiable(call: ForwardCall) -> None:
         _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
     if call.k.dtype != call.q.dtype:
         _refuse(f"k is {call.k.dtype}: must be {call.q.dtype}, as q is, where a gradient is asked for")
-    if call.q.shape[-1] not in SERVED_HEAD_DIMS:
-        served = ", ".join(map(str, SERVED_HEAD_DIMS))
-        _refuse(f"head_dim={call.q.shape[-1]}: must be one of {served} where a gradient is asked for")
-    if call.v.shape[-1] != call.q.shape[-1]:
-        _refuse(f"v.shape[-1]={call.v.shape[-1]}: must be {call.q.shape[-1]}, as q's, where a gradient is asked for")
+    if call.q.shape[-1] > HEAD_DIMS[-1]:
+        _refuse(f"head_dim={call.q.shape[-1]}: must be at most {HEAD_DIMS[-1]} where a gradient is asked for")
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is None:
         _refuse("cu_seqlens_k=None: must be given with cu_seqlens_q where a gradient is asked for")
 

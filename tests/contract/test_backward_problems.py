@@ -14,6 +14,7 @@ from images import contiguous, heads_before_rows, padded
 from fa3_cute.contract.backward_params import grad_dtype_of, plain_backward, sizes_of, strides_of
 from fa3_cute.contract.backward_reference import Saved, backward_twin
 from fa3_cute.contract.backward_rules import contract_problems
+from fa3_cute.contract.head_dims import columns_of
 from fa3_cute.contract.params import DataType, is_packed
 from fa3_cute.contract.reference import to_bits
 from fa3_cute.contract.status import Status
@@ -70,7 +71,7 @@ def backward(gpu, monkeypatch):
         tensors = {
             name: at(
                 getattr(p, name),
-                (*sizes_of(p, name)[kept], p.head_dim),
+                (*sizes_of(p, name)[kept], columns_of(p, name)),
                 elements.get(name, ELEMENTS[p.dtype]),
                 strides_of(p, name)[kept],
             )

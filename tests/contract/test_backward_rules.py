@@ -13,9 +13,8 @@ from rule_calls import BF16, DECODE, FP8, FP16, FP32, VALUES, Array, Handle, Rec
 from fa3_cute.contract import backward_rules as rules
 from fa3_cute.contract.append import NEW_STRIDES
 from fa3_cute.contract.backward_params import ARGUMENTS, BACKWARD, NEW, BackwardParams, plain_backward, strides_of
-from fa3_cute.contract.backward_rules import REFUSED, SERVED_HEAD_DIMS, contract_problems
+from fa3_cute.contract.backward_rules import REFUSED, contract_problems
 from fa3_cute.contract.block_mask import BlockMask
-from fa3_cute.contract.formats import HEAD_DIMS
 from fa3_cute.contract.limits import MAX_SIZE
 from fa3_cute.contract.mods import MaskMod, ScoreMod
 from fa3_cute.contract.params import ARGUMENTS as FORWARD_ARGUMENTS
@@ -93,8 +92,9 @@ REFUSED_CALLS = [
     (-1, PACKED, {"total_q": 0, "k": None}, ("k=None", "device address")),
     (-1, DENSE, every("dq dk dv", None), ("dq=None, dk=None, dv=None", "one of them")),
     *(
-        (-2, DENSE, {"head_dim": value}, (f"head_dim={value!r}", "64, 96, 128, 192 or 256"))
-        for value in (80, 0, 512, 128.0, None)
+        (-2, DENSE, {name: value}, (f"{name}={value!r}", "a multiple of 8 from 8 to 256"))
+        for name, values in (("head_dim", (84, 0, 512, 128.0, None)), ("head_dim_v", (4, 264, -8, "64")))
+        for value in values
     ),
     (-4, DENSE, {"num_heads": 18}, ("num_heads=18", "multiple of num_heads_k=4")),
     (-5, DENSE, {"is_causal": True, "window_size_left": 3}, ("window_size_left=3", "negative")),
@@ -118,6 +118,7 @@ REFUSED_CALLS = [
             ("dout_head_stride", "x", "None (contiguous) or an int"),
             ("dq_row_stride", 0, "at least 128 (head_dim: rows must not overlap)"),
             ("dq_row_stride", 64, "at least 128 (head_dim: rows must not overlap)"),
+            ("dv_head_stride", 120, "at least 128 (head_dim: rows must not overlap)"),
             ("dk_row_stride", 516, "multiple of 8 elements"),
             ("dv_batch_stride", 2**39, f"below {2**39}"),
             ("dv_head_stride", 1.5, "None (contiguous) or an int"),
@@ -266,19 +267,12 @@ def test_a_row_of_the_tables_is_all_that_refuses(monkeypatch):
     assert [problem.status for problem in found] == [-7] and "multiple of 4 elements" in found[0].detail
 
 
-def test_a_head_dim_of_forward_alone_is_no_wrong_one(monkeypatch):
-    monkeypatch.setattr(rules, "SERVED_HEAD_DIMS", (64, 128))
-    (found,) = contract_problems(replace(DENSE, head_dim=96))
-    assert found == (-16, "head_dim=96: must be 64 or 128: backward has no kernel for it yet")
-    assert SERVED_HEAD_DIMS == HEAD_DIMS
-
-
 def test_first_problem_follows_the_table():
     """A call that breaks every rule is refused for each in turn, as one after the other is mended."""
     params = replace(
         DENSE,
         dout=None,
-        head_dim=80,
+        head_dim=84,
         num_heads=6,
         is_causal=True,
         window_size_left=1,

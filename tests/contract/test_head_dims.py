@@ -83,10 +83,35 @@ def test_new_values_may_have_columns_of_their_own():
         assert problems(replace(call, **dims)) == []
 
 
-def test_backward_has_no_columns_of_v_of_their_own():
-    assert backward_problems(replace(BACKWARD_DENSE, head_dim_v=BACKWARD_DENSE.head_dim)) == []
-    (found,) = backward_problems(replace(BACKWARD_DENSE, head_dim_v=64))
-    assert found.status == -16 and found.detail.startswith("head_dim_v=64: must be 0 or head_dim=128")
+def test_backward_takes_what_forward_takes():
+    for head_dim in SERVED:
+        assert backward_problems(replace(BACKWARD_DENSE, head_dim=head_dim)) == []
+        assert backward_problems(replace(BACKWARD_DENSE, head_dim_v=head_dim)) == []
+    (found,) = backward_problems(replace(BACKWARD_DENSE, head_dim_v=84))
+    assert found == (-2, "head_dim_v=84: must be 0 (head_dim) or a multiple of 8 from 8 to 256")
+
+
+@pytest.mark.parametrize("tensor", ["dq", "dk", "dv"])
+def test_rows_of_gradients_lie_apart(tensor):
+    """By their own columns: rows of dv may be nearer to one another than those of dq and dk."""
+    call = replace(BACKWARD_DENSE, head_dim=192, head_dim_v=128)
+    heads = 16 if tensor == "dq" else 4
+    of_128 = {f"{tensor}_head_stride": 128, f"{tensor}_row_stride": 128 * heads}
+    found = backward_problems(replace(call, **of_128))
+    assert [problem.status for problem in found] == [-7, -7][: 1 if tensor != "dv" else 0]
+    (found,) = backward_problems(replace(call, **{f"{tensor}_head_stride": 120}))
+    least = "128 (head_dim_v" if tensor == "dv" else "192 (head_dim"
+    assert found.status == -7 and f"must be at least {least}: rows must not overlap)" in found.detail
+
+
+def test_tensors_of_fewer_columns_end_sooner():
+    """dv, of 64 columns, ends where dlse begins; with as many as dk it would lie over it."""
+    call = replace(BACKWARD_DENSE, head_dim_v=64)
+    elements = 2 * BACKWARD_DENSE.seqlen_k * 4 * 64
+    behind = replace(call, dlse=call.dv + 2 * elements)
+    assert backward_problems(behind) == []
+    (found,) = backward_problems(replace(behind, head_dim_v=72))
+    assert found.status == -9 and "must not overlap dlse" in found.detail
 
 
 def test_block_sizes_are_those_of_the_tiles():

@@ -9,7 +9,8 @@ from documents import API, API_ZH, CONTRACT, blocks, both_languages
 import fa3_cute
 from fa3_cute import BackwardParams, FlashAttentionParams
 from fa3_cute.contract.backward_params import ARGUMENTS, NEW, OWN
-from fa3_cute.contract.backward_rules import REFUSED, SERVED_DTYPES, SERVED_HEAD_DIMS
+from fa3_cute.contract.backward_rules import REFUSED, SERVED_DTYPES
+from fa3_cute.contract.formats import DIM_STEP, HEAD_DIMS, VALUE_DIMS
 from fa3_cute.planning.backward import SHORT, TABLE
 from fa3_cute.planning.backward_kernels import pass_config
 from fa3_cute.planning.one_side import SIDES, OneSidePass
@@ -84,10 +85,11 @@ def test_a_wrong_table_of_fields_is_found(page, old, new):
 
 
 def served(text: str) -> tuple[set[str], set[int], set[str]]:
-    """(element types, head dims, fields that are refused)."""
+    """(element types, the least and the largest head_dim, fields that are refused)."""
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
     types, dims = (
-        next(said for what, said in rows if what in names) for names in (("element types", "类型"), ("head_dim",))
+        next(said for what, said in rows if what in names)
+        for names in (("element types", "类型"), ("head_dim, head_dim_v", "head_dim、head_dim_v"))
     )
     of_refusal = re.findall(r"^\| (.+) \| -16 \|$", text, re.MULTILINE)
     of_fields = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*-16", text, re.MULTILINE)
@@ -98,8 +100,8 @@ def served(text: str) -> tuple[set[str], set[int], set[str]]:
 def expected() -> tuple[set[str], set[int], set[str]]:
     return (
         {dtype.name for dtype in SERVED_DTYPES},
-        set(SERVED_HEAD_DIMS),
-        {*REFUSED, "head_dim_v", "out_dtype", "grad_dtype"},
+        {DIM_STEP, HEAD_DIMS[-1]},
+        {*REFUSED, "out_dtype", "grad_dtype"},
     )
 
 
@@ -109,7 +111,7 @@ def test_what_is_served(page):
 
 
 @pytest.mark.parametrize(
-    "old, new", [("| 64, 96, 128,", "| 64, 96,"), ("64、96、128、", "64、"), ("`tile_counter`", "")]
+    "old, new", [("of 8 up to 256", "of 16 up to 256"), ("不超过 256 的 8", "不超过 192 的 8"), ("`tile_counter`", "")]
 )
 def test_a_wrong_table_of_what_is_served_is_found(old, new):
     pages = [page for page in (API, API_ZH) if old in section(page)]
@@ -235,22 +237,29 @@ def contract_of_sides() -> str:
     return CONTRACT.read_text().partition("\n## The backward kernels of one gradient\n")[2].partition("\n## ")[0]
 
 
-SIDE_CONFIGS = [side for head_dim in ONE_SIDE for side in OneSidePass("bf16", head_dim, "full", False).sides]
+SIDE_PASSES = [OneSidePass("bf16", head_dim, "full", False) for head_dim in ONE_SIDE]
+SIDE_PASSES.append(OneSidePass("bf16", 192, "full", False, head_dim_v=VALUE_DIMS[2, 192]))
+SIDE_CONFIGS = [side for chosen in SIDE_PASSES for side in chosen.sides]
 
 
 def memory_of_sides_in(text: str) -> list[tuple[str, ...]]:
-    return re.findall(r"^\| (\d+) \| (d[qkv]) \| (\d+x\d+)" + r" \| ([\dx ]+)" * 4 + r" \|$", text, re.MULTILINE)
+    return re.findall(r"^\| ([\d, ]+) \| (d[qkv]) \| (\d+x\d+)" + r" \| ([\dx, ]+)" * 4 + r" \|$", text, re.MULTILINE)
 
 
 def memory_of_sides() -> list[tuple[str, ...]]:
-    """(head_dim, gradient, tile, x or x2, y, y2, all) of every config."""
+    """(head_dim, gradient, tile, x or x2, y, y2, all) of every config; both dims, and x and x2, where V has its own."""
     found = []
     for cfg in SIDE_CONFIGS:
         ring = by_name(cfg.rings)
-        assert ring["x2"].slot_bytes in (ring["x"].slot_bytes, 0)
+        dims, sizes = [str(cfg.head_dim)], [str(ring["x"].slot_bytes)]
+        if cfg.head_dim_v:
+            dims.append(str(cfg.head_dim_v))
+            sizes.append(str(ring["x2"].slot_bytes))
+        else:
+            assert ring["x2"].slot_bytes in (ring["x"].slot_bytes, 0)
         slots = [f"{ring[name].slots} x {ring[name].slot_bytes}" for name in ("y", "y2")]
         tile = f"{cfg.tile_rows}x{cfg.tile_columns}"
-        found.append((str(cfg.head_dim), cfg.side, tile, str(ring["x"].slot_bytes), *slots, str(cfg.smem_bytes)))
+        found.append((", ".join(dims), cfg.side, tile, ", ".join(sizes), *slots, str(cfg.smem_bytes)))
     return found
 
 

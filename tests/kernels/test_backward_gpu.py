@@ -14,7 +14,7 @@ from cases import Case
 from images import POISON, contiguous, heads_before_rows, padded
 
 from fa3_cute import backward, backward_workspace_size, warmup
-from fa3_cute.contract.backward_rules import SERVED_HEAD_DIMS
+from fa3_cute.contract.formats import HEAD_DIMS
 from fa3_cute.contract.reference import as_float
 from fa3_cute.planning.backward import BackwardConfig
 from fa3_cute.planning.one_side import OneSidePass
@@ -44,19 +44,19 @@ def served(cases) -> list[BackwardCase]:
     return [case for case in cases if config_of(case) in KERNELS]
 
 
-EVERY = [case for head_dim in SERVED_HEAD_DIMS for case in backward_cases(head_dim)]
+EVERY = [case for head_dim in HEAD_DIMS for case in backward_cases(head_dim)]
 BF16 = served(of_dtype(case, "bf16") for case in EVERY)
 # At head_dim 96 every other one of those: its kernel is that of 64 and 128 but for dQ.
 CHOSEN = [
     case
-    for number, head_dim in enumerate(SERVED_HEAD_DIMS)
+    for number, head_dim in enumerate(HEAD_DIMS)
     for case in in_turn([case for case in BF16 if case.forward.head_dim == head_dim], number)[:: 1 + (head_dim == 96)]
 ]
 FP16 = served(case for case in EVERY if case.forward.dtype == "fp16")[::3]
 # Many tiles add to each of dQ.
 LONG = served(
     BackwardCase(Case("bf16", head_dim, is_causal, 2, 1, 2048, 2048, 1))
-    for head_dim in SERVED_HEAD_DIMS
+    for head_dim in HEAD_DIMS
     for is_causal in (False, True)
 )
 # A pass without sums has no order to keep.
@@ -170,7 +170,7 @@ def test_only_what_is_wanted_is_written(case, wanted, stream):
 
 
 @pytest.mark.parametrize("absent", ["q", "k"])
-@pytest.mark.parametrize("head_dim", SERVED_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_no_row_of_one_side(head_dim, absent, stream):
     """Packed tensors without a row, which have no address: the gradients of the other side are 0."""
     of_gaps = [case for case in BF16 if case.forward.head_dim == head_dim and case.layout == "gaps" and not case.used]

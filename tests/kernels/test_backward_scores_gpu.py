@@ -9,7 +9,7 @@ from backward_problems import BackwardProblem
 from cases import Case
 
 from fa3_cute import backward, backward_workspace_size, warmup
-from fa3_cute.contract.backward_rules import SERVED_HEAD_DIMS
+from fa3_cute.contract.formats import HEAD_DIMS
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +80,7 @@ def chosen(head_dim: int) -> list[BackwardCase]:
     ]
 
 
-CASES = [case for head_dim in SERVED_HEAD_DIMS for case in chosen(head_dim)]
+CASES = [case for head_dim in HEAD_DIMS for case in chosen(head_dim)]
 # Of each head_dim and set of features one.
 ONE_OF_EACH = list(
     {(case.forward.head_dim, *map(bool, scores_of(case).values())): case for case in reversed(CASES)}.values()

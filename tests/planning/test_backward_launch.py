@@ -31,7 +31,7 @@ from fa3_cute.planning.backward_kernels import (
     pass_config,
 )
 from fa3_cute.planning.one_side import SIDES, OneSidePass
-from fa3_cute.planning.selections import backward_configs, backward_kernels
+from fa3_cute.planning.selections import backward_configs, backward_dim_configs, backward_kernels
 
 A, STEP = 0x7F00_0000_0000, 1 << 32
 SAME = ScoreMod(lambda score, batch, head, query, key, info, aux: score, name="same", key="same")
@@ -127,7 +127,8 @@ def test_the_selection_has_every_row_and_option():
         of_rows = {getattr(cfg, name) for cfg in one_side}
         assert {(getattr(cfg, name), cfg.is_varlen) for cfg in one_side} == set(product(of_rows, (False, True)))
     assert {cfg.dtype for cfg in one_side} == {"bf16", "fp16"}
-    assert {kernel for cfg in everything for kernel in kernels_of(cfg)} == set(backward_kernels())
+    passes = [*everything, *backward_dim_configs()]
+    assert {kernel for cfg in passes for kernel in kernels_of(cfg)} == set(backward_kernels())
 
 
 @pytest.mark.parametrize("head_dim", [192, 256])
@@ -170,7 +171,10 @@ def test_what_kernels_are_told(call, changes, mask, window):
     assert (main.config.mask, main.config.is_varlen, main.config.is_deterministic) == (mask, call is PACKED, True)
     rows_q, rows_k = (700, 900) if call is PACKED else (500, 300)
     sizes = {"batch_size": 2, "seqlen_q": rows_q, "seqlen_k": rows_k, "num_heads": 6, "num_heads_k": 3}
-    sizes |= dict(zip(("window_size_left", "window_size_right"), window, strict=True))
+    sizes |= dict(zip(("window_size_left", "window_size_right"), window, strict=True)) | {
+        "head_dim": 64,
+        "head_dim_v": 64,
+    }
     sizes |= {"s_aux_dtype": DataType.FP32, "attention_chunk": 0}
     scales = {"softmax_scale": 64**-0.5, "softcap": 0.0, "p_dropout": 0.0}
     row_q, row_k = 6 * 64, 3 * 64

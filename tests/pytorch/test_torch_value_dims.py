@@ -4,6 +4,7 @@ import pytest
 import torch
 from tensors import BF16, qkv, rand
 from test_forward import ERROR_BF16, diagonals, exact
+from test_gradients import gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fa3_cute.contract.status import FlashAttentionError
@@ -40,7 +41,28 @@ def test_fake_tensors():
         assert flash_attn_varlen_func(q, k, v, offsets, offsets, 30, 30).shape == (30, 4, 128)
 
 
-def test_gradients_are_refused():
-    q, k, v = qkv(dim=128)
-    with pytest.raises(FlashAttentionError, match=r"v.shape\[-1\]=64: must be 128, as q's"):
-        flash_attn_func(q.requires_grad_(), k, v[..., :64])
+@pytest.mark.parametrize("where", ["device", "host", "compiled"])
+@pytest.mark.parametrize("dims", [(192, 128), (64, 256), (72, 40)], ids=str)
+def test_gradients_have_the_columns_of_their_tensors(where, dims, request):
+    if where == "device":
+        fake_device = request.getfixturevalue("fake_device")
+
+    def call(q, k, v):
+        return flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+
+    ours = torch.compile(call, fullgraph=True, backend="aot_eager") if where == "compiled" else call
+    found = gradients(ours, tensors(dims), with_lse=True)
+    wide = [x.double() for x in tensors(dims)]
+    expected = gradients(lambda q, k, v: exact(q, k, v, diagonals(24, 40, right=0)), wide, with_lse=True)
+    for mine, theirs, of in zip(found, expected, "qkv", strict=True):
+        assert mine.dtype == BF16 and mine.shape == theirs.shape
+        assert (mine.double() - theirs).abs().max() / theirs.abs().max() < 2**-6, f"d{of}"
+    if where == "device":
+        assert (fake_device.calls[-1].head_dim, fake_device.calls[-1].head_dim_v) == dims
+
+
+def test_a_head_dim_without_kernels_is_an_error_of_forward(fake_device):
+    q, k, v = (x[..., :44].requires_grad_() for x in tensors((64, 64)))
+    with pytest.raises(FlashAttentionError, match="head_dim=44: must be a multiple of 8") as raised:
+        flash_attn_func(q, k, v)
+    assert raised.value.code == -2

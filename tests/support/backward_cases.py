@@ -17,6 +17,7 @@ from fa3_cute.contract.reference import as_float, attention_reference, low_preci
 RULE = Rule(max_factor=2.0, mean_factor=1.5)
 POISON = 0xFF  # every byte of rows that nobody uses: a NaN in every format
 NAMES = ("dq", "dk", "dv")
+OF_QUERIES = ("q", "out", "dout", "dq")
 
 # (seqlen_q, seqlen_k). What each is for:
 LENGTHS = (
@@ -104,22 +105,15 @@ class BackwardCase:
         """The dtype of dq, dk and dv."""
         return self.grad_dtype or self.forward.dtype
 
-    @property
-    def shape_q(self) -> tuple[int, ...]:
-        """Of q, out, dout and dq."""
-        outer = () if self.layout else (self.forward.batch,)
-        return (*outer, self.forward.seqlen_q, self.forward.num_heads, self.forward.head_dim)
-
-    @property
-    def shape_k(self) -> tuple[int, ...]:
-        """Of k, v, dk and dv."""
-        outer = () if self.layout else (self.forward.batch,)
-        return (*outer, self.forward.seqlen_k, self.forward.num_heads_k, self.forward.head_dim)
+    def shape_of(self, tensor: str) -> tuple[int, ...]:
+        """Of q, k, v, out, dout or a gradient of q, k and v."""
+        of, outer = self.forward, () if self.layout else (self.forward.batch,)
+        rows = (of.seqlen_q, of.num_heads) if tensor in OF_QUERIES else (of.seqlen_k, of.num_heads_k)
+        return (*outer, *rows, of.head_dim if tensor in ("q", "k", "dq", "dk") else of.dim_v)
 
     def is_used(self, side: str) -> np.ndarray:
         """[batch, rows], packed [rows], of a side, "q" or "k": whether some sequence uses the row."""
-        shape = self.shape_q if side == "q" else self.shape_k
-        mask, lengths = np.zeros(shape[:-2], bool), self.lengths
+        mask, lengths = np.zeros(self.shape_of(side)[:-2], bool), self.lengths
         for rows in used_rows(mask, lengths.get(f"cu_seqlens_{side}"), lengths.get(f"seqused_{side}")):
             mask[rows] = True
         return mask
@@ -218,6 +212,49 @@ def feature_cases(head_dim: int) -> list[BackwardCase]:
     return cases
 
 
+# Dims that the tables do not have: (dtype, head_dim, head_dim_v, mask, layout or used lengths, seqlen_q, seqlen_k).
+# Each pass of selections.backward_dim_configs has two or three, the least columns and the most that a tile may lack.
+DIMS = (
+    ("bf16", 32, 0, "full", "", 200, 421),
+    ("bf16", 64, 32, "full", "", 65, 300),
+    ("bf16", 8, 0, "full", "", 129, 127),
+    ("fp16", 40, 0, "causal", "gaps", 0, 0),
+    ("fp16", 24, 56, "causal", "used", 0, 0),
+    ("fp16", 80, 0, "causal", "gaps", 0, 0),
+    ("fp16", 72, 88, "causal", "used", 0, 0),
+    ("bf16", 112, 0, (50, 20), "", 257, 385),
+    ("bf16", 128, 64, (50, 20), "", 300, 150),
+    ("bf16", 104, 0, "causal", "gaps", 0, 0),
+    ("bf16", 128, 8, "causal", "used", 0, 0),
+    ("fp16", 160, 0, "full", "gaps", 0, 0),
+    ("fp16", 136, 184, "full", "used", 0, 0),
+    ("bf16", 224, 0, "causal", "", 330, 200),
+    ("bf16", 64, 256, "causal", "", 127, 129),
+    ("bf16", 192, 128, "causal", "", 257, 385),
+    ("bf16", 192, 128, "causal", "", 160, 96),
+    ("fp16", 160, 96, (50, 20), "gaps", 0, 0),
+)
+
+
+def dim_cases() -> list[BackwardCase]:
+    """Of DIMS; head ratios and dlse in turn."""
+    turns, cases = list(product(HEADS.values(), (False, True))), []
+    for number, (dtype, head_dim, head_dim_v, mask, rows, *lengths) in enumerate(DIMS):
+        (heads, heads_k), has_dlse = turns[number % len(turns)]
+        facts, batch = {}, 2
+        if rows == "gaps":
+            gaps = facts["layout"] = rows
+            lengths, batch = (LAYOUTS[gaps].total_q, LAYOUTS[gaps].total_k), len(LAYOUTS[gaps].q)
+        if rows == "used":
+            (lengths, facts["used"]), batch = USED, len(USED[1]["seqused_q"])
+        window = {} if isinstance(mask, str) else {"window": mask}
+        forward = Case(
+            dtype, head_dim, mask == "causal", heads, heads_k, *lengths, batch, head_dim_v=head_dim_v, **window
+        )
+        cases.append(BackwardCase(forward, has_dlse=has_dlse, **facts))
+    return cases
+
+
 class Inputs(NamedTuple):
     """What `backward` is given, as buffers hold it; rows that no sequence uses are poison.
 
@@ -253,8 +290,8 @@ def inputs_of(case: BackwardCase, scale_of_q: float = 1.0, mean_of_v: float = 0.
     def randn(shape, is_used, scale=1.0, mean=0.0):
         return _poisoned(to_bits(mean + scale * rng.standard_normal(shape, np.float32), dtype), ~is_used)
 
-    q, dout = randn(case.shape_q, used_q, scale_of_q), randn(case.shape_q, used_q)
-    k, v = randn(case.shape_k, used_k), randn(case.shape_k, used_k, mean=mean_of_v)
+    q, dout = randn(case.shape_of("q"), used_q, scale_of_q), randn(case.shape_of("dout"), used_q)
+    k, v = randn(case.shape_of("k"), used_k), randn(case.shape_of("v"), used_k, mean=mean_of_v)
     scores = score_arrays(case.forward, rng)
     out, lse = low_precision_twin(q, k, v, dtype, **case.options, **scores)
     lse = lse.astype(np.float32)
@@ -262,7 +299,7 @@ def inputs_of(case: BackwardCase, scale_of_q: float = 1.0, mean_of_v: float = 0.
     dlse = _poisoned(rng.standard_normal(lse.shape, np.float32), unused) if case.has_dlse else None
     out, before = _poisoned(to_bits(out, dtype), ~used_q), [None, None]
     if case.accumulates:
-        held = [rng.standard_normal(case.shape_k, np.float32) for _ in before]
+        held = [rng.standard_normal(case.shape_of(name), np.float32) for name in ("dk", "dv")]
         before = [_poisoned(to_bits(array, case.element_of_gradients), ~used_k) for array in held]
     return Inputs(q, k, v, dout, out, _poisoned(lse, unused), dlse, scores, *before)
 

@@ -24,11 +24,10 @@ class BackwardProblem:
 
     def __init__(self, case: BackwardCase, place=contiguous, inputs=None):
         self.case, self.inputs = case, inputs or inputs_of(case)
-        dtype, shapes = case.forward.dtype, {"q": case.shape_q, "k": case.shape_k}
-        sides = dict.fromkeys(("q", "out", "dout", "dq"), "q") | dict.fromkeys(("k", "v", "dk", "dv"), "k")
         elements = dict.fromkeys(NAMES, case.element_of_gradients)
         self.tensors: dict[str, Tensor] = {
-            name: place(name, shapes[side], elements.get(name, dtype)) for name, side in sides.items()
+            name: place(name, case.shape_of(name), elements.get(name, case.forward.dtype))
+            for name in ("q", "out", "dout", "dq", "k", "v", "dk", "dv")
         }
         self.vectors = {"softmax_lse": contiguous("lse", self.inputs.lse.shape, "fp32")}
         if case.has_dlse:
@@ -104,7 +103,9 @@ class BackwardProblem:
         fields |= dict(zip(sizes, (forward.seqlen_q, forward.seqlen_k), strict=True))
         fields |= {"mode": AttentionMode.VARLEN_PREFILL} if is_packed else {}
         fields |= dict(zip(("window_size_left", "window_size_right"), forward.window, strict=True))
-        fields |= {name: getattr(forward, name) for name in ("num_heads", "num_heads_k", "head_dim", "is_causal")}
+        fields |= {
+            name: getattr(forward, name) for name in ("num_heads", "num_heads_k", "head_dim", "head_dim_v", "is_causal")
+        }
         fields |= {"batch_size": forward.batch, "dtype": DATA_TYPES[forward.dtype]}
         fields |= self._score_fields()
         if self.case.grad_dtype:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from backward_cases import BackwardCase
 
+from fa3_cute.contract.formats import tile_dims
 from fa3_cute.planning import backward_launch as planning
 from fa3_cute.planning.backward import SHORT_QUERIES, BackwardConfig
 from fa3_cute.planning.backward_kernels import pass_config
@@ -40,8 +41,16 @@ def runs_as_long(case: BackwardCase) -> bool:
 
 def _config(case: BackwardCase, is_deterministic: bool, is_short: bool) -> BackwardConfig | OneSidePass:
     forward = case.forward
-    facts = forward.dtype, forward.head_dim, mask_of(case), bool(case.lengths), is_deterministic
-    return pass_config(*facts, is_short=is_short)
+    columns, columns_v = tile_dims(2, forward.head_dim, forward.dim_v)
+    dims = {"is_padded": (columns, columns_v) != (forward.head_dim, forward.dim_v)}
+    dims |= {"head_dim_v": columns_v if columns_v != columns else 0}
+    facts = forward.dtype, columns, mask_of(case), bool(case.lengths), is_deterministic
+    return pass_config(*facts, is_short=is_short, dims=frozenset(item for item in dims.items() if item[1]))
+
+
+def dim_config_of(case: BackwardCase) -> BackwardConfig | OneSidePass:
+    """Of a case of dim_cases, run as if its sequences were long where they have lengths of their own."""
+    return _config(case, False, not case.lengths)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import prod
 from types import SimpleNamespace
 
-from ...contract.backward_rules import SERVED_HEAD_DIMS
+from ...contract.formats import HEAD_DIMS
 from ..case import Case
 from ..compared import timed, versus_peers
 from ..dtypes import DEFAULT
@@ -27,7 +27,7 @@ SHARED = (128, 4096, 64, (64, 8))
 
 def cases(args) -> list[Case]:
     """Every case that the command line leaves in: by head_dim, then mask; dense, then packed, then shared heads."""
-    dims = args.head_dim or SERVED_HEAD_DIMS
+    dims = args.head_dim or HEAD_DIMS
     masks = args.masks or (False, True)
     by_mask = [(head_dim, is_causal) for head_dim in dims for is_causal in masks]
     found = [case for sizes in by_mask for seqlen in args.seqlen or SEQLENS for case in dense(args, *sizes, seqlen)]

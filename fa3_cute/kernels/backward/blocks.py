@@ -13,6 +13,7 @@ from cutlass import Constexpr, Int32, Int64, const_expr
 from ...planning.backward import BackwardConfig
 from ..common.arithmetic import ceil_div, maximum, minimum
 from ..common.block_range import Window
+from ..common.layout import columns_of
 from ..common.sequences import Sequences, is_present
 
 LANES = 32
@@ -68,12 +69,15 @@ class Blocks:
 class Extents:
     """Shapes of a launch's tensors, on the host.
 
-    q, k       (seqlen, head_dim, heads, batch), not empty: of such TMA has no descriptor
+    q, do      (seqlen, columns, heads, batch), not empty: of such TMA has no descriptor
+    k, v       the same
     vector     (padded rows, num_heads), of the queries' values that the prepare kernel leaves
     q_blocks   a sequence's rows of these start a block
     """
     q: tuple
+    do: tuple
     k: tuple
+    v: tuple
     vector: cute.Layout
     q_blocks: Blocks
     k_blocks: Blocks
@@ -87,9 +91,11 @@ class Extents:
             batches = Int32(1) if sequences.is_packed() else a.batch_size
         q_blocks = Blocks.create(rows_per_q_block, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
         padded = Int64(q_blocks.num_blocks) * rows_per_q_block
+        dim_qk, dim_v = columns_of(cfg, a)
+        of_queries = lambda columns: (maximum(a.seqlen_q, 1), columns, a.num_heads, batches)
+        of_keys = lambda columns: (maximum(a.seqlen_k, 1), columns, a.num_heads_k, batches)
         return Extents(
-            (maximum(a.seqlen_q, 1), cfg.head_dim, a.num_heads, batches),
-            (maximum(a.seqlen_k, 1), cfg.head_dim, a.num_heads_k, batches),
+            of_queries(dim_qk), of_queries(dim_v), of_keys(dim_qk), of_keys(dim_v),
             cute.make_layout((padded, a.num_heads), stride=(1, padded)), q_blocks,
             Blocks.create(cfg.tile_n, sequences.cu_seqlens_k, a.seqlen_k, a.batch_size))
 
@@ -119,7 +125,7 @@ class QueryTile:
     seqlen: Int32
 
     def rows_of(self, cfg: BackwardConfig, mX: cute.Tensor) -> cute.Tensor:
-        """(tile_m, head_dim) of a tensor (seqlen_q, head_dim, num_heads, batch)."""
+        """(tile_m, head_dim), of which rows may have fewer, of a tensor (seqlen_q, columns, num_heads, batch)."""
         mX = cute.domain_offset((self.offset, 0), mX[None, None, self.head, self.batch])
         return cute.local_tile(mX, (cfg.tile_m, cfg.head_dim), (self.m_block, 0))
 

@@ -27,12 +27,12 @@ class BwdMmas:
 @dataclass(frozen=True)
 class BwdParams:
     """Run-time arguments of the main kernel (device side)."""
-    q: TmaOperand                  # (seqlen_q, head_dim, num_heads,   batch)
-    do: TmaOperand                 # the same
-    k: TmaOperand                  # (seqlen_k, head_dim, num_heads_k, batch)
-    v: TmaOperand                  # the same
-    mdK: cute.Tensor               # the same
-    mdV: cute.Tensor               # the same
+    q: TmaOperand                  # (seqlen_q, head_dim,   num_heads,   batch)
+    do: TmaOperand                 # (seqlen_q, head_dim_v, num_heads,   batch)
+    k: TmaOperand                  # (seqlen_k, head_dim,   num_heads_k, batch)
+    v: TmaOperand                  # (seqlen_k, head_dim_v, num_heads_k, batch)
+    mdK: cute.Tensor               # as k
+    mdV: cute.Tensor               # as v
     shift: cute.Tensor             # (padded rows, num_heads) f32, see prepare.py
     delta: cute.Tensor             # (padded rows, num_heads) f32
     dq_sum: cute.Tensor            # (tile_m * head_dim, Q blocks, num_heads) f32, each block in thread order

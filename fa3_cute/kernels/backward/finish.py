@@ -29,7 +29,8 @@ class FinishBackward:
         size = cfg.tile_m * cfg.head_dim
         dq_sum = cute.make_tensor(a.dq_sum, cute.make_layout(
             (size, blocks.num_blocks, a.num_heads), stride=(1, Int64(size), Int64(size) * blocks.num_blocks)))
-        mdQ = tensor_view(a, "dq", (a.seqlen_q, cfg.head_dim, a.num_heads, batches))
+        columns = a.head_dim if cfg.is_padded else cfg.head_dim
+        mdQ = tensor_view(a, "dq", (a.seqlen_q, columns, a.num_heads, batches))
         sdQ = smem_ring(element_type(cfg), cfg.tile_m, cfg.head_dim, 1)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(mdQ, dq_sum, sdQ, make_dq_mma(cfg), blocks, sequences, a.softmax_scale).launch(
@@ -60,4 +61,5 @@ class FinishBackward:
         cute.copy(thread_copy, thread_copy.retile(rdQ), thread_copy.partition_D(slot))
         cute.arch.sync_threads()
         num_rows = tile.seqlen - tile.m_block * cfg.tile_m
-        store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), num_rows, thread, cfg.num_threads)
+        store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), (num_rows, mdQ.shape[1]), thread,
+                        cfg.num_threads)

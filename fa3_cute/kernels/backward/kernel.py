@@ -48,10 +48,10 @@ class FlashAttentionBackward:
         tile = cfg.tile_m * cfg.head_dim
         params = BwdParams(
             q=tma_load(tensor_view(a, "q", shapes.q), layouts.sQ, cfg.tile_m),
-            do=tma_load(tensor_view(a, "dout", shapes.q), layouts.sdO, cfg.tile_m),
+            do=tma_load(tensor_view(a, "dout", shapes.do), layouts.sdO, cfg.tile_m),
             k=tma_load(tensor_view(a, "k", shapes.k), layouts.sK, cfg.tile_n),
-            v=tma_load(tensor_view(a, "v", shapes.k), layouts.sV, cfg.tile_n),
-            mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.k),
+            v=tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
+            mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.v),
             shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
             dq_sum=cute.make_tensor(a.dq_sum, cute.make_layout(
                 (tile, q_blocks.num_blocks, a.num_heads), stride=(1, Int64(tile), Int64(tile) * q_blocks.num_blocks))),

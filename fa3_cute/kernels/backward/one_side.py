@@ -23,14 +23,14 @@ from ..common.arithmetic import LOG2_E
 from ..common.block_range import Window
 from ..common.dropout import Dropout
 from ..common.entry import flat_entry
-from ..common.layout import element_type, smem_ring, tensor_view
+from ..common.layout import element_type, tensor_view
 from ..common.sequences import Sequences
 from ..common.tiles import Tile, rows_from
 from ..common.tma import TmaOperand, tma_load, tma_views
 from ..common.visibility import Visibility
 from .blocks import Extents, KeyTile, query_range
 from .load import load_rows
-from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
+from .one_side_bundles import SideLayouts, SideMmas, SideParams, SidePipelines, SideSmem
 from .one_side_consume import consume_for_keys, consume_for_queries
 from .place import find_place
 from .scores import BiasGradient, Scores
@@ -46,33 +46,31 @@ class OneSideBackward:
     @cute.jit
     def launch(self, a):
         """dQ = scale dS K, dK = scale dS^T Q or dV = P^T dO; dS = P (dP - D), P = exp(scale S - LSE), dP = dO V^T"""
-        cfg, sequences, element = self.cfg, Sequences.create(a), element_type(self.cfg)
+        cfg, sequences, layouts = self.cfg, Sequences.create(a), SideLayouts.create(self.cfg)
         shapes = Extents.create(cfg, a, sequences, PREPARED_ROWS)
-        ring = lambda rows, slots: smem_ring(element, rows, cfg.head_dim, slots)
-        sX, sY, sY2 = ring(cfg.tile_rows, 1), ring(cfg.tile_columns, cfg.num_y_stages), ring(
-            cfg.tile_columns, cfg.num_y2_stages)
-        names, shape, other = ("q", "dout", "k", "v"), shapes.q, shapes.k
+        names, own, other = ("q", "dout", "k", "v"), (shapes.q, shapes.do), (shapes.k, shapes.v)
         if const_expr(not cfg.is_of_queries):
-            names, shape, other = ("k", "v", "q", "dout"), shapes.k, shapes.q
-        x, x2 = (tma_load(tensor_view(a, name, shape), sX, cfg.tile_rows) for name in names[:2])
-        y = tma_load(tensor_view(a, names[2], other), sY, cfg.tile_columns)
-        y2 = tma_load(tensor_view(a, names[3], other), sY2, cfg.tile_columns)
+            names, own, other = ("k", "v", "q", "dout"), (shapes.k, shapes.v), (shapes.q, shapes.do)
+        x = tma_load(tensor_view(a, names[0], own[0]), layouts.sX, cfg.tile_rows)
+        x2 = tma_load(tensor_view(a, names[1], own[1]), layouts.sX2, cfg.tile_rows)
+        y = tma_load(tensor_view(a, names[2], other[0]), layouts.sY, cfg.tile_columns)
+        y2 = tma_load(tensor_view(a, names[3], other[1]), layouts.sY2, cfg.tile_columns)
         blocks = shapes.q_blocks if const_expr(cfg.is_of_queries) else shapes.k_blocks
         num_heads = a.num_heads if const_expr(cfg.is_of_queries) else a.num_heads_k
         params = SideParams(
-            x=x, x2=x2, y=y, y2=y2, mG=tensor_view(a, "gradient", shape),
+            x=x, x2=x2, y=y, y2=y2, mG=tensor_view(a, "gradient", own[1 if cfg.side == "dv" else 0]),
             shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=shapes.q_blocks, blocks=blocks,
             num_heads=num_heads, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
             scale_log2=a.softmax_scale * Float32(LOG2_E), scores=Scores.create(cfg, a),
             d_bias=None if cfg.has_gradient else BiasGradient.create(a), dropout=Dropout.create(cfg, a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
-        self.kernel(params, (sX, sY, sY2), make_side_mmas(cfg)).launch(
+        self.kernel(params, layouts, make_side_mmas(cfg)).launch(
             grid=(blocks.num_blocks * num_heads, 1, 1), block=(cfg.num_threads, 1, 1),
             min_blocks_per_mp=1, stream=a.stream)
 
     @cute.kernel
-    def kernel(self, params: SideParams, layouts: tuple, mmas: SideMmas):
+    def kernel(self, params: SideParams, layouts: SideLayouts, mmas: SideMmas):
         """Warp 0 loads, warps 1 to 3 retire; the other warpgroups consume."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -116,9 +114,9 @@ class OneSideBackward:
         return tile, at.sequence, is_there
 
     @cute.jit
-    def allocate(self, layouts: tuple):
+    def allocate(self, layouts: SideLayouts):
         """Carve shared memory; initialise and publish the mbarriers. cfg.rings has the arrival counts."""
-        cfg, (layout_x, layout_y, layout_y2) = self.cfg, layouts
+        cfg = self.cfg
         allocator = cutlass.memory.SmemAllocator()
         rings = by_name(cfg.rings)
         bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in ("x", "y", "y2")}
@@ -126,9 +124,9 @@ class OneSideBackward:
             element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
         floats = lambda slots: allocator.allocate_tensor(
             Float32, cute.make_layout((cfg.tile_columns, slots)), byte_alignment=128)
-        sX = tensor(layout_x)
-        sX2 = tensor(layout_x) if const_expr(cfg.has_dp) else sX
-        sY, sY2 = tensor(layout_y), tensor(layout_y2)
+        sX = tensor(layouts.sX)
+        sX2 = tensor(layouts.sX2) if const_expr(cfg.has_dp) else sX
+        sY, sY2 = tensor(layouts.sY), tensor(layouts.sY2)
         has_vectors = not cfg.is_of_queries
         smem = SideSmem(sX, sX2, sY, sY2, floats(cfg.num_y_stages) if has_vectors else None,
                         floats(cfg.num_y2_stages) if has_vectors and cfg.has_dp else None)
@@ -154,7 +152,7 @@ def make_side_mmas(cfg: OneSideConfig) -> SideMmas:
         sm90.make_trivial_tiled_mma(element, element, k_major, k_major, Float32, atoms,
                                     (ROWS_PER_WARPGROUP, cfg.tile_columns)),
         sm90.make_trivial_tiled_mma(element, element, k_major, mn_major, Float32, atoms,
-                                    (ROWS_PER_WARPGROUP, cfg.head_dim), warpgroup.OperandSource.RMEM))
+                                    (ROWS_PER_WARPGROUP, cfg.dim_gradient), warpgroup.OperandSource.RMEM))
 
 
 # ---- load ------------------------------------------------------------------------------------------------------------
@@ -168,14 +166,15 @@ def load_own_rows(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pipes:
     for i in cutlass.range_constexpr(2 if cfg.has_dp else 1):
         op, sX = (params.x, smem.sX) if i == 0 else (params.x2, smem.sX2)
         mX = rows_from(cfg, offset, op.tensor[None, None, place[0], place[1]])
-        tXsX, tXgX = tma_views(op, cute.local_tile(mX, (cfg.tile_rows, cfg.head_dim), (block, 0)), sX)
+        tile = cute.local_tile(mX, (cfg.tile_rows, cute.size(sX, mode=[1])), (block, 0))
+        tXsX, tXgX = tma_views(op, tile, sX)
         cute.copy(op.atom, tXgX, tXsX[None, slot.index], tma_bar_ptr=slot.barrier)
 
 
 def tiles_of(cfg: OneSideConfig, op: TmaOperand, sY: cute.Tensor, offset: Int32, head: Int32, batch: Int32):
     """TMA's view of the other side's rows: smem (box, slot) and gmem (box, tile)."""
     mY = rows_from(cfg, offset, op.tensor[None, None, head, batch])
-    return tma_views(op, cute.local_tile(mY, (cfg.tile_columns, cfg.head_dim), (None, 0)), sY)
+    return tma_views(op, cute.local_tile(mY, (cfg.tile_columns, cute.size(sY, mode=[1])), (None, 0)), sY)
 
 
 @cute.jit

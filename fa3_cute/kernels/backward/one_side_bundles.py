@@ -6,8 +6,10 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
+from ...planning.one_side import OneSideConfig
 from ..common.block_range import Window
 from ..common.dropout import Dropout
+from ..common.layout import element_type, smem_ring
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
 from .blocks import Blocks
@@ -21,7 +23,7 @@ class SideParams:
     x2: TmaOperand
     y: TmaOperand
     y2: TmaOperand
-    mG: cute.Tensor                # the gradient, as x
+    mG: cute.Tensor                # the gradient, as x, or dV as x2
     shift: cute.Tensor             # (padded rows of queries, num_heads) f32, see prepare.py
     delta: cute.Tensor
     window: Window
@@ -42,6 +44,23 @@ class SideMmas:
     """The GEMMs, over all consumer warpgroups."""
     scores: cute.TiledMma          # S and dP, or their transposes
     gradient: cute.TiledMma        # with P or dS in registers
+
+
+@dataclass(frozen=True)
+class SideLayouts:
+    """Staged, swizzled shared-memory layouts."""
+    sX: cute.ComposedLayout        # (tile_rows, dim_qk, 1)
+    sX2: cute.ComposedLayout       # (tile_rows, dim_v, 1)
+    sY: cute.ComposedLayout        # (tile_columns, dim_qk, num_y_stages)
+    sY2: cute.ComposedLayout       # (tile_columns, dim_v, num_y2_stages)
+
+    @staticmethod
+    def create(cfg: OneSideConfig) -> "SideLayouts":
+        """Of a config."""
+        ring = lambda rows, columns, slots: smem_ring(element_type(cfg), rows, columns, slots)
+        return SideLayouts(ring(cfg.tile_rows, cfg.dim_qk, 1), ring(cfg.tile_rows, cfg.dim_v, 1),
+                           ring(cfg.tile_columns, cfg.dim_qk, cfg.num_y_stages),
+                           ring(cfg.tile_columns, cfg.dim_v, cfg.num_y2_stages))
 
 
 @dataclass(frozen=True)

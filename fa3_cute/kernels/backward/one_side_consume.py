@@ -194,7 +194,7 @@ def make_one_side(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, smem: 
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
     first = cute.make_layout(cfg.num_consumer_wgs, stride=128)
     scores, gradient = mmas.scores.get_slice(first(wg_idx)), mmas.gradient.get_slice(first(wg_idx))
-    acc_G = cute.make_rmem_tensor(mmas.gradient.partition_shape_C((cfg.tile_rows, cfg.head_dim)), Float32)
+    acc_G = cute.make_rmem_tensor(mmas.gradient.partition_shape_C((cfg.tile_rows, cfg.dim_gradient)), Float32)
     acc_G.fill(0.0)
     row_shift, row_delta = (cute.make_rmem_tensor(2, Float32) for _ in range(2))
     row_shift.fill(0.0)
@@ -297,9 +297,10 @@ def store_own_rows(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, sX: c
     stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
     thread_copy = cute.make_tiled_copy_C(stmatrix, mmas.gradient).get_slice(tidx)
     sync_warpgroup(wg_idx)                 # all of it has read its rows of x
-    cute.copy(thread_copy, thread_copy.retile(rG), thread_copy.partition_D(sX[None, None, 0]))
+    slot = cute.local_tile(sX[None, None, 0], (cfg.tile_rows, cfg.dim_gradient), (0, 0))
+    cute.copy(thread_copy, thread_copy.retile(rG), thread_copy.partition_D(slot))
     sync_warpgroup(wg_idx)
-    shape, part = (ROWS_PER_WARPGROUP, cfg.head_dim), block * cfg.num_consumer_wgs + wg_idx
+    shape, part = (ROWS_PER_WARPGROUP, cfg.dim_gradient), block * cfg.num_consumer_wgs + wg_idx
     gG = cute.local_tile(rows_from(cfg, offset, params.mG[None, None, head, batch]), shape, (part, 0))
-    sG = cute.local_tile(sX[None, None, 0], shape, (wg_idx, 0))
-    store_used_rows(cfg, sG, gG, seqlen - part * ROWS_PER_WARPGROUP, tidx % 128, 128)
+    used = seqlen - part * ROWS_PER_WARPGROUP, params.mG.shape[1]
+    store_used_rows(cfg, cute.local_tile(slot, shape, (wg_idx, 0)), gG, used, tidx % 128, 128)

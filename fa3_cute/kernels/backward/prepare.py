@@ -19,7 +19,7 @@ from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
 from ...planning.backward import PREPARE_ARGUMENTS, PREPARE_THREADS, PREPARE_WARPS, BackwardConfig
 from ...planning.rings import WARP
 from ..common.arithmetic import LOG2_E
-from ..common.copies import row_copy, threads_per_row
+from ..common.copies import is_in_row, row_copy, threads_per_row
 from ..common.entry import flat_entry
 from ..common.layout import element_type, lse_view, tensor_view
 from ..common.row_end import Sinks
@@ -32,7 +32,7 @@ STEPS_IN_FLIGHT = 2      # rows of O and of dO that a thread has on the way; wit
 @dataclass(frozen=True)
 class PrepareParams:
     """What the kernel reads, and per block and head what it writes."""
-    mO: cute.Tensor            # (seqlen_q, head_dim, num_heads, batch)
+    mO: cute.Tensor            # (seqlen_q, head_dim_v, num_heads, batch)
     mdO: cute.Tensor
     mLSE: cute.Tensor          # (seqlen_q, num_heads, batch) f32
     mdLSE: cute.Tensor         # the same, or null
@@ -58,7 +58,7 @@ class PrepareBackward:
         """shift = -LSE / softmax_scale, delta = dLSE - rowsum(dO O), dq_sum = 0"""
         cfg, sequences = self.cfg, Sequences.create(a)
         batches = Int32(1) if sequences.is_packed() else a.batch_size
-        shape = (a.seqlen_q, cfg.head_dim, a.num_heads, batches)
+        shape = (a.seqlen_q, a.head_dim_v if cfg.is_padded else cfg.head_dim, a.num_heads, batches)
         blocks = Blocks.create(cfg.tile_m, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
         lse = lse_view(a, batches)
         per_block = lambda pointer, size: cute.make_tensor(pointer, cute.make_layout(
@@ -95,7 +95,8 @@ class PrepareBackward:
         for first in cutlass.range(0, num_steps, steps_in_flight, unroll=1):
             rows = [(first + i) * rows_per_step + first_row for i in range(steps_in_flight)]
             are_used = [(tile.m_block * cfg.tile_m + row < tile.seqlen) & (row < cfg.tile_m) for row in rows]
-            pairs = [[read_step(gX, first + i, is_used) for gX in (gO, gdO)] for i, is_used in enumerate(are_used)]
+            pairs = [[read_step(cfg, gX, first + i, is_used, params.mO.shape[1], thread) for gX in (gO, gdO)]
+                     for i, is_used in enumerate(are_used)]
             for i in cutlass.range_constexpr(len(rows)):
                 product = row_sum(*pairs[i], per_row)
                 if thread % per_row == 0 and rows[i] < cfg.tile_m:
@@ -141,12 +142,18 @@ class PrepareBackward:
 
 
 @cute.jit
-def read_step(gX: cute.Tensor, step: Int32, is_used: Boolean) -> cute.Tensor:
-    """A thread's pieces of one of its rows; zeros if that is not used."""
+def read_step(cfg: Constexpr, gX: cute.Tensor, step: Int32, is_used: Boolean, extent: Int32 | int, thread: Int32
+              ) -> cute.Tensor:
+    """A thread's pieces of one of its rows, which has so many elements; zeros behind them, and if it is not used."""
     rX = cute.make_rmem_tensor_like(gX[None, 0, None])
     rX.fill(0.0)
-    if is_used:
-        cute.autovec_copy(gX[None, step, None], rX)
+    if const_expr(cfg.is_padded):
+        for c in cutlass.range_constexpr(cute.size(rX, mode=[1])):
+            if is_used and is_in_row(extent, cfg.head_dim, element_type(cfg), thread, c):
+                cute.autovec_copy(gX[None, step, c], rX[None, c])
+    else:
+        if is_used:
+            cute.autovec_copy(gX[None, step, None], rX)
     return rX
 
 

@@ -1,12 +1,12 @@
 """From accumulators to rows of a gradient, through shared memory: 16 bytes of a row at a time."""
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32
+from cutlass import Constexpr, Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
 from ..common.barriers import sync_warpgroup
-from ..common.copies import row_copy
+from ..common.copies import is_in_row, row_copy
 from ..common.layout import convert, element_type
 from ..common.sequences import is_present
 from ..common.tiles import rows_from
@@ -33,20 +33,37 @@ def store_gradient(cfg: BackwardConfig, mmas: BwdMmas, acc: cute.Tensor, slot: c
         shape, block = (ROWS_PER_WARPGROUP, cfg.head_dim), tile.n_block * cfg.num_consumer_wgs + wg_idx
         gX = cute.local_tile(rows_from(cfg, tile.offset_k, mX[None, None, tile.kv_head, tile.batch]), shape, (block, 0))
         sX = cute.local_tile(slot, shape, (wg_idx, 0))
-        store_used_rows(cfg, sX, gX, tile.seqlen_k - block * ROWS_PER_WARPGROUP, tidx % 128, 128)
+        used = tile.seqlen_k - block * ROWS_PER_WARPGROUP, mX.shape[1]
+        store_used_rows(cfg, sX, gX, used, tidx % 128, 128)
 
 
 @cute.jit
-def store_used_rows(cfg: BackwardConfig, sX: cute.Tensor, gX: cute.Tensor, num_rows: Int32, thread: Int32,
+def store_used_rows(cfg: BackwardConfig, sX: cute.Tensor, gX: cute.Tensor, used: tuple, thread: Int32,
                     num_threads: Constexpr[int]):
-    """The first num_rows rows of sX -> gX, in 16-byte pieces."""
-    copy, first_row, rows_per_step = row_copy(cfg.head_dim, element_type(cfg), thread, num_threads)
+    """The first rows of sX -> gX, in 16-byte pieces. used: (rows, columns) that gX has."""
+    rows, columns = (cute.size(sX, mode=[mode]) for mode in (0, 1))
+    copy, first_row, rows_per_step = row_copy(columns, element_type(cfg), thread, num_threads)
     tXsX, tXgX = copy.partition_S(sX), copy.partition_D(gX)
-    rows = cute.size(sX, mode=[0])
     for step in cutlass.range_constexpr(-(-rows // rows_per_step)):
         row = step * rows_per_step + first_row
-        if row < num_rows and row < rows:
-            for c in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
-                piece = cute.make_rmem_tensor_like(tXsX[None, 0, 0])
-                cute.autovec_copy(tXsX[None, step, c], piece)
-                cute.autovec_copy(piece, tXgX[None, step, c])
+        if row < used[0] and row < rows:
+            store_row(cfg, tXsX, tXgX, step, (used[1], columns), thread)
+
+
+@cute.jit
+def store_row(cfg: BackwardConfig, tXsX: cute.Tensor, tXgX: cute.Tensor, step: Constexpr[int], columns: tuple,
+              thread: Int32):
+    """The thread's pieces of its row of a step of `row_copy`. columns: that rows of gX have, and of sX."""
+    for c in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+        if const_expr(cfg.is_padded):
+            if is_in_row(columns[0], columns[1], element_type(cfg), thread, c):
+                move_piece(tXsX, tXgX, step, c)
+        else:
+            move_piece(tXsX, tXgX, step, c)
+
+
+def move_piece(tXsX: cute.Tensor, tXgX: cute.Tensor, step: int, column: int):
+    """One of `row_copy`'s pieces, through registers."""
+    piece = cute.make_rmem_tensor_like(tXsX[None, 0, 0])
+    cute.autovec_copy(tXsX[None, step, column], piece)
+    cute.autovec_copy(piece, tXgX[None, step, column])

@@ -54,8 +54,8 @@ def is_in_row(extent: Int32, columns: int, element, thread: Int32, column: int) 
 @cute.jit
 def clear_rows(cfg: KernelConfig, slot: cute.Tensor, first: Int32, end: Int32 | int, thread: Int32,
                num_threads: Constexpr[int]):
-    """Zero the rows [first, end) of a V slot, by ordinary stores of `num_threads` threads."""
-    copy, first_row, rows_per_step = row_copy(cfg.dim_v, slot.element_type, thread, num_threads)
+    """Zero the rows [first, end) of a slot, by ordinary stores of `num_threads` threads."""
+    copy, first_row, rows_per_step = row_copy(cute.size(slot, mode=[1]), slot.element_type, thread, num_threads)
     tXsX = copy.partition_D(slot)
     zeros = cute.make_rmem_tensor_like(tXsX[None, 0, 0], slot.element_type)
     cute.recast_tensor(zeros, Int32).fill(0)

@@ -66,6 +66,11 @@ def dims_of(cfg: KernelConfig, a) -> tuple[int | Int32, int | Int32]:
     return a.head_dim, a.head_dim_v
 
 
+def columns_of(cfg: KernelConfig, a) -> tuple[int | Int32, int | Int32]:
+    """The same where tensors and tiles have as many, which is known at compile time, unless cfg.is_padded."""
+    return dims_of(cfg, a) if cfg.is_padded else (cfg.dim_qk, cfg.dim_v)
+
+
 def tensor_view(a, name: str, shape: tuple) -> cute.Tensor:
     """(seqlen, columns, heads, batch), the shape, over a pointer among a kernel's arguments `a` with its strides."""
     ptr = getattr(a, name)
