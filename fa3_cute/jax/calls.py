@@ -111,9 +111,9 @@ def forward_params(choices: Choices, tensors: Tensors) -> FlashAttentionParams:
     call = described(choices, tensors)
     views = {name: view(x) for name, x in tensors.items()}
     q, k, v = (views[name].dtype for name in "qkv")
-    element = call.element_type(q, k, v, arrays.DEVICE_DTYPES)
-    arrays._check_tensors(call, views, element, 0)
-    params = plain(arrays._params(call, views, element))
+    elements = call.element_types(q, k, v, arrays.DEVICE_DTYPES)
+    arrays._check_tensors(call, views, elements[0], 0)
+    params = plain(arrays._params(call, views, elements))
     found = checked(params)
     if isinstance(found, Problem):
         raise arrays.refusal(found)

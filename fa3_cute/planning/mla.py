@@ -20,7 +20,6 @@ class MlaConfig(DecodeConfig):
     that have half of the columns of O each."""
 
     num_consumer_wgs = 2
-    uses_setmaxnreg = True
     kernel_class = "mla", "FlashAttentionMla"
 
     def dim_rules(self) -> tuple[tuple[bool, str], ...]:
@@ -39,6 +38,10 @@ class MlaConfig(DecodeConfig):
     @property
     def name(self) -> str:
         return "mla_" + super().name
+
+    @property
+    def uses_setmaxnreg(self) -> bool:
+        return True
 
     @property
     def kv_bytes_per_token(self) -> int:
