@@ -18,7 +18,7 @@ def test_every_kernel_of_the_selection_is_run():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "number, case", enumerate(CASES), ids=lambda value: "" if isinstance(value, int) else str(value)
+    "number, case", list(enumerate(CASES)), ids=lambda value: "" if isinstance(value, int) else str(value)
 )
 def test_cases(number, case, stream):
     """Where rows have gaps between them NaN lies behind their last columns, of gradients what must stay there."""
