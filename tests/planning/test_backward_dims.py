@@ -37,7 +37,7 @@ def configs(**changes) -> list:
         ((64, 256), 256, PADDED),
         ((256, 128), 256, PADDED),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, frozenset) else value),  # in the same order everywhere
 )
 def test_kernels_of_the_next_tiles(dims, columns, fields):
     """Those of the larger of the two dims, with fewer columns of V where there are such kernels."""
