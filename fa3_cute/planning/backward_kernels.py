@@ -28,7 +28,6 @@ from .backward import (
     has_registers,
 )
 from .config import ROWS_PER_WARPGROUP
-from .one_side import FEATURED as ONE_SIDE_FEATURED
 from .one_side import ONE_SIDE_ARGUMENTS, OneSideConfig, OneSidePass
 from .one_side import TABLE as ONE_SIDE
 from .rings import WARP
@@ -240,7 +239,7 @@ def pass_config(
 def reason_of(cfg: BackwardConfig | OneSidePass) -> str:
     """Why the tables have it."""
     if isinstance(cfg, OneSidePass):
-        return (ONE_SIDE | ONE_SIDE_FEATURED)[cfg.head_dim].reason
+        return cfg.row.reason
     if any(getattr(cfg, field) for field in FEATURES_OF_ALL):
         return FEATURED[cfg.head_dim].reason
     rows = (table[cfg.head_dim, cfg.mask] for table in (TABLE, TABLE | SHORT))

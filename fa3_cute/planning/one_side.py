@@ -145,6 +145,8 @@ FEATURED = {
     96: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
     128: OneSideRow(64, 2, (64, 2), "not measured: the widest tiles that do not spill"),
 }
+# Of those with fewer columns of V.
+FEWER_VALUES = {192: OneSideRow(64, 2, (64, 2), "not measured: those of 192 columns of V; wider ones do not spill")}
 # With attn_mask or dropout, which need registers beside the scores; with more columns some kernels spill.
 MASKED_COLUMNS = {64: 64, 96: 64, 128: 32, 192: 32, 256: 32}
 
@@ -168,9 +170,14 @@ class OneSidePass(DimFields):
         return dict(self.features).get("attn_mask", "bool") != "bool"
 
     @property
+    def row(self) -> OneSideRow:
+        """The tables'."""
+        return (FEWER_VALUES if self.head_dim_v else TABLE | FEATURED)[self.head_dim]
+
+    @property
     def sides(self) -> tuple[OneSideConfig, ...]:
         """Of dQ, dK and dV, and of d_bias where attn_mask is added."""
-        row = (TABLE | FEATURED)[self.head_dim]
+        row = self.row
         shapes = dict.fromkeys(SIDES, (row.tile_columns, row.num_y2_stages)) | {"dv": row.of_dv}
         if take_registers(self.features) or ("has_dropout", True) in self.features:
             shapes = {side: (MASKED_COLUMNS[self.head_dim], stages) for side, (_, stages) in shapes.items()}
