@@ -165,6 +165,12 @@ REFUSED_CALLS = [
     (-11, DENSE, {"softcap": -1}, ("softcap=-1", "0 (off) or a number")),
     (-13, DENSE, {"num_splits": 300}, ("num_splits=300", "256")),
     (-15, DENSE, {"rotary_dim": 64}, ("rotary_dim=64",)),
+    (
+        -16,
+        DENSE,
+        {"head_dim": 576, "head_dim_v": 512, "num_heads_k": 1, "v": POINTERS["k"]},
+        ("head_dim=576", "at most 256"),
+    ),
     (-16, DENSE, {"dtype": FP8, "head_dim": 64}, ("dtype=DataType.FP8_E4M3", "FP16 or BF16")),
     (-16, DENSE, {"out_dtype": FP32}, ("out_dtype=DataType.FP32", "out is an input in dtype")),
     (-16, DENSE, {"grad_dtype": FP32}, ("grad_dtype=DataType.FP32", "of the dtype of q, k and v")),
