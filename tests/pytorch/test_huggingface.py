@@ -126,14 +126,14 @@ def test_as_params_of_a_device(kind, side, fake_device, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, dims", [("DeepseekV3", (192, 128)), ("Phi3-80", (80, 0))])
-def test_columns_that_kernels_have_are_not_filled_up(kind, dims, fake_device):
-    """A device is given all as it is, with gradients and without."""
+def test_columns_are_as_they_are(kind, dims, fake_device):
+    """A device is given them so, with gradients and without."""
     model, ids = using(decoder(kind), "fa3_cute"), tokens()
     with torch.no_grad():
         model(ids)
-    model(ids)
+    model(ids).logits.sum().backward()
     found = [(call.head_dim, call.head_dim_v) for call in fake_device.calls]
-    assert found == [dims] * 4
+    assert found == [dims] * 6, "of two layers: forward; forward and backward"
 
 
 def test_a_cache_with_room_is_not_copied(fake_device):
