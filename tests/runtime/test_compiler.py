@@ -117,11 +117,14 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
         {"mask_mod": "a_mod_0", "has_block_lists": True},
         {"is_local": True, "has_chunks": True},
         {"head_dim": 192, "num_q_stages": 1, "head_dim_v": 128},
+        {"is_varlen": True, "is_ragged": True, "has_leftpad": True},
     )
+    cached = decode_config("bf16", 64, True, kv_dtype="fp8_e4m3")
+    of_decode = [DECODE_CFG, cached, replace(cached, num_wide_slots=cached.num_wide_slots - 1)]
     small = replace(CFG, tile_n=64, is_causal=False)  # leaves room to change one field at a time
     small_fp8 = replace(small, dtype="fp8_e4m3", out_dtype="bf16")
     names = {name for some in (changed, changed_fp8, changed_ragged, *changed_together) for name in some}
-    assert names == {field.name for field in fields(CFG)}
+    assert names | {"kv_dtype", "num_wide_slots"} == {field.name for field in fields(CFG)}
     ragged = [dict(list(changed_ragged.items())[:count]) for count in (1, 2, 3)]
     cfgs = [
         small,
@@ -130,6 +133,7 @@ def test_key_depends_on_every_field_and_on_nothing_of_a_call():
         *(replace(small_fp8, **{name: value}) for name, value in changed_fp8.items()),
         *(replace(small, is_varlen=True, **values) for values in ragged),
         *(replace(small, **values) for values in changed_together),
+        *of_decode,
     ]
     assert len({compiler.cache_key(cfg) for cfg in cfgs}) == len(cfgs)
     assert {type(value) for cfg in (CFG, small_fp8) for value in cfg.as_dict().values()} <= {int, bool, str, type(None)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fa3_cute.planning.tables import decode_config, forward_config
+from fa3_cute.planning.tables import KeySource, decode_config, forward_config
 from fa3_cute.runtime import compiler, sources
 
 KERNEL = "kernels/forward/kernel.py"
@@ -74,9 +74,12 @@ def test_the_kernels_keys_cover_their_folders_and_no_command(monkeypatch):
     path_of = sources._path
     monkeypatch.setattr(sources, "_path", lambda module: read.add(module) or path_of(module))
     monkeypatch.setattr(compiler, "hash_of_imports", sources.hash_of_imports.__wrapped__)
+    leftpad = KeySource(True, has_leftpad=True)
     for cfg in (forward_config("bf16", 64, "causal", True, False), decode_config("bf16", 64, True)):
         compiler.cache_key(cfg)
         compiler.cache_key(replace(cfg, mask_mod="name_0"))
+    compiler.cache_key(forward_config("bf16", 64, "causal", True, True, source=leftpad))
+    compiler.cache_key(decode_config("bf16", 64, True, source=leftpad))
     files = {path_of(module) for module in read} - {None}
     folders = [sources.PACKAGE / "kernels" / name for name in ("common", "decode", "forward")]
     kernels = {path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py"}
