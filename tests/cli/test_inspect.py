@@ -87,7 +87,6 @@ def test_map_of_shared_memory(cfg):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--dtype", "fp8_e4m3", "--head-dim", "192"], "fp8_e4m3 has 64, 96, 128"),
         (["--out-dtype", "fp16"], "O is bf16, as Q, K and V are"),
         (["--attention-chunk", "--decode"], "--attention-chunk: only with --mask local, not full"),
     ],
