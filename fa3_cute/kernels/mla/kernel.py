@@ -37,7 +37,7 @@ class FlashAttentionMla(FlashAttentionDecode):
         cfg, element = self.cfg, element_type(self.cfg)
         sK = ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages)
         return MlaLayouts(sQ=smem_ring(element, cfg.tile_m, cfg.dim_qk, 1), sK=sK, sV=sK, sVt=None,
-                          sP=smem_ring(element, cfg.tile_m, cfg.tile_n, 1))
+                          wide_K=None, wide_V=None, sP=smem_ring(element, cfg.tile_m, cfg.tile_n, 1))
 
     def operands(self, a, layouts: DecodeLayouts, batches_k: Int32) -> tuple[Operand, Operand]:
         """K, twice: V's pointer and strides are not looked at."""
@@ -94,7 +94,8 @@ class FlashAttentionMla(FlashAttentionDecode):
                                    cute.make_layout(cfg.num_kv_stages)))
         sPartial = cute.make_tensor(cute.recast_ptr(sQ.iterator, dtype=Float32), cute.make_layout(
             (cfg.partial_lines, cfg.dim_v), stride=(cfg.dim_v, 1)))
-        smem = MlaSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, transposed(sV), sPartial, sP, sFactors)
+        smem = MlaSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, None, None, transposed(sV), sPartial, sP,
+                       sFactors)
 
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
         ring = by_name(cfg.rings)["k"]
@@ -104,4 +105,4 @@ class FlashAttentionMla(FlashAttentionDecode):
             cute.arch.mbarrier_init(partials_arrived, 1)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return smem, DecodePipelines(k=k, v=k, vt=k)
+        return smem, DecodePipelines(k=k, v=k, wide_k=k, vt=k)
