@@ -332,7 +332,7 @@ def check_gradients(dq, dk, dv, reference: Gradients, twin: Gradients, rule: Rul
         assert_errors(rule, *errors(values, exact, rounded), f" ({name})")
         if name != "dq":
             # Dropout may drop all that sees a key: its dv alone is then 0.
-            assert_zeros(name, values, ((reference.dv == 0) & (reference.dk == 0)).all(axis=-1))
+            assert_zeros(name, values, (reference.dv == 0).all(axis=-1) & (reference.dk == 0).all(axis=-1))
 
 
 def check_case(case: BackwardCase, inputs: Inputs, dq, dk, dv, expected=None, d_s_aux=None, d_bias=None) -> None:
