@@ -1,5 +1,6 @@
 """What launches keep from call to call, on the GPU: for contexts, threads, streams and graphs, and what comes back."""
 
+import gc
 import json
 import os
 import subprocess
@@ -29,11 +30,17 @@ SPLITS = 128  # merge through scratch memory
 
 
 def captured(stream, *calls, mode="global"):
-    """`forward` of these params as a graph; in this mode CUDA forbids the most while it is captured."""
-    builder = stream.create_graph_builder().begin_building(mode)
-    for params in calls:
-        forward(params, builder).check()
-    return builder.end_building().complete()
+    """`forward` of these params as a graph; in this mode CUDA forbids the most while it is captured, also that memory
+    is freed, which the garbage of other tests of this process would do whenever it is found."""
+    gc.collect()
+    gc.disable()
+    try:
+        builder = stream.create_graph_builder().begin_building(mode)
+        for params in calls:
+            forward(params, builder).check()
+        return builder.end_building().complete()
+    finally:
+        gc.enable()
 
 
 # ---- contexts --------------------------------------------------------------------------------------------------------
