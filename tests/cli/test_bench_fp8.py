@@ -36,8 +36,14 @@ def parsed(*argv: str):
 def test_cases():
     cases = fp8.cases(parsed())
     assert len(set(cases)) == len(cases) == 5 * 2 * 4 + 2 + 2 * 4 and {case.dtype for case in cases} == {FP8}
-    dense, grouped, packed = cases[:24], cases[24:26], cases[26:]
-    assert {(case.head_dim, case.num_heads) for case in dense} == {(64, 32), (96, 16), (128, 16)}
+    dense, grouped, packed = cases[:40], cases[40:42], cases[42:]
+    assert {(case.head_dim, case.num_heads) for case in dense} == {
+        (64, 32),
+        (96, 16),
+        (128, 16),
+        (192, 12),
+        (256, 8),
+    }
     assert {case.seqlen_k for case in dense} == {512, 1024, 4096, 16384}
     assert {case.batch_size * case.seqlen_q for case in dense} == {16384}
     assert [case.name for case in grouped] == ["fp8_e4m3 d128 full h64:8 1x8192", "fp8_e4m3 d128 causal h64:8 1x8192"]
@@ -59,10 +65,10 @@ def test_cases_narrowed():
     assert {case.mask for case in fp8.cases(parsed("--full"))} == {"full"}
 
 
-@pytest.mark.parametrize("suite, count", [(prefill, 3 * 2 * 6), (varlen, 24), (window, 6), (decode, 2 * 10)])
+@pytest.mark.parametrize("suite, count", [(prefill, 5 * 2 * 6), (varlen, 24), (window, 6), (decode, 2 * 13)])
 def test_other_suites_in_fp8(suite, count):
     cases = suite.cases(parsed("--dtype", FP8))
-    assert len(cases) == count and {case.head_dim for case in cases} <= {64, 96, 128}
+    assert len(cases) == count and {case.head_dim for case in cases} <= {64, 96, 128, 192, 256}
     assert {case.dtype for case in cases} == {FP8}
     if suite is window:
         assert len(window.conclusions(dict.fromkeys(cases, 1.0))) == 2
@@ -167,7 +173,7 @@ def test_a_wrong_bf16_result_fails(gpu, monkeypatch, capsys):
 
 def test_decode_in_fp8(gpu, tmp_path, monkeypatch, capsys):
     """Each type takes turns on its own sets of K and V; bandwidths count its own bytes."""
-    monkeypatch.setattr(decode, "PROBLEMS", {64: ((2, 1024, 4, 2),), 192: ((1, 64, 1, 1),)})
+    monkeypatch.setattr(decode, "PROBLEMS", {64: ((2, 1024, 4, 2),)})
     monkeypatch.setattr(case_module, "COLD_BYTES", 2_000_000)
     for module in (case_module, bench):
         monkeypatch.setattr(module, "COPIED_BYTES", 300_000)

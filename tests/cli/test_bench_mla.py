@@ -37,7 +37,9 @@ def test_cases_are_good_calls():
 
 def test_what_is_read_and_computed():
     by_name = {case.name: case for case in mla.cases(parsed())}
-    dense, paged = (by_name[f"bf16 d576 causal h128:1 32x(2:4096) {keys} warm"] for keys in ("contiguous", "page 64"))
+    dense, paged = (
+        by_name[f"bf16 d576:512 causal h128:1 32x(2:4096) {keys} warm"] for keys in ("contiguous", "page 64")
+    )
     assert dense.nbytes == paged.nbytes == 32 * (4096 * 1152 + 2 * 128 * 2 * 1088)
     assert dense.flops == paged.flops == 2 * 32 * 128 * 1088 * (4096 + 4095)
     assert dense.out_shape == (32, 2, 128, 512) and paged.out_shape == (64, 128, 512)

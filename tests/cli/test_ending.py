@@ -60,13 +60,16 @@ def test_a_number_out_of_range_is_a_bad_option(argv, said, capsys):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["compile", "--dtype", "fp8_e4m3", "--head-dim", "256"], "there are no such kernels"),
-        (["compile", "--dtype", "fp8_e4m3", "--head-dim", "256", "--json"], "there are no such kernels"),
-        (["inspect", "--dtype", "fp8_e4m3", "--head-dim", "256", "--json"], "head_dim=256: fp8_e4m3 has 64, 96, 128"),
+        (["compile", "--backward", "--dtype", "fp8_e4m3"], "there are no such kernels"),
+        (["compile", "--backward", "--dtype", "fp8_e4m3", "--json"], "there are no such kernels"),
+        (["inspect", "--dtype", "bf16", "--out-dtype", "fp16", "--json"], "only fp8_e4m3 has a choice"),
         (["dev", "--decode", "--local"], "--decode times a query that sees every key"),
         (["tune", "--out-dtype", "fp16"], "only fp8_e4m3 has a choice"),
         (["bench", "--num-heads", "3", "--num-heads-k", "2"], "the query heads must be a multiple of the KV heads"),
-        (["bench", "--suite", "fp8", "--head-dim", "256"], "there are no kernels for fp8_e4m3 d256"),
+        (
+            ["bench", "--suite", "fp8cache", "--dtype", "fp8_e4m3"],
+            "there are no kernels for fp8_e4m3 over fp8_e4m3 d64",
+        ),
         (["report", "no-such-file.json"], "report: FileNotFoundError"),
         (["bench", "--plot", "picture.txt"], "the name must end in one of "),
     ],

@@ -152,7 +152,7 @@ def test_explain_of_lengths_on_the_device_has_whole_clusters(capsys):
     [
         (["--mode", "varlen", "--page-size", "0"], "PAGED_KV_UNSUPPORTED"),
         (["--max-seqlen-q", "3"], "VARLEN_MISMATCH"),
-        (["--dtype", "fp8_e4m3", "--head-dim", "256"], "FP8_HEAD_DIM"),
+        (["--dtype", "fp8_e4m3", "--head-dim", "136"], "FP8_HEAD_DIM"),
         (["--dtype", "bf16", "--out-dtype", "fp16"], "INVALID_ARGUMENT"),
     ],
 )
