@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from .block_mask import LISTS
 from .mods import MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER
-from .params import ARGUMENTS, DECODE, FORWARD, LEFTPAD, Argument
+from .params import ARGUMENTS, DECODE, FORWARD, LEFTPAD, QV, Argument
 
 KINDS = {
     "pointer": "pointer",
@@ -100,6 +100,7 @@ DECODE_ENTRY = entry_of((DECODE,), DECODE_SCRATCH, DECODE_COUNTS)
 # Of kernels whose sequences may begin behind the first of their rows.
 FORWARD_LEFTPAD_ENTRY = entry_of((FORWARD, LEFTPAD), FORWARD_SCRATCH, FORWARD_COUNTS)
 DECODE_LEFTPAD_ENTRY = entry_of((DECODE, LEFTPAD), DECODE_SCRATCH, DECODE_COUNTS)
+DECODE_QV_ENTRY = entry_of((DECODE, QV), DECODE_SCRATCH, DECODE_COUNTS)  # and of those with a second part of q
 
 
 # Of kernels that call mods: addresses, strides and scalars of all that the mods read, in front of the stream.

@@ -24,9 +24,8 @@ from .backward_params import (
     strides_of,
 )
 from .formats import HEAD_DIMS
-from .head_dims import are_served, columns_of
+from .head_dims import are_served, columns_of, is_wide
 from .limits import DIMS, MAX_SIZE, MAX_TILES, SMALLEST_TILE_M, TMA_ALIGNMENT, TMA_STRIDE_BYTES
-from .mla import is_mla
 from .params import DataType, has_packed_keys, is_packed
 from .plain import BAD
 from .rules import RULES as FORWARD_RULES
@@ -226,7 +225,7 @@ def _not_served(p) -> Sentences:
         found.append(must(p, "dtype", "DataType.FP16 or BF16: backward has no kernel for FP8"))
     if p.kv_dtype not in (None, p.dtype):
         found.append(must(p, "kv_dtype", "None or dtype: backward has no kernel for FP8"))
-    if is_mla(p):
+    if is_wide(p):
         found.append(must(p, "head_dim", f"at most {HEAD_DIMS[-1]}: {_NO_GRADIENT}"))
     if p.out_dtype not in (None, p.dtype, BAD):
         found.append(must(p, "out_dtype", "None: out is an input in dtype"))

@@ -12,8 +12,10 @@ FP8_HEAD_DIMS = (64, 96, 128, 192, 256)
 FP8_CACHE_HEAD_DIMS = (64, 128)  # of 16-bit queries over FP8 keys, no others
 # {(bytes per element, columns of Q and K): fewer columns of V and O, which have kernels of their own}
 VALUE_DIMS = {(2, 192): 128}
-# (head_dim, head_dim_v) of MLA decode: V is the first columns of K.
-MLA_DIMS = (576, 512)
+# (head_dim, head_dim_v) of MLA decode: V is the first columns of K; or beside 512 columns of q_v, which meet V.
+MLA_DIMS, QV_DIMS = (576, 512), (64, 512)
+LARGE_DIM = 512  # of Q and K, and of V and O
+WIDE_DIMS = (MLA_DIMS, (LARGE_DIM, LARGE_DIM), QV_DIMS)  # the columns of kernels/mla
 DIM_STEP, FP8_DIM_STEP = 8, 16  # 16 bytes, for TMA
 SERVED_DIMS = frozenset(range(DIM_STEP, HEAD_DIMS[-1] + 1, DIM_STEP))
 FP8_SERVED_DIMS = frozenset(range(FP8_DIM_STEP, FP8_HEAD_DIMS[-1] + 1, FP8_DIM_STEP))
@@ -26,8 +28,8 @@ def tile_dims(element_bytes: int, head_dim: int, head_dim_v: int) -> tuple[int, 
 
     Tiles of Q and K have room for V, and those of V as many columns, unless there is a kernel of fewer.
     """
-    if (head_dim, head_dim_v) == MLA_DIMS:
-        return MLA_DIMS
+    if (head_dim, head_dim_v or head_dim) in WIDE_DIMS:
+        return head_dim, head_dim_v or head_dim
     dims = FP8_HEAD_DIMS if element_bytes == 1 else HEAD_DIMS
     head_dim_v = head_dim_v or head_dim
     columns = next(dim for dim in dims if dim >= max(head_dim, head_dim_v))

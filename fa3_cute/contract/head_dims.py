@@ -7,8 +7,11 @@ from .formats import (
     FP8_HEAD_DIMS,
     FP8_SERVED_DIMS,
     HEAD_DIMS,
+    LARGE_DIM,
     MLA_DIMS,
+    QV_DIMS,
     SERVED_DIMS,
+    WIDE_DIMS,
 )
 from .fp8_cache import has_fp8_cache
 from .params import DataType
@@ -20,7 +23,7 @@ _FIELDS = "head_dim", "head_dim_v"
 
 def value_dim(p) -> int:
     """Columns of v and out of plain params: head_dim where head_dim_v is 0, or none that is served."""
-    is_own = p.head_dim_v in SERVED_DIMS or (p.head_dim, p.head_dim_v) == MLA_DIMS
+    is_own = p.head_dim_v in SERVED_DIMS or (p.head_dim, p.head_dim_v) in WIDE_DIMS
     return p.head_dim_v if is_own else p.head_dim
 
 
@@ -31,16 +34,42 @@ def columns_of(p, tensor: str) -> int:
 
 def head_dims(p) -> Sentences:
     """The rule of the dims that are served."""
-    found = []
-    if (p.head_dim, p.head_dim_v) == MLA_DIMS:
+    found, multiple = [], f"a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}"
+    if is_wide(p):
         return found
-    if p.head_dim not in SERVED_DIMS:
-        accepted = f"a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}, or {MLA_DIMS[0]} with"
-        found.append(must(p, "head_dim", f"{accepted} head_dim_v={MLA_DIMS[1]}"))
-    if p.head_dim_v not in _OR_0:
-        accepted = f"0 (head_dim) or a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}"
-        found.append(must(p, "head_dim_v", accepted))
+    if p.head_dim not in SERVED_DIMS and p.head_dim != LARGE_DIM:
+        accepted = f"{multiple}, {LARGE_DIM}, or {MLA_DIMS[0]} with head_dim_v={MLA_DIMS[1]}"
+        found.append(must(p, "head_dim", accepted))
+    if p.head_dim == LARGE_DIM:
+        found.append(must(p, "head_dim_v", f"0 or {LARGE_DIM} with head_dim={LARGE_DIM}"))
+    elif p.head_dim_v not in _OR_0:
+        found.append(must(p, "head_dim_v", f"0 (head_dim) or {multiple}"))
     return found
+
+
+def is_wide(p) -> bool:
+    """These params, plain or of a shape, have so many columns of V that O takes two warpgroups."""
+    return (p.head_dim, p.head_dim_v or p.head_dim) in WIDE_DIMS
+
+
+def has_qv_dims(p) -> bool:
+    """Theirs are the dims of calls with q_v, and of no others."""
+    return (p.head_dim, p.head_dim_v) == QV_DIMS
+
+
+def second_queries(p) -> Sentences:
+    """The rule of q_v, without which its dims are not served, of calls of these."""
+    if p.q_v:
+        return ()
+    accepted = f"0 (head_dim) or a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]} without q_v"
+    return [must(p, "head_dim_v", accepted)]
+
+
+def other_queries(p) -> Sentences:
+    """The rule of q_v in calls of other dims."""
+    if not p.q_v or has_qv_dims(p):
+        return ()
+    return [must(p, "q_v", f"None or 0 unless head_dim={QV_DIMS[0]} and head_dim_v={QV_DIMS[1]}")]
 
 
 def fp8_head_dims(p) -> Sentences:
@@ -53,14 +82,14 @@ def fp8_head_dims(p) -> Sentences:
     return [
         must(p, name, accepted)
         for name in _FIELDS
-        if (p.head_dim, p.head_dim_v) == MLA_DIMS
+        if is_wide(p)
         or (dim := getattr(p, name)) in SERVED_DIMS
         and dim not in FP8_SERVED_DIMS
     ]
 
 
 def _fp8_cache_dims(p) -> Sentences:
-    if p.head_dim not in SERVED_DIMS or p.head_dim_v not in _OR_0:
+    if not is_wide(p) and (p.head_dim not in SERVED_DIMS or p.head_dim_v not in _OR_0):
         return ()
     found, of = [], "with kv_dtype=FP8_E4M3 and 16-bit queries"
     if p.head_dim not in FP8_CACHE_HEAD_DIMS:

@@ -31,7 +31,7 @@ class AttentionMode(IntEnum):
 
 FORWARD, DECODE = "forward", "decode"  # the kernels
 BOTH = (FORWARD, DECODE)
-LEFTPAD = "leftpad"  # and those of either that serve leftpad_k
+LEFTPAD, QV = "leftpad", "qv"  # and those of either that serve leftpad_k, and q_v
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Argument:
     """The description of a field, which rules, kernel entries, argument buffers and repeat checks are made of.
 
     kind        "pointer", "size", "stride", "count", "number", "flag", "choice" or "object"
-    element     what a pointer points at: "input" (dtype), "stored" (kv_dtype), "output" (out_dtype), "float32",
-                "int32", "uint64" or "bytes"
+    element     what a pointer points at: "input" and "query" (dtype), "stored" (kv_dtype), "output" (out_dtype),
+                "float32", "int32", "uint64" or "bytes"
     alignment   of a pointer, in bytes
     takers      the kernels whose entry takes it
     entry       its name there; "" where it is the field's
@@ -204,6 +204,12 @@ class FlashAttentionParams:
     attention_chunk: int = _field(0, "count", takers=BOTH)  # a query sees its own chunk of so many keys alone; 0: off
     p_dropout: float = _field(0.0, "number", takers=BOTH)  # the probability to drop, 0 <= p < 1; needs rng_state
     rng_state: int | None = _optional("uint64", 8)  # uint64 [2]: seed, offset
+    # [batch, seqlen_q, num_heads, head_dim_v], packed [total_q, num_heads, head_dim_v], of head_dim 64 and head_dim_v
+    # 512: a second part of q, whose products with the rows of v scores are of too. Like q otherwise.
+    q_v: int | None = _field(None, "pointer", element="query", alignment=16, takers=(QV,), changes=True)
+    q_v_batch_stride: int | None = _field(None, "stride", takers=(QV,), varies=True)
+    q_v_row_stride: int | None = _field(None, "stride", takers=(QV,), varies=True)
+    q_v_head_stride: int | None = _field(None, "stride", takers=(QV,), varies=True)
     # Functions of score and place, and what they read: see mods.py.
     # A user's functions of scores (contract/mods.py), and of what both read, the ScoreMod's first: the address of each
     # array; its strides of all dimensions but the last, two of each array, None: contiguous; scalars as float32.
@@ -272,8 +278,8 @@ DESCALES = names(kind="pointer", is_fp8=True)
 OPTIONALS = names(is_optional=True)
 # Features that are a number, 0 where they are off; the scale, which every call has, is none.
 NUMBERS = tuple(name for name in names(kind="number") if name != "softmax_scale")
-# What changes with every call, and what changes with the shape at most.
-POINTERS = tuple(name for name in names(changes=True) if name not in DESCALES + OPTIONALS)
+# What changes with every call, and what changes with the shape at most; q_v apart, which one kernel takes.
+POINTERS = tuple(name for name in names(changes=True) if name not in (*DESCALES, *OPTIONALS, "q_v"))
 CHOICES = names(changes=False, varies=False)
 SHAPE = CHOICES + names(varies=True)
 
@@ -384,4 +390,4 @@ def all_sizes(p) -> tuple:
 def tensor_sizes(p, tensor: str) -> tuple:
     """(batch, rows, heads) of one tensor of plain params."""
     batch_q, rows_q, batch_k, rows_k = all_sizes(p)
-    return (batch_q, rows_q, p.num_heads) if tensor in ("q", "out") else (batch_k, rows_k, p.num_heads_k)
+    return (batch_q, rows_q, p.num_heads) if tensor in ("q", "q_v", "out") else (batch_k, rows_k, p.num_heads_k)

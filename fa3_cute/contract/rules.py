@@ -15,9 +15,9 @@ from typing import NamedTuple
 from .append import fp8_rotary, new_keys, new_sizes, rotary
 from .formats import MAX_SPLITS
 from .fp8_cache import has_fp8_cache, has_fp8_keys, kv_dtype, unserved
-from .head_dims import fp8_head_dims, head_dims
+from .head_dims import fp8_head_dims, has_qv_dims, head_dims, is_wide, other_queries, second_queries
 from .limits import LARGEST_SCALE, MAX_WINDOW, SMALLEST_SCALE
-from .mla import is_mla, mla
+from .mla import wide
 from .mod_rules import block_mask, listed_blocks, mod_arguments, mods
 from .params import (
     ARGUMENTS,
@@ -237,6 +237,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule(Status.NULL_POINTER, _pointers_present),
     Rule(Status.UNSUPPORTED_HEAD_DIM, head_dims, of_choices=True),
+    Rule(Status.UNSUPPORTED_HEAD_DIM, second_queries, concerns=has_qv_dims),
     Rule(Status.FP8_HEAD_DIM, fp8_head_dims, of_choices=True),
     Rule(Status.INVALID_HEADS, _heads, of_choices=True),
     Rule(Status.CAUSAL_WINDOW_CONFLICT, _causal_window, of_choices=True),
@@ -261,6 +262,7 @@ RULES = (
     Rule(Status.INVALID_ARGUMENT, mod_arguments),
     Rule(Status.INVALID_ARGUMENT, block_mask),
     Rule(Status.INVALID_ARGUMENT, new_keys),
+    Rule(Status.INVALID_ARGUMENT, other_queries),
     Rule(Status.INVALID_ARGUMENT, _workspace),
     Rule(Status.INVALID_ARGUMENT, _descales, concerns=_has_no_descales),
     Rule(Status.SOFTCAP_UNSUPPORTED, softcap, of_choices=True),
@@ -272,7 +274,7 @@ RULES = (
     Rule(Status.FEATURE_UNSUPPORTED, fp8_rotary),
     Rule(Status.FEATURE_UNSUPPORTED, packed_masks),
     Rule(Status.FEATURE_UNSUPPORTED, listed_blocks),
-    Rule(Status.FEATURE_UNSUPPORTED, mla, concerns=is_mla),
+    Rule(Status.FEATURE_UNSUPPORTED, wide, concerns=is_wide),
     Rule(Status.FEATURE_UNSUPPORTED, unserved, concerns=has_fp8_cache),
 )
 

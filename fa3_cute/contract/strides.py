@@ -9,7 +9,7 @@ from operator import attrgetter
 
 from .formats import SERVED_DIMS
 from .fp8_cache import keys_dtype
-from .head_dims import are_served, columns_of, value_dim
+from .head_dims import are_served, columns_of, has_qv_dims, value_dim
 from .limits import DIMS, MAX_ROWS, MAX_SIZE, TMA_ALIGNMENT, TMA_STRIDE_BYTES
 from .params import TENSORS, DataType, all_sizes, names, tensor_sizes
 from .plain import BAD
@@ -24,10 +24,11 @@ _read_strides, _read_descale_strides = attrgetter(*STRIDES), attrgetter(*DESCALE
 
 
 def strides(p) -> Sentences:
-    """The rule of the strides of q, k, v and out."""
+    """The rule of the strides of q, k, v, out and q_v."""
     if _are_common(p, _read_strides(p)):
         return ()
-    return [sentence for tensor in TENSORS for sentence in _strides_of(p, tensor)]
+    tensors = (*TENSORS, "q_v") if has_qv_dims(p) else TENSORS
+    return [sentence for tensor in tensors for sentence in _strides_of(p, tensor)]
 
 
 def has_descale_strides(p) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ..contract.formats import ELEMENT_BYTES, MLA_DIMS
+from ..contract.formats import ELEMENT_BYTES, LARGE_DIM, MLA_DIMS, QV_DIMS
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,19 @@ HEAVY_DECODE = {
     (1, 96): DecodeRow(128, 8, 1, 1.0, "registers; 64 keys are not divisible among the warps that transpose"),
     (1, 128): DecodeRow(64, 12, 1, 0.6, "registers"),
 }
-# Of MLA (planning/mla.py), whose tile of K is 72 KB.
-MLA_ROW = DecodeRow(
-    64,
-    2,
-    1,
-    2.0,
-    "what fits one CTA per SM; 32x4x1 with S of a tile ahead serialises WGMMA, which is then in flight "
-    "from one iteration to the next",
-)
+# {columns of Q and K, and of V} of planning/mla.py, in whose kernels a key takes 1152 or 2048 bytes.
+WIDE = {
+    MLA_DIMS: DecodeRow(
+        64,
+        2,
+        1,
+        2.0,
+        "what fits one CTA per SM; 32x4x1 with S of a tile ahead serialises WGMMA, which is then in flight "
+        "from one iteration to the next",
+    ),
+    QV_DIMS: DecodeRow(64, 2, 1, 2.0, "as MLA's, which has the same bytes and GEMMs; not measured"),
+    (LARGE_DIM, LARGE_DIM): DecodeRow(32, 2, 1, 1.0, "what fits one CTA per SM in two slots each; not measured"),
+}
 # {head_dim} of 16-bit queries over FP8 keys. Of an earlier form, in which the same warps widened K and V in turn, H200,
 # 2026-11-29, graph replay; behind + the slots of 16 bit. The present one is not measured.
 FP8_CACHE = {
@@ -97,8 +101,6 @@ def decode_row(
     kv_dtype: str | None = None,
 ) -> DecodeRow:
     """The row of DECODE that serves a problem, or that of one of the other tables."""
-    if head_dim == MLA_DIMS[0]:
-        return MLA_ROW
     if kv_dtype:
         return is_local and FP8_CACHE_LOCAL.get(head_dim) or FP8_CACHE[head_dim]
     key = ELEMENT_BYTES[dtype], head_dim
@@ -109,4 +111,6 @@ def decode_row(
 
 def row_of(cfg: Any) -> DecodeRow:
     """That of a decode kernel's config."""
+    if row := WIDE.get((cfg.dim_qk, cfg.dim_v)):
+        return row
     return decode_row(cfg.dtype, cfg.head_dim, cfg.is_local, cfg.is_ragged, cfg.takes_registers, cfg.kv_dtype)

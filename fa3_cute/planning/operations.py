@@ -91,8 +91,8 @@ def _attention_of(shape: ProblemShape) -> Operation:
     source = source_of(shape) if is_ragged(shape, has_decode) else DENSE
     launches: tuple[Launch, ...] = ()
     if has_decode:
-        if shape.is_mla:
-            cfg = mla_config(dtype, is_windowed(shape), out_dtype, source)
+        if shape.has_wide_values:
+            cfg = mla_config(dtype, is_windowed(shape), out_dtype, source, shape.tile_dims)
         else:
             fields = features | dim_fields(shape, is_by_tma=False)
             cfg = decode_config(dtype, head_dim, is_windowed(shape), out_dtype, fields, source, shape.kv_dtype)

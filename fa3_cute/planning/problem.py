@@ -13,13 +13,14 @@ from ..contract.arguments import BLOCK_ARGUMENTS, MOD_ARGUMENTS
 from ..contract.block_mask import LISTS, block_sizes
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW, tile_dims
 from ..contract.fp8_cache import has_fp8_keys, keys_dtype
-from ..contract.head_dims import value_dim
+from ..contract.head_dims import has_qv_dims, is_wide, value_dim
 from ..contract.mla import is_mla
 from ..contract.params import (
     ARGUMENTS,
     DTYPE_NAMES,
     NUMBERS,
     OPTIONALS,
+    QV,
     AttentionMode,
     DataType,
     FlashAttentionParams,
@@ -42,8 +43,9 @@ _MASKS = {(UNBOUNDED_WINDOW, UNBOUNDED_WINDOW): "full", (UNBOUNDED_WINDOW, 0): "
 _NO_STRIDES = (0,) * len(DESCALE_STRIDES)
 _ABSENT, _NO_LENGTHS = (None,) * len(LENGTHS), (0,) * len(LENGTHS)
 _NO_SCORE_STRIDES = (0,) * 4  # of slopes and masks
-_read_lengths, _read_strides, _read_descale_strides, _read_mask_strides, _read_optionals = (
-    attrgetter(*fields) for fields in (LENGTHS, STRIDES, DESCALE_STRIDES, MASK_STRIDES, OPTIONALS)
+QV_STRIDES = names(kind="stride", takers=(QV,))
+_read_lengths, _read_strides, _read_descale_strides, _read_mask_strides, _read_qv_strides, _read_optionals = (
+    attrgetter(*fields) for fields in (LENGTHS, STRIDES, DESCALE_STRIDES, MASK_STRIDES, QV_STRIDES, OPTIONALS)
 )
 
 
@@ -98,7 +100,7 @@ class ProblemShape(NamedTuple):
     numbers             features, in the order of NUMBERS; 0 where they are off
     lengths             addresses on the device, 0 if absent, in the order of LENGTHS
     strides             in elements, in the order of STRIDES, then of the page table, of FP8 those of DESCALE_STRIDES,
-                        of the slopes, of MASK_STRIDES; 0 without
+                        of the slopes, of MASK_STRIDES; 0 without. Of q_v those of QV_STRIDES, only with it
     workspace, tile_counter   addresses of the caller's, 0 if there is none
     append              what is done ahead of attention; None: nothing
     """
@@ -161,9 +163,19 @@ class ProblemShape(NamedTuple):
         return tile_dims(self.element_bytes, self.head_dim, self.head_dim_v)
 
     @property
-    def is_mla(self) -> bool:
+    def has_wide_values(self) -> bool:
+        """O takes two warpgroups: a kernel of its own."""
+        return is_wide(self)
+
+    @property
+    def has_v_in_k(self) -> bool:
         """V is the first columns of K."""
         return is_mla(self)
+
+    @property
+    def has_qv(self) -> bool:
+        """Q has a second part, which meets V."""
+        return has_qv_dims(self)
 
     @property
     def is_padded(self) -> bool:
@@ -239,6 +251,7 @@ class ProblemShape(NamedTuple):
             strides += _descale_strides_of(p)
         given = _read_optionals(p)
         optionals = tuple([name for name, value in zip(OPTIONALS, given, strict=True) if value]) if any(given) else ()
+        more_strides = (_score_strides_of(p, optionals) if optionals else _NO_SCORE_STRIDES) + _qv_strides_of(p)
         shape = ProblemShape._make(
             chosen
             + (
@@ -253,9 +266,9 @@ class ProblemShape(NamedTuple):
                 p.num_pages if paged else 0,
                 p.batch_size_k or p.batch_size,
                 p.max_seqlen_q if packed else 0,
-                1.0 / math.sqrt(p.head_dim) if scale is None else scale,
+                1.0 / math.sqrt(p.head_dim + (value_dim(p) if p.q_v else 0)) if scale is None else scale,
                 _NO_LENGTHS if lengths == _ABSENT else tuple([address or 0 for address in lengths]),
-                strides + (_score_strides_of(p, optionals) if optionals else _NO_SCORE_STRIDES),
+                strides + more_strides,
                 p.workspace or 0,
                 p.tile_counter or 0,
                 _mod_values_of(p) if p.score_mod or p.mask_mod else (),
@@ -332,6 +345,21 @@ def _strides_of(p, packed: bool, packed_keys: bool) -> tuple[int, ...]:
             ]
         )
     return (*strides, _table_stride_of(p) if is_paged(p) else 0)
+
+
+def _qv_strides_of(p) -> tuple[int, ...]:
+    """Those of q_v, as `_strides_of` has those of q; () without it."""
+    if not p.q_v:
+        return ()
+    batch, rows, _, _ = all_sizes(p)
+    heads, columns = p.num_heads, value_dim(p)
+    contiguous = 0 if is_packed(p) else rows * heads * columns, heads * columns, columns
+    return tuple(
+        [
+            default if stride is None or size == 1 else stride
+            for stride, default, size in zip(_read_qv_strides(p), contiguous, (batch, rows, heads), strict=True)
+        ]
+    )
 
 
 def _table_stride_of(p) -> int:

@@ -70,12 +70,14 @@ def layout_of(entry: Entry, has_descales: bool, has_optionals: bool = False) -> 
 
 
 def addresses_of(p: FlashAttentionParams) -> tuple[int, ...]:
-    """What changes with every call, of plain params: q, k, v, out, softmax_lse, of FP8 the descales, and where there is
-    one of OPTIONALS all of them."""
+    """What changes with every call, of plain params: q, k, v, out, softmax_lse, of FP8 the descales, where there is one
+    of OPTIONALS all of them, and q_v, if any."""
     found = _read_pointers(p)
     if not p.softmax_lse:
         found = (*found[:-1], 0)
     if has_fp8_keys(p):
         found = (*found, *[address or 0 for address in _read_descales(p)])
     optionals = _read_optionals(p)
-    return (*found, *[address or 0 for address in optionals]) if any(optionals) else found
+    if any(optionals):
+        found = (*found, *[address or 0 for address in optionals])
+    return (*found, p.q_v) if p.q_v else found

@@ -7,7 +7,7 @@ from typing import Any
 from ..contract.params import ARGUMENTS, DESCALES, OPTIONALS, POINTERS
 from ..contract.scores import alignment_of
 
-_read_addresses = attrgetter(*POINTERS, *DESCALES, *OPTIONALS)
+_read_addresses = attrgetter(*POINTERS, *DESCALES, *OPTIONALS, "q_v")
 _ADDRESSES = frozenset((int, type(None)))  # types of plain addresses
 MAX_SHAPES, MAX_SEEN = 512, 4096  # calls that a thread remembers, and hashes of others; the next one starts anew
 
@@ -19,12 +19,14 @@ class Repeatable:
     descales are as free as the tensors': each layer of a model has its own.
     """
 
-    __slots__ = "values", "call", "has_lse", "has_descales", "alignments", "has_more", "resolved"
+    __slots__ = "values", "call", "has_lse", "has_descales", "has_qv", "has_v_in_k", "alignments", "has_more", "resolved"
 
     def __init__(self, values: tuple, call, shape, p, resolved):
         self.values, self.call, self.resolved = values, call, resolved
         self.has_lse = shape is not None and shape.has_lse
         self.has_descales = shape is not None and shape.has_fp8_keys
+        self.has_qv = shape is not None and shape.has_qv
+        self.has_v_in_k = shape is not None and shape.has_v_in_k
         # of OPTIONALS, in bytes; 0 of those that the call does not have
         self.alignments: tuple[int, ...] = ()
         if shape is not None and shape.optionals:
@@ -34,20 +36,22 @@ class Repeatable:
                     for name in OPTIONALS
                 ]
             )
-        self.has_more = self.has_descales or bool(self.alignments)
+        self.has_more = self.has_descales or self.has_qv or bool(self.alignments)
 
     def repeat(self, params, stream) -> bool:
         """Launch these params, whose shape is this call's, its way; False, and nothing done, if that cannot be."""
-        q, k, v, out, lse, q_scale, k_scale, v_scale, s_aux, slopes, mask, rng = _read_addresses(params)
+        q, k, v, out, lse, q_scale, k_scale, v_scale, s_aux, slopes, mask, rng, q_v = _read_addresses(params)
         if not (type(q) is type(k) is type(v) is type(out) is int and (lse is None or type(lse) is int)):
             return False
         lse = lse or 0
         bits = q | k | v | out | lse << 2  # the LSE is aligned to 4 bytes, the others to 16
         if not (q and k and v and out) or bits & 15 or bits >> 64 or (lse != 0) != self.has_lse:
             return False
+        if self.has_v_in_k and v != k:
+            return False
         addresses = q, k, v, out, lse
-        if self.has_more or not q_scale is k_scale is v_scale is s_aux is slopes is mask is rng is None:
-            more = self.more((q_scale, k_scale, v_scale), (s_aux, slopes, mask, rng))
+        if self.has_more or not q_scale is k_scale is v_scale is s_aux is slopes is mask is rng is q_v is None:
+            more = self.more((q_scale, k_scale, v_scale), (s_aux, slopes, mask, rng), q_v)
             if more is None:
                 return False
             addresses += more
@@ -56,11 +60,19 @@ class Repeatable:
             self.call.launch(addresses, self.resolved(handle))
         return True
 
-    def more(self, descales: tuple, optionals: tuple) -> tuple[int, ...] | None:
+    def more(self, descales: tuple, optionals: tuple, q_v: int | None) -> tuple[int, ...] | None:
         """The addresses that few calls have, as `addresses_of` has them; None if one is no plain int, is misaligned,
         or is there where this call has none, or the other way."""
-        if not _ADDRESSES.issuperset(map(type, descales + optionals)):
+        if not _ADDRESSES.issuperset(map(type, (*descales, *optionals, q_v))):
             return None
+        second = q_v or 0
+        if (second != 0) != self.has_qv or second & 15 or second >> 64:
+            return None
+        others = self.others(descales, optionals)
+        return others if others is None or not second else (*others, second)
+
+    def others(self, descales: tuple, optionals: tuple) -> tuple[int, ...] | None:
+        """`more` but q_v."""
         q, k, v = descales
         q, k, v = q or 0, k or 0, v or 0
         bits = q | k | v

@@ -83,7 +83,7 @@ class FlashAttentionDecode:
             grid=grid, ragged=ragged, num_clusters=num_clusters,
             kv_policy=self.policy(grid, num_tokens * a.num_heads_k * cfg.kv_bytes_per_token))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
-        self.kernel(params, layouts, self.mmas()).launch(
+        self.kernel(self.extended(params, a, batches), layouts, self.mmas()).launch(
             grid=(num_ctas, 1, 1), block=(cfg.num_threads, 1, 1), cluster=(a.cluster_size, 1, 1),
             smem=a.smem_bytes, min_blocks_per_mp=cfg.ctas_per_sm, preferred_smem_carveout=100, use_pdl=True,
             stream=a.stream)
@@ -104,6 +104,10 @@ class FlashAttentionDecode:
         dim_qk, dim_v = dims_of(self.cfg, a)
         return tuple(key_value_operand(self.cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), layout)
                      for name, columns, layout in (("k", dim_qk, layouts.sK), ("v", dim_v, layouts.sV)))
+
+    def extended(self, params: DecodeParams, a, batches: Int32) -> DecodeParams:
+        """The arguments with what a kind of this kernel has besides."""
+        return params
 
     def policy(self, grid: SplitGrid, num_bytes: Int64) -> Int64:
         """L2 policy of K and V that are num_bytes together."""

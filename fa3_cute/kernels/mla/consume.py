@@ -1,11 +1,12 @@
 """Consumer roles: attention over one split of K, then its merge with the others of the item.
 
-    warpgroup 0   S = Q K^T, P = exp(S), O_left += P V_left, P in registers
+    warpgroup 0   S = Q K^T (+ Q_v V^T), P = exp(S), O_left += P V_left, P in registers
     warpgroup 1   O_right += P V_right, P and the rows' factors from shared memory
 
 named barriers   P_FULL: they are there; P_EMPTY: they have been read.
 """
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -22,26 +23,29 @@ from ..common.row_end import end_rows, end_rows_without_keys
 from ..common.softmax import OnlineSoftmax, Scores
 from ..common.visibility import Mask, Visibility
 from ..common.wgmma import in_flight, issue_gemm
-from ..decode.bundles import DecodeParams, DecodePipelines
+from ..decode.bundles import DecodePipelines
 from ..decode.consume import read_Q
 from ..decode.merge import expect_partials, merge_cluster, merge_clusters, send_partial, sink_of
 from ..decode.split import SplitWork
-from .bundles import MlaMmas, MlaSmem
+from .bundles import MlaMmas, MlaParams, MlaSmem
+from .queries import read_Qv
 from .store import write_partial
 
 LEFT, RIGHT = 0, 1      # halves of O's columns
 
 
 @cute.jit
-def consume_split(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, pipes: DecodePipelines,
+def consume_split(cfg: MlaConfig, params: MlaParams, mmas: MlaMmas, smem: MlaSmem, pipes: DecodePipelines,
                   work: SplitWork):
     """Attend to one split, then merge it with the others of its item.
 
     Runs on: the consumer warpgroups.
-    Synchronises: waits for the full halves of the K ring and empties them; merges, see decode/merge.py.
+    Synchronises: waits for the full halves of the rings and empties them; merges, see decode/merge.py.
     """
     tidx = cute.arch.thread_idx()[0]
     expect_partials(cfg, params, smem, work, tidx)
+    if const_expr(cfg.has_qv):
+        read_Qv(cfg, params, smem, work, tidx)
     read_Q(cfg, params, smem, work, tidx)
     if cute.arch.make_warp_uniform(tidx // 128) == 0:
         lead(cfg, params, mmas, smem, pipes, work, tidx)
@@ -57,13 +61,16 @@ def consume_split(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: Mla
 class Leader:
     """State of warpgroup 0. Methods are loop-free verbs.
 
+    tSrQv, tSrV  what S has besides Q and K; None unless cfg.has_qv
     rP           P of the last tile, as the accumulator of S has it
-    k_consumer   of slots that S is made of; v_consumer: of the same ones, when P V is
+    k_consumer   of slots that S is made of; v_consumer: of those of P V, which may be the same, later
     """
     cfg: Constexpr
     mmas: MlaMmas
     tSrQ: cute.Tensor
     tSrK: cute.Tensor
+    tSrQv: Optional[cute.Tensor]
+    tSrV: Optional[cute.Tensor]
     tOrV: cute.Tensor
     acc_O: cute.Tensor
     softmax: OnlineSoftmax
@@ -75,20 +82,25 @@ class Leader:
     tidx: Int32
 
     @cute.jit
-    def first(self, mask: Mask, n_block: Int32):
-        """S and P of the first tile; O is 0."""
-        acc_S = self.start_S()
+    def first(self, mask: Mask, n_block: Int32, sV: cute.Tensor):
+        """S and P of the first tile, in whose V rows behind the sequence become zero; O is 0."""
+        acc_S, k = self.start_S()
         in_flight(0)
+        self.release_k(k)
+        num_keys = mask.tile.seqlen_k - first_key(self.cfg, n_block)
+        if num_keys < self.cfg.tile_n:
+            clear_unused_rows(self.cfg, sV, self.v_consumer, num_keys, self.cfg.tile_n, self.tidx)
         self.make_P(acc_S, mask, n_block, True, Scores.FIRST)
 
     @cute.jit
     def step(self, mask: Mask, n_block: Int32, is_masked: Constexpr[bool]):
         """O += P V of the tile before, and right behind it S of this one; then its P."""
         v = self.start_PV()
-        acc_S = self.start_S()
-        in_flight(1)
+        acc_S, k = self.start_S()
+        in_flight(2 if self.cfg.has_qv else 1)
         v.release()
         in_flight(0)
+        self.release_k(k)
         self.make_P(acc_S, mask, n_block, is_masked, Scores.ANY)
         self.softmax.rescale(self.acc_O)
 
@@ -99,12 +111,19 @@ class Leader:
         in_flight(0)
         v.release()
 
-    def start_S(self) -> cute.Tensor:
+    def start_S(self) -> tuple[cute.Tensor, pipeline.PipelineConsumer.ImmutableResourceHandle]:
         """S of the next slot, left in flight."""
         acc_S = cute.make_rmem_tensor_like(self.rP, Float32)
         k = self.k_consumer.wait_and_advance()
         issue_gemm(self.mmas.qk, acc_S, self.tSrQ, self.tSrK[None, None, None, k.index], zero_init=True)
-        return acc_S
+        if self.cfg.has_qv:
+            issue_gemm(self.mmas.qk, acc_S, self.tSrQv, self.tSrV[None, None, None, k.index], zero_init=False)
+        return acc_S, k
+
+    def release_k(self, k: pipeline.PipelineConsumer.ImmutableResourceHandle):
+        """Give K's slot back, whose S is complete; one that V has too goes with P V."""
+        if not self.cfg.shares_slots:
+            k.release()
 
     def start_PV(self) -> pipeline.PipelineConsumer.ImmutableResourceHandle:
         """P V of the slot before, left in flight."""
@@ -148,11 +167,11 @@ def wait_for_empty():
 
 
 @cute.jit
-def lead(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, pipes: DecodePipelines, work: SplitWork,
+def lead(cfg: MlaConfig, params: MlaParams, mmas: MlaMmas, smem: MlaSmem, pipes: DecodePipelines, work: SplitWork,
          tidx: Int32):
     """S, P, the left half of O, and LSE.
 
-    Runs on: warpgroup 0. Synchronises: K ring; P_FULL, P_EMPTY.
+    Runs on: warpgroup 0. Synchronises: K and V ring; P_FULL, P_EMPTY.
     """
     warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16
     num_used = ceil_div(work.num_rows - warp_row, 8)
@@ -160,18 +179,18 @@ def lead(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, pip
     acc_O.fill(0.0)
     softmax = OnlineSoftmax.create(cfg, params.scores.scale_log2, 2, num_used)
     rP = cute.make_rmem_tensor(mmas.qk.partition_shape_C((cfg.tile_m, cfg.tile_n)), element_type(cfg))
-    leader = Leader(cfg, mmas, operand_a(mmas.qk, smem.sQ), operand_b(mmas.qk, smem.sK),
+    tSrQv = tSrV = None
+    if const_expr(cfg.has_qv):
+        tSrQv, tSrV = operand_a(mmas.qk, smem.sQv), operand_b(mmas.qk, smem.sV)
+    leader = Leader(cfg, mmas, operand_a(mmas.qk, smem.sQ), operand_b(mmas.qk, smem.sK), tSrQv, tSrV,
                     operand_b(mmas.pv, half_of(cfg, smem.sVt, LEFT)), acc_O, softmax, rP,
-                    pipes.k.make_consumer(), pipes.k.make_consumer(), smem.sP[None, None, 0], smem.sFactors, tidx)
+                    pipes.k.make_consumer(), pipes.v.make_consumer(), smem.sP[None, None, 0], smem.sFactors, tidx)
     mask = Visibility(cfg, params.window, work.tile, params.grid.packed_heads).of_thread(tidx)
     factors, sinks = row_tensor(1.0), own_sinks(cfg, params, work, tidx)
     blocks = work.blocks
     n_block = blocks.n_block_max - 1
     if n_block >= blocks.n_block_min:
-        num_keys = work.tile.seqlen_k - first_key(cfg, n_block)
-        if num_keys < cfg.tile_n:
-            clear_unused_rows(cfg, smem.sV, leader.k_consumer, num_keys, cfg.tile_n, tidx)
-        leader.first(mask, n_block)
+        leader.first(mask, n_block, smem.sV)
         if const_expr(cfg.is_local):
             num_right = blocks.num_cut_right(n_block)
             for i in cutlass.range(num_right, unroll=1):
@@ -192,27 +211,27 @@ def lead(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, pip
 
 
 @cute.jit
-def follow(cfg: MlaConfig, params: DecodeParams, mmas: MlaMmas, smem: MlaSmem, pipes: DecodePipelines, work: SplitWork,
+def follow(cfg: MlaConfig, params: MlaParams, mmas: MlaMmas, smem: MlaSmem, pipes: DecodePipelines, work: SplitWork,
            tidx: Int32):
     """The right half of O.
 
-    Runs on: warpgroup 1. Synchronises: K ring; P_FULL, P_EMPTY.
+    Runs on: warpgroup 1. Synchronises: V ring; P_FULL, P_EMPTY.
     """
     acc_O = cute.make_rmem_tensor(mmas.follow.partition_shape_C((cfg.tile_m, cfg.dim_v // 2)), Float32)
     acc_O.fill(0.0)
     tOrP = operand_a(mmas.follow, smem.sP)
     tOrV = operand_b(mmas.follow, half_of(cfg, smem.sVt, RIGHT))
-    k_consumer = pipes.k.make_consumer()
+    v_consumer = pipes.v.make_consumer()
     factors = cute.make_rmem_tensor(2, Float32)
     cute.arch.barrier_arrive(barrier_id=BarrierId.P_EMPTY, number_of_threads=256)
     for _ in cutlass.range(work.blocks.n_block_max - work.blocks.n_block_min, unroll=1):
-        k = k_consumer.wait_and_advance()
+        v = v_consumer.wait_and_advance()
         read_factors(smem.sFactors, factors, tidx)
         multiply_rows(acc_O, factors)
-        issue_gemm(mmas.follow, acc_O, tOrP, tOrV[None, None, None, k.index], zero_init=False)
+        issue_gemm(mmas.follow, acc_O, tOrP, tOrV[None, None, None, v.index], zero_init=False)
         in_flight(0)
         cute.arch.barrier_arrive(barrier_id=BarrierId.P_EMPTY, number_of_threads=256)
-        k.release()
+        v.release()
     read_factors(smem.sFactors, factors, tidx)
     multiply_rows(acc_O, factors)
     deliver(cfg, params, smem, work, acc_O, factors, tidx, RIGHT)
@@ -235,7 +254,7 @@ def multiply_rows(acc_O: cute.Tensor, factors: cute.Tensor):
 
 
 @cute.jit
-def deliver(cfg: MlaConfig, params: DecodeParams, smem: MlaSmem, work: SplitWork, acc_O: cute.Tensor,
+def deliver(cfg: MlaConfig, params: MlaParams, smem: MlaSmem, work: SplitWork, acc_O: cute.Tensor,
             lse: cute.Tensor, tidx: Int32, half: Constexpr[int]):
     """acc_O, normalised, to those that merge it, or where it is the item's to out; the left half has the LSE.
 
@@ -251,7 +270,7 @@ def deliver(cfg: MlaConfig, params: DecodeParams, smem: MlaSmem, work: SplitWork
 
 
 @cute.jit
-def own_sinks(cfg: MlaConfig, params: DecodeParams, work: SplitWork, tidx: Int32) -> cute.Tensor:
+def own_sinks(cfg: MlaConfig, params: MlaParams, work: SplitWork, tidx: Int32) -> cute.Tensor:
     """Of the thread's rows, -inf where the rows do not end here."""
     sinks = cute.make_rmem_tensor(2, Float32)
     sinks.fill(-Float32.inf)
