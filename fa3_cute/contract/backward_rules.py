@@ -52,6 +52,7 @@ REFUSED = {
         _NO_GRADIENT,
     ),
     "block_mask": _NO_GRADIENT,
+    "q_v": _NO_GRADIENT,
     "accumulate_dkv": "backward overwrites dk and dv; add them up after the call",
     "page_table": "dk and dv are those of dense or packed keys, not of pages",
     "kv_batch_idx": "dk and dv are those of each sequence, not of entries of a cache",

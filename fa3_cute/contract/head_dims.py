@@ -14,11 +14,12 @@ from .formats import (
     WIDE_DIMS,
 )
 from .fp8_cache import has_fp8_cache
-from .params import DataType
+from .params import QV, DataType, names
 from .sentences import Sentences, listed, must
 
 _OR_0 = SERVED_DIMS | {0}
 _FIELDS = "head_dim", "head_dim_v"
+QV_STRIDES = names(kind="stride", takers=(QV,))
 
 
 def value_dim(p) -> int:
@@ -66,8 +67,10 @@ def second_queries(p) -> Sentences:
 
 
 def other_queries(p) -> Sentences:
-    """The rule of q_v in calls of other dims."""
-    if not p.q_v or has_qv_dims(p):
+    """The rule of q_v in calls of other dims, and of its strides without it."""
+    if not p.q_v:
+        return [must(p, name, "None without q_v") for name in QV_STRIDES if getattr(p, name) is not None]
+    if has_qv_dims(p):
         return ()
     return [must(p, "q_v", f"None or 0 unless head_dim={QV_DIMS[0]} and head_dim_v={QV_DIMS[1]}")]
 
@@ -82,9 +85,7 @@ def fp8_head_dims(p) -> Sentences:
     return [
         must(p, name, accepted)
         for name in _FIELDS
-        if is_wide(p)
-        or (dim := getattr(p, name)) in SERVED_DIMS
-        and dim not in FP8_SERVED_DIMS
+        if is_wide(p) or (dim := getattr(p, name)) in SERVED_DIMS and dim not in FP8_SERVED_DIMS
     ]
 
 

@@ -120,7 +120,7 @@ class Options:
 
     causal             bottom-right aligned causal mask
     window_size        (left, right) in keys, negative = unbounded; not together with causal
-    softmax_scale      natural units; None: 1 / sqrt(head_dim)
+    softmax_scale      natural units; None: 1 / sqrt(head_dim), with q_v 1 / sqrt(head_dim + head_dim_v)
     softcap            of scores; 0: none
     s_aux              [heads] logits of attention sinks
     alibi_slopes       [heads] or [batch, heads]
@@ -145,6 +145,7 @@ class Options:
     rotary_cos, _sin   [positions, rotary_dim / 2]; with rotary_interleaved pairs are neighbours
     seqlens_rotary     [batch] the position of the first new key
     zero_padding       packed rows behind the last sequence are O = 0, LSE = -inf
+    q_v                as q, with the columns of v: q[i] . k[j] + q_v[i] . v[j] takes the place of q[i] . k[j]
     q_, k_, v_descale  scalar, [heads], [batch, 1] or [batch, heads]: real value = stored value * descale; heads are
                        query heads for q, KV heads for k and v; None: 1
     """
@@ -177,6 +178,7 @@ class Options:
     rotary_interleaved: bool = False
     seqlens_rotary: Any = None
     zero_padding: bool = False
+    q_v: Any = None
     q_descale: Any = None
     k_descale: Any = None
     v_descale: Any = None
@@ -220,7 +222,9 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
         k, v = k.copy(), v.copy()
         q, seqused_k = updated(q, k, v, options)
         options = replace(options, seqused_k=seqused_k)
-    softmax_scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
+    q_v = q[..., :0] if options.q_v is None else np.asarray(options.q_v)
+    columns = q.shape[-1] + q_v.shape[-1]
+    softmax_scale = columns**-0.5 if options.softmax_scale is None else options.softmax_scale
     num_heads, num_heads_k = q.shape[-2], k.shape[-2]
     group = num_heads // num_heads_k
 
@@ -253,11 +257,12 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
         k_head, v_head = operand(k, k_rows[b], kv_head), operand(v, k_rows[b], kv_head)
         *outer, rows = q_rows[b]
         n_q, n_k = rows.stop - rows.start, len(k_head)
+        k_head = np.concatenate([k_head, v_head[:, : q_v.shape[-1]]], axis=1)
         for head in range(kv_head * group, (kv_head + 1) * group):
             scale = softmax_scale * q_descale[b, head] * k_descale[b, kv_head]
             out[*outer, rows, head], lse[*outer, head, rows] = _one_head(
                 arithmetic,
-                operand(q, q_rows[b], head),
+                np.concatenate([operand(part, q_rows[b], head) for part in (q, q_v)], axis=1),
                 k_head,
                 v_head,
                 scores_of(b, head, n_q, n_k, int(leftpad[b])),
@@ -359,7 +364,7 @@ def _check(q, k, v, options: Options) -> None:
     packed, packed_k = offsets_q is not None, offsets_k is not None
     in_cache, is_used = _has_cache(options), options.seqused_k is not None
     rank, rank_k = 3 if packed else 4, 3 if packed_k else 4
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    shapes, second = f"q {q.shape}, k {k.shape}, v {v.shape}", None if options.q_v is None else np.shape(options.q_v)
     rules = (  # functions: a rule may be asked only when those before it hold
         (lambda: packed or not packed_k, "cu_seqlens_k without cu_seqlens_q: packed keys need packed queries"),
         (lambda: packed_k or is_used or not packed, "cu_seqlens_q: needs cu_seqlens_k, or seqused_k with a cache"),
@@ -374,6 +379,7 @@ def _check(q, k, v, options: Options) -> None:
             lambda: k.shape[:-1] == v.shape[:-1] and q.shape[-1] == k.shape[-1] and (v.shape[-1] or not k.shape[-1]),
             f"{shapes}: k and v alike but for their columns, q and k of one head_dim",
         ),
+        (lambda: second in (None, (*q.shape[:-1], v.shape[-1])), f"{shapes}: q_v must be as q, with v's columns"),
         (lambda: k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0, f"{shapes}: num_heads a multiple of num_heads_k"),
         (lambda: packed or in_cache or len(q) == len(k), f"{shapes}: q and k must have the same batch size"),
         (lambda: not packed_k or len(offsets_q) == len(offsets_k), "cu_seqlens_q, cu_seqlens_k: lengths differ"),

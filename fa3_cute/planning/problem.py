@@ -13,14 +13,13 @@ from ..contract.arguments import BLOCK_ARGUMENTS, MOD_ARGUMENTS
 from ..contract.block_mask import LISTS, block_sizes
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW, tile_dims
 from ..contract.fp8_cache import has_fp8_keys, keys_dtype
-from ..contract.head_dims import has_qv_dims, is_wide, value_dim
+from ..contract.head_dims import QV_STRIDES, has_qv_dims, is_wide, value_dim
 from ..contract.mla import is_mla
 from ..contract.params import (
     ARGUMENTS,
     DTYPE_NAMES,
     NUMBERS,
     OPTIONALS,
-    QV,
     AttentionMode,
     DataType,
     FlashAttentionParams,
@@ -43,7 +42,6 @@ _MASKS = {(UNBOUNDED_WINDOW, UNBOUNDED_WINDOW): "full", (UNBOUNDED_WINDOW, 0): "
 _NO_STRIDES = (0,) * len(DESCALE_STRIDES)
 _ABSENT, _NO_LENGTHS = (None,) * len(LENGTHS), (0,) * len(LENGTHS)
 _NO_SCORE_STRIDES = (0,) * 4  # of slopes and masks
-QV_STRIDES = names(kind="stride", takers=(QV,))
 _read_lengths, _read_strides, _read_descale_strides, _read_mask_strides, _read_qv_strides, _read_optionals = (
     attrgetter(*fields) for fields in (LENGTHS, STRIDES, DESCALE_STRIDES, MASK_STRIDES, QV_STRIDES, OPTIONALS)
 )

@@ -19,7 +19,17 @@ class Repeatable:
     descales are as free as the tensors': each layer of a model has its own.
     """
 
-    __slots__ = "values", "call", "has_lse", "has_descales", "has_qv", "has_v_in_k", "alignments", "has_more", "resolved"
+    __slots__ = (
+        "values",
+        "call",
+        "has_lse",
+        "has_descales",
+        "has_qv",
+        "has_v_in_k",
+        "alignments",
+        "has_more",
+        "resolved",
+    )
 
     def __init__(self, values: tuple, call, shape, p, resolved):
         self.values, self.call, self.resolved = values, call, resolved

@@ -154,7 +154,7 @@ def test_no_queries_are_no_launch(launches):
 def test_refusal(launches, call):
     assert call(BAD, 7) is Status.UNSUPPORTED_HEAD_DIM
     assert launches.calls == []
-    assert last_error().detail == "head_dim=84: must be a multiple of 8 from 8 to 256, or 576 with head_dim_v=512"
+    assert last_error().detail == "head_dim=84: must be a multiple of 8 from 8 to 256, 512, or 576 with head_dim_v=512"
     with pytest.raises(ValueError, match="head_dim=84"):
         call(BAD).check()
 
@@ -303,7 +303,7 @@ def test_threads_have_their_own_last_error(launches):
     for thread in threads:
         thread.join()
     assert details == {
-        n: {f"head_dim={n}: must be a multiple of 8 from 8 to 256, or 576 with head_dim_v=512"} for n in (1, 2, 3)
+        n: {f"head_dim={n}: must be a multiple of 8 from 8 to 256, 512, or 576 with head_dim_v=512"} for n in (1, 2, 3)
     }
 
 

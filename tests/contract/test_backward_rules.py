@@ -93,7 +93,7 @@ REFUSED_CALLS = [
     (-1, DENSE, every("dq dk dv", None), ("dq=None, dk=None, dv=None", "one of them")),
     *(
         (-2, DENSE, {name: value}, (f"{name}={value!r}", "a multiple of 8 from 8 to 256"))
-        for name, values in (("head_dim", (84, 0, 512, 128.0, None)), ("head_dim_v", (4, 264, -8, "64")))
+        for name, values in (("head_dim", (84, 0, 520, 128.0, None)), ("head_dim_v", (4, 264, -8, "64")))
         for value in values
     ),
     (-4, DENSE, {"num_heads": 18}, ("num_heads=18", "multiple of num_heads_k=4")),
@@ -237,7 +237,7 @@ def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
     companions = {
         *("s_aux_dtype", "alibi_batch_stride", "attn_mask_dtype", "rng_state"),
         *(f"attn_mask_{dim}_stride" for dim in ("batch", "head", "row")),
-        *("mod_pointers", "mod_strides", "mod_scalars"),
+        *("mod_pointers", "mod_strides", "mod_scalars", *(f"q_v_{dim}_stride" for dim in ("batch", "head", "row"))),
         *("page_table_batch_stride", "page_size", "num_pages"),
         *("seqlen_knew", "cu_seqlens_k_new", "seqlens_rotary", *NEW_STRIDES),
         *(f"rotary_{name}" for name in ("dim", "positions", "interleaved", "dtype", "row_stride")),

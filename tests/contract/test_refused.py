@@ -39,7 +39,7 @@ REFUSED = [
     *((-1, PACKED, {total: 0, name: None}, (f"{name}=None", "device address")) for total, name in WANTED),
     *(
         (-2, DENSE, {"head_dim": value}, (f"head_dim={value!r}", "a multiple of 8 from 8 to 256"))
-        for value in (0, 84, -64, 512, 128.0, "128", True, None)
+        for value in (0, 84, -64, 520, 128.0, "128", True, None)
     ),
     *(
         (-4, DENSE, changes, (*(f"{name}={value!r}" for name, value in changes.items()), words))

@@ -142,7 +142,7 @@ def test_so_many_choices_are_remembered(monkeypatch):
 
 def test_problem_prints_as_a_sentence():
     assert str(first_problem(replace(DENSE, head_dim=84))) == (
-        "UNSUPPORTED_HEAD_DIM (-2): head_dim=84: must be a multiple of 8 from 8 to 256, or 576 with head_dim_v=512"
+        "UNSUPPORTED_HEAD_DIM (-2): head_dim=84: must be a multiple of 8 from 8 to 256, 512, or 576 with head_dim_v=512"
     )
 
 

@@ -90,6 +90,11 @@ class Case:
         return (self.head_dim, self.head_dim_v) == (576, 512)
 
     @property
+    def has_qv(self) -> bool:
+        """There is a second part of q, which meets v."""
+        return (self.head_dim, self.head_dim_v) == (64, 512)
+
+    @property
     def element_out(self) -> str:
         """The dtype that O really has."""
         return self.out_dtype or self.dtype

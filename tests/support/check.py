@@ -42,6 +42,7 @@ class Problem:
     lengths        those of cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k that the call is given, by name
     descales       those of q_descale, k_descale, v_descale, by name: FP32 [batch, heads] of any strides
     scores         s_aux, alibi_slopes, attn_mask, rng_state, those that the case has
+    q_v            [.., heads, head_dim_v] beside q, where the case has it
     exact_scores   FP8's scores need so few bits that the LSE is judged as that of 16-bit inputs
     """
 
@@ -56,6 +57,7 @@ class Problem:
     descales: dict[str, Tensor] = field(default_factory=dict)
     exact_scores: bool = False
     scores: dict[str, Tensor] = field(default_factory=dict)
+    q_v: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[np.ndarray, ...]:
@@ -68,6 +70,7 @@ class Problem:
             "causal": self.case.is_causal,
             "window_size": self.case.window,
             "softmax_scale": self.softmax_scale,
+            **({"q_v": self.q_v.array} if self.q_v else {}),
             **{name: tensor.array for name, tensor in (self.lengths | self.descales).items()},
             **score_options(self.case, self.scores),
         }
@@ -76,6 +79,7 @@ class Problem:
         """The reference's options for some of the heads."""
         columns = {name: heads if name[0] == "q" else kv_heads for name in self.descales}
         of_heads = {name: self.descales[name].array[:, part] for name, part in columns.items()}
+        of_heads |= {"q_v": self.q_v.array[..., heads, :]} if self.q_v else {}
         return self.options | of_heads | score_options(self.case, self.scores, heads)
 
     def sequences(self, side: str) -> list[tuple]:
@@ -93,7 +97,13 @@ class Problem:
 
     def upload(self) -> None:
         """Bring all that is read to the device and poison the outputs."""
-        inputs = (self.q, self.k, self.v, *(self.lengths | self.descales | self.scores).values())
+        inputs = (
+            self.q,
+            *[self.q_v] * (self.q_v is not None),
+            self.k,
+            self.v,
+            *(self.lengths | self.descales | self.scores).values(),
+        )
         for image in {id(tensor.image): tensor.image for tensor in inputs}.values():
             image.upload()
         self.poison_outputs()
@@ -139,14 +149,17 @@ def make_problem(case, place=contiguous, softmax_scale=None, lengths=None, desca
     }
     descales = {name: tensor for name, tensor in descales.items() if tensor}
     scores = score_inputs(case) if case.has_score_options else {}
-    problem = Problem(case, q, k, v, out, lse, softmax_scale, on_device, descales, scores=scores)
-    rngs = np.random.default_rng(zlib.crc32(str(case).encode())).spawn(3)
+    q_v = place("q_v", out_shape, case.dtype) if case.has_qv else None
+    problem = Problem(case, q, k, v, out, lse, softmax_scale, on_device, descales, scores=scores, q_v=q_v)
+    rngs = np.random.default_rng(zlib.crc32(str(case).encode())).spawn(4)
+    if q_v:
+        fill(q_v.array, case.dtype, rngs[3], problem.is_used("q"))
     list(
         POOL.map(
             lambda array, dtype, rng, side: fill(array, dtype, rng, problem.is_used(side)),
             problem.inputs[: 2 if case.is_mla else 3],
             (case.dtype, case.stored, case.stored),
-            rngs,
+            rngs[:3],
             "qkk",
         )
     )
@@ -176,6 +189,7 @@ def params_of(problem: Problem, **overrides) -> FlashAttentionParams:
     """The problem as a call. Strides are given only where a tensor is not C-contiguous: the defaults are used too."""
     case = problem.case
     tensors = {"q": problem.q, "k": problem.k, "v": problem.v, "out": problem.out}
+    tensors |= {"q_v": problem.q_v} if problem.q_v else {}
     is_packed = problem.q.array.ndim == 3
     dims = ("row", "head") if is_packed else ("batch", "row", "head")
     strides = {

@@ -135,6 +135,7 @@ class RaggedProblem:
         if case.is_mla:
             self.v = self.k.image.tensor(self.k.array[..., : case.dim_v])
         self.q = contiguous("q", (self.total_q, case.num_heads, case.head_dim), case.dtype)
+        self.q_v = contiguous("q_v", (*self.q.array.shape[:-1], case.dim_v), case.dtype) if case.has_qv else None
         self.out = contiguous("out", (*self.q.array.shape[:-1], case.dim_v), case.element_out)
         self.lse = contiguous("lse", self.lse_shape, "fp32") if case.has_lse else None
         self.lengths = {name: contiguous(name, (size,), "int32") for name, size in self.length_sizes().items()}
@@ -175,6 +176,10 @@ class RaggedProblem:
         self.q.array[...] = poison_of(self.q.array.dtype)
         for start, n, first in zip(self.starts, queries, accumulate(queries, initial=0), strict=False):
             self.q.array[start : start + n] = q[first : first + n]
+        if self.q_v:
+            self.q_v.array[...] = poison_of(self.q_v.array.dtype)
+            for start, n in zip(self.starts, queries, strict=False):
+                self.q_v.array[start : start + n] = randn(n, case.num_heads, case.dim_v, dtype=case.dtype)
         if k is None:
             k, v = (self.values_of(keys_there, randn, columns) for columns in (case.head_dim, case.dim_v))
         if case.is_mla:
@@ -248,13 +253,15 @@ class RaggedProblem:
         batch = len(offsets["cu_seqlens_q"]) - 1
         case = replace(ragged.case, batch=batch, seqlen_q=self.total_q, seqlen_k=len(k))
         host: list[Any] = [SimpleNamespace(array=array) for array in (k, v)]
-        return Problem(case, self.q, *host, self.out, self.lse, None, arrays, self.descales, scores=self.scores)
+        given: dict[str, Any] = {"scores": self.scores, "q_v": self.q_v}
+        return Problem(case, self.q, *host, self.out, self.lse, None, arrays, self.descales, **given)
 
     @property
     def inputs(self) -> list[Tensor]:
         """All that the device reads."""
         tables = [] if self.table is None else [self.table]
-        return [self.q, self.k, self.v, *tables, *(self.lengths | self.descales | self.scores).values()]
+        second = [] if self.q_v is None else [self.q_v]
+        return [self.q, *second, self.k, self.v, *tables, *(self.lengths | self.descales | self.scores).values()]
 
     def upload(self) -> None:
         """Bring the inputs to the device, poison the outputs."""
@@ -270,6 +277,7 @@ class RaggedProblem:
     def params(self, **overrides) -> FlashAttentionParams:
         ragged, case = self.ragged, self.ragged.case
         tensors = {"q": self.q, "k": self.k, "v": self.v, "out": self.out, **self.lengths}
+        tensors |= {"q_v": self.q_v} if self.q_v else {}
         fields: dict[str, Any] = {name: tensor.address for name, tensor in tensors.items()}
         for name in "kv":
             strides = zip(("batch", "row", "head"), tensors[name].strides, strict=False)
