@@ -1,4 +1,5 @@
-"""MLA decode: which calls are served, in which words the others are refused, and what they mean."""
+"""Attention of 512 columns of V, MLA decode, q_v and heads of 512: which calls are served, in which words the others are
+refused, and what they mean."""
 
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 from backward_calls import DENSE as BACKWARD_DENSE
 from rule_calls import DENSE, FP8, PACKED, A, first_problem
 
-from fa3_cute import attention, get_error_string
+from fa3_cute import DataType, attention, get_error_string
 from fa3_cute.contract.backward_rules import contract_problems as backward_problems
 from fa3_cute.contract.mla import OFF
 from fa3_cute.contract.plain import plain
@@ -20,6 +21,11 @@ MLA = replace(DENSE, **DIMS)
 PAGED = replace(MLA, page_table=A, page_size=64, num_pages=99, seqused_k=A)
 PACKED_MLA = replace(PACKED, **DIMS, max_seqlen_q=4)
 WITH = "with head_dim=576"
+LARGE = replace(DENSE, head_dim=512)
+WITH_QV = replace(DENSE, head_dim=64, head_dim_v=512, q_v=A)
+# The calls of this kernel, and how sentences name them.
+NAMED = ((MLA, WITH), (LARGE, "with head_dim=512"), (WITH_QV, "with q_v"))
+IN_PAGES = {"page_table": A, "page_size": 64, "num_pages": 99, "seqused_k": A}
 
 
 @pytest.mark.parametrize(
@@ -40,24 +46,78 @@ WITH = "with head_dim=576"
 def test_served(call):
     assert problems(call) == []
     shape = ProblemShape.of(plain(call))
-    assert shape.is_mla and not shape.is_padded and shape.tile_dims == (576, 512)
+    assert shape.has_v_in_k and shape.has_wide_values and not shape.has_qv
+    assert not shape.is_padded and shape.tile_dims == (576, 512)
 
 
-@pytest.mark.parametrize("dims", [(576, 0), (576, 576), (576, 256), (512, 512), (584, 512), (560, 512)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(replace(LARGE, head_dim_v=columns) for columns in (0, 512)),
+        *(
+            replace(base, **changes)
+            for base in (LARGE, WITH_QV)
+            for changes in (
+                {"is_causal": True, "num_splits": 16, "s_aux": A, "softmax_lse": A},
+                {"pack_gqa": False, "seqused_k": A, "window_size_right": 0},
+                IN_PAGES | {"page_size": 8, "dtype": DataType.BF16, "out_dtype": DataType.FP32},
+                {"v": A + 1024, "v_row_stride": 640 * 16, "q_row_stride": 16 * 1024},
+            )
+        ),
+        replace(PACKED, head_dim=512, max_seqlen_q=4),
+        replace(PACKED, head_dim=64, head_dim_v=512, q_v=A),
+        replace(WITH_QV, q_v_row_stride=16 * 576, q_v_batch_stride=512 * 16 * 576, q_v_head_stride=576),
+    ],
+)
+def test_served_with_values_of_their_own(call):
+    assert problems(call) == []
+    shape = ProblemShape.of(plain(call))
+    assert shape.has_wide_values and not shape.has_v_in_k and shape.has_qv == bool(call.q_v)
+    assert not shape.is_padded and shape.tile_dims == (call.head_dim, 512)
+
+
+@pytest.mark.parametrize("dims", [(576, 0), (576, 576), (576, 256), (520, 512), (584, 512), (560, 512)])
 def test_other_dims_are_refused(dims):
     found = first_problem(replace(MLA, head_dim=dims[0], head_dim_v=dims[1]))
     assert found.status == -2
-    assert found.detail == f"head_dim={dims[0]}: must be a multiple of 8 from 8 to 256, or 576 with head_dim_v=512"
+    assert found.detail == f"head_dim={dims[0]}: must be a multiple of 8 from 8 to 256, 512, or 576 with head_dim_v=512"
     assert "576" in get_error_string(-2)
 
 
 def test_512_columns_of_v_alone_are_refused():
-    (found,) = problems(replace(MLA, head_dim=64))
-    assert found == (-2, "head_dim_v=512: must be 0 (head_dim) or a multiple of 8 from 8 to 256")
+    accepted = "must be 0 (head_dim) or a multiple of 8 from 8 to 256"
+    assert problems(replace(MLA, head_dim=64)) == [(-2, f"head_dim_v=512: {accepted} without q_v")]
+    assert problems(replace(MLA, head_dim=128)) == [(-2, f"head_dim_v=512: {accepted}")]
+    assert problems(replace(LARGE, head_dim_v=256)) == [(-2, "head_dim_v=256: must be 0 or 512 with head_dim=512")]
 
 
-def test_fp8_is_refused():
-    assert first_problem(replace(MLA, dtype=FP8)).status == -3
+def test_q_v_of_other_dims_is_refused():
+    for call in (DENSE, MLA, LARGE):
+        (found,) = problems(replace(call, q_v=A))
+        assert found == (-9, f"q_v={A}: must be None or 0 unless head_dim=64 and head_dim_v=512")
+    (found,) = problems(replace(DENSE, q_v_row_stride=512))
+    assert found == (-9, "q_v_row_stride=512: must be None without q_v")
+
+
+@pytest.mark.parametrize(
+    "changes, status, words",
+    [
+        ({"q_v": A + 8}, -9, f"q_v={A + 8:#x}: must be a device address aligned to 16 bytes"),
+        ({"q_v": "x"}, -9, "q_v='x': must be an int device address"),
+        ({"q_v_head_stride": 516}, -7, "q_v_head_stride=516: must be at least 0, below"),
+        ({"q_v_row_stride": 1.5}, -7, "q_v_row_stride=1.5: must be None (contiguous) or an int"),
+    ],
+)
+def test_bad_q_v(changes, status, words):
+    (found,) = problems(replace(WITH_QV, **changes))
+    assert found.status == status and found.detail.startswith(words)
+
+
+@pytest.mark.parametrize("call, words", NAMED)
+def test_fp8_is_refused(call, words):
+    assert first_problem(replace(call, dtype=FP8)).status == -3
+    found = first_problem(replace(call, kv_dtype=FP8))
+    assert found.status == -3 and found.detail.endswith("with kv_dtype=FP8_E4M3 and 16-bit queries")
 
 
 @pytest.mark.parametrize(
@@ -81,16 +141,26 @@ def test_what_has_no_kernel_is_refused(changes, words):
     assert found.status == -16 and found.detail.startswith(words)
 
 
-def test_pages_of_other_sizes_are_refused():
-    (found,) = problems(replace(PAGED, page_size=20))
-    assert found == (-16, f"page_size=20: must be a multiple of 8 {WITH}")
+@pytest.mark.parametrize("call, words", NAMED)
+def test_pages_of_other_sizes_are_refused(call, words):
+    (found,) = problems(replace(call, **IN_PAGES | {"page_size": 20}))
+    assert found == (-16, f"page_size=20: must be a multiple of 8 {words}")
 
 
-def test_new_keys_and_rotary_are_refused():
+@pytest.mark.parametrize("call, words", NAMED)
+def test_new_keys_rotary_and_padding_are_refused(call, words):
     rotary = {"rotary_cos": A, "rotary_sin": A, "rotary_dim": 64}
-    for changes, name in (({"k_new": A, "v_new": A, "seqlen_knew": 1}, "k_new"), (rotary, "rotary_cos")):
-        found = problems(replace(PAGED, **changes))
-        assert (-16, f"{name}={A}: must be None or 0 {WITH}") in found
+    new = {"k_new": A, "v_new": A, "seqlen_knew": 1}
+    for changes, name in ((new, "k_new"), (rotary, "rotary_cos"), ({"leftpad_k": A}, "leftpad_k")):
+        found = problems(replace(call, **IN_PAGES, **changes))
+        assert (-16, f"{name}={A}: must be None or 0 {words}") in found
+
+
+@pytest.mark.parametrize("call, words", NAMED)
+def test_features_and_windows_are_refused(call, words):
+    for changes in ({"softcap": 30.0}, {"attention_chunk": 64}, {"window_size_left": 128}):
+        (found,) = problems(replace(call, **changes))
+        assert found.status == -16 and found.detail.endswith(words)
 
 
 def test_what_is_off_is_a_field():
@@ -98,8 +168,12 @@ def test_what_is_off_is_a_field():
 
 
 def test_backward_is_refused():
-    found = backward_problems(replace(BACKWARD_DENSE, head_dim=576, head_dim_v=512, v=BACKWARD_DENSE.k, num_heads_k=1))
-    assert (-16, "head_dim=576: must be at most 256: backward has no kernel for it yet") in found
+    mla = replace(BACKWARD_DENSE, head_dim=576, head_dim_v=512, v=BACKWARD_DENSE.k, num_heads_k=1)
+    for head_dim, call in ((576, mla), (512, replace(BACKWARD_DENSE, head_dim=512))):
+        assert (-16, f"head_dim={head_dim}: must be at most 256: backward has no kernel for it yet") in (
+            backward_problems(call)
+        )
+    assert backward_problems(replace(BACKWARD_DENSE, q_v=A))[-1].status == -16
 
 
 # ---- what they mean --------------------------------------------------------------------------------------------------
@@ -118,6 +192,16 @@ def test_reference():
     assert out.shape == (2, 3, 4, 512) and np.array_equal(out, same)
     assert np.allclose(out, np.einsum("bhqk,bkd->bqhd", weights, K[:, :, 0, :512]), atol=1e-6)
     assert np.allclose(lse, np.log(np.exp(scores).sum(-1)), atol=1e-5)
+
+
+def test_reference_of_two_parts():
+    """Of Q and K in two parts, as of the whole ones."""
+    exact, lse = attention_reference(Q, K, K[..., :512], causal=True)
+    parts = Q[..., 512:], K[..., 512:], K[..., :512]
+    out, same = attention_reference(*parts, q_v=Q[..., :512], causal=True)
+    assert np.allclose(out, exact, atol=1e-6) and np.allclose(same, lse, atol=1e-6)
+    with pytest.raises(ValueError, match="q_v must be as q, with v's columns"):
+        attention_reference(*parts, q_v=Q[..., :511])
 
 
 def test_attention_on_the_host():
