@@ -54,6 +54,7 @@ from ..contract.formats import (
     FP8,
     FP8_CACHE_HEAD_DIMS,
     FP8_SERVED_DIMS,
+    LARGE_DIM,
     HEAD_DIMS,
     SERVED_DIMS,
 )
@@ -190,6 +191,8 @@ def served(case: Case) -> Collection[int]:
     """The head dims that there are kernels for."""
     if isinstance(case, LatentCase):
         return () if case.dtype == FP8 else (case.head_dim,)
+    if case.head_dim == LARGE_DIM:
+        return () if case.dtype == FP8 or case.passes != FORWARD else (LARGE_DIM,)
     if case.kv_dtype:
         return () if case.dtype == FP8 else FP8_CACHE_HEAD_DIMS
     if case.passes == FORWARD:

@@ -1,7 +1,8 @@
-"""The benchmark's MLA decode: cases whose V is the first columns of K, their tensors, and the peer that has it too."""
+"""The benchmark's MLA decode: cases whose V is the first columns of K, their tensors, and the peer that has it too; and
+heads of 512 beside them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import FlashAttentionParams
-from ..contract.formats import MLA_DIMS, OUT_BYTES
+from ..contract.formats import MLA_DIMS, OUT_BYTES, QV_DIMS
 from ..contract.reference import as_float
 from ..arrays.memory import download
 from .case import CHECKED_ROWS, Case, Tensors, call_of
@@ -20,9 +21,17 @@ PEER_PAGE = 64  # tokens, of the peer's view of K that lies in one piece
 
 @dataclass(frozen=True)
 class LatentCase(Case):
-    """A case of MLA_DIMS: Q and K have the first number of columns, V and O the second one."""
+    """A case of MLA_DIMS: Q and K have the first number of columns, V and O the second one.
+
+    in_parts   the call gets Q and K in two parts: the last QV_DIMS[0] columns, and as q_v and V the first ones
+    """
 
     head_dim_v: int = MLA_DIMS[1]
+    in_parts: bool = False
+
+    @property
+    def dims(self) -> str:
+        return super().dims + " by q_v" * self.in_parts
 
     @property
     def _pair_flops(self) -> int:
@@ -38,17 +47,20 @@ class LatentCase(Case):
 
 
 class LatentTensors(Tensors):
-    """Q, K and O on the device; V is K."""
+    """Q, K and O on the device; V is K in cases of MLA."""
 
     def pointers(self, case: Case, kv_set: int = 0) -> dict[str, int]:
         found = super().pointers(case, kv_set)
-        return found | {"v": found["k"]}
+        return found | {"v": found["k"]} if isinstance(case, LatentCase) else found
 
     def params(self, case: Case, kv_set: int = 0) -> FlashAttentionParams:
-        return FlashAttentionParams(**call_of(case, self.pointers(case, kv_set)))
+        params = FlashAttentionParams(**call_of(case, self.pointers(case, kv_set)))
+        return in_parts(case, params) if isinstance(case, LatentCase) and case.in_parts else params
 
     def error_of(self, case: Case, kv_set: int = 0) -> float:
         """As that of Tensors."""
+        if not isinstance(case, LatentCase):
+            return super().error_of(case, kv_set)
         *rows, heads, columns = case.out_shape
         out = download(self.buffers["out"], (prod(rows), heads, columns), self.out_type, stream=self.stream)
         differences, norms = 0.0, 0.0
@@ -60,6 +72,20 @@ class LatentTensors(Tensors):
             differences += np.square(as_float(out[own, head]) - exact[0, :, 0]).sum()
             norms += np.square(exact).sum()
         return float(np.sqrt(differences / norms))
+
+
+def in_parts(case: LatentCase, params: FlashAttentionParams) -> FlashAttentionParams:
+    """The same call with Q and K in two parts, which are columns of the whole ones."""
+    columns, head_dim = MLA_DIMS[1], case.head_dim
+    rest = case.element_bytes * columns  # bytes from a row's start to the second part
+    strides = {}
+    for names, rows, heads in ((("q", "q_v"), case.q_shape, case.num_heads), (("k", "v"), case.kv_shape, 1)):
+        of_row = heads * head_dim
+        of = {"head": head_dim, "row": of_row}
+        of |= {"batch": rows[-3] * of_row} if len(rows) > 3 else {}
+        strides |= {f"{name}_{dim}_stride": stride for name in names for dim, stride in of.items()}
+    pointers = {"q": params.q + rest, "q_v": params.q, "k": params.k + rest, "v": params.k}
+    return replace(params, **pointers, **strides, head_dim=QV_DIMS[0], head_dim_v=QV_DIMS[1])
 
 
 def vllm_launch(interface: Any, torch: Any, case: Case, q: Any, k: Any, indices: dict[str, Any]) -> Callable:

@@ -1,5 +1,5 @@
-"""Attention of 512 columns of V: MLA decode, of head_dim 576 where V is the first 512 columns of K or of 64 with q_v, and
-heads of 512. The rule of what their kernel does not serve, one table. Pure Python."""
+"""Attention of 512 columns of V: MLA decode, of head_dim 576 where V is the first 512 columns of K, or of 64 with q_v;
+and heads of 512. The rule of what their kernel does not serve, one table. Pure Python."""
 
 from math import prod
 from typing import Any

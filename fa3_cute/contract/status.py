@@ -52,8 +52,8 @@ class Status(IntEnum):
 _MEANING = {
     Status.OK: "success",
     Status.NULL_POINTER: "q, k, v or out is missing",
-    Status.UNSUPPORTED_HEAD_DIM: "head_dim and head_dim_v must be multiples of 8 up to 256, 512, 576 and 512, or 64 and 512 "
-    "with q_v",
+    Status.UNSUPPORTED_HEAD_DIM: "head_dim and head_dim_v must be multiples of 8 up to 256, 512, 576 and 512, or 64 "
+    "and 512 with q_v",
     Status.FP8_HEAD_DIM: "FP8 needs head_dim and head_dim_v that are multiples of 16 up to 256, or 64 or 128 with q of "
     "16 bit",
     Status.INVALID_HEADS: "num_heads must be a positive multiple of a positive num_heads_k",

@@ -38,7 +38,8 @@ class Kernels(NamedTuple):
 
 def kernels_of(shape: ProblemShape) -> Kernels:
     """Dense queries: one kernel. Packed ones: one where a bound on their lengths says that it suits all, else both,
-    each for the sequences that suit it. Of 16-bit queries over FP8 keys the decode kernel, which alone widens them, and of 512 columns of V that kind of it which has them."""
+    each for the sequences that suit it. Of 16-bit queries over FP8 keys the decode kernel, which alone widens
+    them, and of 512 columns of V that kind of it which has them."""
     if shape.kv_dtype or shape.has_wide_values:  # there is no other kernel
         return Kernels(True, False)
     if not shape.is_packed:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL, VALUE_DIMS
+from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL, VALUE_DIMS, WIDE_DIMS
 from .backward import SHORT
 from .backward import TABLE as BACKWARD
 from .backward import BackwardConfig
@@ -12,6 +12,7 @@ from .backward_kernels import ROWS, KernelOfPass, kernels_of, pass_config
 from .config import DecodeConfig, FwdConfig
 from .decode_rows import DECODE
 from .key_source import PAGE_BOXES
+from .mla import MlaConfig, mla_config
 from .one_side import OneSidePass
 from .packing import PACKED_FEATURES
 from .tables import (
@@ -143,6 +144,21 @@ def cached_fp8_configs() -> list[DecodeConfig]:
     sources = [KeySource(True), KeySource(True, 16), KeySource(True, 1), KeySource(True, 64)]
     others = [fp8_cache_configs(source) for source in (*sources, *sources)]
     return [*fp8_cache_configs(), *(configs[number] for number, configs in enumerate(others))]
+
+
+def mla_configs() -> list[MlaConfig]:
+    """Of those of 512 columns of V some that stand for all: for each of WIDE_DIMS one of dense keys, causal ones of
+    ragged batches and over wide pages, and one over narrow pages whose O is FP32."""
+    return [
+        mla_config(dtype, is_local, out_dtype, source, dims)
+        for dims in WIDE_DIMS
+        for dtype, is_local, out_dtype, source in (
+            ("bf16", False, None, DENSE),
+            ("fp16", True, None, KeySource(True)),
+            ("bf16", True, None, KeySource(True, 64, True)),
+            ("fp16", False, PARTIAL, KeySource(True, 16)),
+        )
+    ]
 
 
 def all_configs() -> list[FwdConfig | DecodeConfig]:

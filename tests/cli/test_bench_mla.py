@@ -26,13 +26,15 @@ def params_of(case):
 
 def test_cases_are_good_calls():
     cases = mla.cases(parsed())
-    assert len(set(cases)) == len(cases) == 2 * len(mla.PROBLEMS)
+    of_mla = len(mla.PROBLEMS) + len(mla.IN_PARTS)
+    assert len({case.name for case in cases}) == len(cases) == 2 * (of_mla + len(mla.LARGE_PROBLEMS))
+    assert all(case.kv_bytes == 1 << 30 for case in cases if case.head_dim == 512)
     for case in cases:
         params = params_of(case)
         assert problems(params) == [] and case.head_dim in bench.served(case)
         (launch,) = operation_of(ProblemShape.of(params)).launches
         assert type(launch.config) is MlaConfig and bool(launch.config.page_box) == bool(case.page_size)
-    assert not bench.served(mla.cases(parsed("--dtype", "fp8_e4m3"))[0])
+    assert not any(bench.served(case) for case in mla.cases(parsed("--dtype", "fp8_e4m3")))
 
 
 def test_what_is_read_and_computed():
@@ -43,6 +45,22 @@ def test_what_is_read_and_computed():
     assert dense.nbytes == paged.nbytes == 32 * (4096 * 1152 + 2 * 128 * 2 * 1088)
     assert dense.flops == paged.flops == 2 * 32 * 128 * 1088 * (4096 + 4095)
     assert dense.out_shape == (32, 2, 128, 512) and paged.out_shape == (64, 128, 512)
+
+
+def test_we_get_k_in_two_parts():
+    """Of a row the last columns are Q and K, the others q_v and V; rows are as far apart as ever."""
+    dense, paged = (case for case in mla.cases(parsed()) if case.dims.endswith("q_v") and case.batch_size == 32)
+    for case in (dense, paged):
+        params = params_of(case)
+        assert (params.head_dim, params.head_dim_v) == (64, 512)
+        assert params.q - params.q_v == params.k - params.v == 1024 and params.v == 1 << 20
+        assert params.q_head_stride == params.q_v_head_stride == 576
+        assert params.q_row_stride == params.q_v_row_stride == 128 * 576
+        assert params.k_row_stride == params.v_row_stride == 576
+    params = params_of(dense)
+    assert params.q_v_batch_stride == 2 * 128 * 576 and params.v_batch_stride == 4096 * 576
+    params = params_of(paged)
+    assert params.q_v_batch_stride is None and params.v_batch_stride == 64 * 576
 
 
 def test_the_peer_gets_k_in_two_parts():

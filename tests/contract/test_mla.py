@@ -1,5 +1,5 @@
-"""Attention of 512 columns of V, MLA decode, q_v and heads of 512: which calls are served, in which words the others are
-refused, and what they mean."""
+"""Attention of 512 columns of V, MLA decode, q_v and heads of 512: which calls are served, in which words the others
+are refused, and what they mean."""
 
 from dataclasses import replace
 

@@ -1,10 +1,11 @@
-"""Which kernel serves an MLA problem, what it takes of an SM, and how its work is dealt out."""
+"""Which kernel serves a problem of 512 columns of V, what it takes of an SM, and how its work is dealt out."""
 
 from dataclasses import replace
 
 import pytest
 from rule_calls import DENSE, PACKED, A
 
+from fa3_cute.contract.formats import WIDE_DIMS
 from fa3_cute.contract.params import DataType
 from fa3_cute.contract.plain import plain
 from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA
@@ -18,8 +19,12 @@ from fa3_cute.planning.tables import KeySource, decode_config
 
 DIMS = {"head_dim": 576, "head_dim_v": 512, "num_heads_k": 1, "dtype": DataType.BF16}
 MLA = replace(DENSE, **DIMS, num_heads=16, batch_size=128, seqlen_q=1, seqlen_k=4096)
-PAGED = replace(MLA, page_table=A, page_size=64, num_pages=99999, seqused_k=A)
+PAGES = {"page_table": A, "page_size": 64, "num_pages": 99999, "seqused_k": A}
+PAGED = replace(MLA, **PAGES)
 CFG = mla_config("bf16", False)
+LARGE_DIMS, QV_DIMS = (512, 512), (64, 512)
+LARGE = replace(MLA, head_dim=512, head_dim_v=0, num_heads_k=2)
+WITH_QV = replace(MLA, head_dim=64, q_v=A)
 
 
 def launch_of(call):
@@ -41,6 +46,13 @@ def launch_of(call):
         (replace(PAGED, page_size=16), mla_config("bf16", False, None, KeySource(True, 16, True))),
         (replace(PAGED, k_batch_stride=64 * 576 + 8), mla_config("bf16", False, None, KeySource(True, 64, False))),
         (replace(PACKED, **DIMS, is_causal=True), mla_config("bf16", True, None, KeySource(True))),
+        (LARGE, mla_config("bf16", False, dims=LARGE_DIMS)),
+        (replace(LARGE, head_dim_v=512), mla_config("bf16", False, dims=LARGE_DIMS)),
+        (replace(LARGE, seqlen_q=4096, is_causal=True), mla_config("bf16", True, dims=LARGE_DIMS)),  # no forward kernel
+        (replace(LARGE, **PAGES), mla_config("bf16", False, None, KeySource(True, 64, True), LARGE_DIMS)),
+        (replace(PACKED, head_dim=512), mla_config("fp16", False, None, KeySource(True), LARGE_DIMS)),
+        (WITH_QV, mla_config("bf16", False, dims=QV_DIMS)),
+        (replace(WITH_QV, **PAGES), mla_config("bf16", False, None, KeySource(True, 64, True), QV_DIMS)),
     ],
 )
 def test_one_kernel_serves_a_call(call, expected):
@@ -58,15 +70,49 @@ def test_config_fits_an_sm(source):
     assert cfg.kv_bytes_per_token == 576 * 2
 
 
+@pytest.mark.parametrize("source", [CONTIGUOUS, KeySource(True, 64, True), KeySource(True, 8)])
+def test_config_of_heads_of_512_fits_an_sm(source):
+    """K and V have rings of their own, of which the second warpgroup reads that of V alone."""
+    cfg = mla_config("bf16", True, None, source, LARGE_DIMS)
+    rings = by_name(cfg.rings)
+    assert (cfg.tile_n, cfg.dim_qk, cfg.dim_v) == (32, 512, 512) and not (cfg.has_qv or cfg.shares_slots)
+    assert cfg.smem_bytes == 1024 + 64 * 512 * 2 + 4 * 32 * 512 * 2 + 64 * 32 * 2 <= SMEM_BYTES_PER_CTA
+    assert (rings["k"].empty, rings["v"].empty) == (4, 8) and rings["k"].full == rings["v"].full == 1
+    assert cfg.tx_bytes == {"k": 32 * 1024, "v": 32 * 1024} and cfg.kv_bytes_per_token == 2048
+    assert cfg.partial_bytes <= cfg.kv_ring_bytes == cfg.smem_bytes - 1024 - 64 * 32 * 2
+
+
+def test_config_of_qv_fits_an_sm():
+    """A slot is one of K and one of V: its mbarriers are K's."""
+    cfg = mla_config("bf16", True, None, CONTIGUOUS, QV_DIMS)
+    rings = by_name(cfg.rings)
+    assert cfg.has_qv and cfg.shares_slots and cfg.smem_bytes == CFG.smem_bytes <= SMEM_BYTES_PER_CTA
+    assert (rings["k"].full, rings["k"].empty) == (1, 8) and (rings["v"].full, rings["v"].empty) == (0, 0)
+    assert cfg.tx_bytes["k"] == 64 * 576 * 2 and cfg.kv_bytes_per_token == 576 * 2
+    assert [name for name, _ in cfg.arguments if name.startswith("q_v")] == [
+        "q_v",
+        *(f"q_v_{dim}_stride" for dim in ("batch", "row", "head")),
+    ]
+    assert not any(name.startswith("q_v") for name, _ in CFG.arguments)
+    assert cfg.kernel == "fa3_cute.kernels.mla.with_qv.FlashAttentionMlaWithQv"
+
+
+def test_the_scale_is_of_all_columns():
+    """Of both parts of q."""
+    scales = [ProblemShape.of(plain(call)).softmax_scale for call in (MLA, WITH_QV, LARGE)]
+    assert scales == pytest.approx([1 / 24, 1 / 24, 512**-0.5], rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"head_dim_v": 0}, r"head_dim, head_dim_v: must be \(576, 512\)"),
-        ({"is_padded": True}, "FP8 and is_padded: not with V in K"),
-        ({"has_softcap": True}, "has_softcap.*: not with V in K"),
+        ({"head_dim_v": 0}, r"head_dim, head_dim_v: must be of \(\(576, 512\), \(512, 512\), \(64, 512\)\)"),
+        ({"is_padded": True}, "FP8 and is_padded: not with 512 columns of V"),
+        ({"has_softcap": True}, "has_softcap.*: not with 512 columns of V"),
+        ({"is_ragged": True, "has_leftpad": True}, "has_leftpad: TMA alone brings K"),
         ({"num_kv_stages": 3}, "bytes of shared memory"),
         ({"num_kv_stages": 1}, "cannot hold partial results"),
-        ({"is_ragged": True, "page_box": 1}, "page_box: TMA alone brings K"),
+        ({"is_ragged": True, "page_box": 1}, "page_box, has_leftpad: TMA alone brings K"),
     ],
 )
 def test_configs_without_a_kernel(changes, words):
@@ -77,12 +123,13 @@ def test_configs_without_a_kernel(changes, words):
 def test_names_tell_kernels_apart():
     sources = CONTIGUOUS, KeySource(True), *(KeySource(True, box, wide) for box in (64, 8) for wide in (False, True))
     configs = [
-        mla_config(dtype, local, None, source)
+        mla_config(dtype, local, None, source, dims)
+        for dims in WIDE_DIMS
         for dtype in ("bf16", "fp16")
         for local in (False, True)
         for source in sources
     ]
-    assert len({cfg.name for cfg in configs}) == len(configs) == 24
+    assert len({cfg.name for cfg in configs}) == len(configs) == 3 * 24
     assert {type(cfg) for cfg in configs} == {MlaConfig} != {type(decode_config("bf16", 128, False))}
 
 

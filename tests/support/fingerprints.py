@@ -61,10 +61,11 @@ def opcode_hash(opcodes: Counter) -> str:
 
 
 def recorded() -> list:
-    """The configs whose fingerprints are kept: those of the tables, of backward, merge and append of all types."""
+    """The configs whose fingerprints are kept: those of the tables, of 512 columns of V, of backward, merge and append
+    of all types."""
     from fa3_cute.planning.append import append_config
     from fa3_cute.planning.merge import merge_config
-    from fa3_cute.planning.selections import all_configs, backward_kernels
+    from fa3_cute.planning.selections import all_configs, backward_kernels, mla_configs
 
     merges = [merge_config(*types) for types in product(("fp16", "bf16", "fp32"), repeat=2)]
     rotations = product(("fp16", "bf16"), ("halves", "neighbours"))
@@ -72,7 +73,7 @@ def recorded() -> list:
         *(append_config(dtype) for dtype in ("fp16", "bf16", "fp8_e4m3")),
         *(append_config(dtype, rotary, table) for dtype, rotary in rotations for table in (dtype, "fp32")),
     ]
-    return [*all_configs(), *backward_kernels(), *merges, *appends]
+    return [*all_configs(), *mla_configs(), *backward_kernels(), *merges, *appends]
 
 
 def environment() -> str:

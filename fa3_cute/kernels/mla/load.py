@@ -28,13 +28,14 @@ def load(cfg: MlaConfig, params: MlaParams, smem: MlaSmem, pipes: DecodePipeline
 def load_shared(cfg: MlaConfig, params: MlaParams, smem: MlaSmem, pipes: DecodePipelines, work: SplitWork):
     """The K tiles of one split, from the last one down; where V does not lie in K, each with its V in one slot."""
     k_producer = pipes.k.make_producer()
-    k, v = (source_of(cfg, op, ring, work.tile, params.kv_policy, params.places)
-            for op, ring in ((params.k, smem.sK), (params.v, smem.sV)))
+    k, v = source_of(cfg, params.k, smem.sK, work.tile, params.kv_policy, params.places), None
+    if const_expr(cfg.has_qv):
+        v = source_of(cfg, params.v, smem.sV, work.tile, params.kv_policy, params.places)
     n_block = work.blocks.n_block_max - 1
     for i in cutlass.range(n_block + 1 - work.blocks.n_block_min, unroll=1):
         key = first_key(cfg, n_block - i)
         found = k.find(key)
         slot = k_producer.acquire_and_advance()
         k.copy(slot, key, found)
-        if const_expr(not cfg.has_v_in_k):
+        if const_expr(cfg.has_qv):
             v.copy(slot, key, found)
