@@ -188,7 +188,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 _INTS = (int, torch.SymInt)
-_INSTEAD = {"qv": "MLA's second product has no kernel"}
+_INSTEAD = {"qv": "FlashAttentionParams has it, as q_v"}
 
 
 def _refuse(**arguments) -> None:
