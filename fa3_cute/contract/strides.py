@@ -9,9 +9,9 @@ from operator import attrgetter
 
 from .formats import SERVED_DIMS
 from .fp8_cache import keys_dtype
-from .head_dims import are_served, columns_of, has_qv_dims, value_dim
+from .head_dims import QV_STRIDES, are_served, columns_of, has_qv_dims, value_dim
 from .limits import DIMS, MAX_ROWS, MAX_SIZE, TMA_ALIGNMENT, TMA_STRIDE_BYTES
-from .params import TENSORS, DataType, all_sizes, names, tensor_sizes
+from .params import TENSORS, DataType, all_sizes, is_packed, names, tensor_sizes
 from .plain import BAD
 from .sentences import Sentences, is_int, must
 from .status import shown
@@ -21,6 +21,7 @@ DESCALE_STRIDES = names(kind="stride", is_fp8=True)
 _CONTIGUOUS, _CONTIGUOUS_OUT = (None,) * len(STRIDES), (None,) * len(DIMS)
 _COMMON_DESCALES = (0,) * len(DESCALE_STRIDES)
 _read_strides, _read_descale_strides = attrgetter(*STRIDES), attrgetter(*DESCALE_STRIDES)
+_read_qv_strides = attrgetter(*QV_STRIDES)
 
 
 def strides(p) -> Sentences:
@@ -48,6 +49,21 @@ def descale_strides(p) -> Sentences:
                     must(p, name, f"an int from 0 to {MAX_SIZE}, in elements; 0: one descale for all along it")
                 )
     return found
+
+
+def qv_strides(p) -> tuple[int, ...]:
+    """The strides of q_v of good plain params, contiguous ones where they are None or mean nothing; () without it."""
+    if not p.q_v:
+        return ()
+    batch, rows, heads = tensor_sizes(p, "q_v")
+    columns = value_dim(p)
+    contiguous = 0 if is_packed(p) else rows * heads * columns, heads * columns, columns
+    return tuple(
+        [
+            default if stride is None or size == 1 else stride
+            for stride, default, size in zip(_read_qv_strides(p), contiguous, (batch, rows, heads), strict=True)
+        ]
+    )
 
 
 def _are_common(p, given: tuple) -> bool:

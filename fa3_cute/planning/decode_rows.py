@@ -68,7 +68,8 @@ HEAVY_DECODE = {
     (1, 96): DecodeRow(128, 8, 1, 1.0, "registers; 64 keys are not divisible among the warps that transpose"),
     (1, 128): DecodeRow(64, 12, 1, 0.6, "registers"),
 }
-# {columns of Q and K, and of V} of planning/mla.py, in whose kernels a key takes 1152 or 2048 bytes.
+# {columns of Q and K, and of V} of planning/mla.py, in whose kernels a key takes 1152 or 2048 bytes. Heads of 512: BF16,
+# H200, 2026-11-30, graph replay.
 WIDE = {
     MLA_DIMS: DecodeRow(
         64,
@@ -79,7 +80,14 @@ WIDE = {
         "from one iteration to the next",
     ),
     QV_DIMS: DecodeRow(64, 2, 1, 2.0, "as MLA's, which has the same bytes and GEMMs; not measured"),
-    (LARGE_DIM, LARGE_DIM): DecodeRow(32, 2, 1, 1.0, "what fits one CTA per SM in two slots each; not measured"),
+    (LARGE_DIM, LARGE_DIM): DecodeRow(
+        32,
+        2,
+        1,
+        1.8,
+        "1x64k 32:4 heads 127 us, 8x8k 127, 16x1k 35.9, 1x4k 16.4; 16x5x1 132, 131, 37.9, 18.2; 16x4x1 131, 130, "
+        "37.1, 18.3",
+    ),
 }
 # {head_dim} of 16-bit queries over FP8 keys. Of an earlier form, in which the same warps widened K and V in turn, H200,
 # 2026-11-29, graph replay; behind + the slots of 16 bit. The present one is not measured.

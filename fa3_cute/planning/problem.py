@@ -13,8 +13,7 @@ from ..contract.arguments import BLOCK_ARGUMENTS, MOD_ARGUMENTS
 from ..contract.block_mask import LISTS, block_sizes
 from ..contract.formats import ELEMENT_BYTES, FP8, UNBOUNDED_WINDOW, tile_dims
 from ..contract.fp8_cache import has_fp8_keys, keys_dtype
-from ..contract.head_dims import QV_STRIDES, has_qv_dims, is_wide, value_dim
-from ..contract.mla import is_mla
+from ..contract.head_dims import is_wide, value_dim
 from ..contract.params import (
     ARGUMENTS,
     DTYPE_NAMES,
@@ -32,7 +31,7 @@ from ..contract.params import (
 from ..contract.mod_rules import arrays_of
 from ..contract.mods import MAX_POINTERS, MAX_SCALARS, STRIDES_PER_POINTER, SIZES
 from ..contract.scores import MASK_STRIDES
-from ..contract.strides import DESCALE_STRIDES, STRIDES
+from ..contract.strides import DESCALE_STRIDES, STRIDES, qv_strides
 from .append import AppendShape, append_shape
 
 LENGTHS = tuple(name for name in names(kind="pointer", element="int32") if ARGUMENTS[name].takers)
@@ -42,8 +41,8 @@ _MASKS = {(UNBOUNDED_WINDOW, UNBOUNDED_WINDOW): "full", (UNBOUNDED_WINDOW, 0): "
 _NO_STRIDES = (0,) * len(DESCALE_STRIDES)
 _ABSENT, _NO_LENGTHS = (None,) * len(LENGTHS), (0,) * len(LENGTHS)
 _NO_SCORE_STRIDES = (0,) * 4  # of slopes and masks
-_read_lengths, _read_strides, _read_descale_strides, _read_mask_strides, _read_qv_strides, _read_optionals = (
-    attrgetter(*fields) for fields in (LENGTHS, STRIDES, DESCALE_STRIDES, MASK_STRIDES, QV_STRIDES, OPTIONALS)
+_read_lengths, _read_strides, _read_descale_strides, _read_mask_strides, _read_optionals = (
+    attrgetter(*fields) for fields in (LENGTHS, STRIDES, DESCALE_STRIDES, MASK_STRIDES, OPTIONALS)
 )
 
 
@@ -166,16 +165,6 @@ class ProblemShape(NamedTuple):
         return is_wide(self)
 
     @property
-    def has_v_in_k(self) -> bool:
-        """V is the first columns of K."""
-        return is_mla(self)
-
-    @property
-    def has_qv(self) -> bool:
-        """Q has a second part, which meets V."""
-        return has_qv_dims(self)
-
-    @property
     def is_padded(self) -> bool:
         """Tiles have columns that the tensors have not."""
         return self.tile_dims != (self.head_dim, self.head_dim_v)
@@ -249,7 +238,7 @@ class ProblemShape(NamedTuple):
             strides += _descale_strides_of(p)
         given = _read_optionals(p)
         optionals = tuple([name for name, value in zip(OPTIONALS, given, strict=True) if value]) if any(given) else ()
-        more_strides = (_score_strides_of(p, optionals) if optionals else _NO_SCORE_STRIDES) + _qv_strides_of(p)
+        more_strides = (_score_strides_of(p, optionals) if optionals else _NO_SCORE_STRIDES) + qv_strides(p)
         shape = ProblemShape._make(
             chosen
             + (
@@ -343,21 +332,6 @@ def _strides_of(p, packed: bool, packed_keys: bool) -> tuple[int, ...]:
             ]
         )
     return (*strides, _table_stride_of(p) if is_paged(p) else 0)
-
-
-def _qv_strides_of(p) -> tuple[int, ...]:
-    """Those of q_v, as `_strides_of` has those of q; () without it."""
-    if not p.q_v:
-        return ()
-    batch, rows, _, _ = all_sizes(p)
-    heads, columns = p.num_heads, value_dim(p)
-    contiguous = 0 if is_packed(p) else rows * heads * columns, heads * columns, columns
-    return tuple(
-        [
-            default if stride is None or size == 1 else stride
-            for stride, default, size in zip(_read_qv_strides(p), contiguous, (batch, rows, heads), strict=True)
-        ]
-    )
 
 
 def _table_stride_of(p) -> int:

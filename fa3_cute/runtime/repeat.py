@@ -4,6 +4,8 @@ import threading
 from operator import attrgetter
 from typing import Any
 
+from ..contract.head_dims import has_qv_dims
+from ..contract.mla import is_mla
 from ..contract.params import ARGUMENTS, DESCALES, OPTIONALS, POINTERS
 from ..contract.scores import alignment_of
 
@@ -35,8 +37,8 @@ class Repeatable:
         self.values, self.call, self.resolved = values, call, resolved
         self.has_lse = shape is not None and shape.has_lse
         self.has_descales = shape is not None and shape.has_fp8_keys
-        self.has_qv = shape is not None and shape.has_qv
-        self.has_v_in_k = shape is not None and shape.has_v_in_k
+        self.has_qv = shape is not None and has_qv_dims(shape)
+        self.has_v_in_k = shape is not None and is_mla(shape)
         # of OPTIONALS, in bytes; 0 of those that the call does not have
         self.alignments: tuple[int, ...] = ()
         if shape is not None and shape.optionals:

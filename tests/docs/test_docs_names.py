@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fa3_cute.planning.selections import backward_configs
+from fa3_cute.planning.selections import backward_configs, mla_configs
 from fa3_cute.planning.tables import all_decode_configs, all_forward_configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def test_names_with_a_module_exist(document):
 
 def absent_config_names(text: str) -> set[str]:
     """What a document calls `cfg.name` and no config has."""
-    configs = (all_forward_configs()[0], all_decode_configs()[0], backward_configs()[0])
+    configs = (all_forward_configs()[0], all_decode_configs()[0], mla_configs()[0], backward_configs()[0])
     return {name for name in re.findall(r"`cfg\.(\w+)", text) if not any(hasattr(cfg, name) for cfg in configs)}
 
 
