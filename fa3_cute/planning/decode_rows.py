@@ -68,8 +68,8 @@ HEAVY_DECODE = {
     (1, 96): DecodeRow(128, 8, 1, 1.0, "registers; 64 keys are not divisible among the warps that transpose"),
     (1, 128): DecodeRow(64, 12, 1, 0.6, "registers"),
 }
-# {columns of Q and K, and of V} of planning/mla.py, in whose kernels a key takes 1152 or 2048 bytes. Heads of 512: BF16,
-# H200, 2026-11-30, graph replay.
+# {columns of Q and K, and of V} of planning/mla.py, in whose kernels a key takes 1152 or 2048 bytes. Heads of 512:
+# BF16, H200, 2026-11-30, graph replay.
 WIDE = {
     MLA_DIMS: DecodeRow(
         64,
