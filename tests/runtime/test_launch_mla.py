@@ -74,7 +74,7 @@ def counted(*arguments, launch=module.launch):
     checked.append(1)
     return launch(*arguments)
 module.launch = counted
-SENT = dict(q_v=0x7F0011223340, q_v_row_stride=71680, q_v_head_stride=560)
+SENT = dict(q_v=0x7F0011223340, q_v_batch_stride=71680, q_v_head_stride=560)
 CALL = dict(head_dim=64, head_dim_v=512, num_heads=16, num_heads_k=1) | SENT
 def sent(address, **changes):
     forward(decode_params(**CALL | changes | dict(q_v=address)), STREAM[0]).check()
