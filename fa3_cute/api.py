@@ -110,7 +110,7 @@ def backward(params: BackwardParams, stream=None) -> Status:
     stream   as of `forward`
 
     Returns and raises as `forward`; `explain` and `warmup` take these params too. All launches are captured into a CUDA
-    graph: three at head_dim 64 and 128; at 96, 192 and 256, and for what the kernel of all gradients does not serve,
+    graph: three at head_dim 64, 96 and 128; at 192 and 256, and for what the kernel of all gradients does not serve,
     one and one per gradient; one more with d_s_aux and two with d_bias. dk and dv have the same bits in every call, dq
     where each gradient has its launch, else with deterministic=True alone; d_bias that is summed may differ.
     Source: FlashAttention-2 (Dao 2023), algorithm 2; backward_reference in contract/backward_reference.py defines it.
