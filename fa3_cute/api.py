@@ -388,13 +388,11 @@ def attention(
     given = locals()
     names = {"softmax_scale": "softmax_scale", "softcap": "softcap", "dropout_p": "p_dropout"}
     call = AttentionCall(numbers={field: given.pop(name) for name, field in names.items()}, **given)
-    return attention_on_host(call) if call.is_on_host else _attention_on_device(call)
-
-
-def _attention_on_device(call: AttentionCall):
+    if call.is_on_host:
+        return attention_on_host(call)
     try:
         return attention_on_device(call, forward)
-    except RuntimeError as error:
-        if not isinstance(error, FlashAttentionError):  # of a CUDA call before the launch
-            _failure(error).check()
+    except FlashAttentionError:
         raise
+    except RuntimeError as error:  # of a CUDA call ahead of the launch
+        return _failure(error).check()  # which raises
