@@ -363,7 +363,8 @@ def attention(
     page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k
     kv_batch_idx  [batch] int32: the entry of k and v, or row of page_table, of each sequence; None: its own
     leftpad_k     [batch] int32: first rows of each sequence's keys that do not exist; seqused_k counts them
-    k_new, v_new  [batch, rows, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new: written behind seqused_k
+    k_new, v_new  [batch, rows, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new: written behind seqused_k;
+                  of k's type, or over FP8 k and v of q's, and quantised by their descales
     rotary_cos, rotary_sin   [positions, rotary_dim / 2] for q and k_new, from seqlens_rotary [batch] on or seqused_k
     *_descale     of FP8 k and v: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q,
                   num_heads_k for k and v, batch the number of sequences; any strides; real value = FP8 value * descale

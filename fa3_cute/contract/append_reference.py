@@ -14,8 +14,8 @@ seqlens_rotary, else n_k - n_q. Positions outside of the tables are their first 
 New key t, rotated, and new value t are then row n + t of the sequence, n the old length; those beyond the capacity are
 dropped. Rotated rows are rounded to the element type that they are stored in.
 
-New rows of more bits than an FP8 cache are quantised, rotated ones without being rounded before: what is rounded to E4M3
-is the float32 quotient of a number and the descale of its sequence and KV head, k's or v's, saturated at +-448.
+New rows of more bits than an FP8 cache are quantised, rotated ones without being rounded before: what is rounded to
+E4M3 is the float32 quotient of a number and the descale of its sequence and KV head, k's or v's, saturated at +-448.
 """
 
 from typing import Any

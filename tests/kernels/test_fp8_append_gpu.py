@@ -34,7 +34,7 @@ def test_updates(update, stream):
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_every_value(dtype, stream):
-    """All 65,536 numbers of 16 bit, by descales for which quotients are ties, tiny or huge; without one, as they are."""
+    """All 65,536 numbers of 16 bit, by descales for which quotients are ties, tiny or huge; values as they are."""
     update = replace(DECODE, kv_dtype=FP8, dtype=dtype, old=(0, 0, 0), new=(256,) * 3, queries=(1,) * 3)
     problem = UpdateProblem(update)
     arrays = problem.arrays

@@ -195,7 +195,9 @@ class UpdateProblem:
         if update.kv_dtype:
             fields |= {"kv_dtype": DataType[update.kv_dtype.upper()]}
             fields |= {f"{name}_descale_ptr": fields.pop(f"{name}_descale") for name in "kv"}
-            fields |= {f"{name}_descale_{dim}_stride": n for name in "kv" for dim, n in (("batch", heads_k), ("head", 1))}
+            fields |= {
+                f"{name}_descale_{dim}_stride": n for name in "kv" for dim, n in (("batch", heads_k), ("head", 1))
+            }
             if update.new is not None and not update.is_new_stored:
                 fields["kv_new_dtype"] = fields["dtype"]
         fields |= {"out": cuda.address(self.out), "softmax_lse": cuda.address(self.lse), "is_causal": update.is_causal}
