@@ -21,6 +21,7 @@ from .rows import Cache, Rows
 
 Divisor = cute.FastDivmodDivisorV2
 PIECE_BYTES = 16
+SATURATED = 512.0       # what E4M3, which ends at 448, has no number for
 
 
 @dataclass(frozen=True)
@@ -225,14 +226,29 @@ def store(fragment: cute.Tensor, target: cute.Tensor, descale):
     """A piece of 16-bit or FP32 numbers in the target's element type: as they are, rounded; with a descale FP8, of the
     quotient, saturated."""
     if const_expr(fragment.element_type is not target.element_type):
+        reciprocal = Float32(1.0) / descale if const_expr(descale is not None) else None
         converted = cute.make_rmem_tensor(cute.size(fragment), target.element_type)
         for i in cutlass.range_constexpr(cute.size(fragment)):
             number = fragment[i].to(Float32)
             if const_expr(descale is not None):
-                number = number / descale
+                number = quotient(number, descale, reciprocal)
             converted[i] = number.to(target.element_type)
         fragment = converted
     cute.autovec_copy(fragment, target)
+
+
+def quotient(number: Float32, descale: Float32, reciprocal: Float32) -> Float32:
+    """number / descale, rounded as the division rounds, which has a branch: 16 of them in a row take 0.3 us longer.
+
+    Two corrections by the remainder, each a fused product and sum (Markstein 1990). What E4M3 saturates is clipped
+    before, so that no step overflows; remainders are exact for descales from 2^-90 on.
+    """
+    limit = SATURATED * descale
+    number = cute.arch.fmin(cute.arch.fmax(number, -limit, nan=True), limit, nan=True)
+    found = number * reciprocal
+    for _ in range(2):
+        found = found - (found * descale - number) * reciprocal
+    return found
 
 
 @cute.jit
