@@ -15,9 +15,9 @@ BATCH, CONTEXT, HEADS, HEADS_K, HEAD_DIM = 8, 1024, 32, 8, 128
 LENGTHS = np.array([1023, 1000, 777, 512, 65, 64, 1, 0], np.int32)  # keys of each sequence before its new one
 
 
-def params_of(q, k, v, out, lengths, k_descale, v_descale, k_new, v_new):
-    """One call. q, out [batch, 1, heads, head_dim] BF16; k, v [batch, context, heads_k, head_dim] E4M3; descales FP32
-    [batch, heads_k]; k_new, v_new [batch, 1, heads_k, head_dim] BF16: all addresses."""
+def params_of(q, k, v, out, lengths, descales, new):
+    """One call. q, out [batch, 1, heads, head_dim] BF16; k, v [batch, context, heads_k, head_dim] E4M3; of both,
+    descales FP32 [batch, heads_k] and new rows BF16 [batch, 1, heads_k, head_dim]: all addresses."""
     return FlashAttentionParams(
         q=q,
         k=k,
@@ -31,32 +31,33 @@ def params_of(q, k, v, out, lengths, k_descale, v_descale, k_new, v_new):
         num_heads_k=HEADS_K,
         head_dim=HEAD_DIM,
         seqused_k=lengths,
-        k_descale_ptr=k_descale,
-        v_descale_ptr=v_descale,
+        k_descale_ptr=descales[0],
+        v_descale_ptr=descales[1],
         k_descale_batch_stride=HEADS_K,
         k_descale_head_stride=1,
         v_descale_batch_stride=HEADS_K,
         v_descale_head_stride=1,
         dtype=DataType.BF16,
         kv_dtype=DataType.FP8_E4M3,
-        k_new=k_new,
-        v_new=v_new,
+        k_new=new[0],
+        v_new=new[1],
         seqlen_knew=1,
         kv_new_dtype=DataType.BF16,
     )
 
 
-def on_gpu(q, k, v, *others):
-    """(out, k, v) as NumPy arrays, by one call; others: descales and new rows."""
+def on_gpu(q, k, v, descales, new):
+    """out, k and v as NumPy arrays, by one call."""
     device = open_device()
     stream = device.create_stream()
-    q_gpu, k_gpu, v_gpu, *others = (upload(array, stream=stream) for array in (q, k, v, LENGTHS, *others))
+    buffers = [upload(array, stream=stream) for array in (q, k, v, LENGTHS, *descales, *new)]
+    q_at, k_at, v_at, lengths, *others = (buffer.handle for buffer in buffers)
     out_gpu = device.allocate(q.nbytes, stream=stream)
     fill(out_gpu, 0xFF, stream=stream)  # NaN: what the call does not write shows
-    params = params_of(*(buffer.handle for buffer in (q_gpu, k_gpu, v_gpu, out_gpu, *others)))
+    params = params_of(q_at, k_at, v_at, out_gpu.handle, lengths, others[:2], others[2:])
     forward(params, stream).check()
     print(f"{device.name}: {k.nbytes + v.nbytes} bytes of K and V, half of what they have in BF16")
-    found = ((out_gpu, q), (k_gpu, k), (v_gpu, v))
+    found = zip((out_gpu, *buffers[1:3]), (q, k, v), strict=True)
     return [download(buffer, array.shape, array.dtype, stream=stream) for buffer, array in found]
 
 
@@ -65,7 +66,7 @@ def compile_only():
     from fa3_cute.planning.operations import checked, operation_of
     from fa3_cute.runtime.compiler import compile_report
 
-    for launch in operation_of(checked(params_of(*[16] * 9))).launches:
+    for launch in operation_of(checked(params_of(*[16] * 5, (16, 16), (16, 16)))).launches:
         report = compile_report(launch.config)
         print(f"{report.name} for sm_90a: {report.registers} registers, {report.stack_bytes} bytes spilled")
 
@@ -95,7 +96,7 @@ def main() -> int:
         print(f"No Hopper GPU here ({problem}): compiling the kernels, computing the example in NumPy.")
         compile_only()
     else:
-        out, *found = on_gpu(q, k, v, k_descale, v_descale, k_new, v_new)
+        out, *found = on_gpu(q, k, v, (k_descale, v_descale), (k_new, v_new))
         out = as_float(out)
         if not all(map(np.array_equal, found, caches)):
             return 1  # the cache is not what the reference makes of it
