@@ -110,7 +110,7 @@ def backward(params: BackwardParams, stream=None) -> Status:
     stream   as of `forward`
 
     Returns and raises as `forward`; `explain` and `warmup` take these params too. All launches are captured into a CUDA
-    graph: three at head_dim 64 and 128; at 96, 192 and 256, and for what the kernel of all gradients does not serve,
+    graph: three at head_dim 64, 96 and 128; at 192 and 256, and for what the kernel of all gradients does not serve,
     one and one per gradient; one more with d_s_aux and two with d_bias. dk and dv have the same bits in every call, dq
     where each gradient has its launch, else with deterministic=True alone; d_bias that is summed may differ.
     Source: FlashAttention-2 (Dao 2023), algorithm 2; backward_reference in contract/backward_reference.py defines it.
@@ -363,7 +363,8 @@ def attention(
     page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k
     kv_batch_idx  [batch] int32: the entry of k and v, or row of page_table, of each sequence; None: its own
     leftpad_k     [batch] int32: first rows of each sequence's keys that do not exist; seqused_k counts them
-    k_new, v_new  [batch, rows, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new: written behind seqused_k
+    k_new, v_new  [batch, rows, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new: written behind seqused_k;
+                  of k's type, or over FP8 k and v of q's, and quantised by their descales
     rotary_cos, rotary_sin   [positions, rotary_dim / 2] for q and k_new, from seqlens_rotary [batch] on or seqused_k
     *_descale     of FP8 k and v: float32 [], [heads], [batch, 1] or [batch, heads], heads being num_heads for q,
                   num_heads_k for k and v, batch the number of sequences; any strides; real value = FP8 value * descale
@@ -388,13 +389,11 @@ def attention(
     given = locals()
     names = {"softmax_scale": "softmax_scale", "softcap": "softcap", "dropout_p": "p_dropout"}
     call = AttentionCall(numbers={field: given.pop(name) for name, field in names.items()}, **given)
-    return attention_on_host(call) if call.is_on_host else _attention_on_device(call)
-
-
-def _attention_on_device(call: AttentionCall):
+    if call.is_on_host:
+        return attention_on_host(call)
     try:
         return attention_on_device(call, forward)
-    except RuntimeError as error:
-        if not isinstance(error, FlashAttentionError):  # of a CUDA call before the launch
-            _failure(error).check()
+    except FlashAttentionError:
         raise
+    except RuntimeError as error:  # of a CUDA call ahead of the launch
+        return _failure(error).check()  # which raises

@@ -41,13 +41,17 @@ def require_update_shapes(shapes: dict, batch: int) -> None:
             raise error_for(Status.INVALID_SHAPE, f"{other}.shape={shapes[other]}: must be {expected}")
 
 
-def update_dtypes(q: str) -> dict[str, tuple[str, ...]]:
-    """Element types on a device, of a q of this one."""
-    return {name: (q,) if name in NEW else tuple(FLOATS) for name in UPDATES}
+def update_dtypes(q: str, k: str) -> dict[str, tuple[str, ...]]:
+    """Element types on a device, of a q and k of these: new rows are of k's, or of q's over FP8."""
+    new = tuple(dict.fromkeys((k, q)))
+    return {name: new if name in NEW else tuple(FLOATS) for name in UPDATES}
 
 
 def require_writable(tensors: dict[str, Any]) -> None:
-    """Raise for a cache that cannot be written where that is asked for, and for tables that lie in unlike ways."""
+    """Raise for a cache that cannot be written where that is asked for, for new rows of two element types, and for
+    tables that lie in unlike ways."""
+    if all(name in tensors for name in NEW):
+        _require_one_dtype(*(tensors[name].dtype for name in NEW))
     if "k_new" in tensors:
         for name in ("k", "v"):
             if tensors[name].is_readonly:
@@ -60,24 +64,36 @@ def require_writable(tensors: dict[str, Any]) -> None:
             raise error_for(Status.INVALID_ARGUMENT, f"rotary_sin is {facts} (elements): must be {words}")
 
 
-def set_tables(params: FlashAttentionParams, tensors: dict[str, Any]) -> None:
-    """Element type and stride of the tables, whose addresses the params have."""
+def set_updates(params: FlashAttentionParams, tensors: dict[str, Any]) -> None:
+    """Element type of new rows, element type and stride of the tables, whose addresses the params have."""
+    if "k_new" in tensors and tensors["k_new"].dtype != tensors["k"].dtype:
+        params.kv_new_dtype = params.dtype
     if "rotary_cos" in tensors:
         cos = tensors["rotary_cos"]
         params.rotary_dtype = FLOATS[cos.dtype]
         params.rotary_row_stride = cos.strides[0] if cos.shape[0] > 1 else None
 
 
+def _require_one_dtype(k_new: str, v_new: str) -> None:
+    if k_new != v_new:
+        raise error_for(Status.INVALID_ARGUMENT, f"v_new is {v_new}: must be {k_new}, as k_new is")
+
+
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
 
-def require_update_numbers(arrays: dict[str, Any], k: Any, v: Any) -> None:
+def require_update_numbers(arrays: dict[str, Any], q: Any, k: Any, v: Any) -> None:
     """Raise for NumPy arrays of other numbers than they must hold, and for a cache that cannot be written."""
     for name, array in arrays.items():
-        if name in NEW and array.dtype != k.dtype:
-            raise error_for(Status.INVALID_ARGUMENT, f"{name} is {array.dtype.name}: must be {k.dtype.name}, as k is")
+        accepted = list(dict.fromkeys((k.dtype.name, q.dtype.name)))
+        if name in NEW and array.dtype.name not in accepted:
+            as_what = ", as k is" if len(accepted) == 1 else ""
+            sentence = f"{name} is {array.dtype.name}: must be {' or '.join(accepted)}{as_what}"
+            raise error_for(Status.INVALID_ARGUMENT, sentence)
         if name in TABLES and array.dtype.kind != "f" and array.dtype.name != "bfloat16":
             raise error_for(Status.INVALID_ARGUMENT, f"{name} is {array.dtype.name}: must be real numbers, as float32")
+    if all(name in arrays for name in NEW):
+        _require_one_dtype(*(arrays[name].dtype.name for name in NEW))
     for name, cache in (("k", k), ("v", v)):
         if "k_new" in arrays and not cache.flags.writeable:
             raise error_for(Status.INVALID_ARGUMENT, f"{name} is read-only: must be writable with k_new")

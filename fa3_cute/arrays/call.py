@@ -13,7 +13,7 @@ from ..contract.plain import plain
 from ..contract.status import FlashAttentionError, Problem, Status, error_for, shown
 from ..planning.operations import checked
 from .mods import mod_arrays, mod_fields, require_mod_arrays, set_mods
-from .append import TABLES, UPDATES, require_update_shapes, require_writable, set_tables, update_dtypes, update_sizes
+from .append import TABLES, UPDATES, require_update_shapes, require_writable, set_updates, update_dtypes, update_sizes
 from .scores import SCORE_DTYPES, SCORES, require_score_shapes, set_scores
 
 FP8 = "float8_e4m3fn"
@@ -292,7 +292,7 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
     require_mod_arrays(call, call.sizes(found), found, {name: tensor.dtype for name, tensor in tensors.items()})
     shapes = _shapes(call, found)
     dtypes = {"out": out_dtypes(element)} | SCORE_DTYPES | dict.fromkeys(INTEGERS, ("int32",))
-    dtypes |= dict.fromkeys(DESCALES, ("float32",)) | update_dtypes(tensors["q"].dtype)
+    dtypes |= dict.fromkeys(DESCALES, ("float32",)) | update_dtypes(tensors["q"].dtype, tensors["k"].dtype)
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):
             raise error_for(Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must be {shapes[name]}")
@@ -359,7 +359,7 @@ def _params(call: AttentionCall, tensors: dict, elements: tuple[str, str]) -> Fl
         elif name not in (*INTEGERS, *SCORES, *TABLES):
             _set_strides(params, name, tensor)
     set_scores(params, tensors)
-    set_tables(params, tensors)
+    set_updates(params, tensors)
     set_mods(params, tensors, ANY_ADDRESS)
     return params
 

@@ -82,7 +82,7 @@ def _require_numbers(call: AttentionCall) -> None:
         if array.dtype.kind not in "iu":
             raise error_for(Status.INVALID_ARGUMENT, f"{name} is {array.dtype.name}: must be integers")
     require_score_numbers(call.given(*SCORES))
-    require_update_numbers(call.given(*UPDATES), call.k, call.v)
+    require_update_numbers(call.given(*UPDATES), call.q, call.k, call.v)
     for name, value in call.given(*DESCALES).items():
         dtype = asarray(value).dtype
         if dtype.kind not in "iuf":
@@ -104,6 +104,8 @@ def _checked_params(call: AttentionCall, element: str, stored: str) -> FlashAtte
             f"cu_seqlens_q.shape={call.cu_seqlens_q.shape}: must be (sequences + 1,), at least (2,)",
         )
     dtypes = {"dtype": HOST_DTYPES[element], "kv_dtype": HOST_DTYPES[stored]}
+    if call.k_new is not None and call.k_new.dtype != call.k.dtype:
+        dtypes["kv_new_dtype"] = dtypes["dtype"]
     params = FlashAttentionParams(**dtypes, **call.sizes(shapes), **call.choices(), **pointers)
     if found := contract_problems(params):
         raise refusal(found[0])

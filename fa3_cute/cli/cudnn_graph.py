@@ -1,4 +1,4 @@
-"""cuDNN's FP8 attention through its Python frontend. torch is imported only when a graph is made."""
+"""cuDNN's FP8 attention through its Python frontend."""
 
 from collections.abc import Callable
 
@@ -16,9 +16,7 @@ class CudnnGraph:
     Blackwell only.
     """
 
-    def __init__(self, case: Case, cudnn, handle):
-        import torch
-
+    def __init__(self, case: Case, cudnn, handle, torch):
         def scalar(value: float):
             return torch.full((1, 1, 1, 1), value, dtype=torch.float32, device="cuda")
 

@@ -20,13 +20,11 @@ def head_dims(dtype: str | None) -> tuple[int, ...]:
     return FP8_HEAD_DIMS if dtype == FP8 else HEAD_DIMS
 
 
-def out_dtype_of(dtype: str, head_dim: int, asked: str | None = None) -> str | None:
+def out_dtype_of(dtype: str, asked: str | None = None) -> str | None:
     """The `out_dtype` of the configs of a type, whatever --out-dtype said: None where O has Q's type.
 
     Raises ValueError if there are no such kernels.
     """
-    if head_dim not in head_dims(dtype):
-        raise ValueError(f"head_dim={head_dim}: {dtype} has {', '.join(map(str, head_dims(dtype)))}")
     if dtype == FP8:
         return asked or FP8_OUT_DTYPES[0]
     if asked not in (None, dtype):

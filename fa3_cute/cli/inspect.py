@@ -95,7 +95,7 @@ def run(args) -> int:
 
 def config(args) -> Config:
     """The config asked for; ValueError if there is none."""
-    out_dtype = out_dtype_of(args.dtype, args.head_dim, args.out_dtype)
+    out_dtype = out_dtype_of(args.dtype, args.out_dtype)
     if args.attention_chunk and args.mask != "local":
         raise ValueError(f"--attention-chunk: only with --mask local, not {args.mask}, as chunks are windows")
     if args.decode:

@@ -138,7 +138,7 @@ def load_cudnn() -> Peer:
 
     @lru_cache(maxsize=1)  # the sets of K and V of a case share one
     def graph_of(case):
-        return CudnnGraph(case, *frontend())
+        return CudnnGraph(case, *frontend(), torch)
 
     def refuse(case):
         if case.lengths or max(case.window) >= 0:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import workspace_size
 from ..contract import backward_params, merge
-from ..contract.append import table_dtype
+from ..contract.append import new_dtype, table_dtype
 from ..contract.backward_params import BackwardParams, grad_dtype_of, plain_backward, sizes_of
 from ..contract.formats import FP8, FP8_OUT_DTYPES
 from ..contract.head_dims import columns_of, value_dim
@@ -179,7 +179,7 @@ def _appended(p: Any) -> dict[str, Array]:
         contiguous = (math.prod(sizes[1:]) * head_dim, p.num_heads_k * head_dim, head_dim)
         given = [getattr(p, f"{name}_{dim}_stride") for dim in DIMS]
         strides = tuple(own if stride is None else stride for stride, own in zip(given, contiguous, strict=True))
-        found[name] = Array(extent(sizes, strides, head_dim), normal(DTYPE_NAMES[p.dtype]))
+        found[name] = Array(extent(sizes, strides, head_dim), normal(DTYPE_NAMES[new_dtype(p)]))
     columns = p.rotary_dim // 2
     stride = columns if p.rotary_row_stride is None else p.rotary_row_stride
     table = Array(extent((_positions(p),), (stride,), columns), normal(DTYPE_NAMES[table_dtype(p)]))

@@ -59,7 +59,7 @@ class Question:
         from ..planning.score_features import FEATURES
         from ..planning.tables import decode_config, forward_config
 
-        out_dtype = out_dtype_of(self.dtype, self.head_dim, self.out_dtype)
+        out_dtype = out_dtype_of(self.dtype, self.out_dtype)
         if self.is_decode:
             cfg = decode_config(self.dtype, self.head_dim, is_local=False, out_dtype=out_dtype)
         else:

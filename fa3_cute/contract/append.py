@@ -3,6 +3,7 @@
 from operator import attrgetter
 
 from .arguments import Entry
+from .fp8_cache import has_fp8_cache, keys_dtype
 from .limits import DIMS, MAX_SIZE, TMA_ALIGNMENT, TMA_STRIDE_BYTES
 from .params import OFF, DataType, has_packed_keys
 from .plain import BAD
@@ -11,18 +12,18 @@ from .sentences import Sentences, is_int, must
 ROTARY_STEP = 16  # of rotary_dim: the halves of a row are then whole pieces of 16 bytes
 NEW_STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in ("k_new", "v_new") for dim in DIMS)
 TABLE_BYTES = {DataType.FP16: 2, DataType.BF16: 2, DataType.FP32: 4}  # of an element of the rotary tables
-_OF_NEW = ("seqlen_knew", "cu_seqlens_k_new")
+_OF_NEW = ("seqlen_knew", "cu_seqlens_k_new", "kv_new_dtype")
 _OF_ROTARY = ("rotary_dim", "rotary_positions", "rotary_row_stride", "rotary_dtype", "seqlens_rotary")
 _read_new = attrgetter("k_new", "v_new", *_OF_NEW, *NEW_STRIDES)
 _read_rotary = attrgetter("rotary_cos", "rotary_sin", "rotary_interleaved", *_OF_ROTARY)
 
 # What the kernel takes: (name, element, alignment in bytes) of pointers, of which the first change in every call.
-CHANGING = (("q", "input", 16), ("k", "input", 16), ("v", "input", 16))
+CHANGING = (("q", "input", 16), ("k", "stored", 16), ("v", "stored", 16))
+DESCALES = (("k_descale", "float32", 4), ("v_descale", "float32", 4))  # where new rows are quantised
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx")
 LISTS = ("cu_seqlens_k_new", "seqlens_rotary")
 SCRATCH = (("rotated_q", "input", 16), ("new_lengths", "int32", 4))
 POINTERS = (
-    *CHANGING,
     *((name, "int32", 4) for name in LENGTHS + LISTS),
     ("k_new", "input", 16),
     ("v_new", "input", 16),
@@ -36,6 +37,7 @@ STRIDES = (
     "page_table_batch_stride",
     "rotary_row_stride",
 )
+KV_DESCALE_STRIDES = tuple(f"{name}_{dim}_stride" for name, *_ in DESCALES for dim in ("batch", "head"))
 # query_step: positions from a query to the next, 0 or 1. num_new: rows of k_new, all together.
 SIZES = (
     *("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "head_dim", "head_dim_v", "page_size"),
@@ -50,18 +52,26 @@ SIZES = (
         "query_step",
     ),
 )
-APPEND_ENTRY = Entry(
-    arguments=(
-        *((name, "pointer") for name, *_ in POINTERS),
-        *((name, "int64") for name in STRIDES),
-        *((name, "int32") for name in SIZES),
-        ("stream", "stream"),
-    ),
-    per_call=(*(name for name, *_ in CHANGING + SCRATCH), "stream"),
-    fp8_only=frozenset(),
-    optional=(),
-    pointers=POINTERS,
-)
+
+
+def _entry(changing: tuple, descale_strides: tuple[str, ...] = ()) -> Entry:
+    return Entry(
+        arguments=(
+            *((name, "pointer") for name, *_ in changing + POINTERS),
+            *((name, "int64") for name in STRIDES + descale_strides),
+            *((name, "int32") for name in SIZES),
+            ("stream", "stream"),
+        ),
+        per_call=(*(name for name, *_ in changing + SCRATCH), "stream"),
+        fp8_only=frozenset(),
+        optional=(),
+        pointers=changing + POINTERS,
+    )
+
+
+APPEND_ENTRY = _entry(CHANGING)
+# Of kernels that quantise what they append.
+QUANTISE_ENTRY = _entry(CHANGING + DESCALES, KV_DESCALE_STRIDES)
 
 # ---- the rules -------------------------------------------------------------------------------------------------------
 
@@ -69,6 +79,11 @@ APPEND_ENTRY = Entry(
 def has_new_keys(p) -> bool:
     """Plain params append to the cache, or are meant to."""
     return bool(p.k_new or p.v_new)
+
+
+def new_dtype(p) -> DataType:
+    """Of k_new and v_new of plain params."""
+    return keys_dtype(p) if p.kv_new_dtype is None else p.kv_new_dtype
 
 
 def has_rotary(p) -> bool:
@@ -86,7 +101,7 @@ def new_sizes(p) -> Sentences:
         found.append(must(p, "seqlen_knew", f"an int from 1 to {MAX_SIZE} with k_new, rows {of}"))
     elif has_new_keys(p) and not p.cu_seqlens_k_new and is_int(p.batch_size, MAX_SIZE // rows + 1, MAX_SIZE):
         found.append(must(p, "seqlen_knew", f"at most {MAX_SIZE // p.batch_size}: {MAX_SIZE} rows of all sequences"))
-    element_bytes = 1 if p.dtype is DataType.FP8_E4M3 else 2
+    element_bytes = 1 if new_dtype(p) is DataType.FP8_E4M3 else 2
     multiple, limit = TMA_ALIGNMENT // element_bytes, TMA_STRIDE_BYTES // element_bytes
     sizes = (1 if p.cu_seqlens_k_new else p.batch_size, rows, p.num_heads_k) * 2
     for name, size in zip(NEW_STRIDES, sizes, strict=True):
@@ -109,6 +124,8 @@ def new_keys(p) -> Sentences:
         for name, other in (("k_new", "v_new"), ("v_new", "k_new"))
         if not getattr(p, name)
     ]
+    if p.kv_new_dtype not in (None, p.dtype, keys_dtype(p)):
+        found.append(must(p, "kv_new_dtype", "None (as k and v), what dtype is, or what kv_dtype is"))
     if has_packed_keys(p):
         found.append(must(p, "k_new", "None or 0 with cu_seqlens_k: rows are appended to a cache, not to packed keys"))
     elif not p.seqused_k and not p.page_table:  # that pages need it too is said of them
@@ -150,6 +167,11 @@ def table_dtype(p) -> DataType:
 
 def fp8_rotary(p) -> Sentences:
     """The rule of what rotary positions have no kernel for."""
-    if p.dtype is not DataType.FP8_E4M3 or not has_rotary(p):
+    if not has_rotary(p):
         return ()
-    return [must(p, "rotary_cos", "None or 0 with dtype=FP8_E4M3: rotate before q and k are quantised")]
+    if p.dtype is DataType.FP8_E4M3:
+        return [must(p, "rotary_cos", "None or 0 with dtype=FP8_E4M3: rotate before q and k are quantised")]
+    if has_fp8_cache(p) and has_new_keys(p) and new_dtype(p) is DataType.FP8_E4M3:
+        instead = f"rotate before k_new is quantised, or give it in 16 bit, kv_new_dtype={p.dtype.name}"
+        return [must(p, "rotary_cos", f"None or 0 with k_new of FP8_E4M3: {instead}")]
+    return ()

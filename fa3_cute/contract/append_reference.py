@@ -13,6 +13,9 @@ seqlens_rotary, else n_k - n_q. Positions outside of the tables are their first 
 
 New key t, rotated, and new value t are then row n + t of the sequence, n the old length; those beyond the capacity are
 dropped. Rotated rows are rounded to the element type that they are stored in.
+
+New rows of more bits than an FP8 cache are quantised, rotated ones without being rounded before: what is rounded to
+E4M3 is the float32 quotient of a number and the descale of its sequence and KV head, k's or v's, saturated at +-448.
 """
 
 from typing import Any
@@ -20,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .number_formats import as_float, e4m3_bits, to_bits
-from .rows import cached_rows, used_rows
+from .rows import cached_rows, descales_of, used_rows
 
 
 def rotated(x: np.ndarray, positions: np.ndarray, options: Any) -> np.ndarray:
@@ -28,6 +31,14 @@ def rotated(x: np.ndarray, positions: np.ndarray, options: Any) -> np.ndarray:
 
     options   rotary_cos and rotary_sin [positions, rotary_dim / 2], rotary_interleaved
     """
+    columns = slice(2 * np.shape(options.rotary_cos)[1])
+    found = x.copy()  # behind rotary_dim the bits as they are
+    found[..., columns] = stored(turned(x, positions, options)[..., columns], x)
+    return found
+
+
+def turned(x: np.ndarray, positions: np.ndarray, options: Any) -> np.ndarray:
+    """The same before it is rounded, float64."""
     cos, sin = (as_float(np.asarray(table), np.float64) for table in (options.rotary_cos, options.rotary_sin))
     half = cos.shape[1]
     places = np.clip(positions, 0, len(cos) - 1)
@@ -37,9 +48,21 @@ def rotated(x: np.ndarray, positions: np.ndarray, options: Any) -> np.ndarray:
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
     wide = as_float(x, np.float64)
     a, b = wide[..., first], wide[..., second]
-    turned = x.copy()
-    turned[..., first], turned[..., second] = stored(a * cos - b * sin, x), stored(a * sin + b * cos, x)
-    return turned
+    found = wide.copy()
+    found[..., first], found[..., second] = a * cos - b * sin, a * sin + b * cos
+    return found
+
+
+def quantised(x: np.ndarray, descale: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Numbers [rows, heads, columns], divided by the descales [heads], in the element type of an FP8 array."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # as on a device
+        bits = e4m3_bits(x.astype(np.float32) / descale.astype(np.float32)[:, None])
+    return bits.view(like.dtype)
+
+
+def is_fp8(x: np.ndarray) -> bool:
+    """Bits, or ml_dtypes' own type."""
+    return x.dtype == np.uint8 or x.dtype.name == "float8_e4m3fn"
 
 
 def stored(values: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -74,8 +97,16 @@ def updated(q: np.ndarray, k: np.ndarray, v: np.ndarray, options: Any) -> tuple[
         q = _rotated_queries(q, q_rows, starts, options)
     if has_new:
         places = cached_rows(k, batch, used, options.page_table, options.kv_batch_idx)
+        descales = [descales_of(of, getattr(options, f"{of}_descale"), batch, k.shape[-2]) for of in "kv"]
         for b, rows in enumerate(new_rows):
-            _write(k, v, (options.k_new[rows], options.v_new[rows]), (places[b], old[b], starts[b]), options)
+            keys, values = options.k_new[rows], options.v_new[rows]
+            positions = starts[b] + np.arange(len(keys))
+            if is_fp8(k) and not is_fp8(keys):
+                wide = as_float(keys) if options.rotary_cos is None else turned(keys, positions, options)
+                keys, values = quantised(wide, descales[0][b], k), quantised(as_float(values), descales[1][b], v)
+            elif options.rotary_cos is not None:
+                keys = rotated(keys, positions, options)
+            _write(k, v, (keys, values), places[b], old[b])
     return q, used
 
 
@@ -101,11 +132,9 @@ def _rotated_queries(q, q_rows, starts, options) -> np.ndarray:
     return turned
 
 
-def _write(k, v, new, sequence, options) -> None:
-    """The new rows of one sequence: where it lies, its old length, the position of its first new key."""
-    (keys, values), ((pages, rows), old, start) = new, sequence
-    if options.rotary_cos is not None:
-        keys = rotated(keys, start + np.arange(len(keys)), options)
+def _write(k, v, new, place, old: int) -> None:
+    """The new rows of one sequence behind its old length, in place."""
+    (keys, values), (pages, rows) = new, place
     if isinstance(rows, slice):
         count = rows.stop - old
         place = pages, slice(old, rows.stop)

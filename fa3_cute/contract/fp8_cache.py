@@ -15,10 +15,6 @@ UNSERVED = {
     "p_dropout": "a cache is not trained with",
     "score_mod": "quantise q, or keep the cache in 16 bit",
     "mask_mod": "quantise q, or keep the cache in 16 bit",
-    "k_new": "quantise new keys, write them to the cache and raise seqused_k before the call",
-    "v_new": "quantise new values, write them to the cache and raise seqused_k before the call",
-    "rotary_cos": "rotate q before the call",
-    "rotary_sin": "rotate q before the call",
 }
 
 

@@ -236,9 +236,10 @@ class FlashAttentionParams:
 
     # Rows that the call itself writes behind the seqused_k rows of each sequence, which are those before the call, and
     # then attends. [batch, seqlen_knew, num_heads_k, head_dim], packed [seqlen_knew, num_heads_k, head_dim] with
-    # cu_seqlens_k_new, int32 [batch + 1]; of dtype, 16-byte aligned, last dimension contiguous.
+    # cu_seqlens_k_new, int32 [batch + 1]; 16-byte aligned, last dimension contiguous.
     k_new: int | None = _new("bytes", 16)
     v_new: int | None = _new("bytes", 16)
+    kv_new_dtype: DataType | None = _field(None, "choice")  # None: as k and v; or dtype, quantised by their descales
     seqlen_knew: int = _size()
     cu_seqlens_k_new: int | None = _new("int32", 4)
     k_new_batch_stride: int | None = _new_stride()

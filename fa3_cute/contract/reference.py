@@ -65,7 +65,7 @@ from .number_formats import (
     round_to,
     to_bits,
 )
-from .rows import are_offsets, cached_rows, used_rows
+from .rows import are_offsets, cached_rows, descales_of, used_rows
 
 __all__ = [
     "EXACT",
@@ -141,7 +141,8 @@ class Options:
     kv_batch_idx       [batch] entry of k and v, or row of page_table, of each sequence; None: its own
     leftpad_k          [batch] first rows of each sequence that do not exist, at most its used length
     k_new, v_new       as k and v, [batch, rows, heads, columns], or [rows, heads, columns] with cu_seqlens_k_new
-                       [batch + 1]: behind the seqused_k of each sequence; needs a cache, of which copies are written
+                       [batch + 1]: behind the seqused_k of each sequence; needs a cache, of which copies are written;
+                       of FP8 k and v they may have more bits, and are quantised
     rotary_cos, _sin   [positions, rotary_dim / 2]; with rotary_interleaved pairs are neighbours
     seqlens_rotary     [batch] the position of the first new key
     zero_padding       packed rows behind the last sequence are O = 0, LSE = -inf
@@ -239,9 +240,9 @@ def _attention(arithmetic: Arithmetic, q, k, v, options: Options):
         k_rows = cached_rows(k, batch, options.seqused_k, options.page_table, options.kv_batch_idx)
     else:
         k_rows = used_rows(k, options.cu_seqlens_k, options.seqused_k, "seqused_k")
-    q_descale = _descales("q", options.q_descale, batch, num_heads)
-    k_descale = _descales("k", options.k_descale, batch, num_heads_k)
-    v_descale = _descales("v", options.v_descale, batch, num_heads_k)
+    q_descale = descales_of("q", options.q_descale, batch, num_heads)
+    k_descale = descales_of("k", options.k_descale, batch, num_heads_k)
+    v_descale = descales_of("v", options.v_descale, batch, num_heads_k)
     # Of packed queries no sequence has a mask of its own.
     rows_k = k.shape[1] * (1 if options.page_table is None else options.page_table.shape[1])
     scores_of = heads_of(options, (batch, num_heads, q.shape[-3], rows_k))
@@ -347,15 +348,6 @@ def _softmax(scores: np.ndarray, seen: np.ndarray | None):
     p = np.exp(scores, out=scores)
     row_sum = np.where(empty, scores.dtype.type(1), p.sum(axis=1))
     return p, row_sum, np.where(empty, -np.inf, row_max + np.log(row_sum))
-
-
-def _descales(name: str, descale, batch: int, heads: int) -> np.ndarray:
-    descale = np.asarray(1.0 if descale is None else descale, np.float64)
-    try:
-        return np.broadcast_to(descale, (batch, heads))
-    except ValueError as error:
-        sentence = f"must broadcast to [batch, heads] = [{batch}, {heads}]"
-        raise ValueError(f"{name}_descale.shape={descale.shape}: {sentence}") from error
 
 
 def _check(q, k, v, options: Options) -> None:

@@ -1,4 +1,6 @@
-"""Where the rows of each sequence lie in arrays: dense, packed, in the entries of a cache, in pages. NumPy only."""
+"""Where the rows of each sequence lie in arrays: dense, packed, in the entries of a cache, in pages; and its descales.
+NumPy only.
+"""
 
 import numpy as np
 
@@ -58,6 +60,16 @@ def _paged_rows(page_table, entry: int, used: int, pool: tuple[int, ...]) -> tup
         raise ValueError(f"page_table[{entry}] {pages.tolist()}: must be {sentence}")
     rows = np.arange(used)
     return pages[rows // page_size], rows % page_size
+
+
+def descales_of(name: str, descale, batch: int, heads: int) -> np.ndarray:
+    """float64 [batch, heads] of what an option has, None: 1; name is "q", "k" or "v"."""
+    descale = np.asarray(1.0 if descale is None else descale, np.float64)
+    try:
+        return np.broadcast_to(descale, (batch, heads))
+    except ValueError as error:
+        sentence = f"must broadcast to [batch, heads] = [{batch}, {heads}]"
+        raise ValueError(f"{name}_descale.shape={descale.shape}: {sentence}") from error
 
 
 def are_offsets(offsets: np.ndarray, total: int) -> bool:

@@ -8,19 +8,34 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import NamedTuple
 
-from ..contract.append import APPEND_ENTRY, LISTS, NEW_STRIDES, has_new_keys, has_rotary, table_dtype
+from ..contract.append import (
+    APPEND_ENTRY,
+    KV_DESCALE_STRIDES,
+    LISTS,
+    NEW_STRIDES,
+    QUANTISE_ENTRY,
+    has_new_keys,
+    has_rotary,
+    new_dtype,
+    table_dtype,
+)
+from ..contract.arguments import Entry
+from ..contract.fp8_cache import keys_dtype
 from ..contract.head_dims import value_dim
 from ..contract.params import DTYPE_NAMES
 from ..contract.sequences import is_masked
+from ..contract.strides import DESCALE_STRIDES, STRIDES
 
 ALIGNMENT = 256  # bytes, of each part of the workspace
+_KV_DESCALE_PLACES = [len(STRIDES) + 1 + DESCALE_STRIDES.index(name) for name in KV_DESCALE_STRIDES]  # in shape.strides
 
 
 @dataclass(frozen=True)
 class AppendConfig:
     """Compile-time choices of one kernel. It has neither shared memory nor WGMMA.
 
-    dtype         of q, k and v
+    dtype         of what is read: new rows, and q
+    kv_dtype      of k and v where new rows are quantised; "" where they have dtype
     rotary        how pairs lie: "halves", "neighbours"; "" turns nothing
     table_dtype   of the rotary tables; "" without
     """
@@ -28,24 +43,38 @@ class AppendConfig:
     dtype: str
     rotary: str = ""
     table_dtype: str = ""
+    kv_dtype: str = ""
 
     is_fp8 = has_descales = False  # nothing here depends on it
     uses_setmaxnreg = False
     smem_bytes = 0
     num_threads = 256
-    entry = APPEND_ENTRY
-    arguments = APPEND_ENTRY.arguments
-    kernel = "fa3_cute.kernels.append.kernel.AppendKeys"
+
+    @property
+    def entry(self) -> Entry:
+        """What the kernel takes."""
+        return QUANTISE_ENTRY if self.kv_dtype else APPEND_ENTRY
+
+    @property
+    def arguments(self) -> tuple[tuple[str, str], ...]:
+        """(name, kind) of each."""
+        return self.entry.arguments
+
+    @property
+    def kernel(self) -> str:
+        """The class of the kernel, by its whole name."""
+        return "fa3_cute.kernels.append." + ("quantise.QuantiseKeys" if self.kv_dtype else "kernel.AppendKeys")
 
     @property
     def name(self) -> str:
         """Names cache entries and kernels."""
-        return f"append_{self.dtype}" + f"_{self.rotary}_{self.table_dtype}" * bool(self.rotary)
+        into = f"_into_{self.kv_dtype}" if self.kv_dtype else ""
+        return f"append_{self.dtype}{into}" + f"_{self.rotary}_{self.table_dtype}" * bool(self.rotary)
 
     @property
     def element_out(self) -> str:
-        """The element type of what it writes."""
-        return self.dtype
+        """The element type of what it writes to the cache."""
+        return self.kv_dtype or self.dtype
 
     def as_dict(self) -> dict:
         """The fields as plain values: a cache key, a JSON row."""
@@ -53,9 +82,9 @@ class AppendConfig:
 
 
 @cache
-def append_config(dtype: str, rotary: str = "", table_dtype: str = "") -> AppendConfig:
+def append_config(dtype: str, rotary: str = "", table_dtype: str = "", kv_dtype: str = "") -> AppendConfig:
     """The one config of these choices."""
-    return AppendConfig(dtype, rotary, table_dtype)
+    return AppendConfig(dtype, rotary, table_dtype, kv_dtype)
 
 
 class AppendShape(NamedTuple):
@@ -120,16 +149,19 @@ def append_shape(p, shape) -> AppendShape | None:
     has_new, turns = has_new_keys(p), has_rotary(p)
     if not (has_new or turns):
         return None
-    config = append_config(shape.dtype)
-    if turns:
-        rotary = "neighbours" if p.rotary_interleaved else "halves"
-        config = append_config(shape.dtype, rotary, DTYPE_NAMES[table_dtype(p)])
+    dtype = DTYPE_NAMES[new_dtype(p)] if has_new else shape.dtype
+    quantises = has_new and new_dtype(p) is not keys_dtype(p)
+    rotary = ("neighbours" if p.rotary_interleaved else "halves") if turns else ""
+    table, stored = DTYPE_NAMES[table_dtype(p)] if turns else "", DTYPE_NAMES[keys_dtype(p)] if quantises else ""
+    config = append_config(dtype, rotary, table, stored)
     packed_new = bool(p.cu_seqlens_k_new)
     num_new = (p.seqlen_knew if packed_new else p.batch_size * p.seqlen_knew) if has_new else 0
     num_queries = (shape.seqlen_q if shape.is_packed else shape.batch_size * shape.seqlen_q) if turns else 0
     pointers = [getattr(p, name) or 0 for name in (*LISTS, "k_new", "v_new", "rotary_cos", "rotary_sin")]
     row_stride = p.rotary_dim // 2 if p.rotary_row_stride is None else p.rotary_row_stride
     strides = *shape.strides[:9], *_new_strides(p, packed_new), shape.strides[12], row_stride
+    if quantises:
+        strides += tuple([shape.strides[place] for place in _KV_DESCALE_PLACES])
     sizes = (
         *(shape.batch_size, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.num_heads_k),
         *(shape.head_dim, shape.head_dim_v, shape.page_size, shape.num_pages),

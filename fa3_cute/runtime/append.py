@@ -1,9 +1,11 @@
 """Launches of a call that updates the cache or rotates q: one ahead of attention's, which read what it has made."""
 
+from operator import itemgetter
 from typing import Any
 
 from cuda.bindings.driver import CUstream
 
+from ..contract.params import DESCALES, POINTERS
 from ..planning.append import AppendPlan, AppendShape, attended
 from ..planning.problem import LENGTHS, ProblemShape
 from .cuda_driver import is_capturing, stream_id
@@ -11,7 +13,10 @@ from .launch import NO_STREAM, SCRATCH, Call, launch, require_loaded, resolve_st
 from .scratch import Memory
 
 SEQUSED_K = LENGTHS.index("seqused_k")
-NUM_CHANGING = 3  # q, k, v: of all that changes with every call, the first
+# Of all that changes with every call (arguments.addresses_of), what the first launch takes.
+_PLACES = POINTERS + DESCALES
+_pick = itemgetter(*map(_PLACES.index, ("q", "k", "v")))
+_pick_to_quantise = itemgetter(*map(_PLACES.index, ("q", "k", "v", "k_descale_ptr", "v_descale_ptr")))
 
 
 class AppendScratch:
@@ -49,10 +54,11 @@ SCRATCH["append"] = AppendScratch
 class Appended:
     """One thread's way to launch them all with one shape, again and again; as launch.Call."""
 
-    __slots__ = "append", "attend", "lengths", "shape", "steps"
+    __slots__ = "append", "attend", "lengths", "pick", "shape", "steps"
 
     def __init__(self, steps: tuple, shape: ProblemShape):
         self.steps, self.shape = steps, shape
+        self.pick = _pick_to_quantise if steps[0].config.kv_dtype else _pick
         self.append: Call | None = None
         self.attend: tuple[Call, ...] | None = None
         self.lengths = 0  # the address that `attend` has
@@ -60,7 +66,7 @@ class Appended:
     def launch(self, addresses: tuple[int, ...], handle: int) -> None:
         """As Call.launch, all of them; nothing is enqueued if one of the kernels is missing."""
         require_loaded(self.steps, handle)
-        own = addresses[:NUM_CHANGING]
+        own = self.pick(addresses)
         if self.append is None:
             ahead: Any = self.shape.append
             self.append = launch(self.steps[0], ahead, own, handle)
@@ -70,7 +76,7 @@ class Appended:
 
     def repeat(self, addresses: tuple[int, ...], handle: int) -> bool:
         """As Call.repeat; once the first is launched, the others are."""
-        if self.append is None or not self.append.repeat(addresses[:NUM_CHANGING], handle):
+        if self.append is None or not self.append.repeat(self.pick(addresses), handle):
             return False
         self._attend(addresses, handle)
         return True

@@ -142,7 +142,8 @@ def flash_attn_with_kvcache(
     q                 [batch, seqlen_q, num_heads, head_dim], or [total_q, ...] with cu_seqlens_q, int32 [batch + 1]
     k_cache, v_cache  [batch, capacity, num_heads_k, head_dim], or pages [num_pages, page_size, num_heads_k, head_dim]
     k, v              new rows [batch, seqlen_new, num_heads_k, head_dim], or [rows, ...] with cu_seqlens_k_new, int32
-                      [batch + 1]: written to the cache, in place, behind its cache_seqlens rows, then attended too
+                      [batch + 1]: written to the cache, in place, behind its cache_seqlens rows, then attended too; of
+                      its dtype, or, to be quantised for an FP8 cache, of q's
     cache_seqlens     int32 [batch]: keys of each sequence, those of q included, without those of k; an int: of all;
                       None: the capacity
     cache_batch_idx   int32 [batch]: the entry of the cache, or row of page_table, of each sequence

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from test_dlpack import OFFSETS, A, DLArray, dense, gpu, lengths, packed  # noqa: F401
 
-from fa3_cute import FlashAttentionError, attention
+from fa3_cute import DataType, FlashAttentionError, attention
+from fa3_cute.contract.quantize import quantize_fp8
 from fa3_cute.contract.reference import attention_reference
 
 Q, K, V = dense()
@@ -51,6 +52,23 @@ def test_packed_rows_and_queries(launched):
     for p, _ in launched:
         assert (p.cu_seqlens_k_new, p.seqlen_knew, p.k_new_row_stride) == (5 * A, 7, 128)
     assert len(launched) == 2, "without queries the cache is updated"
+
+
+@pytest.mark.parametrize("keys", ["float8_e4m3fn", "uint8"])
+def test_new_rows_of_an_fp8_cache(launched, keys):
+    """Of its type, or of q's: then the call quantises."""
+    cache, stated = dense(dtype=keys)[1:], {} if keys != "uint8" else {"dtype": "float8_e4m3fn"}
+    for dtype in (keys, "float16"):
+        rows = {name: DLArray(2, 3, 2, 64, dtype=dtype) for name in ("k_new", "v_new")}
+        attention(Q, *cache, **USED, **rows, **stated)
+    assert [p.kv_new_dtype for p, _ in launched] == [None, DataType.FP16]
+    rows["v_new"] = DLArray(2, 3, 2, 64, dtype=keys)
+    for changes, words in (
+        (rows, f"v_new is {keys}: must be float16, as k_new is"),
+        ({"k_new": DLArray(2, 3, 2, 64, dtype="bfloat16")}, f"k_new is bfloat16: must be {keys} or float16"),
+    ):
+        with pytest.raises(FlashAttentionError, match=words):
+            attention(Q, *cache, **USED, **rows | changes, **stated)
 
 
 REFUSED = [
@@ -129,6 +147,24 @@ def test_numpy_arrays_are_updated_in_place():
     for name in "kv":
         np.testing.assert_array_equal(given[name][0, 7:], fresh[name][0, 7:])
         np.testing.assert_array_equal(given[name][:, :4], fresh[name][:, :4])
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+def test_numpy_rows_are_quantised(rotates):
+    """Of q's type over a cache in FP8, as the reference says."""
+    given = host()
+    for name in ("k", "v"):
+        given[name], given[f"{name}_descale"] = quantize_fp8(given[name], "batch_head")
+    if not rotates:
+        given = {name: value for name, value in given.items() if not name.startswith("rotary")}
+    fresh = given | {name: given[name].copy() for name in "kv"}
+    out = attention(**given)
+    expected, _ = attention_reference(**fresh)
+    np.testing.assert_array_equal(out, expected.astype(np.float16))
+    values, _ = quantize_fp8(given["v_new"], descale=given["v_descale"])
+    assert np.array_equal(given["v"][0, 4:7].view(np.uint8), values[0].view(np.uint8))
+    with pytest.raises(FlashAttentionError, match="v_new is float8_e4m3fn: must be float16, as k_new is"):
+        attention(**given | {"v_new": values})
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """New keys and values, rotary positions and left padding in the reference, against what they mean, worked out here."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from fa3_cute.contract.reference import attention_reference, bf16_bits, update_cache
+from fa3_cute.contract.quantize import quantize_fp8
+from fa3_cute.contract.reference import as_float, attention_reference, bf16_bits, e4m3_bits, update_cache
 
 HEADS, HEADS_K, DIM, CAPACITY = 4, 2, 16, 24
 OLD, NEW = np.array([0, 5, 21]), 4
@@ -162,6 +164,56 @@ def test_rotated_rows_have_the_type_of_the_cache():
         else:
             found = (k[0, :1].astype(np.uint32) << 16).view(np.float32)
             np.testing.assert_allclose(found, expected, rtol=2**-6, atol=2**-6)
+
+
+def fp8_cache(dtype=np.uint8):
+    """(k, v) of zeros, and a descale of each sequence and head of either."""
+    k, v = (np.zeros((3, CAPACITY, HEADS_K, DIM), dtype) for _ in "kv")
+    return k, v, {f"{name}_descale": rng.uniform(0.005, 0.05, (3, HEADS_K)) for name in "kv"}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, ml_dtypes.float8_e4m3fn])
+def test_rows_of_more_bits_are_quantised(dtype):
+    """As quantize_fp8 does it, saturated; new rows of FP8 are copied, whatever the descales."""
+    k, v, descales = fp8_cache(dtype)
+    k_new, v_new = (20 * rows(3, NEW).astype(ml_dtypes.bfloat16) for _ in "kv")
+    q = rows(3, 1, heads=HEADS).astype(ml_dtypes.bfloat16)
+    update_cache(q, k, v, seqused_k=OLD, k_new=k_new, v_new=v_new, **descales)
+    for found, new, name in ((k, k_new, "k_descale"), (v, v_new, "v_descale")):
+        expected, _ = quantize_fp8(new, descale=descales[name])
+        for b, n in enumerate(OLD):
+            count = min(NEW, CAPACITY - n)
+            assert np.array_equal(found[b, n : n + count].view(np.uint8), expected[b, :count].view(np.uint8))
+            assert not found[b, :n].view(np.uint8).any() and not found[b, n + count :].view(np.uint8).any()
+        assert (np.abs(as_float(expected)) == 448).any(), "some are saturated"
+        copied, stored = fp8_cache(dtype)[0], expected.view(dtype)
+        update_cache(q, copied, copied.copy(), seqused_k=OLD, k_new=stored, v_new=stored, **descales)
+        assert np.array_equal(copied.view(np.uint8), found.view(np.uint8))
+
+
+def test_rotated_rows_are_quantised_from_what_they_were_before_rounding():
+    k, v, descales = fp8_cache()
+    k_new = rows(3, NEW).astype(np.float16)
+    cos, sin, angles = tables()
+    q = rows(3, 1, heads=HEADS).astype(np.float16)
+    options = {"rotary_cos": cos, "rotary_sin": sin, "seqused_k": OLD, "k_new": k_new, "v_new": k_new}
+    update_cache(q, k, v, **options, **descales)
+    for b, n in enumerate(OLD):
+        exact = turned(k_new[b].astype(float), n + np.arange(NEW), angles, False)
+        quotient = exact.astype(np.float32) / descales["k_descale"][b, :, None].astype(np.float32)
+        count = min(NEW, CAPACITY - n)
+        assert np.array_equal(k[b, n : n + count], e4m3_bits(quotient)[:count])
+
+
+def test_attention_sees_what_was_quantised():
+    k, v, descales = fp8_cache()
+    k_new, v_new, q = rows(3, NEW), rows(3, NEW), rows(3, 1, heads=HEADS)
+    options = {"seqused_k": OLD, "k_new": k_new, "v_new": v_new, **descales}
+    out, lse = attention_reference(q, k, v, **options)
+    assert not k.any(), "copies are written"
+    _, used = update_cache(q, k, v, **options)
+    expected = attention_reference(q, k, v, seqused_k=used, **descales)
+    assert np.array_equal(out, expected[0]) and np.array_equal(lse, expected[1])
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)

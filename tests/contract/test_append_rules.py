@@ -7,7 +7,7 @@ from cache_calls import CACHES, PACKED_PAGED, PAGED
 from rule_calls import BF16, DENSE, DENSE_FP8, FP8, FP16, FP32, PACKED, A, every, first_problem
 
 from fa3_cute import workspace_size
-from fa3_cute.contract.append import APPEND_ENTRY
+from fa3_cute.contract.append import APPEND_ENTRY, QUANTISE_ENTRY
 from fa3_cute.contract.limits import MAX_SIZE
 from fa3_cute.contract.plain import plain
 from fa3_cute.planning.operations import operation_of, problems
@@ -17,6 +17,9 @@ NEW = {"k_new": A, "v_new": A, "seqlen_knew": 3}
 ROTARY = {"rotary_cos": A, "rotary_sin": A + 16, "rotary_dim": 64}
 CACHE = replace(DENSE, seqused_k=A)
 APPENDING = replace(CACHE, **NEW)
+FP8_CACHE = replace(CACHE, dtype=BF16, kv_dtype=FP8)
+FP8_PAGES = replace(PAGED, dtype=BF16, kv_dtype=FP8)
+QUANTISED = NEW | {"kv_new_dtype": BF16}
 ACCEPTED = [
     *((base, NEW | more) for base in (CACHE, *CACHES) for more in ({}, ROTARY)),
     *((base, ROTARY) for base in (DENSE, PACKED, CACHE, *CACHES)),
@@ -30,6 +33,11 @@ ACCEPTED = [
     (replace(APPENDING, **ROTARY), {"rotary_dtype": FP32, "rotary_row_stride": 36, "rotary_positions": 7}),
     (replace(APPENDING, **ROTARY), {"rotary_dim": 128, "rotary_interleaved": True, "seqlens_rotary": A + 4}),
     (DENSE, every("seqlen_knew rotary_dim rotary_positions k_new rotary_cos cu_seqlens_k_new", None)),
+    # Over an FP8 cache new rows are FP8 too, or of q's type.
+    *((base, more) for base in (FP8_CACHE, FP8_PAGES) for more in (NEW, ROTARY, QUANTISED, QUANTISED | ROTARY)),
+    (FP8_CACHE, NEW | {"kv_new_dtype": FP8}),
+    (FP8_CACHE, QUANTISED | {"k_new_row_stride": 4 * 128 + 8}),
+    (APPENDING, {"kv_new_dtype": FP16}),
 ]
 
 
@@ -70,6 +78,15 @@ REFUSED = [
     (-15, replace(DENSE, **ROTARY), {"rotary_dtype": FP8}, ("rotary_dtype=", "FP16, BF16 or FP32")),
     (-15, DENSE, {"rotary_interleaved": "yes"}, ("rotary_interleaved='yes'", "True or False")),
     (-16, DENSE_FP8, ROTARY, ("rotary_cos=", "FP8_E4M3", "before q and k are quantised")),
+    (-16, replace(FP8_CACHE, **NEW), ROTARY, ("rotary_cos=", "with k_new of FP8_E4M3", "kv_new_dtype=BF16")),
+    *(
+        (-9, replace(FP8_CACHE, **NEW), {"kv_new_dtype": dtype}, ("kv_new_dtype=", "None (as k and v)", "kv_dtype"))
+        for dtype in (FP16, FP32, "bf16")
+    ),
+    (-9, APPENDING, {"kv_new_dtype": BF16}, ("kv_new_dtype=DataType.BF16", "what dtype is")),
+    (-9, FP8_CACHE, {"kv_new_dtype": BF16}, ("kv_new_dtype=DataType.BF16", "without k_new and v_new")),
+    (-7, replace(FP8_CACHE, **NEW), {"k_new_row_stride": 520}, ("k_new_row_stride=520", "multiple of 16")),
+    (-7, replace(FP8_CACHE, **QUANTISED), {"k_new_row_stride": 516}, ("k_new_row_stride=516", "multiple of 8")),
 ]
 
 
@@ -104,6 +121,41 @@ def test_a_launch_of_its_own_comes_first():
         f"append_{dtype}_{rotary}"
         for dtype in ("fp16", "bf16")
         for rotary in (f"halves_{dtype}", f"neighbours_{dtype}", "halves_fp32")
+    }
+
+
+def test_what_is_quantised_has_kernels_of_its_own():
+    """What is copied, and what only turns q, are those of other caches."""
+    names = {
+        "": NEW,
+        "turned q": ROTARY,
+        "quantised": QUANTISED,
+        "turned": QUANTISED | ROTARY | {"rotary_interleaved": True},
+    }
+    configs = {what: launches(replace(FP8_CACHE, **fields))[0].config for what, fields in names.items()}
+    assert {what: config.name for what, config in configs.items()} == {
+        "": "append_fp8_e4m3",
+        "turned q": "append_bf16_halves_bf16",
+        "quantised": "append_bf16_into_fp8_e4m3",
+        "turned": "append_bf16_into_fp8_e4m3_neighbours_bf16",
+    }
+    for what in ("", "turned q"):
+        assert configs[what].entry is APPEND_ENTRY
+    for what in ("quantised", "turned"):
+        assert configs[what].entry is QUANTISE_ENTRY and configs[what].element_out == "fp8_e4m3"
+
+
+def test_strides_of_descales_reach_the_kernel():
+    params = replace(FP8_CACHE, **QUANTISED, k_descale_ptr=A, v_descale_ptr=A + 4)
+    params = replace(params, k_descale_batch_stride=7, v_descale_batch_stride=9, v_descale_head_stride=2)
+    names = [name for name, kind in QUANTISE_ENTRY.arguments if kind == "int64"]
+    strides = dict(zip(names, ProblemShape.of(plain(params)).append.strides[-len(names) :], strict=True))
+    found = {name: stride for name, stride in strides.items() if "descale" in name}
+    assert found == {
+        "k_descale_batch_stride": 7,
+        "k_descale_head_stride": 0,
+        "v_descale_batch_stride": 9,
+        "v_descale_head_stride": 2,
     }
 
 

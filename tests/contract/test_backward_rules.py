@@ -239,7 +239,7 @@ def test_every_field_of_forward_is_read_refused_or_means_nothing_alone():
         *(f"attn_mask_{dim}_stride" for dim in ("batch", "head", "row")),
         *("mod_pointers", "mod_strides", "mod_scalars", *(f"q_v_{dim}_stride" for dim in ("batch", "head", "row"))),
         *("page_table_batch_stride", "page_size", "num_pages"),
-        *("seqlen_knew", "cu_seqlens_k_new", "seqlens_rotary", *NEW_STRIDES),
+        *("kv_new_dtype", "seqlen_knew", "cu_seqlens_k_new", "seqlens_rotary", *NEW_STRIDES),
         *(f"rotary_{name}" for name in ("dim", "positions", "interleaved", "dtype", "row_stride")),
         *(name for name, argument in FORWARD_ARGUMENTS.items() if argument.is_fp8),
         *(name for name in FORWARD_ARGUMENTS if name.startswith(("k_new_", "v_new_", "rotary_"))),

@@ -15,6 +15,9 @@ UPDATES = [
     Update(dtype="fp8_e4m3", page_size=64),
     RAGGED,
     Update(rotary="neighbours", dtype="fp16", table_dtype="fp16", starts=(9, 560, 0, 3), is_causal=False),
+    Update(kv_dtype="fp8_e4m3", page_size=64, is_indexed=True),
+    Update(kv_dtype="fp8_e4m3", rotary="halves"),
+    Update(kv_dtype="fp8_e4m3", is_new_stored=True),
 ]
 
 

@@ -1,6 +1,7 @@
 """Kernels of new keys and rotary positions compile clean, to the code on record, and move 16 bytes at a time.
 
-Every element type, and with rotary positions each with both ways that pairs lie and both types of tables, in turn.
+Every element type, and with rotary positions each with both ways that pairs lie and both types of tables, in turn; into
+an FP8 cache pieces of 16 bytes become 8.
 """
 
 import fingerprints
@@ -18,17 +19,23 @@ TYPES = [
     ("fp16", "neighbours", "fp32"),
     ("bf16", "neighbours", "bf16"),
     ("bf16", "halves", "fp32"),
+    ("bf16", "", "", "fp8_e4m3"),
+    ("fp16", "neighbours", "fp16", "fp8_e4m3"),
+    ("bf16", "halves", "fp32", "fp8_e4m3"),
 ]
 
 
-@pytest.mark.parametrize("dtype, rotary, table", TYPES)
-def test_compiles_clean(dtype, rotary, table):
-    cfg = append_config(dtype, rotary, table)
+@pytest.mark.parametrize("types", TYPES, ids="-".join)
+def test_compiles_clean(types):
+    dtype, rotary, table, *into = types
+    cfg = append_config(dtype, rotary, table, *into)
     report, kernel = compile_and_read(cfg)
     assert report.problems() == [] and report.smem_bytes == 0
     assert report.registers <= MOST_REGISTERS
     # Of k and v, rotated or as they are; with rotary of q as well. Lengths are stored as they are.
-    assert accesses(kernel.code, STG) == {16: 5 if rotary else 2, 4: 1}
+    of_cache, of_q = (3, 2) if rotary else (2, 0)
+    stored = {16: of_q, 8: of_cache} if into else {16: of_q + of_cache}
+    assert accesses(kernel.code, STG) == {size: count for size, count in stored.items() if count} | {4: 1}
     assert accesses(kernel.code, LDG).get(16, 0) >= 2
     known = fingerprints.known().get(cfg.name)
     found = fingerprints.of_compiled(cfg, report, kernel)

@@ -311,6 +311,11 @@ def test_fp8_cache_of_16_bit_queries():
     factor = descale[:, None, :, None].double()
     expected, _ = exact(q, keys.double() * factor, values.double() * factor, diagonals(24, 40, right=0))
     assert out.dtype == BF16 and (out.double() - expected).abs().max() <= 2 * ERROR_BF16
+    new = k[:, :2] / 512  # quantised by the call, of which what was written is what it should be
+    flash_attn_with_kvcache(
+        q, keys, values, new, new, cache_seqlens=ints(5, 9), causal=True, k_descale=descale, v_descale=descale
+    )
+    assert torch.equal(values[1, 9:11], (new[1] / descale[1, :, None]).to(FP8))
     with pytest.raises(FlashAttentionError, match="k is torch.float8_e4m3fn: must be torch.bfloat16, as q is"):
         flash_attn_func(q.requires_grad_(), keys, values)
     with pytest.raises(FlashAttentionError, match="softcap=1.0: must be None or 0 with kv_dtype=FP8_E4M3"):

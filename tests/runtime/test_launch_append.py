@@ -82,6 +82,33 @@ tell(none=send(**plain), new=send(**plain | NEW), rotary=send(**plain | ROTARY))
     assert set(attention["found"]) == {"k", "v", "out", "seqused_k"} and len(ahead["scratch"]) == 1
 
 
+def test_descales_reach_both_kernels(told):
+    """Where rows are quantised k's and v's, another layer's when the call is repeated; q's nobody reads but attention.
+    What is copied needs none."""
+    found = told("""
+scales = dict(q_descale_ptr=0x7FD100000004, k_descale_ptr=0x7FD200000008, v_descale_ptr=0x7FD30000000C)
+other = dict(k_descale_ptr=0x7FD400000010)
+values |= scales | dict(other=other["k_descale_ptr"])
+given = scales | dict(kv_dtype=DataType.FP8_E4M3, kv_new_dtype=DataType.BF16, num_splits=0)
+given |= dict(k_descale_batch_stride=2, k_descale_head_stride=1)
+copied = dict(kv_new_dtype=None, rotary_cos=None, rotary_sin=None, rotary_dim=0, rotary_dtype=None)
+tell(first=send(**given), again=send(**given), other=send(**given | other),
+     absent=send(**given | dict(k_descale_ptr=None)), copied=send(**given | copied))
+""")
+    ok, (ahead, attention) = found["first"]
+    scales = {"k_descale_ptr", "v_descale_ptr"}
+    assert ok == 0 and ahead["kernel"] == "append_bf16_into_fp8_e4m3_halves_fp32"
+    assert set(ahead["found"]) == {"q", "k", "v", *scales}
+    assert set(attention["found"]) == {"k", "v", "out", "q_descale_ptr", *scales} and found["again"] == found["first"]
+    ok, (ahead, attention) = found["other"]
+    assert ok == 0 and set(ahead["found"]) == {"q", "k", "v", "v_descale_ptr", "other"}
+    assert {"other", "v_descale_ptr"} < set(attention["found"])
+    assert set(found["absent"][1][0]["found"]) == {"q", "k", "v", "v_descale_ptr"}
+    ok, (ahead, attention) = found["copied"]
+    assert ok == 0 and ahead["kernel"] == "append_fp8_e4m3" and not scales & set(ahead["found"])
+    assert scales < set(attention["found"])
+
+
 def test_repeated_calls(told):
     """Another q is seen, another layer's new rows; another stream has memory of its own, a grown workspace other
     addresses."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,18 +30,32 @@ SPLIT = replace(DECODE[0], seqlen_k=900)
 SPLITS = 128  # merge through scratch memory
 
 
-def captured(stream, *calls, mode="global"):
-    """`forward` of these params as a graph; in this mode CUDA forbids the most while it is captured, also that memory
-    is freed, which the garbage of other tests of this process would do whenever it is found."""
+@contextmanager
+def capture_of(stream, mode="thread_local"):
+    """Yields the builder of a graph, whose capture ends whatever happens: a stream that is left capturing would break
+    the tests behind it.
+
+    Garbage of other tests would free memory whenever it is found, which a capture of this thread may not see.
+    "thread_local" forbids this thread as much as "global" does, which calls of other tests' threads would invalidate.
+    """
     gc.collect()
     gc.disable()
+    builder = stream.create_graph_builder().begin_building(mode)
     try:
-        builder = stream.create_graph_builder().begin_building(mode)
+        yield builder
+    except BaseException:
+        driver.cuStreamEndCapture(stream.handle)  # an error of its own, which nobody reads, where it has ended
+        raise
+    finally:
+        gc.enable()
+
+
+def captured(stream, *calls):
+    """`forward` of these params as a graph."""
+    with capture_of(stream) as builder:
         for params in calls:
             forward(params, builder).check()
         return builder.end_building().complete()
-    finally:
-        gc.enable()
 
 
 # ---- contexts --------------------------------------------------------------------------------------------------------
@@ -172,10 +187,10 @@ def test_calls_beside_the_capture_of_another_thread(device, stream):
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(device.set_current).result()
-        builder = capturing.create_graph_builder().begin_building("global")
-        forward(params_of(recorded), builder).check()
-        out = pool.submit(work).result()
-    graph = builder.end_building().complete()
+        with capture_of(capturing, "global") as builder:  # the mode that other threads can invalidate
+            forward(params_of(recorded), builder).check()
+            out = pool.submit(work).result()
+            graph = builder.end_building().complete()
     graph.launch(capturing)
     check(recorded, *results(recorded, capturing))
     check(split, *results(split, own))

@@ -68,10 +68,11 @@ def recorded() -> list:
     from fa3_cute.planning.selections import all_configs, backward_kernels, mla_configs
 
     merges = [merge_config(*types) for types in product(("fp16", "bf16", "fp32"), repeat=2)]
-    rotations = product(("fp16", "bf16"), ("halves", "neighbours"))
+    rotations = product(("fp16", "bf16"), ("halves", "neighbours"), ("", "fp8_e4m3"))
     appends = [
         *(append_config(dtype) for dtype in ("fp16", "bf16", "fp8_e4m3")),
-        *(append_config(dtype, rotary, table) for dtype, rotary in rotations for table in (dtype, "fp32")),
+        *(append_config(dtype, kv_dtype="fp8_e4m3") for dtype in ("fp16", "bf16")),
+        *(append_config(dtype, rotary, table, into) for dtype, rotary, into in rotations for table in (dtype, "fp32")),
     ]
     return [*all_configs(), *mla_configs(), *backward_kernels(), *merges, *appends]
 

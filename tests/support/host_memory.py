@@ -11,6 +11,7 @@ import numpy as np
 
 from fa3_cute import BackwardParams, DataType, FlashAttentionParams, MergeParams, api, explain
 from fa3_cute.arrays.append import updated_on_host
+from fa3_cute.contract.append import new_dtype
 from fa3_cute.contract.backward_reference import OPTIONS, Saved, backward_reference
 from fa3_cute.contract.fp8_cache import keys_dtype
 from fa3_cute.contract.merge_reference import merge_reference
@@ -162,7 +163,7 @@ def updates(p) -> dict:
     for name, columns in (("k_new", p.head_dim), ("v_new", p.head_dim_v or p.head_dim)):
         shape = (p.seqlen_knew, p.num_heads_k, columns)
         if getattr(p, name):
-            rows = array(getattr(p, name), (1 if p.cu_seqlens_k_new else p.batch_size, *shape), NUMPY[p.dtype])
+            rows = array(getattr(p, name), (1 if p.cu_seqlens_k_new else p.batch_size, *shape), NUMPY[new_dtype(p)])
             dims = [getattr(p, f"{name}_{dim}_stride") for dim in ("batch", "row", "head")]
             steps = [
                 step if dim is None else dim * rows.itemsize for dim, step in zip(dims, rows.strides, strict=False)

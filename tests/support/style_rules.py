@@ -125,7 +125,7 @@ def foreign_imports(source: Source):
     """No array framework in the package, the benchmark's peers excepted; no host library in device code; no DSL and no
     CUDA in what a call means and how it is planned."""
     banned = BANNED.get(source.top, FRAMEWORKS)
-    if source.module in ("cli.peers", "cli.cudnn_graph", "cli.wrappers"):
+    if source.module in ("cli.peers", "cli.wrappers"):
         return
     for node in source.nodes(ast.Import, ast.ImportFrom):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]

@@ -22,6 +22,7 @@ INTEGERS = (
     "seqlens_rotary",
 )
 UPDATES = ("k_new", "v_new", "cu_seqlens_k_new", "rotary_cos", "rotary_sin", "seqlens_rotary", "rotary_interleaved")
+E4M3_STEP = 2.0**-3  # of a number, at most, from it to the next
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Update:
     queries       of each sequence; packs_queries, packs_new: packed, the new rows with some behind the last sequence's
     page_size     0: entries of `capacity` rows; is_indexed: the sequences choose theirs
     rotary        "halves", "neighbours" or ""; rotary_dim of head_dim; table_dtype of the tables
+    kv_dtype      of k and v, "": dtype; new rows of dtype are then quantised, unless is_new_stored: they are FP8 too
     leftpad       first rows of each sequence that do not exist
     starts        positions of the first new keys; None: the old lengths
     """
@@ -53,6 +55,8 @@ class Update:
     rotary_dim: int = 64
     table_dtype: str = "fp32"
     starts: tuple[int, ...] | None = None
+    kv_dtype: str = ""
+    is_new_stored: bool = False
     is_causal: bool = True
     seed: int = 0
 
@@ -71,19 +75,31 @@ class UpdateProblem:
             self.arrays["cu_seqlens_q"] = offsets(update.queries)
         if update.new is not None:
             new = (sum(update.new) + 2,) if update.packs_new else (len(update.old), update.new[0])
-            self.arrays |= {"k_new": self.rows(*new, heads_k), "v_new": self.rows(*new, heads_k, columns=self.dim_v)}
+            dtype = self.stored if update.is_new_stored else update.dtype
+            for name, columns in (("k_new", 0), ("v_new", self.dim_v)):
+                self.arrays[name] = self.rows(*new, heads_k, columns=columns, dtype=dtype)
             if update.packs_new:
                 self.arrays["cu_seqlens_k_new"] = offsets(update.new)
         if update.rotary:
             self.make_tables()
+        if update.kv_dtype:  # so small that some new values are beyond 448 of them
+            for name in ("k_descale", "v_descale"):
+                scales = self.rng.uniform(2.0**-8, 2.0**-5, (len(update.old), heads_k))
+                self.arrays[name] = scales.astype(np.float32)
+
+    @property
+    def stored(self) -> str:
+        """The dtype of k and v."""
+        return self.update.kv_dtype or self.update.dtype
 
     @property
     def dim_v(self) -> int:
         """Columns of v and out."""
         return self.update.head_dim_v or self.update.head_dim
 
-    def rows(self, *shape, columns: int = 0):
-        return to_bits(self.rng.standard_normal((*shape, columns or self.update.head_dim)), self.update.dtype)
+    def rows(self, *shape, columns: int = 0, dtype: str = ""):
+        numbers = self.rng.standard_normal((*shape, columns or self.update.head_dim))
+        return to_bits(numbers, dtype or self.update.dtype)
 
     def make_cache(self, heads_k: int) -> None:
         update, batch = self.update, len(self.update.old)
@@ -95,7 +111,7 @@ class UpdateProblem:
             table = np.full((batch + 2 * update.is_indexed, pages), -1, np.int32)
             table[entries] = self.rng.permutation(shape[0])[: batch * pages].reshape(batch, pages)
         for name in ("k", "v"):
-            cache = self.rows(*shape, heads_k, columns=self.dim_v if name == "v" else 0)
+            cache = self.rows(*shape, heads_k, columns=self.dim_v if name == "v" else 0, dtype=self.stored)
             unused = np.ones(shape, bool)
             for entry, n, pad in zip(entries, update.old, update.leftpad or [0] * batch, strict=True):
                 at = np.arange(pad, n)
@@ -139,7 +155,9 @@ class UpdateProblem:
         if self.update.rotary:
             written = bits(k) != bits(self.arrays["k"])
             assert not (differ & ~written.any(axis=-1, keepdims=True)).any(), "k was written elsewhere"
-            wrong = np.abs(as_float(found["k"]) - as_float(k)) > ULP[dtype] * np.abs(as_float(k)) + 1e-6
+            step = E4M3_STEP if self.update.kv_dtype else ULP[dtype]
+            smallest = 2.0**-9 if self.update.kv_dtype else 1e-6
+            wrong = np.abs(as_float(found["k"]) - as_float(k)) > step * np.abs(as_float(k)) + smallest
             assert not wrong[differ].any() and differ.mean() < 0.01, "k is not what rotation makes"
         else:
             assert not differ.any(), "k is not what was to be written"
@@ -174,6 +192,14 @@ class UpdateProblem:
             "dtype": DataType[update.dtype.upper()],
             "seqlen_k": update.capacity,
         }
+        if update.kv_dtype:
+            fields |= {"kv_dtype": DataType[update.kv_dtype.upper()]}
+            fields |= {f"{name}_descale_ptr": fields.pop(f"{name}_descale") for name in "kv"}
+            fields |= {
+                f"{name}_descale_{dim}_stride": n for name in "kv" for dim, n in (("batch", heads_k), ("head", 1))
+            }
+            if update.new is not None and not update.is_new_stored:
+                fields["kv_new_dtype"] = fields["dtype"]
         fields |= {"out": cuda.address(self.out), "softmax_lse": cuda.address(self.lse), "is_causal": update.is_causal}
         fields |= {"seqlen_q": update.queries[0]}
         if update.packs_queries:

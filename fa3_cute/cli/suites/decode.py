@@ -1,6 +1,6 @@
 """Decode: one query per sequence and its whole K and V to read; a single small problem, a full GPU, and in between."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..case import Case
@@ -13,8 +13,9 @@ SHOWN = MEMORY
 FIXED = ("seqlen", "masks", "batch_size", "num_heads", "num_heads_k")
 LARGE_BYTES = 250_000_000  # of K and V: from there on, reading them is all that should take time
 
+Problems = dict[int, tuple[tuple[int, int, int, int], ...]]
 # Sequences, keys in each, query heads, KV heads, by head_dim.
-PROBLEMS = {
+PROBLEMS: Problems = {
     64: ((16, 8192, 16, 2), (64, 8192, 32, 8)),
     96: ((16, 8192, 16, 2),),
     128: (
@@ -33,6 +34,11 @@ PROBLEMS = {
 
 def cases(args) -> list[Case]:
     """Every case that the command line leaves in: by head_dim, then problem, then warm and cold."""
+    return steps(args, args.head_dim or filter(head_dims(args.dtype).__contains__, PROBLEMS), PROBLEMS)
+
+
+def steps(args, head_dims: Iterable[int], problems: Problems, kv_dtype: str | None = None) -> list[Case]:
+    """The problems of these head dims, with one query per sequence."""
     return [
         Case(
             dtype=args.dtype or DEFAULT,
@@ -44,9 +50,10 @@ def cases(args) -> list[Case]:
             num_heads=num_heads,
             num_heads_k=num_heads_k,
             l2=l2,
+            kv_dtype=kv_dtype,
         )
-        for head_dim in args.head_dim or filter(head_dims(args.dtype).__contains__, PROBLEMS)
-        for batch_size, seqlen, num_heads, num_heads_k in PROBLEMS[head_dim]
+        for head_dim in head_dims
+        for batch_size, seqlen, num_heads, num_heads_k in problems.get(head_dim, ())
         for l2 in ("warm", "cold")
     ]
 

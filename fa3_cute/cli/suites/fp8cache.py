@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from ...contract.formats import FP8, FP8_CACHE_HEAD_DIMS
 from ..case import Case
 from ..compared import timed, versus_16_bit
-from ..dtypes import DEFAULT
 from ..shown import MEMORY
+from . import decode
 
 TITLE = "Decode, 16-bit queries over an FP8 cache"
 SHOWN = MEMORY
 FIXED = ("seqlen", "masks", "batch_size", "num_heads", "num_heads_k")
 
 # Sequences, keys in each, query heads, KV heads, by head_dim.
-PROBLEMS = {
+PROBLEMS: decode.Problems = {
     64: ((64, 8192, 32, 8),),
     128: ((64, 8192, 32, 8), (16, 8192, 32, 8), (1, 32768, 32, 8)),
 }
@@ -21,23 +21,7 @@ PROBLEMS = {
 
 def cases(args) -> list[Case]:
     """Every case that the command line leaves in: by head_dim, then problem, then warm and cold."""
-    return [
-        Case(
-            dtype=args.dtype or DEFAULT,
-            head_dim=head_dim,
-            is_causal=False,
-            seqlen_q=1,
-            seqlen_k=seqlen,
-            batch_size=batch_size,
-            num_heads=num_heads,
-            num_heads_k=num_heads_k,
-            l2=l2,
-            kv_dtype=FP8,
-        )
-        for head_dim in args.head_dim or FP8_CACHE_HEAD_DIMS
-        for batch_size, seqlen, num_heads, num_heads_k in PROBLEMS.get(head_dim, ())
-        for l2 in ("warm", "cold")
-    ]
+    return decode.steps(args, args.head_dim or FP8_CACHE_HEAD_DIMS, PROBLEMS, FP8)
 
 
 def conclusions(times: dict[Case, float], rows: Sequence[dict]) -> list[str]:

@@ -51,7 +51,7 @@ def visible_tiles(case: Case) -> int:
         "causal",
         has_lse=False,
         is_varlen=False,
-        out_dtype=out_dtype_of(case.dtype, case.head_dim),
+        out_dtype=out_dtype_of(case.dtype),
     )
     left, right = case.visible_bounds
     tiles = 0
