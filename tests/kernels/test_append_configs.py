@@ -11,6 +11,7 @@ from test_merge_configs import LDG, STG, accesses
 from fa3_cute.planning.append import append_config
 from fa3_cute.runtime.compiler import compile_and_read
 
+STARTS_NEXT, WAITS = 0x82D, 0x82E  # PREEXIT, ACQBULK (nvdisasm)
 MOST_REGISTERS = 65536 // 1280  # five CTAs of 256 threads on an SM: as many bytes in flight as memory needs
 TYPES = [
     ("bf16", "", ""),  # of 16 bit they are moved alike
@@ -37,6 +38,14 @@ def test_compiles_clean(types):
     stored = {16: of_q, 8: of_cache} if into else {16: of_q + of_cache}
     assert accesses(kernel.code, STG) == {size: count for size, count in stored.items() if count} | {4: 1}
     assert accesses(kernel.code, LDG).get(16, 0) >= 2
+    # Attention's launch starts under the one ahead, and nothing is read or written before the wait for that.
+    order = [word for word in operations(kernel.code) if word in (STARTS_NEXT, WAITS, LDG, STG)]
+    assert order[:2] == [STARTS_NEXT, WAITS] and not {STARTS_NEXT, WAITS} & set(order[2:])
     known = fingerprints.known().get(cfg.name)
     found = fingerprints.of_compiled(cfg, report, kernel)
     assert known in (None, found), "the kernel changed: on purpose? make fingerprints, say why"
+
+
+def operations(code: bytes) -> list[int]:
+    """The 12 bits of each instruction that name it."""
+    return [int.from_bytes(code[at : at + 2], "little") & 0xFFF for at in range(0, len(code), 16)]

@@ -9,6 +9,7 @@ from test_decode_graph_gpu import captured
 from updates import Update, UpdateProblem
 
 from fa3_cute import forward, warmup
+from fa3_cute.arrays import memory as cuda
 
 pytestmark = pytest.mark.gpu
 
@@ -88,6 +89,27 @@ def test_a_graph_of_steps(device):
         problem = fresh(problem, replace(update, old=old), stream)
         graph.launch(stream)
         problem.check(problem.results(stream))
+
+
+def test_steps_read_what_those_ahead_wrote(device):
+    """Of a graph every launch starts before the one ahead has ended, attention's before new rows are there: the bits
+    are those of steps that were waited for."""
+    stream = device.create_stream()
+    problem = UpdateProblem(replace(DECODE, heads=(4, 4), new=(1,) * 4, rotary="halves"))
+    problem.upload(stream)
+    other = cuda.allocate(problem.arrays["q"].nbytes, stream=stream)
+    places = [cuda.address(buffer) for buffer in (problem.buffers["q"], *(problem.out, other) * 10, problem.out)]
+    steps = [problem.params(q=x, k_new=x, v_new=x, out=y) for x, y in zip(places, places[1:], strict=False)]
+    for step in steps:
+        forward(step, stream).check()
+        stream.sync()
+    expected = problem.results(stream)
+    graph = captured(stream, *steps)
+    for _ in range(3):
+        problem = fresh(problem, problem.update, stream)
+        graph.launch(stream)
+        for name, found in problem.results(stream).items():
+            assert np.array_equal(found.view(np.uint8), expected[name].view(np.uint8)), name
 
 
 def fresh(before: UpdateProblem, update: Update, stream) -> UpdateProblem:

@@ -96,7 +96,8 @@ class AppendKeys:
         self.kernel(t, Rows.create(a), Cache.create(a, cfg.kv_dtype != ""), rotary, work).launch(
             grid=(a.num_queries + a.num_new + length_ctas,
                   ceil_div(heads * pieces, cfg.num_threads), 1),
-            block=(cfg.num_threads, 1, 1), use_pdl=True, stream=a.stream)
+            # As attention has it: an SM changes its carveout only while nothing runs there.
+            block=(cfg.num_threads, 1, 1), preferred_smem_carveout=100, use_pdl=True, stream=a.stream)
 
     @property
     def columns(self) -> int:
@@ -119,8 +120,9 @@ class AppendKeys:
         token, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
         index = cute.arch.block_idx()[1] * self.cfg.num_threads + thread
         head, piece = divmod(index, work.pieces)
-        cute.arch.griddepcontrol_wait()
+        # Attention starts now, and finds its way to its own wait, which is for this launch: nothing is read before it.
         cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
         if token < work.num_queries:
             if const_expr(self.cfg.rotary):
                 has_piece = head < work.num_heads and piece < work.pieces_k
