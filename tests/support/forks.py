@@ -64,6 +64,8 @@ def run_here(script: str, names: dict, output: int) -> None:
         exec(compile(script, "script", "exec"), names)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         status = 1
