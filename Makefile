@@ -49,9 +49,10 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(PYTHON) examples/01_fp16_causal_prefill.py
 
-# Side by side, by files: compiles of a file share a pool of processes.
+# Side by side, by files: tests of a file share what is compiled or started once. Folder after folder: files of many
+# tests, which would come first, are not those that take long.
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The cache is filled first, by many processes: the tests compile one kernel at a time. What does not compile there fails
 # again where a test needs it.

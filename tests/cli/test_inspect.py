@@ -4,6 +4,7 @@ import re
 import subprocess
 from argparse import ArgumentParser
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from commands import answer
@@ -17,6 +18,14 @@ from fa3_cute.planning.selections import all_configs
 from fa3_cute.planning.tables import KeySource, decode_config, forward_config
 
 
+@pytest.fixture
+def compiled_once(monkeypatch):
+    """The command's compiles, each kernel's kept for the next time."""
+    from fa3_cute.runtime import compiler
+
+    monkeypatch.setattr(compiler, "compile_and_read", cache(compiler.compile_and_read))
+
+
 @pytest.mark.parametrize(
     "argv, cfg, tensor_clocks",
     [
@@ -28,6 +37,7 @@ from fa3_cute.planning.tables import KeySource, decode_config, forward_config
         (["--decode", "--mask", "causal"], decode_config("bf16", 128, True), 512),
     ],
 )
+@pytest.mark.usefixtures("compiled_once")
 def test_inspect(argv, cfg, tensor_clocks, capsys):
     status, said = answer(capsys, "inspect", *argv)
     assert (status, said["name"], said["problems"], said["stack_bytes"]) == (0, cfg.name, [], 0)
@@ -152,7 +162,6 @@ def test_masked_tiles_cost_more(cfg):
     "cfg",
     [
         forward_config("fp16", 64, "local", True, True),
-        decode_config("bf16", 64, True),
         forward_config("fp8_e4m3", 64, "causal", True, True, "fp16"),
         decode_config("fp8_e4m3", 64, True, "bf16"),
         forward_config("fp16", 64, "causal", False, False, features=frozenset({("attn_mask", "bf16")})),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import ForkServer
 
 from fa3_cute.arrays.memory import hopper_device_problem
 
@@ -28,23 +29,38 @@ WITHOUT_EXTRAS = (
 )
 
 
+# Imported once for all examples, each of which runs in a process of its own.
+IMPORTS = "import runpy, sys, numpy, fa3_cute.api, fa3_cute.runtime.compiler, fa3_cute.contract.reference"
+EXAMPLE = "sys.argv[:], sys.path[0] = [{path!r}], {folder!r}; runpy.run_path({path!r}, run_name='__main__')"
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    server = ForkServer(IMPORTS, environment_of(tmp_path_factory.mktemp("kernels")) | {"OPENBLAS_NUM_THREADS": "1"})
+    yield server
+    server.close()
+
+
+def environment_of(cache: Path) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"FA3_CUTE_CACHE_DIR": str(cache), "PYTHONPATH": paths}
+
+
 def run_example(path: Path, cache: Path) -> str:
-    environment = os.environ | {
-        "FA3_CUTE_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
     done = subprocess.run(
-        [sys.executable, path], cwd=cache, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, path], cwd=cache, env=environment_of(cache), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_runs_without_a_gpu(path, tmp_path):
+def test_runs_without_a_gpu(path, process):
     if hopper_device_problem() is None:
         pytest.skip("this machine has a Hopper GPU: test_runs_on_a_gpu")
-    said, *rest = run_example(path, tmp_path).splitlines()
+    status, printed = process.run(EXAMPLE.format(path=str(path), folder=str(path.parent)))
+    assert status == 0, printed
+    said, *rest = printed.splitlines()
     assert said.startswith(NO_GPU)
     assert any("sm_90a" in line and "registers" in line and " 0 bytes spilled" in line for line in rest)
     assert any("error" in line for line in rest)

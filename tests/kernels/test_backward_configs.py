@@ -1,6 +1,4 @@
-"""The kernels of a backward pass compile clean: each row of the tables once, its element type and lengths in turn."""
-
-from itertools import product
+"""The kernels of a backward pass compile clean: a selection that has each of their options."""
 
 import fingerprints
 import pytest
@@ -19,18 +17,26 @@ MOST_WITHOUT_SUMS = REGISTERS_PER_SM // 512  # whose threads have up to six piec
 MOST_REGISTERS = REGISTERS_PER_SM // 1024  # around the main kernel: a thousand threads on an SM hide memory's latency
 
 
+def facts_of(cfg) -> set[tuple]:
+    """What of a kernel has to be compiled at least once."""
+    kind = type(cfg)
+    if kind is MainConfig:
+        options = {("mask", cfg.mask, cfg.is_deterministic), ("types", cfg.dtype, cfg.is_varlen)}
+        return {(kind, *fact) for fact in {("tiles", cfg.head_dim, cfg.tile_m), *options}}
+    if kind is SideConfig:
+        sides = {("side", cfg.side), ("side of mask", cfg.mask), ("side of head_dim", cfg.head_dim)}
+        return {(kind, *fact) for fact in {*sides, ("types", cfg.dtype), ("lengths", cfg.is_varlen)}}
+    return {(kind, "tiles", cfg.head_dim, cfg.tile_m), (kind, "types", cfg.dtype)}
+
+
 def selection() -> list:
-    """The kernels of one config of each row; of a head_dim with one gradient each, one mask for each of them."""
-    rows = [(*key, row.tile_m) for table in (TABLE, SHORT) for key, row in table.items()]
-    variants = [[cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask, cfg.tile_m) == row] for row in rows]
-    chosen = [configs[max(-1 - index % 2, -len(configs))] for index, configs in enumerate(variants)]
-    found = [kernel for cfg in chosen for kernel in kernels_of(cfg)]
-    for number, head_dim in enumerate(ONE_SIDE):
-        for turn, mask in enumerate(MASKS):
-            *_, cfg = (cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask) == (head_dim, mask))
-            prepare, *sides = kernels_of(cfg)
-            found += [prepare, sides[-1 - turn if number % 2 else turn]]
-    return list(dict.fromkeys(found))
+    """Of all kernels some that have all of their facts, each time the one that has most of what is left."""
+    facts = {kernel: facts_of(kernel) for cfg in backward_configs() for kernel in kernels_of(cfg)}
+    left, chosen = set().union(*facts.values()), []
+    while left:
+        chosen.append(max(facts, key=lambda cfg: len(left & facts[cfg]) / (256 + cfg.head_dim)))
+        left -= facts[chosen[-1]]
+    return chosen
 
 
 CONFIGS = selection()
@@ -38,16 +44,19 @@ of_kind = lambda kind: [cfg for cfg in CONFIGS if isinstance(cfg, kind)]
 
 
 def test_selection_covers_options():
-    mains = of_kind(MainConfig)
-    rows = {(*key, row.tile_m) for table in (TABLE, SHORT) for key, row in table.items()}
-    assert {(cfg.head_dim, cfg.mask, cfg.tile_m) for cfg in mains} == rows
-    for name in ("dtype", "is_varlen", "is_deterministic"):
-        assert len({getattr(cfg, name) for cfg in mains}) == 2, name
-    sides = of_kind(SideConfig)
-    assert {cfg.dtype for cfg in sides} == {"bf16", "fp16"}
-    for name, values in (("side", SIDES), ("mask", MASKS)):
-        assert {(cfg.head_dim, getattr(cfg, name)) for cfg in sides} == set(product(ONE_SIDE, values))
-    assert {(cfg.side, cfg.is_varlen) for cfg in sides} == set(product(SIDES, (False, True)))
+    """Each row's tiles, every mask with sums in an order and without, each gradient; test_configs.py has the record."""
+    mains, sides = of_kind(MainConfig), of_kind(SideConfig)
+    rows = {(head_dim, row.tile_m) for table in (TABLE, SHORT) for (head_dim, *_), row in table.items()}
+    assert {(cfg.head_dim, cfg.tile_m) for cfg in mains} == rows
+    passes = backward_configs()
+    every = [kernel for cfg in passes for kernel in kernels_of(cfg) if isinstance(kernel, MainConfig)]
+    options = lambda configs: {(cfg.mask, cfg.is_deterministic) for cfg in configs}
+    assert options(mains) == options(every)
+    assert {(cfg.dtype, cfg.is_varlen) for cfg in mains} == {(cfg.dtype, cfg.is_varlen) for cfg in every}
+    assert {cfg.dtype for cfg in sides} == {"bf16", "fp16"} and {cfg.is_varlen for cfg in sides} == {False, True}
+    for name, values in (("head_dim", ONE_SIDE), ("side", SIDES), ("mask", MASKS)):
+        assert {getattr(cfg, name) for cfg in sides} == set(values)
+    assert {type(kernel) for cfg in passes for kernel in kernels_of(cfg)} == {type(cfg) for cfg in CONFIGS}
 
 
 def compiled(cfg):

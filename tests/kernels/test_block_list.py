@@ -71,7 +71,6 @@ def features(*cases) -> frozenset:
 @pytest.mark.parametrize(
     "cfg",
     [
-        forward_config("bf16", 128, "causal", True, False, features=features(DOCUMENTS)),
         forward_config("fp8_e4m3", 128, "full", False, False, "bf16", features=features(DOCUMENTS)),
         forward_config("fp16", 64, "local", True, False, features=features(CAPPED, DOCUMENTS)),
     ],

@@ -1,8 +1,7 @@
 """Configs compile clean: no spill, no serialised WGMMA, within their budgets, and to the code that is on record.
 
-Each row of the tables once, its options in turn: `selection` sees every option of a kernel beside every other, of
-ragged batches each kernel with each kind of source, and each feature in each kernel, element size and mask.
-All configs: `make fingerprints`, or `python tests/support/fingerprints.py --check`.
+A covering selection is compiled; of all others the record must be clean. `make fingerprints` compiles all of them, and
+`python tests/support/fingerprints.py --check` compares.
 """
 
 import multiprocessing
@@ -10,7 +9,7 @@ import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import cycle, product
+from itertools import product
 
 import fingerprints
 import pytest
@@ -23,10 +22,7 @@ from fa3_cute.planning.key_source import PAGE_BOXES
 from fa3_cute.planning.score_features import FEATURES, MODS
 from fa3_cute.planning.selections import (
     all_configs,
-    cached_fp8_configs,
-    dim_configs,
     feature_configs,
-    packed_configs,
     ragged_configs,
 )
 from fa3_cute.planning.tables import (
@@ -42,70 +38,60 @@ from fa3_cute.planning.tables import (
 PROCESSES = min(4, os.cpu_count() or 1)  # a compile takes 3 s of one core and 300 MB
 
 
-def selection() -> list:
-    """One config per row of FORWARD and two per row of DECODE (with a window and without), the element types and the
-    other options in turn; of DECODE those that `ragged_selection` has are of ragged batches. Then one per row of
-    PACKED, `feature_selection`, and other dims."""
-    chosen = {}
-    options = cycle(product((False, True), (False, True), (0, 1)))
-    for cfg in all_forward_configs():
-        chosen.setdefault((cfg.element_bytes, cfg.head_dim, cfg.mask), []).append(cfg)
-    for row, variants in chosen.items():
-        is_varlen, has_lse, number = next(options)
-        types = list(dict.fromkeys((cfg.dtype, cfg.out_dtype) for cfg in variants))
-        chosen[row] = next(
-            cfg
-            for cfg in variants
-            if (cfg.is_varlen, cfg.has_lse) == (is_varlen, has_lse) and (cfg.dtype, cfg.out_dtype) == types[number]
-        )
-    decode = {}
-    for number, cfg in enumerate(all_decode_configs()):
-        decode.setdefault((cfg.element_bytes, cfg.head_dim, cfg.is_local), []).append((number, cfg))
-    ragged_ones = ragged_selection()
-    ragged_rows = {(cfg.element_bytes, cfg.head_dim, cfg.is_local) for cfg in ragged_ones if cfg.splits_keys}
-    decode_ones = [
-        variants[index % len(variants)][1]
-        for index, (row, variants) in enumerate(decode.items())
-        if row not in ragged_rows
-    ]
-    packed_ones = [cfg for number, cfg in enumerate(packed_configs()) if number % 4 in (0, 3)]  # of two each
-    dim_ones = [cfg for cfg in dim_configs() if cfg.out_dtype != PARTIAL][::4]
-    cached_ones = cached_fp8_configs()[1::5]
-    others = decode_ones, ragged_ones, packed_ones, feature_selection(), dim_ones, cached_ones
-    return [*chosen.values(), *(cfg for configs in others for cfg in configs)]
-
-
 def kind_of(cfg) -> tuple:
     """What the code of a ragged batch's kernel follows from besides its row: kernel, bytes per element, source."""
     return type(cfg), cfg.element_bytes, cfg.page_box > 0, cfg.box_is_wide, cfg.reads_rows
 
 
-def ragged_selection() -> list:
-    """One config of each kind, of another row each."""
-    kinds = {}
-    for cfg in ragged_configs():
-        kinds.setdefault(kind_of(cfg), []).append(cfg)
-    return [variants[3 * index % len(variants)] for index, variants in enumerate(kinds.values())]
+def feature_of(cfg) -> tuple | None:
+    """(field, value) of its feature of scores, if it has one."""
+    return next(((field, getattr(cfg, field)) for field in FEATURES if getattr(cfg, field)), None)
 
 
-def feature_facts(cfg) -> set:
-    """What of a config with a feature has to be compiled at least once."""
-    (feature,) = ((field, getattr(cfg, field)) for field in FEATURES if getattr(cfg, field))
-    mask = cfg.mask if type(cfg) is FwdConfig else ""
-    return {
-        (feature, type(cfg), mask),
-        (feature, cfg.element_bytes),
-        (type(cfg), cfg.element_bytes, cfg.head_dim),
+def packed_heads(cfg) -> int:
+    """Of a forward kernel whose tiles have the rows of several heads; 0 of others."""
+    return cfg.packed_heads if type(cfg) is FwdConfig and cfg.packs_heads else 0
+
+
+def is_plain(cfg) -> bool:
+    """Whether it is of dense tensors or packed sequences of a dim of the tables, in 16 bits or FP8, and no more."""
+    others = feature_of(cfg), cfg.is_ragged, cfg.is_padded, cfg.head_dim_v, cfg.kv_dtype, packed_heads(cfg)
+    return not any(others) and cfg.out_dtype != PARTIAL
+
+
+def facts_of(cfg) -> set[tuple]:
+    """What of a config has to be compiled at least once: options beside each other, where code is that of both."""
+    kernel, feature, is_forward = (type(cfg), cfg.element_bytes), feature_of(cfg), type(cfg) is FwdConfig
+    facts = {
+        ("head_dim", *kernel, cfg.head_dim),
+        ("mask", *kernel, cfg.mask),
+        ("types", cfg.dtype, cfg.out_dtype, cfg.kv_dtype),
+        ("source", cfg.page_box, cfg.box_is_wide),
+        ("ragged", cfg.is_ragged, *kind_of(cfg)),
+        ("dims", *kernel, cfg.is_padded, cfg.head_dim_v),
     }
+    if is_forward:
+        facts |= {("lengths", cfg.element_bytes, cfg.is_varlen, cfg.has_lse)}
+    if is_plain(cfg):
+        facts |= {("plain", *kernel, cfg.mask)}
+    if feature:
+        facts |= {("feature", type(cfg), *feature), ("feature of elements", feature[0], cfg.element_bytes)}
+        facts |= {("feature of rows", feature[0], cfg.mask)} if is_forward else set()
+    if packed_heads(cfg):
+        facts |= {("packed", cfg.head_dim, cfg.packed_heads), ("packed lengths", cfg.is_varlen, cfg.has_lse)}
+    if cfg.kv_dtype:
+        facts |= {("cached", cfg.is_ragged, cfg.page_box > 0)}
+    return facts
 
 
-def feature_selection() -> list:
-    """Of feature_configs as few as have all of their feature_facts, each time the one that has most of what is left."""
-    configs = feature_configs()
-    left, chosen = set().union(*map(feature_facts, configs)), []
+def selection() -> list:
+    """Of all configs some that have all of their facts, each time the one that has most of what is left for its time:
+    the larger the head_dim, the longer a compile takes."""
+    facts = {cfg: facts_of(cfg) for cfg in all_configs()}
+    left, chosen = set().union(*facts.values()), []
     while left:
-        chosen.append(max(configs, key=lambda cfg: len(left & feature_facts(cfg))))
-        left -= feature_facts(chosen[-1])
+        chosen.append(max(facts, key=lambda cfg: len(left & facts[cfg]) / (256 + cfg.head_dim)))
+        left -= facts[chosen[-1]]
     return chosen
 
 
@@ -140,19 +126,51 @@ def test_fp8_does_not_rescale_before_pv():
         replace(cfg, rescale_before_pv=True)
 
 
-def test_selection_covers_rows_and_options():
-    rows = {(type(cfg), cfg.element_bytes, cfg.head_dim, cfg.mask) for cfg in all_configs()}
-    assert {(type(cfg), cfg.element_bytes, cfg.head_dim, cfg.mask) for cfg in CONFIGS} == rows
-    assert {(cfg.dtype, cfg.out_dtype) for cfg in CONFIGS} == set(DTYPES)
+def test_selection_covers_options():
+    """Each kernel with each element size beside each head_dim, mask and kind of source; each feature in each kernel."""
+    for fact in (
+        lambda cfg: (type(cfg), cfg.element_bytes, cfg.head_dim),
+        lambda cfg: (type(cfg), cfg.element_bytes, cfg.mask),
+        lambda cfg: (cfg.dtype, cfg.out_dtype, cfg.kv_dtype),
+        lambda cfg: (type(cfg), feature_of(cfg)),
+        lambda cfg: (type(cfg), cfg.element_bytes, cfg.is_padded, cfg.head_dim_v),
+        lambda cfg: (cfg.is_ragged, kind_of(cfg)),
+    ):
+        assert {fact(cfg) for cfg in CONFIGS} == {fact(cfg) for cfg in all_configs()}
     forward = [cfg for cfg in CONFIGS if not cfg.splits_keys]
     assert len({(cfg.is_fp8, cfg.is_varlen, cfg.has_lse) for cfg in forward if not cfg.packs_heads}) == 8
     packed = [cfg for cfg in forward if cfg.packs_heads]
     assert {(cfg.head_dim, cfg.packed_heads) for cfg in packed} == set(PACKED)
-    assert (
-        len({(cfg.is_varlen, cfg.has_lse) for cfg in packed})
-        == len({(cfg.dtype, cfg.is_varlen) for cfg in packed})
-        == 4
-    )
+    assert len({(cfg.is_varlen, cfg.has_lse) for cfg in packed}) == 4
+    plain = {(type(cfg), cfg.element_bytes, cfg.mask) for cfg in CONFIGS if is_plain(cfg)}
+    assert plain == {(type(cfg), cfg.element_bytes, cfg.mask) for cfg in all_configs()}
+
+
+def unclean(known: dict) -> list[str]:
+    """Names of the kernels on record that have a stack or spills, or other shared memory or more registers than they
+    are to have."""
+    found = []
+    for cfg in fingerprints.recorded():
+        fingerprint = known.get(cfg.name, [0, 0, 0, 0, cfg.smem_bytes])  # test_every_config_is_on_record says so
+        registers, *spilled, smem_bytes = fingerprint[:5]
+        most_registers = REGISTERS_PER_SM // cfg.num_threads // 8 * 8
+        is_within = smem_bytes == cfg.smem_bytes <= SMEM_BYTES_PER_CTA and registers <= most_registers
+        found += [cfg.name] * (any(spilled) or not is_within)
+    return found
+
+
+def test_what_is_on_record_is_clean(known):
+    """Every kernel, compiled here or not."""
+    assert unclean(known) == []
+
+
+@pytest.mark.parametrize("field, more", [(0, 200), (1, 8), (2, 8), (3, 8), (4, 16)])
+def test_a_kernel_on_record_that_is_not_clean_is_found(field, more):
+    cfg = fingerprints.recorded()[0]
+    fingerprint = [64, 0, 0, 0, cfg.smem_bytes, 3000, "0123"]
+    assert unclean({cfg.name: fingerprint}) == []
+    fingerprint[field] += more
+    assert unclean({cfg.name: fingerprint}) == [cfg.name]
 
 
 def test_ragged_configs_cover_rows_and_options():
@@ -228,9 +246,10 @@ def test_compiles_clean(made, known, cfg):
     most_registers = REGISTERS_PER_SM // (cfg.num_threads * cfg.ctas_per_sm) // 8 * 8
     assert report.registers == most_registers if cfg.uses_setmaxnreg else report.registers <= most_registers
     # One step is head_dim/16 WGMMAs for QK and tile_n/16 for PV, in FP8 half of that; the code holds it once per kind
-    # of iteration.
-    step = (cfg.head_dim + cfg.tile_n) // (32 if cfg.is_fp8 else 16)
-    assert step <= report.wgmmas <= 8 * step
+    # of iteration, of which there are at most eight, and the last PV once more.
+    depth = 32 if cfg.is_fp8 else 16
+    step = (cfg.head_dim + cfg.tile_n) // depth
+    assert step <= report.wgmmas <= 8 * step + cfg.tile_n // depth
     assert fingerprint == known.get(cfg.name, fingerprint), "the kernel changed: on purpose? make fingerprints, say why"
 
 

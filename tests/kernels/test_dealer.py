@@ -304,7 +304,7 @@ def serves_decode(params):
     return operation_of(ProblemShape.of(plain(params))).launches[0].config.packs_heads
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(ragged_batches(), st.sampled_from((np.inf, 0)))
 def test_any_lengths_within_the_bounds(warp, batch, towards):
     """The reciprocal may be off by one unit either way."""

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import SECONDS, ForkServer
 
 SUPPORT = Path(__file__).parents[1] / "support"
+NAMES = "from fake_cuda import *\n"
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
@@ -32,27 +34,48 @@ def kernel_cache(tmp_path_factory):
     return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
 
 
-@pytest.fixture
-def run(fake_cuda, kernel_cache):
-    """run(script) -> what it told, in a process whose CUDA is the fake."""
+@pytest.fixture(scope="session")
+def fake_environment(fake_cuda, kernel_cache):
+    """Of a process whose CUDA is the fake; nothing else in it has to do with this package or the DSL."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("FA3_CUTE", "CUTE_DSL"))}
     libraries = f"{fake_cuda}:{os.environ.get('LD_LIBRARY_PATH', '')}"
-    environment = clean | {
+    return clean | {
         "LD_LIBRARY_PATH": libraries,
         "CUTE_DSL_LIBS": str(fake_cuda / "libcute_dsl_runtime.so"),
         "FA3_CUTE_CACHE_DIR": str(kernel_cache),
         "PYTHONPATH": f"{SUPPORT}:{SUPPORT.parents[1]}",
+        "OPENBLAS_NUM_THREADS": "1",  # its threads would not be in the copies
     }
 
+
+@pytest.fixture(scope="session")
+def fake_process(fake_environment):
+    """Runs scripts in copies of one such process, which has loaded and launched nothing."""
+    server = ForkServer(NAMES, fake_environment)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def run(fake_environment, fake_process):
+    """run(script) -> what it told, in a process whose CUDA is the fake; with changes to its environment in one that
+    starts with them."""
+
     def run_script(script: str, **changes: str) -> dict:
-        done = subprocess.run(
-            [sys.executable, "-c", "from fake_cuda import *\n" + script],
-            env=environment | changes,
-            text=True,
-            capture_output=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout.split("RESULT")[1])
+        if changes:
+            command = [sys.executable, "-c", NAMES + script]
+            done = subprocess.run(
+                command,
+                env=fake_environment | changes,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=SECONDS,
+            )
+            status, said = done.returncode, done.stdout
+        else:
+            status, said = fake_process.run(script)
+        assert status == 0, said
+        return json.loads(said.split("RESULT")[1].split("\n")[0])
 
     return run_script

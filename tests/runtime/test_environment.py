@@ -53,6 +53,18 @@ SETTINGS = {
 }
 
 
+# Those with which the DSL imports, three kinds of them, each kind in a process; those that it refuses one by one: with
+# them it is imported without any.
+KINDS = {
+    "code": ("DRYRUN", "ENABLE_TVM_FFI", "WARNINGS_AS_ERRORS", "ARCH", "COMPILER_BACKEND", "ENABLE_PYIR"),
+    "folders": ("LIBS", "LOG_TO_FILE", "DUMP_DIR", "CACHE_DIR"),
+    "output": ("LOG_TO_CONSOLE", "NO_CACHE", "KEEP"),
+    "a level": ("LOG_LEVEL",),
+}
+TOGETHER = {kind: [f"CUTE_DSL_{name}" for name in names] for kind, names in KINDS.items()}
+TOGETHER |= {"a switch": ["CUTE_EXPERIMENTAL_DSL_DRYRUN"], "temporary folder": ["TMPDIR"]}
+
+
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
     """A cache folder that holds CFG."""
@@ -90,9 +102,13 @@ def served(folder: Path, script: str = GET_KERNEL, **environment) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_filled_cache_serves_whatever_is_set(name, filled, tmp_path):
-    assert served(filled, cwd=tmp_path, **{name: SETTINGS[name]})
+@pytest.mark.parametrize("names", TOGETHER.values(), ids=TOGETHER)
+def test_a_filled_cache_serves_whatever_is_set(names, filled, tmp_path):
+    assert served(filled, cwd=tmp_path, **{name: SETTINGS[name] for name in names})
+
+
+def test_every_setting_is_tried():
+    assert sorted(name for names in TOGETHER.values() for name in names) == sorted(SETTINGS)
 
 
 def test_a_filled_cache_serves_with_everything_set_and_nothing_there(filled):

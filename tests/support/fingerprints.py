@@ -3,6 +3,8 @@
     python tests/support/fingerprints.py            make it anew, all configs (300 take 9 minutes on 2 cores)
     python tests/support/fingerprints.py --check    compare instead; exit status 1 and the differences if there are any
 
+Either one prints what of a kernel must not ship, and ends with exit status 1 if there is any.
+
 A fingerprint is registers, bytes of stack, of spill stores and loads, of shared memory, instructions, and a hash of the
 instructions in order, without the places of kernel parameters in constant memory. Of the backward kernels of one
 gradient the hash is of how often each opcode occurs: of the same PTX the assembler makes one of two orders of theirs,
@@ -100,7 +102,10 @@ def nearest(everything: dict[str, dict], key: str) -> dict:
 def main(check: bool) -> int:
     configs = recorded()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = {cfg.name: made for cfg, (_, made) in zip(configs, pool.map(fingerprint, configs), strict=True)}
+        reports, made = zip(*pool.map(fingerprint, configs), strict=True)
+    found = {cfg.name: fingerprint for cfg, fingerprint in zip(configs, made, strict=True)}
+    problems = [f"{report.name}: {problem}" for report in reports for problem in report.problems()]
+    print(*problems, sep="\n", end="\n" * bool(problems))
     if check:
         before = known()
         changed = {name: (before.get(name), made) for name, made in found.items() if before.get(name) != made}
@@ -108,7 +113,7 @@ def main(check: bool) -> int:
         for name, (old, new) in changed.items():
             print(f"{name}: {old} -> {new}")
         print(f"{len(found)} kernels, {len(changed)} changed")
-        return 1 if changed else 0
+        return int(bool(changed or problems))
     everything = json.loads(FILE.read_text()) if FILE.exists() else {}
     everything[environment()] = found
     lines = (
@@ -119,7 +124,7 @@ def main(check: bool) -> int:
     )
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"{len(found)} kernels written to {FILE.name}")
-    return 0
+    return int(bool(problems))
 
 
 if __name__ == "__main__":
