@@ -2,8 +2,13 @@
 
 Blocks of keys of one head run next to one another, since they read the same Q and dO and add to the same dQ. Causal
 ones differ in length: the first keys are seen by most queries and run first, within sections of heads whose Q, dO and
-dQ fit L2 together. Deterministic: the last keys first, since the CTAs add to dQ in that order: what a CTA waits for is
-then running or done. The queries of the diagonal, with which a causal CTA starts, are the last keys' first ones too.
+dQ fit L2 together.
+
+Past a CTA go the last queries first, and of each block of queries one head of the group after the other: the same
+sequence for all blocks of keys that a KV head has, of which causal ones stop at their diagonal. So what one CTA has
+brought to L2 the next one finds there, as far behind it as it started, however many heads share the keys.
+Deterministic: the CTAs add to dQ in the order of their keys, in which they started; what one waits for is running or
+done.
 """
 from cutlass import Int32
 

@@ -42,8 +42,7 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
 @cute.jit
 def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[KeyTile, Boolean]:
     """The keys at a place of the global order, and whether there are any. Runs on: whole warps."""
-    at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group), index,
-                    cfg.is_deterministic)
+    at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group), index, False)
     tile = KeyTile(at.block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k,
                    params.q_blocks.first(at.sequence), at.sequence)
     return tile, tile.n_block * cfg.tile_n < tile.seqlen_k
