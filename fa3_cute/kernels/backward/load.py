@@ -5,9 +5,11 @@ from cutlass import Int32
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
+from ...planning.rings import WARP
 from ..common.tile_ring import END, read_tile
 from ..common.tiles import rows_from
 from ..common.tma import TmaOperand, tma_views
+from .barriers import BarrierId
 from .blocks import KeyTile, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
@@ -16,8 +18,8 @@ from .bundles import BwdParams, BwdPipelines, BwdSmem
 def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
     """Per tile of keys: V and K, as soon as their last reader is done; then the pairs of Q and dO that pass.
 
-    Runs on: warp 0. Synchronises: reads the tile ring; waits for the empty halves of the Q, dO, V and K rings; TMA
-    signals the full halves.
+    Runs on: warp 0. Synchronises: reads the tile ring; tells the schedule role that a tile's loads are all issued;
+    waits for the empty halves of the Q, dO, V and K rings; TMA signals the full halves.
     """
     q_producer, do_producer = pipes.q.make_producer(), pipes.do.make_producer()
     k_producer, v_producer = pipes.k.make_producer(), pipes.v.make_producer()
@@ -38,6 +40,7 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
             do = do_producer.acquire_and_advance()
             cute.copy(params.do.atom, tOgO[None, m_block], tOsO[None, do.index], tma_bar_ptr=do.barrier)
             load_rows(cfg, params.delta[None, head], row, smem.sDelta[None, do.index], do.barrier)
+        cute.arch.barrier_arrive(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()

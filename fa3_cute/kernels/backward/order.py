@@ -16,14 +16,14 @@ from ..common.arithmetic import ceil_div, maximum, minimum
 
 L2_BYTES = 32 << 20      # of 50 MB
 BYTES_PER_VALUE = 8      # Q, dO, and dQ in FP32
-MIN_TILES = 256          # of keys: two for each CTA, a long and a short one
+MIN_TILES = 128          # of keys: about one for each CTA
 
 
 def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim: int, num_blocks: Int32) -> Int32:
     """KV heads, of any batch entry, whose Q, dO and dQ share L2, in sections of about equal size.
 
     Sections of fewer tiles than MIN_TILES leave CTAs idle at the end of a launch: one of 32 tiles, where 8 heads share
-    K and V of 4096 keys, 12 % of the time if a tile takes as long as it has Q tiles (all of it with 256, 1 %).
+    K and V of 4096 keys, 13 % of the time if a tile takes as long as it has Q tiles (of 128, 1 %).
     """
     most = L2_BYTES // (BYTES_PER_VALUE * head_dim) // maximum(seqlen_q * group, 1)
     most = minimum(maximum(most, ceil_div(MIN_TILES, maximum(num_blocks, 1))), num_heads)
