@@ -17,14 +17,22 @@ from ..common.arithmetic import ceil_div, maximum, minimum
 L2_BYTES = 32 << 20      # of 50 MB
 BYTES_PER_VALUE = 8      # Q, dO, and dQ in FP32
 MIN_TILES = 128          # of keys: about one for each CTA
+STEPS_APART = 3          # Q tiles between the starts of neighbouring tiles of keys, deterministic
 
 
-def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim: int, num_blocks: Int32) -> Int32:
-    """KV heads, of any batch entry, whose Q, dO and dQ share L2, in sections of about equal size.
+def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim: int, num_blocks: Int32,
+                      least: Int32 = 1) -> Int32:
+    """KV heads, of any batch entry, whose Q, dO and dQ share L2, in sections of about equal size; `least` at least.
 
     Sections of fewer tiles than MIN_TILES leave CTAs idle at the end of a launch: one of 32 tiles, where 8 heads share
     K and V of 4096 keys, 13 % of the time if a tile takes as long as it has Q tiles (of 128, 1 %).
     """
     most = L2_BYTES // (BYTES_PER_VALUE * head_dim) // maximum(seqlen_q * group, 1)
-    most = minimum(maximum(most, ceil_div(MIN_TILES, maximum(num_blocks, 1))), num_heads)
+    most = minimum(maximum(maximum(most, ceil_div(MIN_TILES, maximum(num_blocks, 1))), least), num_heads)
     return ceil_div(num_heads, ceil_div(num_heads, most))
+
+
+def heads_apart(group: Int32, num_q_blocks: Int32, num_ctas: Int32, is_causal: bool) -> Int32:
+    """In sections of so many heads a tile of keys starts STEPS_APART Q tiles behind the one before it, if CTAs start one
+    after the other: what that one has added to dQ it then need not wait for."""
+    return ceil_div(STEPS_APART * num_ctas * (2 if is_causal else 1), maximum(num_q_blocks * group, 1))

@@ -1,7 +1,7 @@
 """Reduce role: one warp adds the warpgroups' parts of dQ to global memory, one bulk reduction each."""
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Constexpr, Int32, const_expr
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
@@ -15,7 +15,8 @@ from .bundles import BwdParams, BwdPipelines, BwdSmem
 def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
     """Per Q tile and warpgroup: its part from shared memory, added in FP32 (PTX ISA, "cp.reduce.async.bulk").
 
-    Deterministic: the CTAs add to a block in the order of their keys.
+    Deterministic: the CTAs add to a block in the order of their keys. A turn is passed on a Q tile later, when what was
+    added has long arrived, or before the CTA waits for its own.
 
     Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as
     it is read.
@@ -25,24 +26,33 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
     while tile.n_block != END:
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-        num_free = Int32(0)
-        for i in cutlass.range(queries.num_passes(params.group), unroll=1):
+        num_passes, num_free, num_passed = queries.num_passes(params.group), Int32(0), Int32(0)
+        for i in cutlass.range(num_passes, unroll=1):
             if const_expr(cfg.is_deterministic):
-                num_free = wait_for_turn(cfg, params, tile, queries, i, num_free)
-            m_block, of_group = queries.passing(i, params.group)
-            block, head = tile.first_q_block + m_block, tile.kv_head * params.group + of_group
+                if num_free <= i:
+                    num_passed = pass_turns(params, tile, queries, (num_passed, i), 0)
+                    num_free = wait_for_turn(cfg, params, tile, queries, i)
+            place = place_of(params, tile, queries, i)
             for w in cutlass.range_constexpr(cfg.num_dq_wgs):
                 part = consumer.wait_and_advance()
                 slot = part.index if const_expr(cfg.is_dq_in_turns) else w
-                add_part(cfg, params.dq_sum[None, block, head], smem.sdQ[None, slot], w)
+                add_part(cfg, params.dq_sum[None, place[0], place[1]], smem.sdQ[None, slot], w)
                 with cute.arch.elect_one():
                     part.release()
             if const_expr(cfg.is_deterministic):
-                pass_turn(params.order[None, block, head])
+                num_passed = pass_turns(params, tile, queries, (num_passed, i), cfg.num_dq_wgs)
+        if const_expr(cfg.is_deterministic):
+            pass_turns(params, tile, queries, (num_passed, num_passes), 0)
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
         tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+
+
+def place_of(params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32) -> tuple[Int32, Int32]:
+    """(block, head) of the i-th Q tile that passes."""
+    m_block, of_group = queries.passing(i, params.group)
+    return tile.first_q_block + m_block, tile.kv_head * params.group + of_group
 
 
 @cute.jit
@@ -57,29 +67,34 @@ def add_part(cfg: BackwardConfig, target: cute.Tensor, source: cute.Tensor, w: i
 
 
 @cute.jit
-def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32,
-                  num_free: Int32) -> Int32:
+def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32) -> Int32:
     """Until all CTAs of the keys before these have added to the i-th Q tile; for how many of those that pass, from the
     first on, this is known to be so.
 
     Each lane looks at another tile: a CTA that runs well behind the one before it looks once for 32 of them.
     """
-    num_passes = queries.num_passes(params.group)
+    num_free, last = Int32(0), queries.num_passes(params.group) - 1
     while num_free <= i:
-        at = minimum(i + cute.arch.lane_idx(), num_passes - 1)
-        m_block, of_group = queries.passing(at, params.group)
-        count = params.order[None, tile.first_q_block + m_block, tile.kv_head * params.group + of_group]
+        at = minimum(i + cute.arch.lane_idx(), last)
+        block, head = place_of(params, tile, queries, at)
+        m_block, _ = queries.passing(at, params.group)
         first = first_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
-        taken = cute.arch.load(count.iterator, Int32, sem="acquire", scope="gpu")
+        taken = cute.arch.load(params.order[None, block, head].iterator, Int32, sem="acquire", scope="gpu")
         missing = ~cute.arch.vote_ballot_sync(taken == tile.n_block - first)
         num_free = i + cute.arch.popc((missing & -missing) - 1)      # the lanes before the first that misses some
     return num_free
 
 
 @cute.jit
-def pass_turn(count: cute.Tensor):
-    """Once the parts are added, not only read: what the next CTA adds comes after them."""
-    with cute.arch.elect_one():
-        cute.arch.cp_async_bulk_wait_group(0, read=False)
-        cute.arch.fence_acq_rel_gpu()
-        cute.arch.atomic_add(count.iterator, Int32(1), sem="relaxed", scope="gpu")
+def pass_turns(params: BwdParams, tile: KeyTile, queries: QueryRange, turns: tuple[Int32, Int32],
+               num_later: Constexpr[int]) -> Int32:
+    """Of the Q tiles [begin, end), of which there is one at most, once all parts but the last num_later are added, not
+    only read: what the next CTA adds comes after them. Returns end."""
+    begin, end = turns
+    if begin < end:
+        block, head = place_of(params, tile, queries, begin)
+        with cute.arch.elect_one():
+            cute.arch.cp_async_bulk_wait_group(num_later, read=False)
+            cute.arch.fence_acq_rel_gpu()
+            cute.arch.atomic_add(params.order[None, block, head].iterator, Int32(1), sem="relaxed", scope="gpu")
+    return end
