@@ -9,13 +9,14 @@ from fa3_cute.planning.backward_kernels import MASKS, pass_config
 
 pytest.importorskip("cutlass")
 
-from fa3_cute.kernels.backward.blocks import last_key_block, query_range
-from fa3_cute.kernels.backward.order import heads_per_section
+from fa3_cute.kernels.backward.blocks import first_key_block, query_range
+from fa3_cute.kernels.backward.order import STEPS_APART, heads_apart, heads_per_section
 from fa3_cute.kernels.common.block_range import Window
 from fa3_cute.kernels.common.order import block_and_head
 
 LENGTHS = [(1, 1), (64, 128), (80, 129), (200, 333), (333, 200), (257, 5), (5, 700), (640, 640)]
 WINDOWS = [(0, 0), (64, 0), (100, 50), (3, 300), (1000, 1000)]
+GROUP = 3  # query heads of a KV head
 CHUNKS = [((99, 99), 100), ((63, 0), 64), ((30, 5), 70), ((299, 299), 300)]  # and the windows that they are too
 
 
@@ -62,9 +63,10 @@ def test_query_range(head_dim, mask, window, lengths, chunk):
         keys = range(n_block * cfg.tile_n, (n_block + 1) * cfg.tile_n)
         found = query_range(cfg, seen_by, n_block, seqlen_q, seqlen_k)
         assert found.m_block_min <= found.m_block_full_min <= found.m_block_full_max <= found.m_block_max
-        for first in (found.m_block_min, min(found.m_block_min + 1, found.m_block_max)):  # the loops, one after another
-            walked = [m_block for kind in range(3) for m_block in range(*found.of_kind(kind, first))]
-            assert walked == list(range(first, found.m_block_max))
+        walked = [m_block for kind in range(3) for m_block in reversed(range(*found.of_kind(kind)))]  # loop by loop
+        assert walked == list(range(found.m_block_min, found.m_block_max))[::-1]
+        passing = [(m_block, of_group) for m_block in walked for of_group in range(GROUP)]
+        assert [found.passing(i, GROUP) for i in range(found.num_passes(GROUP))] == passing
         if mask != "local":
             assert found.m_block_full_max == found.m_block_max  # the role loops over no third part
         for m_block in range(-(-seqlen_q // cfg.tile_m)):
@@ -80,14 +82,14 @@ def test_query_range(head_dim, mask, window, lengths, chunk):
 
 @pytest.mark.parametrize("head_dim, mask, window, lengths, chunk", CASES)
 def test_turns(head_dim, mask, window, lengths, chunk):
-    """The CTAs that add to a Q tile are neighbours, and their turns count from 0 at the last keys."""
+    """The CTAs that add to a Q tile are neighbours, and their turns count from 0 at the first keys."""
     seqlen_q, seqlen_k = lengths
     cfg, seen_by = problem(head_dim, mask, window, chunk, True)
     ranges = [query_range(cfg, seen_by, n_block, seqlen_q, seqlen_k) for n_block in range(-(-seqlen_k // cfg.tile_n))]
     for m_block in range(-(-seqlen_q // cfg.tile_m)):
         adders = [n for n, found in enumerate(ranges) if found.m_block_min <= m_block < found.m_block_max]
-        last = last_key_block(cfg, seen_by, m_block, seqlen_q, seqlen_k)
-        assert sorted(last - n for n in adders) == list(range(len(adders)))
+        first = first_key_block(cfg, seen_by, m_block, seqlen_q, seqlen_k)
+        assert [n - first for n in adders] == list(range(len(adders)))
 
 
 @pytest.mark.parametrize("is_causal, is_reversed", list(product((False, True), repeat=2)))
@@ -105,8 +107,21 @@ def test_order(is_causal, is_reversed, num_blocks, num_heads, seqlen_q, group):
 
 @pytest.mark.parametrize(
     "num_heads, group, seqlen_q, expected",
-    [(512, 1, 512, 64), (64, 1, 4096, 8), (16, 1, 16384, 2), (32, 8, 4096, 8), (8, 4, 16384, 2), (8, 4, 65536, 1)],
+    [(512, 1, 512, 64), (64, 1, 4096, 8), (16, 1, 16384, 2), (32, 8, 4096, 4), (8, 4, 16384, 1), (8, 4, 65536, 1)],
 )
 def test_heads_per_section(num_heads, group, seqlen_q, expected):
-    """As many as L2 holds; of few keys with many queries, as many as give every CTA a long tile and a short one."""
-    assert heads_per_section(num_heads, group, seqlen_q, 128, seqlen_q // 128) == expected
+    """As many as L2 holds; of few keys with many queries, as many as give every CTA a tile; as many as are asked for."""
+    extents = num_heads, group, seqlen_q, 128, seqlen_q // 128
+    assert heads_per_section(*extents) == expected
+    assert heads_per_section(*extents, least=expected + 1) in (num_heads, *range(expected, expected + 2))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("group, num_q_blocks", [(1, 26), (1, 205), (8, 52), (1, 7)])
+def test_heads_apart(group, num_q_blocks, is_causal):
+    """CTAs that start one after the other, as many in the time of a tile of keys as there are: neighbouring tiles of one
+    head are that many Q tiles apart."""
+    num_ctas, steps = 132, group * num_q_blocks / (2 if is_causal else 1)
+    heads = heads_apart(group, num_q_blocks, num_ctas, is_causal)
+    apart = lambda heads: heads * steps / num_ctas
+    assert apart(heads) >= STEPS_APART > apart(heads - 1)

@@ -2,6 +2,7 @@
 
 id  name       threads        who                         protects
 10  GRADIENTS  all consumers  each twice per tile of keys  the slots of dS, which dK and dV take
+11  LOADED     64             load, schedule               the next tile of keys, not to be taken while one is loaded
 """
 import enum
 
@@ -9,3 +10,4 @@ import enum
 class BarrierId(enum.IntEnum):
     """One each."""
     GRADIENTS = 10
+    LOADED = 11

@@ -152,13 +152,22 @@ class QueryRange:
     m_block_full_min: Int32
     m_block_full_max: Int32
 
-    def of_kind(self, kind: int, first: Int32) -> tuple[Int32, Int32]:
-        """[begin, end), from `first` on: those before the full ones (0), the full ones (1), those behind them (2)."""
+    def of_kind(self, kind: int) -> tuple[Int32, Int32]:
+        """[begin, end): those behind the full ones (0), the full ones (1), those before them (2)."""
         if kind == 0:
-            return first, self.m_block_full_min
+            return self.m_block_full_max, self.m_block_max
         if kind == 1:
-            return maximum(first, self.m_block_full_min), self.m_block_full_max
-        return maximum(first, self.m_block_full_max), self.m_block_max
+            return self.m_block_full_min, self.m_block_full_max
+        return self.m_block_min, self.m_block_full_min
+
+    def num_passes(self, group: Int32) -> Int32:
+        """How many Q tiles pass the CTA: those of `group` heads."""
+        return (self.m_block_max - self.m_block_min) * group
+
+    def passing(self, i: Int32, group: Int32) -> tuple[Int32, Int32]:
+        """(m_block, head of the group) of the i-th: the last rows first, of them one head after the other (order.py)."""
+        rows = i // group
+        return self.m_block_max - 1 - rows, i - rows * group
 
 
 def query_range(cfg: BackwardConfig, window: Window, n_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> QueryRange:
@@ -190,13 +199,9 @@ def query_range(cfg: BackwardConfig, window: Window, n_block: Int32, seqlen_q: I
     return QueryRange(m_block_min, m_block_max, full_min, full_max)
 
 
-def last_key_block(cfg: BackwardConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> Int32:
-    """The last block of keys whose query_range holds Q tile m_block; its others are those right before it."""
-    last = ceil_div(seqlen_k, cfg.tile_n) - 1
-    if cfg.mask == "full":
-        return last
-    last_query = m_block * cfg.tile_m + cfg.tile_m - 1
-    last_visible = last_query + seqlen_k - seqlen_q + (window.right if cfg.is_local else 0)
-    if cfg.has_chunks:
-        last_visible = window.end(last_query + seqlen_k - seqlen_q) - 1
-    return minimum(last, maximum(last_visible, 0) // cfg.tile_n)
+def first_key_block(cfg: BackwardConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> Int32:
+    """The first block of keys whose query_range holds Q tile m_block; its others are those right behind it."""
+    if not cfg.is_local:
+        return Int32(0)
+    first_visible = window.first_key(m_block * cfg.tile_m + seqlen_k - seqlen_q)
+    return maximum(first_visible, 0) // cfg.tile_n

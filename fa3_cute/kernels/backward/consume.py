@@ -19,7 +19,7 @@ from .visible import KeyMask
 
 @cute.jit
 def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem, pipes: BwdPipelines):
-    """Per tile of keys: all Q tiles of each query head of the group, one after the other; then dK and dV.
+    """Per tile of keys: the Q tiles of all query heads of the group, the last rows first; then dK and dV.
 
     Runs on: consumer warpgroups.
     Synchronises: reads the tile ring; waits for the full halves of the K, V, Q, dO and dS rings; empties them; fills dS
@@ -35,24 +35,20 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
         gradients.acc_dV.fill(0.0)
         wait_for_keys(cfg, smem, pipes, tile, tidx, count)
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-        has_queries = queries.m_block_max > queries.m_block_min
+        has_queries, num_done = queries.m_block_max > queries.m_block_min, Int32(0)
         if const_expr(cfg.is_dq_behind):
             if has_queries:
                 mask = KeyMask.create(cfg, params.window, tile, tidx)
                 gradients.start_head(tile.kv_head * params.group, tile.sequence)
-                gradients.step_behind(mask, queries.m_block_min, turn, is_masked=True, has_dq=False)
-                turn += 1
-        for i in cutlass.range(params.group, unroll=1):
-            for kind in cutlass.range_constexpr(3 if cfg.is_local else 2):
-                if const_expr(kind == 0 or cfg.finds_bounds_again):
-                    tile = read_tile(smem.sTiles[None, count & 1], KeyTile)     # again: loops are short of registers
-                    queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-                    mask, first = KeyMask.create(cfg, params.window, tile, tidx), queries.m_block_min
-                    if const_expr(cfg.is_dq_behind):
-                        first += Int32(1) if i == 0 else Int32(0)
-                if const_expr(kind == 0):
-                    gradients.start_head(tile.kv_head * params.group + i, tile.sequence)
-                turn = walk(gradients, mask, queries.of_kind(kind, first), turn, kind != 1)
+                gradients.step_behind(mask, queries.m_block_max - 1, turn, is_masked=True, has_dq=False)
+                turn, num_done = turn + 1, Int32(1)
+        first = 0 if cfg.is_local else 1
+        for kind in cutlass.range_constexpr(first, 3):
+            if const_expr(kind == first or cfg.finds_bounds_again):
+                tile = read_tile(smem.sTiles[None, count & 1], KeyTile)     # again: loops are short of registers
+                queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+                mask = KeyMask.create(cfg, params.window, tile, tidx)
+            turn, num_done = walk(gradients, mask, queries.of_kind(kind), params.group, (turn, num_done), kind != 1)
         tile = read_tile(smem.sTiles[None, count & 1], KeyTile)
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         if const_expr(cfg.is_dq_behind):
@@ -95,20 +91,37 @@ def wait_for_keys(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, tile:
 
 
 @cute.jit
-def walk(gradients: Gradients, mask: KeyMask, blocks: tuple[Int32, Int32], turn: Int32, is_masked: Constexpr[bool]):
-    """The Q tiles [begin, end), in the config's order; the turn after them."""
-    for m_block in cutlass.range(blocks[0], blocks[1], unroll=1):
+def walk(gradients: Gradients, mask: KeyMask, blocks: tuple[Int32, Int32], group: Int32, where: tuple[Int32, Int32],
+         is_masked: Constexpr[bool]):
+    """The Q tiles [begin, end) of all heads of the group, in the order of QueryRange.passing.
+
+    where: (turn, heads of the first tile that have passed already); returns what they are after these.
+    """
+    begin, end = blocks
+    turn, num_done = where
+    m_block = end - 1
+    while m_block >= begin:
+        for of_group in cutlass.range(num_done if gradients.cfg.is_dq_behind else 0, group, unroll=1):
+            gradients.start_head(mask.tile.kv_head * group + of_group, mask.tile.sequence)
+            step(gradients, mask, m_block, turn, is_masked)
+            turn += 1
         if const_expr(gradients.cfg.is_dq_behind):
-            if const_expr(not gradients.cfg.is_dq_in_turns):
-                gradients.step_behind(mask, m_block, turn, is_masked, has_dq=True)
-            elif gradients.has_turn(turn - 1):
-                gradients.step_behind(mask, m_block, turn, is_masked, has_dq=True)
-            else:
-                gradients.step_behind(mask, m_block, turn, is_masked, has_dq=False)
-        else:
-            gradients.step(mask, m_block, turn, is_masked)
-        turn += 1
-    return turn
+            num_done = Int32(0)
+        m_block -= 1
+    return turn, num_done
+
+
+@cute.jit
+def step(gradients: Gradients, mask: KeyMask, m_block: Int32, turn: Int32, is_masked: Constexpr[bool]):
+    """One Q tile, as the config has it."""
+    if const_expr(not gradients.cfg.is_dq_behind):
+        gradients.step(mask, m_block, turn, is_masked)
+    elif const_expr(not gradients.cfg.is_dq_in_turns):
+        gradients.step_behind(mask, m_block, turn, is_masked, has_dq=True)
+    elif gradients.has_turn(turn - 1):
+        gradients.step_behind(mask, m_block, turn, is_masked, has_dq=True)
+    else:
+        gradients.step_behind(mask, m_block, turn, is_masked, has_dq=False)
 
 
 def staging(cfg: BackwardConfig, smem: BwdSmem) -> cute.Tensor:

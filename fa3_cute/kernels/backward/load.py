@@ -5,20 +5,21 @@ from cutlass import Int32
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
+from ...planning.rings import WARP
 from ..common.tile_ring import END, read_tile
 from ..common.tiles import rows_from
 from ..common.tma import TmaOperand, tma_views
+from .barriers import BarrierId
 from .blocks import KeyTile, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
 @cute.jit
 def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
-    """Per tile of keys: V and K, as soon as their last reader is done; then of each query head of the group all pairs
-    of Q and dO in order.
+    """Per tile of keys: V and K, as soon as their last reader is done; then the pairs of Q and dO that pass.
 
-    Runs on: warp 0. Synchronises: reads the tile ring; waits for the empty halves of the Q, dO, V and K rings; TMA
-    signals the full halves.
+    Runs on: warp 0. Synchronises: reads the tile ring; tells the schedule role that a tile's loads are all issued;
+    waits for the empty halves of the Q, dO, V and K rings; TMA signals the full halves.
     """
     q_producer, do_producer = pipes.q.make_producer(), pipes.do.make_producer()
     k_producer, v_producer = pipes.k.make_producer(), pipes.v.make_producer()
@@ -28,19 +29,18 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
         load_keys(cfg, params.v, smem.sV, tile, v_producer.acquire_and_advance())
         load_keys(cfg, params.k, smem.sK, tile, k_producer.acquire_and_advance())
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-        for i in cutlass.range(params.group, unroll=1):
-            head = tile.kv_head * params.group + i
+        for i in cutlass.range(queries.num_passes(params.group), unroll=1):
+            m_block, of_group = queries.passing(i, params.group)
+            row, head = (tile.first_q_block + m_block) * cfg.tile_m, tile.kv_head * params.group + of_group
             tQsQ, tQgQ = query_views(cfg, params.q, smem.sQ, tile, head)
             tOsO, tOgO = query_views(cfg, params.do, smem.sdO, tile, head)
-            shift, delta = params.shift[None, head], params.delta[None, head]
-            for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
-                row = (tile.first_q_block + m_block) * cfg.tile_m
-                q = q_producer.acquire_and_advance()
-                cute.copy(params.q.atom, tQgQ[None, m_block], tQsQ[None, q.index], tma_bar_ptr=q.barrier)
-                load_rows(cfg, shift, row, smem.sShift[None, q.index], q.barrier)
-                do = do_producer.acquire_and_advance()
-                cute.copy(params.do.atom, tOgO[None, m_block], tOsO[None, do.index], tma_bar_ptr=do.barrier)
-                load_rows(cfg, delta, row, smem.sDelta[None, do.index], do.barrier)
+            q = q_producer.acquire_and_advance()
+            cute.copy(params.q.atom, tQgQ[None, m_block], tQsQ[None, q.index], tma_bar_ptr=q.barrier)
+            load_rows(cfg, params.shift[None, head], row, smem.sShift[None, q.index], q.barrier)
+            do = do_producer.acquire_and_advance()
+            cute.copy(params.do.atom, tOgO[None, m_block], tOsO[None, do.index], tma_bar_ptr=do.barrier)
+            load_rows(cfg, params.delta[None, head], row, smem.sDelta[None, do.index], do.barrier)
+        cute.arch.barrier_arrive(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()

@@ -101,7 +101,8 @@ class OneSideBackward:
         cfg = self.cfg
         # Of dense causal queries the last ones first, which see most keys.
         at = find_place(cfg, params.sequences, params.blocks, (params.num_heads, params.group),
-                        cute.arch.block_idx()[0], cfg.is_of_queries and cfg.is_causal and not cfg.is_varlen)
+                        cute.arch.block_idx()[0], cfg.is_causal,
+                        is_reversed=cfg.is_of_queries and cfg.is_causal and not cfg.is_varlen)
         first_q_block = params.q_blocks.first(at.sequence)
         lengths = at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k
         if const_expr(cfg.is_of_queries):

@@ -2,8 +2,13 @@
 
 Blocks of keys of one head run next to one another, since they read the same Q and dO and add to the same dQ. Causal
 ones differ in length: the first keys are seen by most queries and run first, within sections of heads whose Q, dO and
-dQ fit L2 together. Deterministic: the last keys first, since the CTAs add to dQ in that order: what a CTA waits for is
-then running or done. The queries of the diagonal, with which a causal CTA starts, are the last keys' first ones too.
+dQ fit L2 together.
+
+Past a CTA go the last queries first, and of each block of queries one head of the group after the other: the same
+sequence for all blocks of keys that a KV head has, of which causal ones stop at their diagonal. So what one CTA has
+brought to L2 the next one finds there, as far behind it as it started, however many heads share the keys.
+Deterministic: the CTAs add to dQ in the order of their keys, in which they started; what one waits for is running or
+done.
 """
 from cutlass import Int32
 
@@ -11,15 +16,23 @@ from ..common.arithmetic import ceil_div, maximum, minimum
 
 L2_BYTES = 32 << 20      # of 50 MB
 BYTES_PER_VALUE = 8      # Q, dO, and dQ in FP32
-MIN_TILES = 256          # of keys: two for each CTA, a long and a short one
+MIN_TILES = 128          # of keys: about one for each CTA
+STEPS_APART = 3          # Q tiles between the starts of neighbouring tiles of keys, deterministic
 
 
-def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim: int, num_blocks: Int32) -> Int32:
-    """KV heads, of any batch entry, whose Q, dO and dQ share L2, in sections of about equal size.
+def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim: int, num_blocks: Int32,
+                      least: Int32 = 1) -> Int32:
+    """KV heads, of any batch entry, whose Q, dO and dQ share L2, in sections of about equal size; `least` at least.
 
     Sections of fewer tiles than MIN_TILES leave CTAs idle at the end of a launch: one of 32 tiles, where 8 heads share
-    K and V of 4096 keys, 12 % of the time if a tile takes as long as it has Q tiles (all of it with 256, 1 %).
+    K and V of 4096 keys, 13 % of the time if a tile takes as long as it has Q tiles (of 128, 1 %).
     """
     most = L2_BYTES // (BYTES_PER_VALUE * head_dim) // maximum(seqlen_q * group, 1)
-    most = minimum(maximum(most, ceil_div(MIN_TILES, maximum(num_blocks, 1))), num_heads)
+    most = minimum(maximum(maximum(most, ceil_div(MIN_TILES, maximum(num_blocks, 1))), least), num_heads)
     return ceil_div(num_heads, ceil_div(num_heads, most))
+
+
+def heads_apart(group: Int32, num_q_blocks: Int32, num_ctas: Int32, is_causal: bool) -> Int32:
+    """In sections of so many heads a tile of keys starts STEPS_APART Q tiles behind the one before it, if CTAs start one
+    after the other: what that one has added to dQ it then need not wait for."""
+    return ceil_div(STEPS_APART * num_ctas * (2 if is_causal else 1), maximum(num_q_blocks * group, 1))

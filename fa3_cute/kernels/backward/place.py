@@ -27,10 +27,11 @@ class Place:
 
 @cute.jit
 def find_place(cfg: BackwardConfig | OneSideConfig, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
-               index: Int32, is_reversed: Constexpr[bool]) -> Place:
+               index: Int32, in_sections: Constexpr[bool], is_reversed: Constexpr[bool], least_heads: Int32 = 1) -> Place:
     """At a place of the order. Runs on: whole warps.
 
     heads         (heads of the side that `blocks` are of, query heads of a KV head)
+    in_sections   blocks of some heads, least_heads at least, run side by side, unless lengths are on the device
     is_reversed   the last blocks come first
     """
     num_heads, group = heads
@@ -46,8 +47,8 @@ def find_place(cfg: BackwardConfig | OneSideConfig, sequences: Sequences, blocks
     else:
         all_heads = num_heads * sequences.batch_size
         num_blocks = blocks.num_blocks // sequences.batch_size
-        section = heads_per_section(all_heads, group, seqlen_q, cfg.head_dim, num_blocks)
-        block, any_head = block_and_head(cfg.is_causal, is_reversed, index, num_blocks, all_heads, section)
+        section = heads_per_section(all_heads, group, seqlen_q, cfg.head_dim, num_blocks, least_heads)
+        block, any_head = block_and_head(in_sections, is_reversed, index, num_blocks, all_heads, section)
         sequence = any_head // num_heads
         batch, head = sequence, any_head - sequence * num_heads
     return Place(block, head, batch, offset_q, seqlen_q, offset_k, seqlen_k, sequence)

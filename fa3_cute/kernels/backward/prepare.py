@@ -90,7 +90,7 @@ class PrepareBackward:
             sink = params.sinks.read(tile.head)
         gO, gdO = (copy.partition_S(tile.rows_of(cfg, mX)) for mX in (params.mO, params.mdO))
         num_steps = -(-cfg.tile_m // rows_per_step)
-        # All of them at once would be one more row than registers are there for.
+        # Of so few steps (head_dim 96: 3) one: both would leave one over, of which a loop of pairs reads half in vain.
         steps_in_flight = STEPS_IN_FLIGHT if num_steps > STEPS_IN_FLIGHT else 1
         for first in cutlass.range(0, num_steps, steps_in_flight, unroll=1):
             rows = [(first + i) * rows_per_step + first_row for i in range(steps_in_flight)]

@@ -1,12 +1,13 @@
 """Reduce role: one warp adds the warpgroups' parts of dQ to global memory, one bulk reduction each."""
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Constexpr, Int32, const_expr
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig
+from ..common.arithmetic import minimum
 from ..common.tile_ring import END, read_tile
-from .blocks import KeyTile, last_key_block, query_range
+from .blocks import KeyTile, QueryRange, first_key_block, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
@@ -14,7 +15,8 @@ from .bundles import BwdParams, BwdPipelines, BwdSmem
 def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
     """Per Q tile and warpgroup: its part from shared memory, added in FP32 (PTX ISA, "cp.reduce.async.bulk").
 
-    Deterministic: the CTAs add to a block in the order of their keys, the last ones first.
+    Deterministic: the CTAs add to a block in the order of their keys. A turn is passed on a Q tile later, when what was
+    added has long arrived, or before the CTA waits for its own.
 
     Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as
     it is read.
@@ -24,52 +26,75 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
     while tile.n_block != END:
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-        per_head = queries.m_block_max - queries.m_block_min
-        for i in cutlass.range(params.group * per_head, unroll=1):
-            of_group = i // per_head
-            m_block = queries.m_block_min + i - of_group * per_head
-            block, head = tile.first_q_block + m_block, tile.kv_head * params.group + of_group
+        num_passes, num_free, num_passed = queries.num_passes(params.group), Int32(0), Int32(0)
+        for i in cutlass.range(num_passes, unroll=1):
             if const_expr(cfg.is_deterministic):
-                last = last_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
-                wait_for_turn(params.order[None, block, head], last - tile.n_block)
+                if num_free <= i:
+                    num_passed = pass_turns(params, tile, queries, (num_passed, i), 0)
+                    num_free = wait_for_turn(cfg, params, tile, queries, i)
+            place = place_of(params, tile, queries, i)
             for w in cutlass.range_constexpr(cfg.num_dq_wgs):
                 part = consumer.wait_and_advance()
                 slot = part.index if const_expr(cfg.is_dq_in_turns) else w
-                add_part(cfg, params.dq_sum[None, block, head], smem.sdQ[None, slot], w)
+                add_part(cfg, params.dq_sum[None, place[0], place[1]], smem.sdQ[None, slot], w)
                 with cute.arch.elect_one():
                     part.release()
             if const_expr(cfg.is_deterministic):
-                pass_turn(params.order[None, block, head])
+                num_passed = pass_turns(params, tile, queries, (num_passed, i), cfg.num_dq_wgs)
+        if const_expr(cfg.is_deterministic):
+            pass_turns(params, tile, queries, (num_passed, num_passes), 0)
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
         tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
 
 
+def place_of(params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32) -> tuple[Int32, Int32]:
+    """(block, head) of the i-th Q tile that passes."""
+    m_block, of_group = queries.passing(i, params.group)
+    return tile.first_q_block + m_block, tile.kv_head * params.group + of_group
+
+
 @cute.jit
 def add_part(cfg: BackwardConfig, target: cute.Tensor, source: cute.Tensor, w: int):
-    """A warpgroup's part of a block of dQ; until it is read, deterministic: until it is added."""
+    """A warpgroup's part of a block of dQ; until it is read."""
     with cute.arch.elect_one():
         primitives.cp_reduce_async_bulk_global_shared_cta(
             (target.iterator + w * cfg.dq_part).llvm_ptr, source.iterator.llvm_ptr, 4 * cfg.dq_part,
             op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
         cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=not cfg.is_deterministic)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 @cute.jit
-def wait_for_turn(count: cute.Tensor, turn: Int32):
-    """Until so many CTAs have added to a block of dQ: those of later keys, which run first (order.py)."""
-    with cute.arch.elect_one():
-        taken = cute.arch.atomic_add(count.iterator, Int32(0), sem="acquire", scope="gpu")
-        while taken != turn:
-            taken = cute.arch.atomic_add(count.iterator, Int32(0), sem="acquire", scope="gpu")
-    cute.arch.sync_warp()
+def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32) -> Int32:
+    """Until all CTAs of the keys before these have added to the i-th Q tile; for how many of those that pass, from the
+    first on, this is known to be so.
+
+    Each lane looks at another tile: a CTA that runs well behind the one before it looks once for 32 of them.
+    """
+    num_free, last = Int32(0), queries.num_passes(params.group) - 1
+    while num_free <= i:
+        at = minimum(i + cute.arch.lane_idx(), last)
+        block, head = place_of(params, tile, queries, at)
+        m_block, _ = queries.passing(at, params.group)
+        first = first_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
+        taken = cute.arch.load(params.order[None, block, head].iterator, Int32, sem="acquire", scope="gpu")
+        missing = ~cute.arch.vote_ballot_sync(taken == tile.n_block - first)
+        num_free = i + cute.arch.popc((missing & -missing) - 1)      # the lanes before the first that misses some
+    return num_free
 
 
 @cute.jit
-def pass_turn(count: cute.Tensor):
-    """The bulk reductions are complete, not only read: what the next CTA adds comes after them."""
-    with cute.arch.elect_one():
-        cute.arch.fence_acq_rel_gpu()
-        cute.arch.atomic_add(count.iterator, Int32(1), sem="release", scope="gpu")
+def pass_turns(params: BwdParams, tile: KeyTile, queries: QueryRange, turns: tuple[Int32, Int32],
+               num_later: Constexpr[int]) -> Int32:
+    """Of the Q tiles [begin, end), of which there is one at most, once all parts but the last num_later are added, not
+    only read: what the next CTA adds comes after them. Returns end."""
+    begin, end = turns
+    if begin < end:
+        block, head = place_of(params, tile, queries, begin)
+        with cute.arch.elect_one():
+            cute.arch.cp_async_bulk_wait_group(num_later, read=False)
+            cute.arch.fence_acq_rel_gpu()
+            cute.arch.atomic_add(params.order[None, block, head].iterator, Int32(1), sem="relaxed", scope="gpu")
+    return end

@@ -1,22 +1,28 @@
 """Schedule role: one warp takes tiles of keys for its CTA and puts them into the tile ring, from which the others read.
 
-A CTA starts with the tile of its own number and then takes the next one that nobody has taken. Taken as late as the
-ring allows: in rising order, and none waits long for its CTA, which those of later numbers may do, if deterministic.
+A CTA starts with the tile of its own number and then takes the next one that nobody has taken, when it has loaded the
+last Q tile of the one before: a tile that is taken starts at once. One that waited for its CTA would hold up all that
+come after it in the order, if deterministic, and leave CTAs idle at the end of a launch.
 """
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Int32, const_expr
 
 from ...planning.backward import BackwardConfig
+from ...planning.rings import WARP
+from ..common.arithmetic import ceil_div
 from ..common.tile_ring import end_of, write_tile
+from .barriers import BarrierId
 from .blocks import KeyTile
 from .bundles import BwdParams, BwdPipelines, BwdSmem
+from .order import heads_apart
 from .place import find_place
+
 
 @cute.jit
 def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
     """The CTA's tiles, then END.
 
-    Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring; fills it.
+    Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring, and for the load role; fills it.
     """
     producer = pipes.tiles.make_producer()
     index, num_tiles = cute.arch.block_idx()[0], params.k_blocks.num_blocks * params.num_heads_k
@@ -26,7 +32,7 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
             slot = producer.acquire_and_advance()
             write_tile(smem.sTiles[None, slot.index], tile)
             slot.commit()
-            producer.acquire()
+            cute.arch.barrier(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
         if params.sequences.rows_q > 0:
             taken = Int32(0)
             if cute.arch.lane_idx() == 0:
@@ -42,8 +48,12 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
 @cute.jit
 def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[KeyTile, Boolean]:
     """The keys at a place of the global order, and whether there are any. Runs on: whole warps."""
+    least_heads = Int32(1)
+    if const_expr(cfg.is_deterministic):
+        q_blocks = ceil_div(params.sequences.rows_q, cfg.tile_m)
+        least_heads = heads_apart(params.group, q_blocks, cute.arch.grid_dim()[0], cfg.is_causal)
     at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group), index,
-                    cfg.is_deterministic)
+                    in_sections=cfg.is_causal or cfg.is_deterministic, is_reversed=False, least_heads=least_heads)
     tile = KeyTile(at.block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k,
                    params.q_blocks.first(at.sequence), at.sequence)
     return tile, tile.n_block * cfg.tile_n < tile.seqlen_k
