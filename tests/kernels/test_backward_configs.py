@@ -7,9 +7,16 @@ import pytest
 from test_merge_configs import LDG, STG, accesses
 
 from fa3_cute.planning.backward import SHORT, TABLE
-from fa3_cute.planning.backward_kernels import MASKS, FinishConfig, MainConfig, PrepareConfig, SideConfig, kernels_of
+from fa3_cute.planning.backward_kernels import (
+    MASKS,
+    FinishConfig,
+    KeysConfig,
+    MainConfig,
+    PrepareConfig,
+    SideConfig,
+    kernels_of,
+)
 from fa3_cute.planning.config import REGISTERS_PER_SM, ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
-from fa3_cute.planning.one_side import SIDES
 from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 from fa3_cute.planning.selections import backward_configs
 from fa3_cute.runtime.compiler import compile_and_read
@@ -20,7 +27,7 @@ MOST_REGISTERS = REGISTERS_PER_SM // 1024  # around the main kernel: a thousand 
 
 
 def selection() -> list:
-    """The kernels of one config of each row; of a head_dim with one gradient each, one mask for each of them."""
+    """The kernels of one config of each row; of a head_dim without sums dK and dV with each mask, dQ with some."""
     rows = [(*key, row.tile_m) for table in (TABLE, SHORT) for key, row in table.items()]
     variants = [[cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask, cfg.tile_m) == row] for row in rows]
     chosen = [configs[max(-1 - index % 2, -len(configs))] for index, configs in enumerate(variants)]
@@ -28,8 +35,8 @@ def selection() -> list:
     for number, head_dim in enumerate(ONE_SIDE):
         for turn, mask in enumerate(MASKS):
             *_, cfg = (cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask) == (head_dim, mask))
-            prepare, *sides = kernels_of(cfg)
-            found += [prepare, sides[-1 - turn if number % 2 else turn]]
+            prepare, of_queries, pair = kernels_of(cfg)
+            found += [prepare, pair, *[of_queries] * ((number + turn) % 2 == 0)]
     return list(dict.fromkeys(found))
 
 
@@ -43,11 +50,12 @@ def test_selection_covers_options():
     assert {(cfg.head_dim, cfg.mask, cfg.tile_m) for cfg in mains} == rows
     for name in ("dtype", "is_varlen", "is_deterministic"):
         assert len({getattr(cfg, name) for cfg in mains}) == 2, name
+    assert {(cfg.head_dim, cfg.mask) for cfg in of_kind(KeysConfig)} == set(product(ONE_SIDE, MASKS))
     sides = of_kind(SideConfig)
-    assert {cfg.dtype for cfg in sides} == {"bf16", "fp16"}
-    for name, values in (("side", SIDES), ("mask", MASKS)):
-        assert {(cfg.head_dim, getattr(cfg, name)) for cfg in sides} == set(product(ONE_SIDE, values))
-    assert {(cfg.side, cfg.is_varlen) for cfg in sides} == set(product(SIDES, (False, True)))
+    assert {cfg.head_dim for cfg in sides} == set(ONE_SIDE) and {cfg.mask for cfg in sides} == set(MASKS)
+    assert {cfg.dtype for cfg in [*sides, *of_kind(KeysConfig)]} == {"bf16", "fp16"}
+    for kind in (SideConfig, KeysConfig):
+        assert {cfg.is_varlen for cfg in of_kind(kind)} == {False, True}
 
 
 def compiled(cfg):
@@ -83,6 +91,16 @@ def test_one_gradient(cfg):
     assert report.registers == REGISTERS_PER_SM // cfg.num_threads // 8 * 8
     step = (1 + cfg.has_dp) * cfg.head_dim // 16 + cfg.tile_columns // 16
     assert report.wgmmas == step * (3 if cfg.is_local else 2)
+
+
+@pytest.mark.parametrize("cfg", of_kind(KeysConfig), ids=lambda cfg: cfg.name)
+def test_dk_and_dv(cfg):
+    """A Q tile is head_dim/16 WGMMAs for S and for dP, and tile_m/16 for each gradient; dK's warpgroup masks nothing:
+    the code holds its part once."""
+    report, _ = compiled(cfg)
+    assert report.registers == REGISTERS_PER_SM // cfg.num_threads // 8 * 8
+    of_values, of_keys = ((dim + cfg.tile_m) // 16 for dim in (cfg.dim_qk, cfg.dim_v))
+    assert report.wgmmas == of_values * (3 if cfg.is_local else 2) + of_keys
 
 
 @pytest.mark.parametrize("cfg", of_kind(PrepareConfig | FinishConfig), ids=lambda cfg: cfg.name)
