@@ -140,8 +140,21 @@ TABLE = {
     192: OneSideRow(64, 2, (64, 2), "the widest tiles that do not spill; no others were timed"),
     256: OneSideRow(64, 1, (64, 2), "the widest tiles that do not spill and fit shared memory; no others were timed"),
 }
-# tile_m of dK and dV together, without features of scores: what takes the registers of a kernel of one gradient.
-PAIRS = {192: 64, 256: 64}
+
+
+class PairRow(NamedTuple):
+    """tile_m, num_do_stages and num_p_stages of dK and dV together, without features of scores."""
+
+    tile_m: int
+    num_do_stages: int
+    num_p_stages: int
+    reason: str
+
+
+PAIRS = {
+    192: PairRow(128, 1, 1, "128 queries: 64 take 1.04 to 1.13 times as long"),
+    256: PairRow(64, 2, 2, "the only tiles of two slots each that fit shared memory"),
+}
 # Of the other head dims, with features of scores that the kernel of all three gradients does not have.
 FEATURED = {
     64: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
@@ -182,7 +195,8 @@ class OneSidePass(DimFields):
         """Of dK and dV, if one kernel makes both."""
         if self.features:
             return None
-        fields = self.dtype, self.head_dim, self.mask, self.is_varlen, PAIRS[self.head_dim]
+        choices = PAIRS[self.head_dim][:-1]
+        fields = self.dtype, self.head_dim, self.mask, self.is_varlen, *choices
         return PairConfig(*fields, head_dim_v=self.head_dim_v, is_padded=self.is_padded)
 
     @property

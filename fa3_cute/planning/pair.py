@@ -24,7 +24,6 @@ class PairConfig(GradientFields):
 
     tile_m         queries of a tile
     num_*_stages   slots of Q, dO and P
-    num_ctas       of a cluster, which bring each other half of every tile of Q and dO
     head_dim_v ..  of DimFields
     """
 
@@ -33,11 +32,11 @@ class PairConfig(GradientFields):
     mask: str
     is_varlen: bool
     tile_m: int
-    num_q_stages: int = 2
     num_do_stages: int = 2
     num_p_stages: int = 2
-    num_ctas: int = 2
 
+    num_q_stages = 2
+    tile_n = ROWS_PER_WARPGROUP  # keys of a CTA
     is_dq_behind = False
     is_deterministic = False  # there is no order to keep
     page_box = 0
@@ -51,11 +50,6 @@ class PairConfig(GradientFields):
         """Names cache entries and kernels."""
         flags = "_varlen" * self.is_varlen + self.feature_names
         return f"bwd_dkdv_{self.dtype}_{self.dims_name}_{self.mask}{flags}_{self.tile_m}x{self.tile_n}"
-
-    @property
-    def tile_n(self) -> int:
-        """Keys of a cluster, all of which see the same tiles of queries."""
-        return ROWS_PER_WARPGROUP * self.num_ctas
 
     @cached_property
     def roles(self) -> tuple[Role, ...]:
@@ -73,14 +67,13 @@ class PairConfig(GradientFields):
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory. One lane of a warp arrives where warps are counted."""
         warps, row, row_v = WARPS_PER_WARPGROUP, self.dim_qk * 2, self.dim_v * 2
-        readers, vector = self.num_consumer_warps * self.num_ctas, FLOAT_BYTES * self.tile_m
-        p_bytes = FLOAT_BYTES * ROWS_PER_WARPGROUP * self.tile_m
+        readers, vector = self.num_consumer_warps, FLOAT_BYTES * self.tile_m
         return (
-            Ring("k", 1, ROWS_PER_WARPGROUP * row, 1, warps, "K"),
-            Ring("v", 1, ROWS_PER_WARPGROUP * row_v, 1, warps, "V"),
+            Ring("k", 1, self.tile_n * row, 1, warps, "K"),
+            Ring("v", 1, self.tile_n * row_v, 1, warps, "V"),
             Ring("q", self.num_q_stages, self.tile_m * row, 1, readers, "Q"),
             Ring("do", self.num_do_stages, self.tile_m * row_v, 1, readers, "dO"),
-            Ring("p", self.num_p_stages, p_bytes, warps, warps, "P"),
+            Ring("p", self.num_p_stages, self.tile_n * vector, warps, warps, "P"),
             Ring("shift", self.num_q_stages, vector, 0, 0, "shift"),
             Ring("delta", self.num_do_stages, vector, 0, 0, "delta"),
         )

@@ -78,14 +78,12 @@ def test_explain_names_the_kernels_without_sums(argv, capsys):
     status, said = answer(capsys, "explain", "--backward", *sizes)
     assert (status, said["problems"]) == (0, [])
     assert said["kernels"] == [kernel.name for kernel in kernels_of(cfg)] and said["config"] == cfg.as_dict()
-    assert [(side["side"], side["tile_m"], side["tile_n"]) for side in said["config"]["sides"]] == [
-        ("dq", 128, 64)
-    ]
-    assert [(pair["tile_m"], pair["tile_n"]) for pair in said["config"]["pair"]] == [(64, 128)]
+    assert [(side["side"], side["tile_m"], side["tile_n"]) for side in said["config"]["sides"]] == [("dq", 128, 64)]
+    assert [(pair["tile_m"], pair["tile_n"]) for pair in said["config"]["pair"]] == [(64, 64)]
     assert said["reason"] == ONE_SIDE[256].reason and said["workspace_bytes"] == 6 * 6 * 128 * 2 * 4
     assert main(["explain", "--backward", *sizes]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in said["kernels"]) and "64 rows of Q, 128 of K and V of dk and dv" in out
+    assert all(name in out for name in said["kernels"]) and "64 rows of Q, 64 of K and V of dk and dv" in out
 
 
 def test_explain_refuses_what_backward_refuses(capsys):

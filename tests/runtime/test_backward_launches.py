@@ -136,8 +136,8 @@ def launched(**changes):
     assert send(**call | changes) == 0
     return list(log)
 nbytes = backward_workspace_size(BackwardParams(**FIELDS | call))
-tell(log=launched(), again=launched(), same=launched(deterministic=True), only_v=launched(dq=None, dk=0), only_q=launched(dk=0, dv=None),
-     without_k=launched(dk=None), nbytes=nbytes, of_vectors=8 * rows, addresses=ADDRESSES,
+tell(log=launched(), again=launched(), same=launched(deterministic=True), only_v=launched(dq=None, dk=0),
+     only_q=launched(dk=0, dv=None), without_k=launched(dk=None), nbytes=nbytes, of_vectors=8 * rows, addresses=ADDRESSES,
      no_queries=launched(total_q=0, q=None, out=None, dout=None, softmax_lse=None, dlse=None, dq=None, workspace=None,
                          workspace_bytes=0) if {lengths} else [])
 """)
@@ -145,8 +145,8 @@ tell(log=launched(), again=launched(), same=launched(deterministic=True), only_v
     assert found["again"] == found["same"] == log and found["nbytes"] == found["of_vectors"]
     assert [launch["kernel"] for launch in log] == ["Prepare", "Side", "Keys"]
     rows_q, rows_k = (3000, 2100) if is_packed else (1000, 700)
-    of_queries, of_keys = blocks(128, rows_q, is_packed) * 12, blocks(128, rows_k, is_packed) * 4
-    assert [launch["grid"] for launch in log] == [[grid, 1, 1] for grid in (of_queries, of_queries, 2 * of_keys)]
+    of_queries, of_keys = blocks(128, rows_q, is_packed) * 12, blocks(64, rows_k, is_packed) * 4
+    assert [launch["grid"] for launch in log] == [[grid, 1, 1] for grid in (of_queries, of_queries, of_keys)]
     given = [{name for name, is_there in launch["given"].items() if is_there} for launch in log]
     for own, launch, those in zip(({"dq"}, {"dk", "dv"}), log[1:], given[1:], strict=True):
         assert those >= own | {"shift", "delta", "scale"}

@@ -6,14 +6,13 @@ through shared memory:
     values   S^T  = K Q^T     P^T  = exp(scale S^T - LSE)    dV += P^T dO
     keys     dP^T = V dO^T    dS^T = P^T (dP^T - D)          dK += dS^T Q
 
-Each fills the gaps of the other's GEMMs, up to num_p_stages tiles apart. The CTAs of a cluster have neighbouring keys
-and the same tiles of Q and dO, of which each loads a part for all of them: of 64 keys alone, L2 would be too slow.
+Each fills the gaps of the other's GEMMs, up to num_p_stages tiles apart.
 """
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ...planning.config import ROWS_PER_WARPGROUP
@@ -22,7 +21,6 @@ from ...planning.pair import PAIR_ARGUMENTS, PairConfig
 from ...planning.rings import by_name
 from ..common.arithmetic import LOG2_E
 from ..common.block_range import Window
-from ..common.cluster import sync_cluster
 from ..common.entry import flat_entry
 from ..common.layout import element_type, tensor_view
 from ..common.sequences import Sequences
@@ -30,7 +28,7 @@ from ..common.tma import tma_load
 from .blocks import Extents, KeyTile
 from .pair_bundles import PairLayouts, PairMmas, PairParams, PairPipelines, PairSmem
 from .pair_consume import consume_keys, consume_values
-from .pair_load import load, tma_load_parts
+from .pair_load import load
 from .place import find_place
 
 
@@ -47,10 +45,10 @@ class PairBackward:
         cfg, sequences, layouts = self.cfg, Sequences.create(a), PairLayouts.create(self.cfg)
         shapes = Extents.create(cfg, a, sequences, PREPARED_ROWS)
         params = PairParams(
-            q=tma_load_parts(cfg, tensor_view(a, "q", shapes.q), layouts.sQ),
-            do=tma_load_parts(cfg, tensor_view(a, "dout", shapes.do), layouts.sdO),
-            k=tma_load(tensor_view(a, "k", shapes.k), layouts.sK, ROWS_PER_WARPGROUP),
-            v=tma_load(tensor_view(a, "v", shapes.v), layouts.sV, ROWS_PER_WARPGROUP),
+            q=tma_load(tensor_view(a, "q", shapes.q), layouts.sQ, cfg.tile_m),
+            do=tma_load(tensor_view(a, "dout", shapes.do), layouts.sdO, cfg.tile_m),
+            k=tma_load(tensor_view(a, "k", shapes.k), layouts.sK, cfg.tile_n),
+            v=tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
             mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.v),
             shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=shapes.q_blocks, k_blocks=shapes.k_blocks,
@@ -58,8 +56,8 @@ class PairBackward:
             scale_log2=a.softmax_scale * Float32(LOG2_E))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_pair_mmas(cfg)).launch(
-            grid=(shapes.k_blocks.num_blocks * a.num_heads_k * cfg.num_ctas, 1, 1), block=(cfg.num_threads, 1, 1),
-            cluster=(cfg.num_ctas, 1, 1), min_blocks_per_mp=1, stream=a.stream)
+            grid=(shapes.k_blocks.num_blocks * a.num_heads_k, 1, 1), block=(cfg.num_threads, 1, 1),
+            min_blocks_per_mp=1, stream=a.stream)
 
     @cute.kernel
     def kernel(self, params: PairParams, layouts: PairLayouts, mmas: PairMmas):
@@ -76,7 +74,6 @@ class PairBackward:
             cute.arch.setmaxregister_decrease(roles["load"].registers)
             if is_there and warp_idx == 0:
                 load(cfg, params, smem, pipes, tile)
-            sync_cluster()      # as the consumers do, once: what others send to a CTA finds it there
         else:
             cute.arch.setmaxregister_increase(roles["values"].registers)
             if is_there:
@@ -84,14 +81,13 @@ class PairBackward:
                     consume_values(cfg, params, mmas, smem, pipes, tile)
                 else:
                     consume_keys(cfg, params, mmas, smem, pipes, tile)
-            sync_cluster()
 
     @cute.jit
     def find_tile(self, params: PairParams):
-        """(the cluster's KeyTile, whether it has a row). Runs on: whole warps."""
+        """(KeyTile, whether it has a row). Runs on: whole warps."""
         cfg = self.cfg
         at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group),
-                        cute.arch.block_idx()[0] // cfg.num_ctas, False)
+                        cute.arch.block_idx()[0], False)
         tile = KeyTile(at.block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k,
                        params.q_blocks.first(at.sequence), at.sequence)
         return tile, at.block * cfg.tile_n < at.seqlen_k
@@ -108,21 +104,19 @@ class PairBackward:
         floats = lambda size, slots: allocator.allocate_tensor(
             Float32, cute.make_layout((size, slots)), byte_alignment=128)
         sK, sV, sQ, sdO = (tensor(layout) for layout in (layouts.sK, layouts.sV, layouts.sQ, layouts.sdO))
-        smem = PairSmem(sK=sK, sV=sV, sQ=sQ, sdO=sdO, sP=floats(ROWS_PER_WARPGROUP * cfg.tile_m, cfg.num_p_stages),
+        smem = PairSmem(sK=sK, sV=sV, sQ=sQ, sdO=sdO, sP=floats(cfg.tile_n * cfg.tile_m, cfg.num_p_stages),
                         sShift=floats(cfg.tile_m, cfg.num_q_stages), sDelta=floats(cfg.tile_m, cfg.num_do_stages))
         group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
         facts = lambda name: {
             "num_stages": rings[name].slots, "producer_group": group(rings[name].full),
             "consumer_group": group(rings[name].empty), "barrier_storage": bars[name], "defer_sync": True}
-        own = lambda name: pipeline.PipelineTmaAsync.create(**facts(name), tx_count=rings[name].slot_bytes)
-        shared = lambda name: pipeline.PipelineTmaAsync.create(
-            **facts(name), tx_count=rings[name].slot_bytes + 4 * cfg.tile_m,
-            cta_layout_vmnk=cute.make_layout((1, 1, cfg.num_ctas, 1)))
-        pipes = PairPipelines(k=own("k"), v=own("v"), q=shared("q"), do=shared("do"),
+        tma_ring = lambda name, more: pipeline.PipelineTmaAsync.create(
+            **facts(name), tx_count=rings[name].slot_bytes + more)
+        rows = 4 * cfg.tile_m
+        pipes = PairPipelines(k=tma_ring("k", 0), v=tma_ring("v", 0), q=tma_ring("q", rows), do=tma_ring("do", rows),
                               p=pipeline.PipelineAsync.create(**facts("p")))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        sync_cluster()
         return smem, pipes
 
 

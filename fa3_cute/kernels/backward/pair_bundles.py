@@ -5,7 +5,6 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32
 
-from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.pair import PairConfig
 from ..common.block_range import Window
 from ..common.layout import element_type, smem_ring
@@ -28,7 +27,7 @@ class PairParams:
     window: Window
     sequences: Sequences
     q_blocks: Blocks               # of the prepare kernel: a sequence's vectors start with one of PREPARED_ROWS rows
-    k_blocks: Blocks               # of clusters
+    k_blocks: Blocks
     num_heads_k: Int32
     group: Int32                   # query heads of a KV head
     scale: Float32
@@ -48,15 +47,16 @@ class PairLayouts:
     """Staged, swizzled shared-memory layouts."""
     sQ: cute.ComposedLayout        # (tile_m, dim_qk, num_q_stages)
     sdO: cute.ComposedLayout       # (tile_m, dim_v, num_do_stages)
-    sK: cute.ComposedLayout        # (64, dim_qk, 1)
-    sV: cute.ComposedLayout        # (64, dim_v, 1)
+    sK: cute.ComposedLayout        # (tile_n, dim_qk, 1)
+    sV: cute.ComposedLayout        # (tile_n, dim_v, 1)
 
     @staticmethod
     def create(cfg: PairConfig) -> "PairLayouts":
         """Of a config."""
         ring = lambda rows, columns, slots: smem_ring(element_type(cfg), rows, columns, slots)
-        return PairLayouts(ring(cfg.tile_m, cfg.dim_qk, cfg.num_q_stages), ring(cfg.tile_m, cfg.dim_v, cfg.num_do_stages),
-                           ring(ROWS_PER_WARPGROUP, cfg.dim_qk, 1), ring(ROWS_PER_WARPGROUP, cfg.dim_v, 1))
+        return PairLayouts(
+            ring(cfg.tile_m, cfg.dim_qk, cfg.num_q_stages), ring(cfg.tile_m, cfg.dim_v, cfg.num_do_stages),
+            ring(cfg.tile_n, cfg.dim_qk, 1), ring(cfg.tile_n, cfg.dim_v, 1))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PairSmem:
     sV: cute.Tensor                # dV at the end
     sQ: cute.Tensor
     sdO: cute.Tensor
-    sP: cute.Tensor                # (64 * tile_m, num_p_stages) f32, in thread order
+    sP: cute.Tensor                # (tile_n * tile_m, num_p_stages) f32, in thread order
     sShift: cute.Tensor            # (tile_m, num_q_stages) f32
     sDelta: cute.Tensor            # (tile_m, num_do_stages) f32
 
@@ -74,6 +74,6 @@ class PairSmem:
 class PairPipelines:
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
-    q: pipeline.PipelineTmaAsync   # load warps of the cluster -> consumers: Q and the rows' shift
+    q: pipeline.PipelineTmaAsync   # load warp -> consumers: Q and the rows' shift
     do: pipeline.PipelineTmaAsync  # the same: dO and the rows' delta
     p: pipeline.PipelineAsync      # warpgroup of dV -> warpgroup of dK

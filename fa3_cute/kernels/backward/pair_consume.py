@@ -6,9 +6,7 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Constexpr, Float32, Int32, const_expr
 
-from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.pair import PairConfig
-from ..common.arithmetic import maximum
 from ..common.barriers import sync_consumers, sync_warpgroup
 from ..common.layout import as_operand_a, convert, element_type, transposed
 from ..common.sequences import is_present
@@ -133,7 +131,7 @@ class Keys:
 
 def new_scores(cfg: PairConfig, mmas: PairMmas) -> cute.Tensor:
     """A fresh accumulator of S^T or dP^T."""
-    return cute.make_rmem_tensor(mmas.scores.partition_shape_C((ROWS_PER_WARPGROUP, cfg.tile_m)), Float32)
+    return cute.make_rmem_tensor(mmas.scores.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
 
 
 def as_quads(acc: cute.Tensor) -> cute.Tensor:
@@ -143,9 +141,9 @@ def as_quads(acc: cute.Tensor) -> cute.Tensor:
 
 def thread_order(cfg: PairConfig, sP: cute.Tensor, tidx: Int32) -> cute.Tensor:
     """A thread's part of the slots of P, (4, quads, slot)."""
-    quads = ROWS_PER_WARPGROUP * cfg.tile_m // 128 // QUAD
+    quads = cfg.tile_n * cfg.tile_m // 128 // QUAD
     return cute.make_tensor((sP.iterator + QUAD * tidx).align(16), cute.make_layout(
-        (QUAD, quads, cfg.num_p_stages), stride=(1, 128 * QUAD, ROWS_PER_WARPGROUP * cfg.tile_m)))
+        (QUAD, quads, cfg.num_p_stages), stride=(1, 128 * QUAD, cfg.tile_n * cfg.tile_m)))
 
 
 def rounded(cfg: PairConfig, acc: cute.Tensor) -> cute.Tensor:
@@ -155,9 +153,9 @@ def rounded(cfg: PairConfig, acc: cute.Tensor) -> cute.Tensor:
     return out
 
 
-def new_gradient(mma: cute.TiledMma, columns: int) -> cute.Tensor:
+def new_gradient(cfg: PairConfig, mma: cute.TiledMma, columns: int) -> cute.Tensor:
     """dK or dV, 0."""
-    acc = cute.make_rmem_tensor(mma.partition_shape_C((ROWS_PER_WARPGROUP, columns)), Float32)
+    acc = cute.make_rmem_tensor(mma.partition_shape_C((cfg.tile_n, columns)), Float32)
     acc.fill(0.0)
     return acc
 
@@ -166,17 +164,17 @@ def new_gradient(mma: cute.TiledMma, columns: int) -> cute.Tensor:
 def consume_values(cfg: PairConfig, params: PairParams, mmas: PairMmas, smem: PairSmem, pipes: PairPipelines,
                    tile: KeyTile):
     """dV of the CTA's keys. Runs on: the first consumer warpgroup."""
-    tidx, rank = cute.arch.thread_idx()[0] % 128, cute.arch.block_idx_in_cluster()
+    tidx = cute.arch.thread_idx()[0] % 128
     thread = lambda mma: mma.get_slice(0)
     values = Values(
         cfg, mmas, smem,
         tSrK=mmas.scores.make_fragment_A(thread(mmas.scores).partition_A(smem.sK)),
         tSrQ=mmas.scores.make_fragment_B(thread(mmas.scores).partition_B(smem.sQ)),
         tVrdO=mmas.dv.make_fragment_B(thread(mmas.dv).partition_B(transposed(smem.sdO))),
-        acc_dV=new_gradient(mmas.dv, cfg.dim_v), sP=thread_order(cfg, smem.sP, tidx),
+        acc_dV=new_gradient(cfg, mmas.dv, cfg.dim_v), sP=thread_order(cfg, smem.sP, tidx),
         q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(), p_producer=pipes.p.make_producer(),
         scale_log2=params.scale_log2, tidx=tidx)
-    mask = KeyMask.create(cfg, params.window, tile, tidx + 128 * rank)       # a cluster's keys follow one another
+    mask = KeyMask.create(cfg, params.window, tile, tidx)
     queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
     if queries.m_block_max > queries.m_block_min:
         wait_for_keys(cfg, pipes.k, smem.sK, tile, tidx)
@@ -202,7 +200,7 @@ def consume_keys(cfg: PairConfig, params: PairParams, mmas: PairMmas, smem: Pair
         tPrV=mmas.scores.make_fragment_A(thread(mmas.scores).partition_A(smem.sV)),
         tPrdO=mmas.scores.make_fragment_B(thread(mmas.scores).partition_B(smem.sdO)),
         tKrQ=mmas.dk.make_fragment_B(thread(mmas.dk).partition_B(transposed(smem.sQ))),
-        acc_dK=new_gradient(mmas.dk, cfg.dim_qk), sP=thread_order(cfg, smem.sP, tidx),
+        acc_dK=new_gradient(cfg, mmas.dk, cfg.dim_qk), sP=thread_order(cfg, smem.sP, tidx),
         q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(), p_consumer=pipes.p.make_consumer(),
         tidx=128 + tidx)
     queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
@@ -221,8 +219,7 @@ def wait_for_keys(cfg: PairConfig, pipe: pipeline.PipelineTmaAsync, sX: cute.Ten
     """Until K or V is there; rows behind the sequence's last are zeroed, as TMA does behind the tensor's."""
     pipe.make_consumer().wait_and_advance()
     if const_expr(cfg.is_varlen):
-        first_key = tile.n_block * cfg.tile_n + cute.arch.block_idx_in_cluster() * ROWS_PER_WARPGROUP
-        clear_unused_rows(cfg, (sX[None, None, 0],), maximum(tile.seqlen_k - first_key, 0), tidx)
+        clear_unused_rows(cfg, (sX[None, None, 0],), tile.seqlen_k - tile.n_block * cfg.tile_n, tidx)
 
 
 @cute.jit
@@ -237,8 +234,7 @@ def store_own_keys(cfg: PairConfig, mma: cute.TiledMma, acc: cute.Tensor, ring: 
     if is_present(mX):
         cute.copy(thread_copy, thread_copy.retile(rX), thread_copy.partition_D(slot))
         sync_warpgroup(wg_idx)
-        block = tile.n_block * cfg.num_ctas + cute.arch.block_idx_in_cluster()
         gX = cute.local_tile(rows_from(cfg, tile.offset_k, mX[None, None, tile.kv_head, tile.batch]),
-                             (ROWS_PER_WARPGROUP, cute.size(slot, mode=[1])), (block, 0))
-        used = tile.seqlen_k - block * ROWS_PER_WARPGROUP, mX.shape[1]
+                             (cfg.tile_n, cute.size(slot, mode=[1])), (tile.n_block, 0))
+        used = tile.seqlen_k - tile.n_block * cfg.tile_n, mX.shape[1]
         store_used_rows(cfg, slot, gX, used, tidx, 128)
