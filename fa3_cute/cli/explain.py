@@ -239,9 +239,10 @@ def backward_served(params: BackwardParams) -> dict:
 def backward_lines(facts: dict):
     """As `lines`, of backward_served."""
     cfg = facts["config"]
+    of_keys = [pair | {"side": "dk and dv"} for pair in cfg.get("pair", [])]
     tiles = [
         f"{own['tile_m']} rows of Q, {own['tile_n']} of K and V{' of ' + own['side'] if 'side' in own else ''}"
-        for own in cfg.get("sides", [cfg])
+        for own in [*cfg.get("sides", [cfg]), *of_keys]
     ]
     for name, values in (("kernels", facts["kernels"]), ("tile", tiles)):
         yield from zip((name, *[""] * (len(values) - 1)), values, strict=True)

@@ -30,6 +30,7 @@ from .backward import (
 from .config import ROWS_PER_WARPGROUP
 from .one_side import ONE_SIDE_ARGUMENTS, OneSideConfig, OneSidePass
 from .one_side import TABLE as ONE_SIDE
+from .pair import PAIR_ARGUMENTS, PairConfig
 from .rings import WARP
 from .score_features import NO_FEATURES, Features
 
@@ -65,13 +66,14 @@ def _pointed(name: str) -> tuple[str, int]:
     return ARGUMENTS[name].element, ARGUMENTS[name].alignment
 
 
-PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, SINKS_ENTRY, CLEAR_ENTRY = map(
+PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, PAIR_ENTRY, SINKS_ENTRY, CLEAR_ENTRY = map(
     _entry,
     (
         PREPARE_ARGUMENTS,
         BACKWARD_ARGUMENTS,
         FINISH_ARGUMENTS,
         ONE_SIDE_ARGUMENTS,
+        PAIR_ARGUMENTS,
         SINKS_ARGUMENTS,
         CLEAR_ARGUMENTS,
     ),
@@ -185,6 +187,17 @@ class SideConfig(OneSideConfig):
         return "fa3_cute.kernels.backward.one_side.OneSideBackward"
 
 
+class KeysConfig(PairConfig):
+    """Of the kernel of dK and dV: the choices as they are."""
+
+    entries = {"": PAIR_ENTRY}
+    has_leftpad = False
+
+    @property
+    def kernel(self) -> str:
+        return "fa3_cute.kernels.backward.pair.PairBackward"
+
+
 class _OfAll(_Around):
     """Of a kernel that is one for all passes, of no element type and without shared memory."""
 
@@ -214,7 +227,7 @@ class ClearConfig(_OfAll):
     num_threads = CLEAR_THREADS
 
 
-KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | SinksConfig | ClearConfig
+KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | KeysConfig | SinksConfig | ClearConfig
 
 
 def pass_config(
@@ -252,7 +265,8 @@ def kernels_of(cfg: BackwardConfig | OneSidePass) -> tuple[KernelOfPass, ...]:
     if isinstance(cfg, OneSidePass):
         prepare = PrepareConfig(cfg.dtype, cfg.dim_v, cfg.tile_m, has_sums=False, is_padded=cfg.is_padded)
         *others, last = (SideConfig(**side.as_dict()) for side in cfg.sides)
-        return (prepare, *others, *[ClearConfig()] * cfg.has_bias, last)
+        pair = [KeysConfig(**cfg.pair.as_dict())] if cfg.pair else []
+        return (prepare, *others, *[ClearConfig()] * cfg.has_bias, last, *pair)
     return (
         PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, is_padded=cfg.is_padded),
         MainConfig(**cfg.as_dict()),

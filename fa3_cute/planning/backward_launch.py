@@ -1,6 +1,6 @@
 """A call of `backward` -> its launches and what they are given. Pure Python.
 
-A pass is prepare, main, finish, or prepare and a launch for each gradient, over the caller's workspace. Of rows, blocks
+A pass is prepare, main, finish, or prepare and launches of one or two gradients, over the caller's workspace. Of rows, blocks
 and keys there is nothing to do where there are none: such launches are left out.
 """
 
@@ -38,6 +38,7 @@ from .backward_kernels import (
     ClearConfig,
     FinishConfig,
     KernelOfPass,
+    KeysConfig,
     SideConfig,
     SinksConfig,
     kernels_of,
@@ -122,17 +123,20 @@ class Stage:
         return (num_sms,) if isinstance(self.config, BackwardConfig) else ()
 
     @property
-    def output(self) -> str:
-        """The one gradient without which it is left out; "" if it is never."""
+    def outputs(self) -> tuple[str, ...]:
+        """The gradients without which it is left out, if none of them is wanted; () if it is never."""
         own = {FinishConfig: "dq", SinksConfig: "d_s_aux", ClearConfig: "d_bias"}
-        return own.get(type(self.config)) or getattr(self.config, "side", "")
+        if isinstance(self.config, KeysConfig):
+            return "dk", "dv"
+        side = own.get(type(self.config)) or getattr(self.config, "side", "")
+        return (side,) * bool(side)
 
 
 @dataclass(eq=False)
 class Pass:
     """How a shape is served.
 
-    stages            the launches, one after the other; a kernel of one gradient is left out if that is not wanted
+    stages            the launches, one after the other; one is left out if none of its gradients is wanted
     workspace_bytes   what the caller's workspace must hold; its parts begin at `offsets`, in the order of SCRATCH
     extents           bytes from the address of each of POINTERS to behind its last element
     scores            (bytes likewise, alignment) of each of SCORES; () in calls without

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from .backward import BACKWARD_ARGUMENTS, GradientFields
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .dims import DimFields
+from .pair import PairConfig
 from .rings import WARPS_PER_WARPGROUP, Ring, Role
 from .score_features import NO_FEATURES, Features, take_registers
 
@@ -139,6 +140,21 @@ TABLE = {
     192: OneSideRow(64, 2, (64, 2), "the widest tiles that do not spill; no others were timed"),
     256: OneSideRow(64, 1, (64, 2), "the widest tiles that do not spill and fit shared memory; no others were timed"),
 }
+
+
+class PairRow(NamedTuple):
+    """tile_m, num_do_stages and num_p_stages of dK and dV together, without features of scores."""
+
+    tile_m: int
+    num_do_stages: int
+    num_p_stages: int
+    reason: str
+
+
+PAIRS = {
+    192: PairRow(128, 1, 1, "128 queries: 64 take 1.04 to 1.13 times as long"),
+    256: PairRow(64, 2, 2, "the only tiles of two slots each that fit shared memory"),
+}
 # Of the other head dims, with features of scores that the kernel of all three gradients does not have.
 FEATURED = {
     64: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
@@ -175,10 +191,22 @@ class OneSidePass(DimFields):
         return (FEWER_VALUES if self.head_dim_v else TABLE | FEATURED)[self.head_dim]
 
     @property
+    def pair(self) -> PairConfig | None:
+        """Of dK and dV, if one kernel makes both."""
+        if self.features:
+            return None
+        choices = PAIRS[self.head_dim][:-1]
+        fields = self.dtype, self.head_dim, self.mask, self.is_varlen, *choices
+        return PairConfig(*fields, head_dim_v=self.head_dim_v, is_padded=self.is_padded)
+
+    @property
     def sides(self) -> tuple[OneSideConfig, ...]:
-        """Of dQ, dK and dV, and of d_bias where attn_mask is added."""
+        """Of dQ, of dK and dV if no kernel makes both, and of d_bias where attn_mask is added."""
         row = self.row
-        shapes = dict.fromkeys(SIDES, (row.tile_columns, row.num_y2_stages)) | {"dv": row.of_dv}
+        wanted = SIDES if self.pair is None else ("dq",)
+        shapes = dict.fromkeys(wanted, (row.tile_columns, row.num_y2_stages))
+        if "dv" in shapes:
+            shapes["dv"] = row.of_dv
         if take_registers(self.features) or ("has_dropout", True) in self.features:
             shapes = {side: (MASKED_COLUMNS[self.head_dim], stages) for side, (_, stages) in shapes.items()}
         if self.has_bias:
@@ -202,4 +230,5 @@ class OneSidePass(DimFields):
     def as_dict(self) -> dict:
         """The fields as plain values, and those of its kernels with their tiles."""
         sides = [side.as_dict() | {"tile_m": side.tile_m, "tile_n": side.tile_n} for side in self.sides]
-        return asdict(self) | {"features": dict(self.features), "sides": sides}
+        pair = [self.pair.as_dict() | {"tile_n": self.pair.tile_n}] if self.pair else []
+        return asdict(self) | {"features": dict(self.features), "sides": sides, "pair": pair}

@@ -26,7 +26,7 @@ def backward(found: Pass, addresses: tuple[int, ...], stream=None) -> None:
     handle = resolve_stream(stream)
     places = found.places(addresses)
     absent = tuple([name for name, index in (OF_SCORES if found.scores else GRADIENTS) if not places[index]])
-    stages = tuple([stage for stage in found.stages if stage.output not in absent]) if absent else found.stages
+    stages = wanted(found.stages, absent) if absent else found.stages
     if not stages:  # no query, and dq alone is wanted
         return
     calls = _thread.calls.get((found, absent))
@@ -40,6 +40,11 @@ def backward(found: Pass, addresses: tuple[int, ...], stream=None) -> None:
     for call, values in zip(calls[1:], own[1:], strict=True):
         if not call.repeat(values, handle):
             call.launch(values, handle)
+
+
+def wanted(stages: Any, absent: tuple[str, ...]) -> tuple[Any, ...]:
+    """Without those that make nothing but what is absent."""
+    return tuple([stage for stage in stages if not stage.outputs or not set(stage.outputs).issubset(absent)])
 
 
 def _first(stages: Any, places: tuple[int, ...], handle: int) -> tuple[Call, ...]:

@@ -6,7 +6,7 @@ from commands import answer
 from fa3_cute.cli import compile as compile_command
 from fa3_cute.cli import main
 from fa3_cute.planning.backward import SHORT, TABLE
-from fa3_cute.planning.backward_kernels import MainConfig, SideConfig, kernels_of, pass_config
+from fa3_cute.planning.backward_kernels import KeysConfig, MainConfig, SideConfig, kernels_of, pass_config
 from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 
 SIZES = ["--num-heads", "6", "--num-heads-k", "2", "--seqlen-q", "700", "--head-dim", "64"]
@@ -30,7 +30,8 @@ def test_compile_selects(argv, mains, sided, monkeypatch, capsys):
     own = [cfg for cfg in seen if isinstance(cfg, MainConfig)]
     assert len(own) == mains and len({cfg.name for cfg in seen}) == len(seen)
     sides = [cfg for cfg in seen if isinstance(cfg, SideConfig)]
-    assert len(sides) == 3 * sided
+    pairs = [cfg for cfg in seen if isinstance(cfg, KeysConfig)]
+    assert len(sides) == len(pairs) == sided
     assert {cfg.is_varlen for cfg in own + sides} == ({False, True} if "--all" in argv else {"--varlen" in argv})
     assert any(cfg.is_deterministic for cfg in own) == ("--all" in argv)
     passes = own + [pass_config(cfg.dtype, cfg.head_dim, cfg.mask, cfg.is_varlen, False) for cfg in sides]
@@ -71,21 +72,18 @@ def test_explain_names_the_kernels(argv, capsys):
 
 
 @pytest.mark.parametrize("argv", [[], ["--deterministic", "--causal"], ["--mode", "varlen"]])
-def test_explain_names_the_kernels_of_one_gradient_each(argv, capsys):
+def test_explain_names_the_kernels_without_sums(argv, capsys):
     cfg = pass_config("bf16", 256, "causal" if "--causal" in argv else "full", "varlen" in argv, False)
     sizes = [*SIZES[:-1], "256", *argv]
     status, said = answer(capsys, "explain", "--backward", *sizes)
     assert (status, said["problems"]) == (0, [])
     assert said["kernels"] == [kernel.name for kernel in kernels_of(cfg)] and said["config"] == cfg.as_dict()
-    assert [(side["side"], side["tile_m"], side["tile_n"]) for side in said["config"]["sides"]] == [
-        ("dq", 128, 64),
-        ("dk", 64, 128),
-        ("dv", 64, 128),
-    ]
+    assert [(side["side"], side["tile_m"], side["tile_n"]) for side in said["config"]["sides"]] == [("dq", 128, 64)]
+    assert [(pair["tile_m"], pair["tile_n"]) for pair in said["config"]["pair"]] == [(64, 64)]
     assert said["reason"] == ONE_SIDE[256].reason and said["workspace_bytes"] == 6 * 6 * 128 * 2 * 4
     assert main(["explain", "--backward", *sizes]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in said["kernels"]) and "64 rows of Q, 128 of K and V of dv" in out
+    assert all(name in out for name in said["kernels"]) and "64 rows of Q, 64 of K and V of dk and dv" in out
 
 
 def test_explain_refuses_what_backward_refuses(capsys):

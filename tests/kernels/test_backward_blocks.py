@@ -38,7 +38,7 @@ def problem(head_dim: int, mask: str, window: tuple[int, int], chunk: int, is_de
     """(config of a kernel whose CTAs have keys, Window)"""
     features = frozenset({("has_chunks", True)}) if chunk else frozenset()
     cfg = pass_config("bf16", head_dim, mask, False, is_deterministic, features)
-    return cfg if isinstance(cfg, BackwardConfig) else cfg.sides[1], Window(*window, chunk or None)
+    return cfg if isinstance(cfg, BackwardConfig) else cfg.pair or cfg.sides[1], Window(*window, chunk or None)
 
 
 def sees(mask: str, window: tuple[int, int], query: int, key: int, lengths: tuple[int, int], chunk: int) -> bool:

@@ -5,9 +5,16 @@ import pytest
 from test_merge_configs import LDG, STG, accesses
 
 from fa3_cute.planning.backward import SHORT, TABLE
-from fa3_cute.planning.backward_kernels import MASKS, FinishConfig, MainConfig, PrepareConfig, SideConfig, kernels_of
+from fa3_cute.planning.backward_kernels import (
+    MASKS,
+    FinishConfig,
+    KeysConfig,
+    MainConfig,
+    PrepareConfig,
+    SideConfig,
+    kernels_of,
+)
 from fa3_cute.planning.config import REGISTERS_PER_SM, ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
-from fa3_cute.planning.one_side import SIDES
 from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 from fa3_cute.planning.selections import backward_configs
 from fa3_cute.runtime.compiler import compile_and_read
@@ -23,8 +30,8 @@ def facts_of(cfg) -> set[tuple]:
     if kind is MainConfig:
         options = {("mask", cfg.mask, cfg.is_deterministic), ("types", cfg.dtype, cfg.is_varlen)}
         return {(kind, *fact) for fact in {("tiles", cfg.head_dim, cfg.tile_m), *options}}
-    if kind is SideConfig:
-        sides = {("side", cfg.side), ("side of mask", cfg.mask), ("side of head_dim", cfg.head_dim)}
+    if kind in (SideConfig, KeysConfig):
+        sides = {("mask", cfg.mask), ("head_dim", cfg.head_dim)}
         return {(kind, *fact) for fact in {*sides, ("types", cfg.dtype), ("lengths", cfg.is_varlen)}}
     return {(kind, "tiles", cfg.head_dim, cfg.tile_m), (kind, "types", cfg.dtype)}
 
@@ -45,7 +52,7 @@ of_kind = lambda kind: [cfg for cfg in CONFIGS if isinstance(cfg, kind)]
 
 def test_selection_covers_options():
     """Each row's tiles, every mask with sums in an order and without, each gradient; test_configs.py has the record."""
-    mains, sides = of_kind(MainConfig), of_kind(SideConfig)
+    mains, sides, pairs = of_kind(MainConfig), of_kind(SideConfig), of_kind(KeysConfig)
     rows = {(head_dim, row.tile_m) for table in (TABLE, SHORT) for (head_dim, *_), row in table.items()}
     assert {(cfg.head_dim, cfg.tile_m) for cfg in mains} == rows
     passes = backward_configs()
@@ -53,9 +60,10 @@ def test_selection_covers_options():
     options = lambda configs: {(cfg.mask, cfg.is_deterministic) for cfg in configs}
     assert options(mains) == options(every)
     assert {(cfg.dtype, cfg.is_varlen) for cfg in mains} == {(cfg.dtype, cfg.is_varlen) for cfg in every}
-    assert {cfg.dtype for cfg in sides} == {"bf16", "fp16"} and {cfg.is_varlen for cfg in sides} == {False, True}
-    for name, values in (("head_dim", ONE_SIDE), ("side", SIDES), ("mask", MASKS)):
-        assert {getattr(cfg, name) for cfg in sides} == set(values)
+    for configs in (sides, pairs):
+        assert {cfg.dtype for cfg in configs} == {"bf16", "fp16"} and {cfg.is_varlen for cfg in configs} == {False, True}
+        for name, values in (("head_dim", ONE_SIDE), ("mask", MASKS)):
+            assert {getattr(cfg, name) for cfg in configs} == set(values)
     assert {type(kernel) for cfg in passes for kernel in kernels_of(cfg)} == {type(cfg) for cfg in CONFIGS}
 
 
@@ -92,6 +100,16 @@ def test_one_gradient(cfg):
     assert report.registers == REGISTERS_PER_SM // cfg.num_threads // 8 * 8
     step = (1 + cfg.has_dp) * cfg.head_dim // 16 + cfg.tile_columns // 16
     assert report.wgmmas == step * (3 if cfg.is_local else 2)
+
+
+@pytest.mark.parametrize("cfg", of_kind(KeysConfig), ids=lambda cfg: cfg.name)
+def test_dk_and_dv(cfg):
+    """A Q tile is head_dim/16 WGMMAs for S and for dP, and tile_m/16 for each gradient; dK's warpgroup masks nothing:
+    the code holds its part once."""
+    report, _ = compiled(cfg)
+    assert report.registers == REGISTERS_PER_SM // cfg.num_threads // 8 * 8
+    of_values, of_keys = ((dim + cfg.tile_m) // 16 for dim in (cfg.dim_qk, cfg.dim_v))
+    assert report.wgmmas == of_values * (3 if cfg.is_local else 2) + of_keys
 
 
 @pytest.mark.parametrize("cfg", of_kind(PrepareConfig | FinishConfig), ids=lambda cfg: cfg.name)

@@ -9,7 +9,8 @@ from fa3_cute import backward_workspace_size
 from fa3_cute.planning import backward_launch as planning
 from fa3_cute.planning.backward import BackwardConfig
 from fa3_cute.planning.backward_kernels import PrepareConfig, kernels_of, pass_config
-from fa3_cute.planning.one_side import SIDES, OneSideConfig, OneSidePass
+from fa3_cute.planning.one_side import OneSideConfig, OneSidePass
+from fa3_cute.planning.pair import PairConfig
 from fa3_cute.planning.selections import backward_configs, backward_dim_configs
 
 PADDED, FEWER = frozenset({("is_padded", True)}), frozenset({("head_dim_v", 128)})
@@ -80,11 +81,16 @@ def test_columns_of_v_are_those_of_out_dout_and_dv():
 
 def test_rings_of_fewer_columns_of_v():
     """V, dO and dV have 128 columns, Q, K, dQ and dK 192."""
-    for cfg in OneSidePass("bf16", 192, "causal", False, head_dim_v=128).sides:
+    softcap = frozenset({("has_softcap", True)})
+    for cfg in OneSidePass("bf16", 192, "causal", False, softcap, head_dim_v=128).sides:
         of_ring = {ring.name: ring.slot_bytes for ring in cfg.rings}
         assert of_ring["x"] == 128 * 192 * 2 and of_ring["x2"] == 128 * 128 * 2 * (cfg.side != "dv")
         assert of_ring["y"] == cfg.tile_columns * 192 * 2 and of_ring["y2"] == cfg.tile_columns * 128 * 2
         assert cfg.dim_gradient == {"dq": 192, "dk": 192, "dv": 128}[cfg.side]
+    pair = OneSidePass("bf16", 192, "causal", False, head_dim_v=128).pair
+    rows = {"k": (64, 192), "v": (64, 128), "q": (pair.tile_m, 192), "do": (pair.tile_m, 128)}
+    found = {ring.name: ring.slot_bytes for ring in pair.rings}
+    assert {name: found[name] for name in rows} == {name: 2 * size * columns for name, (size, columns) in rows.items()}
 
 
 def test_the_kernel_of_all_gradients_has_tiles_of_one_width():
@@ -98,7 +104,7 @@ def test_kernels_of_other_dims_have_names_of_their_own():
 
 
 def test_the_selection_has_every_tile_and_option():
-    """Each padded; the kernels of all gradients and those of one each, dense and with lengths, both element types."""
+    """Each padded; the kernels of all gradients and those of one or two, dense and with lengths, both element types."""
     everything = backward_dim_configs()
     assert len(set(everything)) == len(everything)
     of_dims = {(cfg.head_dim, cfg.head_dim_v, cfg.is_padded) for cfg in everything}
@@ -107,5 +113,6 @@ def test_the_selection_has_every_tile_and_option():
         own = [cfg for cfg in everything if isinstance(cfg, kind)]
         assert {cfg.mask for cfg in own} == {"full", "causal", "local"}
         assert {cfg.dtype for cfg in own} == {"bf16", "fp16"} and {cfg.is_varlen for cfg in own} == {False, True}
-    sides = [kernel for cfg in everything for kernel in kernels_of(cfg) if isinstance(kernel, OneSideConfig)]
-    assert {kernel.side for kernel in sides} == set(SIDES)
+    for kind in (OneSideConfig, PairConfig):
+        kernels = [kernel for cfg in everything for kernel in kernels_of(cfg) if isinstance(kernel, kind)]
+        assert {(kernel.head_dim_v, kernel.is_padded) for kernel in kernels} == {(0, True), (128, False), (128, True)}

@@ -30,7 +30,7 @@ from fa3_cute.planning.backward_kernels import (
     kernels_of,
     pass_config,
 )
-from fa3_cute.planning.one_side import SIDES, OneSidePass
+from fa3_cute.planning.one_side import OneSidePass
 from fa3_cute.planning.selections import backward_configs, backward_dim_configs, backward_kernels
 
 A, STEP = 0x7F00_0000_0000, 1 << 32
@@ -133,23 +133,25 @@ def test_the_selection_has_every_row_and_option():
 
 @pytest.mark.parametrize("head_dim", [192, 256])
 @pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
-def test_passes_of_one_gradient_each(call, head_dim):
+def test_passes_without_sums(call, head_dim):
     """Asked for the same bits or not: the same kernels, and a workspace without sums."""
     is_packed, call = call is PACKED, replace(call, head_dim=head_dim, is_causal=True)
     passes = [plan(replace(call, deterministic=value)) for value in (False, True)]
     kernels = [[stage.config for stage in found.stages] for found in passes]
     assert kernels[0] == kernels[1] == list(kernels_of(OneSidePass("bf16", head_dim, "causal", is_packed)))
-    assert [stage.output for stage in passes[0].stages] == ["", *SIDES]
+    assert [stage.outputs for stage in passes[0].stages] == [(), ("dq",), ("dk", "dv")]
     blocks = 700 // 128 + 2 if is_packed else 2 * 4
     for found in passes:
         assert found.workspace_bytes == 2 * 4 * blocks * 128 * 6
         assert backward_workspace_size(call) == found.workspace_bytes
         places = found.places(tuple(range(len(planning.POINTERS) + 1)))
-        for stage, side in zip(found.stages[1:], SIDES, strict=True):
+        for stage, own in zip(found.stages[1:], ({GRADIENT: "dq"}, {"dk": "dk", "dv": "dv"}), strict=True):
             given = dict(zip(stage.config.entry.per_call, stage.pick(places), strict=False))
-            assert given[GRADIENT] == planning.POINTERS.index(side)
-        rows = [stage.strides[-6] for stage in found.stages[1:]]
-        assert rows == [6 * head_dim, 3 * head_dim, 3 * head_dim], "of the gradient, before those of slopes and masks"
+            assert {name: given[name] for name in own} == {
+                name: planning.POINTERS.index(gradient) for name, gradient in own.items()
+            }
+        of_q, of_k = (stage.strides[:-4] for stage in found.stages[1:])  # before those of slopes and masks
+        assert of_q[-2] == 6 * head_dim and (of_k[-5], of_k[-2]) == (3 * head_dim, 3 * head_dim), "of the gradients"
 
 
 # ---- the shape -------------------------------------------------------------------------------------------------------

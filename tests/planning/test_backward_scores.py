@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 from test_backward_launch import A, ADDRESSES, GOOD, PACKED, SCORES, SINKS, STEP, plan
@@ -71,7 +72,7 @@ def test_features_are_of_the_config(call):
         assert [field for field in FEATURES if getattr(main, field)] == [flag]
     options |= {"p_dropout": 0.25, "rng_state": SCORES["rng_state"]}
     _, *others = plan(replace(call, **options)).stages
-    assert [stage.output for stage in others] == ["dq", "dk", "dv"]
+    assert [stage.outputs for stage in others] == [("dq",), ("dk",), ("dv",)]
     for stage in others:
         cfg = stage.config
         assert cfg.mask == "local" and cfg.has_softcap and cfg.has_alibi and cfg.has_chunks and cfg.has_dropout
@@ -88,7 +89,7 @@ def test_masks_are_of_kernels_of_one_gradient():
         (added | {"d_bias": SCORES["d_bias"]}, "bf16", ["d_bias", "d_bias"]),
     ):
         _, *stages = plan(replace(GOOD, **changes)).stages
-        assert [stage.output for stage in stages] == ["dq", "dk", "dv", *of_bias]
+        assert [*chain.from_iterable(stage.outputs for stage in stages)] == ["dq", "dk", "dv", *of_bias]
         assert all(stage.config.attn_mask == mask for stage in stages if isinstance(stage.config, SideConfig))
         *_, batch, head, row = stages[0].strides
         assert (batch, head, row) == (6 * 500 * 300, 0 if of_bias else 500 * 300, 300)
@@ -99,7 +100,7 @@ def test_d_s_aux_is_a_launch_of_its_own():
     """Of as many blocks as the prepare kernel has; of none where there is no query."""
     for call, blocks in ((GOOD, 2 * 4), (PACKED, 700 // 128 + 2), (replace(PACKED, total_q=0), 0)):
         stage = plan(replace(call, **SINKS)).stages[-1]
-        assert isinstance(stage.config, SinksConfig) and stage.output == "d_s_aux"
+        assert isinstance(stage.config, SinksConfig) and stage.outputs == ("d_s_aux",)
         assert stage.sizes == (6, blocks) and not stage.strides and not stage.scales
         assert not any(isinstance(stage.config, SinksConfig) for stage in plan(call).stages)
     sixteen_bits = replace(GOOD, **SINKS, s_aux_dtype=DataType.BF16)

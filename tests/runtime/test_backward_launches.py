@@ -121,8 +121,8 @@ tell(all=launched(), none_of_q=launched(dq=None), none_of_k=launched(dk=None), o
 
 
 @pytest.mark.parametrize("lengths", ["{}", "PACKED"])
-def test_kernels_of_one_gradient_each(told, lengths):
-    """Each has its own gradient and is left out if that is not wanted; the same kernels with deterministic=True."""
+def test_kernels_without_sums(told, lengths):
+    """Each has its own gradients and is left out if none is wanted; the same kernels with deterministic=True."""
     found = told(f"""
 call = {lengths} | dict(head_dim=192, softmax_scale=0.3)
 if not {lengths}:
@@ -137,24 +137,30 @@ def launched(**changes):
     return list(log)
 nbytes = backward_workspace_size(BackwardParams(**FIELDS | call))
 tell(log=launched(), again=launched(), same=launched(deterministic=True), only_v=launched(dq=None, dk=0),
-     without_k=launched(dk=None), nbytes=nbytes, of_vectors=8 * rows, addresses=ADDRESSES,
+     only_q=launched(dk=0, dv=None), without_k=launched(dk=None), nbytes=nbytes, of_vectors=8 * rows, addresses=ADDRESSES,
      no_queries=launched(total_q=0, q=None, out=None, dout=None, softmax_lse=None, dlse=None, dq=None, workspace=None,
                          workspace_bytes=0) if {lengths} else [])
 """)
     log, of_k, is_packed = found["log"], ["k", "v", "q", "dout"], lengths == "PACKED"
     assert found["again"] == found["same"] == log and found["nbytes"] == found["of_vectors"]
-    assert [launch["kernel"] for launch in log] == ["Prepare", *["Side"] * 3]
+    assert [launch["kernel"] for launch in log] == ["Prepare", "Side", "Keys"]
     rows_q, rows_k = (3000, 2100) if is_packed else (1000, 700)
-    of_queries, of_keys = blocks(128, rows_q, is_packed) * 12, blocks(128, rows_k, is_packed) * 4
-    assert [launch["grid"] for launch in log] == [[grid, 1, 1] for grid in (of_queries, of_queries, of_keys, of_keys)]
+    of_queries, of_keys = blocks(128, rows_q, is_packed) * 12, blocks(64, rows_k, is_packed) * 4
+    assert [launch["grid"] for launch in log] == [[grid, 1, 1] for grid in (of_queries, of_queries, of_keys)]
     given = [{name for name, is_there in launch["given"].items() if is_there} for launch in log]
-    for name, launch, those in zip(("dq", "dk", "dv"), log[1:], given[1:], strict=True):
-        assert those >= {name, "shift", "delta", "scale"}
-        assert not those & ({"dq", "dk", "dv", "out", "softmax_lse", "dlse"} - {name})
+    for own, launch, those in zip(({"dq"}, {"dk", "dv"}), log[1:], given[1:], strict=True):
+        assert those >= own | {"shift", "delta", "scale"}
+        assert not those & ({"dq", "dk", "dv", "out", "softmax_lse", "dlse"} - own)
         assert set(launch["tma"]) == {found["addresses"][tensor] for tensor in of_k}
         if not is_packed:
-            assert {stride for stride in those if "stride" in stride} == {f"{name}_batch_stride"}
-    assert found["only_v"] == [log[0], log[3]] and found["without_k"] == [log[0], log[1], log[3]]
+            assert {stride for stride in those if "stride" in stride} == {f"{name}_batch_stride" for name in own}
+    kernels = {calls: [launch["kernel"] for launch in found[calls]] for calls in ("only_v", "only_q", "without_k")}
+    assert kernels == {
+        "only_v": ["Prepare", "Keys"],
+        "only_q": ["Prepare", "Side"],
+        "without_k": ["Prepare", "Side", "Keys"],
+    }
+    assert not found["only_v"][1]["given"]["dk"] and not found["without_k"][2]["given"]["dk"]
     assert [launch["grid"] for launch in found["no_queries"]] == [launch["grid"] for launch in log[2:]] * is_packed
 
 

@@ -61,16 +61,18 @@ class OneSide:
         cfg = self.cfg
         acc_S, acc_dP = self.new_acc(), self.new_acc()
         y = self.y_consumer.wait_and_advance()
+        self.clear_unused(self.smem.sY[None, None, y.index], num_used)
+        if const_expr(cfg.is_of_queries):
+            self.start_S(acc_S, y.index)
         y2 = self.y2_consumer.wait_and_advance()
-        if const_expr(cfg.is_varlen):
-            slots = self.smem.sY[None, None, y.index], self.smem.sY2[None, None, y2.index]
-            clear_unused_rows(cfg, slots, num_used, self.tidx)
-        if const_expr(not (cfg.is_of_queries or cfg.has_softcap)):
-            start_at(acc_S, self.smem.sShift[None, y.index], self.tidx)
-        if const_expr(cfg.has_dp and not (cfg.is_of_queries or cfg.has_dropout)):
-            start_at(acc_dP, self.smem.sDelta[None, y2.index], self.tidx)
-        issue_gemm(self.mmas.scores, acc_S, self.tSrX[None, None, None, 0], self.tSrY[None, None, None, y.index],
-                   zero_init=cfg.is_of_queries or cfg.has_softcap)
+        self.clear_unused(self.smem.sY2[None, None, y2.index], num_used)
+        if const_expr(not cfg.is_of_queries):
+            # Start values are written before the first WGMMA of both is issued: ptxas would wait for it (C7517).
+            if const_expr(not cfg.has_softcap):
+                start_at(acc_S, self.smem.sShift[None, y.index], self.tidx)
+            if const_expr(cfg.has_dp and not cfg.has_dropout):
+                start_at(acc_dP, self.smem.sDelta[None, y2.index], self.tidx)
+            self.start_S(acc_S, y.index)
         if const_expr(cfg.has_dp):
             issue_gemm(self.mmas.scores, acc_dP, self.tPrX2[None, None, None, 0],
                        self.tPrY2[None, None, None, y2.index], zero_init=cfg.is_of_queries or cfg.has_dropout)
@@ -103,6 +105,17 @@ class OneSide:
         y.release()
         if const_expr(not cfg.has_dp):
             y2.release()
+
+    @cute.jit
+    def clear_unused(self, slot: cute.Tensor, num_used: Int32):
+        """Of a tile of the other side the rows behind the sequence's last."""
+        if const_expr(self.cfg.is_varlen):
+            clear_unused_rows(self.cfg, (slot,), num_used, self.tidx)
+
+    def start_S(self, acc_S: cute.Tensor, slot: Int32):
+        """S of a slot of y, left in flight."""
+        issue_gemm(self.mmas.scores, acc_S, self.tSrX[None, None, None, 0], self.tSrY[None, None, None, slot],
+                   zero_init=self.cfg.is_of_queries or self.cfg.has_softcap)
 
     @cute.jit
     def add_gradient(self, acc_S: cute.Tensor, slot: Int32):
