@@ -84,7 +84,8 @@ def in_parts(case: LatentCase, params: FlashAttentionParams) -> FlashAttentionPa
         of = {"head": head_dim, "row": of_row}
         of |= {"batch": rows[-3] * of_row} if len(rows) > 3 else {}
         strides |= {f"{name}_{dim}_stride": stride for name in names for dim, stride in of.items()}
-    pointers = {"q": params.q + rest, "q_v": params.q, "k": params.k + rest, "v": params.k}
+    q, k = params.q or 0, params.k or 0
+    pointers = {"q": q + rest, "q_v": q, "k": k + rest, "v": k}
     return replace(params, **pointers, **strides, head_dim=QV_DIMS[0], head_dim_v=QV_DIMS[1])
 
 

@@ -140,7 +140,7 @@ def _of_attention(params: Any, lengths: dict[str, Any]) -> dict[str, Array]:
 def _tensors(p: Any, is_backward: bool) -> dict[str, Array]:
     dtype = DTYPE_NAMES[p.dtype]
     of_out = FP8_OUT_DTYPES[0] if dtype == FP8 else dtype
-    types = dict.fromkeys(("q", "k", "v"), dtype)
+    types = dict.fromkeys(("q", "k", "v", "q_v") if p.q_v else ("q", "k", "v"), dtype)
     outputs = {"out": of_out if p.out_dtype is None else DTYPE_NAMES[p.out_dtype]}
     if is_backward:
         types |= {"out": dtype, "dout": dtype}

@@ -163,7 +163,7 @@ def grad_dtype_of(p: BackwardParams) -> DataType:
 
 def sizes_of(p: BackwardParams, tensor: str) -> tuple[int, int, int]:
     """(batch, rows, heads) of a tensor of plain params, gradients too; a packed one has one batch."""
-    return tensor_sizes(p, "q" if tensor in ("q", "out", "dout", "dq") else "k")
+    return tensor_sizes(p, "q" if tensor in ("q", "q_v", "out", "dout", "dq") else "k")
 
 
 def strides_of(p: BackwardParams, tensor: str) -> tuple[int, int, int]:

@@ -79,7 +79,9 @@ WIDE = {
         "what fits one CTA per SM; 32x4x1 with S of a tile ahead serialises WGMMA, which is then in flight "
         "from one iteration to the next",
     ),
-    QV_DIMS: DecodeRow(64, 2, 1, 2.0, "as MLA's, which has the same bytes and GEMMs, and takes 0.99 to 1.01 of its time"),
+    QV_DIMS: DecodeRow(
+        64, 2, 1, 2.0, "as MLA's, which has the same bytes and GEMMs, and takes 0.99 to 1.01 of its time"
+    ),
     (LARGE_DIM, LARGE_DIM): DecodeRow(
         32,
         2,

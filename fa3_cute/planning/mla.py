@@ -113,6 +113,6 @@ def mla_config(
 ) -> MlaConfig:
     """The config that serves a problem of such columns of Q and K, and of V; is_local: of a causal mask."""
     row, (head_dim, dim_v) = WIDE[dims], dims
-    fields = source.fields(row.tile_n) | {"head_dim_v": dim_v if dim_v != head_dim else 0}
-    sizes = row.tile_n, row.num_kv_stages, row.ctas_per_sm
-    return interned(MlaConfig(dtype, head_dim, is_local, *sizes, out_dtype, **fields))
+    fields = source.fields(row.tile_n)
+    sizes, own = (row.tile_n, row.num_kv_stages, row.ctas_per_sm), dim_v if dim_v != head_dim else 0
+    return interned(MlaConfig(dtype, head_dim, is_local, *sizes, out_dtype, head_dim_v=own, **fields))

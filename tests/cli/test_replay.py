@@ -91,6 +91,10 @@ SIZES = [
     ),
     (FP8, {"q_descale_ptr": 9 + 3 * 2 + 1, "k_descale_ptr": 1, "out": 2 * 70 * 4 * 64}),
     (SCORES, {"s_aux": 4, "alibi_slopes": 8, "attn_mask": 6400 + 69 * 90 + 90, "rng_state": 2}),
+    (
+        replace(DENSE, head_dim_v=512, q_v=6 << 45, q_v_head_stride=576, q_v_row_stride=4 * 576),
+        {"q": 2 * 70 * 4 * 64, "q_v": 70 * 4 * 512 + 69 * 4 * 576 + 3 * 576 + 512, "v": 2 * 90 * 2 * 512},
+    ),
     (DECODE, {"workspace": 1 << 20, "tile_counter": workspace_size(DECODE) // 8 + 16}),
 ]
 
