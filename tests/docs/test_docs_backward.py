@@ -340,7 +340,7 @@ def test_a_wrong_table_of_dk_and_dv_is_found(old, new):
     assert old in text and memory_of_pair_in(text.replace(old, new)) != memory_of_pair()
 
 
-@pytest.mark.parametrize("old, new", [("| do | num_do", "| do | num_p"), ("of the other (4)", "of the other (8)")])
+@pytest.mark.parametrize("old, new", [("| do | num_do", "| do | num_q"), ("of the other (4)", "of the other (8)")])
 def test_a_wrong_table_of_rings_of_dk_and_dv_is_found(old, new):
     text = contract_of_pair()
     assert old in text
