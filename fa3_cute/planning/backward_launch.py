@@ -1,7 +1,7 @@
 """A call of `backward` -> its launches and what they are given. Pure Python.
 
-A pass is prepare, main, finish, or prepare and launches of one or two gradients, over the caller's workspace. Of rows, blocks
-and keys there is nothing to do where there are none: such launches are left out.
+A pass is prepare, main, finish, or prepare and launches of one or two gradients, over the caller's workspace. Of rows,
+blocks and keys there is nothing to do where there are none: such launches are left out.
 """
 
 from collections.abc import Callable

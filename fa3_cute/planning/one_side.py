@@ -203,7 +203,7 @@ class OneSidePass(DimFields):
     def sides(self) -> tuple[OneSideConfig, ...]:
         """Of dQ, of dK and dV if no kernel makes both, and of d_bias where attn_mask is added."""
         row = self.row
-        wanted = SIDES if self.pair is None else ("dq",)
+        wanted: tuple[str, ...] = SIDES if self.pair is None else ("dq",)
         shapes = dict.fromkeys(wanted, (row.tile_columns, row.num_y2_stages))
         if "dv" in shapes:
             shapes["dv"] = row.of_dv

@@ -1,7 +1,7 @@
 """What the documents say of the backward pass: its fields, what is served, its rings, its shared memory."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from documents import API, API_ZH, CONTRACT, blocks, both_languages
@@ -237,8 +237,9 @@ def contract_of_sides() -> str:
     return CONTRACT.read_text().partition("\n## The backward kernels of one gradient\n")[2].partition("\n## ")[0]
 
 
-SIDE_PASSES = [OneSidePass("bf16", head_dim, "full", False) for head_dim in ONE_SIDE]
-SIDE_PASSES.append(OneSidePass("bf16", 192, "full", False, head_dim_v=VALUE_DIMS[2, 192]))
+SOFTCAP = frozenset({("has_softcap", True)})  # with which dK and dV have kernels of their own
+SIDE_PASSES = [OneSidePass("bf16", head_dim, "full", False, SOFTCAP) for head_dim in ONE_SIDE]
+SIDE_PASSES.append(OneSidePass("bf16", 192, "full", False, SOFTCAP, head_dim_v=VALUE_DIMS[2, 192]))
 SIDE_CONFIGS = [side for chosen in SIDE_PASSES for side in chosen.sides]
 
 
@@ -292,3 +293,55 @@ def test_a_wrong_table_of_rings_of_one_gradient_is_found(old, new):
     text = contract_of_sides()
     assert old in text
     assert any(rings_of_sides_in(text.replace(old, new), cfg) != rings(cfg) for cfg in SIDE_CONFIGS)
+
+
+# ---- of the kernel of dK and dV --------------------------------------------------------------------------------------
+
+
+def contract_of_pair() -> str:
+    return CONTRACT.read_text().partition("\n## The backward kernel of dK and dV\n")[2].partition("\n## ")[0]
+
+
+PAIR_CONFIGS = [replace(chosen, features=frozenset()).pair for chosen in SIDE_PASSES]
+
+
+def memory_of_pair_in(text: str) -> list[tuple[str, ...]]:
+    return re.findall(r"^\| (\d+), (\d+) \| (\d+x\d+)" + r" \| ([\dx, ]+)" * 5 + r" \|$", text, re.MULTILINE)
+
+
+def memory_of_pair() -> list[tuple[str, ...]]:
+    """(head_dim, head_dim_v, tile, K and V, Q, dO, P, all) of every config."""
+    found = []
+    for cfg in PAIR_CONFIGS:
+        ring = by_name(cfg.rings)
+        slots = [f"{ring[name].slots} x {ring[name].slot_bytes}" for name in ("q", "do", "p")]
+        keys = f"{ring['k'].slot_bytes}, {ring['v'].slot_bytes}"
+        found.append((str(cfg.dim_qk), str(cfg.dim_v), f"{cfg.tile_m}x{cfg.tile_n}", keys, *slots, str(cfg.smem_bytes)))
+    return found
+
+
+def rings_of_pair_in(text: str, cfg) -> list[tuple[str, int, int, int]]:
+    value = lambda word: int(word) if word.isdigit() else getattr(cfg, word)
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| [^|]*\((\d+)\) \| [^|]*\((\d+)\) \| [^|]+ \|$", text, re.MULTILINE)
+    return [(name, *map(value, counts)) for name, *counts in rows]
+
+
+def test_the_tables_of_dk_and_dv_are_the_configs():
+    assert memory_of_pair_in(contract_of_pair()) == memory_of_pair()
+    for cfg in PAIR_CONFIGS:
+        assert rings_of_pair_in(contract_of_pair(), cfg) == rings(cfg)
+        roles = {role.name: (role.warps, role.registers) for role in cfg.roles}
+        assert roles == {"load": (range(1), 24), "values": (range(4, 8), 240), "keys": (range(8, 12), 240)}
+
+
+@pytest.mark.parametrize("old, new", [("| 231424 |", "| 231425 |"), ("64x64", "64x128"), ("1 x 32768", "2 x 32768")])
+def test_a_wrong_table_of_dk_and_dv_is_found(old, new):
+    text = contract_of_pair()
+    assert old in text and memory_of_pair_in(text.replace(old, new)) != memory_of_pair()
+
+
+@pytest.mark.parametrize("old, new", [("| do | num_do", "| do | num_q"), ("of the other (4)", "of the other (8)")])
+def test_a_wrong_table_of_rings_of_dk_and_dv_is_found(old, new):
+    text = contract_of_pair()
+    assert old in text
+    assert any(rings_of_pair_in(text.replace(old, new), cfg) != rings(cfg) for cfg in PAIR_CONFIGS)

@@ -110,7 +110,7 @@ def test_order(is_causal, is_reversed, num_blocks, num_heads, seqlen_q, group):
     [(512, 1, 512, 64), (64, 1, 4096, 8), (16, 1, 16384, 2), (32, 8, 4096, 4), (8, 4, 16384, 1), (8, 4, 65536, 1)],
 )
 def test_heads_per_section(num_heads, group, seqlen_q, expected):
-    """As many as L2 holds; of few keys with many queries, as many as give every CTA a tile; as many as are asked for."""
+    """As many as L2 holds; of few keys with many queries, as many as give every CTA a tile; or what is asked for."""
     extents = num_heads, group, seqlen_q, 128, seqlen_q // 128
     assert heads_per_section(*extents) == expected
     assert heads_per_section(*extents, least=expected + 1) in (num_heads, *range(expected, expected + 2))
@@ -119,8 +119,8 @@ def test_heads_per_section(num_heads, group, seqlen_q, expected):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("group, num_q_blocks", [(1, 26), (1, 205), (8, 52), (1, 7)])
 def test_heads_apart(group, num_q_blocks, is_causal):
-    """CTAs that start one after the other, as many in the time of a tile of keys as there are: neighbouring tiles of one
-    head are that many Q tiles apart."""
+    """CTAs that start one after the other, as many in the time of a tile of keys as there are: neighbouring tiles of
+    one head are that many Q tiles apart."""
     num_ctas, steps = 132, group * num_q_blocks / (2 if is_causal else 1)
     heads = heads_apart(group, num_q_blocks, num_ctas, is_causal)
     apart = lambda heads: heads * steps / num_ctas

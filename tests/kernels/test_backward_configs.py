@@ -61,7 +61,10 @@ def test_selection_covers_options():
     assert options(mains) == options(every)
     assert {(cfg.dtype, cfg.is_varlen) for cfg in mains} == {(cfg.dtype, cfg.is_varlen) for cfg in every}
     for configs in (sides, pairs):
-        assert {cfg.dtype for cfg in configs} == {"bf16", "fp16"} and {cfg.is_varlen for cfg in configs} == {False, True}
+        assert {cfg.dtype for cfg in configs} == {"bf16", "fp16"} and {cfg.is_varlen for cfg in configs} == {
+            False,
+            True,
+        }
         for name, values in (("head_dim", ONE_SIDE), ("mask", MASKS)):
             assert {getattr(cfg, name) for cfg in configs} == set(values)
     assert {type(kernel) for cfg in passes for kernel in kernels_of(cfg)} == {type(cfg) for cfg in CONFIGS}

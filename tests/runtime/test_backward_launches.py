@@ -137,7 +137,8 @@ def launched(**changes):
     return list(log)
 nbytes = backward_workspace_size(BackwardParams(**FIELDS | call))
 tell(log=launched(), again=launched(), same=launched(deterministic=True), only_v=launched(dq=None, dk=0),
-     only_q=launched(dk=0, dv=None), without_k=launched(dk=None), nbytes=nbytes, of_vectors=8 * rows, addresses=ADDRESSES,
+     only_q=launched(dk=0, dv=None), without_k=launched(dk=None), nbytes=nbytes, of_vectors=8 * rows,
+     addresses=ADDRESSES,
      no_queries=launched(total_q=0, q=None, out=None, dout=None, softmax_lse=None, dlse=None, dq=None, workspace=None,
                          workspace_bytes=0) if {lengths} else [])
 """)

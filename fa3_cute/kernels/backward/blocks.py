@@ -165,7 +165,7 @@ class QueryRange:
         return (self.m_block_max - self.m_block_min) * group
 
     def passing(self, i: Int32, group: Int32) -> tuple[Int32, Int32]:
-        """(m_block, head of the group) of the i-th: the last rows first, of them one head after the other (order.py)."""
+        """(m_block, head of the group) of the i-th: the last rows first, one head after the other (order.py)."""
         rows = i // group
         return self.m_block_max - 1 - rows, i - rows * group
 

@@ -33,6 +33,6 @@ def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim:
 
 
 def heads_apart(group: Int32, num_q_blocks: Int32, num_ctas: Int32, is_causal: bool) -> Int32:
-    """In sections of so many heads a tile of keys starts STEPS_APART Q tiles behind the one before it, if CTAs start one
-    after the other: what that one has added to dQ it then need not wait for."""
+    """In sections of so many heads a tile of keys starts STEPS_APART Q tiles behind the one before it, if CTAs start
+    one after the other: what that one has added to dQ it then need not wait for."""
     return ceil_div(STEPS_APART * num_ctas * (2 if is_causal else 1), maximum(num_q_blocks * group, 1))

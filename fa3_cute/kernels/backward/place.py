@@ -27,7 +27,8 @@ class Place:
 
 @cute.jit
 def find_place(cfg: BackwardConfig | OneSideConfig, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
-               index: Int32, in_sections: Constexpr[bool], is_reversed: Constexpr[bool], least_heads: Int32 = 1) -> Place:
+               index: Int32, in_sections: Constexpr[bool], is_reversed: Constexpr[bool],
+               least_heads: Int32 = 1) -> Place:
     """At a place of the order. Runs on: whole warps.
 
     heads         (heads of the side that `blocks` are of, query heads of a KV head)
