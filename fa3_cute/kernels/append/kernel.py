@@ -96,8 +96,7 @@ class AppendKeys:
         self.kernel(t, Rows.create(a), Cache.create(a, cfg.kv_dtype != ""), rotary, work).launch(
             grid=(a.num_queries + a.num_new + length_ctas,
                   ceil_div(heads * pieces, cfg.num_threads), 1),
-            # As attention has it: an SM changes its carveout only while nothing runs there.
-            block=(cfg.num_threads, 1, 1), preferred_smem_carveout=100, use_pdl=True, stream=a.stream)
+            block=(cfg.num_threads, 1, 1), use_pdl=True, stream=a.stream)
 
     @property
     def columns(self) -> int:
