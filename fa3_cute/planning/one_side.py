@@ -204,7 +204,7 @@ class OneSidePass(DimFields):
         """Of dQ, of dK and dV if no kernel makes both, and of d_bias where attn_mask is added."""
         row = self.row
         wanted: tuple[str, ...] = SIDES if self.pair is None else ("dq",)
-        shapes: dict[str, tuple[int, int]] = {side: (row.tile_columns, row.num_y2_stages) for side in wanted}
+        shapes = dict.fromkeys(wanted, (row.tile_columns, row.num_y2_stages))
         if "dv" in shapes:
             shapes["dv"] = row.of_dv
         if take_registers(self.features) or ("has_dropout", True) in self.features:
