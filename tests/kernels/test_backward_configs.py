@@ -36,7 +36,7 @@ def selection() -> list:
         for turn, mask in enumerate(MASKS):
             *_, cfg = (cfg for cfg in backward_configs() if (cfg.head_dim, cfg.mask) == (head_dim, mask))
             prepare, of_queries, pair = kernels_of(cfg)
-            found += [prepare, pair, *[of_queries] * ((number + turn) % 2 == 0)]
+            found += [prepare, pair, *[of_queries] * (turn == 0 or (number + turn) % 2 == 0)]
     return list(dict.fromkeys(found))
 
 
