@@ -155,6 +155,7 @@ PAIRS = {
     192: PairRow(128, 1, 1, "128 queries: 64 take 1.04 to 1.13 times as long"),
     256: PairRow(64, 2, 2, "the only tiles of two slots each that fit shared memory"),
 }
+LOCAL_PAIR = PairRow(64, 2, 2, "not measured: with windows 128 queries of head_dim 192 spill")
 # Of the other head dims, with features of scores that the kernel of all three gradients does not have.
 FEATURED = {
     64: OneSideRow(128, 2, (128, 2), "not measured: the widest tiles that do not spill"),
@@ -195,7 +196,7 @@ class OneSidePass(DimFields):
         """Of dK and dV, if one kernel makes both."""
         if self.features:
             return None
-        choices = PAIRS[self.head_dim][:-1]
+        choices = (LOCAL_PAIR if self.mask == "local" else PAIRS[self.head_dim])[:-1]
         fields = self.dtype, self.head_dim, self.mask, self.is_varlen, *choices
         return PairConfig(*fields, head_dim_v=self.head_dim_v, is_padded=self.is_padded)
 
@@ -203,8 +204,8 @@ class OneSidePass(DimFields):
     def sides(self) -> tuple[OneSideConfig, ...]:
         """Of dQ, of dK and dV if no kernel makes both, and of d_bias where attn_mask is added."""
         row = self.row
-        wanted: tuple[str, ...] = SIDES if self.pair is None else ("dq",)
-        shapes = dict.fromkeys(wanted, (row.tile_columns, row.num_y2_stages))
+        wanted = SIDES if self.pair is None else SIDES[:1]
+        shapes: dict[str, tuple[int, int]] = dict.fromkeys(wanted, (row.tile_columns, row.num_y2_stages))
         if "dv" in shapes:
             shapes["dv"] = row.of_dv
         if take_registers(self.features) or ("has_dropout", True) in self.features:

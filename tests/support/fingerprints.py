@@ -7,7 +7,7 @@ Either one prints what of a kernel must not ship, and ends with exit status 1 if
 
 A fingerprint is registers, bytes of stack, of spill stores and loads, of shared memory, instructions, and a hash of the
 instructions in order, without the places of kernel parameters in constant memory. Of the backward kernels of one
-gradient the hash is of how often each opcode occurs: of the same PTX the assembler makes one of two orders of theirs,
+gradient or two the hash is of how often each opcode occurs: of the same PTX the assembler makes one of two orders of theirs,
 another one in some processes. Keyed by DSL version and flavour;
 versions of one flavour share an assembler, and 4.8.0 and 4.8.1 make the same code of every kernel.
 """
@@ -40,8 +40,10 @@ def fingerprint(cfg) -> tuple:
 def of_compiled(cfg, report, kernel) -> list:
     """The fingerprint of what compile_and_read returns."""
     from fa3_cute.planning.one_side import OneSideConfig
+    from fa3_cute.planning.pair import PairConfig
 
-    of_code = opcode_hash(kernel.opcodes) if isinstance(cfg, OneSideConfig) else code_hash(kernel.code)
+    has_orders = isinstance(cfg, OneSideConfig | PairConfig)
+    of_code = opcode_hash(kernel.opcodes) if has_orders else code_hash(kernel.code)
     return [*(getattr(report, field) for field in FIELDS), of_code]
 
 

@@ -87,7 +87,7 @@ class PairBackward:
         """(KeyTile, whether it has a row). Runs on: whole warps."""
         cfg = self.cfg
         at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group),
-                        cute.arch.block_idx()[0], False)
+                        cute.arch.block_idx()[0], in_sections=cfg.is_causal, is_reversed=False)
         tile = KeyTile(at.block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k,
                        params.q_blocks.first(at.sequence), at.sequence)
         return tile, at.block * cfg.tile_n < at.seqlen_k
