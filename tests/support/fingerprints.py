@@ -7,9 +7,9 @@ Either one prints what of a kernel must not ship, and ends with exit status 1 if
 
 A fingerprint is registers, bytes of stack, of spill stores and loads, of shared memory, instructions, and a hash of the
 instructions in order, without the places of kernel parameters in constant memory. Of the backward kernels of one
-gradient or two the hash is of how often each opcode occurs: of the same PTX the assembler makes one of two orders of theirs,
-another one in some processes. Keyed by DSL version and flavour;
-versions of one flavour share an assembler, and 4.8.0 and 4.8.1 make the same code of every kernel.
+gradient or two the hash is of how often each opcode occurs: of the same PTX the assembler makes one of two orders of
+theirs, another one in some processes. Keyed by DSL version and flavour; versions of one flavour share an assembler, and
+4.8.0 and 4.8.1 make the same code of every kernel.
 """
 
 import hashlib
