@@ -14,7 +14,7 @@ import pytest
 from machine_lock import machine_lock
 from sources import source_hash
 
-TIMING = "timing: "  # what a test's properties that are measurements start with
+TIMING, ERROR = "timing: ", "error: "  # what a test's properties that are measurements start with
 
 # Read when NumPy is first imported, hence no import above that does. One thread: check.py computes heads in parallel,
 # and OpenBLAS's threads wait by spinning.
@@ -43,6 +43,7 @@ class GpuTier:
         self.deselected: set[str] = set()
         self.outcomes: dict[str, str] = {}
         self.timings: dict[str, float] = {}
+        self.errors: dict[str, tuple[float, float]] = {}
 
     # With pytest-xdist the workers collect and the controller reports: a worker's sets travel as its output.
     def pytest_sessionfinish(self, session):
@@ -73,10 +74,15 @@ class GpuTier:
             self.outcomes[report.nodeid] = report.outcome
         if report.when == "teardown":
             self.timings |= {name: value for name, value in report.user_properties if name.startswith(TIMING)}
+            self.errors |= {name: tuple(value) for name, value in report.user_properties if name.startswith(ERROR)}
 
     def pytest_terminal_summary(self, terminalreporter):
         for name, seconds in self.timings.items():
             terminalreporter.write_line(f"measured: {name.removeprefix(TIMING)}: {seconds:.3f} s")
+        for name, (found, others) in self.errors.items():
+            terminalreporter.write_line(
+                f"measured: {name.removeprefix(ERROR)}: error {found:.2e}, {others:.2e} beside it"
+            )
         counts = Counter(self.outcomes.values())
         if self.problem and counts["skipped"]:
             terminalreporter.write_line(f"{counts['skipped']} GPU tests left out: {self.problem}")
@@ -97,6 +103,7 @@ class GpuTier:
             "files": [Path(file).name for file in files],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "timings": {name.removeprefix(TIMING): round(value, 4) for name, value in self.timings.items()},
+            "errors": {name.removeprefix(ERROR): self.errors[name] for name in sorted(self.errors)},
         }
         Path(self.record_file).write_text(json.dumps(record, indent=2) + "\n")
         return f"GPU record written to {self.record_file}"
@@ -158,3 +165,9 @@ def much_memory(device):
 def timing(record_property):
     """timing(name, seconds): report a measurement at the end of the run and in the record."""
     return lambda name, seconds: record_property(TIMING + name, seconds)
+
+
+@pytest.fixture
+def compare_errors(record_property):
+    """compare_errors(name, found, others): report an error and the one that it is held against, in the record too."""
+    return lambda name, found, others: record_property(ERROR + name, (found, others))

@@ -18,8 +18,12 @@ ALL = [(kind, side) for kind in ("Mistral", "Gemma2", "GptOss") for side in ("",
 ALL += [("Llama", "left"), ("Qwen3", ""), ("Phi3", "left"), ("DeepseekV2", "left"), ("DeepseekV3", "left")]
 
 
+def named(kind: str, side: str) -> str:
+    return f"{kind}, padded on the {side}" if side else kind
+
+
 @pytest.mark.parametrize("kind, side", ALL)
-def test_logits(kind, side):
+def test_logits(kind, side, compare_errors):
     ids = tokens(device="cuda")
     mask = padding(side, ids)
 
@@ -28,7 +32,9 @@ def test_logits(kind, side):
             return model(ids, attention_mask=mask).logits[mask.bool()]
 
     exact, eager, ours = three(run, decoder(kind).cuda())
-    assert error(ours, exact) <= MORE * error(eager, exact)
+    found, others = error(ours, exact), error(eager, exact)
+    compare_errors(f"logits of {named(kind, side)}", found, others)
+    assert found <= MORE * others
 
 
 GREEDY = [("Mistral", ""), ("Mistral", "left"), ("Llama", ""), ("Phi3", "left"), ("DeepseekV3", "left")]
@@ -47,7 +53,7 @@ TRAINED += [("Llama", "left"), ("Qwen3", ""), ("Phi3", "left"), ("DeepseekV3", "
 
 
 @pytest.mark.parametrize("kind, side", TRAINED)
-def test_a_training_step(kind, side):
+def test_a_training_step(kind, side, compare_errors):
     """Gradients of all weights; a batch with padding has none that are not numbers."""
     ids = tokens(device="cuda")
     mask = padding(side, ids)
@@ -60,4 +66,6 @@ def test_a_training_step(kind, side):
         return torch.cat([p.grad.flatten().float() for p in model.parameters()])
 
     exact, eager, ours = three(run, decoder(kind).cuda())
-    assert not ours.isnan().any() and error(ours, exact) <= MORE * error(eager, exact)
+    found, others = error(ours, exact), error(eager, exact)
+    compare_errors(f"gradients of {named(kind, side)}", found, others)
+    assert not ours.isnan().any() and found <= MORE * others
