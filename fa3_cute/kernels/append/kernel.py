@@ -10,17 +10,19 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from ...contract.append import APPEND_ENTRY
 from ...planning.append import AppendConfig
 from ..common.arithmetic import ceil_div, maximum, minimum
+from ..common.cache import Cache
+from ..common.copies import PIECE_BYTES
 from ..common.entry import flat_entry
 from ..common.layout import ELEMENT_TYPES, tensor_view
-from .rows import Cache, Rows
+from ..common.rotary import Rotary, turn_piece
+from .rows import Rows
 
 Divisor = cute.FastDivmodDivisorV2
-PIECE_BYTES = 16
 SATURATED = 512.0       # what E4M3, which ends at 448, has no number for
 
 
@@ -40,15 +42,6 @@ class AppendWork:
     pieces: Divisor
     pieces_k: Int32
     pieces_v: Int32
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """mCos, mSin (positions, rotary_dim / 2); query_step: positions from a query to the next, 0 or 1."""
-    mCos: cute.Tensor
-    mSin: cute.Tensor
-    rotary_dim: Int32
-    query_step: Int32
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ class AppendKeys:
                           for name in ("k_new", "v_new"))
         t = AppendTensors(mQ, cute.make_tensor(a.rotated_q, rotated), mK_new, mV_new,
                           cute.make_tensor(a.new_lengths, cute.make_layout(a.batch_size)))
-        rotary = self.rotary(a) if const_expr(cfg.rotary) else None
+        rotary = Rotary.create(a, cfg.table_dtype) if const_expr(cfg.rotary) else None
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         length_ctas = ceil_div(a.batch_size, cfg.num_threads) if a.num_new > 0 else Int32(0)
         heads = maximum(a.num_heads if a.num_queries > 0 else Int32(0), a.num_heads_k)
@@ -102,15 +95,6 @@ class AppendKeys:
     def columns(self) -> int:
         """Elements of a piece."""
         return 8 * PIECE_BYTES // ELEMENT_TYPES[self.cfg.dtype].width
-
-    def rotary(self, a) -> Rotary:
-        """The tables, whose elements the config knows."""
-        element = ELEMENT_TYPES[self.cfg.table_dtype]
-        stride = cute.assume(a.rotary_row_stride, divby=8 * PIECE_BYTES // element.width)
-        layout = cute.make_layout((a.rotary_positions, a.rotary_dim // 2), stride=(stride, 1))
-        mCos, mSin = (cute.make_tensor(cute.recast_ptr(pointer, dtype=element), layout)
-                      for pointer in (a.rotary_cos, a.rotary_sin))
-        return Rotary(mCos, mSin, a.rotary_dim, a.query_step)
 
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
@@ -189,37 +173,10 @@ class AppendKeys:
             own = cute.make_rmem_tensor(self.columns, source.element_type)
             cute.autovec_copy(cute.local_tile(source, (self.columns,), (piece,)), own)
             turned = cute.make_rmem_tensor(self.columns, Float32)
-            if const_expr(self.cfg.rotary == "halves"):
-                self.turn_halves(source, own, turned, rotary, position, piece)
-            else:
-                self.turn_neighbours(own, turned, rotary, position, piece)
+            turn_piece(self.cfg.rotary, source, own, turned, rotary, position, piece)
             store(turned, self.piece_of(target, piece), descale)
         else:
             self.write(source, target, descale, piece)
-
-    @cute.jit
-    def turn_halves(self, source: cute.Tensor, own: cute.Tensor, turned: cute.Tensor, rotary: Rotary, position: Int32,
-                    piece: Int32):
-        """Pairs (i, i + rotary_dim / 2), of which the piece has one side."""
-        half = rotary.rotary_dim // (2 * self.columns)          # pieces
-        is_second = piece >= half
-        column = piece - half if is_second else piece
-        other = cute.make_rmem_tensor(self.columns, source.element_type)
-        partner = column if is_second else column + half
-        cute.autovec_copy(cute.local_tile(source, (self.columns,), (partner,)), other)
-        cos, sin = (angles(table, position, column, self.columns) for table in (rotary.mCos, rotary.mSin))
-        sign = Float32(1.0) if is_second else Float32(-1.0)
-        for i in cutlass.range_constexpr(self.columns):
-            turned[i] = own[i].to(Float32) * cos[i] + sign * (other[i].to(Float32) * sin[i])
-
-    @cute.jit
-    def turn_neighbours(self, own: cute.Tensor, turned: cute.Tensor, rotary: Rotary, position: Int32, piece: Int32):
-        """Pairs (2i, 2i + 1), all in the piece."""
-        cos, sin = (angles(table, position, piece, self.columns // 2) for table in (rotary.mCos, rotary.mSin))
-        for i in cutlass.range_constexpr(self.columns // 2):
-            a, b = own[2 * i].to(Float32), own[2 * i + 1].to(Float32)
-            turned[2 * i] = a * cos[i] - b * sin[i]
-            turned[2 * i + 1] = a * sin[i] + b * cos[i]
 
 
 @cute.jit
@@ -250,13 +207,3 @@ def quotient(number: Float32, descale: Float32, reciprocal: Float32) -> Float32:
     for _ in range(2):
         found = found - (found * descale - number) * reciprocal
     return found
-
-
-@cute.jit
-def angles(table: cute.Tensor, position: Int32, index: Int32, count: Constexpr[int]) -> cute.Tensor:
-    """Numbers index * count to (index + 1) * count - 1 of a row of a table, in FP32."""
-    read = cute.make_rmem_tensor(count, table.element_type)
-    cute.autovec_copy(cute.local_tile(table[position, None], (count,), (index,)), read)
-    wide = cute.make_rmem_tensor(count, Float32)
-    wide.store(read.load().to(Float32))
-    return wide

@@ -1,18 +1,15 @@
-"""Where queries and new rows come from, where they belong, and where the cache has room for them."""
+"""Where queries and new rows come from, and where they belong."""
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32
+from cutlass import Boolean, Int32
 
 from ..common.arithmetic import ceil_div, maximum, minimum
-from ..common.fp8 import descale_at
-from ..common.layout import tensor_view
 from ..common.sequences import is_present
 
 Divisor = cute.FastDivmodDivisorV2
 WARP = 32
-MAX_PAGES_OF_ROW = 1 << 30      # of the table; a sequence's used pages are fewer
 
 
 @dataclass(frozen=True)
@@ -138,59 +135,3 @@ def count_ends(offsets: cute.Tensor, end: Int32, token: Int32, counts: Boolean) 
     """Of the lanes that count: how many have an end at or before the row."""
     is_before = Int32(1) if counts and offsets[end] <= token else Int32(0)
     return cute.arch.popc(cute.arch.vote_ballot_sync(is_before != 0))
-
-
-@dataclass(frozen=True)
-class Cache:
-    """K and V (rows, head_dim, heads, entries), rows those of an entry or of a page.
-
-    table       (rows of the table, pages) int32, kv_batch_idx int32 [batch_size]; null if absent
-    page_size   1 without pages
-    num_entries   entries of a dense cache, or rows of the table
-    k_descale, v_descale   (heads, sequences) FP32, null for ones, where new rows are quantised; else None
-    """
-    mK: cute.Tensor
-    mV: cute.Tensor
-    table: cute.Tensor
-    kv_batch_idx: cute.Tensor
-    page_size: Divisor
-    num_pages: Int32
-    num_entries: Int32
-    k_descale: cute.Tensor | None
-    v_descale: cute.Tensor | None
-
-    @staticmethod
-    def create(a, has_descales: bool) -> "Cache":
-        """From the kernel's arguments, on the host."""
-        # Extents mean nothing to ordinary loads and stores: those of pages are others.
-        shape = a.seqlen_k, a.head_dim, a.num_heads_k, a.batch_size_k
-        mK, mV = (tensor_view(a, name, shape) for name in ("k", "v"))
-        table = cute.make_tensor(a.page_table, cute.make_layout(
-            (a.batch_size_k, MAX_PAGES_OF_ROW), stride=(a.page_table_batch_stride, 1)))
-        descales = None, None
-        if has_descales:
-            descales = [cute.make_tensor(getattr(a, name), cute.make_layout(
-                (a.num_heads_k, a.batch_size),
-                stride=tuple(getattr(a, f"{name}_{dim}_stride") for dim in ("head", "batch"))))
-                for name in ("k_descale", "v_descale")]
-        return Cache(mK, mV, table, cute.make_tensor(a.kv_batch_idx, cute.make_layout(a.batch_size)),
-                     Divisor(maximum(a.page_size, 1)), a.num_pages, a.batch_size_k, *descales)
-
-    def descale(self, array: cute.Tensor | None, head: Int32, sequence: Int32) -> Float32 | None:
-        """One of k_descale or v_descale; None where nothing is quantised."""
-        return None if array is None else descale_at(array, head, sequence)
-
-    @cute.jit
-    def find(self, sequence: Int32, row: Int32, capacity: Int32) -> tuple[Int32, Int32, Boolean]:
-        """(entry or page, row in it, whether that exists) of a row of a sequence. No entry of the table is read but
-        that of a row that the sequence can have."""
-        entry, within = sequence, row
-        if is_present(self.kv_batch_idx):
-            entry = self.kv_batch_idx[sequence]
-        exists = row >= 0 and row < capacity and entry >= 0 and entry < self.num_entries
-        if is_present(self.table):
-            page, within = divmod(row, self.page_size)
-            if exists:
-                entry = self.table[entry, page]
-            exists = exists and entry >= 0 and entry < self.num_pages
-        return entry, within, exists
