@@ -25,6 +25,7 @@ from .dropout import RowDropout
 from .fp8 import Descales
 from .layout import ROW_STEP, as_operand_a, convert
 from .mods import RowMods
+from .new_row import NewRow
 from .row_end import Sinks, end_rows, end_rows_without_keys
 from .score_mask import RowMask
 from .scores import RowFactors, ScoreTransform
@@ -312,18 +313,23 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
 
 @cute.jit
 def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange, sV: cute.Tensor,
-              tidx: Int32, sinks: Optional[Sinks] = None) -> Attend:
+              tidx: Int32, sinks: Optional[Sinks] = None, new: Optional[NewRow] = None) -> Attend:
     """O and LSE of one Q tile over a range of K/V tiles, from the last one down. Returns the state that it advanced.
 
     sinks   where the rows end here
+    new     a row that takes its place in the first of these tiles before it is read
     """
     n_block = blocks.n_block_max - 1
     if n_block >= blocks.n_block_min:
+        if const_expr(new is not None):
+            new.put(new.K, new.sK, attend.k_consumer, tidx)
         attend.first_qk(mask, n_block)
         if const_expr(cfg.is_varlen and not cfg.values.has_ring):
             num_used = mask.tile.seqlen_k - first_key(cfg, n_block)
             if num_used < cfg.tile_n:
                 clear_unused_rows(cfg, sV, attend.v_consumer, num_used, cfg.tile_n, tidx)
+        if const_expr(new is not None):
+            new.put(new.V, new.sV, attend.v_consumer, tidx)
         # Three ranges, so that the middle one, where the time goes, carries no mask code: tiles cut by the right end of
         # what the rows see, tiles that they all see, tiles cut by the left end. And nearly all of the middle one has
         # rows whose maxima are not negative any more, which max_of_bits can go on with.

@@ -57,6 +57,12 @@ class Cache:
     def find(self, sequence: Int32, row: Int32, capacity: Int32) -> tuple[Int32, Int32, Boolean]:
         """(entry or page, row in it, whether that exists) of a row of a sequence. No entry of the table is read but
         that of a row that the sequence can have."""
+        entry, within, exists = self.look_up(sequence, row, capacity)
+        return entry, within, self.has(entry, exists)
+
+    @cute.jit
+    def look_up(self, sequence: Int32, row: Int32, capacity: Int32) -> tuple[Int32, Int32, Boolean]:
+        """`find`, but for whether the page exists: what the table says is on its way."""
         entry, within = sequence, row
         if is_present(self.kv_batch_idx):
             entry = self.kv_batch_idx[sequence]
@@ -65,5 +71,11 @@ class Cache:
             page, within = divmod(row, self.page_size)
             if exists:
                 entry = self.table[entry, page]
-            exists = exists and entry >= 0 and entry < self.num_pages
         return entry, within, exists
+
+    @cute.jit
+    def has(self, entry: Int32, exists: Boolean) -> Boolean:
+        """Whether what was looked up exists, to the page."""
+        if is_present(self.table):
+            exists = exists and entry >= 0 and entry < self.num_pages
+        return exists

@@ -31,6 +31,7 @@ class RaggedBatch:
     batch_size     sequences, and padding as one more
     least_queries, most_queries   of the sequences that this kernel serves
     leftpad_k      [batch_size] int32: first rows of a sequence's keys that do not exist; None unless cfg.has_leftpad
+    num_new        keys that the kernel appends to each sequence's used ones; None where it appends nothing
     """
     arrays: Sequences
     kv_batch_idx: cute.Tensor
@@ -38,6 +39,7 @@ class RaggedBatch:
     least_queries: Int32
     most_queries: Int32
     leftpad_k: Optional[cute.Tensor] = None
+    num_new: Optional[Int32] = None
 
     @staticmethod
     def create(cfg: KernelConfig, a, least_queries: Int32, most_queries: Int32) -> "RaggedBatch":
@@ -89,6 +91,8 @@ class RaggedBatch:
                 used_q = arrays.seqused_q[sequence]
             if is_present(arrays.seqused_k):
                 used_k = arrays.seqused_k[sequence]
+                if const_expr(self.num_new is not None):
+                    used_k = maximum(used_k, 0) + self.num_new
             if const_expr(self.leftpad_k is not None):
                 pad = self.leftpad_k[sequence]
         elif sequence < self.batch_size:

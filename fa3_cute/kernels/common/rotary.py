@@ -87,7 +87,7 @@ def read_turned(pairs: Constexpr[str], source: cute.Tensor, rotary: Rotary, posi
     columns: Constexpr[int] = piece_size(source.element_type)
     own = cute.make_rmem_tensor(columns, source.element_type)
     cute.autovec_copy(cute.local_tile(source, (columns,), (piece,)), own)
-    if const_expr(pairs):
+    if const_expr(pairs != ""):
         if piece * columns < rotary.rotary_dim:
             turned = cute.make_rmem_tensor(columns, Float32)
             turn_piece(pairs, source, own, turned, rotary, position, piece)

@@ -13,6 +13,7 @@ from ..common.keys_values import KeyPlaces, Operand
 from ..common.row_end import Sinks
 from ..common.scores import ScoreTransform
 from ..common.sequences import UsedLengths
+from .new_rows import NewRows
 from .ragged import RaggedGrid
 from .split import SplitGrid, SplitScratch
 
@@ -37,6 +38,12 @@ class DecodeParams:
     ragged: Optional[RaggedGrid]   # None unless cfg.is_ragged
     num_clusters: Int32            # num_splits / cluster_size
     kv_policy: Int64               # L2 policy of the K and V loads
+    new_rows: Optional[NewRows] = None     # None where the kernel appends nothing
+
+    @property
+    def turns_queries(self) -> bool:
+        """Q is turned on its way to shared memory."""
+        return self.new_rows is not None and self.new_rows.rotary is not None
 
 
 @dataclass(frozen=True)

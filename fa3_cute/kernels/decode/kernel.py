@@ -63,7 +63,7 @@ class FlashAttentionDecode:
         places, ragged, num_ctas = None, None, grid.num_items * a.num_splits
         num_tokens = Int64(a.batch_size) * a.seqlen_k        # of K and V that the call may read
         if const_expr(cfg.is_ragged):
-            batch = RaggedBatch.create(cfg, a, Int32(0), a.decode_queries)
+            batch = self.batch(a)
             batches = Int32(1) if batch.is_packed() else a.batch_size
             batches_k = Int32(1) if is_present(batch.arrays.cu_seqlens_k) else a.batch_size_k
             places, ragged = KeyPlaces.create(cfg, a, batch), RaggedGrid.create(a)
@@ -104,6 +104,10 @@ class FlashAttentionDecode:
         dim_qk, dim_v = dims_of(self.cfg, a)
         return tuple(key_value_operand(self.cfg, a, name, (a.seqlen_k, columns, a.num_heads_k, batches_k), layout)
                      for name, columns, layout in (("k", dim_qk, layouts.sK), ("v", dim_v, layouts.sV)))
+
+    def batch(self, a) -> RaggedBatch:
+        """The sequences, where they are of unlike lengths."""
+        return RaggedBatch.create(self.cfg, a, Int32(0), a.decode_queries)
 
     def extended(self, params: DecodeParams, a, batches: Int32) -> DecodeParams:
         """The arguments with what a kind of this kernel has besides."""
@@ -148,6 +152,8 @@ class FlashAttentionDecode:
         if const_expr(cfg.is_ragged):
             if work.num_clusters > 0:
                 self.play(params, mmas, smem, pipes, work, warp_idx)
+            elif const_expr(params.new_rows is not None):
+                self.append_alone(params, work, warp_idx)
         else:
             self.play(params, mmas, smem, pipes, work, warp_idx)
 
