@@ -322,14 +322,14 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
     n_block = blocks.n_block_max - 1
     if n_block >= blocks.n_block_min:
         if const_expr(new is not None):
-            new.put(new.K, new.sK, attend.k_consumer, tidx)
+            new.put_key(attend.k_consumer, tidx)
         attend.first_qk(mask, n_block)
         if const_expr(cfg.is_varlen and not cfg.values.has_ring):
             num_used = mask.tile.seqlen_k - first_key(cfg, n_block)
             if num_used < cfg.tile_n:
                 clear_unused_rows(cfg, sV, attend.v_consumer, num_used, cfg.tile_n, tidx)
         if const_expr(new is not None):
-            new.put(new.V, new.sV, attend.v_consumer, tidx)
+            new.put_value(attend.v_consumer, tidx)
         # Three ranges, so that the middle one, where the time goes, carries no mask code: tiles cut by the right end of
         # what the rows see, tiles that they all see, tiles cut by the left end. And nearly all of the middle one has
         # rows whose maxima are not negative any more, which max_of_bits can go on with.

@@ -153,7 +153,7 @@ class FlashAttentionDecode:
             if work.num_clusters > 0:
                 self.play(params, mmas, smem, pipes, work, warp_idx)
             elif const_expr(params.new_rows is not None):
-                self.append_alone(params, work, warp_idx)
+                self.append_alone(params, smem, work, warp_idx)
         else:
             self.play(params, mmas, smem, pipes, work, warp_idx)
 

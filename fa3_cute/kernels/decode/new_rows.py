@@ -1,7 +1,7 @@
 """One new key and value of each sequence: the CTA that reads the last tile of its keys has the row of its head.
 
-It brings the row to registers while the tile is on its way, from memory that does not have the row yet; writes it to the
-cache, for later launches; and puts it into the tile, in shared memory (common/new_row.py). No CTA waits for another.
+It brings the row to registers while the tile is on its way, from memory that does not have the row yet; puts it into the
+tile, in shared memory; and writes it to the cache, for later launches (common/new_row.py). No CTA waits for another.
 Where several CTAs read the last tile of one head, all of them write the same bits.
 """
 from dataclasses import dataclass
@@ -68,46 +68,39 @@ class NewRows:
     @cute.jit
     def row_of(self, cfg, smem, batch: RaggedBatch, work: SplitWork, places: tuple[Int32, Int32], tidx: Int32
                ) -> NewRow:
-        """The row that belongs to the first tile of a CTA's work, written to the cache as well. Runs on: consumers."""
-        blocks, element = work.blocks, element_type(cfg)
-        K, V = (cute.make_rmem_tensor(piece_size(element), element) for _ in range(2))
-        row = places[0] - first_key(cfg, blocks.n_block_max - 1)
-        is_here = blocks.n_block_max > blocks.n_block_min and row >= 0 and row < cfg.tile_n
-        is_here = is_here and places[0] < batch.arrays.rows_k
-        exists = is_here
-        if is_here:
-            exists = self.append(cfg, work.tile, batch.arrays.rows_k, places, K, V, tidx)
-        return NewRow(K, V, smem.sK, smem.sV, row, is_here, exists)
+        """The row that belongs to the first tile of a CTA's work, on its way. Runs on: the consumers."""
+        first, end = work.blocks.n_block_min, work.blocks.n_block_max
+        row, capacity = places[0] - first_key(cfg, end - 1), batch.arrays.rows_k
+        is_here = end > first and row >= 0 and row < cfg.tile_n and places[0] < capacity
+        return self.fetch(cfg, smem, work.tile, capacity, places, (row, is_here), tidx)
 
     @cute.jit
-    def append(self, cfg, tile: Tile, capacity: Int32, places: tuple[Int32, Int32], K: cute.Tensor, V: cute.Tensor,
-               tidx: Int32) -> Boolean:
-        """The new row of a tile's sequence and KV head to registers and to the cache; whether the cache has a place for
-        it. Runs on: one warp of the consumers, for the others False."""
-        columns, piece, exists = cute.size(K), tidx % WARP, Boolean(False)
-        if tidx // WARP == PIECES_WARP:
+    def fetch(self, cfg, smem, tile: Tile, capacity: Int32, places: tuple[Int32, Int32], wanted: tuple[Int32, Boolean],
+              tidx: Int32) -> NewRow:
+        """The new row of a tile's sequence and KV head; wanted: its row in the K/V tile, and whether it is."""
+        element = element_type(cfg)
+        K, V = (cute.make_rmem_tensor(piece_size(element), element) for _ in range(2))
+        (row, is_here), entry, within, exists = wanted, Int32(0), Int32(0), Boolean(False)
+        if is_here and tidx // WARP == PIECES_WARP:
             # All that is read is on its way before the first of it is needed.
             entry, within, exists = self.cache.look_up(tile.sequence, places[0], capacity)
+            columns, piece = piece_size(element), tidx % WARP
             if piece * columns < cfg.dim_v:
-                row = self.mV[0, None, tile.kv_head, tile.sequence]
-                cute.autovec_copy(cute.local_tile(row, (columns,), (piece,)), V)
+                mV = self.mV[0, None, tile.kv_head, tile.sequence]
+                cute.autovec_copy(cute.local_tile(mV, (columns,), (piece,)), V)
             if piece * columns < cfg.dim_qk:
-                row = self.mK[0, None, tile.kv_head, tile.sequence]
-                read = read_turned(cfg.rotary, row, self.rotary, self.position(places[1]), piece)
+                mK = self.mK[0, None, tile.kv_head, tile.sequence]
+                read = read_turned(cfg.rotary, mK, self.rotary, self.position(places[1]), piece)
                 cute.autovec_copy(read, K)
             exists = self.cache.has(entry, exists)
-            for mX, X, extent in ((self.cache.mK, K, cfg.dim_qk), (self.cache.mV, V, cfg.dim_v)):
-                if exists and piece * columns < extent:
-                    row = mX[within, None, tile.kv_head, entry]
-                    cute.autovec_copy(X, cute.local_tile(row, (columns,), (piece,)))
-        return exists
+        return NewRow(K, V, smem.sK, smem.sV, self.cache, tile.kv_head, entry, within, row, is_here, exists)
 
     @cute.jit
-    def append_alone(self, cfg, batch: RaggedBatch, tile: Tile, tidx: Int32):
-        """`append` where nobody attends to the sequence: it has no queries. Runs on: the consumers."""
-        K, V = (cute.make_rmem_tensor(piece_size(element_type(cfg)), element_type(cfg)) for _ in range(2))
-        places = self.places(batch, tile.sequence)
-        self.append(cfg, tile, batch.arrays.rows_k, places, K, V, tidx)
+    def append_alone(self, cfg, smem, batch: RaggedBatch, tile: Tile, tidx: Int32):
+        """The row to the cache where nobody attends to the sequence: it has no queries. Runs on: the consumers."""
+        places, capacity = self.places(batch, tile.sequence), batch.arrays.rows_k
+        new = self.fetch(cfg, smem, tile, capacity, places, (Int32(0), places[0] < capacity), tidx)
+        new.store(tidx)
         publish()
 
 

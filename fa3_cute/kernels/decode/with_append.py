@@ -7,7 +7,7 @@ from cutlass import Int32
 from ...contract.append import DECODE_APPEND_ENTRY
 from ..common.entry import flat_entry
 from ..common.ragged import RaggedBatch
-from .bundles import DecodeParams
+from .bundles import DecodeParams, DecodeSmem
 from .kernel import FlashAttentionDecode
 from .new_rows import NewRows
 from .split import SplitWork
@@ -24,7 +24,8 @@ class FlashAttentionDecodeWithAppend(FlashAttentionDecode):
         return replace(params, new_rows=NewRows.create(self.cfg, a))
 
     @cute.jit
-    def append_alone(self, params: DecodeParams, work: SplitWork, warp_idx: Int32):
+    def append_alone(self, params: DecodeParams, smem: DecodeSmem, work: SplitWork, warp_idx: Int32):
         """For a sequence without queries."""
         if work.tile.seqlen_q == 0 and warp_idx < self.cfg.num_consumer_warps:
-            params.new_rows.append_alone(self.cfg, params.places.batch, work.tile, cute.arch.thread_idx()[0])
+            tidx, batch = cute.arch.thread_idx()[0], params.places.batch
+            params.new_rows.append_alone(self.cfg, smem, batch, work.tile, tidx)
