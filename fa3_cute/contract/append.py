@@ -23,7 +23,7 @@ CHANGING = (("q", "input", 16), ("k", "stored", 16), ("v", "stored", 16))
 DESCALES = (("k_descale", "float32", 4), ("v_descale", "float32", 4))  # where new rows are quantised
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "kv_batch_idx")
 LISTS = ("cu_seqlens_k_new", "seqlens_rotary")
-TABLES = "rotary_cos", "rotary_sin"
+NEW_POINTERS = ("k_new", "v_new", "rotary_cos", "rotary_sin")
 SCRATCH = (("rotated_q", "input", 16), ("new_lengths", "int32", 4))
 POINTERS = (
     *((name, "int32", 4) for name in LENGTHS + LISTS),
@@ -76,18 +76,18 @@ APPEND_ENTRY = _entry(CHANGING)
 QUANTISE_ENTRY = _entry(CHANGING + DESCALES, KV_DESCALE_STRIDES)
 
 # Of decode kernels that append one row to each sequence: what their entry takes besides, in front of the stream.
-DECODE_POINTERS = tuple(row for row in POINTERS if row[0] in ("seqlens_rotary", "k_new", "v_new", *TABLES))
+DECODE_POINTERS = ("seqlens_rotary", *NEW_POINTERS)
 DECODE_STRIDES, DECODE_SIZES = (*NEW_STRIDES, "rotary_row_stride"), ("rotary_dim", "rotary_positions", "query_step")
 
 
 def _of_decode() -> Entry:
     *others, stream = DECODE_ENTRY.arguments
     added = (
-        *((name, "pointer") for name, *_ in DECODE_POINTERS),
+        *((name, "pointer") for name in DECODE_POINTERS),
         *((name, "int64") for name in DECODE_STRIDES),
         *((name, "int32") for name in DECODE_SIZES),
     )
-    pointers = DECODE_ENTRY.pointers + DECODE_POINTERS
+    pointers = *DECODE_ENTRY.pointers, *(row for row in POINTERS if row[0] in DECODE_POINTERS)
     return replace(DECODE_ENTRY, arguments=(*others, *added, stream), pointers=pointers)
 
 

@@ -6,14 +6,21 @@ with the new rows. Both lie in the workspace, behind the partial results of spli
 
 from dataclasses import asdict, dataclass
 from functools import cache
+from operator import itemgetter
 from typing import NamedTuple
 
 from ..contract.append import (
     APPEND_ENTRY,
     KV_DESCALE_STRIDES,
+    DECODE_POINTERS,
+    DECODE_SIZES,
+    DECODE_STRIDES,
     LISTS,
+    NEW_POINTERS,
     NEW_STRIDES,
     QUANTISE_ENTRY,
+    SIZES,
+    STRIDES as OWN_STRIDES,
     has_new_keys,
     has_rotary,
     new_dtype,
@@ -28,6 +35,14 @@ from ..contract.strides import DESCALE_STRIDES, STRIDES
 
 ALIGNMENT = 256  # bytes, of each part of the workspace
 _KV_DESCALE_PLACES = [len(STRIDES) + 1 + DESCALE_STRIDES.index(name) for name in KV_DESCALE_STRIDES]  # in shape.strides
+
+_NAMES = (
+    *LISTS,
+    *NEW_POINTERS,
+    *OWN_STRIDES,
+    *SIZES,
+)  # of AppendShape's strides, where nothing is quantised, and sizes
+_of_decode = itemgetter(*map(_NAMES.index, (*DECODE_POINTERS, *DECODE_STRIDES, *DECODE_SIZES)))
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,21 @@ class AppendShape(NamedTuple):
     workspace: int
 
     @property
+    def packed_new(self) -> bool:
+        """Whether new rows are those of all sequences, one after the other."""
+        return self.strides[LISTS.index("cu_seqlens_k_new")] != 0
+
+    @property
+    def num_new(self) -> int:
+        """New rows of all sequences together."""
+        return self.sizes[SIZES.index("num_new")]
+
+    @property
+    def of_decode(self) -> tuple[int, ...]:
+        """What the entry of a decode kernel that appends has at its end, in its order."""
+        return _of_decode(self.strides + self.sizes)
+
+    @property
     def scales(self) -> tuple[()]:
         """None."""
         return ()
@@ -157,7 +187,7 @@ def append_shape(p, shape) -> AppendShape | None:
     packed_new = bool(p.cu_seqlens_k_new)
     num_new = (p.seqlen_knew if packed_new else p.batch_size * p.seqlen_knew) if has_new else 0
     num_queries = (shape.seqlen_q if shape.is_packed else shape.batch_size * shape.seqlen_q) if turns else 0
-    pointers = [getattr(p, name) or 0 for name in (*LISTS, "k_new", "v_new", "rotary_cos", "rotary_sin")]
+    pointers = [getattr(p, name) or 0 for name in LISTS + NEW_POINTERS]
     row_stride = p.rotary_dim // 2 if p.rotary_row_stride is None else p.rotary_row_stride
     strides = *shape.strides[:9], *_new_strides(p, packed_new), shape.strides[12], row_stride
     if quantises:

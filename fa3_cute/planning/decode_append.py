@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from ..contract.append import DECODE_APPEND_ENTRY
-from .config import DecodeConfig
+from .append import AppendShape
+from .config import DecodeConfig, KernelConfig
+from .problem import ProblemShape
 from .tables import interned
 
 
@@ -24,11 +26,9 @@ class AppendingConfig(DecodeConfig):
     entry_name = "append"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
-        is_plain = not (self.is_fp8 or self.widens or self.is_padded or self.has_leftpad or self.has_mods)
         return (
             *super().rules(),
-            (self.is_ragged, "is_ragged: lengths are on the device where rows are appended"),
-            (is_plain, "FP8, is_padded, has_leftpad, mods: not in a kernel that appends"),
+            (may_append(self), "FP8, is_padded, has_leftpad, mods, or not is_ragged: not in a kernel that appends"),
         )
 
     @property
@@ -36,8 +36,29 @@ class AppendingConfig(DecodeConfig):
         return super().name + "_append" + f"_{self.rotary}_{self.table_dtype}" * bool(self.rotary)
 
 
+def may_append(cfg: KernelConfig) -> bool:
+    """Whether a kernel like this one may append as well."""
+    if type(cfg) not in (DecodeConfig, AppendingConfig):
+        return False
+    other = cfg.has_descales or cfg.is_padded or cfg.has_leftpad or cfg.has_mods
+    return cfg.is_ragged and not other
+
+
+def appends_one_row(append: AppendShape) -> bool:
+    """Whether what is ahead of attention is one new row of each sequence, stored as it is given."""
+    return (
+        append.has_new and not append.packed_new and append.num_new == append.batch_size and not append.config.kv_dtype
+    )
+
+
 @cache
 def appending(cfg: DecodeConfig, rotary: str, table_dtype: str) -> AppendingConfig:
     """A DecodeConfig's, with what is appended and turned besides."""
     own = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
     return interned(AppendingConfig(**own, rotary=rotary, table_dtype=table_dtype))
+
+
+def launched(shape: ProblemShape) -> ProblemShape:
+    """What a launch of an AppendingConfig takes: there is nothing ahead of it, and its entry has more at its end."""
+    append = shape.append
+    return shape._replace(append=None, mod_values=append.of_decode) if append else shape

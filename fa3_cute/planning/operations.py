@@ -15,8 +15,9 @@ from ..contract.plain import plain
 from ..contract.rules import first_problem, remaining, walk
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
-from .append import append_plan
+from .append import AppendShape, append_plan
 from .config import DecodeConfig, FwdConfig
+from .decode_append import appending, appends_one_row, may_append
 from .decode_rows import row_of
 from .dims import dim_fields
 from .mla import mla_config
@@ -80,8 +81,18 @@ def operation_of(shape: ProblemShape) -> Operation:
         return _attention_of(shape)
     attention = _attention_of(shape) if shape.seqlen_q else Operation(())
     config: Any = shape.append.config
+    if one := appending_launch(attention.launches, shape.append):
+        return Operation((one,))
     plan = append_plan(shape.append, attention.workspace_bytes)
     return Operation((Launch(config, "as fast as memory", "append", plan), *attention.launches))
+
+
+def appending_launch(launches: tuple[Launch, ...], append: AppendShape) -> Launch | None:
+    """Attention's launch that also does what would be done ahead of it; None where that takes a launch of its own."""
+    if len(launches) != 1 or not may_append(launches[0].config) or not appends_one_row(append):
+        return None
+    config = appending(launches[0].config, append.config.rotary, append.config.table_dtype)
+    return launches[0]._replace(config=config)
 
 
 def _attention_of(shape: ProblemShape) -> Operation:

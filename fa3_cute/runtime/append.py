@@ -7,7 +7,9 @@ from cuda.bindings.driver import CUstream
 
 from ..contract.params import DESCALES, POINTERS
 from ..planning.append import AppendPlan, AppendShape, attended
+from ..planning.decode_append import AppendingConfig, launched
 from ..planning.problem import LENGTHS, ProblemShape
+from . import launch as attention
 from .cuda_driver import is_capturing, stream_id
 from .launch import NO_STREAM, SCRATCH, Call, launch, require_loaded, resolve_stream
 from .scratch import Memory
@@ -96,8 +98,10 @@ class Appended:
                 call.launch(addresses, handle)
 
 
-def launch_all(steps: tuple, shape: ProblemShape, addresses: tuple[int, ...], stream=None) -> Appended:
-    """As launch.launch_all, of steps of which the first is what is ahead."""
+def launch_all(steps: tuple, shape: ProblemShape, addresses: tuple[int, ...], stream=None):
+    """As launch.launch_all, of steps of which the first is what is ahead; or of one that needs nothing ahead."""
+    if isinstance(steps[0].config, AppendingConfig):
+        return attention.launch_all(steps, launched(shape), addresses, stream)
     call = Appended(steps, shape)
     call.launch(addresses, resolve_stream(stream))
     return call

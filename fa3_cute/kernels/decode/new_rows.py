@@ -1,8 +1,8 @@
 """One new key and value of each sequence: the CTA that reads the last tile of its keys has the row of its head.
 
-It brings the row to registers while the tile is on its way, from memory that does not have the row yet; puts it into the
-tile, in shared memory; and writes it to the cache, for later launches (common/new_row.py). No CTA waits for another.
-Where several CTAs read the last tile of one head, all of them write the same bits.
+It brings the row to registers while the tile is on its way, from memory that does not have the row yet; puts it into
+the tile, in shared memory; and writes it to the cache, for later launches (common/new_row.py). No CTA waits for
+another. Where several CTAs read the last tile of one head, all of them write the same bits.
 """
 from dataclasses import dataclass
 from typing import Optional

@@ -1,4 +1,4 @@
-"""The decode kernel of steps that append: one new key and value of each sequence, and rotary positions (new_rows.py)."""
+"""The decode kernel of steps that append: a new key and value of each sequence, and rotary positions (new_rows.py)."""
 from dataclasses import replace
 
 import cutlass.cute as cute
