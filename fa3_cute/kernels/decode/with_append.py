@@ -25,7 +25,7 @@ class FlashAttentionDecodeWithAppend(FlashAttentionDecode):
 
     @cute.jit
     def append_alone(self, params: DecodeParams, smem: DecodeSmem, work: SplitWork, warp_idx: Int32):
-        """For a sequence without queries."""
-        if work.tile.seqlen_q == 0 and warp_idx < self.cfg.num_consumer_warps:
+        """For a sequence without queries, which has a key by now: what is no sequence has none."""
+        if work.tile.seqlen_q == 0 and work.tile.seqlen_k > 0 and warp_idx < self.cfg.num_consumer_warps:
             tidx, batch = cute.arch.thread_idx()[0], params.places.batch
             params.new_rows.append_alone(self.cfg, smem, batch, work.tile, tidx)
