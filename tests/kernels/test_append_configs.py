@@ -9,6 +9,7 @@ import pytest
 from test_merge_configs import LDG, STG, accesses
 
 from fa3_cute.planning.append import append_config
+from fa3_cute.planning.tables import KeySource, decode_config
 from fa3_cute.runtime.compiler import compile_and_read
 
 STARTS_NEXT, WAITS = 0x82D, 0x82E  # PREEXIT, ACQBULK (nvdisasm)
@@ -44,6 +45,25 @@ def test_compiles_clean(types):
     known = fingerprints.known().get(cfg.name)
     found = fingerprints.of_compiled(cfg, report, kernel)
     assert known in (None, found), "the kernel changed: on purpose? make fingerprints, say why"
+
+
+@pytest.mark.parametrize("cfg", fingerprints.appending_configs(), ids=lambda cfg: cfg.name)
+def test_decode_that_appends_compiles_clean(cfg):
+    """What it has besides the decode kernel's code: a piece of K and of V, moved in 16 bytes; nothing is read or
+    written before the wait."""
+    report, kernel = compile_and_read(cfg)
+    assert report.problems() == []
+    before, _ = compile_and_read(decode_config(cfg.dtype, cfg.head_dim, cfg.is_local, source=source_of(cfg)))
+    assert report.registers <= before.registers + 16
+    order = [word for word in operations(kernel.code) if word in (STARTS_NEXT, WAITS, LDG, STG)]
+    assert order[0] == WAITS and order.count(WAITS) == order.count(STARTS_NEXT) == 1
+    assert accesses(kernel.code, STG)[16] >= 4  # K and V, of sequences with queries and of those without
+    known, found = fingerprints.known().get(cfg.name), fingerprints.of_compiled(cfg, report, kernel)
+    assert known in (None, found), "the kernel changed: on purpose? make fingerprints, say why"
+
+
+def source_of(cfg) -> KeySource:
+    return KeySource(True, cfg.page_box, cfg.box_is_wide)
 
 
 def operations(code: bytes) -> list[int]:

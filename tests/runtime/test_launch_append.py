@@ -82,6 +82,33 @@ tell(none=send(**plain), new=send(**plain | NEW), rotary=send(**plain | ROTARY))
     assert set(attention["found"]) == {"k", "v", "out", "seqused_k"} and len(ahead["scratch"]) == 1
 
 
+def test_one_row_is_one_launch(told):
+    """Of each sequence: the decode kernel takes the caller's q and lengths, what is new, and a partial result's memory;
+    also when the call is repeated, with another q and on another stream."""
+    found = told("""
+facts = NEW | {name: ROTARY[name] for name in ("rotary_cos", "rotary_sin")} | USED
+facts |= dict(k_new_batch_stride=2**33 + 8, v_new_head_stride=2**34 + 16, rotary_row_stride=2**35 + 4)
+facts |= dict(seqlens_rotary=LISTS["seqlens_rotary"])
+facts.pop("seqlen_knew")
+other = dict(q=0x7F9900000000, k_new=0x7FAA00000000)
+values |= facts | PAGES | dict(other_q=other["q"], other_new=other["k_new"])
+values.pop("page_size")
+given = facts | PAGES | dict(seqlen_knew=1)
+steps = [send(**given), send(**given), send(**given | dict(q=other["q"])), send(**given | dict(k_new=other["k_new"])),
+         send(**given), send(STREAM[1], **given)]
+tell(steps=steps, all=[name for name in values if "other" not in name])
+""")
+    steps = [launches for ok, launches in found["steps"] if ok == 0]
+    assert len(steps) == 6 and all(len(launches) == 1 for launches in steps)
+    first, again, query, new, last, elsewhere = [launch for (launch,) in steps]
+    assert first["kernel"] == "decode_bf16_d128_full_ragged_p64w_64x64_append_halves_fp32" and first["early"] == 1
+    assert set(first["found"]) == set(found["all"]) and len(first["scratch"]) == 3
+    assert first == again == last and elsewhere["found"] == first["found"]
+    assert elsewhere["scratch"] != first["scratch"] and elsewhere["stream"] != first["stream"]
+    assert set(query["found"]) == {*found["all"], "other_q"} - {"q"}
+    assert set(new["found"]) == {*found["all"], "other_new"} - {"k_new"}
+
+
 def test_descales_reach_both_kernels(told):
     """Where rows are quantised k's and v's, another layer's when the call is repeated; q's nobody reads but attention.
     What is copied needs none."""

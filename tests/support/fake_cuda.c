@@ -159,7 +159,7 @@ struct {
     int may_start_early;
 } last;
 int num_libraries = 0, loaded_on[DEVICES] = {0};
-int num_parameters = 0, offsets[64], sizes[64];          /* set by the test, from the cubin */
+int num_parameters = 0, offsets[128], sizes[128];        /* set by the test, from the cubin */
 unsigned char parameters[8192];
 
 int _cudaLibraryLoadData(void **library, const void *code, void *a, void *b, unsigned n, void *c, void *d, unsigned m) {

@@ -126,7 +126,7 @@ def kernel_parameters(cfg=CFG):
     data = disk_cache.find(cfg.name, compiler.cache_key(cfg)).read_bytes()
     (kernel,) = read_cubin(data[data.index(b"\x7fELF", 4) :]).values()
     for i, place in enumerate(kernel.parameters):
-        (ctypes.c_int * 64).in_dll(fake, "offsets")[i], (ctypes.c_int * 64).in_dll(fake, "sizes")[i] = place
+        (ctypes.c_int * 128).in_dll(fake, "offsets")[i], (ctypes.c_int * 128).in_dll(fake, "sizes")[i] = place
     number("num_parameters", len(kernel.parameters))
     return kernel.parameters
 

@@ -66,7 +66,7 @@ def opcode_hash(opcodes: Counter) -> str:
 
 def recorded() -> list:
     """The configs whose fingerprints are kept: those of the tables, of 512 columns of V, of backward, merge and append
-    of all types."""
+    of all types, and some of decode steps that append."""
     from fa3_cute.planning.append import append_config
     from fa3_cute.planning.merge import merge_config
     from fa3_cute.planning.selections import all_configs, backward_kernels, mla_configs
@@ -78,7 +78,24 @@ def recorded() -> list:
         *(append_config(dtype, kv_dtype="fp8_e4m3") for dtype in ("fp16", "bf16")),
         *(append_config(dtype, rotary, table, into) for dtype, rotary, into in rotations for table in (dtype, "fp32")),
     ]
-    return [*all_configs(), *mla_configs(), *backward_kernels(), *merges, *appends]
+    return [*all_configs(), *mla_configs(), *backward_kernels(), *merges, *appends, *appending_configs()]
+
+
+def appending_configs() -> list:
+    """Decode steps that append: of every source of K and V, with each way that rotary pairs lie, and without."""
+    from fa3_cute.planning.decode_append import appending
+    from fa3_cute.planning.tables import KeySource, decode_config
+
+    dense, pages, rows = KeySource(True), KeySource(True, 64, True), KeySource(True, 1)
+    return [
+        appending(decode_config(dtype, head_dim, is_local, source=source), rotary, table)
+        for dtype, head_dim, is_local, source, rotary, table in (
+            ("bf16", 128, False, dense, "halves", "bf16"),
+            ("bf16", 128, False, pages, "halves", "bf16"),
+            ("fp16", 64, True, rows, "neighbours", "fp32"),
+            ("fp16", 256, True, pages, "", ""),
+        )
+    ]
 
 
 def environment() -> str:

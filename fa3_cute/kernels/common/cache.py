@@ -57,12 +57,20 @@ class Cache:
     def find(self, sequence: Int32, row: Int32, capacity: Int32) -> tuple[Int32, Int32, Boolean]:
         """(entry or page, row in it, whether that exists) of a row of a sequence. No entry of the table is read but
         that of a row that the sequence can have."""
-        entry, within, exists = self.look_up(sequence, row, capacity)
-        return entry, within, self.has(entry, exists)
+        entry, within = sequence, row
+        if is_present(self.kv_batch_idx):
+            entry = self.kv_batch_idx[sequence]
+        exists = row >= 0 and row < capacity and entry >= 0 and entry < self.num_entries
+        if is_present(self.table):
+            page, within = divmod(row, self.page_size)
+            if exists:
+                entry = self.table[entry, page]
+            exists = exists and entry >= 0 and entry < self.num_pages
+        return entry, within, exists
 
     @cute.jit
     def look_up(self, sequence: Int32, row: Int32, capacity: Int32) -> tuple[Int32, Int32, Boolean]:
-        """`find`, but for whether the page exists: what the table says is on its way."""
+        """`find` without waiting for what the table says: `has` tells whether the page exists."""
         entry, within = sequence, row
         if is_present(self.kv_batch_idx):
             entry = self.kv_batch_idx[sequence]
