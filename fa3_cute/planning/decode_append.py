@@ -23,7 +23,10 @@ class AppendingConfig(DecodeConfig):
     table_dtype: str = ""
 
     entries = {"append": DECODE_APPEND_ENTRY}
-    entry_name = "append"
+
+    @property
+    def entry_name(self) -> str:
+        return "append"
 
     def rules(self) -> tuple[tuple[bool, str], ...]:
         return (

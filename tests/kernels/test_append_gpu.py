@@ -18,6 +18,7 @@ PAGED = Update(page_size=64, is_indexed=True)
 RAGGED = Update(
     new=(2, 0, 3, 70), packs_new=True, queries=(2, 5, 1, 70), packs_queries=True, page_size=64, is_indexed=True
 )
+ONE_ROW = Update(new=(1,) * 4, old=(0, 63, 512, 300))  # of a full sequence none is appended
 PREFILL = Update(queries=(200,) * 4, new=(200,) * 4)
 UPDATES = {
     "decode": DECODE,
@@ -26,6 +27,9 @@ UPDATES = {
     "ragged": RAGGED,
     "dense cache": replace(RAGGED, page_size=0),
     "prefill": PREFILL,
+    "one row": ONE_ROW,
+    "one row of pages": replace(ONE_ROW, page_size=64, is_indexed=True),
+    "one row of small pages": replace(ONE_ROW, page_size=1, queries=(2,) * 4),
     "full": replace(DECODE, is_causal=False, queries=(3,) * 4),
 }
 ROTARY = {
@@ -48,6 +52,16 @@ def test_updates(update, rotary, stream):
     run(replace(update, **rotary), stream)
 
 
+@pytest.mark.parametrize("rotary", [{}, ROTARY["halves"]], ids=["plain", "halves"])
+def test_one_row_of_sequences_without_queries(rotary, stream):
+    """They are appended to all the same; and where CTAs share a KV head, and split its keys."""
+    update = replace(ONE_ROW, queries=(1, 0, 2, 0), packs_queries=True, page_size=64, is_indexed=True, **rotary)
+    run(update, stream, max_seqlen_q=2)
+    many = replace(ONE_ROW, old=(4000, 5, 4093, 1), capacity=4096, heads=(16, 2), queries=(9,) * 4, **rotary)
+    run(many, stream, num_splits=6)
+    run(replace(many, queries=(1,) * 4), stream, pack_gqa=False)
+
+
 @pytest.mark.parametrize("update", [DECODE, PREFILL, RAGGED], ids=["decode", "prefill", "ragged"])
 def test_queries_alone(update, stream):
     run(replace(update, new=None, packs_new=False, rotary="halves", rotary_dim=32), stream)
@@ -59,7 +73,7 @@ def test_head_dims_and_types(head_dim, dtype, stream):
     run(replace(PAGED, head_dim=head_dim, dtype=dtype, **rotary), stream)
 
 
-@pytest.mark.parametrize("update", [DECODE, RAGGED], ids=["decode", "ragged"])
+@pytest.mark.parametrize("update", [DECODE, ONE_ROW, RAGGED], ids=["decode", "one row", "ragged"])
 @pytest.mark.parametrize("dims", [(192, 128), (64, 128)], ids=str)
 def test_values_of_other_columns(dims, update, stream):
     """Rows of v with fewer pieces than those of k, and with more."""
