@@ -71,7 +71,8 @@ def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries
     """Until all CTAs of the keys before these have added to the i-th Q tile; for how many of those that pass, from the
     first on, this is known to be so.
 
-    Each lane looks at another tile: a CTA that runs well behind the one before it looks once for 32 of them.
+    Each lane looks at another tile: a CTA that runs well behind the one before it looks once for 32 of them. The lane
+    that adds next, by the async proxy, comes after what all of them have acquired.
     """
     num_free, last = Int32(0), queries.num_passes(params.group) - 1
     while num_free <= i:
@@ -82,6 +83,8 @@ def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries
         taken = cute.arch.load(params.order[None, block, head].iterator, Int32, sem="acquire", scope="gpu")
         missing = ~cute.arch.vote_ballot_sync(taken == tile.n_block - first)
         num_free = i + cute.arch.popc((missing & -missing) - 1)      # the lanes before the first that misses some
+    cute.arch.sync_warp()
+    cute.arch.fence_proxy("async.global")
     return num_free
 
 

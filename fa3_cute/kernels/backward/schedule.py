@@ -3,6 +3,9 @@
 A CTA starts with the tile of its own number and then takes the next one that nobody has taken, when it has loaded the
 last Q tile of the one before: a tile that is taken starts at once. One that waited for its CTA would hold up all that
 come after it in the order, if deterministic, and leave CTAs idle at the end of a launch.
+
+Deterministic, a tile waits for those before it in the order. So the first one is taken too: whom a tile waits for is
+then with a CTA that runs, however few of the grid's CTAs run at a time, in whatever order they came.
 """
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
@@ -25,7 +28,11 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
     Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring, and for the load role; fills it.
     """
     producer = pipes.tiles.make_producer()
-    index, num_tiles = cute.arch.block_idx()[0], params.k_blocks.num_blocks * params.num_heads_k
+    index, num_given = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+    num_tiles = params.k_blocks.num_blocks * params.num_heads_k
+    if const_expr(cfg.is_deterministic):
+        if params.sequences.rows_q > 0:
+            index, num_given = take(params), Int32(0)
     while index < num_tiles:
         tile, is_there = find_tile(cfg, params, index)
         if is_there:
@@ -34,15 +41,21 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
             slot.commit()
             cute.arch.barrier(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
         if params.sequences.rows_q > 0:
-            taken = Int32(0)
-            if cute.arch.lane_idx() == 0:
-                taken = cute.arch.atomic_add(params.tile_counter.iterator, Int32(1), sem="relaxed", scope="gpu")
-            index = cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(taken, 0)
+            index = num_given + take(params)
         else:                            # no prepare kernel was launched, which makes the counter 0
             index += cute.arch.grid_dim()[0]
     slot = producer.acquire_and_advance()
     write_tile(smem.sTiles[None, slot.index], end_of(KeyTile))
     slot.commit()
+
+
+@cute.jit
+def take(params: BwdParams) -> Int32:
+    """How many tiles were taken before, in the whole grid. Runs on: whole warps."""
+    taken = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        taken = cute.arch.atomic_add(params.tile_counter.iterator, Int32(1), sem="relaxed", scope="gpu")
+    return cute.arch.shuffle_sync(taken, 0)
 
 
 @cute.jit
