@@ -18,7 +18,7 @@ from ..common.layout import element_type, smem_ring, tensor_view
 from ..common.sequences import Sequences
 from ..common.tile_ring import entry_ints
 from ..common.tma import tma_load
-from .blocks import Extents, KeyTile
+from .blocks import Extents, key_tile_of
 from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .consume import consume
 from .load import load
@@ -108,7 +108,7 @@ class FlashAttentionBackward:
         names = ("tiles", "k", "v", "q", "do", "ds", "dq")
         bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in names}   # full and empty
         sTiles = allocator.allocate_tensor(
-            Int32, cute.make_layout((entry_ints(KeyTile), rings["tiles"].slots)), byte_alignment=16)
+            Int32, cute.make_layout((entry_ints(key_tile_of(cfg)), rings["tiles"].slots)), byte_alignment=16)
         tensor = lambda layout: allocator.allocate_tensor(
             element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
         floats = lambda rows, slots: allocator.allocate_tensor(

@@ -10,7 +10,7 @@ from ..common.tile_ring import END, read_tile
 from ..common.tiles import rows_from
 from ..common.tma import TmaOperand, tma_views
 from .barriers import BarrierId
-from .blocks import KeyTile, query_range
+from .blocks import KeyTile, key_tile_of, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
@@ -24,13 +24,13 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
     q_producer, do_producer = pipes.q.make_producer(), pipes.do.make_producer()
     k_producer, v_producer = pipes.k.make_producer(), pipes.v.make_producer()
     tiles = pipes.tiles.make_consumer()
-    tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+    tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
         load_keys(cfg, params.v, smem.sV, tile, v_producer.acquire_and_advance())
         load_keys(cfg, params.k, smem.sK, tile, k_producer.acquire_and_advance())
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         for i in cutlass.range(queries.num_passes(params.group), unroll=1):
-            m_block, of_group = queries.passing(i, params.group)
+            m_block, of_group = queries.passing(i, params.group, tile.is_rising)
             row, head = (tile.first_q_block + m_block) * cfg.tile_m, tile.kv_head * params.group + of_group
             tQsQ, tQgQ = query_views(cfg, params.q, smem.sQ, tile, head)
             tOsO, tOgO = query_views(cfg, params.do, smem.sdO, tile, head)
@@ -44,7 +44,7 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
-        tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+        tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
 
 
 @cute.jit

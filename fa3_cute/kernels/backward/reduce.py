@@ -7,7 +7,7 @@ from cutlass.experimental import primitives
 from ...planning.backward import BackwardConfig
 from ..common.arithmetic import minimum
 from ..common.tile_ring import END, read_tile
-from .blocks import KeyTile, QueryRange, first_key_block, query_range
+from .blocks import KeyTile, QueryRange, first_key_block, key_tile_of, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
@@ -23,7 +23,7 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     """
     consumer = pipes.dq.make_consumer()
     tiles = pipes.tiles.make_consumer()
-    tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+    tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         num_passes, num_free, num_passed = queries.num_passes(params.group), Int32(0), Int32(0)
@@ -46,12 +46,12 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
-        tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+        tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
 
 
 def place_of(params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32) -> tuple[Int32, Int32]:
     """(block, head) of the i-th Q tile that passes."""
-    m_block, of_group = queries.passing(i, params.group)
+    m_block, of_group = queries.passing(i, params.group, tile.is_rising)
     return tile.first_q_block + m_block, tile.kv_head * params.group + of_group
 
 

@@ -15,9 +15,9 @@ from ...planning.rings import WARP
 from ..common.arithmetic import ceil_div
 from ..common.tile_ring import end_of, write_tile
 from .barriers import BarrierId
-from .blocks import KeyTile
+from .blocks import KeyTile, key_tile_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .order import heads_apart
+from .order import heads_apart, heads_in_waves, heads_per_section, rises
 from .place import find_place
 
 
@@ -45,7 +45,7 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
         else:                            # no prepare kernel was launched, which makes the counter 0
             index += cute.arch.grid_dim()[0]
     slot = producer.acquire_and_advance()
-    write_tile(smem.sTiles[None, slot.index], end_of(KeyTile))
+    write_tile(smem.sTiles[None, slot.index], end_of(key_tile_of(cfg)))
     slot.commit()
 
 
@@ -61,12 +61,19 @@ def take(params: BwdParams) -> Int32:
 @cute.jit
 def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[KeyTile, Boolean]:
     """The keys at a place of the global order, and whether there are any. Runs on: whole warps."""
-    least_heads = Int32(1)
-    if const_expr(cfg.is_deterministic):
-        q_blocks = ceil_div(params.sequences.rows_q, cfg.tile_m)
-        least_heads = heads_apart(params.group, q_blocks, cute.arch.grid_dim()[0], cfg.is_causal)
+    section, is_rising = None, Int32(0)
+    if const_expr(not cfg.is_varlen):
+        heads, num_ctas = params.num_heads_k * params.sequences.batch_size, cute.arch.grid_dim()[0]
+        num_blocks, rows_q = params.k_blocks.num_blocks // params.sequences.batch_size, params.sequences.rows_q
+        if const_expr(cfg.alternates):
+            section = heads_in_waves(heads, num_blocks, num_ctas)
+            is_rising = rises(index, section * num_blocks, num_ctas)
+        elif const_expr(cfg.is_deterministic):
+            least = heads_apart(params.group, ceil_div(rows_q, cfg.tile_m), num_ctas, cfg.is_causal)
+            section = heads_per_section(heads, params.group, rows_q, cfg.head_dim, num_blocks, least)
     at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group), index,
-                    in_sections=cfg.is_causal or cfg.is_deterministic, is_reversed=False, least_heads=least_heads)
-    tile = KeyTile(at.block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k,
-                   params.q_blocks.first(at.sequence), at.sequence)
+                    in_sections=cfg.is_causal or cfg.is_deterministic, is_reversed=False, section=section)
+    places = at.block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k
+    direction = (is_rising,) if const_expr(cfg.alternates) else ()
+    tile = key_tile_of(cfg)(*places, params.q_blocks.first(at.sequence), at.sequence, *direction)
     return tile, tile.n_block * cfg.tile_n < tile.seqlen_k
