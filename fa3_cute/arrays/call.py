@@ -379,7 +379,7 @@ def _set_descale(params, name: str, tensor, batch: int) -> None:
         raise error_for(
             Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must be (), ({full[1]},), ({full[0]}, 1) or {full}"
         )
-    setattr(params, f"{name}_ptr", tensor.address)
+    setattr(params, f"{name}_ptr", ANY_ADDRESS if tensor.is_empty else tensor.address)
     for dim, size, stride in zip(("batch", "head"), shape[-2:], strides[-2:], strict=True):
         setattr(params, f"{name}_{dim}_stride", stride if size > 1 else 0)
 
