@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import api
-from ..arrays.call import ANY_ADDRESS, refusal
+from ..arrays.call import ANY_ADDRESS
+from ..arrays.words import refusal
 from ..contract.merge import MergeParams
 from ..contract.plain import plain
 from ..contract.status import Problem
@@ -119,6 +120,8 @@ def forward(
 
 def _with_unit_strides(call: ForwardCall, update: Update | None) -> tuple[ForwardCall, Update | None]:
     """The same; tensors whose last dimension is not contiguous are copied, but for those that are written."""
+    if call.q_v is not None:
+        call = call._replace(q_v=_with_unit_stride(call.q_v))
     if update is not None:
         q, new_k, new_v = call.q, update.k_new, update.v_new
         if all(x is None or x.stride(-1) == 1 for x in (q, new_k, new_v)):

@@ -84,14 +84,14 @@ _define_update()
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 # What backward does not differentiate (contract/backward_rules.py).
-_NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx", "leftpad_k")
+_NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx", "leftpad_k", "q_v")
 
 
 def require_differentiable(call: ForwardCall) -> None:
     """Raise where backward would, before forward has run: a sentence that names the argument."""
     for name in _NOT_DIFFERENTIATED:
         if getattr(call, name) is not None:
-            _refuse(f"{name}: must be None where a gradient is asked for")
+            _refuse(f"{_ARGUMENTS.get(name, name)}: must be None where a gradient is asked for")
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
     if call.k.dtype != call.q.dtype:
@@ -180,20 +180,21 @@ def attend(call: ForwardCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"q, k and v must be torch tensors, not {kinds}")
     if torch.compiler.is_compiling() or not is_plain(q):
         return torch.ops.fa3_cute.forward(*call)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _trains_sinks(call.s_aux)):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _trains_other(call)):
         sinks = () if call.s_aux is None else (call.s_aux,)
         return Attention.apply(q, k, v, call, *sinks)  # type: ignore[return-value]
     return _implementation(q).forward(call, wants_lse)
 
 
-def _trains_sinks(s_aux: Any) -> bool:
-    """They may be all that is."""
-    return isinstance(s_aux, Tensor) and s_aux.requires_grad
+def _trains_other(call: ForwardCall) -> bool:
+    """Sinks, or the second part of q, may be all that is."""
+    s_aux, q_v = call.s_aux, call.q_v
+    return isinstance(s_aux, Tensor) and s_aux.requires_grad or isinstance(q_v, Tensor) and q_v.requires_grad
 
 
 def attend_updated(call: ForwardCall, update: Update, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     """As attend, of a call that appends to k and v or rotates q, which has no gradient."""
-    tensors = call.q, call.k, call.v, call.s_aux, update.k_new, update.v_new
+    tensors = call.q, call.k, call.v, call.q_v, call.s_aux, update.k_new, update.v_new
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
         name = next(name for name, value in zip(update._fields, update, strict=True) if value is not None)
         _refuse(f"{_ARGUMENTS.get(name, name)}: must be None where a gradient is asked for")
@@ -207,7 +208,15 @@ def attend_updated(call: ForwardCall, update: Update, wants_lse: bool) -> tuple[
 
 def attend_into(out: Tensor, call: ForwardCall, wants_lse: bool, update: Update | None) -> tuple[Tensor, Tensor | None]:
     """As attend, and as attend_updated with an update, but into a tensor that is there; it has no gradient."""
-    tensors = call.q, call.k, call.v, call.s_aux, out, *(() if update is None else (update.k_new, update.v_new))
+    tensors = (
+        call.q,
+        call.k,
+        call.v,
+        call.q_v,
+        call.s_aux,
+        out,
+        *(() if update is None else (update.k_new, update.v_new)),
+    )
     for x in (out, call.q):
         if not isinstance(x, Tensor):
             raise TypeError(f"out and q must be torch tensors, not {type(x).__name__}")
@@ -226,7 +235,7 @@ def _has_changed(*tensors: Tensor) -> None:
 
 
 # What flash-attn calls otherwise.
-_ARGUMENTS = {"k_new": "k", "v_new": "v", "seqlens_rotary": "rotary_seqlens"}
+_ARGUMENTS = {"q_v": "qv", "k_new": "k", "v_new": "v", "seqlens_rotary": "rotary_seqlens"}
 
 
 def is_plain(x: Tensor) -> bool:
