@@ -140,20 +140,24 @@ class Attention(torch.autograd.Function):
     """`fa3_cute::forward` and its gradient, past the dispatcher. Few arguments: each costs about a microsecond."""
 
     @staticmethod
-    def forward(ctx, q, k, v, call, *sinks):  # type: ignore[override]
-        """(out, LSE) of the call, whose q, k and v these are, and whose s_aux if it has one."""
+    def forward(ctx, q, k, v, call, wants_lse, *sinks):  # type: ignore[override]
+        """out of the call, whose q, k and v these are, and whose s_aux if it has one; (out, LSE) if that is wanted."""
         require_differentiable(call)
         results = _implementation(q).forward(call)
         _save(ctx, call, results)
-        return results
+        return results if wants_lse else results[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dlse):  # type: ignore[override]
+    def backward(ctx, dout, dlse=None):  # type: ignore[override]
         """The gradients of q, k, v and s_aux; where there is none, autograd drops its None."""
         call = _backward_call(ctx, dout, dlse)
         dq, dk, dv, d_s_aux = _implementation(call.q).backward(call)
-        return dq, dk, dv, None, d_s_aux
+        return dq, dk, dv, None, None, d_s_aux
+
+
+# Function.apply looks for transforms and the dead tensors that they leave first, which is_plain has ruled out.
+_record = super(torch.autograd.Function, Attention).apply
 
 
 def _has_no_gradient(name: str, instead: str) -> None:
@@ -178,11 +182,14 @@ def attend(call: ForwardCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         kinds = ", ".join(type(x).__name__ for x in (q, k, v))
         raise TypeError(f"q, k and v must be torch tensors, not {kinds}")
-    if torch.compiler.is_compiling() or not is_plain(q):
+    if torch.compiler.is_compiling() or not is_plain(q, k, v):
         return torch.ops.fa3_cute.forward(*call)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _trains_sinks(call.s_aux)):
+        if _is_wrapped(q) or _is_wrapped(k) or _is_wrapped(v):
+            return torch.ops.fa3_cute.forward(*call)
         sinks = () if call.s_aux is None else (call.s_aux,)
-        return Attention.apply(q, k, v, call, *sinks)  # type: ignore[return-value]
+        found: Any = _record(q, k, v, call, wants_lse, *sinks)
+        return found if wants_lse else (found, None)
     return _implementation(q).forward(call, wants_lse)
 
 
@@ -229,14 +236,20 @@ def _has_changed(*tensors: Tensor) -> None:
 _ARGUMENTS = {"k_new": "k", "v_new": "v", "seqlens_rotary": "rotary_seqlens"}
 
 
-def is_plain(x: Tensor) -> bool:
-    """A tensor with memory, of which no mode, subclass or transform wants to know what is done with it."""
+def is_plain(x: Tensor, *others: Tensor) -> bool:
+    """A tensor with memory, of which, as of the others, no mode, subclass or transform wants to know what is done."""
+    for other in others:
+        if type(other) not in _PLAIN:
+            return False
     return (
         (x.is_cuda or x.is_cpu)
         and type(x) in _PLAIN
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by a transform, which may be over
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
