@@ -37,6 +37,7 @@ from .calls import (
 MAX_PLANS = 512  # that a thread remembers; the next one starts anew
 BYTES_PER_COUNTER = 32  # of split-KV's workspace, which goes with an eighth of its bytes of tile_counter
 TMA_BYTES = 16
+READ_BY_TMA = 5  # of a BackwardCall: dout, q, k, v and out
 _NOTHING = (None, None)
 
 
@@ -76,14 +77,16 @@ def _places(call: Any) -> tuple[tuple[int, str], ...]:
 
 
 class BackwardPlan:
-    """As Plan, of a backward pass into these gradients."""
+    """As Plan, of a backward pass into these gradients; without any, `gradients` are those of new ones."""
 
-    __slots__ = "params", "optional", "workspace_bytes"
+    __slots__ = "params", "optional", "workspace_bytes", "gradients", "has_unused_rows"
 
     def __init__(self, call: BackwardCall, *gradients: Tensor):
         self.params = backward_params(call, *gradients)
         self.workspace_bytes = api.backward_workspace_size(self.params)
         self.optional = _places(call)
+        self.gradients = [_contiguous(x.shape) for x in (call.q, call.k, call.v)]
+        self.has_unused_rows = any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k))
 
 
 class _Thread(threading.local):
@@ -160,16 +163,20 @@ def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) ->
 
     gradients   where dq, dk and dv go, of any strides; None: new contiguous tensors
     """
-    call = call._replace(
-        **{name: _for_tma(getattr(call, name)) for name in ("dout", "q", "k", "v", "out")},
-        softmax_lse=call.softmax_lse.contiguous(),
-        dlse=None if call.dlse is None else call.dlse.contiguous(),
-    )
-    plan: BackwardPlan = _plan_of(call, BackwardPlan, _thread.backward_plans, *(gradients or ()))
+    given = gradients or ()
+    plan: BackwardPlan | None = _known_plan(_thread.backward_plans, call, *given)
+    if plan is None or any(x.data_ptr() % TMA_BYTES for x in call[:READ_BY_TMA]):
+        call = call._replace(
+            **{name: _for_tma(getattr(call, name)) for name in BackwardCall._fields[:READ_BY_TMA]},
+            softmax_lse=call.softmax_lse.contiguous(),
+            dlse=None if call.dlse is None else call.dlse.contiguous(),
+        )
+        plan = _plan_of(call, BackwardPlan, _thread.backward_plans, *given)
     if gradients is None:
-        gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
+        q = call.q
+        gradients = tuple([torch.empty_strided(*layout, dtype=q.dtype, device=q.device) for layout in plan.gradients])
     has_queries = call.q.numel() > 0
-    if not has_queries or any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k)):
+    if not has_queries or plan.has_unused_rows:
         for gradient in gradients:
             gradient.zero_()
     params = plan.params

@@ -85,19 +85,21 @@ _define_update()
 
 # What backward does not differentiate (contract/backward_rules.py).
 _NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx", "leftpad_k")
+_DIFFERENTIATED = (torch.float16, torch.bfloat16)
 
 
 def require_differentiable(call: ForwardCall) -> None:
     """Raise where backward would, before forward has run: a sentence that names the argument."""
-    for name in _NOT_DIFFERENTIATED:
-        if getattr(call, name) is not None:
-            _refuse(f"{name}: must be None where a gradient is asked for")
-    if call.q.dtype not in (torch.float16, torch.bfloat16):
-        _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
-    if call.k.dtype != call.q.dtype:
-        _refuse(f"k is {call.k.dtype}: must be {call.q.dtype}, as q is, where a gradient is asked for")
-    if call.q.shape[-1] > HEAD_DIMS[-1]:
-        _refuse(f"head_dim={call.q.shape[-1]}: must be at most {HEAD_DIMS[-1]} where a gradient is asked for")
+    q, k = call.q, call.k
+    if not (call.page_table is call.kv_batch_idx is call.leftpad_k is None):
+        name = next(name for name in _NOT_DIFFERENTIATED if getattr(call, name) is not None)
+        _refuse(f"{name}: must be None where a gradient is asked for")
+    if q.dtype not in _DIFFERENTIATED:
+        _refuse(f"q is {q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
+    if k.dtype != q.dtype:
+        _refuse(f"k is {k.dtype}: must be {q.dtype}, as q is, where a gradient is asked for")
+    if q.shape[-1] > HEAD_DIMS[-1]:
+        _refuse(f"head_dim={q.shape[-1]}: must be at most {HEAD_DIMS[-1]} where a gradient is asked for")
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is None:
         _refuse("cu_seqlens_k=None: must be given with cu_seqlens_q where a gradient is asked for")
 
@@ -156,7 +158,7 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, d_s_aux
 
 
-# Function.apply looks for transforms and the dead tensors that they leave first, which is_plain has ruled out.
+# Function.apply first looks for transforms, and for tensors of those that are over; attend has, and found none.
 _record = super(torch.autograd.Function, Attention).apply
 
 
@@ -185,9 +187,9 @@ def attend(call: ForwardCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     if torch.compiler.is_compiling() or not is_plain(q, k, v):
         return torch.ops.fa3_cute.forward(*call)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _trains_sinks(call.s_aux)):
-        if _is_wrapped(q) or _is_wrapped(k) or _is_wrapped(v):
+        sinks = (call.s_aux,) if isinstance(call.s_aux, Tensor) else ()
+        if _is_wrapped(q) or _is_wrapped(k) or _is_wrapped(v) or (sinks and _is_wrapped(*sinks)):
             return torch.ops.fa3_cute.forward(*call)
-        sinks = () if call.s_aux is None else (call.s_aux,)
         found: Any = _record(q, k, v, call, wants_lse, *sinks)
         return found if wants_lse else (found, None)
     return _implementation(q).forward(call, wants_lse)
@@ -249,10 +251,8 @@ def is_plain(x: Tensor, *others: Tensor) -> bool:
     )
 
 
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by a transform, which may be over
-
-
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by a transform, which may be over
 
 
 def _implementation(x: Tensor):
