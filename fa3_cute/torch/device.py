@@ -230,8 +230,8 @@ def _launch(x: Tensor, call, what) -> None:
 
 
 # As torch.cuda.current_device() and current_stream(index).cuda_stream; its compiled code calls these two as well.
-_current_device = getattr(torch._C, "_cuda_getDevice", None)  # a torch without CUDA has neither
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # a torch without CUDA has neither
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _set_addresses(params: Any, places: tuple[tuple[int, str], ...], call: Any) -> None:

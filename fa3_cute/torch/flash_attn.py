@@ -55,8 +55,9 @@ def flash_attn_func(
     if q_descale is not None:
         q_descale = _by_query_head(q, k, q_descale)
     given = q_descale, k_descale, v_descale, s_aux, softmax_scale, *_mask(causal, window_size), attention_chunk, softcap
+    choices = 0, num_splits, pack_gqa, sm_margin, deterministic
     # By place: by name it takes twice as long.
-    call = ForwardCall(q, k, v, *_NO_LENGTHS, *_NO_CACHE, *given, 0, num_splits, pack_gqa, sm_margin, deterministic)
+    call = ForwardCall._make((q, k, v, *_NO_LENGTHS, *_NO_CACHE, *given, *choices))
     return _attend(call, return_attn_probs)
 
 
@@ -103,9 +104,8 @@ def flash_attn_varlen_func(
         q_descale = _by_query_head(q, k, q_descale)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *_NO_CACHE
     given = q_descale, k_descale, v_descale, s_aux, softmax_scale, *_mask(causal, window_size), attention_chunk, softcap
-    most = 0 if max_seqlen_q is None else max_seqlen_q
-    call = ForwardCall(q, k, v, *lengths, *given, most, num_splits, pack_gqa, sm_margin, deterministic)
-    return _attend(call, return_attn_probs)
+    choices = 0 if max_seqlen_q is None else max_seqlen_q, num_splits, pack_gqa, sm_margin, deterministic
+    return _attend(ForwardCall._make((q, k, v, *lengths, *given, *choices)), return_attn_probs)
 
 
 def flash_attn_with_kvcache(
