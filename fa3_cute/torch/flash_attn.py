@@ -53,10 +53,14 @@ def flash_attn_func(
     with the status of the contract and a sentence.
     Source: FlashAttention-3 (Shah et al. 2024).
     """
-    _require_wide(q, v, qv)
-    scales = _scales(q, k, q_descale, k_descale, v_descale)
-    options = _options(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
-    call = ForwardCall(q, k, v, s_aux=s_aux, q_v=qv, is_deterministic=deterministic, **scales, **options)
+    if qv is not None:
+        _require_wide(q, v, qv)
+    if q_descale is not None:
+        q_descale = _by_query_head(q, k, q_descale)
+    given = q_descale, k_descale, v_descale, s_aux, qv, softmax_scale, *_mask(causal, window_size)
+    choices = attention_chunk, softcap, 0, num_splits, pack_gqa, sm_margin, deterministic
+    # By place: by name it takes twice as long.
+    call = ForwardCall._make((q, k, v, *_NO_LENGTHS, *_NO_CACHE, *given, *choices))
     return _attend(call, return_attn_probs)
 
 
@@ -97,12 +101,14 @@ def flash_attn_varlen_func(
 
     LSE is [num_heads, total_q]. Gradients of rows that no sequence uses are 0.
     """
-    _require_wide(q, v, qv)
-    scales = _scales(q, k, q_descale, k_descale, v_descale)
-    options = _options(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
-    options |= {"max_seqlen_q": 0 if max_seqlen_q is None else max_seqlen_q, "is_deterministic": deterministic}
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    return _attend(ForwardCall(q, k, v, *lengths, s_aux=s_aux, q_v=qv, **scales, **options), return_attn_probs)
+    if qv is not None:
+        _require_wide(q, v, qv)
+    if q_descale is not None:
+        q_descale = _by_query_head(q, k, q_descale)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *_NO_CACHE
+    given = q_descale, k_descale, v_descale, s_aux, qv, softmax_scale, *_mask(causal, window_size)
+    choices = attention_chunk, softcap, 0 if max_seqlen_q is None else max_seqlen_q, num_splits, pack_gqa, sm_margin, deterministic
+    return _attend(ForwardCall._make((q, k, v, *lengths, *given, *choices)), return_attn_probs)
 
 
 def flash_attn_with_kvcache(
@@ -192,6 +198,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 _INTS = (int, torch.SymInt)
+_NO_LENGTHS = (None,) * 4  # cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+_NO_CACHE = (None,) * 3  # page_table, kv_batch_idx, leftpad_k
 
 
 def _require_wide(q: Tensor, v: Tensor, qv: Tensor | None) -> None:
@@ -214,18 +222,10 @@ def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None, to
 
 
 def _options(scale, causal, window_size, chunk, softcap, num_splits, pack_gqa, sm_margin) -> dict:
-    """flash-attn's causal windows end at the diagonal, whatever their right bound is."""
-    try:
-        left, right = window_size
-    except (TypeError, ValueError) as error:
-        sentence = f"window_size={shown(window_size)}: must be a pair (left, right)"
-        raise error_for(Status.INVALID_ARGUMENT, sentence) from error
-    if causal:
-        is_bounded = not isinstance(left, _INTS) or left >= 0
-        causal, left, right = (False, left, 0) if is_bounded else (causal, -1, -1)
+    is_causal, left, right = _mask(causal, window_size)
     return {
         "softmax_scale": scale,
-        "is_causal": causal,
+        "is_causal": is_causal,
         "window_size_left": left,
         "window_size_right": right,
         "attention_chunk": chunk,
@@ -234,6 +234,19 @@ def _options(scale, causal, window_size, chunk, softcap, num_splits, pack_gqa, s
         "pack_gqa": pack_gqa,
         "sm_margin": sm_margin,
     }
+
+
+def _mask(causal, window_size) -> tuple:
+    """(is_causal, left, right): flash-attn's causal windows end at the diagonal, whatever their right bound is."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError) as error:
+        sentence = f"window_size={shown(window_size)}: must be a pair (left, right)"
+        raise error_for(Status.INVALID_ARGUMENT, sentence) from error
+    if causal:
+        is_bounded = not isinstance(left, _INTS) or left >= 0
+        return (False, left, 0) if is_bounded else (causal, -1, -1)
+    return causal, left, right
 
 
 def _update(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved) -> Update | None:
