@@ -51,7 +51,6 @@ OF_ATTENTION = ("varlen", "page_size", "head_dim", "head_dim_v", "q_v", "masks",
 MISPLACED = {
     "append": (*OF_ATTENTION, "out_dtype"),
     "merge": (*OF_ATTENTION, "kv_dtype"),
-    "backward": ("page_size", "q_v", "kv_dtype", "out_dtype"),
 }
 
 
@@ -193,6 +192,8 @@ def of_dims(cfg: Config, dims: Dims, args) -> Config | None:
 def backward_configs(args) -> list[KernelOfPass]:
     """Of `backward`, each kernel once."""
     passes = []
+    if args.page_size is not None or args.q_v or args.kv_dtype or args.out_dtype:
+        return []
     for dtype, dims in product(args.dtype or ELEMENT_BYTES, asked_dims(args) or [None]):
         if dtype in (FP8, PARTIAL) or dims and (dims in WIDE_DIMS or problem_of(dtype, None, dims, False)):
             continue

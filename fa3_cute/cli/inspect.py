@@ -231,7 +231,7 @@ def features(args) -> Features:
     return frozenset((field, value) for field, value in asked.items() if value)
 
 
-def roles(cfg: Config) -> dict[str, int] | None:
+def roles(cfg: Config) -> dict[str, int | None] | None:
     """Registers per thread after setmaxnreg; None for a kernel that has none."""
     if not cfg.uses_setmaxnreg:
         return None

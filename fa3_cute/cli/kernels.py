@@ -55,7 +55,7 @@ def problem_of(dtype: str, kv_dtype: str | None, dims: Dims, has_qv: bool) -> Pr
             head_dim=head_dim,
             head_dim_v=head_dim_v,
             dtype=DataType[dtype.upper()],
-            kv_dtype=kv_dtype and DataType[kv_dtype.upper()],
+            kv_dtype=DataType[kv_dtype.upper()] if kv_dtype else None,
         )
     )
     return problems[0] if problems else None
