@@ -3,10 +3,10 @@ WGMMA instructions, seconds. Needs no GPU, and leaves the kernels in the disk ca
 Exit status 1 if a kernel spills, draws a compiler warning or does not compile, 2 if there are no such kernels.
 
 Without options these are the prefill kernels of dense tensors, of all element types, head dims and masks. --all takes
-some 400: besides the variants that write the log-sum-exp and those of packed sequences, and the decode kernels, a
-selection of what the tables do not have, the one that this package's tests need: 512 columns of V, head_dim_v, head
-dims between those of tiles, FP8 caches in pages; and whatever appends, rotates or merges. Options choose among them;
-with --varlen, --head-dim and --q-v the selection is left out.
+some 500: besides the variants that write the log-sum-exp and those of packed sequences, and the decode kernels, of what
+the tables do not have those that this package's GPU tests need, or a selection that stands for them: 512 columns of V,
+head_dim_v and FP8 caches, dense, in a cache and in pages; head dims between those of tiles; and whatever appends,
+rotates or merges. Options choose among them; --varlen, --head-dim, --q-v and --page-size leave the tables' alone.
 
 --page-size has the kernels of pages of one size. Those of softcap, ALiBi, masks, chunks, dropout and functions in
 Python are not compiled here: warmup(params) compiles what a call needs.
@@ -55,7 +55,7 @@ MISPLACED = {
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--all", action="store_true", help="some 400 kernels, or those of them that options leave")
+    parser.add_argument("--all", action="store_true", help="some 500 kernels, or those of them that options leave")
     parser.add_argument(
         "--varlen",
         action="store_true",

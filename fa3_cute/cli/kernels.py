@@ -6,7 +6,17 @@ from functools import cache
 from typing import Any
 
 from .. import AttentionMode, DataType, FlashAttentionParams, explain
-from ..contract.formats import ELEMENT_BYTES, FP8, LARGE_DIM, MLA_DIMS, PARTIAL, SERVED_DIMS, WIDE_DIMS, tile_dims
+from ..contract.formats import (
+    ELEMENT_BYTES,
+    FP8,
+    LARGE_DIM,
+    MLA_DIMS,
+    PARTIAL,
+    SERVED_DIMS,
+    VALUE_DIMS,
+    WIDE_DIMS,
+    tile_dims,
+)
 from ..contract.mla import SMALLEST_PAGE
 from ..contract.status import Problem
 from ..planning.append import all_append_configs
@@ -22,6 +32,7 @@ from ..planning.tables import (
     decode_config,
     dense_configs,
     forward_config,
+    fp8_cache_configs,
     interned,
     packed_config,
 )
@@ -120,11 +131,26 @@ def may_be_partial(cfg: FwdConfig | DecodeConfig) -> bool:
 
 
 def beside_tables() -> list[Any]:
-    """What stands for kernels that are too many to be in the tables, as tests choose them: 512 columns of V, head_dim_v
-    and columns that tiles have and tensors have not, 16-bit queries over FP8 keys in a cache and in pages. And all that
-    append, rotate and merge."""
-    selections = mla_configs(), dim_configs(), cached_fp8_configs(), all_append_configs(), all_merge_configs()
-    return [cfg for configs in selections for cfg in configs]
+    """What stands for kernels that are too many to be in the tables: those that tests choose, of 512 columns of V, of
+    head_dim_v and of columns that tiles have and tensors have not, of 16-bit queries over FP8 keys; those of a cache
+    and of pages; and all that append, rotate and merge."""
+    selections = mla_configs(), dim_configs(), cached_fp8_configs()
+    launched_beside = all_append_configs(), all_merge_configs()
+    return [cfg for configs in (*selections, over_caches(), *launched_beside) for cfg in configs]
+
+
+def over_caches() -> list[Any]:
+    """Of 16-bit queries over FP8 keys every kernel over a cache and over pages of 64, of 16 and of a row; in BF16 those
+    of 512 columns of V, without the last, and those of fewer columns of V than of K, dense, packed and over pages of 64
+    rows."""
+    small, sources = KeySource(True, 1), (KeySource(True), KeySource(True, 16), KeySource(True, 64))
+    found: list[Any] = [cfg for source in (*sources, small) for cfg in fp8_cache_configs(source)]
+    found += [cfg for source in (*sources, KeySource(True, 64, True)) for cfg in all_mla_configs(source)]
+    for page_size in (None, 0, 64):
+        tables = [cfg for cfg in of_tables(page_size) if cfg.dtype != FP8]
+        for (_, columns), dim_v in VALUE_DIMS.items():
+            found += [other for cfg in tables if (other := fitted(cfg, (columns, dim_v), page_size))]
+    return [cfg for cfg in found if cfg.kv_dtype or cfg.dtype == "bf16"]
 
 
 def appending(dtypes: Collection[str], kv_dtypes: Collection[str]) -> list[Any]:
