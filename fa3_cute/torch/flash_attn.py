@@ -107,7 +107,8 @@ def flash_attn_varlen_func(
         q_descale = _by_query_head(q, k, q_descale)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *_NO_CACHE
     given = q_descale, k_descale, v_descale, s_aux, qv, softmax_scale, *_mask(causal, window_size)
-    choices = attention_chunk, softcap, 0 if max_seqlen_q is None else max_seqlen_q, num_splits, pack_gqa, sm_margin, deterministic
+    hint = 0 if max_seqlen_q is None else max_seqlen_q
+    choices = attention_chunk, softcap, hint, num_splits, pack_gqa, sm_margin, deterministic
     return _attend(ForwardCall._make((q, k, v, *lengths, *given, *choices)), return_attn_probs)
 
 

@@ -46,7 +46,8 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
         walks = walks_of(cfg)
         for i in cutlass.range_constexpr(len(walks)):
             if const_expr(i == 0 or cfg.finds_bounds_again):
-                tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))     # again: loops are short of registers
+                # again: loops are short of registers
+                tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
                 queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
                 mask = KeyMask.create(cfg, params.window, tile, tidx)
             turn, num_done = walk(gradients, mask, queries, params.group, (turn, num_done), walks[i])
@@ -92,7 +93,7 @@ def wait_for_keys(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, tile:
 
 
 def walks_of(cfg: BackwardConfig) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """One after the other: (kind of QueryRange.of_kind, values of is_rising of the tiles of keys that have this walk)."""
+    """One after the other: (kind of QueryRange.of_kind, is_rising of the tiles of keys that have this walk)."""
     if cfg.alternates:
         return (2, (1,)), (1, (0, 1)), (2, (0,))
     return tuple((kind, (0,)) for kind in range(0 if cfg.is_local else 1, 3))

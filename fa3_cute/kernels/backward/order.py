@@ -31,9 +31,9 @@ def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim:
                       least: Int32 = 1) -> Int32:
     """KV heads, of any batch entry, whose Q, dO and dQ share L2, in sections of about equal size; `least` at least.
 
-    Sections of fewer tiles than MIN_TILES leave CTAs idle at the end of a launch: of 32 tiles, where 8 heads share K and
-    V of 4096 keys, 13 % of the time of 4 causal sequences of 64 heads, if a tile takes as long as it has Q tiles (of
-    128, 1 %).
+    Sections of fewer tiles than MIN_TILES leave CTAs idle at the end of a launch: of 32 tiles, where 8 heads share K
+    and V of 4096 keys, 13 % of the time of 4 causal sequences of 64 heads, if a tile takes as long as it has Q tiles
+    (of 128, 1 %).
     """
     most = L2_BYTES // (BYTES_PER_VALUE * head_dim) // maximum(seqlen_q * group, 1)
     most = minimum(maximum(maximum(most, ceil_div(MIN_TILES, maximum(num_blocks, 1))), least), num_heads)
