@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensors import BF16, FP8, ints, packed, qkv, rand, rotary
+from tensors import BF16, FP8, ints, packed, qkv, qv_tensors, rand, rotary
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,6 +90,8 @@ def forward_calls():
     yield "packed", (q, k, v, cu_q, cu_k), {"window_size_left": 9, "window_size_right": 0}
     sinks = torch.ones(4, requires_grad=True)
     yield "scores", (*dense,), {"s_aux": sinks, "softcap": 2.0, "attention_chunk": 16}
+    *parts, second = qv_tensors()
+    yield "qv", tuple(parts), {"q_v": second, "is_causal": True}
     yield "fp8", tuple(x.to(FP8) for x in dense), {"q_descale": scales, "s_aux": torch.zeros(4)}
 
 
