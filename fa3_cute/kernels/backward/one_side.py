@@ -25,11 +25,11 @@ from ..common.dropout import Dropout
 from ..common.entry import flat_entry
 from ..common.layout import element_type, tensor_view
 from ..common.sequences import Sequences
-from ..common.tiles import Tile, rows_from
-from ..common.tma import TmaOperand, tma_load, tma_views
+from ..common.tiles import Tile
+from ..common.tma import tma_load
 from ..common.visibility import Visibility
 from .blocks import Extents, KeyTile, query_range
-from .load import load_rows
+from .load import QueryTiles, load_heads, load_tile
 from .one_side_bundles import SideLayouts, SideMmas, SideParams, SidePipelines, SideSmem
 from .one_side_consume import consume_for_keys, consume_for_queries
 from .place import find_place
@@ -160,22 +160,12 @@ def make_side_mmas(cfg: OneSideConfig) -> SideMmas:
 
 
 @cute.jit
-def load_own_rows(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pipes: SidePipelines, block: Int32,
-                  offset: Int32, place: tuple):
-    """x and x2, once. place: (head, batch)."""
+def load_own_rows(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pipes: SidePipelines, where: tuple):
+    """x and x2, once. where: as in load_tile."""
     slot = pipes.x.make_producer().acquire_and_advance()
-    for i in cutlass.range_constexpr(2 if cfg.has_dp else 1):
-        op, sX = (params.x, smem.sX) if i == 0 else (params.x2, smem.sX2)
-        mX = rows_from(cfg, offset, op.tensor[None, None, place[0], place[1]])
-        tile = cute.local_tile(mX, (cfg.tile_rows, cute.size(sX, mode=[1])), (block, 0))
-        tXsX, tXgX = tma_views(op, tile, sX)
-        cute.copy(op.atom, tXgX, tXsX[None, slot.index], tma_bar_ptr=slot.barrier)
-
-
-def tiles_of(cfg: OneSideConfig, op: TmaOperand, sY: cute.Tensor, offset: Int32, head: Int32, batch: Int32):
-    """TMA's view of the other side's rows: smem (box, slot) and gmem (box, tile)."""
-    mY = rows_from(cfg, offset, op.tensor[None, None, head, batch])
-    return tma_views(op, cute.local_tile(mY, (cfg.tile_columns, cute.size(sY, mode=[1])), (None, 0)), sY)
+    load_tile(cfg, params.x, smem.sX, where, slot)
+    if const_expr(cfg.has_dp):
+        load_tile(cfg, params.x2, smem.sX2, where, slot)
 
 
 @cute.jit
@@ -183,36 +173,20 @@ def load_for_queries(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pip
     """Q and dO, then tiles of K and V from the last one down. Runs on: warp 0."""
     blocks = Visibility(cfg, params.window, tile).tiles()
     y_producer, y2_producer = pipes.y.make_producer(), pipes.y2.make_producer()
-    tYsY, tYgY = tiles_of(cfg, params.y, smem.sY, tile.offset_k, tile.kv_head, tile.batch)
-    tZsZ, tZgZ = tiles_of(cfg, params.y2, smem.sY2, tile.offset_k, tile.kv_head, tile.batch)
     if blocks.n_block_max > blocks.n_block_min:
-        load_own_rows(cfg, params, smem, pipes, tile.m_block, tile.offset_q, (tile.head, tile.batch))
+        load_own_rows(cfg, params, smem, pipes, (tile.m_block, tile.offset_q, tile.head, tile.batch))
     for i in cutlass.range(blocks.n_block_max - blocks.n_block_min, unroll=1):
-        n_block = blocks.n_block_max - 1 - i
-        y = y_producer.acquire_and_advance()
-        cute.copy(params.y.atom, tYgY[None, n_block], tYsY[None, y.index], tma_bar_ptr=y.barrier)
-        y2 = y2_producer.acquire_and_advance()
-        cute.copy(params.y2.atom, tZgZ[None, n_block], tZsZ[None, y2.index], tma_bar_ptr=y2.barrier)
+        where = blocks.n_block_max - 1 - i, tile.offset_k, tile.kv_head, tile.batch
+        load_tile(cfg, params.y, smem.sY, where, y_producer.acquire_and_advance())
+        load_tile(cfg, params.y2, smem.sY2, where, y2_producer.acquire_and_advance())
 
 
 @cute.jit
 def load_for_keys(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pipes: SidePipelines, tile: KeyTile):
     """K and V, then of each query head of the group tiles of Q and dO with the rows' values. Runs on: warp 0."""
     queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-    y_producer, y2_producer = pipes.y.make_producer(), pipes.y2.make_producer()
     if queries.m_block_max > queries.m_block_min:
-        load_own_rows(cfg, params, smem, pipes, tile.n_block, tile.offset_k, (tile.kv_head, tile.batch))
-    for i in cutlass.range(params.group, unroll=1):
-        head = tile.kv_head * params.group + i
-        tYsY, tYgY = tiles_of(cfg, params.y, smem.sY, tile.offset_q, head, tile.batch)
-        tZsZ, tZgZ = tiles_of(cfg, params.y2, smem.sY2, tile.offset_q, head, tile.batch)
-        shift, delta = params.shift[None, head], params.delta[None, head]
-        for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
-            row = tile.first_q_block * PREPARED_ROWS + m_block * cfg.tile_m
-            y = y_producer.acquire_and_advance()
-            cute.copy(params.y.atom, tYgY[None, m_block], tYsY[None, y.index], tma_bar_ptr=y.barrier)
-            load_rows(cfg, shift, row, smem.sShift[None, y.index], y.barrier)
-            y2 = y2_producer.acquire_and_advance()
-            cute.copy(params.y2.atom, tZgZ[None, m_block], tZsZ[None, y2.index], tma_bar_ptr=y2.barrier)
-            if const_expr(cfg.has_dp):
-                load_rows(cfg, delta, row, smem.sDelta[None, y2.index], y2.barrier)
+        load_own_rows(cfg, params, smem, pipes, (tile.n_block, tile.offset_k, tile.kv_head, tile.batch))
+    q = QueryTiles(cfg, params.y, smem.sY, pipes.y.make_producer(), params.shift, smem.sShift)
+    do = QueryTiles(cfg, params.y2, smem.sY2, pipes.y2.make_producer(), params.delta, smem.sDelta)
+    load_heads(cfg, params.group, tile, queries, q, do)
