@@ -5,12 +5,12 @@ from cutlass import Float32, Int32, Int64
 
 from ...planning.backward import FINISH_ARGUMENTS, BackwardConfig
 from ..common.entry import flat_entry
-from ..common.layout import convert, element_type, smem_ring, tensor_view, transposed
+from ..common.layout import element_type, rounded, smem_ring, tensor_view, transposed
 from ..common.sequences import Sequences
 from .blocks import Blocks, query_tile
 from .gradients import QUAD
 from .kernel import make_dq_mma
-from .store import store_used_rows
+from .store import store_used_rows, write_slot
 
 
 @flat_entry(FINISH_ARGUMENTS)
@@ -53,12 +53,9 @@ class FinishBackward:
                           cute.make_tensor(acc.iterator, cute.make_layout(quads.shape)))
         for i in cutlass.range_constexpr(cute.size(acc)):
             acc[i] = scale * acc[i]
-        rdQ = cute.make_rmem_tensor_like(acc, element_type(cfg))
-        convert(acc, rdQ)
-        stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(cfg.is_dq_transposed, 4), element_type(cfg))
-        thread_copy = cute.make_tiled_copy_C(stmatrix, mma).get_slice(thread)
+        rdQ = rounded(acc, element_type(cfg))
         slot = transposed(sdQ)[None, None, 0] if cfg.is_dq_transposed else sdQ[None, None, 0]
-        cute.copy(thread_copy, thread_copy.retile(rdQ), thread_copy.partition_D(slot))
+        write_slot(mma, rdQ, slot, thread, cfg.is_dq_transposed)
         cute.arch.sync_threads()
         num_rows = tile.seqlen - tile.m_block * cfg.tile_m
         store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), (num_rows, mdQ.shape[1]), thread,

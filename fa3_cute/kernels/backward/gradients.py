@@ -20,7 +20,7 @@ from cutlass.experimental import primitives
 from ...planning.backward import BackwardConfig
 from ..common.copies import clear_rows
 from ..common.barriers import sync_warpgroup
-from ..common.layout import as_operand_a, convert, element_type, transposed
+from ..common.layout import as_operand_a, element_type, rounded, transposed
 from ..common.wgmma import in_flight, issue_gemm
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .scores import Exponents, Scores
@@ -227,7 +227,7 @@ class Gradients:
         else:
             for i in cutlass.range_constexpr(cute.size(acc_S)):
                 acc_S[i] = cute.math.exp2(acc_S[i] * self.scale_log2, fastmath=True)
-            rP = self.rounded(acc_S)
+            rP = rounded(acc_S, element_type(self.cfg))
         return rP
 
     def exponents(self, acc_S: cute.Tensor, mask: KeyMask, m_block: Int32, q_slot: Int32) -> Exponents:
@@ -249,13 +249,7 @@ class Gradients:
         """P, dP -> dS, rounded."""
         for i in cutlass.range_constexpr(cute.size(acc_dP)):
             acc_dP[i] = P[i] * acc_dP[i]
-        return self.rounded(acc_dP)
-
-    def rounded(self, acc: cute.Tensor) -> cute.Tensor:
-        """In the type of the GEMMs' operands."""
-        out = cute.make_rmem_tensor_like(acc, element_type(self.cfg))
-        convert(acc, out)
-        return out
+        return rounded(acc_dP, element_type(self.cfg))
 
     def start_dQ(self, ds_slot: Int32) -> cute.Tensor:
         """This warpgroup's part of dQ, left in flight."""

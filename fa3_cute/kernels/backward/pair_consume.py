@@ -8,14 +8,13 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ...planning.pair import PairConfig
 from ..common.barriers import sync_consumers, sync_warpgroup
-from ..common.layout import as_operand_a, convert, element_type, transposed
+from ..common.layout import as_operand_a, element_type, rounded, transposed
 from ..common.sequences import is_present
-from ..common.tiles import rows_from
 from ..common.wgmma import in_flight, issue_gemm
 from .blocks import KeyTile, query_range
 from .gradients import QUAD, clear_unused_rows, start_at
 from .pair_bundles import PairMmas, PairParams, PairPipelines, PairSmem
-from .store import store_used_rows
+from .store import store_part, write_slot
 from .visible import KeyMask
 
 
@@ -57,7 +56,7 @@ class Values:
         for i in cutlass.range_constexpr(cute.size(acc_S)):
             acc_S[i] = cute.math.exp2(acc_S[i] * self.scale_log2, fastmath=True)
         self.hand_over(acc_S)
-        rP = rounded(cfg, acc_S)
+        rP = rounded(acc_S, element_type(cfg))
         do = self.do_consumer.wait_and_advance()
         if const_expr(cfg.is_varlen):
             clear_unused_rows(cfg, (self.smem.sdO[None, None, do.index],), num_used, self.tidx)
@@ -108,7 +107,7 @@ class Keys:
         do.release()
         for i in cutlass.range_constexpr(cute.size(acc_dP)):
             acc_dP[i] = acc_P[i] * acc_dP[i]
-        rdS = rounded(cfg, acc_dP)
+        rdS = rounded(acc_dP, element_type(cfg))
         q = self.q_consumer.wait_and_advance()
         if const_expr(cfg.is_varlen):
             clear_unused_rows(cfg, (self.smem.sQ[None, None, q.index],), num_used, self.tidx)
@@ -144,13 +143,6 @@ def thread_order(cfg: PairConfig, sP: cute.Tensor, tidx: Int32) -> cute.Tensor:
     quads = cfg.tile_n * cfg.tile_m // 128 // QUAD
     return cute.make_tensor((sP.iterator + QUAD * tidx).align(16), cute.make_layout(
         (QUAD, quads, cfg.num_p_stages), stride=(1, 128 * QUAD, cfg.tile_n * cfg.tile_m)))
-
-
-def rounded(cfg: PairConfig, acc: cute.Tensor) -> cute.Tensor:
-    """In the type of the GEMMs' operands."""
-    out = cute.make_rmem_tensor_like(acc, element_type(cfg))
-    convert(acc, out)
-    return out
 
 
 def new_gradient(cfg: PairConfig, mma: cute.TiledMma, columns: int) -> cute.Tensor:
@@ -226,15 +218,10 @@ def wait_for_keys(cfg: PairConfig, pipe: pipeline.PipelineTmaAsync, sX: cute.Ten
 def store_own_keys(cfg: PairConfig, mma: cute.TiledMma, acc: cute.Tensor, ring: cute.Tensor, mX: cute.Tensor,
                    tile: KeyTile):
     """dK or dV -> the slot of K or V -> rows below seqlen_k; not of a null pointer, a gradient that is not wanted."""
-    tidx, wg_idx = cute.arch.thread_idx()[0] % 128, cute.arch.thread_idx()[0] // 128 - 1
-    rX, slot = rounded(cfg, acc), ring[None, None, 0]
-    stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
-    thread_copy = cute.make_tiled_copy_C(stmatrix, mma).get_slice(tidx)
+    tidx, wg_idx, slot = cute.arch.thread_idx()[0] % 128, cute.arch.thread_idx()[0] // 128 - 1, ring[None, None, 0]
+    rX = rounded(acc, element_type(cfg))
     sync_consumers(cfg)                    # both have read what the other writes to
     if is_present(mX):
-        cute.copy(thread_copy, thread_copy.retile(rX), thread_copy.partition_D(slot))
+        write_slot(mma, rX, slot, tidx)
         sync_warpgroup(wg_idx)
-        gX = cute.local_tile(rows_from(cfg, tile.offset_k, mX[None, None, tile.kv_head, tile.batch]),
-                             (cfg.tile_n, cute.size(slot, mode=[1])), (tile.n_block, 0))
-        used = tile.seqlen_k - tile.n_block * cfg.tile_n, mX.shape[1]
-        store_used_rows(cfg, slot, gX, used, tidx, 128)
+        store_part(cfg, slot, 0, mX, (tile.n_block, tile.offset_k, tile.seqlen_k, tile.kv_head, tile.batch), tidx)
