@@ -25,8 +25,7 @@ from ..common.wgmma import in_flight, issue_gemm
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .scores import Exponents, Scores
 from .visible import KeyMask
-
-QUAD = 4
+from .workspace import QUAD, in_thread_order, quads_of
 
 
 @dataclass
@@ -263,13 +262,12 @@ class Gradients:
 
     @cute.jit
     def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
-        """To the reduce warp, in thread order: element 4 j + i of thread t lies at 512 j + 4 t + i."""
+        """To the reduce warp, in thread order."""
         slot = emptied(turn)
         if const_expr(not self.cfg.is_dq_in_turns):
             slot = pipeline.PipelineState(self.cfg.num_consumer_wgs, turn, self.wg_idx, turn & 1 ^ 1)
         self.pipes.dq.producer_acquire(slot)
-        quads = cute.make_tensor(acc_dQ.iterator, cute.make_layout((QUAD, cute.size(acc_dQ) // QUAD)))
-        cute.autovec_copy(quads, self.sdQ)
+        cute.autovec_copy(quads_of(acc_dQ), self.sdQ)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
         with cute.arch.elect_one():
@@ -338,8 +336,7 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
     store_dS = cute.make_tiled_copy_C(stmatrix, mmas.sdp).get_slice(tidx)
     acc_dK, acc_dV = (cute.make_rmem_tensor(mmas.dkv.partition_shape_C((cfg.tile_n, cfg.head_dim)), Float32)
                       for _ in range(2))
-    sdQ = cute.make_tensor(smem.sdQ[None, wg_idx].iterator + QUAD * (tidx % 128),
-                           cute.make_layout((QUAD, cfg.dq_part // 128 // QUAD), stride=(1, 128 * QUAD)))
+    sdQ = in_thread_order(smem.sdQ[None, wg_idx].iterator + QUAD * (tidx % 128), cfg.dq_part)[None, None, 0]
     return Gradients(
         cfg, mmas, smem,
         tSrK=operand_a(mmas.sdp, smem.sK), tSrQ=operand_b(mmas.sdp, smem.sQ),

@@ -25,6 +25,7 @@ from .load import load
 from .reduce import reduce_dq
 from .schedule import schedule
 from .scores import Scores
+from .workspace import per_block
 
 
 @flat_entry(BACKWARD_ARGUMENTS)
@@ -45,7 +46,6 @@ class FlashAttentionBackward:
         cfg, layouts, sequences = self.cfg, self.make_layouts(), Sequences.create(a)
         shapes = Extents.create(cfg, a, sequences, cfg.tile_m)
         q_blocks, k_blocks = shapes.q_blocks, shapes.k_blocks
-        tile = cfg.tile_m * cfg.head_dim
         params = BwdParams(
             q=tma_load(tensor_view(a, "q", shapes.q), layouts.sQ, cfg.tile_m),
             do=tma_load(tensor_view(a, "dout", shapes.do), layouts.sdO, cfg.tile_m),
@@ -53,8 +53,7 @@ class FlashAttentionBackward:
             v=tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
             mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.v),
             shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
-            dq_sum=cute.make_tensor(a.dq_sum, cute.make_layout(
-                (tile, q_blocks.num_blocks, a.num_heads), stride=(1, Int64(tile), Int64(tile) * q_blocks.num_blocks))),
+            dq_sum=per_block(a.dq_sum, cfg.tile_m * cfg.head_dim, q_blocks, a.num_heads),
             order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
             tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, k_blocks=k_blocks,

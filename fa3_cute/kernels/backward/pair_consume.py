@@ -12,10 +12,11 @@ from ..common.layout import as_operand_a, element_type, rounded, transposed
 from ..common.sequences import is_present
 from ..common.wgmma import in_flight, issue_gemm
 from .blocks import KeyTile, query_range
-from .gradients import QUAD, clear_unused_rows, start_at
+from .gradients import clear_unused_rows, start_at
 from .pair_bundles import PairMmas, PairParams, PairPipelines, PairSmem
 from .store import store_part, write_slot
 from .visible import KeyMask
+from .workspace import QUAD, in_thread_order, quads_of
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Values:
     def hand_over(self, acc_P: cute.Tensor):
         """P^T, in FP32, to the thread of the other warpgroup that has the same elements of dP^T."""
         p = self.p_producer.acquire_and_advance()
-        cute.autovec_copy(as_quads(acc_P), self.sP[None, None, p.index])
+        cute.autovec_copy(quads_of(acc_P), self.sP[None, None, p.index])
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             p.commit()
@@ -121,7 +122,7 @@ class Keys:
         """P^T of a tile."""
         p = self.p_consumer.wait_and_advance()
         acc_P = new_scores(self.cfg, self.mmas)
-        cute.autovec_copy(self.sP[None, None, p.index], as_quads(acc_P))
+        cute.autovec_copy(self.sP[None, None, p.index], quads_of(acc_P))
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             p.release()
@@ -133,16 +134,9 @@ def new_scores(cfg: PairConfig, mmas: PairMmas) -> cute.Tensor:
     return cute.make_rmem_tensor(mmas.scores.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
 
 
-def as_quads(acc: cute.Tensor) -> cute.Tensor:
-    """An accumulator in the pieces of 16 bytes that threads hand over."""
-    return cute.make_tensor(acc.iterator, cute.make_layout((QUAD, cute.size(acc) // QUAD)))
-
-
-def thread_order(cfg: PairConfig, sP: cute.Tensor, tidx: Int32) -> cute.Tensor:
+def part_of_P(cfg: PairConfig, sP: cute.Tensor, tidx: Int32) -> cute.Tensor:
     """A thread's part of the slots of P, (4, quads, slot)."""
-    quads = cfg.tile_n * cfg.tile_m // 128 // QUAD
-    return cute.make_tensor((sP.iterator + QUAD * tidx).align(16), cute.make_layout(
-        (QUAD, quads, cfg.num_p_stages), stride=(1, 128 * QUAD, cfg.tile_n * cfg.tile_m)))
+    return in_thread_order((sP.iterator + QUAD * tidx).align(16), cfg.tile_n * cfg.tile_m, cfg.num_p_stages)
 
 
 def new_gradient(cfg: PairConfig, mma: cute.TiledMma, columns: int) -> cute.Tensor:
@@ -163,7 +157,7 @@ def consume_values(cfg: PairConfig, params: PairParams, mmas: PairMmas, smem: Pa
         tSrK=mmas.scores.make_fragment_A(thread(mmas.scores).partition_A(smem.sK)),
         tSrQ=mmas.scores.make_fragment_B(thread(mmas.scores).partition_B(smem.sQ)),
         tVrdO=mmas.dv.make_fragment_B(thread(mmas.dv).partition_B(transposed(smem.sdO))),
-        acc_dV=new_gradient(cfg, mmas.dv, cfg.dim_v), sP=thread_order(cfg, smem.sP, tidx),
+        acc_dV=new_gradient(cfg, mmas.dv, cfg.dim_v), sP=part_of_P(cfg, smem.sP, tidx),
         q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(), p_producer=pipes.p.make_producer(),
         scale_log2=params.scale_log2, tidx=tidx)
     mask = KeyMask.create(cfg, params.window, tile, tidx)
@@ -192,7 +186,7 @@ def consume_keys(cfg: PairConfig, params: PairParams, mmas: PairMmas, smem: Pair
         tPrV=mmas.scores.make_fragment_A(thread(mmas.scores).partition_A(smem.sV)),
         tPrdO=mmas.scores.make_fragment_B(thread(mmas.scores).partition_B(smem.sdO)),
         tKrQ=mmas.dk.make_fragment_B(thread(mmas.dk).partition_B(transposed(smem.sQ))),
-        acc_dK=new_gradient(cfg, mmas.dk, cfg.dim_qk), sP=thread_order(cfg, smem.sP, tidx),
+        acc_dK=new_gradient(cfg, mmas.dk, cfg.dim_qk), sP=part_of_P(cfg, smem.sP, tidx),
         q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(), p_consumer=pipes.p.make_consumer(),
         tidx=128 + tidx)
     queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
