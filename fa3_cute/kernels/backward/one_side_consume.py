@@ -23,6 +23,7 @@ from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
 from .scores import BiasGradient, Exponents, MaskOfKeys, Scores, find_rows
 from .store import store_part, write_slot
 from .visible import KeyMask
+from .walk import walk_heads
 
 
 @dataclass
@@ -276,15 +277,7 @@ def consume_for_keys(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, sme
         if const_expr(cfg.is_varlen):
             num_used = tile.seqlen_k - tile.n_block * cfg.tile_n
             clear_unused_rows(cfg, (smem.sX[None, None, 0], smem.sX2[None, None, 0]), num_used, tidx)
-    for i in cutlass.range(params.group, unroll=1):
-        side.start_head(mask, tile.kv_head * params.group + i, tile.sequence)
-        for m_block in cutlass.range(queries.m_block_min, queries.m_block_full_min, unroll=1):
-            side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
-        for m_block in cutlass.range(queries.m_block_full_min, queries.m_block_full_max, unroll=1):
-            side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=False)
-        if const_expr(cfg.is_local):
-            for m_block in cutlass.range(queries.m_block_full_max, queries.m_block_max, unroll=1):
-                side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
+    walk_heads(side, mask, queries, params.group)
     where = tile.n_block, tile.offset_k, tile.seqlen_k, tile.kv_head, tile.batch
     store_own_rows(cfg, params, mmas, smem.sX, side.acc_G, where, tidx)
 

@@ -16,6 +16,7 @@ from .gradients import clear_unused_rows, start_at
 from .pair_bundles import PairMmas, PairParams, PairPipelines, PairSmem
 from .store import store_part, write_slot
 from .visible import KeyMask
+from .walk import walk_heads
 from .workspace import QUAD, in_thread_order, quads_of
 
 
@@ -65,6 +66,9 @@ class Values:
                    zero_init=False)
         in_flight(0)
         do.release()
+
+    def start_head(self, mask: KeyMask, head: Int32, sequence: Int32):
+        """Nothing is a head's own: there are no features of scores."""
 
     @cute.jit
     def hand_over(self, acc_P: cute.Tensor):
@@ -164,14 +168,7 @@ def consume_values(cfg: PairConfig, params: PairParams, mmas: PairMmas, smem: Pa
     queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
     if queries.m_block_max > queries.m_block_min:
         wait_for_keys(cfg, pipes.k, smem.sK, tile, tidx)
-    for i in cutlass.range(params.group, unroll=1):
-        for m_block in cutlass.range(queries.m_block_min, queries.m_block_full_min, unroll=1):
-            values.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
-        for m_block in cutlass.range(queries.m_block_full_min, queries.m_block_full_max, unroll=1):
-            values.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=False)
-        if const_expr(cfg.is_local):
-            for m_block in cutlass.range(queries.m_block_full_max, queries.m_block_max, unroll=1):
-                values.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
+    walk_heads(values, mask, queries, params.group)
     store_own_keys(cfg, mmas.dv, values.acc_dV, smem.sV, params.mdV, tile)
 
 
