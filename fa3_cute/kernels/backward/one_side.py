@@ -11,24 +11,22 @@ Each warpgroup has 64 rows and waits for no other: their GEMMs fill one another'
 """
 import cutlass
 import cutlass.cute as cute
-import cutlass.pipeline as pipeline
-import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass import Float32, const_expr
+from cutlass.cute.nvgpu import cpasync
 
-from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.one_side import ONE_SIDE_ARGUMENTS, PREPARED_ROWS, OneSideConfig
 from ...planning.rings import by_name
 from ..common.arithmetic import LOG2_E
 from ..common.block_range import Window
 from ..common.dropout import Dropout
 from ..common.entry import flat_entry
-from ..common.layout import element_type, tensor_view
+from ..common.layout import tensor_view
 from ..common.sequences import Sequences
 from ..common.tiles import Tile
 from ..common.tma import tma_load
 from ..common.visibility import Visibility
 from .blocks import Extents, KeyTile, query_range
+from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma
 from .load import QueryTiles, load_heads, load_tile
 from .one_side_bundles import SideLayouts, SideMmas, SideParams, SidePipelines, SideSmem
 from .one_side_consume import consume_for_keys, consume_for_queries
@@ -116,44 +114,24 @@ class OneSideBackward:
 
     @cute.jit
     def allocate(self, layouts: SideLayouts):
-        """Carve shared memory; initialise and publish the mbarriers. cfg.rings has the arrival counts."""
-        cfg = self.cfg
-        allocator = cutlass.memory.SmemAllocator()
-        rings = by_name(cfg.rings)
-        bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in ("x", "y", "y2")}
-        tensor = lambda layout: allocator.allocate_tensor(
-            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        floats = lambda slots: allocator.allocate_tensor(
-            Float32, cute.make_layout((cfg.tile_columns, slots)), byte_alignment=128)
-        sX = tensor(layouts.sX)
-        sX2 = tensor(layouts.sX2) if const_expr(cfg.has_dp) else sX
-        sY, sY2 = tensor(layouts.sY), tensor(layouts.sY2)
+        """Carve shared memory; initialise and publish the mbarriers."""
+        cfg, memory = self.cfg, SharedMemory(self.cfg, ("x", "y", "y2"))
+        sX = memory.tensor(layouts.sX)
+        sX2 = memory.tensor(layouts.sX2) if const_expr(cfg.has_dp) else sX
+        sY, sY2 = memory.tensor(layouts.sY), memory.tensor(layouts.sY2)
         has_vectors = not cfg.is_of_queries
-        smem = SideSmem(sX, sX2, sY, sY2, floats(cfg.num_y_stages) if has_vectors else None,
-                        floats(cfg.num_y2_stages) if has_vectors and cfg.has_dp else None)
-        group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
-        tma_ring = lambda name, tx_count: pipeline.PipelineTmaAsync.create(
-            num_stages=rings[name].slots, producer_group=group(rings[name].full),
-            consumer_group=group(rings[name].empty), barrier_storage=bars[name], tx_count=tx_count, defer_sync=True)
-        vector = 4 * cfg.tile_columns * has_vectors
-        pipes = SidePipelines(
-            x=tma_ring("x", rings["x"].slot_bytes + rings["x2"].slot_bytes),
-            y=tma_ring("y", rings["y"].slot_bytes + vector),
-            y2=tma_ring("y2", rings["y2"].slot_bytes + vector * cfg.has_dp))
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        smem = SideSmem(sX, sX2, sY, sY2, memory.floats("shift") if has_vectors else None,
+                        memory.floats("delta") if has_vectors and cfg.has_dp else None)
+        pipes = SidePipelines(x=memory.tma_ring("x", "x2"), y=memory.tma_ring("y", "shift"),
+                              y2=memory.tma_ring("y2", "delta"))
+        publish_barriers()
         return smem, pipes
 
 
 def make_side_mmas(cfg: OneSideConfig) -> SideMmas:
-    """Both operands of the scores lie in shared memory; the gradient's B is read MN-major from the same slots."""
-    element, atoms = element_type(cfg), (cfg.num_consumer_wgs, 1, 1)
-    k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-    return SideMmas(
-        sm90.make_trivial_tiled_mma(element, element, k_major, k_major, Float32, atoms,
-                                    (ROWS_PER_WARPGROUP, cfg.tile_columns)),
-        sm90.make_trivial_tiled_mma(element, element, k_major, mn_major, Float32, atoms,
-                                    (ROWS_PER_WARPGROUP, cfg.dim_gradient), warpgroup.OperandSource.RMEM))
+    """Over all consumer warpgroups."""
+    warpgroups = cfg.num_consumer_wgs
+    return SideMmas(scores_mma(cfg, warpgroups, cfg.tile_columns), gradient_mma(cfg, warpgroups, cfg.dim_gradient))
 
 
 # ---- load ------------------------------------------------------------------------------------------------------------
