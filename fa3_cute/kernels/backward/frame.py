@@ -1,4 +1,5 @@
-"""What the frames of the kernels have in common: shared memory from a config's rings, and the GEMMs' two shapes."""
+"""What the frames of the kernels have in common: arguments, shared memory from a config's rings, and two kinds of
+GEMMs."""
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -6,14 +7,31 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import FLOAT_BYTES, BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.one_side import OneSideConfig
 from ...planning.pair import PairConfig
 from ...planning.rings import by_name
-from ..common.layout import element_type
+from ..common.arithmetic import LOG2_E
+from ..common.block_range import Window
+from ..common.layout import element_type, tensor_view
+from ..common.sequences import Sequences
+from ..common.tma import tma_load
+from .blocks import Extents
 
-FLOAT_BYTES = 4
+
+def shared_params(cfg: BackwardConfig | PairConfig, a, sequences: Sequences, shapes: Extents, layouts) -> dict:
+    """The fields that BwdParams and PairParams have in common, from a kernel's arguments."""
+    return {
+        "q": tma_load(tensor_view(a, "q", shapes.q), layouts.sQ, cfg.tile_m),
+        "do": tma_load(tensor_view(a, "dout", shapes.do), layouts.sdO, cfg.tile_m),
+        "k": tma_load(tensor_view(a, "k", shapes.k), layouts.sK, cfg.tile_n),
+        "v": tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
+        "mdK": tensor_view(a, "dk", shapes.k), "mdV": tensor_view(a, "dv", shapes.v),
+        "shift": cute.make_tensor(a.shift, shapes.vector), "delta": cute.make_tensor(a.delta, shapes.vector),
+        "window": Window.create(cfg, a), "sequences": sequences, "q_blocks": shapes.q_blocks,
+        "k_blocks": shapes.k_blocks, "num_heads_k": a.num_heads_k, "group": a.num_heads // a.num_heads_k,
+        "scale": a.softmax_scale, "scale_log2": a.softmax_scale * Float32(LOG2_E)}
 
 
 class SharedMemory:

@@ -9,17 +9,15 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.rings import by_name
-from ..common.arithmetic import LOG2_E, minimum
-from ..common.block_range import Window
+from ..common.arithmetic import minimum
 from ..common.entry import flat_entry
-from ..common.layout import element_type, smem_ring, tensor_view
+from ..common.layout import element_type, smem_ring
 from ..common.sequences import Sequences
 from ..common.tile_ring import entry_ints
-from ..common.tma import tma_load
 from .blocks import Extents, KeyTile
 from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .consume import consume
-from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma
+from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, shared_params
 from .load import load
 from .reduce import reduce_dq
 from .schedule import schedule
@@ -46,18 +44,10 @@ class FlashAttentionBackward:
         shapes = Extents.create(cfg, a, sequences, cfg.tile_m)
         q_blocks, k_blocks = shapes.q_blocks, shapes.k_blocks
         params = BwdParams(
-            q=tma_load(tensor_view(a, "q", shapes.q), layouts.sQ, cfg.tile_m),
-            do=tma_load(tensor_view(a, "dout", shapes.do), layouts.sdO, cfg.tile_m),
-            k=tma_load(tensor_view(a, "k", shapes.k), layouts.sK, cfg.tile_n),
-            v=tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
-            mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.v),
-            shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
+            **shared_params(cfg, a, sequences, shapes, layouts),
             dq_sum=per_block(a.dq_sum, cfg.tile_m * cfg.head_dim, q_blocks, a.num_heads),
             order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
-            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
-            window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, k_blocks=k_blocks,
-            num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
-            scale_log2=a.softmax_scale * Float32(LOG2_E), scores=Scores.create(cfg, a))
+            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)), scores=Scores.create(cfg, a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
             grid=(minimum(k_blocks.num_blocks * a.num_heads_k, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),

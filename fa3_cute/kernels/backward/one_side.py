@@ -101,14 +101,14 @@ class OneSideBackward:
         at = find_place(cfg, params.sequences, params.blocks, (params.num_heads, params.group),
                         cute.arch.block_idx()[0], cfg.is_causal,
                         is_reversed=cfg.is_of_queries and cfg.is_causal and not cfg.is_varlen)
-        first_q_block = params.q_blocks.first(at.sequence)
-        lengths = at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k
         if const_expr(cfg.is_of_queries):
             # Tile.sequence: its first block among the prepared ones, which is all that is asked of it here
-            tile = Tile(at.block, at.head, at.head // params.group, at.batch, *lengths, first_q_block)
+            first_q_block = params.q_blocks.first(at.sequence)
+            tile = Tile(at.block, at.head, at.head // params.group, at.batch, at.offset_q, at.seqlen_q, at.offset_k,
+                        at.seqlen_k, first_q_block)
             is_there = at.block * cfg.tile_rows < at.seqlen_q
         else:
-            tile = KeyTile(at.block, at.head, at.batch, *lengths, first_q_block, at.sequence)
+            tile = at.keys(params.q_blocks)
             is_there = at.block * cfg.tile_rows < at.seqlen_k
         return tile, at.sequence, is_there
 

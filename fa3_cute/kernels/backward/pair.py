@@ -9,20 +9,15 @@ through shared memory:
 Each fills the gaps of the other's GEMMs, up to num_p_stages tiles apart.
 """
 import cutlass.cute as cute
-from cutlass import Float32
 from cutlass.cute.nvgpu import cpasync
 
 from ...planning.one_side import PREPARED_ROWS
 from ...planning.pair import PAIR_ARGUMENTS, PairConfig
 from ...planning.rings import by_name
-from ..common.arithmetic import LOG2_E
-from ..common.block_range import Window
 from ..common.entry import flat_entry
-from ..common.layout import tensor_view
 from ..common.sequences import Sequences
-from ..common.tma import tma_load
-from .blocks import Extents, KeyTile
-from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma
+from .blocks import Extents
+from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, shared_params
 from .pair_bundles import PairLayouts, PairMmas, PairParams, PairPipelines, PairSmem
 from .pair_consume import consume_keys, consume_values
 from .pair_load import load
@@ -41,16 +36,7 @@ class PairBackward:
         """dV = P^T dO, dK = scale dS^T Q; dS = P (dP - D), P = exp(scale S - LSE), dP = dO V^T"""
         cfg, sequences, layouts = self.cfg, Sequences.create(a), PairLayouts.create(self.cfg)
         shapes = Extents.create(cfg, a, sequences, PREPARED_ROWS)
-        params = PairParams(
-            q=tma_load(tensor_view(a, "q", shapes.q), layouts.sQ, cfg.tile_m),
-            do=tma_load(tensor_view(a, "dout", shapes.do), layouts.sdO, cfg.tile_m),
-            k=tma_load(tensor_view(a, "k", shapes.k), layouts.sK, cfg.tile_n),
-            v=tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
-            mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.v),
-            shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
-            window=Window.create(cfg, a), sequences=sequences, q_blocks=shapes.q_blocks, k_blocks=shapes.k_blocks,
-            num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
-            scale_log2=a.softmax_scale * Float32(LOG2_E))
+        params = PairParams(**shared_params(cfg, a, sequences, shapes, layouts))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_pair_mmas(cfg)).launch(
             grid=(shapes.k_blocks.num_blocks * a.num_heads_k, 1, 1), block=(cfg.num_threads, 1, 1),
@@ -85,9 +71,7 @@ class PairBackward:
         cfg = self.cfg
         at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group),
                         cute.arch.block_idx()[0], in_sections=cfg.is_causal, is_reversed=False)
-        tile = KeyTile(at.block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k,
-                       params.q_blocks.first(at.sequence), at.sequence)
-        return tile, at.block * cfg.tile_n < at.seqlen_k
+        return at.keys(params.q_blocks), at.block * cfg.tile_n < at.seqlen_k
 
     @cute.jit
     def allocate(self, layouts: PairLayouts):

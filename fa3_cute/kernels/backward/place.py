@@ -8,7 +8,7 @@ from ...planning.backward import BackwardConfig
 from ...planning.one_side import OneSideConfig
 from ..common.order import block_and_head
 from ..common.sequences import Sequences
-from .blocks import Blocks
+from .blocks import Blocks, KeyTile
 from .order import heads_per_section
 
 
@@ -23,6 +23,11 @@ class Place:
     offset_k: Int32
     seqlen_k: Int32
     sequence: Int32
+
+    def keys(self, q_blocks: Blocks) -> KeyTile:
+        """The block, if it is of keys."""
+        return KeyTile(self.block, self.head, self.batch, self.offset_q, self.seqlen_q, self.offset_k, self.seqlen_k,
+                       q_blocks.first(self.sequence), self.sequence)
 
 
 @cute.jit
