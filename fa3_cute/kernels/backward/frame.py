@@ -7,9 +7,8 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-from ...planning.backward import FLOAT_BYTES, BackwardConfig
+from ...planning.backward import FLOAT_BYTES, BackwardConfig, GradientFields
 from ...planning.config import ROWS_PER_WARPGROUP
-from ...planning.one_side import OneSideConfig
 from ...planning.pair import PairConfig
 from ...planning.rings import by_name
 from ..common.arithmetic import LOG2_E
@@ -38,7 +37,7 @@ class SharedMemory:
     """A CTA's, while a kernel is traced: first the mbarriers of the rings that are named, then what is asked for, in
     that order. cfg.rings has slots, bytes and arrival counts."""
 
-    def __init__(self, cfg: BackwardConfig | OneSideConfig | PairConfig, names: tuple[str, ...]):
+    def __init__(self, cfg: GradientFields, names: tuple[str, ...]):
         self.cfg, self.rings, self.allocator = cfg, by_name(cfg.rings), cutlass.memory.SmemAllocator()
         self.bars = {name: self.allocator.allocate_array(Int64, 2 * self.rings[name].slots) for name in names}
 
@@ -75,14 +74,14 @@ def publish_barriers():
     cute.arch.sync_threads()
 
 
-def scores_mma(cfg: BackwardConfig | OneSideConfig | PairConfig, warpgroups: int, columns: int) -> cute.TiledMma:
+def scores_mma(cfg: GradientFields, warpgroups: int, columns: int) -> cute.TiledMma:
     """Of S or dP, or their transposes: both operands lie in shared memory, with their contiguous dimension on K."""
     element, k_major = element_type(cfg), OperandMajorMode.K
     return sm90.make_trivial_tiled_mma(element, element, k_major, k_major, Float32, (warpgroups, 1, 1),
                                        (ROWS_PER_WARPGROUP, columns))
 
 
-def gradient_mma(cfg: BackwardConfig | OneSideConfig | PairConfig, warpgroups: int, columns: int) -> cute.TiledMma:
+def gradient_mma(cfg: GradientFields, warpgroups: int, columns: int) -> cute.TiledMma:
     """Of a gradient, += P or dS from registers times the rows of a tile, read MN-major from the slots that scores_mma
     reads K-major."""
     element = element_type(cfg)

@@ -17,7 +17,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 from cutlass.experimental import primitives
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import BackwardConfig, GradientFields
 from ..common.copies import clear_rows
 from ..common.barriers import sync_warpgroup
 from ..common.layout import as_operand_a, element_type, rounded, transposed
@@ -285,8 +285,8 @@ def emptied(turn: Int32) -> pipeline.PipelineState:
 
 
 @cute.jit
-def clear_unused_rows(cfg: BackwardConfig, slots: tuple[cute.Tensor, cute.Tensor], num_used: Int32, tidx: Int32):
-    """Zero the rows of a tile in two slots from num_used on: they may hold NaN, which P = dS = 0 would not silence.
+def clear_unused_rows(cfg: GradientFields, slots: tuple[cute.Tensor, ...], num_used: Int32, tidx: Int32):
+    """Zero the rows from num_used on of the tiles in some slots: they may hold NaN, which P = dS = 0 would not silence.
 
     Each warpgroup does it for itself, so that none waits for another: they write the same zeros.
     """

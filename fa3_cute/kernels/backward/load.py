@@ -9,7 +9,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Constexpr, Int32, const_expr
 from cutlass.experimental import primitives
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import BackwardConfig, GradientFields
 from ...planning.one_side import PREPARED_ROWS, OneSideConfig
 from ...planning.pair import PairConfig
 from ...planning.rings import WARP
@@ -82,7 +82,7 @@ def load_heads(cfg: OneSideConfig | PairConfig, group: Int32, tile: KeyTile, que
 
 
 @cute.jit
-def load_tile(cfg: BackwardConfig, op: TmaOperand, ring: cute.Tensor, where: tuple, slot):
+def load_tile(cfg: GradientFields, op: TmaOperand, ring: cute.Tensor, where: tuple, slot):
     """A tile of rows -> a slot of a ring, as many as it has. where: (tile, first row of the sequence, head, batch)"""
     index, offset, head, batch = where
     shape = tuple(cute.size(ring, mode=[mode]) for mode in (0, 1))
@@ -91,7 +91,7 @@ def load_tile(cfg: BackwardConfig, op: TmaOperand, ring: cute.Tensor, where: tup
     cute.copy(op.atom, tXgX, tXsX[None, slot.index], tma_bar_ptr=slot.barrier)
 
 
-def load_rows(cfg: BackwardConfig, mX: cute.Tensor, row: Int32, sX: cute.Tensor, barrier):
+def load_rows(cfg: GradientFields, mX: cute.Tensor, row: Int32, sX: cute.Tensor, barrier):
     """tile_m values of rows of a vector, counted on the barrier of the tile that they belong to."""
     with cute.arch.elect_one():
         primitives.cp_async_bulk_shared_cluster_global(

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
-from ...planning.backward import BackwardConfig
-from ...planning.one_side import OneSideConfig
+from ...planning.backward import GradientFields
 from ..common.order import block_and_head
 from ..common.sequences import Sequences
 from .blocks import Blocks, KeyTile
@@ -31,7 +30,7 @@ class Place:
 
 
 @cute.jit
-def find_place(cfg: BackwardConfig | OneSideConfig, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
+def find_place(cfg: GradientFields, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
                index: Int32, in_sections: Constexpr[bool], is_reversed: Constexpr[bool],
                least_heads: Int32 = 1) -> Place:
     """At a place of the order. Runs on: whole warps.

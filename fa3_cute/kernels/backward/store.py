@@ -4,7 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import BackwardConfig, GradientFields
 from ...planning.config import ROWS_PER_WARPGROUP
 from ..common.copies import is_in_row, row_copy
 from ..common.layout import element_type
@@ -24,7 +24,7 @@ def write_slot(mma: cute.TiledMma, rX: cute.Tensor, slot: cute.Tensor, thread: I
 
 
 @cute.jit
-def store_part(cfg: BackwardConfig, slot: cute.Tensor, part: Int32 | int, mX: cute.Tensor, where: tuple, tidx: Int32):
+def store_part(cfg: GradientFields, slot: cute.Tensor, part: Int32 | int, mX: cute.Tensor, where: tuple, tidx: Int32):
     """64 rows of a slot, a warpgroup's, -> those rows of a gradient that the sequence has.
 
     part    of the slot
