@@ -14,7 +14,7 @@ from ..common.entry import flat_entry
 from ..common.layout import element_type, smem_ring
 from ..common.sequences import Sequences
 from ..common.tile_ring import entry_ints
-from .blocks import Extents, KeyTile
+from .blocks import Extents, key_tile_of
 from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .consume import consume
 from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, shared_params
@@ -91,8 +91,8 @@ class FlashAttentionBackward:
     def allocate(self, layouts: BwdLayouts):
         """Carve shared memory; initialise and publish the mbarriers."""
         memory = SharedMemory(self.cfg, ("tiles", "k", "v", "q", "do", "ds", "dq"))
-        sTiles = memory.allocator.allocate_tensor(
-            Int32, cute.make_layout((entry_ints(KeyTile), memory.rings["tiles"].slots)), byte_alignment=16)
+        entries = cute.make_layout((entry_ints(key_tile_of(self.cfg)), memory.rings["tiles"].slots))
+        sTiles = memory.allocator.allocate_tensor(Int32, entries, byte_alignment=16)
         sK, sV, sQ, sdO, sdS = (memory.tensor(layout) for layout in (
             layouts.sK, layouts.sV, layouts.sQ, layouts.sdO, layouts.sdS))
         smem = BwdSmem(sTiles=sTiles, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=memory.floats("dq"),

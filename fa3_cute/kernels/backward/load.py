@@ -17,7 +17,7 @@ from ..common.tile_ring import END, read_tile
 from ..common.tiles import rows_from
 from ..common.tma import TmaOperand, tma_views
 from .barriers import BarrierId
-from .blocks import KeyTile, QueryRange, query_range
+from .blocks import KeyTile, QueryRange, key_tile_of, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
@@ -32,14 +32,14 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
     do = QueryTiles(cfg, params.do, smem.sdO, pipes.do.make_producer(), params.delta, smem.sDelta)
     k_producer, v_producer = pipes.k.make_producer(), pipes.v.make_producer()
     tiles = pipes.tiles.make_consumer()
-    tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+    tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
         keys = tile.n_block, tile.offset_k, tile.kv_head, tile.batch
         load_tile(cfg, params.v, smem.sV, keys, v_producer.acquire_and_advance())
         load_tile(cfg, params.k, smem.sK, keys, k_producer.acquire_and_advance())
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         for i in cutlass.range(queries.num_passes(params.group), unroll=1):
-            m_block, of_group = queries.passing(i, params.group)
+            m_block, of_group = queries.passing(i, params.group, tile.is_rising)
             row, head = (tile.first_q_block + m_block) * cfg.tile_m, tile.kv_head * params.group + of_group
             q.bring(tile, head, m_block, row)
             do.bring(tile, head, m_block, row)
@@ -47,7 +47,7 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
-        tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+        tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
 
 
 @dataclass
