@@ -7,13 +7,14 @@ from cutlass import Constexpr, Int32, const_expr
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
 from ..common.barriers import sync_warpgroup
-from ..common.layout import element_type, smem_ring, unhoisted, view_as
+from ..common.layout import element_type, rounded, smem_ring, unhoisted, view_as
+from ..common.sequences import is_present
 from ..common.tile_ring import END, read_tile
 from .barriers import BarrierId
 from .blocks import KeyTile, QueryRange, key_tile_of, query_range
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .gradients import Gradients, clear_unused_rows, filled, make_gradients
-from .store import store_gradient
+from .store import store_part, write_slot
 from .visible import KeyMask
 
 
@@ -63,11 +64,11 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
             pipe.consumer_release(pipeline.PipelineState(1, count, Int32(0), count & 1))
         cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)
         slot, thread = staging(cfg, smem), unhoisted(tidx)
-        store_gradient(cfg, mmas, gradients.acc_dV, slot, params.mdV, tile, thread)
+        store_keys(cfg, mmas.dkv, gradients.acc_dV, slot, params.mdV, tile, thread)
         sync_warpgroup(wg_idx)
         for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
             gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
-        store_gradient(cfg, mmas, gradients.acc_dK, slot, params.mdK, tile, thread)
+        store_keys(cfg, mmas.dkv, gradients.acc_dK, slot, params.mdK, tile, thread)
         cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)
         with cute.arch.elect_one():
             pipes.tiles.consumer_release(filled(count))
@@ -149,3 +150,18 @@ def staging(cfg: BackwardConfig, smem: BwdSmem) -> cute.Tensor:
     """(tile_n, head_dim) for dK and dV, in the slots of dS."""
     layout = smem_ring(element_type(cfg), cfg.tile_n, cfg.head_dim, 1)
     return view_as(smem.sdS, layout, element_type(cfg))[None, None, 0]
+
+
+@cute.jit
+def store_keys(cfg: BackwardConfig, mma: cute.TiledMma, acc: cute.Tensor, slot: cute.Tensor, mX: cute.Tensor,
+               tile: KeyTile, tidx: Int32):
+    """dK or dV -> the slot -> rows below seqlen_k; not of a null pointer, a gradient that is not wanted.
+
+    Runs on: the consumer warpgroups, each its 64 keys.
+    """
+    wg_idx = tidx // 128
+    if is_present(mX):
+        write_slot(mma, rounded(acc, element_type(cfg)), slot, tidx)
+        sync_warpgroup(wg_idx)
+        where = tile.n_block, tile.offset_k, tile.seqlen_k, tile.kv_head, tile.batch
+        store_part(cfg, slot, wg_idx, mX, where, tidx)

@@ -5,11 +5,10 @@ from typing import Optional
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
-from ...planning.backward import BackwardConfig
-from ...planning.one_side import OneSideConfig
+from ...planning.backward import GradientFields
 from ..common.order import block_and_head
 from ..common.sequences import Sequences
-from .blocks import Blocks
+from .blocks import Blocks, KeyTile
 from .order import heads_per_section
 
 
@@ -25,9 +24,14 @@ class Place:
     seqlen_k: Int32
     sequence: Int32
 
+    def keys(self, q_blocks: Blocks) -> KeyTile:
+        """The block, if it is of keys."""
+        return KeyTile(self.block, self.head, self.batch, self.offset_q, self.seqlen_q, self.offset_k, self.seqlen_k,
+                       q_blocks.first(self.sequence), self.sequence)
+
 
 @cute.jit
-def find_place(cfg: BackwardConfig | OneSideConfig, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
+def find_place(cfg: GradientFields, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
                index: Int32, in_sections: Constexpr[bool], is_reversed: Constexpr[bool],
                section: Optional[Int32] = None) -> Place:
     """At a place of the order. Runs on: whole warps.

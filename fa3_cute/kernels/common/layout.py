@@ -216,3 +216,10 @@ def convert(src: cute.Tensor, dst: cute.Tensor):
             part[j] = src[i * CONVERT_CHUNK + j]
         converted = cute.make_tensor(flat_dst.iterator + i * CONVERT_CHUNK, cute.make_layout(CONVERT_CHUNK))
         converted.store(part.load().to(dst.element_type))
+
+
+def rounded(acc: cute.Tensor, element) -> cute.Tensor:
+    """A copy of an accumulator in another type, such as that of a GEMM's operands."""
+    out = cute.make_rmem_tensor_like(acc, element)
+    convert(acc, out)
+    return out
