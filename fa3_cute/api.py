@@ -110,10 +110,9 @@ def backward(params: BackwardParams, stream=None) -> Status:
     stream   as of `forward`
 
     Returns and raises as `forward`; `explain` and `warmup` take these params too. All launches are captured into a CUDA
-    graph: three, of head_dim 64, 96 and 128 prepare, all gradients and dq's sums, of 192 and 256 prepare, dq, and dk
-    with dv; with some features of scores four (`explain` names them); one more with d_s_aux and two with d_bias. dk and
-    dv have the same bits in every call, dq where it has a launch of its own, else with deterministic=True alone; d_bias
-    that is summed may differ.
+    graph: three (at 192 and 256 dq, and dk with dv, have one each), with some features of scores four; one more with
+    d_s_aux and two with d_bias. dk and dv have the same bits in every call, dq where it has a launch of its own, else
+    with deterministic=True alone; d_bias that is summed may differ.
     Source: FlashAttention-2 (Dao 2023), algorithm 2; backward_reference in contract/backward_reference.py defines it.
     """
     found = backward_launch.checked(params)
