@@ -116,10 +116,11 @@ class KernelConfig(DimFields, KeySourceFields, StoredFields, ScoreFields):
 
     @property
     def num_value_parts(self) -> int:
-        """PV takes so many parts of V's columns in turn: FP8's O and a T of 256 have no registers. Of 64 columns where
-        other things need registers, else of 128 or more: prefill at head_dim 192 and 256 takes 3 to 6 % less time."""
+        """PV takes so many parts of V's columns in turn: FP8's O and a T of 256 have no registers, nor of 128 with two
+        CTAs on an SM. Of 64 columns where other things need registers, else of 128 or more: prefill at head_dim 192 and
+        256 takes 3 to 6 % less time."""
         columns = 64 if self.splits_keys or self.attn_mask else 128
-        return self.dim_v // columns if self.is_fp8 and self.dim_v > 128 else 1
+        return self.dim_v // columns if self.is_fp8 and self.dim_v > 128 // self.ctas_per_sm else 1
 
     @property
     def mask(self) -> str:
