@@ -110,9 +110,9 @@ def backward(params: BackwardParams, stream=None) -> Status:
     stream   as of `forward`
 
     Returns and raises as `forward`; `explain` and `warmup` take these params too. All launches are captured into a CUDA
-    graph: three at head_dim 64, 96 and 128; at 192 and 256, and for what the kernel of all gradients does not serve,
-    one and one per gradient; one more with d_s_aux and two with d_bias. dk and dv have the same bits in every call, dq
-    where each gradient has its launch, else with deterministic=True alone; d_bias that is summed may differ.
+    graph: three (at 192 and 256 dq, and dk with dv, have one each), with some features of scores four; one more with
+    d_s_aux and two with d_bias. dk and dv have the same bits in every call, dq where it has a launch of its own, else
+    with deterministic=True alone; d_bias that is summed may differ.
     Source: FlashAttention-2 (Dao 2023), algorithm 2; backward_reference in contract/backward_reference.py defines it.
     """
     found = backward_launch.checked(params)
@@ -313,6 +313,7 @@ def attention(
     attention_chunk=0,
     dropout_p=0.0,
     rng_state=None,
+    q_v=None,
     score_mod=None,
     mask_mod=None,
     mod_arrays=(),
@@ -345,8 +346,8 @@ def attention(
     k, v          [batch, seqlen_k, num_heads_k, head_dim], or [total_k, num_heads_k, head_dim] with cu_seqlens_k, or
                   [num_pages, page_size, num_heads_k, head_dim] with page_table. float16, bfloat16 or float8_e4m3fn; FP8
                   also as uint8 with dtype="float8_e4m3fn", or k and v alone. v and out may have another head_dim than q
-                  and k. Last dimension contiguous, other strides multiples of 16 in FP8, else of 8. A given out is
-                  written: of q's type (FP8: 16 bit) or float32
+                  and k; of head_dim 576 v is k[..., :512] itself. Last dimension contiguous, other strides multiples
+                  of 16 in FP8, else of 8. A given out is written: of q's type (FP8: 16 bit) or float32
     stream        int handle, anything with `__cuda_stream__`, or None: the legacy default stream
     window_size   (left, right) around the bottom-right diagonal; negative is unbounded
     softcap       scores become softcap * tanh(scores / softcap); 0: they stay
@@ -356,8 +357,8 @@ def attention(
                   uint8, False and 0 hide a key; or float16, bfloat16, float32, added to the scores. For dense q alone
     attention_chunk   keys of a chunk: queries see those of their own; 0: no chunks
     dropout_p     the probability to drop a weight, 0 <= p < 1; with rng_state, [2] uint64 or int64: seed, offset
-    score_mod, mask_mod   a ScoreMod and a MaskMod: functions of every score; mod_arrays and mod_scalars are what they
-                  read, as they declare it, the ScoreMod's first (docs/mods.md)
+    q_v           as q, with v's columns, of head_dim 64 and v's 512: a second part of q, which meets v in the scores
+    score_mod, mask_mod   a ScoreMod and a MaskMod (docs/mods.md); mod_arrays, mod_scalars: what they read, in order
     cu_seqlens_*  [batch + 1] int32: packed sequences; cu_seqlens_q alone with a cache and seqused_k
     seqused_k     [batch] int32; beyond the rows that there are it is these, in pages and with packed queries
     page_table    [batch, pages] int32: pages of each sequence; past the used ones anything. Needs seqused_k

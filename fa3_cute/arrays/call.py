@@ -4,17 +4,17 @@ The element type comes from the arrays, the sizes from their shapes; what remain
 of the contract, on the host too.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from ..contract.params import ARGUMENTS, AttentionMode, DataType, FlashAttentionParams, is_true
 from ..contract.plain import plain
-from ..contract.status import FlashAttentionError, Problem, Status, error_for, shown
+from ..contract.status import Problem, Status, error_for, shown
 from ..planning.operations import checked
 from .mods import mod_arrays, mod_fields, require_mod_arrays, set_mods
 from .append import TABLES, UPDATES, require_update_shapes, require_writable, set_updates, update_dtypes, update_sizes
 from .scores import SCORE_DTYPES, SCORES, require_score_shapes, set_scores
+from .words import refusal
 
 FP8 = "float8_e4m3fn"
 DEVICE_DTYPES = {"float16": DataType.FP16, "bfloat16": DataType.BF16, FP8: DataType.FP8_E4M3}
@@ -25,6 +25,8 @@ VECTORS = (
     *("cu_seqlens_k_new", "seqlens_rotary"),
 )
 INTEGERS = dict.fromkeys(VECTORS, 1) | {"page_table": 2}
+# What else may be given, besides what mods read: the arrays that are no descales, in the order of checks.
+OTHERS = ("q_v", *SCORES, *INTEGERS, *UPDATES)
 DESCALES = ("q_descale", "k_descale", "v_descale")
 DIMS = ("batch", "row", "head")
 # How q and k may lie in memory: dimensions, and what they are.
@@ -35,30 +37,6 @@ LAYOUTS = {
 }
 ANY_ADDRESS = 16
 FIELDS = frozenset(ARGUMENTS)
-# The words of the rules, which speak of FlashAttentionParams, as attention() has them.
-_WORDS = (
-    (r"\bis_causal\b", "causal"),
-    (r"\bwindow_size_left=", "window_size[0]="),
-    (r"\bwindow_size_right=", "window_size[1]="),
-    (r"\b([qkv]_descale)_ptr=\w+: must be None", r"\1: must be None"),
-    (r"\b([qkv]_descale)_ptr=", r"\1="),
-    (r"\b([qkv]|out|[qkv]_descale)_(batch|row|head)_stride=", r"\1's \2 stride="),
-    (r"must be a device address(: cu_seqlens| with page_table)", r"must be an array\1"),
-    (r"must be a device address( with (?:k_new|v_new|rotary_cos|rotary_sin))", r"must be an array\1"),
-    (r"\b([kv]_new)_(batch|row|head)_stride=", r"\1's \2 stride="),
-    (r"\brotary_row_stride=", "rotary_cos's row stride="),
-    (r"\b(page_table|kv_batch_idx|attn_mask|rng_state)=\w+: must be None or 0", r"\1: must be None"),
-    (r"\brng_state=\w+: must be a device address", "rng_state=None: must be an array"),
-    (r"\bp_dropout\b", "dropout_p"),
-    (r"\bmod_pointers=.*: must be (\d+) device addresses", r"mod_arrays: must be \1 arrays"),
-    (r"\bmod_pointers=.*: must be int device addresses, the one at (\d+) aligned", r"mod_arrays[\1]: must be aligned"),
-    (
-        r"\bmod_strides=(.*): must be None \(contiguous\) or (\d+) ints",
-        r"the strides of mod_arrays=\1: must be \2 ints",
-    ),
-    (r"\b(attn_mask|page_table)_(batch|head|row)_stride=", r"\1's \2 stride="),
-    (r"\balibi_batch_stride=", "alibi_slopes's batch stride="),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +49,7 @@ class AttentionCall:
     q: Any
     k: Any
     v: Any
+    q_v: Any
     out: Any
     stream: Any
     causal: Any
@@ -235,14 +214,6 @@ class AttentionCall:
         return found
 
 
-def refusal(problem: Problem) -> FlashAttentionError:
-    """The problem of a call's params as the error of attention()."""
-    sentence = problem.detail
-    for theirs, ours in _WORDS:
-        sentence = re.sub(theirs, ours, sentence)
-    return error_for(problem.status, sentence)
-
-
 # ---- on a device -----------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +221,7 @@ def attention_on_device(call: AttentionCall, forward):
     """attention() of arrays on a CUDA device: one `forward(params, stream)`."""
     from . import dlpack
 
-    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS, *UPDATES, *DESCALES)}
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *OTHERS, *DESCALES)}
     mod_fields(call)
     arrays |= mod_arrays(call)
     for name, array in arrays.items():
@@ -291,7 +262,9 @@ def _check_tensors(call: AttentionCall, tensors: dict, element: str, device: int
     require_update_shapes(found, call.batch(found))
     require_mod_arrays(call, call.sizes(found), found, {name: tensor.dtype for name, tensor in tensors.items()})
     shapes = _shapes(call, found)
-    dtypes = {"out": out_dtypes(element)} | SCORE_DTYPES | dict.fromkeys(INTEGERS, ("int32",))
+    dtypes = (
+        {"out": out_dtypes(element), "q_v": (tensors["q"].dtype,)} | SCORE_DTYPES | dict.fromkeys(INTEGERS, ("int32",))
+    )
     dtypes |= dict.fromkeys(DESCALES, ("float32",)) | update_dtypes(tensors["q"].dtype, tensors["k"].dtype)
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, tensor.shape):
@@ -319,7 +292,7 @@ def _shapes(call: AttentionCall, found: dict) -> dict:
     shapes = {
         "k": (*k[:-1], q[-1]),
         "v": (*k[:-1], v[-1] if v and v[-1] else k[-1]),  # of no columns there is nothing
-        "out": (*q[:-1], *v[-1:]),
+        **dict.fromkeys(("out", "q_v"), (*q[:-1], *v[-1:])),
         "cu_seqlens_q": (batch + 1,),
         "cu_seqlens_k": (batch + 1,),
         "seqused_k": (batch,),
@@ -379,7 +352,7 @@ def _set_descale(params, name: str, tensor, batch: int) -> None:
         raise error_for(
             Status.INVALID_SHAPE, f"{name}.shape={tensor.shape}: must be (), ({full[1]},), ({full[0]}, 1) or {full}"
         )
-    setattr(params, f"{name}_ptr", tensor.address)
+    setattr(params, f"{name}_ptr", ANY_ADDRESS if tensor.is_empty else tensor.address)
     for dim, size, stride in zip(("batch", "head"), shape[-2:], strides[-2:], strict=True):
         setattr(params, f"{name}_{dim}_stride", stride if size > 1 else 0)
 

@@ -10,10 +10,11 @@ from ..contract.status import Status, error_for, shown
 from .mods import host_mods, mod_arrays, mod_fields, require_mod_arrays
 from .append import UPDATES, require_update_numbers, require_update_shapes, updated_on_host
 from .scores import SCORES, require_score_numbers, require_score_shapes
-from .call import ANY_ADDRESS, DESCALES, DEVICE_DTYPES, FP8, INTEGERS, AttentionCall, out_dtypes, refusal
+from .call import ANY_ADDRESS, DESCALES, DEVICE_DTYPES, FP8, INTEGERS, OTHERS, AttentionCall, out_dtypes, refusal
 
 # float32 and float64 exist on the host only; there they follow the rules of FP16.
 CHOICES = ("attention_chunk", "zero_padding", "rotary_interleaved")
+OTHER_ADDRESS = 2 * ANY_ADDRESS  # not the same memory as what has ANY_ADDRESS
 HOST_DTYPES = DEVICE_DTYPES | {"float32": DataType.FP16, "float64": DataType.FP16}
 
 
@@ -30,7 +31,7 @@ def attention_on_host(call: AttentionCall):
     params = _checked_params(call, element, stored)
     _require_numbers(call)
     out_dtype, wants_lse = _out_dtype(call, element), call.wants_lse
-    options = {name: getattr(call, name) for name in (*SCORES, *INTEGERS, *UPDATES, *DESCALES)}
+    options = {name: getattr(call, name) for name in (*OTHERS, *DESCALES)}
     options |= {name: getattr(params, name) for name in (*call.numbers, *CHOICES)}
     options |= host_mods(call)
     options |= {"causal": params.is_causal, "window_size": (params.window_size_left, params.window_size_right)}
@@ -54,7 +55,7 @@ def attention_on_host(call: AttentionCall):
 def _require_numpy(call: AttentionCall) -> None:
     from numpy import ma, ndarray
 
-    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *SCORES, *INTEGERS, *UPDATES)}
+    arrays = {"q": call.q, "k": call.k, "v": call.v, **call.given("out", *OTHERS)}
     arrays |= {name: value for name, value in call.given(*DESCALES).items() if not isinstance(value, Real)}
     arrays |= mod_arrays(call)
     for name, array in arrays.items():
@@ -92,11 +93,11 @@ def _require_numbers(call: AttentionCall) -> None:
 def _checked_params(call: AttentionCall, element: str, stored: str) -> FlashAttentionParams:
     """The call as plain params without addresses; raises what `forward` would say to it, apart from addresses and from
     what has no kernel yet."""
-    shapes = {name: array.shape for name, array in call.given("q", "k", "v", *SCORES, *INTEGERS, *UPDATES).items()}
+    shapes = {name: array.shape for name, array in call.given("q", "k", "v", *OTHERS).items()}
     call.require_dims(shapes)
-    pointers: dict[str, Any] = dict.fromkeys(
-        ("q", "k", "v", "out", *call.given(*SCORES, *INTEGERS, *UPDATES)), ANY_ADDRESS
-    )
+    pointers: dict[str, Any] = dict.fromkeys(("q", "k", "v", "out", *call.given(*OTHERS)), ANY_ADDRESS)
+    if not _begins(call.v, call.k):
+        pointers["v"] = OTHER_ADDRESS
     pointers |= {f"{name}_ptr": ANY_ADDRESS for name in call.given(*DESCALES)}
     if call.cu_seqlens_q is not None and call.cu_seqlens_q.size < 2:
         raise error_for(
@@ -109,6 +110,7 @@ def _checked_params(call: AttentionCall, element: str, stored: str) -> FlashAtte
     params = FlashAttentionParams(**dtypes, **call.sizes(shapes), **call.choices(), **pointers)
     if found := contract_problems(params):
         raise refusal(found[0])
+    _require_second_queries(call)
     require_score_shapes(shapes, call.sizes(shapes))
     require_update_shapes(shapes, call.batch(shapes))
     own = {name: array.shape for name, array in mod_arrays(call).items()}
@@ -117,6 +119,27 @@ def _checked_params(call: AttentionCall, element: str, stored: str) -> FlashAtte
     if params.num_splits > 1:
         raise error_for(Status.FEATURE_UNSUPPORTED, f"num_splits={params.num_splits}: must be 0 or 1 with NumPy arrays")
     return params
+
+
+def _begins(v, k) -> bool:
+    """v is the first columns of k, in its memory, or there are no keys."""
+    addresses = [array.__array_interface__["data"][0] for array in (k, v)]
+    steps = [
+        [stride for stride, size in zip(array.strides, k.shape[:-1] + (2,), strict=False) if size > 1]
+        for array in (k, v)
+    ]
+    return not k.size or addresses[0] == addresses[1] and steps[0] == steps[1]
+
+
+def _require_second_queries(call: AttentionCall) -> None:
+    """Raise for a q_v that is not as q, with v's columns."""
+    q, q_v, v = call.q, call.q_v, call.v
+    if q_v is None:
+        return
+    if q_v.shape != (shape := (*q.shape[:-1], *v.shape[-1:])):
+        raise error_for(Status.INVALID_SHAPE, f"q_v.shape={q_v.shape}: must be {shape}")
+    if q_v.dtype != q.dtype:
+        raise error_for(Status.INVALID_ARGUMENT, f"q_v is {q_v.dtype.name}: must be {q.dtype.name}, as q is")
 
 
 def _out_dtype(call: AttentionCall, element: str):

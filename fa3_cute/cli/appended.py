@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import DataType
 from ..contract.reference import to_bits, update_cache
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ def numbers(dtype: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def fields_of(case: "Case") -> dict[str, Any]:
     """The fields of its call that are not the arrays' addresses."""
-    found = {"seqlen_knew": case.scores.append}
+    found: dict[str, Any] = {"seqlen_knew": case.scores.append}
+    if case.scores.append and case.kv_dtype:  # the new rows are of Q's type
+        found["kv_new_dtype"] = DataType[case.dtype.upper()]
     if case.scores.rotary:
         found |= {"rotary_dim": case.head_dim, "rotary_positions": case.seqlen_k}
     return found

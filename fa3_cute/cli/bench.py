@@ -13,7 +13,8 @@ FP8, the suite fp8 or --dtype fp8_e4m3, has Q, K and V in E4M3 without descales,
 BF16 kernel on a problem of the same sizes, in the same rounds.
 
 The suite fp8cache has 16-bit queries over K and V in E4M3; "ours bf16" is our own kernel over K and V in BF16, "ours
-fp8" the one with Q in E4M3 too, in the same rounds. It has no other libraries.
+fp8" the one with Q in E4M3 too, in the same rounds; the latter not of steps that, as in the suite append, rotate what
+they append, and quantise it. It has no other libraries.
 
 Decode is always replayed, twice per problem. warm: every call reads the same K and V, which the L2 cache may hold.
 cold: calls take turns on sets of K and V that are together larger than 300 MB; a larger problem is its own set, and its
@@ -29,7 +30,8 @@ timed in the same rounds. "of first" is a row's time over that of the first row 
 round's ratio.
 
 The suite append is decode steps that write their new key and value to the cache and rotate them and Q, beside the same
-steps without; the suite dims head dims of V and of kernels whose tiles have more columns. "of first" is as before.
+steps without, whose keys are all there; the suite dims head dims of V and of kernels whose tiles have more columns. "of
+first" is as before.
 
 The suite backward times dQ, dK and dV, given O and its LSE, which forward() has made before; its TFLOP/s are 2.5 times
 the forward's, those of forward and backward together 3.5 times. "deterministic" is the pass with the same bits in every
@@ -207,9 +209,9 @@ def limit(dtype: str, name: str) -> float:
 
 def own(case: Case) -> dict[str, Case]:
     """What our own implementations do of a case: OURS the case, and beside FP8 OURS_16 the same sizes in BF16; beside
-    16-bit queries over an FP8 cache OURS_8 besides, with FP8 queries."""
+    16-bit queries over an FP8 cache OURS_8 besides, with FP8 queries, which are not rotated."""
     if case.kv_dtype:
-        others = {OURS_16: "bf16", OURS_8: FP8}
+        others = {OURS_16: "bf16"} | ({} if case.scores.rotary else {OURS_8: FP8})
         return {OURS: case} | {name: replace(case, dtype=dtype, kv_dtype=None) for name, dtype in others.items()}
     return {OURS: case} | ({OURS_16: replace(case, dtype="bf16")} if case.dtype == FP8 else {})
 
@@ -225,7 +227,9 @@ class Bench:
         self.handle = int(self.stream.handle)
         self.stopwatch = Stopwatch(device, self.stream)
         kind = GradientTensors if cases[0].passes else LatentTensors if isinstance(cases[0], LatentCase) else Tensors
-        self.tensors = {name: kind([own(case)[name] for case in cases], self.stream) for name in own(cases[0])}
+        owned = [own(case) for case in cases]
+        names = dict.fromkeys(name for each in owned for name in each)
+        self.tensors = {name: kind([each[name] for each in owned if name in each], self.stream) for name in names}
         self.peers = self.find_peers(args.peers)
         self.environment = environment.describe(device, self.stopwatch.monitor, self.peers, args)
         others = {name: "" for name in self.tensors if name != OURS}

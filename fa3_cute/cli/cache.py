@@ -2,8 +2,9 @@
 without asking and says how many files and bytes that were. A kernel is found by its name and a hash of all that it
 depends on: after a change of sources, options or versions, old files stay behind unused.
 
-`export DIR` copies those kernels of the tables that this installation would load, for an image or a wheel: a process
-that names DIR in FA3_CUTE_CACHE_PATH reads them there. `list` and `path` show such folders too, nothing writes to them.
+`export DIR` copies those kernels that `compile` knows and this installation would load, for an image or a wheel: a
+process that names DIR in FA3_CUTE_CACHE_PATH reads them there. `list` and `path` show such folders too, nothing writes
+to them.
 
 Other files in the folder are left alone, temporary ones of a process that died are cleared after an hour. Exit status
 1 if a file could not be removed, if there is no kernel to copy or nobody would read the copies; 2 if the folder cannot
@@ -16,8 +17,8 @@ import sys
 from pathlib import Path
 
 from ..planning.key_source import PAGE_BOXES
-from ..planning.tables import configs_over, dense_configs
 from ..runtime import disk_cache
+from .kernels import beside_tables, of_tables
 from .table import Table
 
 COLUMNS = (("kernel", 39), ("KB", 7), ("age", 6))
@@ -97,12 +98,13 @@ def clear() -> dict:
 
 
 def export(folder: Path) -> dict:
-    """Copies of the kernels of the tables, also of those over caches and pages; missing are those of dense and packed
-    calls that were not compiled here."""
+    """Copies of the kernels that `compile` knows, also of those over caches and pages; missing are those of dense and
+    packed calls that were not compiled here."""
     from ..runtime.compiler import cache_key  # the DSL takes half a second to import
 
-    dense = dense_configs()
-    others = {cfg.name: cfg for page_size in (0, *PAGE_BOXES) for cfg in configs_over(page_size)}
+    dense = of_tables(None)
+    others = {cfg.name: cfg for page_size in (0, *PAGE_BOXES) for cfg in of_tables(page_size)}
+    others |= {cfg.name: cfg for cfg in beside_tables()}
     found = {cfg.name: disk_cache.export(folder, cfg.name, cache_key(cfg)) for cfg in (*dense, *others.values())}
     paths = list(filter(None, found.values()))
     nbytes = sum(path.stat().st_size for path in paths)

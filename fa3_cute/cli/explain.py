@@ -1,11 +1,13 @@
 """Says what `forward` would do with a problem of these sizes: every reason to refuse it, in the order in which it finds
-them, else the kernel that serves it, or the two of a mixed batch, its tile and the measurement behind that choice, and
-for decode how K and V are split. Needs no GPU and compiles nothing; exit status 1 if the problem would be refused.
+them, else the kernels that are launched, in their order: what appends and rotates, then the kernel that serves it, or
+the two of a mixed batch; their grids, their tiles and the measurement behind that choice, and for decode how K and V
+are split. Needs no GPU and compiles nothing; exit status 1 if the problem would be refused.
 
 Tensors are taken to be contiguous. Of a tile's numbers the first are its own, those of other tiles follow
 (planning/tables.py says on which machine); they are of kernels that do nothing else to scores. Workspace bytes are
-scratch memory for the partial results of splits; within one cluster of CTAs they stay in shared memory. With
---backward, the same of `backward` and its kernels.
+scratch memory for the partial results of splits, which stay in shared memory within one cluster of CTAs, and for
+rotated queries. Grids are those of 132 SMs, as H100 and H200 have. With --backward, the same of `backward` and its
+kernels, but for grids.
 """
 
 import argparse
@@ -15,14 +17,17 @@ from typing import Any
 
 from ..api import AttentionMode, BackwardParams, DataType, FlashAttentionParams, explain
 from ..contract.backward_params import plain_backward
-from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES
+from ..contract.formats import ELEMENT_BYTES, FP8, FP8_OUT_DTYPES, MLA_DIMS, PARTIAL
 from ..contract.plain import plain
 from ..contract.status import Problem
 from ..planning import backward_launch
+from ..planning.append import ROTARY, AppendConfig
 from ..planning.backward_kernels import reason_of
 from ..planning.one_side import OneSidePass
 from ..planning.operations import Config, Launch, checked, operation_of
+from ..planning.problem import ProblemShape
 from ..planning.splits import SplitPlan
+from .grids import grid_of
 
 ADDRESS = 1 << 20  # stands for any tensor
 GRADIENTS = {"dq": 1 << 50, "dk": 1 << 51, "dv": 1 << 52}  # far from it: they must not overlap it
@@ -54,7 +59,12 @@ def add_arguments(parser) -> None:
         help="of Q, K and V; default bf16",
     )
     parser.add_argument("--kv-dtype", choices=list(ELEMENT_BYTES), help="of K and V; default --dtype")
-    parser.add_argument("--out-dtype", choices=FP8_OUT_DTYPES, help="of O; default --dtype, bf16 with fp8_e4m3")
+    parser.add_argument(
+        "--out-dtype",
+        choices=(*FP8_OUT_DTYPES, PARTIAL),
+        help=f"of O; default --dtype, bf16 with fp8_e4m3; {PARTIAL}: partial results",
+    )
+    parser.add_argument("--q-v", action="store_true", help="Q in two parts: --head-dim 64 --head-dim-v 512")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument(
         "--window",
@@ -78,6 +88,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--lse", action="store_true", help="the log-sum-exp is wanted")
     parser.add_argument("--softmax-scale", type=float, metavar="X", help="default 1/sqrt(head_dim)")
+    add_append(parser)
     add_scores(parser)
     parser.add_argument("--num-splits", **number, default=0, help="default 0, automatic; 1 is never")
     parser.add_argument("--pack-gqa", choices=PACK_GQA, default="auto", help="default auto")
@@ -96,6 +107,45 @@ def add_scores(parser) -> None:
     parser.add_argument("--attn-mask", choices=MASK_TYPES, help="bool hides keys, the others are added to scores")
     parser.add_argument("--attention-chunk", type=int, default=0, metavar="N", help="keys of a chunk; default 0: none")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="the probability to drop; default 0")
+
+
+def add_append(parser) -> None:
+    """What is done ahead of attention."""
+    parser.add_argument(
+        "--append",
+        type=int,
+        metavar="N",
+        help="new rows of K and V that the call writes behind those of each sequence; used lengths are on the device",
+    )
+    parser.add_argument(
+        "--kv-new-dtype",
+        choices=list(ELEMENT_BYTES),
+        help="of these; default that of K and V; --dtype over FP8: quantised",
+    )
+    parser.add_argument("--rotary", choices=ROTARY, help="Q and new keys are rotated: which elements turn together")
+    parser.add_argument("--rotary-dim", type=int, metavar="N", help="how many elements; default --head-dim")
+    parser.add_argument("--rotary-dtype", choices=("fp16", "bf16", PARTIAL), help="of the tables; default --dtype")
+
+
+def append_of(args) -> dict[str, Any]:
+    """The fields of these."""
+    rotary_dim = args.rotary_dim if args.rotary_dim is not None else args.head_dim if args.rotary else 0
+    found: dict[str, Any] = {
+        "rotary_cos": ADDRESS if args.rotary else None,
+        "rotary_sin": ADDRESS if args.rotary else None,
+        "rotary_dim": rotary_dim,
+        "rotary_interleaved": args.rotary == "neighbours",
+        "rotary_dtype": dtype_of(args.rotary_dtype),
+        "kv_new_dtype": dtype_of(args.kv_new_dtype),
+    }
+    if args.append is not None:
+        found |= {"k_new": ADDRESS, "v_new": ADDRESS, "seqlen_knew": args.append, "seqused_k": ADDRESS}
+    return found
+
+
+def dtype_of(name: str | None) -> DataType | None:
+    """By its name; None for None."""
+    return DataType[name.upper()] if name else None
 
 
 def scores_of(args) -> dict[str, Any]:
@@ -158,11 +208,13 @@ def params_of(args) -> FlashAttentionParams:
     rows |= {"max_seqlen_q": args.max_seqlen_q}
     if args.seqused:
         rows |= {f"seqused_{side}": ADDRESS for side in args.seqused}
+    rows |= append_of(args)
     return FlashAttentionParams(
         q=ADDRESS,
         k=ADDRESS,
         v=ADDRESS,
         out=ADDRESS,
+        q_v=ADDRESS if args.q_v else None,
         softmax_lse=ADDRESS if args.lse else None,
         **rows,
         batch_size=args.batch_size,
@@ -171,8 +223,8 @@ def params_of(args) -> FlashAttentionParams:
         head_dim=args.head_dim,
         head_dim_v=args.head_dim_v,
         dtype=DataType[args.dtype.upper()],
-        kv_dtype=args.kv_dtype and DataType[args.kv_dtype.upper()],
-        out_dtype=args.out_dtype and DataType[args.out_dtype.upper()],
+        kv_dtype=dtype_of(args.kv_dtype),
+        out_dtype=dtype_of(args.out_dtype),
         is_causal=args.causal,
         window_size_left=args.window[0],
         window_size_right=args.window[1],
@@ -202,20 +254,22 @@ def pages_of(batch_size: int, seqlen_k: int, page_size: int) -> dict[str, Any]:
 
 
 def served(params: FlashAttentionParams) -> dict:
-    """Which kernel serves valid params, why, and how a decode call is laid out; "before" has the same of the launch
-    before it, if there are two."""
+    """Which kernel serves valid params, why, and how a decode call is laid out; "before" has the same of the launches
+    before it, in their order."""
     shape = checked(plain(params))
     assert not isinstance(shape, Problem), "the params are valid"
     operation = operation_of(shape)
-    *before, last = map(facts_of, operation.launches)
+    *before, last = (facts_of(launch, shape) for launch in operation.launches)
     return last | {"workspace_bytes": operation.workspace_bytes, "before": before}
 
 
-def facts_of(launch: Launch) -> dict:
+def facts_of(launch: Launch, shape: ProblemShape) -> dict:
     """One launch."""
     cfg, plan = launch.config, launch.plan
-    return {
-        "kernel": cfg.name,
+    own: dict[str, Any] = {"kernel": cfg.name, "grid": grid_of(launch, shape), "threads": cfg.num_threads}
+    if isinstance(cfg, AppendConfig):
+        return own | {"config": cfg.as_dict(), "reason": launch.reason, "reason_unit": "", "plan": None}
+    return own | {
         "config": cfg.as_dict() | {"tile_m": cfg.tile_m},
         "reason": launch.reason,
         "reason_unit": reason_unit(cfg),
@@ -279,7 +333,7 @@ def lines(facts: dict):
     """Yields (name, text) of what is printed."""
     for launch in (*facts["before"], facts):
         yield from lines_of(launch)
-    if any(launch["plan"] for launch in (*facts["before"], facts)):
+    if facts["workspace_bytes"] or any(launch["plan"] for launch in (*facts["before"], facts)):
         yield "workspace", f"{facts['workspace_bytes']} bytes"
 
 
@@ -287,17 +341,18 @@ def lines_of(facts: dict):
     """The same of one launch."""
     cfg, plan = facts["config"], facts["plan"]
     yield "kernel", facts["kernel"]
+    grid = " x ".join(map(str, facts["grid"])).removesuffix(" x 1").removesuffix(" x 1")
+    yield "grid", f"{grid} CTAs of {facts['threads']} threads"
+    if "tile_m" not in cfg:
+        yield "measured", facts["reason"]
+        return
     rings = transposed = ""
     if "num_q_stages" in cfg:
         rings = f"{cfg['num_q_stages']} slots for Q{', one for O' if cfg['dtype'] == FP8 else ' and O'}, "
         transposed = " and for V transposed" if cfg["dtype"] == FP8 else ""
-    yield (
-        "tile",
-        (
-            f"{cfg['tile_m']} rows of Q, {cfg['tile_n']} of K and V; {rings}{cfg['num_kv_stages']} for K, as "
-            f"many for V{transposed}" + "; ping-pong" * cfg.get("use_pingpong", False)
-        ),
-    )
+    slots = f"{cfg['num_kv_stages']} for K, {'V in it' if cfg['head_dim'] == MLA_DIMS[0] else 'as many for V'}"
+    tile = f"{cfg['tile_m']} rows of Q, {cfg['tile_n']} of K and V; {rings}{slots}{transposed}"
+    yield "tile", tile + "; ping-pong" * cfg.get("use_pingpong", False)
     yield "measured", facts["reason"]
     yield "", f"({facts['reason_unit']})"
     packed_heads = (plan or cfg)["packed_heads"]

@@ -58,6 +58,11 @@ def of_first(result: dict) -> str:
     return f"{result['of_first']:.3f}"
 
 
+def known(name: str, text: Callable[[dict], str]) -> Callable[[dict], str]:
+    """The text of a result that was measured, else a dash."""
+    return lambda result: text(result) if name in result else "-"
+
+
 def share(name: str) -> Callable[[dict], str]:
     return lambda result: "-" if result[name] is None else f"{result[name]:.0%}"
 

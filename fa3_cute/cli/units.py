@@ -7,6 +7,7 @@ holds them to it.
 
 from collections import Counter
 
+from ..planning.mla import MlaConfig
 from ..planning.operations import Config
 from ..planning.splits import NUM_SMS, RATES
 
@@ -162,20 +163,26 @@ def clocks_per_tile(cfg: Config, is_masked: bool = False) -> dict[str, float]:
 
     is_masked   for a tile that the mask or the end of K and V cuts
     """
-    scores, outputs = cfg.tile_m * cfg.tile_n, cfg.tile_m * cfg.head_dim
+    scores, outputs = cfg.tile_m * cfg.tile_n, cfg.tile_m * cfg.dim_v
+    columns_of_s, is_wide = cfg.dim_qk, isinstance(cfg, MlaConfig)
+    if is_wide and cfg.has_qv:
+        columns_of_s += cfg.dim_v
     exponentials = scores + THREADS_PER_ROW * cfg.tile_m
     on_lanes = 2 * scores + outputs
     maxima = scores / 2 if cfg.takes_max_of_bits and not is_masked else scores
-    on_alu = maxima + scores / 2 + scores * MASK_STEPS[cfg.mask] * is_masked
+    widened = cfg.tile_n * (cfg.dim_qk + cfg.dim_v) * cfg.widens  # numbers
+    on_alu = maxima + scores / 2 + scores * MASK_STEPS[cfg.mask] * is_masked + widened / 2
     kv_bytes = cfg.tile_n * cfg.kv_bytes_per_token
-    q_bytes = outputs * cfg.element_bytes
-    transposed_bytes = 2 * cfg.v_slot_bytes * cfg.values.is_transposed  # V, read and written
+    # Operands of the GEMMs from shared memory; of 512 columns of V one warpgroup's is S, and each has half of V, and P.
+    kv_read = cfg.tile_n * (columns_of_s + cfg.dim_v) * cfg.element_bytes * (1 if is_wide else cfg.num_consumer_wgs)
+    own_bytes = cfg.tile_m * columns_of_s * cfg.element_bytes + 2 * scores * cfg.element_bytes * is_wide
+    changed_bytes = 2 * cfg.v_slot_bytes * cfg.values.is_transposed + widened * (cfg.stored_bytes + cfg.element_bytes)
     clocks = {
-        "tensor": 4 * scores * cfg.head_dim / (TENSOR_FLOPS * 2 / cfg.element_bytes),
+        "tensor": 2 * scores * (columns_of_s + cfg.dim_v) / (TENSOR_FLOPS * 2 / cfg.element_bytes),
         "MUFU": exponentials / MUFU_RESULTS,
         "FP32": on_lanes / FP32_LANES,
         "ALU": on_alu / ALU_LANES,
         "issue": (exponentials + on_lanes + on_alu) / (WARP * ISSUED),
-        "shared memory": ((1 + cfg.num_consumer_wgs) * kv_bytes + transposed_bytes + q_bytes) / SHARED_BYTES,
+        "shared memory": (kv_bytes + kv_read + changed_bytes + own_bytes) / SHARED_BYTES,
     }
     return clocks | ({"memory": kv_bytes / MEMORY_BYTES} if cfg.splits_keys else {})

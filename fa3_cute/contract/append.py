@@ -138,7 +138,9 @@ def new_keys(p) -> Sentences:
     if not any(_read_new(p)):
         return ()
     if not has_new_keys(p):
-        return [must(p, name, "None or 0 without k_new and v_new") for name in _OF_NEW if getattr(p, name) not in OFF]
+        fields = [name for name in (*_OF_NEW, *NEW_STRIDES) if getattr(p, name) not in OFF]
+        bad = [name for name in NEW_STRIDES if getattr(p, name) is BAD]  # of which new_sizes speaks
+        return [must(p, name, "None or 0 without k_new and v_new") for name in fields if name not in bad]
     found = [
         must(p, name, f"a device address with {other}")
         for name, other in (("k_new", "v_new"), ("v_new", "k_new"))

@@ -227,7 +227,9 @@ def _not_served(p) -> Sentences:
     if p.kv_dtype not in (None, p.dtype):
         found.append(must(p, "kv_dtype", "None or dtype: backward has no kernel for FP8"))
     if is_wide(p):
-        found.append(must(p, "head_dim", f"at most {HEAD_DIMS[-1]}: {_NO_GRADIENT}"))
+        large = [name for name in ("head_dim", "head_dim_v") if getattr(p, name) > HEAD_DIMS[-1]]
+        stated = ", ".join(f"{name}={getattr(p, name)}" for name in large)
+        found.append(f"{stated}: must be at most {HEAD_DIMS[-1]}: {_NO_GRADIENT}")
     if p.out_dtype not in (None, p.dtype, BAD):
         found.append(must(p, "out_dtype", "None: out is an input in dtype"))
     if p.grad_dtype is not None and p.grad_dtype not in (p.dtype, *SERVED_GRAD_DTYPES, BAD):

@@ -13,12 +13,14 @@ from .formats import (
     SERVED_DIMS,
     WIDE_DIMS,
 )
-from .fp8_cache import has_fp8_cache
-from .params import QV, DataType, names
+from .fp8_cache import has_fp8_cache, has_fp8_keys
+from .params import QV, names
 from .sentences import Sentences, listed, must
 
 _OR_0 = SERVED_DIMS | {0}
 _FIELDS = "head_dim", "head_dim_v"
+_MULTIPLE = f"a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}"
+_WITH_WIDE_VALUES = f"head_dim={LARGE_DIM} or {MLA_DIMS[0]}, or with head_dim={QV_DIMS[0]} and q_v"
 QV_STRIDES = names(kind="stride", takers=(QV,))
 
 
@@ -35,16 +37,17 @@ def columns_of(p, tensor: str) -> int:
 
 def head_dims(p) -> Sentences:
     """The rule of the dims that are served."""
-    found, multiple = [], f"a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]}"
     if is_wide(p):
-        return found
-    if p.head_dim not in SERVED_DIMS and p.head_dim != LARGE_DIM:
-        accepted = f"{multiple}, {LARGE_DIM}, or {MLA_DIMS[0]} with head_dim_v={MLA_DIMS[1]}"
-        found.append(must(p, "head_dim", accepted))
-    if p.head_dim == LARGE_DIM:
-        found.append(must(p, "head_dim_v", f"0 or {LARGE_DIM} with head_dim={LARGE_DIM}"))
-    elif p.head_dim_v not in _OR_0:
-        found.append(must(p, "head_dim_v", f"0 (head_dim) or {multiple}"))
+        return ()
+    if p.head_dim == LARGE_DIM and not has_fp8_keys(p):
+        return [must(p, "head_dim_v", f"0 or {LARGE_DIM} with head_dim={LARGE_DIM}")]
+    found = []
+    if p.head_dim not in SERVED_DIMS:
+        accepted = f"{_MULTIPLE}, {LARGE_DIM}, or {MLA_DIMS[0]} with head_dim_v={MLA_DIMS[1]}"
+        found.append(must(p, "head_dim", _of_fp8(p, "head_dim") or accepted))
+    if p.head_dim_v not in _OR_0:
+        accepted = f"0 (head_dim) or {_MULTIPLE}; or {LARGE_DIM} with {_WITH_WIDE_VALUES}"
+        found.append(must(p, "head_dim_v", _of_fp8(p, "head_dim_v") or accepted))
     return found
 
 
@@ -59,11 +62,10 @@ def has_qv_dims(p) -> bool:
 
 
 def second_queries(p) -> Sentences:
-    """The rule of q_v, without which its dims are not served, of calls of these."""
-    if p.q_v:
+    """The rule of q_v, without which its dims are not served, of calls of these; in FP8 they never are."""
+    if p.q_v or has_fp8_keys(p):
         return ()
-    accepted = f"0 (head_dim) or a multiple of {DIM_STEP} from {DIM_STEP} to {HEAD_DIMS[-1]} without q_v"
-    return [must(p, "head_dim_v", accepted)]
+    return [must(p, "head_dim_v", f"0 (head_dim) or {_MULTIPLE} without q_v")]
 
 
 def other_queries(p) -> Sentences:
@@ -76,28 +78,34 @@ def other_queries(p) -> Sentences:
 
 
 def fp8_head_dims(p) -> Sentences:
-    """The rule of those that are served in FP8."""
-    if has_fp8_cache(p):
-        return _fp8_cache_dims(p)
-    if p.dtype is not DataType.FP8_E4M3:
+    """The rule of those that are served in FP8, of dims that are in 16 bit."""
+    if not has_fp8_keys(p) or not is_wide(p) and (p.head_dim not in SERVED_DIMS or p.head_dim_v not in _OR_0):
         return ()
-    accepted = f"a multiple of {FP8_DIM_STEP} from {FP8_DIM_STEP} to {FP8_HEAD_DIMS[-1]} with dtype=FP8_E4M3"
+    if has_fp8_cache(p):
+        served, served_v = FP8_CACHE_HEAD_DIMS, (0, p.head_dim)
+    else:
+        served, served_v = FP8_SERVED_DIMS, FP8_SERVED_DIMS | {0}
     return [
-        must(p, name, accepted)
-        for name in _FIELDS
-        if is_wide(p) or (dim := getattr(p, name)) in SERVED_DIMS and dim not in FP8_SERVED_DIMS
+        must(p, name, _of_fp8(p, name))
+        for name, dims in zip(_FIELDS, (served, served_v), strict=True)
+        if getattr(p, name) not in dims
     ]
 
 
-def _fp8_cache_dims(p) -> Sentences:
-    if not is_wide(p) and (p.head_dim not in SERVED_DIMS or p.head_dim_v not in _OR_0):
-        return ()
-    found, of = [], "with kv_dtype=FP8_E4M3 and 16-bit queries"
-    if p.head_dim not in FP8_CACHE_HEAD_DIMS:
-        found.append(must(p, "head_dim", f"{listed(FP8_CACHE_HEAD_DIMS)} {of}"))
-    if p.head_dim_v not in (0, p.head_dim):
-        found.append(must(p, "head_dim_v", f"0 or head_dim={p.head_dim} {of}"))
-    return found
+def _of_fp8(p, name: str) -> str:
+    """What is accepted of a dim over FP8 keys; "" where they are of 16 bit."""
+    if not has_fp8_keys(p):
+        return ""
+    is_value, is_cache = name == "head_dim_v", has_fp8_cache(p)
+    if is_cache and is_value:
+        own = f"={p.head_dim}" if p.head_dim in FP8_CACHE_HEAD_DIMS else ""
+        accepted = f"0 or head_dim{own}"
+    elif is_cache:
+        accepted = listed(FP8_CACHE_HEAD_DIMS)
+    else:
+        multiple = f"a multiple of {FP8_DIM_STEP} from {FP8_DIM_STEP} to {FP8_HEAD_DIMS[-1]}"
+        accepted = f"0 (head_dim) or {multiple}" if is_value else multiple
+    return f"{accepted} with {'kv_dtype=FP8_E4M3 and 16-bit queries' if is_cache else 'dtype=FP8_E4M3'}"
 
 
 def are_served(p) -> bool:

@@ -4,7 +4,7 @@ and heads of 512. The rule of what their kernel does not serve, one table. Pure 
 from math import prod
 from typing import Any
 
-from .formats import MLA_DIMS
+from .formats import MLA_DIMS, UNBOUNDED_WINDOW
 from .limits import DIMS
 from .params import tensor_sizes
 from .plain import BAD
@@ -35,7 +35,7 @@ def wide(p) -> Sentences:
     for name, accepted in OFF.items():
         if getattr(p, name):
             found.append(must(p, name, f"{accepted} {reason}"))
-    if type(p.window_size_left) is int and p.window_size_left >= 0:
+    if type(p.window_size_left) is int and 0 <= p.window_size_left < UNBOUNDED_WINDOW:
         found.append(must(p, "window_size_left", f"negative (unbounded) {reason}"))
     if p.page_table and type(p.page_size) is int and p.page_size % SMALLEST_PAGE:
         found.append(must(p, "page_size", f"a multiple of {SMALLEST_PAGE} {reason}"))

@@ -34,6 +34,7 @@ from .scores import (
     alignment_of,
     has_alibi_stride,
     has_optionals,
+    lone_strides,
     mask_strides,
     packed_masks,
     rng_state,
@@ -54,7 +55,7 @@ from .sequences import (
     varlen,
 )
 from .status import Problem, Status, shown
-from .strides import descale_strides, has_descale_strides, strides
+from .strides import descale_strides, has_descale_strides, lone_descale_strides, strides
 
 # Alignment in bytes of every pointer field that is read or written.
 ALIGNMENT = {name: argument.alignment for name, argument in ARGUMENTS.items() if argument.kind == "pointer"}
@@ -257,6 +258,7 @@ RULES = (
     Rule(Status.INVALID_ARGUMENT, _counts, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, _scale),
     Rule(Status.INVALID_ARGUMENT, score_choices, of_choices=True),
+    Rule(Status.INVALID_ARGUMENT, lone_strides),
     Rule(Status.INVALID_ARGUMENT, rng_state),
     Rule(Status.INVALID_ARGUMENT, mods, of_choices=True),
     Rule(Status.INVALID_ARGUMENT, mod_arguments),
@@ -265,6 +267,7 @@ RULES = (
     Rule(Status.INVALID_ARGUMENT, other_queries),
     Rule(Status.INVALID_ARGUMENT, _workspace),
     Rule(Status.INVALID_ARGUMENT, _descales, concerns=_has_no_descales),
+    Rule(Status.INVALID_ARGUMENT, lone_descale_strides, concerns=has_descale_strides),
     Rule(Status.SOFTCAP_UNSUPPORTED, softcap, of_choices=True),
     Rule(Status.SPLIT_KV_UNSUPPORTED, _num_splits, of_choices=True),
     Rule(Status.SPLIT_KV_UNSUPPORTED, fixed_splits, concerns=has_fixed_splits),

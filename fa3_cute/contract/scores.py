@@ -9,10 +9,12 @@ from .params import OPTIONALS, DataType, is_packed
 from .plain import BAD
 from .sentences import Sentences, is_int, must
 from .status import shown
+from .strides import lone
 
 ELEMENT_BYTES = {DataType.FP16: 2, DataType.BF16: 2, DataType.FP32: 4}  # of sinks and of masks that are added
 MASK_STRIDES = ("attn_mask_batch_stride", "attn_mask_head_stride", "attn_mask_row_stride")
 _CONTIGUOUS = (None,) * len(MASK_STRIDES)
+_POINTERS = {"alibi_batch_stride": "alibi_slopes"} | dict.fromkeys(MASK_STRIDES, "attn_mask")
 _read_optionals, _read_mask_strides = attrgetter(*OPTIONALS), attrgetter(*MASK_STRIDES)
 
 
@@ -71,6 +73,13 @@ def mask_strides(p) -> Sentences:
         elif stride is BAD or size != 1 and not 0 <= stride < TMA_STRIDE_BYTES:
             found.append(must(p, name, f"None (contiguous) or {accepted}"))
     return found
+
+
+def lone_strides(p) -> Sentences:
+    """The rule of the strides of slopes and of a mask that are not there."""
+    if p.alibi_batch_stride == 0 and _read_mask_strides(p) == _CONTIGUOUS:
+        return ()
+    return lone(p, _POINTERS)
 
 
 def _contiguous_strides(p) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from .formats import SERVED_DIMS
 from .fp8_cache import keys_dtype
 from .head_dims import QV_STRIDES, are_served, columns_of, has_qv_dims, value_dim
 from .limits import DIMS, MAX_ROWS, MAX_SIZE, TMA_ALIGNMENT, TMA_STRIDE_BYTES
-from .params import TENSORS, DataType, all_sizes, is_packed, names, tensor_sizes
+from .params import OFF, TENSORS, DataType, all_sizes, is_packed, names, tensor_sizes
 from .plain import BAD
 from .sentences import Sentences, is_int, must
 from .status import shown
@@ -19,6 +19,9 @@ from .status import shown
 STRIDES = tuple(f"{tensor}_{dim}_stride" for tensor in TENSORS for dim in DIMS)
 DESCALE_STRIDES = names(kind="stride", is_fp8=True)
 _CONTIGUOUS, _CONTIGUOUS_OUT = (None,) * len(STRIDES), (None,) * len(DIMS)
+_OF_DESCALES = {
+    f"{tensor}_descale_{dim}_stride": f"{tensor}_descale_ptr" for tensor in "qkv" for dim in ("batch", "head")
+}
 _COMMON_DESCALES = (0,) * len(DESCALE_STRIDES)
 _read_strides, _read_descale_strides = attrgetter(*STRIDES), attrgetter(*DESCALE_STRIDES)
 _read_qv_strides = attrgetter(*QV_STRIDES)
@@ -49,6 +52,20 @@ def descale_strides(p) -> Sentences:
                     must(p, name, f"an int from 0 to {MAX_SIZE}, in elements; 0: one descale for all along it")
                 )
     return found
+
+
+def lone_descale_strides(p) -> Sentences:
+    """The rule of the strides of descales that are not there."""
+    return lone(p, _OF_DESCALES)
+
+
+def lone(p, fields: dict[str, str]) -> Sentences:
+    """A sentence for each of the strides {field: its pointer} that is given without its pointer."""
+    return [
+        must(p, name, f"None or 0 without {pointer}")
+        for name, pointer in fields.items()
+        if not getattr(p, pointer) and (stride := getattr(p, name)) not in OFF and stride is not BAD
+    ]
 
 
 def qv_strides(p) -> tuple[int, ...]:

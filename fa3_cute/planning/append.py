@@ -6,6 +6,7 @@ with the new rows. Both lie in the workspace, behind the partial results of spli
 
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from ..contract.append import (
     table_dtype,
 )
 from ..contract.arguments import Entry
+from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL
 from ..contract.fp8_cache import keys_dtype
 from ..contract.head_dims import value_dim
 from ..contract.params import DTYPE_NAMES
@@ -34,6 +36,7 @@ from ..contract.sequences import is_masked
 from ..contract.strides import DESCALE_STRIDES, STRIDES
 
 ALIGNMENT = 256  # bytes, of each part of the workspace
+ROTARY = ("halves", "neighbours")  # how pairs lie
 _KV_DESCALE_PLACES = [len(STRIDES) + 1 + DESCALE_STRIDES.index(name) for name in KV_DESCALE_STRIDES]  # in shape.strides
 
 _NAMES = (
@@ -51,7 +54,7 @@ class AppendConfig:
 
     dtype         of what is read: new rows, and q
     kv_dtype      of k and v where new rows are quantised; "" where they have dtype
-    rotary        how pairs lie: "halves", "neighbours"; "" turns nothing
+    rotary        of ROTARY; "" turns nothing
     table_dtype   of the rotary tables; "" without
     """
 
@@ -100,6 +103,20 @@ class AppendConfig:
 def append_config(dtype: str, rotary: str = "", table_dtype: str = "", kv_dtype: str = "") -> AppendConfig:
     """The one config of these choices."""
     return AppendConfig(dtype, rotary, table_dtype, kv_dtype)
+
+
+def all_append_configs() -> list[AppendConfig]:
+    """Every config, but of rotary tables in the other 16-bit type. FP8 rows are neither rotated nor quantised."""
+    halves = ("fp16", "bf16")
+    return [
+        *(append_config(dtype) for dtype in ELEMENT_BYTES),
+        *(append_config(dtype, kv_dtype=FP8) for dtype in halves),
+        *(
+            append_config(dtype, rotary, table, into)
+            for dtype, rotary, into in product(halves, ROTARY, ("", FP8))
+            for table in (dtype, PARTIAL)
+        ),
+    ]
 
 
 class AppendShape(NamedTuple):

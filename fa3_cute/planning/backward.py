@@ -182,6 +182,12 @@ class BackwardConfig(GradientFields):
         return self.is_dq_behind and (self.is_local or self.has_alibi)
 
     @property
+    def alternates(self) -> bool:
+        """Past some tiles of keys the first queries go first, past the others the last ones: see order.py. With
+        features of scores some kernels would spill."""
+        return self.is_causal and not (self.is_varlen or self.is_deterministic or self.feature_names)
+
+    @property
     def is_dq_in_turns(self) -> bool:
         """One warpgroup computes dQ of a Q tile, another that of the next."""
         return computes_in_turns(self.tile_m, self.is_dq_transposed)

@@ -43,6 +43,7 @@ class KernelConfig(DimFields, KeySourceFields, StoredFields, ScoreFields):
     # What a kernel has only if its config says so; the fields of both kernels are tile_n, num_kv_stages, out_dtype.
     use_pingpong = False
     rescale_before_pv = False
+    has_q_in_registers = False  # the A operand of QK
     packs_heads = False  # consecutive rows of a tile are heads of one query
     splits_keys = False  # several CTAs may share the keys of a row
     takes_max_of_bits = False  # maxima of scores as integers, once all rows have one of 0 or more (softmax.py)
@@ -116,10 +117,11 @@ class KernelConfig(DimFields, KeySourceFields, StoredFields, ScoreFields):
 
     @property
     def num_value_parts(self) -> int:
-        """PV takes so many parts of V's columns in turn: FP8's O and a T of 256 have no registers. Of 64 columns where
-        other things need registers, else of 128 or more: prefill at head_dim 192 and 256 takes 3 to 6 % less time."""
+        """PV takes so many parts of V's columns in turn: FP8's O and a T of 256 have no registers, nor of 128 with two
+        CTAs on an SM. Of 64 columns where other things need registers, else of 128 or more: prefill at head_dim 192 and
+        256 takes 3 to 6 % less time."""
         columns = 64 if self.splits_keys or self.attn_mask else 128
-        return self.dim_v // columns if self.is_fp8 and self.dim_v > 128 else 1
+        return self.dim_v // columns if self.is_fp8 and self.dim_v > 128 // self.ctas_per_sm else 1
 
     @property
     def mask(self) -> str:
@@ -385,8 +387,14 @@ class DecodeConfig(KernelConfig):
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory; q is one slot without mbarriers, filled by its readers."""
         return (
-            Ring("q", 1, self.q_slot_bytes, 0, 0, "Q"),
+            *[Ring("q", 1, self.q_slot_bytes, 0, 0, "Q")] * (not self.has_q_in_registers),
             Ring("k", self.num_kv_stages, self.k_slot_bytes, self.num_kv_arrivals, self.num_kv_readers, "K"),
             Ring("v", self.num_kv_stages, self.v_slot_bytes, self.num_kv_arrivals, self.num_kv_readers, "V"),
             *self.wide_rings,
         )
+
+    @property
+    def has_q_in_registers(self) -> bool:
+        """Where K and V are widened and leave no room for a slot of Q: consumers have registers there."""
+        rings = smem_bytes(self.wide_rings) + self.kv_ring_bytes
+        return self.widens and rings + self.q_slot_bytes > SMEM_BYTES_PER_CTA

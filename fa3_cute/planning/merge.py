@@ -3,8 +3,10 @@
 import math
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
+from ..contract.formats import PARTIAL
 from ..contract.merge import (
     IN_PLACE,
     LSES,
@@ -60,6 +62,11 @@ class MergeConfig:
 def merge_config(dtype: str, out_dtype: str) -> MergeConfig:
     """The one config of these element types."""
     return MergeConfig(dtype, out_dtype)
+
+
+def all_merge_configs() -> list[MergeConfig]:
+    """Every config that some call can need."""
+    return [merge_config(*dtypes) for dtypes in product(("fp16", "bf16", PARTIAL), repeat=2)]
 
 
 class MergeLaunch(NamedTuple):

@@ -6,6 +6,7 @@ columns, Q as many, and what Q has besides meets V. Heads of 512 have K and V of
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import product
 
 from ..contract.arguments import DECODE_ENTRIES, DECODE_QV_ENTRY
 from ..contract.formats import MLA_DIMS, QV_DIMS, WIDE_DIMS
@@ -116,3 +117,9 @@ def mla_config(
     fields = source.fields(row.tile_n)
     sizes, own = (row.tile_n, row.num_kv_stages, row.ctas_per_sm), dim_v if dim_v != head_dim else 0
     return interned(MlaConfig(dtype, head_dim, is_local, *sizes, out_dtype, head_dim_v=own, **fields))
+
+
+def all_mla_configs(source: KeySource = DENSE) -> list[MlaConfig]:
+    """Every config of keys that lie in one place, O of Q's type."""
+    choices = product(WIDE_DIMS, ("fp16", "bf16"), (False, True))
+    return [mla_config(dtype, is_local, None, source, dims) for dims, dtype, is_local in choices]

@@ -1,15 +1,17 @@
 """Calls that were launched, so that the next ones like them are launched at once. Pure Python."""
 
 import threading
-from operator import attrgetter
+from operator import attrgetter, ge
 from typing import Any
 
 from ..contract.head_dims import has_qv_dims
 from ..contract.mla import is_mla
 from ..contract.params import ARGUMENTS, DESCALES, OPTIONALS, POINTERS
 from ..contract.scores import alignment_of
+from ..contract.strides import DESCALE_STRIDES
 
 _read_addresses = attrgetter(*POINTERS, *DESCALES, *OPTIONALS, "q_v")
+_read_strides = attrgetter(*DESCALE_STRIDES)  # batch and head of q, k and v
 _ADDRESSES = frozenset((int, type(None)))  # types of plain addresses
 MAX_SHAPES, MAX_SEEN = 512, 4096  # calls that a thread remembers, and hashes of others; the next one starts anew
 
@@ -26,6 +28,7 @@ class Repeatable:
         "call",
         "has_lse",
         "has_descales",
+        "strided",
         "has_qv",
         "has_v_in_k",
         "alignments",
@@ -37,6 +40,10 @@ class Repeatable:
         self.values, self.call, self.resolved = values, call, resolved
         self.has_lse = shape is not None and shape.has_lse
         self.has_descales = shape is not None and shape.has_fp8_keys
+        # Of the descales of q, k and v, which have strides and so must be in every call; () of none.
+        strides = _read_strides(p) if self.has_descales else ()
+        of_tensors = zip(strides[::2], strides[1::2], strict=True)
+        self.strided = tuple([bool(batch or head) for batch, head in of_tensors]) if any(strides) else ()
         self.has_qv = shape is not None and has_qv_dims(shape)
         self.has_v_in_k = shape is not None and is_mla(shape)
         # of OPTIONALS, in bytes; 0 of those that the call does not have
@@ -91,6 +98,8 @@ class Repeatable:
         if bits & 3 or bits >> 64 or bits and not self.has_descales:
             return None
         scales = (q, k, v) if self.has_descales else ()
+        if self.strided and not all(map(ge, map(bool, scales), self.strided)):
+            return None
         if not self.alignments:
             return None if any(optionals) else scales
         for address, alignment in zip(optionals, self.alignments, strict=True):

@@ -37,6 +37,7 @@ class ForwardCall(NamedTuple):
     k_descale: Tensor | None = None
     v_descale: Tensor | None = None
     s_aux: Tensor | None = None
+    q_v: Tensor | None = None
     softmax_scale: float | None = None
     is_causal: bool = False
     window_size_left: int = -1
@@ -191,7 +192,7 @@ def forward_params(call: ForwardCall, update: Update | None = None, **more: Tens
     Raises FlashAttentionError for tensors that do not fit together.
     """
     described = _attention_call(call, update)
-    names = (*"qkv", *described.given(*arrays.SCORES, *arrays.INTEGERS, *arrays.UPDATES, *arrays.DESCALES))
+    names = (*"qkv", *described.given(*arrays.OTHERS, *arrays.DESCALES))
     tensors = {name: _view(x) for name, x in ({name: getattr(described, name) for name in names} | more).items()}
     q, k, v = (tensors[name].dtype for name in "qkv")
     elements = described.element_types(q, k, v, arrays.DEVICE_DTYPES)

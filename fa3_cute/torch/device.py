@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import api
-from ..arrays.call import ANY_ADDRESS, refusal
+from ..arrays.call import ANY_ADDRESS
+from ..arrays.words import refusal
 from ..contract.merge import MergeParams
 from ..contract.plain import plain
 from ..contract.status import Problem
@@ -37,6 +38,7 @@ from .calls import (
 MAX_PLANS = 512  # that a thread remembers; the next one starts anew
 BYTES_PER_COUNTER = 32  # of split-KV's workspace, which goes with an eighth of its bytes of tile_counter
 TMA_BYTES = 16
+READ_BY_TMA = 5  # of a BackwardCall: dout, q, k, v and out
 _NOTHING = (None, None)
 
 
@@ -45,9 +47,10 @@ class Plan:
 
     optional   (place in the call, field) of the tensors that not every call has; updates, those of the Update
     is_idle    nothing is to be done: there are no queries, and nothing is appended
+    out, lse   (shape, strides) of the results: torch.empty_strided is quicker than torch.empty
     """
 
-    __slots__ = "params", "optional", "updates", "is_idle", "lse_shape", "out_dtype", "workspace_bytes", "num_counters"
+    __slots__ = "params", "optional", "updates", "is_idle", "out", "out_dtype", "lse", "workspace_bytes", "num_counters"
 
     def __init__(self, call: ForwardCall, update: Update | None = None, out: Tensor | None = None):
         self.params = forward_params(call, update) if out is None else forward_params(call, update, out=out)
@@ -57,9 +60,15 @@ class Plan:
         self.optional = tuple((place, name) for place, name in _places(call) if place >= len("qkv"))
         self.updates = () if update is None else _places(update)
         self.is_idle = not call.q.numel() and (update is None or update.k_new is None)
-        self.lse_shape, self.out_dtype = lse_shape(call.q), OUT_DTYPE.get(call.q.dtype, call.q.dtype)
+        self.out, self.lse = _contiguous(out_shape(call.q, call.v)), _contiguous(lse_shape(call.q))
+        self.out_dtype = OUT_DTYPE.get(call.q.dtype, call.q.dtype)
         self.workspace_bytes = 0 if self.is_idle else operation_of(shape).workspace_bytes
         self.num_counters = max(1, -(-self.workspace_bytes // BYTES_PER_COUNTER))
+
+
+def _contiguous(shape: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape, strides)."""
+    return tuple(shape), torch.empty(shape, device="meta").stride()
 
 
 def _places(call: Any) -> tuple[tuple[int, str], ...]:
@@ -69,14 +78,16 @@ def _places(call: Any) -> tuple[tuple[int, str], ...]:
 
 
 class BackwardPlan:
-    """As Plan, of a backward pass into these gradients."""
+    """As Plan, of a backward pass into these gradients; without any, `gradients` are those of new ones."""
 
-    __slots__ = "params", "optional", "workspace_bytes"
+    __slots__ = "params", "optional", "workspace_bytes", "gradients", "has_unused_rows"
 
     def __init__(self, call: BackwardCall, *gradients: Tensor):
         self.params = backward_params(call, *gradients)
         self.workspace_bytes = api.backward_workspace_size(self.params)
         self.optional = _places(call)
+        self.gradients = [_contiguous(x.shape) for x in (call.q, call.k, call.v)]
+        self.has_unused_rows = any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k))
 
 
 class _Thread(threading.local):
@@ -98,11 +109,14 @@ def forward(
 
     out   where the result goes, of any strides; None: a new contiguous tensor
     """
-    call, update = _with_unit_strides(call, update)
+    plan: Plan | None = _known_plan(_thread.plans, call, update, out)
+    if plan is None:
+        call, update = _with_unit_strides(call, update)
+        plan = _plan_of(call, Plan, _thread.plans, update, out)
     q, k, v, *_ = call
-    plan: Plan = _plan_of(call, Plan, _thread.plans, update, out)
-    to: Tensor = torch.empty(out_shape(q, v), dtype=plan.out_dtype, device=q.device) if out is None else out
-    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device) if wants_lse else None
+    device = q.device
+    to: Tensor = torch.empty_strided(*plan.out, dtype=plan.out_dtype, device=device) if out is None else out
+    lse = torch.empty_strided(*plan.lse, dtype=torch.float32, device=device) if wants_lse else None
     if plan.is_idle:
         return to, lse
     params = plan.params
@@ -119,6 +133,8 @@ def forward(
 
 def _with_unit_strides(call: ForwardCall, update: Update | None) -> tuple[ForwardCall, Update | None]:
     """The same; tensors whose last dimension is not contiguous are copied, but for those that are written."""
+    if call.q_v is not None:
+        call = call._replace(q_v=_with_unit_stride(call.q_v))
     if update is not None:
         q, new_k, new_v = call.q, update.k_new, update.v_new
         if all(x is None or x.stride(-1) == 1 for x in (q, new_k, new_v)):
@@ -150,16 +166,20 @@ def backward(call: BackwardCall, gradients: tuple[Tensor, ...] | None = None) ->
 
     gradients   where dq, dk and dv go, of any strides; None: new contiguous tensors
     """
-    call = call._replace(
-        **{name: _for_tma(getattr(call, name)) for name in ("dout", "q", "k", "v", "out")},
-        softmax_lse=call.softmax_lse.contiguous(),
-        dlse=None if call.dlse is None else call.dlse.contiguous(),
-    )
-    plan: BackwardPlan = _plan_of(call, BackwardPlan, _thread.backward_plans, *(gradients or ()))
+    given = gradients or ()
+    plan: BackwardPlan | None = _known_plan(_thread.backward_plans, call, *given)
+    if plan is None or any(x.data_ptr() % TMA_BYTES for x in call[:READ_BY_TMA]):
+        call = call._replace(
+            **{name: _for_tma(getattr(call, name)) for name in BackwardCall._fields[:READ_BY_TMA]},
+            softmax_lse=call.softmax_lse.contiguous(),
+            dlse=None if call.dlse is None else call.dlse.contiguous(),
+        )
+        plan = _plan_of(call, BackwardPlan, _thread.backward_plans, *given)
     if gradients is None:
-        gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.q, call.k, call.v))
+        q = call.q
+        gradients = tuple([torch.empty_strided(*layout, dtype=q.dtype, device=q.device) for layout in plan.gradients])
     has_queries = call.q.numel() > 0
-    if not has_queries or any(x is not None for x in (call.cu_seqlens_q, call.seqused_q, call.seqused_k)):
+    if not has_queries or plan.has_unused_rows:
         for gradient in gradients:
             gradient.zero_()
     params = plan.params
@@ -205,11 +225,16 @@ def _launch(x: Tensor, call, what) -> None:
     """call(what, device, stream) with the tensor's device made current, and its current stream: the handle of a default
     stream does not say which device is meant."""
     device = x.device
-    if device.index == torch.cuda.current_device():
-        call(what, device, torch.cuda.current_stream(device).cuda_stream)
+    if device.index == _current_device():
+        call(what, device, _current_stream(device.index))
         return
     with torch.cuda.device(device):
-        call(what, device, torch.cuda.current_stream(device).cuda_stream)
+        call(what, device, _current_stream(device.index))
+
+
+# As torch.cuda.current_device() and current_stream(index).cuda_stream; its compiled code calls these two as well.
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # a torch without CUDA has neither
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _set_addresses(params: Any, places: tuple[tuple[int, str], ...], call: Any) -> None:
@@ -223,12 +248,7 @@ def _plan_of(call, kind: type, plans: dict, *more: Any):
     more   an Update, and tensors that are written, or None
     """
     try:
-        key = key_of(call)
-        if more and more != _NOTHING:
-            key = (
-                key,
-                *(x if x is None else key_of(x) if isinstance(x, Update) else _facts(x) for x in more),
-            )
+        key = _key(call, more)
         found = plans.get(key)
     except (AttributeError, TypeError):  # no tensor, or a value that cannot be hashed: the rules put it into words
         for part in (call, *(x for x in more if isinstance(x, Update))):
@@ -240,6 +260,20 @@ def _plan_of(call, kind: type, plans: dict, *more: Any):
             plans.clear()
         plans[key] = found
     return found
+
+
+def _known_plan(plans: dict, call, *more: Any):
+    """As _plan_of, if there is one; None for a call that has something wrong, too."""
+    try:
+        return plans.get(_key(call, more))
+    except (AttributeError, TypeError):
+        return None
+
+
+def _key(call, more: tuple) -> tuple:
+    if not more or more == _NOTHING:
+        return key_of(call)
+    return key_of(call), *(x if x is None else key_of(x) if isinstance(x, Update) else _facts(x) for x in more)
 
 
 def _facts(x: Tensor) -> tuple:

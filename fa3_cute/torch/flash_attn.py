@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.formats import QV_DIMS
 from ..contract.status import Status, error_for, shown
 from . import ops
 from .calls import ForwardCall, MergeCall, Update
@@ -39,6 +40,8 @@ def flash_attn_func(
     causal      bottom-right aligned: query i sees key j iff j <= i + seqlen_k - seqlen_q
     window_size (left, right) keys around that diagonal, inclusive; -1 is unbounded. With causal right is 0
     *_descale   with FP8 keys: float32 [batch, num_heads_k]; q's may be [batch, num_heads] too
+    qv          [batch, seqlen_q, num_heads, 512] of q's dtype, with head_dim 64 and v of 512 columns: a second part of
+                q, scores are softmax_scale * (q k^T + qv v^T); the default scale is 1/24. It has no gradient
     num_splits  1 never splits keys, 0 is automatic, n exactly n
     s_aux       [num_heads] float32, bfloat16 or float16: attention sinks, logits of one more key, whose value is 0;
                 not of FlashAttention-3's own signature
@@ -50,10 +53,14 @@ def flash_attn_func(
     with the status of the contract and a sentence.
     Source: FlashAttention-3 (Shah et al. 2024).
     """
-    _refuse(qv=qv)
-    scales = _scales(q, k, q_descale, k_descale, v_descale)
-    options = _options(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
-    call = ForwardCall(q, k, v, s_aux=s_aux, is_deterministic=deterministic, **scales, **options)
+    if qv is not None:
+        _require_wide(q, v, qv)
+    if q_descale is not None:
+        q_descale = _by_query_head(q, k, q_descale)
+    given = q_descale, k_descale, v_descale, s_aux, qv, softmax_scale, *_mask(causal, window_size)
+    choices = attention_chunk, softcap, 0, num_splits, pack_gqa, sm_margin, deterministic
+    # By place: by name it takes twice as long.
+    call = ForwardCall._make((q, k, v, *_NO_LENGTHS, *_NO_CACHE, *given, *choices))
     return _attend(call, return_attn_probs)
 
 
@@ -94,12 +101,15 @@ def flash_attn_varlen_func(
 
     LSE is [num_heads, total_q]. Gradients of rows that no sequence uses are 0.
     """
-    _refuse(qv=qv)
-    scales = _scales(q, k, q_descale, k_descale, v_descale)
-    options = _options(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin)
-    options |= {"max_seqlen_q": 0 if max_seqlen_q is None else max_seqlen_q, "is_deterministic": deterministic}
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    return _attend(ForwardCall(q, k, v, *lengths, s_aux=s_aux, **scales, **options), return_attn_probs)
+    if qv is not None:
+        _require_wide(q, v, qv)
+    if q_descale is not None:
+        q_descale = _by_query_head(q, k, q_descale)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *_NO_CACHE
+    given = q_descale, k_descale, v_descale, s_aux, qv, softmax_scale, *_mask(causal, window_size)
+    hint = 0 if max_seqlen_q is None else max_seqlen_q
+    choices = attention_chunk, softcap, hint, num_splits, pack_gqa, sm_margin, deterministic
+    return _attend(ForwardCall._make((q, k, v, *lengths, *given, *choices)), return_attn_probs)
 
 
 def flash_attn_with_kvcache(
@@ -157,7 +167,7 @@ def flash_attn_with_kvcache(
     Without k only q is rotated, by the positions of the last seqlen_q keys. With k or rotary tables there are no
     gradients. scheduler_metadata is ignored.
     """
-    _refuse(qv=qv)
+    _require_wide(q, v_cache, qv)
     update = _update(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved)
     if k is not None and cache_seqlens is None:
         raise error_for(Status.INVALID_ARGUMENT, "cache_seqlens=None: must be given with k: the rows before the call")
@@ -171,7 +181,7 @@ def flash_attn_with_kvcache(
         options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": 0 if max_seqlen_q is None else max_seqlen_q}
     where = {"seqused_k": cache_seqlens, "page_table": page_table, "kv_batch_idx": cache_batch_idx}
     where["leftpad_k"] = cache_leftpad
-    call = ForwardCall(q, k_cache, v_cache, s_aux=s_aux, **where, **scales, **options)
+    call = ForwardCall(q, k_cache, v_cache, s_aux=s_aux, q_v=qv, **where, **scales, **options)
     return _attend(call, return_softmax_lse, update, out)
 
 
@@ -189,13 +199,19 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 _INTS = (int, torch.SymInt)
-_INSTEAD = {"qv": "FlashAttentionParams has it, as q_v"}
+_NO_LENGTHS = (None,) * 4  # cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+_NO_CACHE = (None,) * 3  # page_table, kv_batch_idx, leftpad_k
 
 
-def _refuse(**arguments) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise error_for(Status.FEATURE_UNSUPPORTED, f"{name}: must be None; {_INSTEAD[name]}")
+def _require_wide(q: Tensor, v: Tensor, qv: Tensor | None) -> None:
+    """Raise for a qv of other head dims than there are kernels for."""
+    if qv is None or not (isinstance(q, Tensor) and isinstance(v, Tensor)):  # of what is no tensor others speak
+        return
+    if (q.shape[-1], v.shape[-1]) == QV_DIMS:
+        return
+    stated = f"{q.shape[-1]} columns of q and {v.shape[-1]} of v"
+    sentence = f"qv: must be None with {stated}: it goes with {QV_DIMS[0]} and {QV_DIMS[1]}"
+    raise error_for(Status.INVALID_ARGUMENT, sentence)
 
 
 def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None, to: Tensor | None = None) -> Any:
@@ -207,18 +223,10 @@ def _attend(call: ForwardCall, wants_lse: bool, update: Update | None = None, to
 
 
 def _options(scale, causal, window_size, chunk, softcap, num_splits, pack_gqa, sm_margin) -> dict:
-    """flash-attn's causal windows end at the diagonal, whatever their right bound is."""
-    try:
-        left, right = window_size
-    except (TypeError, ValueError) as error:
-        sentence = f"window_size={shown(window_size)}: must be a pair (left, right)"
-        raise error_for(Status.INVALID_ARGUMENT, sentence) from error
-    if causal:
-        is_bounded = not isinstance(left, _INTS) or left >= 0
-        causal, left, right = (False, left, 0) if is_bounded else (causal, -1, -1)
+    is_causal, left, right = _mask(causal, window_size)
     return {
         "softmax_scale": scale,
-        "is_causal": causal,
+        "is_causal": is_causal,
         "window_size_left": left,
         "window_size_right": right,
         "attention_chunk": chunk,
@@ -227,6 +235,19 @@ def _options(scale, causal, window_size, chunk, softcap, num_splits, pack_gqa, s
         "pack_gqa": pack_gqa,
         "sm_margin": sm_margin,
     }
+
+
+def _mask(causal, window_size) -> tuple:
+    """(is_causal, left, right): flash-attn's causal windows end at the diagonal, whatever their right bound is."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError) as error:
+        sentence = f"window_size={shown(window_size)}: must be a pair (left, right)"
+        raise error_for(Status.INVALID_ARGUMENT, sentence) from error
+    if causal:
+        is_bounded = not isinstance(left, _INTS) or left >= 0
+        return (False, left, 0) if is_bounded else (causal, -1, -1)
+    return causal, left, right
 
 
 def _update(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved) -> Update | None:

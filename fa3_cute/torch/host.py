@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..api import backward_workspace_size
 from ..arrays.append import updated_on_host
-from ..arrays.call import refusal
+from ..arrays.host import OTHER_ADDRESS
+from ..arrays.words import refusal
 from ..contract.backward_reference import OPTIONS, Saved, backward_reference
 from ..contract.merge_reference import merge_reference
 from ..contract.plain import plain
@@ -33,11 +34,15 @@ def forward(
     """
     require_tensors(call)
     call = call._replace(
-        **{name: _with_unit_stride(getattr(call, name)) for name in ("qkv" if update is None else "q")}
+        **{name: _with_unit_stride(getattr(call, name)) for name in ("qkv" if update is None else "q")},
+        q_v=None if call.q_v is None else _with_unit_stride(call.q_v),
     )
     if update is not None:
         require_tensors(update)
-    found = checked(plain(forward_params(call, update, **({} if out is None else {"out": out}))))
+    params = forward_params(call, update, **({} if out is None else {"out": out}))
+    if call.k.numel() and call.v.data_ptr() != call.k.data_ptr():
+        params.v = OTHER_ADDRESS
+    found = checked(plain(params))
     if isinstance(found, Problem):
         raise refusal(found)
     q, k, v = map(_numbers, call[:3])

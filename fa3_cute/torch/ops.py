@@ -84,20 +84,22 @@ _define_update()
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 # What backward does not differentiate (contract/backward_rules.py).
-_NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx", "leftpad_k")
+_NOT_DIFFERENTIATED = ("page_table", "kv_batch_idx", "leftpad_k", "q_v")
+_DIFFERENTIATED = (torch.float16, torch.bfloat16)
 
 
 def require_differentiable(call: ForwardCall) -> None:
     """Raise where backward would, before forward has run: a sentence that names the argument."""
-    for name in _NOT_DIFFERENTIATED:
-        if getattr(call, name) is not None:
-            _refuse(f"{name}: must be None where a gradient is asked for")
-    if call.q.dtype not in (torch.float16, torch.bfloat16):
-        _refuse(f"q is {call.q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
-    if call.k.dtype != call.q.dtype:
-        _refuse(f"k is {call.k.dtype}: must be {call.q.dtype}, as q is, where a gradient is asked for")
-    if call.q.shape[-1] > HEAD_DIMS[-1]:
-        _refuse(f"head_dim={call.q.shape[-1]}: must be at most {HEAD_DIMS[-1]} where a gradient is asked for")
+    q, k = call.q, call.k
+    if not (call.page_table is call.kv_batch_idx is call.leftpad_k is call.q_v is None):
+        name = next(name for name in _NOT_DIFFERENTIATED if getattr(call, name) is not None)
+        _refuse(f"{_ARGUMENTS.get(name, name)}: must be None where a gradient is asked for")
+    if q.dtype not in _DIFFERENTIATED:
+        _refuse(f"q is {q.dtype}: must be float16 or bfloat16 where a gradient is asked for")
+    if k.dtype != q.dtype:
+        _refuse(f"k is {k.dtype}: must be {q.dtype}, as q is, where a gradient is asked for")
+    if q.shape[-1] > HEAD_DIMS[-1]:
+        _refuse(f"head_dim={q.shape[-1]}: must be at most {HEAD_DIMS[-1]} where a gradient is asked for")
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is None:
         _refuse("cu_seqlens_k=None: must be given with cu_seqlens_q where a gradient is asked for")
 
@@ -140,20 +142,24 @@ class Attention(torch.autograd.Function):
     """`fa3_cute::forward` and its gradient, past the dispatcher. Few arguments: each costs about a microsecond."""
 
     @staticmethod
-    def forward(ctx, q, k, v, call, *sinks):  # type: ignore[override]
-        """(out, LSE) of the call, whose q, k and v these are, and whose s_aux if it has one."""
+    def forward(ctx, q, k, v, call, wants_lse, *sinks):  # type: ignore[override]
+        """out of the call, whose q, k and v these are, and whose s_aux if it has one; (out, LSE) if that is wanted."""
         require_differentiable(call)
         results = _implementation(q).forward(call)
         _save(ctx, call, results)
-        return results
+        return results if wants_lse else results[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dlse):  # type: ignore[override]
+    def backward(ctx, dout, dlse=None):  # type: ignore[override]
         """The gradients of q, k, v and s_aux; where there is none, autograd drops its None."""
         call = _backward_call(ctx, dout, dlse)
         dq, dk, dv, d_s_aux = _implementation(call.q).backward(call)
-        return dq, dk, dv, None, d_s_aux
+        return dq, dk, dv, None, None, d_s_aux
+
+
+# Function.apply first looks for transforms, and for tensors of those that are over; attend has, and found none.
+_record = super(torch.autograd.Function, Attention).apply
 
 
 def _has_no_gradient(name: str, instead: str) -> None:
@@ -178,22 +184,26 @@ def attend(call: ForwardCall, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         kinds = ", ".join(type(x).__name__ for x in (q, k, v))
         raise TypeError(f"q, k and v must be torch tensors, not {kinds}")
-    if torch.compiler.is_compiling() or not is_plain(q):
+    if torch.compiler.is_compiling() or not is_plain(q, k, v):
         return torch.ops.fa3_cute.forward(*call)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _trains_sinks(call.s_aux)):
-        sinks = () if call.s_aux is None else (call.s_aux,)
-        return Attention.apply(q, k, v, call, *sinks)  # type: ignore[return-value]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _trains_other(call)):
+        sinks = (call.s_aux,) if isinstance(call.s_aux, Tensor) else ()
+        if _is_wrapped(q) or _is_wrapped(k) or _is_wrapped(v) or (sinks and _is_wrapped(*sinks)):
+            return torch.ops.fa3_cute.forward(*call)
+        found: Any = _record(q, k, v, call, wants_lse, *sinks)
+        return found if wants_lse else (found, None)
     return _implementation(q).forward(call, wants_lse)
 
 
-def _trains_sinks(s_aux: Any) -> bool:
-    """They may be all that is."""
-    return isinstance(s_aux, Tensor) and s_aux.requires_grad
+def _trains_other(call: ForwardCall) -> bool:
+    """Sinks, or the second part of q, may be all that is."""
+    s_aux, q_v = call.s_aux, call.q_v
+    return isinstance(s_aux, Tensor) and s_aux.requires_grad or isinstance(q_v, Tensor) and q_v.requires_grad
 
 
 def attend_updated(call: ForwardCall, update: Update, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     """As attend, of a call that appends to k and v or rotates q, which has no gradient."""
-    tensors = call.q, call.k, call.v, call.s_aux, update.k_new, update.v_new
+    tensors = call.q, call.k, call.v, call.q_v, call.s_aux, update.k_new, update.v_new
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
         name = next(name for name, value in zip(update._fields, update, strict=True) if value is not None)
         _refuse(f"{_ARGUMENTS.get(name, name)}: must be None where a gradient is asked for")
@@ -207,7 +217,15 @@ def attend_updated(call: ForwardCall, update: Update, wants_lse: bool) -> tuple[
 
 def attend_into(out: Tensor, call: ForwardCall, wants_lse: bool, update: Update | None) -> tuple[Tensor, Tensor | None]:
     """As attend, and as attend_updated with an update, but into a tensor that is there; it has no gradient."""
-    tensors = call.q, call.k, call.v, call.s_aux, out, *(() if update is None else (update.k_new, update.v_new))
+    tensors = (
+        call.q,
+        call.k,
+        call.v,
+        call.q_v,
+        call.s_aux,
+        out,
+        *(() if update is None else (update.k_new, update.v_new)),
+    )
     for x in (out, call.q):
         if not isinstance(x, Tensor):
             raise TypeError(f"out and q must be torch tensors, not {type(x).__name__}")
@@ -226,11 +244,14 @@ def _has_changed(*tensors: Tensor) -> None:
 
 
 # What flash-attn calls otherwise.
-_ARGUMENTS = {"k_new": "k", "v_new": "v", "seqlens_rotary": "rotary_seqlens"}
+_ARGUMENTS = {"q_v": "qv", "k_new": "k", "v_new": "v", "seqlens_rotary": "rotary_seqlens"}
 
 
-def is_plain(x: Tensor) -> bool:
-    """A tensor with memory, of which no mode, subclass or transform wants to know what is done with it."""
+def is_plain(x: Tensor, *others: Tensor) -> bool:
+    """A tensor with memory, of which, as of the others, no mode, subclass or transform wants to know what is done."""
+    for other in others:
+        if type(other) not in _PLAIN:
+            return False
     return (
         (x.is_cuda or x.is_cpu)
         and type(x) in _PLAIN
@@ -240,6 +261,7 @@ def is_plain(x: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by a transform, which may be over
 
 
 def _implementation(x: Tensor):

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from engine_stubs import stub_modules
@@ -39,8 +38,8 @@ def fake_device(monkeypatch):
 
     memory = HostMemory()
     memory.install(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x7770))
+    monkeypatch.setattr(device, "_current_device", lambda: None)
+    monkeypatch.setattr(device, "_current_stream", lambda index: 0x7770)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(ops, "_implementation", lambda x: device)
     device._thread.plans.clear()

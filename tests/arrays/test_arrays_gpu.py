@@ -99,6 +99,23 @@ def test_results_taken_over(name, case, device):
     check(qkv, library.get(library.take(out)), library.get(library.take(lse)), options)
 
 
+@pytest.mark.parametrize("name", ["cupy", "torch"])
+@pytest.mark.parametrize("options", [{}, {"causal": True, "seqused_k": np.array([300, 33], np.int32)}], ids=str)
+def test_second_queries(name, options, device):
+    """q and q_v as columns of one array, k and v as columns of another; against the reference of both parts."""
+    library = LIBRARIES[name]()
+    rng = np.random.default_rng(3)
+    q, k = (
+        rng.standard_normal(shape, np.float32).astype(np.float16) for shape in ((2, 3, HEADS, 576), (2, 300, 1, 576))
+    )
+    q_gpu, k_gpu = library.put(q), library.put(k)
+    arrays = {key: library.put(value) if isinstance(value, np.ndarray) else value for key, value in options.items()}
+    parts = q_gpu[..., 512:], k_gpu[..., 512:], k_gpu[..., :512]
+    out, lse = attention(*parts, q_v=q_gpu[..., :512], return_lse=True, **arrays)
+    qkv = q[..., 512:], k[..., 512:], k[..., :512]
+    check(qkv, library.get(library.take(out)), library.get(library.take(lse)), options | {"q_v": q[..., :512]})
+
+
 @pytest.mark.parametrize("name", ["torch", "jax"])
 def test_bfloat16(name, device):
     library = LIBRARIES[name]()

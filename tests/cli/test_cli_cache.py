@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fa3_cute.cli.kernels import of_tables
 from fa3_cute.cli import main
 from fa3_cute.cli.cache import age
-from fa3_cute.planning.tables import dense_configs, forward_config
+from fa3_cute.planning.tables import forward_config
 from fa3_cute.runtime import compiler, disk_cache
 
 KEY = "0123456789abcdef" * 4
@@ -103,7 +104,7 @@ def test_cache_export(folder, tmp_path, monkeypatch, capsys):
     shipped = tmp_path / "shipped"
     status, said = answer(capsys, "cache", "export", str(shipped))
     (path,) = shipped.iterdir()
-    missing = len(dense_configs()) - 1
+    missing = len(of_tables(None)) - 1
     nbytes = 4 + disk_cache.TRAILER_BYTES
     assert status == 0 and said["missing"] == missing
     assert (said["to"], said["files"], said["bytes"]) == (str(shipped), 1, nbytes)

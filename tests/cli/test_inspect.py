@@ -14,6 +14,7 @@ from fa3_cute.cli import main, units
 from fa3_cute.cli import inspect as inspect_command
 from fa3_cute.planning.backward_kernels import kernels_of, pass_config
 from fa3_cute.planning.config import DecodeConfig
+from fa3_cute.planning.mla import mla_config
 from fa3_cute.planning.selections import all_configs
 from fa3_cute.planning.tables import KeySource, decode_config, forward_config
 
@@ -139,6 +140,61 @@ def test_clocks_are_those_of_the_inner_loop():
     assert clocks["FP32"] == (80 + 80 + 64) * 32 * warps / 128
     assert clocks["ALU"] == (40 + 40) * 32 * warps / 64
     assert clocks["issue"] == (82 + 80 + 80 + 64 + 40 + 40) * warps / 4
+
+
+def test_clocks_of_wide_values():
+    """K of 576 columns is read once, the first 512 of it once more as V; in two parts Q and K have as many columns."""
+    clocks = units.clocks_per_tile(mla_config("bf16", False))
+    assert clocks == units.clocks_per_tile(mla_config("bf16", False, dims=(64, 512)))
+    rows, keys = 64, 64
+    assert clocks["tensor"] == 2 * rows * keys * (576 + 512) / 4096
+    assert clocks["FP32"] == (2 * rows * keys + rows * 512) / 128
+    own = 2 * rows * 576 + 2 * 2 * rows * keys  # Q, and P that is handed over
+    assert clocks["shared memory"] == (2 * keys * 576 + 2 * keys * (576 + 512) + own) / 128
+    large = units.clocks_per_tile(mla_config("bf16", False, dims=(512, 512)))
+    assert large["tensor"] == 2 * rows * 32 * 1024 / 4096
+
+
+def test_clocks_of_an_fp8_cache():
+    """Half of the bytes of memory; in shared memory they are read, and written and read in 16 bit."""
+    cfg = decode_config("bf16", 128, False, kv_dtype="fp8_e4m3")
+    cached = units.clocks_per_tile(cfg)
+    of_16_bit = replace(cfg, kv_dtype=None, num_wide_slots=0, num_kv_stages=1)
+    whole = units.clocks_per_tile(of_16_bit)
+    numbers = cfg.tile_n * 256
+    assert cached["memory"] == whole["memory"] / 2 and cached["tensor"] == whole["tensor"]
+    assert cached["shared memory"] - whole["shared memory"] == numbers * (1 + 1 + 2 - 2) / 128
+    assert cached["ALU"] - whole["ALU"] == numbers / 2 / 64
+
+
+def test_clocks_of_fewer_columns_of_v():
+    fewer = units.clocks_per_tile(
+        forward_config("bf16", 192, "full", False, False, None, frozenset({("head_dim_v", 128)}))
+    )
+    assert fewer["tensor"] == 2 * 128 * 128 * (192 + 128) / 4096
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_inspect_of_what_has_no_tiles(capsys):
+    argv = ["--append", "--rotary", "halves", "--kv-dtype", "fp8_e4m3"]
+    status, said = answer(capsys, "inspect", *argv)
+    assert (status, said["name"], said["problems"]) == (0, "append_bf16_into_fp8_e4m3_halves_bf16", [])
+    assert "smem_map" not in said and "critical" not in said
+    assert units.OTHER not in said["instruction_mix"] and sum(said["instruction_mix"].values()) == said["instructions"]
+    assert main(["inspect", *argv]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("append_bf16_into_fp8_e4m3_halves_bf16, 256 threads\n") and "critical" not in printed
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_inspect_of_an_fp8_cache(capsys):
+    """Registers of its warpgroups, which are more kinds than two."""
+    argv = ["--kv-dtype", "fp8_e4m3", "--head-dim", "64"]
+    status, said = answer(capsys, "inspect", *argv)
+    cfg = decode_config("bf16", 64, False, kv_dtype="fp8_e4m3")
+    assert (status, said["name"]) == (0, cfg.name) and units.OTHER not in said["instruction_mix"]
+    assert said["registers_after_setmaxnreg"] == {role.name: role.registers for role in cfg.roles}
+    assert main(["inspect", *argv]) == 0 and "240 (consume), 112 (widen_k)" in capsys.readouterr().out
 
 
 def test_clocks_of_fp8():

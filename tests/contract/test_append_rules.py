@@ -7,7 +7,7 @@ from cache_calls import CACHES, PACKED_PAGED, PAGED
 from rule_calls import BF16, DENSE, DENSE_FP8, FP8, FP16, FP32, PACKED, A, every, first_problem
 
 from fa3_cute import workspace_size
-from fa3_cute.contract.append import APPEND_ENTRY, QUANTISE_ENTRY
+from fa3_cute.contract.append import APPEND_ENTRY, NEW_STRIDES, QUANTISE_ENTRY
 from fa3_cute.contract.limits import MAX_SIZE
 from fa3_cute.contract.plain import plain
 from fa3_cute.planning.operations import operation_of, problems
@@ -64,6 +64,7 @@ REFUSED = [
     (-9, APPENDING, {"seqused_k": None}, ("seqused_k=None", "before the call")),
     (-9, PACKED, NEW, (f"k_new={A}", "with cu_seqlens_k")),
     (-9, DENSE, {"seqlen_knew": 2}, ("seqlen_knew=2", "without k_new and v_new")),
+    *((-9, DENSE, {name: 8}, (f"{name}=8", "without k_new and v_new")) for name in NEW_STRIDES),
     (-9, DENSE, {"cu_seqlens_k_new": A}, (f"cu_seqlens_k_new={A}", "without k_new and v_new")),
     (-14, PACKED_PAGED, NEW | {"seqused_k": None}, ("seqused_k=None", "page_table")),
     (-15, APPENDING, {"rotary_cos": A}, ("rotary_sin=None", "with rotary_cos", "rotary_dim=0")),

@@ -17,6 +17,10 @@ from fa3_cute.planning.problem import ProblemShape
 
 PAGED = replace(DENSE, page_table=A, page_size=16, num_pages=99, seqused_k=A)
 SERVED, FP8_SERVED = range(8, 257, 8), range(16, 129, 16)
+OF_V = "0 (head_dim) or a multiple of 8 from 8 to 256; or 512 with head_dim=512 or 576, or with head_dim=64 and q_v"
+# What sentences say is accepted of head_dim and head_dim_v, over FP8 keys.
+OF_FP8 = "a multiple of 16 from 16 to 256 with dtype=FP8_E4M3"
+OF_FP8_CACHE = "with kv_dtype=FP8_E4M3 and 16-bit queries"
 
 
 @pytest.mark.parametrize("base", [DENSE, PACKED, PAGED], ids=["dense", "packed", "paged"])
@@ -35,8 +39,7 @@ def test_multiples_of_16_are_served_in_fp8():
 @pytest.mark.parametrize("value", [4, 84, 264, 512, -8, 64.0, "64", True])
 def test_other_columns_of_v_are_refused(value):
     (found,) = problems(replace(DENSE, head_dim_v=value))
-    accepted = "0 (head_dim) or a multiple of 8 from 8 to 256"
-    assert found == (-2, f"head_dim_v={value!r}: must be {accepted}")
+    assert found == (-2, f"head_dim_v={value!r}: must be {OF_V}")
     assert "multiples of 8 up to 256" in get_error_string(-2)
 
 
@@ -46,7 +49,54 @@ def test_other_columns_of_v_are_refused(value):
 def test_other_dims_are_refused_in_fp8(changes):
     ((name, value),) = changes.items()
     (found,) = problems(replace(DENSE_FP8, **changes))
-    assert found == (-3, f"{name}={value}: must be a multiple of 16 from 16 to 256 with dtype=FP8_E4M3")
+    or_0 = "0 (head_dim) or " if name == "head_dim_v" else ""
+    assert found == (-3, f"{name}={value}: must be {or_0}{OF_FP8}")
+
+
+@pytest.mark.parametrize(
+    "dims, status, names",
+    [
+        ((576, 512), -3, ("head_dim", "head_dim_v")),
+        ((512, 512), -3, ("head_dim", "head_dim_v")),
+        ((512, 0), -3, ("head_dim",)),
+        ((64, 512), -3, ("head_dim_v",)),
+        ((512, 128), -2, ("head_dim",)),
+        ((128, 512), -2, ("head_dim_v",)),
+        ((576, 0), -2, ("head_dim",)),
+        ((264, 264), -2, ("head_dim", "head_dim_v")),
+    ],
+    ids=str,
+)
+def test_sentences_of_fp8_name_what_is_wrong(dims, status, names):
+    """Of dims that 16-bit calls have too, and of others: what is accepted is so in FP8."""
+    call = dict(zip(("head_dim", "head_dim_v"), dims, strict=True))
+    of_v = f"0 (head_dim) or {OF_FP8}"
+    for more in ({}, {"q_v": A}) if dims == (64, 512) else ({},):
+        found = problems(replace(DENSE_FP8, **call, **more))
+        assert found == [
+            (status, f"{name}={call[name]}: must be {OF_FP8 if name == 'head_dim' else of_v}") for name in names
+        ]
+
+
+@pytest.mark.parametrize(
+    "dims, status, words",
+    [
+        ((576, 512), -3, {"head_dim": "64 or 128", "head_dim_v": "0 or head_dim"}),
+        ((512, 512), -3, {"head_dim": "64 or 128"}),
+        ((512, 0), -3, {"head_dim": "64 or 128"}),
+        ((64, 512), -3, {"head_dim_v": "0 or head_dim=64"}),
+        ((72, 0), -3, {"head_dim": "64 or 128"}),
+        ((128, 512), -2, {"head_dim_v": "0 or head_dim=128"}),
+        ((512, 128), -2, {"head_dim": "64 or 128"}),
+    ],
+    ids=str,
+)
+def test_sentences_of_an_fp8_cache_name_what_is_wrong(dims, status, words):
+    call = dict(zip(("head_dim", "head_dim_v"), dims, strict=True))
+    found = problems(replace(DENSE, kv_dtype=DENSE_FP8.dtype, **call))
+    assert found == [
+        (status, f"{name}={call[name]}: must be {accepted} {OF_FP8_CACHE}") for name, accepted in words.items()
+    ]
 
 
 @pytest.mark.parametrize("value", [None, 0, np.int64(0), 128, np.int32(128)], ids=repr)
@@ -88,7 +138,7 @@ def test_backward_takes_what_forward_takes():
         assert backward_problems(replace(BACKWARD_DENSE, head_dim=head_dim)) == []
         assert backward_problems(replace(BACKWARD_DENSE, head_dim_v=head_dim)) == []
     (found,) = backward_problems(replace(BACKWARD_DENSE, head_dim_v=84))
-    assert found == (-2, "head_dim_v=84: must be 0 (head_dim) or a multiple of 8 from 8 to 256")
+    assert found == (-2, f"head_dim_v=84: must be {OF_V}")
 
 
 @pytest.mark.parametrize("tensor", ["dq", "dk", "dv"])

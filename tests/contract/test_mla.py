@@ -85,7 +85,8 @@ def test_other_dims_are_refused(dims):
 def test_512_columns_of_v_alone_are_refused():
     accepted = "must be 0 (head_dim) or a multiple of 8 from 8 to 256"
     assert problems(replace(MLA, head_dim=64)) == [(-2, f"head_dim_v=512: {accepted} without q_v")]
-    assert problems(replace(MLA, head_dim=128)) == [(-2, f"head_dim_v=512: {accepted}")]
+    wide = "or 512 with head_dim=512 or 576, or with head_dim=64 and q_v"
+    assert problems(replace(MLA, head_dim=128)) == [(-2, f"head_dim_v=512: {accepted}; {wide}")]
     assert problems(replace(LARGE, head_dim_v=256)) == [(-2, "head_dim_v=256: must be 0 or 512 with head_dim=512")]
 
 
@@ -165,13 +166,38 @@ def test_what_is_off_is_a_field():
     assert set(OFF) <= {*MLA.__dataclass_fields__}
 
 
+@pytest.mark.parametrize("call, words", NAMED)
+@pytest.mark.parametrize("left", [2**30 - 1, 2**30, 2**31 - 1])
+@pytest.mark.parametrize("right", [0, 2**30, 2**31 - 1])
+def test_windows_of_2_to_the_30_are_unbounded(call, words, left, right):
+    """As in every other call."""
+    found = problems(replace(call, window_size_left=left, window_size_right=right))
+    if left < 2**30:
+        assert found == [(-16, f"window_size_left={left}: must be negative (unbounded) {words}")]
+        return
+    assert found == []
+    shapes = [
+        ProblemShape.of(plain(replace(call, window_size_left=wide, window_size_right=of_right)))
+        for wide, of_right in ((left, right), (-1, right if right == 0 else -1))
+    ]
+    assert shapes[0] == shapes[1] and shapes[0].mask == ("causal" if right == 0 else "full")
+
+
 def test_backward_is_refused():
     mla = replace(BACKWARD_DENSE, head_dim=576, head_dim_v=512, v=BACKWARD_DENSE.k, num_heads_k=1)
-    for head_dim, call in ((576, mla), (512, replace(BACKWARD_DENSE, head_dim=512))):
-        assert (-16, f"head_dim={head_dim}: must be at most 256: backward has no kernel for it yet") in (
-            backward_problems(call)
-        )
-    assert backward_problems(replace(BACKWARD_DENSE, q_v=A))[-1].status == -16
+    for stated, call in (
+        ("head_dim=576, head_dim_v=512", mla),
+        ("head_dim=512", replace(BACKWARD_DENSE, head_dim=512)),
+        ("head_dim_v=512", replace(BACKWARD_DENSE, head_dim=64, head_dim_v=512, q_v=A)),
+    ):
+        found = [problem for problem in backward_problems(call) if problem.detail.startswith("head_dim")]
+        assert found == [(-16, f"{stated}: must be at most 256: backward has no kernel for it yet")]
+
+
+def test_backward_names_q_v():
+    found = backward_problems(replace(BACKWARD_DENSE, head_dim=64, head_dim_v=512, q_v=A))
+    assert found[0] == (-16, f"q_v={A}: must be off: backward has no kernel for it yet")
+    assert backward_problems(replace(BACKWARD_DENSE, q_v=A))[-1].detail.startswith(f"q_v={A}: must be off")
 
 
 # ---- what they mean --------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Fetched:
     __index__ = __int__ = __float__ = __bool__ = __dlpack__
 
 
-@pytest.mark.parametrize("base", [DENSE, replace(DENSE_FP8, **PER_HEAD), PACKED_FP8])
+@pytest.mark.parametrize("base", [DENSE, replace(DENSE_FP8, **DESCALES, **PER_HEAD), PACKED_FP8])
 @pytest.mark.parametrize("kind", [Index, Own])
 def test_index_is_enough_for_sizes(base, kind):
     for name, argument in ARGUMENTS.items():

@@ -28,6 +28,12 @@ from fa3_cute.planning.operations import problems
 
 # status, the good call, what is changed, the words that its one sentence must have.
 NO_KV_STRIDES = every("k_row_stride v_row_stride k_batch_stride v_batch_stride", 0)
+# Strides of tensors that are not there, and the pointers that they go with.
+LONE_STRIDES = {
+    f"{tensor}_descale_{dim}_stride": f"{tensor}_descale_ptr" for tensor in "qkv" for dim in ("batch", "head")
+}
+LONE_STRIDES |= {"alibi_batch_stride": "alibi_slopes"}
+LONE_STRIDES |= {f"attn_mask_{dim}_stride": "attn_mask" for dim in ("batch", "head", "row")}
 WANTED = (("total_q", "k"), ("total_q", "v"), ("total_k", "q"), ("total_k", "out"))
 REFUSED = [
     *(
@@ -109,6 +115,12 @@ REFUSED = [
         for tensor in "qkv"
         for dim in ("batch", "head")
     ),
+    *(
+        (-9, call, {name: 1}, (f"{name}=1", f"None or 0 without {pointer}"))
+        for call in (DENSE, DENSE_FP8, PACKED)
+        for name, pointer in LONE_STRIDES.items()
+    ),
+    (-9, DENSE_FP8, DESCALES | {"k_descale_ptr": 0, "k_descale_batch_stride": 4}, ("k_descale_batch_stride=4",)),
     (-7, replace(DENSE_FP8, num_heads_k=1), {"q_descale_head_stride": -3}, ("q_descale_head_stride=-3", "from 0")),
     (-7, replace(ONE_ROW, dtype=FP8), {"k_descale_batch_stride": 0.5}, ("k_descale_batch_stride=0.5", "an int from 0")),
     *(

@@ -7,7 +7,7 @@ import pytest
 from calls import GOOD, GOOD_FP8, PACKED, A
 from cuda.bindings.driver import CUdeviceptr
 
-from fa3_cute import DataType, FlashAttentionParams, Status, api, explain, forward
+from fa3_cute import DataType, FlashAttentionParams, Status, api, explain, forward, last_error
 from fa3_cute.runtime import repeat
 
 
@@ -48,12 +48,30 @@ def test_a_thread_remembers_so_many_shapes(launches):
 
 def test_descales_of_a_repeated_launch(launches):
     """They are free as the tensors are: absent, elsewhere, one of them alone."""
-    forward(GOOD_FP8, 7)
+    base = replace(GOOD_FP8, q_descale_batch_stride=0, q_descale_head_stride=0)
+    forward(base, 7)
     launches.stub.call.can_repeat = True
     for q, k, v in ((A, None, A + 4), (0, A, 4 * A), (None, None, None), (A + 8, A + 16, A + 24)):
-        assert forward(replace(GOOD_FP8, q_descale_ptr=q, k_descale_ptr=k, v_descale_ptr=v), 8) is Status.OK
+        assert forward(replace(base, q_descale_ptr=q, k_descale_ptr=k, v_descale_ptr=v), 8) is Status.OK
         assert launches.calls[-1] == ("repeat", (A, A, A, A, 0, q or 0, k or 0, v or 0), 8)
     assert [call[0] for call in launches.calls] == ["launch"] + ["repeat"] * 4
+
+
+@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
+@pytest.mark.parametrize("dim", ["batch", "head"])
+def test_descales_with_strides_are_in_every_repeated_launch(launches, name, dim):
+    """As in the first: without them the strides would be ignored. The others may be absent."""
+    descales = {f"{of}_descale_ptr": A for of in "qkv"}
+    base = replace(GOOD_FP8, **descales, q_descale_batch_stride=0, q_descale_head_stride=0)
+    base = replace(base, **{f"{name}_{dim}_stride": 1})
+    forward(base, 7)
+    launches.stub.call.can_repeat = True
+    others = {pointer: None for pointer in descales if pointer != f"{name}_ptr"}
+    assert forward(replace(base, **others), 7) is Status.OK
+    for absent in (None, 0):
+        assert forward(replace(base, **{f"{name}_ptr": absent}), 7) is Status.INVALID_ARGUMENT
+        assert last_error().detail == f"{name}_{dim}_stride=1: must be None or 0 without {name}_ptr"
+    assert [call[0] for call in launches.calls] == ["launch", "repeat"]
 
 
 @pytest.mark.parametrize(

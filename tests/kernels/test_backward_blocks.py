@@ -10,7 +10,7 @@ from fa3_cute.planning.backward_kernels import MASKS, pass_config
 pytest.importorskip("cutlass")
 
 from fa3_cute.kernels.backward.blocks import first_key_block, query_range
-from fa3_cute.kernels.backward.order import STEPS_APART, heads_apart, heads_per_section
+from fa3_cute.kernels.backward.order import STEPS_APART, heads_apart, heads_in_waves, heads_per_section, rises
 from fa3_cute.kernels.common.block_range import Window
 from fa3_cute.kernels.common.order import block_and_head
 
@@ -67,6 +67,8 @@ def test_query_range(head_dim, mask, window, lengths, chunk):
         assert walked == list(range(found.m_block_min, found.m_block_max))[::-1]
         passing = [(m_block, of_group) for m_block in walked for of_group in range(GROUP)]
         assert [found.passing(i, GROUP) for i in range(found.num_passes(GROUP))] == passing
+        rising = [found.passing(i, GROUP, 1) for i in range(found.num_passes(GROUP))]
+        assert rising == [(m_block, of_group) for m_block in walked[::-1] for of_group in range(GROUP)]
         if mask != "local":
             assert found.m_block_full_max == found.m_block_max  # the role loops over no third part
         for m_block in range(-(-seqlen_q // cfg.tile_m)):
@@ -125,3 +127,66 @@ def test_heads_apart(group, num_q_blocks, is_causal):
     heads = heads_apart(group, num_q_blocks, num_ctas, is_causal)
     apart = lambda heads: heads * steps / num_ctas
     assert apart(heads) >= STEPS_APART > apart(heads - 1)
+
+
+@pytest.mark.parametrize(
+    "num_heads, num_blocks, expected",
+    [
+        (256, 32, 4),
+        (32, 32, 4),
+        (8, 128, 1),
+        (4, 256, 1),
+        (2048, 4, 33),
+        (3, 7, 3),
+        (16, 50, 3),
+        (1, 1, 1),
+        (10, 0, 10),
+    ],
+)
+def test_heads_in_waves(num_heads, num_blocks, expected):
+    """About a tile for each of 132 CTAs, in sections of about equal size."""
+    assert heads_in_waves(num_heads, num_blocks, 132) == expected
+
+
+@pytest.mark.parametrize(
+    "num_tiles, num_ctas, waves", [(128, 132, 1), (140, 132, 1), (90, 132, 1), (256, 132, 2), (400, 132, 3), (5, 5, 1)]
+)
+def test_queries_pass_in_turns_up_and_down(num_tiles, num_ctas, waves):
+    """From wave to wave, of a section's whole number of them."""
+    found = [rises(index, num_tiles, num_ctas) for index in range(5 * num_tiles)]
+    wave_of = lambda index: index // num_tiles * waves + min(index % num_tiles // num_ctas, waves - 1)
+    assert found == [wave_of(index) % 2 for index in range(5 * num_tiles)]
+    assert {wave_of(index) for index in range(5 * num_tiles)} == set(range(5 * waves))
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_causal_tiles_that_run_together_are_at_the_same_queries(group):
+    """CTAs that take a tile when they end one, steps of one length: in a window of steps they read and add to few Q
+    tiles, where all in one direction, with 8 heads in a group, are spread over many."""
+    assert distinct_tiles(group, alternates=True) < 0.1 * 132 * WINDOW_STEPS
+    if group > 1:
+        assert distinct_tiles(group, alternates=False) > 0.3 * 132 * WINDOW_STEPS
+
+
+WINDOW_STEPS = 12
+
+
+def distinct_tiles(group: int, alternates: bool) -> float:
+    """In the mean, in windows of so many steps, while all CTAs run: 32 heads of 32 blocks of keys and of queries."""
+    num_heads, num_blocks, num_ctas = 32, 32, 132
+    section = heads_in_waves(num_heads, num_blocks, num_ctas)
+    waiting = iter(range(num_heads * num_blocks))
+    ctas, steps = [[] for _ in range(num_ctas)], []
+    while True:
+        now = []
+        for cta in ctas:
+            if not cta and (index := next(waiting, None)) is not None:
+                block, head = block_and_head(True, False, index, num_blocks, num_heads, section)
+                is_rising = alternates and rises(index, section * num_blocks, num_ctas)
+                rows = range(block, num_blocks)
+                cta += [(head, row, of) for row in (rows if is_rising else rows[::-1]) for of in range(group)][::-1]
+            if not cta:
+                windows = [steps[i : i + WINDOW_STEPS] for i in range(0, len(steps), WINDOW_STEPS)]
+                return sum(len(set().union(*window)) for window in windows) / len(windows)
+            now.append(cta.pop())
+        steps.append(set(now))

@@ -17,12 +17,14 @@ from fa3_cute import backward, backward_workspace_size, warmup
 from fa3_cute.contract.formats import HEAD_DIMS
 from fa3_cute.contract.reference import as_float
 from fa3_cute.planning.backward import BackwardConfig
+from fa3_cute.planning.backward_launch import Stage
 from fa3_cute.planning.one_side import OneSidePass
 
 pytestmark = pytest.mark.gpu
 
 ALIGNMENT = 16
 REPEATS = 20
+counts_of = Stage.counts
 WANTED = (("dq",), ("dk",), ("dv",), ("dk", "dv"), ("dq", "dv"))
 HARD = {"peaky rows": {"scale_of_q": 8.0}, "D cancels": {"mean_of_v": 10.0}}
 
@@ -223,6 +225,17 @@ def test_deterministic_bits(case, stream):
     problem.check(*first)
     for _ in range(REPEATS - 1):
         assert_same_bits(run(problem, stream, deterministic=True), first)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_deterministic_with_more_ctas_than_run_at_a_time(head_dim, stream, monkeypatch):
+    """As where others hold SMs: a CTA that runs must not wait for one that has not started."""
+    problem = BackwardProblem(BackwardCase(Case("bf16", head_dim, True, 16, 16, 520, 520, 8)))
+    with as_if_long():
+        expected = run(problem, stream, deterministic=True)
+    monkeypatch.setattr(Stage, "counts", lambda stage, num_sms: counts_of(stage, 4 * num_sms))
+    with as_if_long():
+        assert_same_bits(run(problem, stream, deterministic=True), expected)
 
 
 @pytest.mark.parametrize("case", WITH_SUMS, ids=str)

@@ -1,12 +1,15 @@
-"""Rings and roles of the configs (planning/rings.py) are the ones in the tables of kernels/README.md."""
+"""Rings and roles of the configs (planning/rings.py) are the ones in the tables of kernels/README.md, and add up."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from fa3_cute.planning.backward import FLOAT_BYTES
+from fa3_cute.planning.backward_kernels import kernels_of, pass_config
+from fa3_cute.planning.one_side import MASKED_COLUMNS, OneSideConfig
 from fa3_cute.planning.rings import WARP, by_name
-from fa3_cute.planning.selections import all_configs, ragged_configs
+from fa3_cute.planning.selections import all_configs, backward_kernels, ragged_configs
 from fa3_cute.planning.tables import all_decode_configs, all_forward_configs
 
 TEXT = (Path(__file__).resolve().parents[2] / "fa3_cute" / "kernels" / "README.md").read_text()
@@ -66,3 +69,23 @@ def test_every_warp_has_one_role_at_most():
         warps = [warp for role in cfg.roles for warp in role.warps]
         assert len(warps) == len(set(warps)) and (max(warps) + 1) * WARP == cfg.num_threads
         assert by_name(cfg.roles)["consume"].warps[0] % 4 == 0  # setmaxnreg and WGMMA are a warpgroup's
+
+
+def partly_filled(cfg) -> list[str]:
+    """Of shift and delta those whose slots a bulk copy of tile_m values does not fill: consumers, whose barrier counts
+    whole slots, would wait for ever."""
+    rings = by_name(getattr(cfg, "rings", ()))
+    found = {name: rings[name].slot_bytes for name in ("shift", "delta") if name in rings}
+    return [name for name, nbytes in found.items() if nbytes not in (0, FLOAT_BYTES * cfg.tile_m)]
+
+
+def test_values_of_rows_fill_their_slots():
+    dropout = frozenset({("has_dropout", True)})
+    fewest = [pass_config("bf16", head_dim, "full", False, False, dropout) for head_dim in MASKED_COLUMNS]
+    kernels = [*backward_kernels(), *(kernel for cfg in fewest for kernel in kernels_of(cfg))]
+    assert [(cfg.name, partly_filled(cfg)) for cfg in kernels if partly_filled(cfg)] == []
+    assert sum(bool(getattr(cfg, "rings", ())) for cfg in kernels) > len(kernels) / 2
+
+
+def test_a_slot_partly_filled_is_found():
+    assert partly_filled(OneSideConfig("bf16", 64, "full", False, "dk", 16)) == ["shift", "delta"]

@@ -7,13 +7,20 @@ import pytest
 from rule_calls import BF16, DENSE, DESCALES, FP8, FP16, PACKED, PER_HEAD, A
 
 from fa3_cute.contract.plain import plain
-from fa3_cute.planning.config import REGISTERS_PER_SM, DecodeConfig, FwdConfig
+from fa3_cute.planning.config import REGISTERS_PER_SM, SMEM_BYTES_PER_CTA, DecodeConfig, FwdConfig
 from fa3_cute.planning.decode_rows import FP8_CACHE
 from fa3_cute.planning.operations import checked, operation_of
 from fa3_cute.planning.rings import WARP, by_name
 from fa3_cute.planning.selections import cached_fp8_configs
 from fa3_cute.planning.stored_keys import NUM_WIDEN_WARPS
-from fa3_cute.planning.tables import KeySource, configs_over, decode_config, dense_configs, fp8_cache_configs
+from fa3_cute.planning.tables import (
+    KeySource,
+    configs_over,
+    decode_config,
+    dense_configs,
+    forward_config,
+    fp8_cache_configs,
+)
 from fa3_cute.runtime.arguments import addresses_of, layout_of
 
 CACHE = replace(DENSE, dtype=BF16, kv_dtype=FP8, seqlen_q=1, seqlen_k=8192)
@@ -50,6 +57,25 @@ def test_what_is_stored_counts_for_memory_and_what_is_computed_for_wgmma():
     assert rings["k"].slot_bytes == rings["v"].slot_bytes == cfg.tile_n * 128
     assert rings["wide_k"].slot_bytes == rings["wide_v"].slot_bytes == cfg.tile_n * 128 * 2
     assert plan.smem_bytes >= cfg.smem_bytes and plan.packed_heads == 4
+
+
+def test_q_is_in_registers_where_rings_leave_it_no_room():
+    cfg = decode_config("bf16", 128, False, kv_dtype="fp8_e4m3")
+    deeper = replace(cfg, num_kv_stages=3)
+    assert not cfg.has_q_in_registers and by_name(cfg.rings)["q"].nbytes == cfg.q_slot_bytes
+    assert deeper.has_q_in_registers and "q" not in by_name(deeper.rings)
+    assert deeper.smem_bytes == cfg.smem_bytes - cfg.q_slot_bytes + 2 * 128 * cfg.tile_n <= SMEM_BYTES_PER_CTA
+    with pytest.raises(ValueError, match="bytes of shared memory: 1 CTAs per SM have 232448 each"):
+        replace(cfg, num_kv_stages=4)  # without Q's slot too
+    assert not replace(decode_config("bf16", 128, False), num_kv_stages=6, ctas_per_sm=1).has_q_in_registers
+
+
+def test_values_pass_in_parts_where_two_ctas_share_an_sm():
+    cfg = decode_config("fp8_e4m3", 128, False, "bf16")
+    parts = [replace(cfg, num_kv_stages=3, ctas_per_sm=ctas).num_value_parts for ctas in (1, 2)]
+    assert parts == [1, 2]
+    assert decode_config("fp8_e4m3", 96, False, "bf16").num_value_parts == 1
+    assert forward_config("fp8_e4m3", 128, "full", False, False, "bf16").num_value_parts == 1
 
 
 def test_registers_and_arrivals():

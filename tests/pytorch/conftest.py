@@ -1,7 +1,5 @@
 """Tensors, and a device that is host memory."""
 
-from types import SimpleNamespace
-
 import pytest
 from host_memory import HostMemory
 
@@ -22,8 +20,8 @@ def fake_device(monkeypatch):
     memory = HostMemory()
     memory.install(monkeypatch)
     memory.is_capturing = False
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x7770))
+    monkeypatch.setattr(device, "_current_device", lambda: None)
+    monkeypatch.setattr(device, "_current_stream", lambda index: 0x7770)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: memory.is_capturing)
     monkeypatch.setattr(ops, "_implementation", lambda x: device)
     device._thread.plans.clear()

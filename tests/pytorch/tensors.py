@@ -101,6 +101,31 @@ def pages(device="cpu"):
     )
 
 
+def qv_tensors(batch=2, seqlen_q=3, seqlen_k=40, heads=4, device="cpu"):
+    """(q, k, v, qv) of MLA in two parts, by its own columns of the same rows."""
+    q, latent = rand(batch, seqlen_q, heads, 576, device=device), rand(batch, seqlen_k, 1, 576, device=device, seed=1)
+    return q[..., 512:], latent[..., 512:], latent[..., :512], q[..., :512]
+
+
+def with_qv(device="cpu", **options):
+    q, k, v, qv = qv_tensors(device=device)
+    return flash_attn_func(q, k, v, qv=qv, causal=True, return_attn_probs=True, **options)
+
+
+def varlen_with_qv(device="cpu"):
+    q, k, v, qv = (x[0] for x in qv_tensors(1, 20, 60, device=device))
+    offsets = ints(0, 3, 3, 20, device=device), ints(0, 17, 30, 60, device=device)
+    return flash_attn_varlen_func(q, k, v, *offsets, 17, 30, qv=qv, causal=True, return_attn_probs=True)
+
+
+def kvcache_with_qv(device="cpu", **options):
+    q, k, v, qv = qv_tensors(seqlen_q=2, seqlen_k=48, device=device)
+    pages = [x.reshape(6, 16, 1, x.shape[-1]) for x in (k, v)]
+    table = torch.tensor([[3, 1, 5], [0, 4, 2]], dtype=torch.int32, device=device)
+    options = {"cache_seqlens": ints(40, 7, device=device), "page_table": table} | options
+    return flash_attn_with_kvcache(q, *pages, qv=qv, causal=True, return_softmax_lse=True, **options)
+
+
 def rotary(device="cpu", dtype=torch.float32, rows=160):
     angles = torch.arange(rows)[:, None] * 0.5 ** torch.arange(16)
     return {name: f(angles).to(dtype).to(device) for name, f in (("rotary_cos", torch.cos), ("rotary_sin", torch.sin))}
@@ -159,4 +184,7 @@ CALLS = {
     "append halves": lambda device="cpu": append(device, **rotary(device), rotary_interleaved=False, causal=False),
     "append packed": append_packed,
     "rotary": lambda device="cpu": kvcache(device, **rotary(device, rows=200)),
+    "qv": with_qv,
+    "varlen qv": varlen_with_qv,
+    "kvcache qv": kvcache_with_qv,
 }

@@ -231,7 +231,7 @@ def transposed(x):
 
 
 REFUSED = [
-    (lambda: flash_attn_func(q, k, v, qv=q), Status.FEATURE_UNSUPPORTED, "qv"),
+    (lambda: flash_attn_func(q, k, v, qv=q), Status.INVALID_ARGUMENT, "qv: must be None with 64 columns of q and 64"),
     (lambda: flash_attn_func(q.float(), k.float(), v.float()), Status.INVALID_ARGUMENT, "float32"),
     (lambda: flash_attn_func(q, k, v.half()), Status.INVALID_ARGUMENT, "float16"),
     (lambda: flash_attn_func(q, k, v[:, :30]), Status.INVALID_SHAPE, "v.shape=(2, 30, 2, 64)"),
@@ -247,7 +247,7 @@ REFUSED = [
     (lambda: flash_attn_varlen_func(q[0], k[0], v[0], ints(0, 24).long(), ints(0, 40), 24, 40), -9, "cu_seqlens_q"),
     (lambda: flash_attn_varlen_func(q[0], k[0], v[0], ints(0, 24), ints(0, 9, 40), 24, 40), -7, "cu_seqlens_k"),
     (lambda: flash_attn_varlen_func(*packed(), 33, 49, seqused_q=ints(1)), Status.INVALID_SHAPE, "seqused_q"),
-    (lambda: flash_attn_with_kvcache(q, k, v, qv=v), Status.FEATURE_UNSUPPORTED, "qv"),
+    (lambda: flash_attn_with_kvcache(q, k, v, qv=v), Status.INVALID_ARGUMENT, "qv: must be None with 64 columns of q"),
     (lambda: flash_attn_with_kvcache(q, k, v, cache_leftpad=ints(1)), Status.INVALID_SHAPE, "leftpad_k.shape"),
     (lambda: flash_attn_with_kvcache(q, k, v, k=k, cache_seqlens=used), Status.INVALID_ARGUMENT, "v=None"),
     (lambda: flash_attn_with_kvcache(q, k, v, v=k, cache_seqlens=used), Status.INVALID_ARGUMENT, "k=None"),

@@ -172,6 +172,63 @@ def test_a_plan_of_backward_is_used_again(fake_device):
     assert len(device._thread.backward_plans) == 2
 
 
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_saved_tensors_are_seen_by_hooks(where, request):
+    """All that backward reads, whether the LSE is wanted or not; what hooks give back is what it reads."""
+    if where == "device":
+        request.getfixturevalue("fake_device")
+    q, k, v = (x.requires_grad_() for x in qkv())
+    expected = torch.autograd.grad(flash_attn_func(q, k, v), q, rand(*q.shape, seed=5))
+    saved = []
+
+    def pack(x):
+        saved.append(x.clone())
+        return len(saved) - 1
+
+    for wants_lse in (False, True):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda place: saved[place]):
+            found = flash_attn_func(q, k, v, return_attn_probs=wants_lse)
+        assert [x.shape for x in saved] == [q.shape, k.shape, v.shape, q.shape, (2, 4, 24)]
+        out = found[0] if wants_lse else found
+        (dq,) = torch.autograd.grad(out, q, rand(*q.shape, seed=5), retain_graph=True)
+        assert torch.equal(dq, expected[0])
+        saved[1].zero_()
+        (dq,) = torch.autograd.grad(out, q, rand(*q.shape, seed=5))
+        assert not dq.any()  # without keys
+
+
+def test_a_saved_tensor_that_was_changed_is_an_error(fake_device):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    out = flash_attn_func(q * 1, k, v)
+    out.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_no_gradient_is_recorded_where_none_is_asked_for(fake_device):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    with torch.no_grad():
+        assert not flash_attn_func(q, k, v).requires_grad
+    assert not flash_attn_func(*(x.detach() for x in (q, k, v))).requires_grad
+    out, lse = flash_attn_func(q.detach(), k, v.detach(), return_attn_probs=True)
+    assert out.requires_grad and lse.requires_grad
+    assert torch.autograd.grad(lse.sum(), k)[0].any()
+
+
+def test_a_known_plan_of_backward_is_not_of_misaligned_tensors(fake_device):
+    """Addresses are no part of what a call is, but TMA reads only some."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    dout, room = rand(*q.shape, seed=5), torch.empty(q.numel() + 1, dtype=BF16)
+    misaligned = room[1:].view(q.shape).copy_(dout)
+    found = []
+    for gradient in (dout, misaligned, dout):
+        found.append(torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), gradient))
+        assert fake_device.calls[-1].dout % 16 == 0 and misaligned.data_ptr() % 16
+    for others in found[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(others, found[0], strict=True))
+
+
 # ---- what has no gradient --------------------------------------------------------------------------------------------
 
 HAVE_NONE = {

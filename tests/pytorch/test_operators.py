@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensors import BF16, FP8, ints, packed, qkv, rand, rotary
+from tensors import BF16, FP8, ints, packed, qkv, qv_tensors, rand, rotary
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fa3_cute.torch as adapter
 from fa3_cute.torch import calls, flash_attn_func, flash_attn_varlen_func, merge_attention, ops
@@ -89,6 +90,8 @@ def forward_calls():
     yield "packed", (q, k, v, cu_q, cu_k), {"window_size_left": 9, "window_size_right": 0}
     sinks = torch.ones(4, requires_grad=True)
     yield "scores", (*dense,), {"s_aux": sinks, "softcap": 2.0, "attention_chunk": 16}
+    *parts, second = qv_tensors()
+    yield "qv", tuple(parts), {"q_v": second, "is_causal": True}
     yield "fp8", tuple(x.to(FP8) for x in dense), {"q_descale": scales, "s_aux": torch.zeros(4)}
 
 
@@ -198,6 +201,73 @@ def test_eager_calls_spare_the_dispatcher_where_nobody_watches():
     seen = []
     torch.func.vmap(lambda x: seen.append(ops.is_plain(x)) or x)(q)
     assert seen == [False]
+
+
+class Seen(TorchDispatchMode):
+    """The operators that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory, around another one."""
+
+    seen = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        return func(*(x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wants_grad", [False, True], ids=["", "grad"])
+def test_a_mode_sees_the_operators(wants_grad):
+    q, k, v = (x.requires_grad_(wants_grad) for x in qkv())
+    expected = flash_attn_func(q, k, v)
+    with Seen() as seen:
+        out = flash_attn_func(q, k, v)
+        if wants_grad:
+            torch.autograd.grad(out.sum(), (q, k, v))
+    assert torch.equal(out, expected)
+    assert OPERATORS.forward.default in seen.operators
+    assert (OPERATORS.backward.default in seen.operators) == wants_grad
+
+
+@pytest.mark.parametrize("place", range(3), ids="qkv")
+@pytest.mark.parametrize("wants_grad", [False, True], ids=["", "grad"])
+def test_a_subclass_sees_the_operator(place, wants_grad):
+    """Whichever argument it is."""
+    tensors = list(qkv())
+    expected = flash_attn_func(*tensors)
+    tensors[place] = Wrapped(tensors[place])
+    tensors[place - 1].requires_grad_(wants_grad)
+    Wrapped.seen.clear()
+    assert torch.equal(flash_attn_func(*tensors), expected)
+    assert OPERATORS.forward.default in Wrapped.seen
+
+
+def test_a_tensor_of_a_transform_that_is_over():
+    """Its gradient is that of what it stood for."""
+    q, k, v = (x.requires_grad_() for x in qkv())
+    kept = []
+    torch.func.grad(lambda x: kept.append(x) or x.float().sum())(q)
+    (stale,) = kept
+    found = torch.autograd.grad(flash_attn_func(stale, k, v).sum(), (q, k))
+    expected = torch.autograd.grad(flash_attn_func(q, k, v).sum(), (q, k))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_package_does_not_import_torch():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tensors import BF16, CALLS, append, ints, packed, qkv, rand
 
+from fa3_cute.torch import device as on_device
 from fa3_cute.torch import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_attention
 
 pytestmark = [
@@ -58,6 +59,15 @@ def test_side_stream_waits_for_nothing_else():
         out = flash_attn_func(late, k, v)
     stream.synchronize()
     assert torch.equal(out, expected)
+
+
+def test_device_and_stream_are_those_of_torch_cuda():
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            assert on_device._current_stream(stream.device.index) == torch.cuda.current_stream().cuda_stream
+    assert len({stream.cuda_stream for stream in streams}) == 2
+    assert on_device._current_device() == torch.cuda.current_device()
 
 
 @pytest.mark.parametrize("num_splits", [1, 20])

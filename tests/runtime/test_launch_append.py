@@ -120,7 +120,8 @@ given = scales | dict(kv_dtype=DataType.FP8_E4M3, kv_new_dtype=DataType.BF16, nu
 given |= dict(k_descale_batch_stride=2, k_descale_head_stride=1)
 copied = dict(kv_new_dtype=None, rotary_cos=None, rotary_sin=None, rotary_dim=0, rotary_dtype=None)
 tell(first=send(**given), again=send(**given), other=send(**given | other),
-     absent=send(**given | dict(k_descale_ptr=None)), copied=send(**given | copied))
+     absent=send(**given | dict(k_descale_ptr=None, k_descale_batch_stride=0, k_descale_head_stride=0)),
+     copied=send(**given | copied))
 """)
     ok, (ahead, attention) = found["first"]
     scales = {"k_descale_ptr", "v_descale_ptr"}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fa3_cute import AttentionMode
+from fa3_cute import AttentionMode, DataType
 from fa3_cute.cli import bench, measure
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli.measure import Stopwatch
@@ -130,12 +130,18 @@ class FakeGpu:
             return Status.OK
         packing, rows = self.packing_of(p)
         q_shape, kv_shape = (*rows[0], p.num_heads, p.head_dim), (*rows[1], p.num_heads_k, p.head_dim)
-        q, k, v = (self.read(pointer, shape) for pointer, shape in ((p.q, q_shape), (p.k, kv_shape), (p.v, kv_shape)))
+        q = self.read(p.q, q_shape, stored(p.dtype))
+        k, v = (self.read(pointer, kv_shape, stored(p.kv_dtype or p.dtype)) for pointer in (p.k, p.v))
         options = packing | {"causal": p.is_causal, "window_size": (p.window_size_left, p.window_size_right)}
         exact, _ = attention_reference(q, k, v, **options, **self.options_of(p))
         out = to_bits(exact, "bf16").reshape(-1)
         out_bytes[: out.nbytes] = out.view(np.uint8)
         return Status.OK
+
+
+def stored(dtype: DataType) -> type:
+    """What arrays hold of it: bits."""
+    return np.uint8 if dtype is DataType.FP8_E4M3 else np.uint16
 
 
 def install(monkeypatch) -> FakeGpu:

@@ -19,7 +19,6 @@ import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
 from pathlib import Path
 
 FILE = Path(__file__).with_name("fingerprints.json")
@@ -67,18 +66,12 @@ def opcode_hash(opcodes: Counter) -> str:
 def recorded() -> list:
     """The configs whose fingerprints are kept: those of the tables, of 512 columns of V, of backward, merge and append
     of all types, and some of decode steps that append."""
-    from fa3_cute.planning.append import append_config
-    from fa3_cute.planning.merge import merge_config
+    from fa3_cute.planning.append import all_append_configs
+    from fa3_cute.planning.merge import all_merge_configs
     from fa3_cute.planning.selections import all_configs, backward_kernels, mla_configs
 
-    merges = [merge_config(*types) for types in product(("fp16", "bf16", "fp32"), repeat=2)]
-    rotations = product(("fp16", "bf16"), ("halves", "neighbours"), ("", "fp8_e4m3"))
-    appends = [
-        *(append_config(dtype) for dtype in ("fp16", "bf16", "fp8_e4m3")),
-        *(append_config(dtype, kv_dtype="fp8_e4m3") for dtype in ("fp16", "bf16")),
-        *(append_config(dtype, rotary, table, into) for dtype, rotary, into in rotations for table in (dtype, "fp32")),
-    ]
-    return [*all_configs(), *mla_configs(), *backward_kernels(), *merges, *appends, *appending_configs()]
+    beside = *all_merge_configs(), *all_append_configs(), *appending_configs()
+    return [*all_configs(), *mla_configs(), *backward_kernels(), *beside]
 
 
 def appending_configs() -> list:

@@ -41,6 +41,7 @@ PACKED = FlashAttentionParams(
     dtype=DataType.FP8_E4M3,
     out_dtype=DataType.FP16,
     q_descale_ptr=16,
+    k_descale_ptr=16,
     q_descale_batch_stride=8,
     k_descale_head_stride=1,
 )

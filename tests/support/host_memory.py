@@ -115,7 +115,7 @@ def strides_of(p, name: str) -> list | None:
 
 def tensor(p, name: str) -> np.ndarray:
     """q, k, v, out or a gradient, packed ones without their batch."""
-    as_q = name in ("q", "out", "dout", "dq")
+    as_q = name in ("q", "q_v", "out", "dout", "dq")
     batch, rows, heads = tensor_sizes(p, "q" if as_q else "k")
     kind = NUMPY[out_dtype(p) if name == "out" else keys_dtype(p) if name in ("k", "v") else p.dtype]
     columns = p.head_dim if name in ("q", "k", "dq", "dk") else p.head_dim_v or p.head_dim
@@ -148,6 +148,8 @@ def options(p) -> dict:
         found["page_table"] = array(
             p.page_table, (p.batch_size_k or p.batch_size, pages), np.int32, [pages if stride is None else stride, 1]
         )
+    if p.q_v:
+        found["q_v"] = tensor(p, "q_v")
     if p.s_aux:
         found["s_aux"] = array(p.s_aux, (p.num_heads,), NUMPY[p.s_aux_dtype or DataType.FP32])
     for name, heads in (("q", p.num_heads), ("k", p.num_heads_k), ("v", p.num_heads_k)):

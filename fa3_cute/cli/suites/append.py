@@ -1,7 +1,7 @@
 """Decode steps of a serving engine: the new key and value are rotated and written to the cache by the call that attends
 to it, beside the same step without; over a dense cache and over pages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -10,22 +10,23 @@ from ..case import Case
 from ..compared import timed, versus_16_bit, versus_peers
 from ..dtypes import DEFAULT, head_dims
 from ..features import Feature
-from ..shown import MEMORY, OURS_16, Shown, of_first
+from ..shown import MEMORY, OURS, OURS_16, Shown, of_first
 
 TITLE = "Decode steps that append to the cache"
+PROBLEM = (
+    ("type", "dtype"),
+    ("head_dim", "head_dim"),
+    ("heads", "heads"),
+    ("sequences", "layout"),
+    ("K and V", "variant"),
+    ("step", "scores"),
+)
 _OF_FIRST = (("of first", 8, of_first),)
 SHOWN = Shown(
     printed=MEMORY.printed + _OF_FIRST,
     markdown=MEMORY.markdown + _OF_FIRST,
     peer=MEMORY.peer,
-    problem=(
-        ("type", "dtype"),
-        ("head_dim", "head_dim"),
-        ("heads", "heads"),
-        ("sequences", "layout"),
-        ("K and V", "variant"),
-        ("step", "scores"),
-    ),
+    problem=PROBLEM,
     has_variants=False,
 )
 FIXED = ("seqlen", "masks", "batch_size", "num_heads", "num_heads_k")
@@ -43,13 +44,25 @@ def cases(args) -> list[Case]:
     dtype = args.dtype or DEFAULT
     # FP8 numbers are rotated before they are quantised, outside of the call.
     asked = (WITHOUT, APPEND if dtype == FP8 else ROTATED)
+    return steps(dtype, filter(head_dims(dtype).__contains__, args.head_dim or [HEAD_DIM]), HEADS, asked)
+
+
+def steps(
+    dtype: str,
+    head_dims: Iterable[int],
+    heads: Iterable[tuple[int, int]],
+    asked: Sequence[Feature],
+    kv_dtype: str | None = None,
+) -> list[Case]:
+    """STEPS of each of these head dims and heads, dense and in pages, with each of what is asked."""
     found = []
-    for head_dim, heads, (batch_size, seqlen) in product(args.head_dim or [HEAD_DIM], HEADS, STEPS):
-        sizes = dtype, head_dim, False, 1, seqlen, batch_size, *heads
-        step = Case(*sizes, label=f"{batch_size}x{seqlen}", l2="warm", lengths_k=(seqlen,) * batch_size)
+    for head_dim, of_heads, (batch_size, seqlen) in product(head_dims, heads, STEPS):
+        sizes = dtype, head_dim, False, 1, seqlen, batch_size, *of_heads
+        lengths = (seqlen,) * batch_size
+        step = Case(*sizes, label=f"{batch_size}x{seqlen}", l2="warm", lengths_k=lengths, kv_dtype=kv_dtype)
         for page_size in PAGES:
             found += problem(replace(step, page_size=page_size), asked)
-    return [case for case in found if case.head_dim in head_dims(dtype)]
+    return found
 
 
 def problem(case: Case, asked: Sequence[Feature]) -> list[Case]:
@@ -61,15 +74,21 @@ def problem(case: Case, asked: Sequence[Feature]) -> list[Case]:
 
 def conclusions(times: dict[Case, float], rows: Sequence[dict]) -> list[str]:
     """In which rows a peer is faster; by how much the new row makes a step longer, ours and the peers'."""
-    lines = versus_peers(rows) + versus_16_bit(rows)
-    firsts: dict[str, float] = {}
-    for (case, time), row in zip(times.items(), rows, strict=True):
-        first = firsts.setdefault(case.group, time)
+    return versus_peers(rows) + versus_16_bit(rows) + longer(times, rows)
+
+
+def longer(times: dict[Case, float], rows: Sequence[dict]) -> list[str]:
+    """What the new row of each step takes, beside the same step without it, and the step beside the others'."""
+    firsts: dict[str, Case] = {}
+    lines = []
+    for case, row in zip(times, rows, strict=True):
+        first = firsts.setdefault(case.group, case)
         if not case.scores.append:
             continue
         others = [
             f"{1 / result['ratio']:.3f}x the time of {name}" for name, result in timed(row).items() if name != OURS_16
         ]
-        longer = f"{1000 * (time - first):+.2f} us, {case.kv_bytes / 1e6:.0f} MB of K and V"
-        lines.append(", ".join([f"{case.name}: {longer}", *others]))
+        more = f"{1000 * (times[case] - times[first]):+.2f} us, {row['results'][OURS]['of_first']:.3f}x the time"
+        beside = f"{more} of the same step {first.scores.name}"
+        lines.append(", ".join([f"{case.name}: {beside}, {case.kv_bytes / 1e6:.0f} MB of K and V", *others]))
     return lines

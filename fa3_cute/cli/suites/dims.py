@@ -1,21 +1,16 @@
 """Head dims beside those of the kernels' tiles: V with fewer columns than K (DeepSeek's prefill), head dims that a tile
 has more columns than; FP8 and 16-bit decode of so much K and V that reading them is all that should take time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ...contract.formats import FP8
 from ..case import Case
 from ..compared import versus_16_bit, versus_peers
 from ..dtypes import DEFAULT
-from ..shown import OURS, Shown, bandwidth, marked_microseconds, microseconds, of_first, rate, share
+from ..shown import OURS, Shown, bandwidth, known, marked_microseconds, microseconds, of_first, rate, share
 
 TITLE = "Head dims"
-
-
-def known(name: str, text: Callable[[dict], str]) -> Callable[[dict], str]:
-    """The text of a result that was measured, else a dash."""
-    return lambda result: text(result) if name in result else "-"
 
 
 _COLUMNS = (

@@ -113,6 +113,19 @@ class KeyTile:
     first_q_block: Int32   # of the sequence, among those of the batch
     sequence: Int32        # index of the sequence in the batch
 
+    is_rising = 0          # 1: the first queries pass first, see order.py
+
+
+@dataclass(frozen=True)
+class AlternatingKeyTile(KeyTile):
+    """Of kernels past whose tiles queries go in either direction."""
+    is_rising: Int32 = 0
+
+
+def key_tile_of(cfg: BackwardConfig) -> type[KeyTile]:
+    """What the CTA's tile ring holds."""
+    return AlternatingKeyTile if cfg.alternates else KeyTile
+
 
 @dataclass(frozen=True)
 class QueryTile:
@@ -164,10 +177,11 @@ class QueryRange:
         """How many Q tiles pass the CTA: those of `group` heads."""
         return (self.m_block_max - self.m_block_min) * group
 
-    def passing(self, i: Int32, group: Int32) -> tuple[Int32, Int32]:
-        """(m_block, head of the group) of the i-th: the last rows first, one head after the other (order.py)."""
+    def passing(self, i: Int32, group: Int32, is_rising: Int32 = 0) -> tuple[Int32, Int32]:
+        """(m_block, head of the group) of the i-th: the last rows first, or the first, one head after the other."""
         rows = i // group
-        return self.m_block_max - 1 - rows, i - rows * group
+        first, direction = self.m_block_max - 1, 2 * is_rising - 1
+        return first + direction * rows - is_rising * (first - self.m_block_min), i - rows * group
 
 
 def query_range(cfg: BackwardConfig, window: Window, n_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> QueryRange:

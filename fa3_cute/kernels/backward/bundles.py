@@ -62,7 +62,7 @@ class BwdLayouts:
 @dataclass(frozen=True)
 class BwdSmem:
     """Shared-memory tensors."""
-    sTiles: cute.Tensor            # (entry_ints(KeyTile), TILE_SLOTS) int32
+    sTiles: cute.Tensor            # (entry_ints(key_tile_of(cfg)), TILE_SLOTS) int32
     sQ: cute.Tensor
     sdO: cute.Tensor
     sK: cute.Tensor

@@ -7,19 +7,20 @@ from cutlass import Constexpr, Int32, const_expr
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
 from ..common.barriers import sync_warpgroup
-from ..common.layout import element_type, smem_ring, unhoisted, view_as
+from ..common.layout import element_type, rounded, smem_ring, unhoisted, view_as
+from ..common.sequences import is_present
 from ..common.tile_ring import END, read_tile
 from .barriers import BarrierId
-from .blocks import KeyTile, query_range
+from .blocks import KeyTile, QueryRange, key_tile_of, query_range
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .gradients import Gradients, clear_unused_rows, filled, make_gradients
-from .store import store_gradient
+from .store import store_part, write_slot
 from .visible import KeyMask
 
 
 @cute.jit
 def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem, pipes: BwdPipelines):
-    """Per tile of keys: the Q tiles of all query heads of the group, the last rows first; then dK and dV.
+    """Per tile of keys: the Q tiles of all query heads of the group, as they pass (order.py); then dK and dV.
 
     Runs on: consumer warpgroups.
     Synchronises: reads the tile ring; waits for the full halves of the K, V, Q, dO and dS rings; empties them; fills dS
@@ -29,7 +30,7 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
     gradients = make_gradients(cfg, params, mmas, smem, pipes, tidx, wg_idx)
     count = turn = Int32(0)      # of tiles of keys, of Q tiles
-    tile = wait_for_tile(smem, pipes, count)
+    tile = wait_for_tile(cfg, smem, pipes, count)
     while tile.n_block != END:
         gradients.acc_dK.fill(0.0)
         gradients.acc_dV.fill(0.0)
@@ -40,16 +41,18 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
             if has_queries:
                 mask = KeyMask.create(cfg, params.window, tile, tidx)
                 gradients.start_head(tile.kv_head * params.group, tile.sequence)
-                gradients.step_behind(mask, queries.m_block_max - 1, turn, is_masked=True, has_dq=False)
+                m_block, _ = queries.passing(0, params.group, tile.is_rising)
+                gradients.step_behind(mask, m_block, turn, is_masked=True, has_dq=False)
                 turn, num_done = turn + 1, Int32(1)
-        first = 0 if cfg.is_local else 1
-        for kind in cutlass.range_constexpr(first, 3):
-            if const_expr(kind == first or cfg.finds_bounds_again):
-                tile = read_tile(smem.sTiles[None, count & 1], KeyTile)     # again: loops are short of registers
+        walks = walks_of(cfg)
+        for i in cutlass.range_constexpr(len(walks)):
+            if const_expr(i == 0 or cfg.finds_bounds_again):
+                # again: loops are short of registers
+                tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
                 queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
                 mask = KeyMask.create(cfg, params.window, tile, tidx)
-            turn, num_done = walk(gradients, mask, queries.of_kind(kind), params.group, (turn, num_done), kind != 1)
-        tile = read_tile(smem.sTiles[None, count & 1], KeyTile)
+            turn, num_done = walk(gradients, mask, queries, params.group, (turn, num_done), walks[i])
+        tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         if const_expr(cfg.is_dq_behind):
             if queries.m_block_max > queries.m_block_min:
@@ -61,23 +64,23 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
             pipe.consumer_release(pipeline.PipelineState(1, count, Int32(0), count & 1))
         cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)
         slot, thread = staging(cfg, smem), unhoisted(tidx)
-        store_gradient(cfg, mmas, gradients.acc_dV, slot, params.mdV, tile, thread)
+        store_keys(cfg, mmas.dkv, gradients.acc_dV, slot, params.mdV, tile, thread)
         sync_warpgroup(wg_idx)
         for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
             gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
-        store_gradient(cfg, mmas, gradients.acc_dK, slot, params.mdK, tile, thread)
+        store_keys(cfg, mmas.dkv, gradients.acc_dK, slot, params.mdK, tile, thread)
         cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)
         with cute.arch.elect_one():
             pipes.tiles.consumer_release(filled(count))
         count += 1
-        tile = wait_for_tile(smem, pipes, count)
+        tile = wait_for_tile(cfg, smem, pipes, count)
 
 
 @cute.jit
-def wait_for_tile(smem: BwdSmem, pipes: BwdPipelines, count: Int32) -> KeyTile:
+def wait_for_tile(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, count: Int32) -> KeyTile:
     """The CTA's tile of that number."""
     pipes.tiles.consumer_wait(filled(count))
-    return read_tile(smem.sTiles[None, count & 1], KeyTile)
+    return read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
 
 
 @cute.jit
@@ -90,24 +93,43 @@ def wait_for_keys(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, tile:
         clear_unused_rows(cfg, slots, tile.seqlen_k - tile.n_block * cfg.tile_n, tidx)
 
 
+def walks_of(cfg: BackwardConfig) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """One after the other: (kind of QueryRange.of_kind, is_rising of the tiles of keys that have this walk)."""
+    if cfg.alternates:
+        return (2, (1,)), (1, (0, 1)), (2, (0,))
+    return tuple((kind, (0,)) for kind in range(0 if cfg.is_local else 1, 3))
+
+
 @cute.jit
-def walk(gradients: Gradients, mask: KeyMask, blocks: tuple[Int32, Int32], group: Int32, where: tuple[Int32, Int32],
-         is_masked: Constexpr[bool]):
-    """The Q tiles [begin, end) of all heads of the group, in the order of QueryRange.passing.
+def walk(gradients: Gradients, mask: KeyMask, queries: QueryRange, group: Int32, where: tuple[Int32, Int32],
+         kind_and_rising: Constexpr[tuple]):
+    """The Q tiles of a walk of walks_of, of all heads of the group, in the order of QueryRange.passing.
 
     where: (turn, heads of the first tile that have passed already); returns what they are after these.
     """
-    begin, end = blocks
+    kind, rising = kind_and_rising
     turn, num_done = where
-    m_block = end - 1
-    while m_block >= begin:
+    begin, end = queries.of_kind(kind)
+    m_block, left, direction = end - 1, None, -1
+    if const_expr(gradients.cfg.alternates):
+        is_rising = mask.tile.is_rising
+        if is_rising == 1:
+            m_block = begin
+        direction = 2 * is_rising - 1
+        if const_expr(len(rising) == 1):
+            direction = 2 * rising[0] - 1
+            end = end if is_rising == rising[0] else begin
+        left = end - begin
+    while m_block >= begin if const_expr(not gradients.cfg.alternates) else left > 0:
         for of_group in cutlass.range(num_done if gradients.cfg.is_dq_behind else 0, group, unroll=1):
             gradients.start_head(mask.tile.kv_head * group + of_group, mask.tile.sequence)
-            step(gradients, mask, m_block, turn, is_masked)
+            step(gradients, mask, m_block, turn, kind != 1)
             turn += 1
         if const_expr(gradients.cfg.is_dq_behind):
             num_done = Int32(0)
-        m_block -= 1
+        m_block += direction
+        if const_expr(gradients.cfg.alternates):
+            left -= 1
     return turn, num_done
 
 
@@ -128,3 +150,18 @@ def staging(cfg: BackwardConfig, smem: BwdSmem) -> cute.Tensor:
     """(tile_n, head_dim) for dK and dV, in the slots of dS."""
     layout = smem_ring(element_type(cfg), cfg.tile_n, cfg.head_dim, 1)
     return view_as(smem.sdS, layout, element_type(cfg))[None, None, 0]
+
+
+@cute.jit
+def store_keys(cfg: BackwardConfig, mma: cute.TiledMma, acc: cute.Tensor, slot: cute.Tensor, mX: cute.Tensor,
+               tile: KeyTile, tidx: Int32):
+    """dK or dV -> the slot -> rows below seqlen_k; not of a null pointer, a gradient that is not wanted.
+
+    Runs on: the consumer warpgroups, each its 64 keys.
+    """
+    wg_idx = tidx // 128
+    if is_present(mX):
+        write_slot(mma, rounded(acc, element_type(cfg)), slot, tidx)
+        sync_warpgroup(wg_idx)
+        where = tile.n_block, tile.offset_k, tile.seqlen_k, tile.kv_head, tile.batch
+        store_part(cfg, slot, wg_idx, mX, where, tidx)

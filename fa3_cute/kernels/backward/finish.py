@@ -1,16 +1,16 @@
 """After the main kernel: dQ = softmax_scale dq_sum, rounded, rows of the sequences alone."""
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32
 
 from ...planning.backward import FINISH_ARGUMENTS, BackwardConfig
 from ..common.entry import flat_entry
-from ..common.layout import convert, element_type, smem_ring, tensor_view, transposed
+from ..common.layout import element_type, rounded, smem_ring, tensor_view, transposed
 from ..common.sequences import Sequences
 from .blocks import Blocks, query_tile
-from .gradients import QUAD
 from .kernel import make_dq_mma
-from .store import store_used_rows
+from .store import store_used_rows, write_slot
+from .workspace import first_quad, in_thread_order, per_block, quads_of
 
 
 @flat_entry(FINISH_ARGUMENTS)
@@ -26,9 +26,7 @@ class FinishBackward:
         cfg, sequences = self.cfg, Sequences.create(a)
         batches = Int32(1) if sequences.is_packed() else a.batch_size
         blocks = Blocks.create(cfg.tile_m, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
-        size = cfg.tile_m * cfg.head_dim
-        dq_sum = cute.make_tensor(a.dq_sum, cute.make_layout(
-            (size, blocks.num_blocks, a.num_heads), stride=(1, Int64(size), Int64(size) * blocks.num_blocks)))
+        dq_sum = per_block(a.dq_sum, cfg.tile_m * cfg.head_dim, blocks, a.num_heads)
         columns = a.head_dim if cfg.is_padded else cfg.head_dim
         mdQ = tensor_view(a, "dq", (a.seqlen_q, columns, a.num_heads, batches))
         sdQ = smem_ring(element_type(cfg), cfg.tile_m, cfg.head_dim, 1)
@@ -47,18 +45,14 @@ class FinishBackward:
         sdQ = allocator.allocate_tensor(element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
         shape = (cfg.head_dim, cfg.tile_m) if cfg.is_dq_transposed else (cfg.tile_m, cfg.head_dim)
         acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
-        source = dq_sum[None, tile.block, tile.head].iterator + thread // 128 * cfg.dq_part + QUAD * (thread % 128)
-        quads = cute.make_layout((QUAD, cute.size(acc) // QUAD), stride=(1, 128 * QUAD))
-        cute.autovec_copy(cute.make_tensor(source.align(16), quads),
-                          cute.make_tensor(acc.iterator, cute.make_layout(quads.shape)))
+        part = cute.local_tile(dq_sum[None, tile.block, tile.head], (cfg.dq_part,), (thread // 128,))
+        source = in_thread_order(first_quad(part.iterator, thread % 128), cfg.dq_part)
+        cute.autovec_copy(source[None, None, 0], quads_of(acc))
         for i in cutlass.range_constexpr(cute.size(acc)):
             acc[i] = scale * acc[i]
-        rdQ = cute.make_rmem_tensor_like(acc, element_type(cfg))
-        convert(acc, rdQ)
-        stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(cfg.is_dq_transposed, 4), element_type(cfg))
-        thread_copy = cute.make_tiled_copy_C(stmatrix, mma).get_slice(thread)
+        rdQ = rounded(acc, element_type(cfg))
         slot = transposed(sdQ)[None, None, 0] if cfg.is_dq_transposed else sdQ[None, None, 0]
-        cute.copy(thread_copy, thread_copy.retile(rdQ), thread_copy.partition_D(slot))
+        write_slot(mma, rdQ, slot, thread, cfg.is_dq_transposed)
         cute.arch.sync_threads()
         num_rows = tile.seqlen - tile.m_block * cfg.tile_m
         store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), (num_rows, mdQ.shape[1]), thread,

@@ -17,16 +17,15 @@ import cutlass.pipeline as pipeline
 from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 from cutlass.experimental import primitives
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import BackwardConfig, GradientFields
 from ..common.copies import clear_rows
 from ..common.barriers import sync_warpgroup
-from ..common.layout import as_operand_a, convert, element_type, transposed
+from ..common.layout import as_operand_a, element_type, rounded, transposed
 from ..common.wgmma import in_flight, issue_gemm
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .scores import Exponents, Scores
 from .visible import KeyMask
-
-QUAD = 4
+from .workspace import QUAD, in_thread_order, quads_of
 
 
 @dataclass
@@ -227,7 +226,7 @@ class Gradients:
         else:
             for i in cutlass.range_constexpr(cute.size(acc_S)):
                 acc_S[i] = cute.math.exp2(acc_S[i] * self.scale_log2, fastmath=True)
-            rP = self.rounded(acc_S)
+            rP = rounded(acc_S, element_type(self.cfg))
         return rP
 
     def exponents(self, acc_S: cute.Tensor, mask: KeyMask, m_block: Int32, q_slot: Int32) -> Exponents:
@@ -249,13 +248,7 @@ class Gradients:
         """P, dP -> dS, rounded."""
         for i in cutlass.range_constexpr(cute.size(acc_dP)):
             acc_dP[i] = P[i] * acc_dP[i]
-        return self.rounded(acc_dP)
-
-    def rounded(self, acc: cute.Tensor) -> cute.Tensor:
-        """In the type of the GEMMs' operands."""
-        out = cute.make_rmem_tensor_like(acc, element_type(self.cfg))
-        convert(acc, out)
-        return out
+        return rounded(acc_dP, element_type(self.cfg))
 
     def start_dQ(self, ds_slot: Int32) -> cute.Tensor:
         """This warpgroup's part of dQ, left in flight."""
@@ -269,13 +262,12 @@ class Gradients:
 
     @cute.jit
     def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
-        """To the reduce warp, in thread order: element 4 j + i of thread t lies at 512 j + 4 t + i."""
+        """To the reduce warp, in thread order."""
         slot = emptied(turn)
         if const_expr(not self.cfg.is_dq_in_turns):
             slot = pipeline.PipelineState(self.cfg.num_consumer_wgs, turn, self.wg_idx, turn & 1 ^ 1)
         self.pipes.dq.producer_acquire(slot)
-        quads = cute.make_tensor(acc_dQ.iterator, cute.make_layout((QUAD, cute.size(acc_dQ) // QUAD)))
-        cute.autovec_copy(quads, self.sdQ)
+        cute.autovec_copy(quads_of(acc_dQ), self.sdQ)
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
         with cute.arch.elect_one():
@@ -293,8 +285,8 @@ def emptied(turn: Int32) -> pipeline.PipelineState:
 
 
 @cute.jit
-def clear_unused_rows(cfg: BackwardConfig, slots: tuple[cute.Tensor, cute.Tensor], num_used: Int32, tidx: Int32):
-    """Zero the rows of a tile in two slots from num_used on: they may hold NaN, which P = dS = 0 would not silence.
+def clear_unused_rows(cfg: GradientFields, slots: tuple[cute.Tensor, ...], num_used: Int32, tidx: Int32):
+    """Zero the rows from num_used on of the tiles in some slots: they may hold NaN, which P = dS = 0 would not silence.
 
     Each warpgroup does it for itself, so that none waits for another: they write the same zeros.
     """
@@ -344,8 +336,7 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
     store_dS = cute.make_tiled_copy_C(stmatrix, mmas.sdp).get_slice(tidx)
     acc_dK, acc_dV = (cute.make_rmem_tensor(mmas.dkv.partition_shape_C((cfg.tile_n, cfg.head_dim)), Float32)
                       for _ in range(2))
-    sdQ = cute.make_tensor(smem.sdQ[None, wg_idx].iterator + QUAD * (tidx % 128),
-                           cute.make_layout((QUAD, cfg.dq_part // 128 // QUAD), stride=(1, 128 * QUAD)))
+    sdQ = in_thread_order(smem.sdQ[None, wg_idx].iterator + QUAD * (tidx % 128), cfg.dq_part)[None, None, 0]
     return Gradients(
         cfg, mmas, smem,
         tSrK=operand_a(mmas.sdp, smem.sK), tSrQ=operand_b(mmas.sdp, smem.sQ),

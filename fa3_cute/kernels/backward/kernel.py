@@ -1,30 +1,28 @@
 """FlashAttention-3 backward for sm_90a: a persistent grid; a CTA takes tiles of 64 keys per consumer warpgroup, past
 each of which the Q tiles go that see them. Warps that load, schedule and add dQ to global memory, two consumer
 warpgroups."""
-import cutlass
 import cutlass.cute as cute
-import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 
 from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.rings import by_name
-from ..common.arithmetic import LOG2_E, minimum
-from ..common.block_range import Window
+from ..common.arithmetic import minimum
 from ..common.entry import flat_entry
-from ..common.layout import element_type, smem_ring, tensor_view
+from ..common.layout import element_type, smem_ring
 from ..common.sequences import Sequences
 from ..common.tile_ring import entry_ints
-from ..common.tma import tma_load
-from .blocks import Extents, KeyTile
+from .blocks import Extents, key_tile_of
 from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .consume import consume
+from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, shared_params
 from .load import load
 from .reduce import reduce_dq
 from .schedule import schedule
 from .scores import Scores
+from .workspace import per_block
 
 
 @flat_entry(BACKWARD_ARGUMENTS)
@@ -45,21 +43,11 @@ class FlashAttentionBackward:
         cfg, layouts, sequences = self.cfg, self.make_layouts(), Sequences.create(a)
         shapes = Extents.create(cfg, a, sequences, cfg.tile_m)
         q_blocks, k_blocks = shapes.q_blocks, shapes.k_blocks
-        tile = cfg.tile_m * cfg.head_dim
         params = BwdParams(
-            q=tma_load(tensor_view(a, "q", shapes.q), layouts.sQ, cfg.tile_m),
-            do=tma_load(tensor_view(a, "dout", shapes.do), layouts.sdO, cfg.tile_m),
-            k=tma_load(tensor_view(a, "k", shapes.k), layouts.sK, cfg.tile_n),
-            v=tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
-            mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.v),
-            shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
-            dq_sum=cute.make_tensor(a.dq_sum, cute.make_layout(
-                (tile, q_blocks.num_blocks, a.num_heads), stride=(1, Int64(tile), Int64(tile) * q_blocks.num_blocks))),
+            **shared_params(cfg, a, sequences, shapes, layouts),
+            dq_sum=per_block(a.dq_sum, cfg.tile_m * cfg.head_dim, q_blocks, a.num_heads),
             order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
-            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
-            window=Window.create(cfg, a), sequences=sequences, q_blocks=q_blocks, k_blocks=k_blocks,
-            num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
-            scale_log2=a.softmax_scale * Float32(LOG2_E), scores=Scores.create(cfg, a))
+            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)), scores=Scores.create(cfg, a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
             grid=(minimum(k_blocks.num_blocks * a.num_heads_k, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
@@ -101,50 +89,27 @@ class FlashAttentionBackward:
 
     @cute.jit
     def allocate(self, layouts: BwdLayouts):
-        """Carve shared memory; initialise and publish the mbarriers. cfg.rings has the arrival counts."""
-        cfg = self.cfg
-        allocator = cutlass.memory.SmemAllocator()
-        rings = by_name(cfg.rings)
-        names = ("tiles", "k", "v", "q", "do", "ds", "dq")
-        bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in names}   # full and empty
-        sTiles = allocator.allocate_tensor(
-            Int32, cute.make_layout((entry_ints(KeyTile), rings["tiles"].slots)), byte_alignment=16)
-        tensor = lambda layout: allocator.allocate_tensor(
-            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        floats = lambda rows, slots: allocator.allocate_tensor(
-            Float32, cute.make_layout((rows, slots)), byte_alignment=128)
-        sK, sV, sQ, sdO, sdS = (tensor(layout) for layout in (
+        """Carve shared memory; initialise and publish the mbarriers."""
+        memory = SharedMemory(self.cfg, ("tiles", "k", "v", "q", "do", "ds", "dq"))
+        entries = cute.make_layout((entry_ints(key_tile_of(self.cfg)), memory.rings["tiles"].slots))
+        sTiles = memory.allocator.allocate_tensor(Int32, entries, byte_alignment=16)
+        sK, sV, sQ, sdO, sdS = (memory.tensor(layout) for layout in (
             layouts.sK, layouts.sV, layouts.sQ, layouts.sdO, layouts.sdS))
-        smem = BwdSmem(sTiles=sTiles, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS,
-                       sdQ=floats(cfg.dq_part, cfg.num_consumer_wgs),
-                       sShift=floats(cfg.tile_m, cfg.num_q_stages), sDelta=floats(cfg.tile_m, cfg.num_do_stages))
-
-        group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
-        facts = lambda name: {
-            "num_stages": rings[name].slots, "producer_group": group(rings[name].full),
-            "consumer_group": group(rings[name].empty), "barrier_storage": bars[name], "defer_sync": True}
-        tma_ring = lambda name, more: pipeline.PipelineTmaAsync.create(
-            **facts(name), tx_count=rings[name].slot_bytes + more)
-        rows = 4 * cfg.tile_m
+        smem = BwdSmem(sTiles=sTiles, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=memory.floats("dq"),
+                       sShift=memory.floats("shift"), sDelta=memory.floats("delta"))
         pipes = BwdPipelines(
-            tiles=pipeline.PipelineAsync.create(**facts("tiles")),
-            k=tma_ring("k", 0), v=tma_ring("v", 0), q=tma_ring("q", rows), do=tma_ring("do", rows),
-            ds=pipeline.PipelineAsync.create(**facts("ds")), dq=pipeline.PipelineAsync.create(**facts("dq")))
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+            tiles=memory.ring("tiles"), k=memory.tma_ring("k"), v=memory.tma_ring("v"),
+            q=memory.tma_ring("q", "shift"), do=memory.tma_ring("do", "delta"), ds=memory.ring("ds"),
+            dq=memory.ring("dq"))
+        publish_barriers()
         return smem, pipes
 
 
 def make_bwd_mmas(cfg: BackwardConfig) -> BwdMmas:
-    """Of the five GEMMs; K and Q are read K-major for S and MN-major for dQ and dK from the same slots."""
-    element, atoms = element_type(cfg), (cfg.num_consumer_wgs, 1, 1)
-    k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-    return BwdMmas(
-        sdp=sm90.make_trivial_tiled_mma(element, element, k_major, k_major, Float32, atoms,
-                                        (ROWS_PER_WARPGROUP, cfg.tile_m)),
-        dkv=sm90.make_trivial_tiled_mma(element, element, k_major, mn_major, Float32, atoms,
-                                        (ROWS_PER_WARPGROUP, cfg.head_dim), warpgroup.OperandSource.RMEM),
-        dq=make_dq_mma(cfg))
+    """Of the five GEMMs."""
+    warpgroups = cfg.num_consumer_wgs
+    return BwdMmas(sdp=scores_mma(cfg, warpgroups, cfg.tile_m), dkv=gradient_mma(cfg, warpgroups, cfg.head_dim),
+                   dq=make_dq_mma(cfg))
 
 
 def make_dq_mma(cfg: BackwardConfig) -> cute.TiledMma:

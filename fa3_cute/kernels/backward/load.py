@@ -1,16 +1,23 @@
-"""Load role: one warp brings K and V of each tile of keys, and Q and dO tiles with the rows' values."""
+"""Load role: one warp brings K and V of each tile of keys, and Q and dO tiles with the rows' values. And what the load
+roles of the other backward kernels share with it."""
+from dataclasses import dataclass
+from typing import Optional
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+import cutlass.pipeline as pipeline
+from cutlass import Constexpr, Int32, const_expr
 from cutlass.experimental import primitives
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import BackwardConfig, GradientFields
+from ...planning.one_side import PREPARED_ROWS, OneSideConfig
+from ...planning.pair import PairConfig
 from ...planning.rings import WARP
 from ..common.tile_ring import END, read_tile
 from ..common.tiles import rows_from
 from ..common.tma import TmaOperand, tma_views
 from .barriers import BarrierId
-from .blocks import KeyTile, query_range
+from .blocks import KeyTile, QueryRange, key_tile_of, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
@@ -21,47 +28,70 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
     Runs on: warp 0. Synchronises: reads the tile ring; tells the schedule role that a tile's loads are all issued;
     waits for the empty halves of the Q, dO, V and K rings; TMA signals the full halves.
     """
-    q_producer, do_producer = pipes.q.make_producer(), pipes.do.make_producer()
+    q = QueryTiles(cfg, params.q, smem.sQ, pipes.q.make_producer(), params.shift, smem.sShift)
+    do = QueryTiles(cfg, params.do, smem.sdO, pipes.do.make_producer(), params.delta, smem.sDelta)
     k_producer, v_producer = pipes.k.make_producer(), pipes.v.make_producer()
     tiles = pipes.tiles.make_consumer()
-    tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+    tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
-        load_keys(cfg, params.v, smem.sV, tile, v_producer.acquire_and_advance())
-        load_keys(cfg, params.k, smem.sK, tile, k_producer.acquire_and_advance())
+        keys = tile.n_block, tile.offset_k, tile.kv_head, tile.batch
+        load_tile(cfg, params.v, smem.sV, keys, v_producer.acquire_and_advance())
+        load_tile(cfg, params.k, smem.sK, keys, k_producer.acquire_and_advance())
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         for i in cutlass.range(queries.num_passes(params.group), unroll=1):
-            m_block, of_group = queries.passing(i, params.group)
+            m_block, of_group = queries.passing(i, params.group, tile.is_rising)
             row, head = (tile.first_q_block + m_block) * cfg.tile_m, tile.kv_head * params.group + of_group
-            tQsQ, tQgQ = query_views(cfg, params.q, smem.sQ, tile, head)
-            tOsO, tOgO = query_views(cfg, params.do, smem.sdO, tile, head)
-            q = q_producer.acquire_and_advance()
-            cute.copy(params.q.atom, tQgQ[None, m_block], tQsQ[None, q.index], tma_bar_ptr=q.barrier)
-            load_rows(cfg, params.shift[None, head], row, smem.sShift[None, q.index], q.barrier)
-            do = do_producer.acquire_and_advance()
-            cute.copy(params.do.atom, tOgO[None, m_block], tOsO[None, do.index], tma_bar_ptr=do.barrier)
-            load_rows(cfg, params.delta[None, head], row, smem.sDelta[None, do.index], do.barrier)
+            q.bring(tile, head, m_block, row)
+            do.bring(tile, head, m_block, row)
         cute.arch.barrier_arrive(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
-        tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+        tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
+
+
+@dataclass
+class QueryTiles:
+    """Tiles of Q or dO on their way to the slots of a ring, each with the values of its rows, shift or delta."""
+    cfg: Constexpr
+    op: TmaOperand
+    ring: cute.Tensor
+    producer: pipeline.PipelineProducer
+    values: cute.Tensor                # (padded rows, num_heads) f32
+    sValues: Optional[cute.Tensor]     # (tile_m, slot) f32; None where they are not wanted
+
+    @cute.jit
+    def bring(self, tile: KeyTile, head: Int32, m_block: Int32, row: Int32):
+        """Q tile m_block of a head of the tile's sequence; row: of its first value among the padded ones."""
+        slot = self.producer.acquire_and_advance()
+        load_tile(self.cfg, self.op, self.ring, (m_block, tile.offset_q, head, tile.batch), slot)
+        if const_expr(self.sValues is not None):
+            load_rows(self.cfg, self.values[None, head], row, self.sValues[None, slot.index], slot.barrier)
 
 
 @cute.jit
-def load_keys(cfg: BackwardConfig, op: TmaOperand, sX: cute.Tensor, tile: KeyTile, slot):
-    """The tile's keys of K or V."""
-    mX = rows_from(cfg, tile.offset_k, op.tensor[None, None, tile.kv_head, tile.batch])
-    tXsX, tXgX = tma_views(op, cute.local_tile(mX, (cfg.tile_n, cfg.head_dim), (tile.n_block, 0)), sX)
+def load_heads(cfg: OneSideConfig | PairConfig, group: Int32, tile: KeyTile, queries: QueryRange, q: QueryTiles,
+               do: QueryTiles):
+    """Of each query head of the group all pairs of Q and dO in order: of the kernels of dK or dV."""
+    for i in cutlass.range(group, unroll=1):
+        head = tile.kv_head * group + i
+        for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
+            row = tile.first_q_block * PREPARED_ROWS + m_block * cfg.tile_m
+            q.bring(tile, head, m_block, row)
+            do.bring(tile, head, m_block, row)
+
+
+@cute.jit
+def load_tile(cfg: GradientFields, op: TmaOperand, ring: cute.Tensor, where: tuple, slot):
+    """A tile of rows -> a slot of a ring, as many as it has. where: (tile, first row of the sequence, head, batch)"""
+    index, offset, head, batch = where
+    shape = tuple(cute.size(ring, mode=[mode]) for mode in (0, 1))
+    mX = rows_from(cfg, offset, op.tensor[None, None, head, batch])
+    tXsX, tXgX = tma_views(op, cute.local_tile(mX, shape, (index, 0)), ring)
     cute.copy(op.atom, tXgX, tXsX[None, slot.index], tma_bar_ptr=slot.barrier)
 
 
-def query_views(cfg: BackwardConfig, op: TmaOperand, sX: cute.Tensor, tile: KeyTile, head: Int32):
-    """TMA's view of a head's rows of Q or dO: smem (box, slot) and gmem (box, m_block)."""
-    mX = rows_from(cfg, tile.offset_q, op.tensor[None, None, head, tile.batch])
-    return tma_views(op, cute.local_tile(mX, (cfg.tile_m, cfg.head_dim), (None, 0)), sX)
-
-
-def load_rows(cfg: BackwardConfig, mX: cute.Tensor, row: Int32, sX: cute.Tensor, barrier):
+def load_rows(cfg: GradientFields, mX: cute.Tensor, row: Int32, sX: cute.Tensor, barrier):
     """tile_m values of rows of a vector, counted on the barrier of the tile that they belong to."""
     with cute.arch.elect_one():
         primitives.cp_async_bulk_shared_cluster_global(

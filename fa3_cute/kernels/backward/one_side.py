@@ -11,25 +11,23 @@ Each warpgroup has 64 rows and waits for no other: their GEMMs fill one another'
 """
 import cutlass
 import cutlass.cute as cute
-import cutlass.pipeline as pipeline
-import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass import Float32, const_expr
+from cutlass.cute.nvgpu import cpasync
 
-from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.one_side import ONE_SIDE_ARGUMENTS, PREPARED_ROWS, OneSideConfig
 from ...planning.rings import by_name
 from ..common.arithmetic import LOG2_E
 from ..common.block_range import Window
 from ..common.dropout import Dropout
 from ..common.entry import flat_entry
-from ..common.layout import element_type, tensor_view
+from ..common.layout import tensor_view
 from ..common.sequences import Sequences
-from ..common.tiles import Tile, rows_from
-from ..common.tma import TmaOperand, tma_load, tma_views
+from ..common.tiles import Tile
+from ..common.tma import tma_load
 from ..common.visibility import Visibility
 from .blocks import Extents, KeyTile, query_range
-from .load import load_rows
+from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma
+from .load import QueryTiles, load_heads, load_tile
 from .one_side_bundles import SideLayouts, SideMmas, SideParams, SidePipelines, SideSmem
 from .one_side_consume import consume_for_keys, consume_for_queries
 from .place import find_place
@@ -103,79 +101,49 @@ class OneSideBackward:
         at = find_place(cfg, params.sequences, params.blocks, (params.num_heads, params.group),
                         cute.arch.block_idx()[0], cfg.is_causal,
                         is_reversed=cfg.is_of_queries and cfg.is_causal and not cfg.is_varlen)
-        first_q_block = params.q_blocks.first(at.sequence)
-        lengths = at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k
         if const_expr(cfg.is_of_queries):
             # Tile.sequence: its first block among the prepared ones, which is all that is asked of it here
-            tile = Tile(at.block, at.head, at.head // params.group, at.batch, *lengths, first_q_block)
+            first_q_block = params.q_blocks.first(at.sequence)
+            tile = Tile(at.block, at.head, at.head // params.group, at.batch, at.offset_q, at.seqlen_q, at.offset_k,
+                        at.seqlen_k, first_q_block)
             is_there = at.block * cfg.tile_rows < at.seqlen_q
         else:
-            tile = KeyTile(at.block, at.head, at.batch, *lengths, first_q_block, at.sequence)
+            tile = at.keys(params.q_blocks)
             is_there = at.block * cfg.tile_rows < at.seqlen_k
         return tile, at.sequence, is_there
 
     @cute.jit
     def allocate(self, layouts: SideLayouts):
-        """Carve shared memory; initialise and publish the mbarriers. cfg.rings has the arrival counts."""
-        cfg = self.cfg
-        allocator = cutlass.memory.SmemAllocator()
-        rings = by_name(cfg.rings)
-        bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in ("x", "y", "y2")}
-        tensor = lambda layout: allocator.allocate_tensor(
-            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        floats = lambda slots: allocator.allocate_tensor(
-            Float32, cute.make_layout((cfg.tile_columns, slots)), byte_alignment=128)
-        sX = tensor(layouts.sX)
-        sX2 = tensor(layouts.sX2) if const_expr(cfg.has_dp) else sX
-        sY, sY2 = tensor(layouts.sY), tensor(layouts.sY2)
+        """Carve shared memory; initialise and publish the mbarriers."""
+        cfg, memory = self.cfg, SharedMemory(self.cfg, ("x", "y", "y2"))
+        sX = memory.tensor(layouts.sX)
+        sX2 = memory.tensor(layouts.sX2) if const_expr(cfg.has_dp) else sX
+        sY, sY2 = memory.tensor(layouts.sY), memory.tensor(layouts.sY2)
         has_vectors = not cfg.is_of_queries
-        smem = SideSmem(sX, sX2, sY, sY2, floats(cfg.num_y_stages) if has_vectors else None,
-                        floats(cfg.num_y2_stages) if has_vectors and cfg.has_dp else None)
-        group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
-        tma_ring = lambda name, tx_count: pipeline.PipelineTmaAsync.create(
-            num_stages=rings[name].slots, producer_group=group(rings[name].full),
-            consumer_group=group(rings[name].empty), barrier_storage=bars[name], tx_count=tx_count, defer_sync=True)
-        vector = 4 * cfg.tile_columns * has_vectors
-        pipes = SidePipelines(
-            x=tma_ring("x", rings["x"].slot_bytes + rings["x2"].slot_bytes),
-            y=tma_ring("y", rings["y"].slot_bytes + vector),
-            y2=tma_ring("y2", rings["y2"].slot_bytes + vector * cfg.has_dp))
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        smem = SideSmem(sX, sX2, sY, sY2, memory.floats("shift") if has_vectors else None,
+                        memory.floats("delta") if has_vectors and cfg.has_dp else None)
+        pipes = SidePipelines(x=memory.tma_ring("x", "x2"), y=memory.tma_ring("y", "shift"),
+                              y2=memory.tma_ring("y2", "delta"))
+        publish_barriers()
         return smem, pipes
 
 
 def make_side_mmas(cfg: OneSideConfig) -> SideMmas:
-    """Both operands of the scores lie in shared memory; the gradient's B is read MN-major from the same slots."""
-    element, atoms = element_type(cfg), (cfg.num_consumer_wgs, 1, 1)
-    k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-    return SideMmas(
-        sm90.make_trivial_tiled_mma(element, element, k_major, k_major, Float32, atoms,
-                                    (ROWS_PER_WARPGROUP, cfg.tile_columns)),
-        sm90.make_trivial_tiled_mma(element, element, k_major, mn_major, Float32, atoms,
-                                    (ROWS_PER_WARPGROUP, cfg.dim_gradient), warpgroup.OperandSource.RMEM))
+    """Over all consumer warpgroups."""
+    warpgroups = cfg.num_consumer_wgs
+    return SideMmas(scores_mma(cfg, warpgroups, cfg.tile_columns), gradient_mma(cfg, warpgroups, cfg.dim_gradient))
 
 
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 
 @cute.jit
-def load_own_rows(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pipes: SidePipelines, block: Int32,
-                  offset: Int32, place: tuple):
-    """x and x2, once. place: (head, batch)."""
+def load_own_rows(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pipes: SidePipelines, where: tuple):
+    """x and x2, once. where: as in load_tile."""
     slot = pipes.x.make_producer().acquire_and_advance()
-    for i in cutlass.range_constexpr(2 if cfg.has_dp else 1):
-        op, sX = (params.x, smem.sX) if i == 0 else (params.x2, smem.sX2)
-        mX = rows_from(cfg, offset, op.tensor[None, None, place[0], place[1]])
-        tile = cute.local_tile(mX, (cfg.tile_rows, cute.size(sX, mode=[1])), (block, 0))
-        tXsX, tXgX = tma_views(op, tile, sX)
-        cute.copy(op.atom, tXgX, tXsX[None, slot.index], tma_bar_ptr=slot.barrier)
-
-
-def tiles_of(cfg: OneSideConfig, op: TmaOperand, sY: cute.Tensor, offset: Int32, head: Int32, batch: Int32):
-    """TMA's view of the other side's rows: smem (box, slot) and gmem (box, tile)."""
-    mY = rows_from(cfg, offset, op.tensor[None, None, head, batch])
-    return tma_views(op, cute.local_tile(mY, (cfg.tile_columns, cute.size(sY, mode=[1])), (None, 0)), sY)
+    load_tile(cfg, params.x, smem.sX, where, slot)
+    if const_expr(cfg.has_dp):
+        load_tile(cfg, params.x2, smem.sX2, where, slot)
 
 
 @cute.jit
@@ -183,36 +151,20 @@ def load_for_queries(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pip
     """Q and dO, then tiles of K and V from the last one down. Runs on: warp 0."""
     blocks = Visibility(cfg, params.window, tile).tiles()
     y_producer, y2_producer = pipes.y.make_producer(), pipes.y2.make_producer()
-    tYsY, tYgY = tiles_of(cfg, params.y, smem.sY, tile.offset_k, tile.kv_head, tile.batch)
-    tZsZ, tZgZ = tiles_of(cfg, params.y2, smem.sY2, tile.offset_k, tile.kv_head, tile.batch)
     if blocks.n_block_max > blocks.n_block_min:
-        load_own_rows(cfg, params, smem, pipes, tile.m_block, tile.offset_q, (tile.head, tile.batch))
+        load_own_rows(cfg, params, smem, pipes, (tile.m_block, tile.offset_q, tile.head, tile.batch))
     for i in cutlass.range(blocks.n_block_max - blocks.n_block_min, unroll=1):
-        n_block = blocks.n_block_max - 1 - i
-        y = y_producer.acquire_and_advance()
-        cute.copy(params.y.atom, tYgY[None, n_block], tYsY[None, y.index], tma_bar_ptr=y.barrier)
-        y2 = y2_producer.acquire_and_advance()
-        cute.copy(params.y2.atom, tZgZ[None, n_block], tZsZ[None, y2.index], tma_bar_ptr=y2.barrier)
+        where = blocks.n_block_max - 1 - i, tile.offset_k, tile.kv_head, tile.batch
+        load_tile(cfg, params.y, smem.sY, where, y_producer.acquire_and_advance())
+        load_tile(cfg, params.y2, smem.sY2, where, y2_producer.acquire_and_advance())
 
 
 @cute.jit
 def load_for_keys(cfg: OneSideConfig, params: SideParams, smem: SideSmem, pipes: SidePipelines, tile: KeyTile):
     """K and V, then of each query head of the group tiles of Q and dO with the rows' values. Runs on: warp 0."""
     queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
-    y_producer, y2_producer = pipes.y.make_producer(), pipes.y2.make_producer()
     if queries.m_block_max > queries.m_block_min:
-        load_own_rows(cfg, params, smem, pipes, tile.n_block, tile.offset_k, (tile.kv_head, tile.batch))
-    for i in cutlass.range(params.group, unroll=1):
-        head = tile.kv_head * params.group + i
-        tYsY, tYgY = tiles_of(cfg, params.y, smem.sY, tile.offset_q, head, tile.batch)
-        tZsZ, tZgZ = tiles_of(cfg, params.y2, smem.sY2, tile.offset_q, head, tile.batch)
-        shift, delta = params.shift[None, head], params.delta[None, head]
-        for m_block in cutlass.range(queries.m_block_min, queries.m_block_max, unroll=1):
-            row = tile.first_q_block * PREPARED_ROWS + m_block * cfg.tile_m
-            y = y_producer.acquire_and_advance()
-            cute.copy(params.y.atom, tYgY[None, m_block], tYsY[None, y.index], tma_bar_ptr=y.barrier)
-            load_rows(cfg, shift, row, smem.sShift[None, y.index], y.barrier)
-            y2 = y2_producer.acquire_and_advance()
-            cute.copy(params.y2.atom, tZgZ[None, m_block], tZsZ[None, y2.index], tma_bar_ptr=y2.barrier)
-            if const_expr(cfg.has_dp):
-                load_rows(cfg, delta, row, smem.sDelta[None, y2.index], y2.barrier)
+        load_own_rows(cfg, params, smem, pipes, (tile.n_block, tile.offset_k, tile.kv_head, tile.batch))
+    q = QueryTiles(cfg, params.y, smem.sY, pipes.y.make_producer(), params.shift, smem.sShift)
+    do = QueryTiles(cfg, params.y2, smem.sY2, pipes.y2.make_producer(), params.delta, smem.sDelta)
+    load_heads(cfg, params.group, tile, queries, q, do)

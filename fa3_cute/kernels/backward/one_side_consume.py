@@ -7,14 +7,13 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Constexpr, Float32, Int32, Int64, const_expr
 
-from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.one_side import PREPARED_ROWS, OneSideConfig
 from ...planning.rings import WARP, by_name
 from ..common.barriers import sync_warpgroup
 from ..common.dropout import RowDropout
-from ..common.layout import ROW_STEP, as_operand_a, as_rows_cols, convert, element_type, fragment_row, transposed
+from ..common.layout import ROW_STEP, as_operand_a, as_rows_cols, element_type, fragment_row, rounded, transposed
 from ..common.score_mask import RowMask
-from ..common.tiles import Tile, rows_from
+from ..common.tiles import Tile
 from ..common.visibility import Visibility
 from ..common.wgmma import in_flight, issue_gemm
 from .blocks import KeyTile, query_range
@@ -22,8 +21,9 @@ from .dropped import Dropped, of_keys, of_queries
 from .gradients import clear_unused_rows, of_columns, start_at
 from .one_side_bundles import SideMmas, SideParams, SidePipelines, SideSmem
 from .scores import BiasGradient, Exponents, MaskOfKeys, Scores, find_rows
-from .store import store_used_rows
+from .store import store_part, write_slot
 from .visible import KeyMask
+from .walk import walk_heads
 
 
 @dataclass
@@ -121,8 +121,7 @@ class OneSide:
     def add_gradient(self, acc_S: cute.Tensor, slot: Int32):
         """The gradient += P or dS times the tile of a slot; complete."""
         cfg = self.cfg
-        factor = cute.make_rmem_tensor_like(acc_S, element_type(cfg))
-        convert(acc_S, factor)
+        factor = rounded(acc_S, element_type(cfg))
         issue_gemm(self.mmas.gradient, self.acc_G, as_operand_a(cfg, factor), self.tGrY[None, None, None, slot],
                    zero_init=False)
         in_flight(0)
@@ -278,15 +277,7 @@ def consume_for_keys(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, sme
         if const_expr(cfg.is_varlen):
             num_used = tile.seqlen_k - tile.n_block * cfg.tile_n
             clear_unused_rows(cfg, (smem.sX[None, None, 0], smem.sX2[None, None, 0]), num_used, tidx)
-    for i in cutlass.range(params.group, unroll=1):
-        side.start_head(mask, tile.kv_head * params.group + i, tile.sequence)
-        for m_block in cutlass.range(queries.m_block_min, queries.m_block_full_min, unroll=1):
-            side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
-        for m_block in cutlass.range(queries.m_block_full_min, queries.m_block_full_max, unroll=1):
-            side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=False)
-        if const_expr(cfg.is_local):
-            for m_block in cutlass.range(queries.m_block_full_max, queries.m_block_max, unroll=1):
-                side.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
+    walk_heads(side, mask, queries, params.group)
     where = tile.n_block, tile.offset_k, tile.seqlen_k, tile.kv_head, tile.batch
     store_own_rows(cfg, params, mmas, smem.sX, side.acc_G, where, tidx)
 
@@ -296,24 +287,18 @@ def store_own_rows(cfg: OneSideConfig, params: SideParams, mmas: SideMmas, sX: c
                    where: tuple, tidx: Int32):
     """The gradient -> x's slot -> rows below the sequence's length.
 
-    where: (block, first row, rows of the sequence, head, batch)
+    where: as in store_part
     """
-    (block, offset, seqlen, head, batch), wg_idx = where, tidx // 128
+    wg_idx = tidx // 128
     if const_expr(cfg.side != "dv"):
         for i in cutlass.range_constexpr(cute.size(acc)):
             acc[i] = params.scale * acc[i]
     elif const_expr(cfg.has_dropout):
         for i in cutlass.range_constexpr(cute.size(acc)):
             acc[i] = params.dropout.keep_factor * acc[i]
-    rG = cute.make_rmem_tensor_like(acc, element_type(cfg))
-    convert(acc, rG)
-    stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
-    thread_copy = cute.make_tiled_copy_C(stmatrix, mmas.gradient).get_slice(tidx)
-    sync_warpgroup(wg_idx)                 # all of it has read its rows of x
+    rG = rounded(acc, element_type(cfg))
     slot = cute.local_tile(sX[None, None, 0], (cfg.tile_rows, cfg.dim_gradient), (0, 0))
-    cute.copy(thread_copy, thread_copy.retile(rG), thread_copy.partition_D(slot))
+    sync_warpgroup(wg_idx)                 # all of it has read its rows of x
+    write_slot(mmas.gradient, rG, slot, tidx)
     sync_warpgroup(wg_idx)
-    shape, part = (ROWS_PER_WARPGROUP, cfg.dim_gradient), block * cfg.num_consumer_wgs + wg_idx
-    gG = cute.local_tile(rows_from(cfg, offset, params.mG[None, None, head, batch]), shape, (part, 0))
-    used = seqlen - part * ROWS_PER_WARPGROUP, params.mG.shape[1]
-    store_used_rows(cfg, cute.local_tile(slot, shape, (wg_idx, 0)), gG, used, tidx % 128, 128)
+    store_part(cfg, slot, wg_idx, params.mG, where, tidx)

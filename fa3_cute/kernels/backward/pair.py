@@ -8,24 +8,16 @@ through shared memory:
 
 Each fills the gaps of the other's GEMMs, up to num_p_stages tiles apart.
 """
-import cutlass
 import cutlass.cute as cute
-import cutlass.pipeline as pipeline
-import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int64
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import cpasync
 
-from ...planning.config import ROWS_PER_WARPGROUP
 from ...planning.one_side import PREPARED_ROWS
 from ...planning.pair import PAIR_ARGUMENTS, PairConfig
 from ...planning.rings import by_name
-from ..common.arithmetic import LOG2_E
-from ..common.block_range import Window
 from ..common.entry import flat_entry
-from ..common.layout import element_type, tensor_view
 from ..common.sequences import Sequences
-from ..common.tma import tma_load
-from .blocks import Extents, KeyTile
+from .blocks import Extents
+from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, shared_params
 from .pair_bundles import PairLayouts, PairMmas, PairParams, PairPipelines, PairSmem
 from .pair_consume import consume_keys, consume_values
 from .pair_load import load
@@ -44,16 +36,7 @@ class PairBackward:
         """dV = P^T dO, dK = scale dS^T Q; dS = P (dP - D), P = exp(scale S - LSE), dP = dO V^T"""
         cfg, sequences, layouts = self.cfg, Sequences.create(a), PairLayouts.create(self.cfg)
         shapes = Extents.create(cfg, a, sequences, PREPARED_ROWS)
-        params = PairParams(
-            q=tma_load(tensor_view(a, "q", shapes.q), layouts.sQ, cfg.tile_m),
-            do=tma_load(tensor_view(a, "dout", shapes.do), layouts.sdO, cfg.tile_m),
-            k=tma_load(tensor_view(a, "k", shapes.k), layouts.sK, cfg.tile_n),
-            v=tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
-            mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.v),
-            shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
-            window=Window.create(cfg, a), sequences=sequences, q_blocks=shapes.q_blocks, k_blocks=shapes.k_blocks,
-            num_heads_k=a.num_heads_k, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
-            scale_log2=a.softmax_scale * Float32(LOG2_E))
+        params = PairParams(**shared_params(cfg, a, sequences, shapes, layouts))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_pair_mmas(cfg)).launch(
             grid=(shapes.k_blocks.num_blocks * a.num_heads_k, 1, 1), block=(cfg.num_threads, 1, 1),
@@ -88,46 +71,21 @@ class PairBackward:
         cfg = self.cfg
         at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group),
                         cute.arch.block_idx()[0], in_sections=cfg.is_causal, is_reversed=False)
-        tile = KeyTile(at.block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k,
-                       params.q_blocks.first(at.sequence), at.sequence)
-        return tile, at.block * cfg.tile_n < at.seqlen_k
+        return at.keys(params.q_blocks), at.block * cfg.tile_n < at.seqlen_k
 
     @cute.jit
     def allocate(self, layouts: PairLayouts):
-        """Carve shared memory; initialise and publish the mbarriers. cfg.rings has the arrival counts."""
-        cfg = self.cfg
-        allocator = cutlass.memory.SmemAllocator()
-        rings = by_name(cfg.rings)
-        bars = {name: allocator.allocate_array(Int64, 2 * rings[name].slots) for name in ("k", "v", "q", "do", "p")}
-        tensor = lambda layout: allocator.allocate_tensor(
-            element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        floats = lambda size, slots: allocator.allocate_tensor(
-            Float32, cute.make_layout((size, slots)), byte_alignment=128)
-        sK, sV, sQ, sdO = (tensor(layout) for layout in (layouts.sK, layouts.sV, layouts.sQ, layouts.sdO))
-        smem = PairSmem(sK=sK, sV=sV, sQ=sQ, sdO=sdO, sP=floats(cfg.tile_n * cfg.tile_m, cfg.num_p_stages),
-                        sShift=floats(cfg.tile_m, cfg.num_q_stages), sDelta=floats(cfg.tile_m, cfg.num_do_stages))
-        group = lambda arrivals: pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals)
-        facts = lambda name: {
-            "num_stages": rings[name].slots, "producer_group": group(rings[name].full),
-            "consumer_group": group(rings[name].empty), "barrier_storage": bars[name], "defer_sync": True}
-        tma_ring = lambda name, more: pipeline.PipelineTmaAsync.create(
-            **facts(name), tx_count=rings[name].slot_bytes + more)
-        rows = 4 * cfg.tile_m
-        pipes = PairPipelines(k=tma_ring("k", 0), v=tma_ring("v", 0), q=tma_ring("q", rows), do=tma_ring("do", rows),
-                              p=pipeline.PipelineAsync.create(**facts("p")))
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        """Carve shared memory; initialise and publish the mbarriers."""
+        memory = SharedMemory(self.cfg, ("k", "v", "q", "do", "p"))
+        sK, sV, sQ, sdO = (memory.tensor(layout) for layout in (layouts.sK, layouts.sV, layouts.sQ, layouts.sdO))
+        smem = PairSmem(sK=sK, sV=sV, sQ=sQ, sdO=sdO, sP=memory.floats("p"), sShift=memory.floats("shift"),
+                        sDelta=memory.floats("delta"))
+        pipes = PairPipelines(k=memory.tma_ring("k"), v=memory.tma_ring("v"), q=memory.tma_ring("q", "shift"),
+                              do=memory.tma_ring("do", "delta"), p=memory.ring("p"))
+        publish_barriers()
         return smem, pipes
 
 
 def make_pair_mmas(cfg: PairConfig) -> PairMmas:
-    """Both operands of the scores lie in shared memory; Q and dO are read MN-major from the same slots."""
-    element = element_type(cfg)
-    k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-    gradient = lambda columns: sm90.make_trivial_tiled_mma(
-        element, element, k_major, mn_major, Float32, (1, 1, 1), (ROWS_PER_WARPGROUP, columns),
-        warpgroup.OperandSource.RMEM)
-    return PairMmas(
-        sm90.make_trivial_tiled_mma(element, element, k_major, k_major, Float32, (1, 1, 1),
-                                    (ROWS_PER_WARPGROUP, cfg.tile_m)),
-        gradient(cfg.dim_v), gradient(cfg.dim_qk))
+    """Each of one warpgroup."""
+    return PairMmas(scores_mma(cfg, 1, cfg.tile_m), gradient_mma(cfg, 1, cfg.dim_v), gradient_mma(cfg, 1, cfg.dim_qk))

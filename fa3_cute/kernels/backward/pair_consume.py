@@ -8,15 +8,16 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ...planning.pair import PairConfig
 from ..common.barriers import sync_consumers, sync_warpgroup
-from ..common.layout import as_operand_a, convert, element_type, transposed
+from ..common.layout import as_operand_a, element_type, rounded, transposed
 from ..common.sequences import is_present
-from ..common.tiles import rows_from
 from ..common.wgmma import in_flight, issue_gemm
 from .blocks import KeyTile, query_range
-from .gradients import QUAD, clear_unused_rows, start_at
+from .gradients import clear_unused_rows, start_at
 from .pair_bundles import PairMmas, PairParams, PairPipelines, PairSmem
-from .store import store_used_rows
+from .store import store_part, write_slot
 from .visible import KeyMask
+from .walk import walk_heads
+from .workspace import QUAD, in_thread_order, quads_of
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Values:
         for i in cutlass.range_constexpr(cute.size(acc_S)):
             acc_S[i] = cute.math.exp2(acc_S[i] * self.scale_log2, fastmath=True)
         self.hand_over(acc_S)
-        rP = rounded(cfg, acc_S)
+        rP = rounded(acc_S, element_type(cfg))
         do = self.do_consumer.wait_and_advance()
         if const_expr(cfg.is_varlen):
             clear_unused_rows(cfg, (self.smem.sdO[None, None, do.index],), num_used, self.tidx)
@@ -66,11 +67,14 @@ class Values:
         in_flight(0)
         do.release()
 
+    def start_head(self, mask: KeyMask, head: Int32, sequence: Int32):
+        """Nothing is a head's own: there are no features of scores."""
+
     @cute.jit
     def hand_over(self, acc_P: cute.Tensor):
         """P^T, in FP32, to the thread of the other warpgroup that has the same elements of dP^T."""
         p = self.p_producer.acquire_and_advance()
-        cute.autovec_copy(as_quads(acc_P), self.sP[None, None, p.index])
+        cute.autovec_copy(quads_of(acc_P), self.sP[None, None, p.index])
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             p.commit()
@@ -108,7 +112,7 @@ class Keys:
         do.release()
         for i in cutlass.range_constexpr(cute.size(acc_dP)):
             acc_dP[i] = acc_P[i] * acc_dP[i]
-        rdS = rounded(cfg, acc_dP)
+        rdS = rounded(acc_dP, element_type(cfg))
         q = self.q_consumer.wait_and_advance()
         if const_expr(cfg.is_varlen):
             clear_unused_rows(cfg, (self.smem.sQ[None, None, q.index],), num_used, self.tidx)
@@ -122,7 +126,7 @@ class Keys:
         """P^T of a tile."""
         p = self.p_consumer.wait_and_advance()
         acc_P = new_scores(self.cfg, self.mmas)
-        cute.autovec_copy(self.sP[None, None, p.index], as_quads(acc_P))
+        cute.autovec_copy(self.sP[None, None, p.index], quads_of(acc_P))
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             p.release()
@@ -134,23 +138,9 @@ def new_scores(cfg: PairConfig, mmas: PairMmas) -> cute.Tensor:
     return cute.make_rmem_tensor(mmas.scores.partition_shape_C((cfg.tile_n, cfg.tile_m)), Float32)
 
 
-def as_quads(acc: cute.Tensor) -> cute.Tensor:
-    """An accumulator in the pieces of 16 bytes that threads hand over."""
-    return cute.make_tensor(acc.iterator, cute.make_layout((QUAD, cute.size(acc) // QUAD)))
-
-
-def thread_order(cfg: PairConfig, sP: cute.Tensor, tidx: Int32) -> cute.Tensor:
+def part_of_P(cfg: PairConfig, sP: cute.Tensor, tidx: Int32) -> cute.Tensor:
     """A thread's part of the slots of P, (4, quads, slot)."""
-    quads = cfg.tile_n * cfg.tile_m // 128 // QUAD
-    return cute.make_tensor((sP.iterator + QUAD * tidx).align(16), cute.make_layout(
-        (QUAD, quads, cfg.num_p_stages), stride=(1, 128 * QUAD, cfg.tile_n * cfg.tile_m)))
-
-
-def rounded(cfg: PairConfig, acc: cute.Tensor) -> cute.Tensor:
-    """In the type of the GEMMs' operands."""
-    out = cute.make_rmem_tensor_like(acc, element_type(cfg))
-    convert(acc, out)
-    return out
+    return in_thread_order((sP.iterator + QUAD * tidx).align(16), cfg.tile_n * cfg.tile_m, cfg.num_p_stages)
 
 
 def new_gradient(cfg: PairConfig, mma: cute.TiledMma, columns: int) -> cute.Tensor:
@@ -171,21 +161,14 @@ def consume_values(cfg: PairConfig, params: PairParams, mmas: PairMmas, smem: Pa
         tSrK=mmas.scores.make_fragment_A(thread(mmas.scores).partition_A(smem.sK)),
         tSrQ=mmas.scores.make_fragment_B(thread(mmas.scores).partition_B(smem.sQ)),
         tVrdO=mmas.dv.make_fragment_B(thread(mmas.dv).partition_B(transposed(smem.sdO))),
-        acc_dV=new_gradient(cfg, mmas.dv, cfg.dim_v), sP=thread_order(cfg, smem.sP, tidx),
+        acc_dV=new_gradient(cfg, mmas.dv, cfg.dim_v), sP=part_of_P(cfg, smem.sP, tidx),
         q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(), p_producer=pipes.p.make_producer(),
         scale_log2=params.scale_log2, tidx=tidx)
     mask = KeyMask.create(cfg, params.window, tile, tidx)
     queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
     if queries.m_block_max > queries.m_block_min:
         wait_for_keys(cfg, pipes.k, smem.sK, tile, tidx)
-    for i in cutlass.range(params.group, unroll=1):
-        for m_block in cutlass.range(queries.m_block_min, queries.m_block_full_min, unroll=1):
-            values.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
-        for m_block in cutlass.range(queries.m_block_full_min, queries.m_block_full_max, unroll=1):
-            values.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=False)
-        if const_expr(cfg.is_local):
-            for m_block in cutlass.range(queries.m_block_full_max, queries.m_block_max, unroll=1):
-                values.step(mask, m_block, tile.seqlen_q - m_block * cfg.tile_m, is_masked=True)
+    walk_heads(values, mask, queries, params.group)
     store_own_keys(cfg, mmas.dv, values.acc_dV, smem.sV, params.mdV, tile)
 
 
@@ -200,7 +183,7 @@ def consume_keys(cfg: PairConfig, params: PairParams, mmas: PairMmas, smem: Pair
         tPrV=mmas.scores.make_fragment_A(thread(mmas.scores).partition_A(smem.sV)),
         tPrdO=mmas.scores.make_fragment_B(thread(mmas.scores).partition_B(smem.sdO)),
         tKrQ=mmas.dk.make_fragment_B(thread(mmas.dk).partition_B(transposed(smem.sQ))),
-        acc_dK=new_gradient(cfg, mmas.dk, cfg.dim_qk), sP=thread_order(cfg, smem.sP, tidx),
+        acc_dK=new_gradient(cfg, mmas.dk, cfg.dim_qk), sP=part_of_P(cfg, smem.sP, tidx),
         q_consumer=pipes.q.make_consumer(), do_consumer=pipes.do.make_consumer(), p_consumer=pipes.p.make_consumer(),
         tidx=128 + tidx)
     queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
@@ -226,15 +209,10 @@ def wait_for_keys(cfg: PairConfig, pipe: pipeline.PipelineTmaAsync, sX: cute.Ten
 def store_own_keys(cfg: PairConfig, mma: cute.TiledMma, acc: cute.Tensor, ring: cute.Tensor, mX: cute.Tensor,
                    tile: KeyTile):
     """dK or dV -> the slot of K or V -> rows below seqlen_k; not of a null pointer, a gradient that is not wanted."""
-    tidx, wg_idx = cute.arch.thread_idx()[0] % 128, cute.arch.thread_idx()[0] // 128 - 1
-    rX, slot = rounded(cfg, acc), ring[None, None, 0]
-    stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
-    thread_copy = cute.make_tiled_copy_C(stmatrix, mma).get_slice(tidx)
+    tidx, wg_idx, slot = cute.arch.thread_idx()[0] % 128, cute.arch.thread_idx()[0] // 128 - 1, ring[None, None, 0]
+    rX = rounded(acc, element_type(cfg))
     sync_consumers(cfg)                    # both have read what the other writes to
     if is_present(mX):
-        cute.copy(thread_copy, thread_copy.retile(rX), thread_copy.partition_D(slot))
+        write_slot(mma, rX, slot, tidx)
         sync_warpgroup(wg_idx)
-        gX = cute.local_tile(rows_from(cfg, tile.offset_k, mX[None, None, tile.kv_head, tile.batch]),
-                             (cfg.tile_n, cute.size(slot, mode=[1])), (tile.n_block, 0))
-        used = tile.seqlen_k - tile.n_block * cfg.tile_n, mX.shape[1]
-        store_used_rows(cfg, slot, gX, used, tidx, 128)
+        store_part(cfg, slot, 0, mX, (tile.n_block, tile.offset_k, tile.seqlen_k, tile.kv_head, tile.batch), tidx)

@@ -1,14 +1,14 @@
 """Which rows a CTA's number in the order of a launch (order.py) stands for."""
 from dataclasses import dataclass
+from typing import Optional
 
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
-from ...planning.backward import BackwardConfig
-from ...planning.one_side import OneSideConfig
+from ...planning.backward import GradientFields
 from ..common.order import block_and_head
 from ..common.sequences import Sequences
-from .blocks import Blocks
+from .blocks import Blocks, KeyTile
 from .order import heads_per_section
 
 
@@ -24,16 +24,22 @@ class Place:
     seqlen_k: Int32
     sequence: Int32
 
+    def keys(self, q_blocks: Blocks) -> KeyTile:
+        """The block, if it is of keys."""
+        return KeyTile(self.block, self.head, self.batch, self.offset_q, self.seqlen_q, self.offset_k, self.seqlen_k,
+                       q_blocks.first(self.sequence), self.sequence)
+
 
 @cute.jit
-def find_place(cfg: BackwardConfig | OneSideConfig, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
+def find_place(cfg: GradientFields, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
                index: Int32, in_sections: Constexpr[bool], is_reversed: Constexpr[bool],
-               least_heads: Int32 = 1) -> Place:
+               section: Optional[Int32] = None) -> Place:
     """At a place of the order. Runs on: whole warps.
 
     heads         (heads of the side that `blocks` are of, query heads of a KV head)
-    in_sections   blocks of some heads, least_heads at least, run side by side, unless lengths are on the device
+    in_sections   blocks of some heads run side by side, unless lengths are on the device
     is_reversed   the last blocks come first
+    section       how many heads; None: as many as share L2
     """
     num_heads, group = heads
     seqlen_q, seqlen_k, offset_q, offset_k = sequences.rows_q, sequences.rows_k, Int32(0), Int32(0)
@@ -48,7 +54,8 @@ def find_place(cfg: BackwardConfig | OneSideConfig, sequences: Sequences, blocks
     else:
         all_heads = num_heads * sequences.batch_size
         num_blocks = blocks.num_blocks // sequences.batch_size
-        section = heads_per_section(all_heads, group, seqlen_q, cfg.head_dim, num_blocks, least_heads)
+        if const_expr(section is None):
+            section = heads_per_section(all_heads, group, seqlen_q, cfg.head_dim, num_blocks)
         block, any_head = block_and_head(in_sections, is_reversed, index, num_blocks, all_heads, section)
         sequence = any_head // num_heads
         batch, head = sequence, any_head - sequence * num_heads

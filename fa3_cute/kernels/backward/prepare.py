@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
 from ...planning.backward import PREPARE_ARGUMENTS, PREPARE_THREADS, PREPARE_WARPS, BackwardConfig
 from ...planning.rings import WARP
@@ -25,6 +25,7 @@ from ..common.layout import element_type, lse_view, tensor_view
 from ..common.row_end import Sinks
 from ..common.sequences import Sequences, is_present
 from .blocks import Blocks, QueryTile, query_tile
+from .workspace import QUAD, first_quad, in_thread_order, per_block
 
 # Rows of O and of dO that a thread has on the way. A whole call, FP16, 32 x 512 tokens, hidden 2048, H200, 2026-11-29:
 # head_dim 128 490 to 492 us with 1, 486 to 488 with 2, 489 with 4; head_dim 64 the same with all of them.
@@ -63,14 +64,13 @@ class PrepareBackward:
         shape = (a.seqlen_q, a.head_dim_v if cfg.is_padded else cfg.head_dim, a.num_heads, batches)
         blocks = Blocks.create(cfg.tile_m, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
         lse = lse_view(a, batches)
-        per_block = lambda pointer, size: cute.make_tensor(pointer, cute.make_layout(
-            (size, blocks.num_blocks, a.num_heads), stride=(1, Int64(size), Int64(size) * blocks.num_blocks)))
+        part = lambda pointer, size: per_block(pointer, size, blocks, a.num_heads)
         params = PrepareParams(
             mO=tensor_view(a, "out", shape), mdO=tensor_view(a, "dout", shape), mLSE=lse,
-            mdLSE=cute.make_tensor(a.dlse, lse.layout), shift=per_block(a.shift, cfg.tile_m),
-            delta=per_block(a.delta, cfg.tile_m), dq_sum=per_block(a.dq_sum, cfg.tile_m * cfg.head_dim),
-            order=per_block(a.order, 1), tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
-            sink_sums=per_block(a.sink_sums, PREPARE_WARPS), sinks=Sinks.create(a),
+            mdLSE=cute.make_tensor(a.dlse, lse.layout), shift=part(a.shift, cfg.tile_m),
+            delta=part(a.delta, cfg.tile_m), dq_sum=part(a.dq_sum, cfg.tile_m * cfg.head_dim),
+            order=part(a.order, 1), tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
+            sink_sums=part(a.sink_sums, PREPARE_WARPS), sinks=Sinks.create(a),
             scale=a.softmax_scale)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, blocks, sequences).launch(
@@ -111,12 +111,12 @@ class PrepareBackward:
     @cute.jit
     def clear(self, params: PrepareParams, tile: QueryTile, thread: Int32):
         """dq_sum and order of the tile; the first CTA: tile_counter."""
-        zeros = cute.make_rmem_tensor(4, Float32)
+        zeros = cute.make_rmem_tensor(QUAD, Float32)
         zeros.fill(0.0)
-        target = params.dq_sum[None, tile.block, tile.head].iterator
-        for i in cutlass.range_constexpr(self.cfg.tile_m * self.cfg.head_dim // 4 // PREPARE_THREADS):
-            place = (target + 4 * (thread + i * PREPARE_THREADS)).align(16)
-            cute.autovec_copy(zeros, cute.make_tensor(place, cute.make_layout(4)))
+        start = first_quad(params.dq_sum[None, tile.block, tile.head].iterator, thread)
+        target = in_thread_order(start, self.cfg.tile_m * self.cfg.head_dim)
+        for i in cutlass.range_constexpr(cute.size(target, mode=[1])):
+            cute.autovec_copy(zeros, target[None, i, 0])
         if thread == 0:
             params.order[0, tile.block, tile.head] = Int32(0)
             if cute.arch.block_idx()[0] == 0:

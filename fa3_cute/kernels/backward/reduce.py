@@ -7,7 +7,7 @@ from cutlass.experimental import primitives
 from ...planning.backward import BackwardConfig
 from ..common.arithmetic import minimum
 from ..common.tile_ring import END, read_tile
-from .blocks import KeyTile, QueryRange, first_key_block, query_range
+from .blocks import KeyTile, QueryRange, first_key_block, key_tile_of, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
@@ -23,7 +23,7 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     """
     consumer = pipes.dq.make_consumer()
     tiles = pipes.tiles.make_consumer()
-    tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+    tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         num_passes, num_free, num_passed = queries.num_passes(params.group), Int32(0), Int32(0)
@@ -46,12 +46,12 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
-        tile = read_tile(smem.sTiles[None, tiles.wait().index], KeyTile)
+        tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
 
 
 def place_of(params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32) -> tuple[Int32, Int32]:
     """(block, head) of the i-th Q tile that passes."""
-    m_block, of_group = queries.passing(i, params.group)
+    m_block, of_group = queries.passing(i, params.group, tile.is_rising)
     return tile.first_q_block + m_block, tile.kv_head * params.group + of_group
 
 
@@ -71,7 +71,8 @@ def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries
     """Until all CTAs of the keys before these have added to the i-th Q tile; for how many of those that pass, from the
     first on, this is known to be so.
 
-    Each lane looks at another tile: a CTA that runs well behind the one before it looks once for 32 of them.
+    Each lane looks at another tile: a CTA that runs well behind the one before it looks once for 32 of them. The lane
+    that adds next, by the async proxy, comes after what all of them have acquired.
     """
     num_free, last = Int32(0), queries.num_passes(params.group) - 1
     while num_free <= i:
@@ -82,6 +83,8 @@ def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries
         taken = cute.arch.load(params.order[None, block, head].iterator, Int32, sem="acquire", scope="gpu")
         missing = ~cute.arch.vote_ballot_sync(taken == tile.n_block - first)
         num_free = i + cute.arch.popc((missing & -missing) - 1)      # the lanes before the first that misses some
+    cute.arch.sync_warp()
+    cute.arch.fence_proxy("async.global")
     return num_free
 
 

@@ -14,7 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Float32, Int32, Int64, const_expr
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import GradientFields
 from ...planning.one_side import OneSideConfig
 from ..common.arithmetic import LOG2_E, minimum
 from ..common.layout import CONVERT_CHUNK, ROW_STEP, as_rows_cols, col_offset
@@ -39,7 +39,7 @@ class Scores:
     mask: Optional[ScoreMask]
 
     @staticmethod
-    def create(cfg: BackwardConfig, a) -> Optional["Scores"]:
+    def create(cfg: GradientFields, a) -> Optional["Scores"]:
         """From a kernel's arguments, on the host; None of kernels that leave scores as they are."""
         if not (cfg.transforms_scores or cfg.attn_mask):
             return None

@@ -1,40 +1,43 @@
-"""From accumulators to rows of a gradient, through shared memory: 16 bytes of a row at a time."""
+"""From accumulators to rows of a gradient, through shared memory: 16 bytes of a row at a time. Who waits for whom in
+between is the kernels' own."""
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import BackwardConfig, GradientFields
 from ...planning.config import ROWS_PER_WARPGROUP
-from ..common.barriers import sync_warpgroup
 from ..common.copies import is_in_row, row_copy
-from ..common.layout import convert, element_type
-from ..common.sequences import is_present
+from ..common.layout import element_type
 from ..common.tiles import rows_from
-from .blocks import KeyTile
-from .bundles import BwdMmas
 
 
 @cute.jit
-def store_gradient(cfg: BackwardConfig, mmas: BwdMmas, acc: cute.Tensor, slot: cute.Tensor, mX: cute.Tensor,
-                   tile: KeyTile, tidx: Int32):
-    """acc (f32) -> `slot`, (tile_n, head_dim) of shared memory -> rows of dK or dV below seqlen_k. Not of a null
-    pointer: a gradient that is not wanted.
+def write_slot(mma: cute.TiledMma, rX: cute.Tensor, slot: cute.Tensor, thread: Int32,
+               is_transposed: Constexpr[bool] = False):
+    """An accumulator, rounded to 16 bits, -> a slot of shared memory, (rows, columns) as the GEMM has them.
 
-    Runs on: a consumer warpgroup, each its 64 keys.
+    Runs on: the GEMM's threads.
     """
-    wg_idx = tidx // 128
-    if is_present(mX):
-        rX = cute.make_rmem_tensor_like(acc, element_type(cfg))
-        convert(acc, rX)
-        stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), element_type(cfg))
-        thread_copy = cute.make_tiled_copy_C(stmatrix, mmas.dkv).get_slice(tidx)
-        cute.copy(thread_copy, thread_copy.retile(rX), thread_copy.partition_D(slot))
-        sync_warpgroup(wg_idx)
-        shape, block = (ROWS_PER_WARPGROUP, cfg.head_dim), tile.n_block * cfg.num_consumer_wgs + wg_idx
-        gX = cute.local_tile(rows_from(cfg, tile.offset_k, mX[None, None, tile.kv_head, tile.batch]), shape, (block, 0))
-        sX = cute.local_tile(slot, shape, (wg_idx, 0))
-        used = tile.seqlen_k - block * ROWS_PER_WARPGROUP, mX.shape[1]
-        store_used_rows(cfg, sX, gX, used, tidx % 128, 128)
+    stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(is_transposed, 4), rX.element_type)
+    thread_copy = cute.make_tiled_copy_C(stmatrix, mma).get_slice(thread)
+    cute.copy(thread_copy, thread_copy.retile(rX), thread_copy.partition_D(slot))
+
+
+@cute.jit
+def store_part(cfg: GradientFields, slot: cute.Tensor, part: Int32 | int, mX: cute.Tensor, where: tuple, tidx: Int32):
+    """64 rows of a slot, a warpgroup's, -> those rows of a gradient that the sequence has.
+
+    part    of the slot
+    where   (tile of as many rows as the slot has, first row of the sequence, its length, head, batch)
+    Runs on: a warpgroup.
+    """
+    index, offset, seqlen, head, batch = where
+    rows, columns = (cute.size(slot, mode=[mode]) for mode in (0, 1))
+    shape, block = (ROWS_PER_WARPGROUP, columns), index * (rows // ROWS_PER_WARPGROUP) + part
+    gX = cute.local_tile(rows_from(cfg, offset, mX[None, None, head, batch]), shape, (block, 0))
+    sX = cute.local_tile(slot, shape, (part, 0))
+    used = seqlen - block * ROWS_PER_WARPGROUP, mX.shape[1]
+    store_used_rows(cfg, sX, gX, used, tidx % 128, 128)
 
 
 @cute.jit

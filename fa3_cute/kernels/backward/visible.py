@@ -6,7 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import GradientFields
 from ..common.arithmetic import maximum, minimum
 from ..common.block_range import Window
 from ..common.layout import ROW_STEP, as_rows_cols, col_offset, fragment_col, fragment_row, unhoisted
@@ -29,7 +29,7 @@ class KeyMask:
     chunks: Optional[tuple[Int32, Int32]]     # first keys of its keys' chunks; None unless cfg.has_chunks
 
     @staticmethod
-    def create(cfg: BackwardConfig, window: Window, tile: KeyTile, tidx: Int32) -> "KeyMask":
+    def create(cfg: GradientFields, window: Window, tile: KeyTile, tidx: Int32) -> "KeyMask":
         """Of consumer thread `tidx`."""
         row = fragment_row(unhoisted(tidx) if cfg.is_dq_behind else tidx)    # else held in a register beside the key
         key, chunks = tile.n_block * cfg.tile_n + row, None

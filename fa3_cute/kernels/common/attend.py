@@ -246,8 +246,8 @@ class Attend:
 
     def start_qk(self, acc_S: cute.Tensor, k_slot: Int32):
         """S = Q K^T of one K slot, left in flight."""
-        tSrQ, tSrK = self.tSrQ[None, None, None, self.q_slot], self.tSrK[None, None, None, k_slot]
-        issue_gemm(self.mmas.qk, acc_S, tSrQ, tSrK, zero_init=True)
+        tSrQ = self.tSrQ if self.cfg.has_q_in_registers else self.tSrQ[None, None, None, self.q_slot]
+        issue_gemm(self.mmas.qk, acc_S, tSrQ, self.tSrK[None, None, None, k_slot], zero_init=True)
 
     def start_pv(self) -> pipeline.PipelineConsumer.ImmutableResourceHandle:
         """O += P V of the next V slot, which is returned, left in flight."""
@@ -297,7 +297,8 @@ def make_attend(cfg: KernelConfig, params, mmas: Mmas, smem, pipes, wg_idx: Int3
         row_mask = RowMask(cfg, cute.make_rmem_tensor(num_rows, Int64), scores.mask.is_paired)
     return Attend(
         cfg, mmas,
-        tSrQ=mmas.qk.make_fragment_A(wg_qk.partition_A(smem.sQ)),
+        tSrQ=mmas.qk.make_fragment_A(mmas.qk.partition_shape_A((cfg.tile_m, cfg.dim_qk)) if cfg.has_q_in_registers
+                                     else wg_qk.partition_A(smem.sQ)),
         tSrK=mmas.qk.make_fragment_B(wg_qk.partition_B(smem.wide_K if cfg.widens else smem.sK)),
         tOrV=mmas.pv.make_fragment_B(wg_pv.partition_B(smem.sVt)),
         tOrP=mmas.pv.make_fragment_A(mmas.pv.partition_shape_A((cfg.tile_m, cfg.tile_n))),

@@ -2,17 +2,24 @@
 
 Stored values are real / descale. q's and k's descale go into the factor of the scores, v's into the last normalisation.
 P = exp(S - max) lies in (0, 1] and E4M3 ends at 2^-9: the exponent gets P_SCALE_LOG2 more, which the row sum shares and
-the normalisation takes back; only LSE has to subtract it.
+the normalisation takes back; only LSE has to subtract it. The same where P is FP16, which ends at 2^-24, though queries
+are BF16: a row's many small P are not to be lost.
 """
 from dataclasses import dataclass
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
+from ...planning.config import KernelConfig
 from .sequences import is_present
 
 P_SCALE_LOG2 = 8                 # the largest P becomes 256 of E4M3's 448; small ones keep bits down to 2^-17
 SMALLEST_SCALE = 2.0 ** -126
+
+
+def p_scale_log2(cfg: KernelConfig) -> int:
+    """How much is added to the exponent of P."""
+    return P_SCALE_LOG2 if cfg.is_fp8 or cfg.widens and cfg.dtype == "bf16" else 0
 
 
 @dataclass(frozen=True)

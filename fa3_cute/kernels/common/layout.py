@@ -28,8 +28,14 @@ CONVERT_CHUNK = 8          # elements converted by one vector operation; see `co
 
 
 def element_type(cfg: KernelConfig):
-    """The CUTLASS type of Q, K and V in the GEMMs."""
+    """The CUTLASS type of Q and K in QK, and but for `value_type` of P and V in PV."""
     return ELEMENT_TYPES[cfg.dtype]
+
+
+def value_type(cfg: KernelConfig):
+    """The CUTLASS type of P and V in PV. Of V in FP8 that is widened it is FP16 always: E4M3 numbers are FP16 numbers,
+    into which one instruction takes two, into BF16 four; and P keeps 3 bits more (fp8.py)."""
+    return Float16 if cfg.widens else element_type(cfg)
 
 
 def stored_type(cfg: KernelConfig):
@@ -216,3 +222,10 @@ def convert(src: cute.Tensor, dst: cute.Tensor):
             part[j] = src[i * CONVERT_CHUNK + j]
         converted = cute.make_tensor(flat_dst.iterator + i * CONVERT_CHUNK, cute.make_layout(CONVERT_CHUNK))
         converted.store(part.load().to(dst.element_type))
+
+
+def rounded(acc: cute.Tensor, element) -> cute.Tensor:
+    """A copy of an accumulator in another type, such as that of a GEMM's operands."""
+    out = cute.make_rmem_tensor_like(acc, element)
+    convert(acc, out)
+    return out

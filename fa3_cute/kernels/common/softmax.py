@@ -4,7 +4,7 @@ row_max    running maximum of the raw scores
 row_sum    running sum of exp2(scale_log2 * (score - row_max)), per thread until the row's end (row_end.py)
 row_scale  what O must still be multiplied with since row_max last moved
 
-FP8 holds P and row_sum 2^p_scale_log2 times as large (fp8.py).
+P and row_sum are 2^p_scale_log2 times as large (fp8.py).
 """
 import enum
 import math
@@ -17,7 +17,7 @@ from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
 from ...planning.config import KernelConfig
 from .arithmetic import maximum
-from .fp8 import P_SCALE_LOG2
+from .fp8 import p_scale_log2
 from .layout import as_rows_cols
 
 THREADS_PER_ROW = 4   # of a WGMMA accumulator
@@ -73,7 +73,7 @@ class OnlineSoftmax:
         row_max, row_sum, row_scale = (cute.make_rmem_tensor(num_rows, Float32) for _ in range(3))
         if cfg.has_descales and not cfg.transforms_scores:
             scale_log2 = by_head(cfg, num_rows, scale_log2)
-        return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, num_used, P_SCALE_LOG2 if cfg.is_fp8 else 0,
+        return OnlineSoftmax(scale_log2, row_max, row_sum, row_scale, num_used, p_scale_log2(cfg),
                              cfg.has_natural_scores)
 
     def scale_of(self, r: int) -> Float32:

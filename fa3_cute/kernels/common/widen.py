@@ -11,7 +11,7 @@ from ...planning.config import KernelConfig
 from ...planning.rings import WARP
 from ...planning.stored_keys import NUM_WIDEN_WARPS
 from .copies import PIECE_BYTES
-from .layout import SwizzledRow, element_type
+from .layout import SwizzledRow
 
 
 class WideRing(pipeline.PipelineAsync):
@@ -33,7 +33,7 @@ class WideRing(pipeline.PipelineAsync):
 
 @cute.jit
 def widen(cfg: KernelConfig, stored: cute.Tensor, wide: cute.Tensor, thread: Int32):
-    """A warp's share of a tile, (tile_n, columns), from FP8 to cfg.dtype.
+    """A warp's share of a tile, (tile_n, columns), from FP8 to the element type of `wide`.
 
     A lane has a row of each 32, and of it the warp's pieces: 8 lanes then read, and write, 8 different groups of banks.
     Runs on: the warps that widen K or V, each by itself.
@@ -49,10 +49,10 @@ def widen(cfg: KernelConfig, stored: cute.Tensor, wide: cute.Tensor, thread: Int
         cute.autovec_copy(cute.make_tensor(pointer, cute.make_layout(PIECE_BYTES)), read[i])
     for i in cutlass.range_constexpr(len(places)):
         row, byte = places[i]
-        converted = cute.make_rmem_tensor(PIECE_BYTES, element_type(cfg))
-        converted.store(read[i].load().to(element_type(cfg)))
+        converted = cute.make_rmem_tensor(PIECE_BYTES, wide.element_type)
+        converted.store(read[i].load().to(wide.element_type))
         halves = cute.make_layout(PIECE_BYTES // 2)
         for half in cutlass.range_constexpr(2):
-            pointer = target.pointer(element_type(cfg), 2 * byte + half * PIECE_BYTES, row)
+            pointer = target.pointer(wide.element_type, 2 * byte + half * PIECE_BYTES, row)
             part = cute.make_tensor(converted.iterator + half * PIECE_BYTES // 2, halves)
             cute.autovec_copy(part, cute.make_tensor(pointer, halves))

@@ -49,7 +49,7 @@ class DecodeParams:
 @dataclass(frozen=True)
 class DecodeLayouts:
     """Staged, swizzled shared-memory layouts."""
-    sQ: cute.ComposedLayout        # (tile_m, dim_qk, 1)
+    sQ: Optional[cute.ComposedLayout]      # (tile_m, dim_qk, 1); None if cfg.has_q_in_registers
     sK: cute.ComposedLayout        # (tile_n, dim_qk, num_kv_stages)
     sV: cute.ComposedLayout        # (tile_n, dim_v, num_kv_stages)
     sVt: Optional[cute.ComposedLayout]     # (dim_v, tile_n, num_kv_stages): V^T; None unless cfg.values.is_transposed
@@ -63,7 +63,7 @@ class DecodeSmem:
     partials_arrived: cute.Pointer # mbarrier: all rows that this CTA owns are here
     sArrived: cute.Tensor          # (1,) int32: how many CTAs had arrived at the item before this one
     sPartialLSE: cute.Tensor       # (partial_lines,) f32, as sPartial
-    sQ: cute.Tensor
+    sQ: Optional[cute.Tensor]
     sK: cute.Tensor
     sV: cute.Tensor
     wide_K: Optional[cute.Tensor]  # None unless cfg.widens, as wide_V
