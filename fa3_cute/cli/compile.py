@@ -9,7 +9,9 @@ head_dim_v and FP8 caches, dense, in a cache and in pages; head dims between tho
 rotates or merges. Options choose among them; --varlen, --head-dim, --q-v and --page-size leave the tables' alone.
 
 --page-size has the kernels of pages of one size. Those of softcap, ALiBi, masks, chunks, dropout and functions in
-Python are not compiled here: warmup(params) compiles what a call needs.
+Python are not compiled here: warmup(params) compiles what a call needs. --append has what appends ahead of attention,
+and some decode kernels that append themselves; all of those with --head-dim, a mask or --page-size, without which they
+are of a cache without pages.
 """
 
 import json
@@ -24,10 +26,12 @@ from ..planning.backward_kernels import ROWS, KernelOfPass, kernels_of, pass_con
 from ..planning.merge import MergeConfig
 from ..planning.mla import MlaConfig
 from ..planning.operations import Config
+from ..planning.selections import appending_configs
 from .kernels import (
     HEAD_DIMS,
     Dims,
     appending,
+    appending_steps,
     beside_tables,
     dim_fields,
     fitted,
@@ -49,7 +53,7 @@ DTYPES, OUT_DTYPES = (*ELEMENT_BYTES, PARTIAL), (*FP8_OUT_DTYPES, PARTIAL)
 # Options of attention's kernels, which others do not differ in.
 OF_ATTENTION = ("varlen", "page_size", "head_dim", "head_dim_v", "q_v", "masks", "all")
 MISPLACED = {
-    "append": (*OF_ATTENTION, "out_dtype"),
+    "append": ("varlen", "q_v", "all", "out_dtype"),
     "merge": (*OF_ATTENTION, "kv_dtype"),
 }
 
@@ -63,7 +67,11 @@ def add_arguments(parser) -> None:
     )
     operation = parser.add_mutually_exclusive_group()
     operation.add_argument("--decode", action="store_true", help="only the decode kernels")
-    operation.add_argument("--append", action="store_true", help="what appends to a cache and rotates, instead")
+    operation.add_argument(
+        "--append",
+        action="store_true",
+        help="what appends to a cache and rotates, instead; with head dims, pages or a mask decode that does it itself",
+    )
     operation.add_argument("--merge", action="store_true", help="what merges attention's results, instead")
     operation.add_argument(
         "--backward",
@@ -157,12 +165,23 @@ def configs_of(args) -> list[Any]:
     """Every kernel that the options name, each once."""
     dtypes = args.dtype or DTYPES
     if args.append:
-        return appending(dtypes, args.kv_dtype or ELEMENT_BYTES)
+        return append_configs(args)
     if args.merge:
         return merging(dtypes, args.out_dtype or DTYPES)
     if args.backward:
         return backward_configs(args)
     return forward_configs(args)
+
+
+def append_configs(args) -> list[Any]:
+    """What appends ahead of attention, and some decode kernels that do it themselves; where head dims, pages or masks
+    are named, which only these differ in, all of those."""
+    dtypes, kv_dtypes = args.dtype or DTYPES, args.kv_dtype or ELEMENT_BYTES
+    ahead, steps = appending(dtypes, kv_dtypes), appending_configs()
+    if args.head_dim or args.masks or args.page_size is not None:
+        ahead, steps = [], appending_steps(asked_dims(args), args.page_size or 0)
+    found = [cfg for cfg in steps if cfg.dtype in dtypes and cfg.dtype in kv_dtypes and has_mask(cfg, args)]
+    return list(dict.fromkeys([*ahead, *found]))
 
 
 def asked_dims(args) -> list[Dims]:

@@ -1,7 +1,8 @@
 """Says what `forward` would do with a problem of these sizes: every reason to refuse it, in the order in which it finds
-them, else the kernels that are launched, in their order: what appends and rotates, then the kernel that serves it, or
-the two of a mixed batch; their grids, their tiles and the measurement behind that choice, and for decode how K and V
-are split. Needs no GPU and compiles nothing; exit status 1 if the problem would be refused.
+them, else the kernels that are launched, in their order: what appends and rotates, unless a decode kernel does that
+itself, then the kernel that serves it, or the two of a mixed batch; their grids, their tiles and the measurement behind
+that choice, and for decode how K and V are split. Needs no GPU and compiles nothing; exit status 1 if the problem would
+be refused.
 
 Tensors are taken to be contiguous. Of a tile's numbers the first are its own, those of other tiles follow
 (planning/tables.py says on which machine); they are of kernels that do nothing else to scores. Workspace bytes are
@@ -23,6 +24,7 @@ from ..contract.status import Problem
 from ..planning import backward_launch
 from ..planning.append import ROTARY, AppendConfig
 from ..planning.backward_kernels import reason_of
+from ..planning.decode_append import ONE_LAUNCH, AppendingConfig
 from ..planning.one_side import OneSidePass
 from ..planning.operations import Config, Launch, checked, operation_of
 from ..planning.problem import ProblemShape
@@ -274,6 +276,7 @@ def facts_of(launch: Launch, shape: ProblemShape) -> dict:
         "reason": launch.reason,
         "reason_unit": reason_unit(cfg),
         "plan": plan and plan._asdict() | {"ctas_per_sm": ctas_per_sm(cfg, plan)},
+        "appends": ONE_LAUNCH if isinstance(cfg, AppendingConfig) else "",
     }
 
 
@@ -355,6 +358,8 @@ def lines_of(facts: dict):
     yield "tile", tile + "; ping-pong" * cfg.get("use_pingpong", False)
     yield "measured", facts["reason"]
     yield "", f"({facts['reason_unit']})"
+    if facts["appends"]:
+        yield "appends", f"itself: {facts['appends']}"
     packed_heads = (plan or cfg)["packed_heads"]
     if plan or packed_heads > 1:
         yield "heads", f"{packed_heads} query heads share a tile"

@@ -21,10 +21,12 @@ from ..contract.mla import SMALLEST_PAGE
 from ..contract.status import Problem
 from ..planning.append import all_append_configs
 from ..planning.config import DecodeConfig, FwdConfig
+from ..planning.decode_append import AppendingConfig, may_append
+from ..planning.decode_append import appending as with_append
 from ..planning.merge import all_merge_configs
 from ..planning.mla import MlaConfig, all_mla_configs
 from ..planning.score_features import Features
-from ..planning.selections import cached_fp8_configs, dim_configs, mla_configs
+from ..planning.selections import appending_configs, cached_fp8_configs, dim_configs, mla_configs
 from ..planning.tables import (
     DENSE,
     KeySource,
@@ -133,8 +135,8 @@ def may_be_partial(cfg: FwdConfig | DecodeConfig) -> bool:
 def beside_tables() -> list[Any]:
     """What stands for kernels that are too many to be in the tables: those that tests choose, of 512 columns of V, of
     head_dim_v and of columns that tiles have and tensors have not, of 16-bit queries over FP8 keys; those of a cache
-    and of pages; and all that append, rotate and merge."""
-    selections = mla_configs(), dim_configs(), cached_fp8_configs()
+    and of pages; decode steps that append; and all that append and rotate ahead of attention, and that merge."""
+    selections = mla_configs(), dim_configs(), cached_fp8_configs(), appending_configs()
     launched_beside = all_append_configs(), all_merge_configs()
     return [cfg for configs in (*selections, over_caches(), *launched_beside) for cfg in configs]
 
@@ -154,8 +156,19 @@ def over_caches() -> list[Any]:
 
 
 def appending(dtypes: Collection[str], kv_dtypes: Collection[str]) -> list[Any]:
-    """What appends rows of such types to caches of such types, or rotates."""
+    """What appends rows of such types to caches of such types, or rotates, ahead of attention."""
     return [cfg for cfg in all_append_configs() if cfg.dtype in dtypes and (cfg.kv_dtype or cfg.dtype) in kv_dtypes]
+
+
+def appending_steps(dims: Collection[Dims], page_size: int) -> list[AppendingConfig]:
+    """Every decode kernel that appends a row to each sequence itself, over a cache or over pages; dims: of tensors of
+    these columns, if any are named. Rotary tables are of the other 16-bit type nowhere."""
+    found: list[Any] = [cfg for cfg in of_tables(page_size) if may_append(cfg)]
+    if dims:
+        served = [(cfg, own) for cfg in found for own in dims if not problem_of(cfg.dtype, None, own, False)]
+        found = [other for cfg, own in served if (other := fitted(cfg, own, page_size)) and may_append(other)]
+    turned = [cfg for cfg in all_append_configs() if not cfg.kv_dtype]
+    return [with_append(cfg, own.rotary, own.table_dtype) for cfg in found for own in turned if own.dtype == cfg.dtype]
 
 
 def merging(dtypes: Collection[str], out_dtypes: Collection[str]) -> list[Any]:

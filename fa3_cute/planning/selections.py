@@ -10,6 +10,7 @@ from .backward import TABLE as BACKWARD
 from .backward import BackwardConfig
 from .backward_kernels import ROWS, KernelOfPass, kernels_of, pass_config
 from .config import DecodeConfig, FwdConfig
+from .decode_append import AppendingConfig, appending
 from .decode_rows import DECODE
 from .key_source import PAGE_BOXES
 from .mla import MlaConfig, mla_config
@@ -144,6 +145,20 @@ def cached_fp8_configs() -> list[DecodeConfig]:
     sources = [KeySource(True), KeySource(True, 16), KeySource(True, 1), KeySource(True, 64)]
     others = [fp8_cache_configs(source) for source in (*sources, *sources)]
     return [*fp8_cache_configs(), *(configs[number] for number, configs in enumerate(others))]
+
+
+def appending_configs() -> list[AppendingConfig]:
+    """Of decode steps that append some that stand for all: over a cache, pages and rows, with each way that rotary
+    pairs lie, and without; one with fewer columns of V than of K."""
+    cached, pages, rows = KeySource(True), KeySource(True, 64, True), KeySource(True, 1)
+    fewer = frozenset({("head_dim_v", VALUE_DIMS[2, 192])})
+    return [
+        appending(decode_config("bf16", 128, False, source=cached), "halves", "bf16"),
+        appending(decode_config("bf16", 128, False, source=pages), "halves", "bf16"),
+        appending(decode_config("fp16", 64, True, source=rows), "neighbours", "fp32"),
+        appending(decode_config("fp16", 256, True, source=pages), "", ""),
+        appending(decode_config("bf16", 192, False, features=fewer, source=cached), "halves", "bf16"),
+    ]
 
 
 def mla_configs() -> list[MlaConfig]:

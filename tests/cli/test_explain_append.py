@@ -8,6 +8,7 @@ from commands import answer
 from fa3_cute.cli import explain, main
 from fa3_cute.contract.params import DataType
 from fa3_cute.planning.append import append_config
+from fa3_cute.planning.decode_append import ONE_LAUNCH, appending
 from fa3_cute.planning.mla import mla_config
 from fa3_cute.planning.tables import KeySource, decode_config, forward_config
 
@@ -62,6 +63,31 @@ def test_what_is_ahead_comes_first(argv, ahead, attention, grid, capsys):
     assert printed.startswith(f"kernel    {ahead.name}\ngrid      {grid[0]}")
     assert printed.index(ahead.name) < printed.index(f"kernel    {attention.name}\n")
     assert printed.endswith(f"workspace {said['workspace_bytes']} bytes\n") and said["workspace_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "argv, rotary, page_size",
+    [
+        (["--append", "1"], ("", ""), 0),
+        (["--append", "1", "--rotary", "neighbours", "--rotary-dtype", "fp32"], ("neighbours", "fp32"), 0),
+        (["--append", "1", "--rotary", "halves", "--page-size", "64"], ("halves", "bf16"), 64),
+    ],
+)
+def test_one_row_is_one_launch(argv, rotary, page_size, capsys):
+    """With the grid and the splits of the step without it; what it spares is said."""
+    sizes = [*STEP, "--seqlen-k", "8192"]
+    status, said = answer(capsys, "explain", *sizes, *argv)
+    cfg = appending(decode_config("bf16", 128, False, source=KeySource(True, page_size, page_size > 0)), *rotary)
+    assert (status, said["kernel"], said["before"], said["appends"]) == (0, cfg.name, [], ONE_LAUNCH)
+    assert (said["config"]["rotary"], said["config"]["table_dtype"]) == rotary
+    pages = ["--page-size", "64"] if page_size else ["--seqused"]
+    _, without = answer(capsys, "explain", *sizes, *pages)
+    same = "grid", "threads", "plan", "reason", "workspace_bytes"
+    assert without["appends"] == "" and [said[name] for name in same] == [without[name] for name in same]
+    assert said["grid"] == [said["plan"]["num_clusters"] * said["plan"]["cluster_size"], 1, 1]
+    assert main(["explain", *sizes, *argv]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"kernel    {cfg.name}\n") and f"\nappends   itself: {ONE_LAUNCH}\n" in printed
 
 
 def test_a_prompt_that_rotates(capsys):

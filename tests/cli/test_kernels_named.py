@@ -8,11 +8,13 @@ import pytest
 from fa3_cute.cli import compile as compile_command
 from fa3_cute.cli import explain, kernels, main
 from fa3_cute.cli import inspect as inspect_command
+from fa3_cute.contract.formats import HEAD_DIMS
 from fa3_cute.planning.append import all_append_configs, append_config
 from fa3_cute.planning.config import DecodeConfig, FwdConfig
 from fa3_cute.planning.merge import all_merge_configs, merge_config
 from fa3_cute.planning.mla import mla_config
 from fa3_cute.planning.selections import (
+    appending_configs,
     backward_dim_configs,
     cached_fp8_configs,
     dim_configs,
@@ -122,11 +124,38 @@ def test_compile_of_fp8_caches(page_size, source):
 
 
 def test_compile_of_appends_and_merges():
-    assert named("--append") == all_append_configs() and named("--merge") == all_merge_configs()
+    assert named("--append") == [*all_append_configs(), *appending_configs()]
+    assert named("--merge") == all_merge_configs()
     into = named("--append", "--dtype", "bf16", "--kv-dtype", "fp8_e4m3")
     assert {(cfg.dtype, cfg.kv_dtype) for cfg in into} == {("bf16", "fp8_e4m3")} and len(into) == 5
     assert named("--merge", "--dtype", "fp32", "--out-dtype", "bf16") == [merge_config("fp32", "bf16")]
     assert all(isinstance(cfg, FwdConfig | DecodeConfig) for cfg in named("--all", "--varlen"))
+
+
+@pytest.mark.parametrize("dims", [["--head-dim", "128"], ["--head-dim", "192", "--head-dim-v", "128"]], ids=str)
+@pytest.mark.parametrize(
+    "call, options",
+    [([], []), (["--page-size", "64"], ["--page-size", "64"]), (["--page-size", "16"], ["--page-size", "16"])],
+    ids=lambda words: " ".join(words),
+)
+@pytest.mark.parametrize("rotary", [[], ["--rotary", "halves"], ["--rotary", "neighbours", "--rotary-dtype", "fp32"]])
+def test_compile_names_decode_steps_that_append(dims, call, options, rotary):
+    """What one launch serves, of each source of K and V and of each way to rotate; of one mask where it is named."""
+    every = named("--append", *options, *dims, "--dtype", "bf16")
+    assert len({cfg.name for cfg in every}) == len(every) == 10 and {cfg.dtype for cfg in every} == {"bf16"}
+    step = ["--mode", "decode", "--append", "1", *call, *dims, *rotary]
+    for window, mask in ([], "--full"), (["--window", "99,0"], "--local"):
+        (name,) = launched(*step, *window)
+        of_mask = named("--append", *options, *dims, "--dtype", "bf16", mask)
+        assert name in {cfg.name for cfg in of_mask} and len(of_mask) == 5 and {*of_mask} < {*every}
+
+
+def test_compile_of_appends_without_kernels():
+    """FP8 and columns that tiles have not are appended ahead of attention."""
+    assert named("--append", "--head-dim", "72") == named("--append", "--head-dim", "128", "--dtype", "fp8_e4m3") == []
+    assert named("--append", "--page-size", "0", "--kv-dtype", "fp8_e4m3") == []
+    assert len(named("--append", "--page-size", "0")) == 2 * 2 * 5 * len(HEAD_DIMS)
+    assert {*named("--all", "--decode")} >= {*appending_configs()}
 
 
 def test_compile_of_partial_results():
@@ -146,7 +175,8 @@ def test_compile_of_gradients_of_other_dims():
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--append", "--head-dim", "64"], "--head-dim: not with --append"),
+        (["--append", "--varlen"], "--varlen: not with --append"),
+        (["--append", "--q-v"], "--q-v: not with --append"),
         (["--merge", "--causal"], "--masks: not with --merge"),
         (["--backward", "--kv-dtype", "bf16"], "there are no such kernels"),
         (["--head-dim-v", "128"], "--head-dim-v: only with --head-dim"),

@@ -68,27 +68,10 @@ def recorded() -> list:
     of all types, and some of decode steps that append."""
     from fa3_cute.planning.append import all_append_configs
     from fa3_cute.planning.merge import all_merge_configs
-    from fa3_cute.planning.selections import all_configs, backward_kernels, mla_configs
+    from fa3_cute.planning.selections import all_configs, appending_configs, backward_kernels, mla_configs
 
     beside = *all_merge_configs(), *all_append_configs(), *appending_configs()
     return [*all_configs(), *mla_configs(), *backward_kernels(), *beside]
-
-
-def appending_configs() -> list:
-    """Decode steps that append: of every source of K and V, with each way that rotary pairs lie, and without."""
-    from fa3_cute.planning.decode_append import appending
-    from fa3_cute.planning.tables import KeySource, decode_config
-
-    dense, pages, rows = KeySource(True), KeySource(True, 64, True), KeySource(True, 1)
-    return [
-        appending(decode_config(dtype, head_dim, is_local, source=source), rotary, table)
-        for dtype, head_dim, is_local, source, rotary, table in (
-            ("bf16", 128, False, dense, "halves", "bf16"),
-            ("bf16", 128, False, pages, "halves", "bf16"),
-            ("fp16", 64, True, rows, "neighbours", "fp32"),
-            ("fp16", 256, True, pages, "", ""),
-        )
-    ]
 
 
 def environment() -> str:

@@ -86,7 +86,8 @@ class AppendKeys:
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         length_ctas = ceil_div(a.batch_size, cfg.num_threads) if a.num_new > 0 else Int32(0)
         heads = maximum(a.num_heads if a.num_queries > 0 else Int32(0), a.num_heads_k)
-        self.kernel(t, Rows.create(a), Cache.create(a, cfg.kv_dtype != ""), rotary, work).launch(
+        cache = Cache.create(a, (a.head_dim, a.head_dim_v), cfg.kv_dtype != "")
+        self.kernel(t, Rows.create(a), cache, rotary, work).launch(
             grid=(a.num_queries + a.num_new + length_ctas,
                   ceil_div(heads * pieces, cfg.num_threads), 1),
             block=(cfg.num_threads, 1, 1), use_pdl=True, stream=a.stream)

@@ -15,7 +15,7 @@ MAX_PAGES_OF_ROW = 1 << 30      # of the table; a sequence's used pages are fewe
 
 @dataclass(frozen=True)
 class Cache:
-    """K and V (rows, head_dim, heads, entries), rows those of an entry or of a page.
+    """K (rows, head_dim, heads, entries), V with head_dim_v columns; rows those of an entry or of a page.
 
     table       (rows of the table, pages) int32, kv_batch_idx int32 [batch_size]; null if absent
     page_size   1 without pages
@@ -33,11 +33,11 @@ class Cache:
     v_descale: cute.Tensor | None
 
     @staticmethod
-    def create(a, has_descales: bool) -> "Cache":
-        """From the kernel's arguments, on the host."""
-        # Extents mean nothing to ordinary loads and stores: those of pages are others.
-        shape = a.seqlen_k, a.head_dim, a.num_heads_k, a.batch_size_k
-        mK, mV = (tensor_view(a, name, shape) for name in ("k", "v"))
+    def create(a, dims: tuple[Int32 | int, Int32 | int], has_descales: bool) -> "Cache":
+        """From the kernel's arguments, on the host. dims: columns of K and of V; whoever writes a row stays in them."""
+        # The other extents mean nothing to ordinary loads and stores: those of pages are others.
+        mK, mV = (tensor_view(a, name, (a.seqlen_k, columns, a.num_heads_k, a.batch_size_k))
+                  for name, columns in zip("kv", dims, strict=True))
         table = cute.make_tensor(a.page_table, cute.make_layout(
             (a.batch_size_k, MAX_PAGES_OF_ROW), stride=(a.page_table_batch_stride, 1)))
         descales = None, None

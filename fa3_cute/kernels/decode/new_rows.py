@@ -43,9 +43,10 @@ class NewRows:
     @staticmethod
     def create(cfg, a) -> "NewRows":
         """From the kernel's arguments, on the host."""
+        dims = cfg.dim_qk, cfg.dim_v
         mK, mV = (tensor_view(a, name, (1, columns, a.num_heads_k, a.batch_size))
-                  for name, columns in (("k_new", cfg.dim_qk), ("v_new", cfg.dim_v)))
-        return NewRows(mK, mV, Cache.create(a, False),
+                  for name, columns in zip(("k_new", "v_new"), dims, strict=True))
+        return NewRows(mK, mV, Cache.create(a, dims, False),
                        cute.make_tensor(a.seqlens_rotary, cute.make_layout(a.batch_size)),
                        Rotary.create(a, cfg.table_dtype) if cfg.rotary else None)
 
