@@ -14,6 +14,7 @@ import pytest
 
 import fa3_cute
 from fa3_cute.cli import COMMANDS, main
+from fa3_cute.planning.selections import appending_configs
 from fa3_cute.planning.tables import all_decode_configs, all_forward_configs, configs_over
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +119,9 @@ def test_explanations_are_what_explain_prints(capsys):
 
 def test_kernels_exist():
     """But for those of `dev`, which are of one's own choice."""
-    known = {cfg.name for cfg in (*all_forward_configs(), *all_decode_configs(), *configs_over(0))}
+    known = {
+        cfg.name for cfg in (*all_forward_configs(), *all_decode_configs(), *configs_over(0), *appending_configs())
+    }
     named = set(re.findall(r"\b(?:fwd|decode)_(?:bf16|fp16)_\w+", TEXT.replace(section("dev"), "")))
     assert len(named) >= 5 and named <= known
 
