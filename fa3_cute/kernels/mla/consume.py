@@ -46,7 +46,7 @@ def consume_split(cfg: MlaConfig, params: MlaParams, mmas: MlaMmas, smem: MlaSme
     expect_partials(cfg, params, smem, work, tidx)
     if const_expr(cfg.has_qv):
         read_Qv(cfg, params, smem, work, tidx)
-    read_Q(cfg, params, smem, work, tidx)
+    read_Q(cfg, params, smem, work, tidx, Int32(0))
     if cute.arch.make_warp_uniform(tidx // 128) == 0:
         lead(cfg, params, mmas, smem, pipes, work, tidx)
     else:
