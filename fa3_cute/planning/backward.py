@@ -182,10 +182,10 @@ class BackwardConfig(GradientFields):
         return self.is_dq_behind and (self.is_local or self.has_alibi)
 
     @property
-    def alternates(self) -> bool:
+    def has_directions(self) -> bool:
         """Past some tiles of keys the first queries go first, past the others the last ones: see order.py. With
         features of scores some kernels would spill."""
-        return self.is_causal and not (self.is_varlen or self.is_deterministic or self.feature_names)
+        return self.is_causal and not (self.is_varlen or self.feature_names)
 
     @property
     def is_dq_in_turns(self) -> bool:

@@ -27,6 +27,11 @@ STEPS_APART = 3          # Q tiles between the starts of neighbouring tiles of k
                          # passing a turn on takes two; no other number was measured
 
 
+def rows_in_l2(head_dim: int) -> int:
+    """Of Q, dO and dQ."""
+    return L2_BYTES // (BYTES_PER_VALUE * head_dim)
+
+
 def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim: int, num_blocks: Int32,
                       least: Int32 = 1) -> Int32:
     """KV heads, of any batch entry, whose Q, dO and dQ share L2, in sections of about equal size; `least` at least.
@@ -35,7 +40,7 @@ def heads_per_section(num_heads: Int32, group: Int32, seqlen_q: Int32, head_dim:
     and V of 4096 keys, 13 % of the time of 4 causal sequences of 64 heads, if a tile takes as long as it has Q tiles
     (of 128, 1 %).
     """
-    most = L2_BYTES // (BYTES_PER_VALUE * head_dim) // maximum(seqlen_q * group, 1)
+    most = rows_in_l2(head_dim) // maximum(seqlen_q * group, 1)
     most = minimum(maximum(maximum(most, ceil_div(MIN_TILES, maximum(num_blocks, 1))), least), num_heads)
     return ceil_div(num_heads, ceil_div(num_heads, most))
 
