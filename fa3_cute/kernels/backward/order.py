@@ -11,17 +11,17 @@ is found there by those that are at the same queries, however many heads share t
 Dense causal blocks start together in the first section of a tile for each CTA, and are together: at the last queries.
 They end one after the other, the last keys first; so those of the next section start one after the other, the longest
 first. Were the last queries the first again, each block would be as far behind the one before it as it started later,
-and all of them together spread over all queries of a section: 134 MB of Q, dO and dQ of 4 KV heads with 8 heads each of
-4096 queries. With the first queries first each starts, at its diagonal, where those before it have come to; they end
-together, at the last queries, as the third section starts. So directions alternate: of 4 x 4096 queries of 64:8 heads
-of 128 columns 1.2 GB are read from memory where it were 8.6, and a call takes 5.5 ms instead of 6.3 (BF16, causal, H200,
-2026-11-30).
+and all of them together spread over all queries of a section: 134 MB of Q, dO and dQ of 4 KV heads with 8 heads each
+of 4096 queries. With the first queries first each starts, at its diagonal, where those before it have come to; they
+end together, at the last queries, as the third section starts. So directions alternate: of 4 x 4096 queries of 64:8
+heads of 128 columns 1.2 GB are read from memory where it were 8.6, and a call takes 5.5 ms instead of 6.3 (BF16,
+causal, H200, 2026-11-30).
 
-Deterministic: the CTAs add to a block of dQ in the order in which they took their keys; what one waits for is with a CTA
-that runs, or done. Dense causal blocks of a section that share L2 are taken from the last keys on, and queries pass each
-from its diagonal up: where they start together, a block of queries meets the keys at its diagonal first, those before
-them a block of keys' queries later, and so on, which is the order in which they add: nobody waits. Others start a few Q
-tiles apart, in larger sections.
+Deterministic: the CTAs add to a block of dQ in the order in which they took their keys; what one waits for is with a
+CTA that runs, or done. Dense causal blocks of a section that share L2 are taken from the last keys on, and queries
+pass each from its diagonal up: where they start together, a block of queries meets the keys at its diagonal first,
+those before them a block of keys' queries later, and so on, which is the order in which they add: nobody waits. Others
+start a few Q tiles apart, in larger sections.
 """
 from cutlass import Int32
 

@@ -15,8 +15,8 @@ from .bundles import BwdParams, BwdPipelines, BwdSmem
 def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
     """Per Q tile and warpgroup: its part from shared memory, added in FP32 (PTX ISA, "cp.reduce.async.bulk").
 
-    Deterministic: the CTAs add to a block in the order in which they take their keys. A turn is passed on a Q tile later, when what was
-    added has long arrived, or before the CTA waits for its own.
+    Deterministic: the CTAs add to a block in the order in which they take their keys. A turn is passed on a Q tile
+    later, when what was added has long arrived, or before the CTA waits for its own.
 
     Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as
     it is read.
