@@ -117,7 +117,7 @@ class BackwardConfig(GradientFields):
     dtype             of Q, K, V, O and dO: "fp16" or "bf16"; P and dS are rounded to it, accumulation is FP32
     mask              "full", "causal" or "local"
     is_varlen         lengths are on the device
-    is_deterministic  the CTAs add to dQ in the order of their keys
+    is_deterministic  the CTAs add to dQ in the order in which they take their keys
     tile_m            queries of a Q tile
     is_dq_transposed  dQ^T = K^T dS^T, each warpgroup its columns of dQ, for which tile_m need not be a multiple of 64
                       per warpgroup; else dQ = dS K, each its rows, or of 64 rows the warpgroups all of it in turns
@@ -182,10 +182,10 @@ class BackwardConfig(GradientFields):
         return self.is_dq_behind and (self.is_local or self.has_alibi)
 
     @property
-    def alternates(self) -> bool:
+    def has_directions(self) -> bool:
         """Past some tiles of keys the first queries go first, past the others the last ones: see order.py. With
         features of scores some kernels would spill."""
-        return self.is_causal and not (self.is_varlen or self.is_deterministic or self.feature_names)
+        return self.is_causal and not (self.is_varlen or self.feature_names)
 
     @property
     def is_dq_in_turns(self) -> bool:

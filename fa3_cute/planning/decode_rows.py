@@ -45,17 +45,19 @@ DECODE = {
     (1, 96): DecodeRow(128, 4, 2, 1.3, "4x2k 5.5, 1x32k 9.5, 16x8k 22.0, 64x8k 32:8 246"),
     (1, 128): DecodeRow(
         128,
-        6,
-        1,
-        1.1,
-        "4x2k 5.6, 1x32k 10.0, 16x8k 23.8, 64x8k 32:8 281; 64x12x1 6.1, 11.1, 28.1, "
-        "370; 32x12x2 7.2, 11.7, 26.6, 335; 64x6x2, which spills 24 bytes, 256",
+        3,
+        2,
+        1.15,
+        "4x2k 5.8, 1x32k 11.2, 16x8k 23.8, 64x8k 32:8 244; 128x6x1 5.7, 10.9, 23.0, 322: a chain of one warpgroup; "
+        "64x6x2 6.1, 11.2, 22.4, 257; 96x4x2 6.2, 11.3, 24.5, 247; all of 2026-11-30",
     ),
     (1, 192): DecodeRow(64, 8, 1, 0.8, "16x8k 36.8; 128x4x1 spills 8 bytes, 64x4x2 1204"),
     (1, 256): DecodeRow(64, 6, 1, 1.0, "16x8k 41.7, 32x8k 32:8 280; 128x3x1 spills 32 bytes with a window"),
 }
 # {(bytes per element, head_dim, is_local): its own row in ragged batches}
 RAGGED_DECODE = {
+    (1, 128, False): DecodeRow(64, 6, 2, 0.65, "128x3x2 spills 8 bytes over pages; measured with dense keys alone"),
+    (1, 128, True): DecodeRow(64, 6, 2, 0.65, "128x3x2 spills 32 bytes; measured with dense keys alone"),
     (1, 96, True): DecodeRow(128, 8, 1, 1.0, "with two CTAs per SM it spills 16 bytes, over pages 24; not measured"),
 }
 # {(bytes per element, head_dim)} of what takes registers (score_features.HEAVY): a CTA has all those of an SM, or it

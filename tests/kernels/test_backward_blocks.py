@@ -9,7 +9,7 @@ from fa3_cute.planning.backward_kernels import MASKS, pass_config
 
 pytest.importorskip("cutlass")
 
-from fa3_cute.kernels.backward.blocks import first_key_block, query_range
+from fa3_cute.kernels.backward.blocks import first_key_block, last_key_block, query_range
 from fa3_cute.kernels.backward.order import STEPS_APART, heads_apart, heads_in_waves, heads_per_section, rises
 from fa3_cute.kernels.common.block_range import Window
 from fa3_cute.kernels.common.order import block_and_head
@@ -92,6 +92,9 @@ def test_turns(head_dim, mask, window, lengths, chunk):
         adders = [n for n, found in enumerate(ranges) if found.m_block_min <= m_block < found.m_block_max]
         first = first_key_block(cfg, seen_by, m_block, seqlen_q, seqlen_k)
         assert [n - first for n in adders] == list(range(len(adders)))
+        if cfg.has_directions and adders:
+            last = last_key_block(cfg, m_block, seqlen_q, seqlen_k)
+            assert [last - n for n in adders[::-1]] == list(range(len(adders)))
 
 
 @pytest.mark.parametrize("is_causal, is_reversed", list(product((False, True), repeat=2)))

@@ -117,14 +117,14 @@ class KeyTile:
 
 
 @dataclass(frozen=True)
-class AlternatingKeyTile(KeyTile):
+class DirectedKeyTile(KeyTile):
     """Of kernels past whose tiles queries go in either direction."""
     is_rising: Int32 = 0
 
 
 def key_tile_of(cfg: BackwardConfig) -> type[KeyTile]:
     """What the CTA's tile ring holds."""
-    return AlternatingKeyTile if cfg.alternates else KeyTile
+    return DirectedKeyTile if cfg.has_directions else KeyTile
 
 
 @dataclass(frozen=True)
@@ -219,3 +219,8 @@ def first_key_block(cfg: BackwardConfig, window: Window, m_block: Int32, seqlen_
         return Int32(0)
     first_visible = window.first_key(m_block * cfg.tile_m + seqlen_k - seqlen_q)
     return maximum(first_visible, 0) // cfg.tile_n
+
+
+def last_key_block(cfg: BackwardConfig, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> Int32:
+    """And the last one, of causal queries."""
+    return (minimum((m_block + 1) * cfg.tile_m + seqlen_k - seqlen_q, seqlen_k) - 1) // cfg.tile_n

@@ -95,7 +95,7 @@ def wait_for_keys(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, tile:
 
 def walks_of(cfg: BackwardConfig) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """One after the other: (kind of QueryRange.of_kind, is_rising of the tiles of keys that have this walk)."""
-    if cfg.alternates:
+    if cfg.has_directions:
         return (2, (1,)), (1, (0, 1)), (2, (0,))
     return tuple((kind, (0,)) for kind in range(0 if cfg.is_local else 1, 3))
 
@@ -111,7 +111,7 @@ def walk(gradients: Gradients, mask: KeyMask, queries: QueryRange, group: Int32,
     turn, num_done = where
     begin, end = queries.of_kind(kind)
     m_block, left, direction = end - 1, None, -1
-    if const_expr(gradients.cfg.alternates):
+    if const_expr(gradients.cfg.has_directions):
         is_rising = mask.tile.is_rising
         if is_rising == 1:
             m_block = begin
@@ -120,7 +120,7 @@ def walk(gradients: Gradients, mask: KeyMask, queries: QueryRange, group: Int32,
             direction = 2 * rising[0] - 1
             end = end if is_rising == rising[0] else begin
         left = end - begin
-    while m_block >= begin if const_expr(not gradients.cfg.alternates) else left > 0:
+    while m_block >= begin if const_expr(not gradients.cfg.has_directions) else left > 0:
         for of_group in cutlass.range(num_done if gradients.cfg.is_dq_behind else 0, group, unroll=1):
             gradients.start_head(mask.tile.kv_head * group + of_group, mask.tile.sequence)
             step(gradients, mask, m_block, turn, kind != 1)
@@ -128,7 +128,7 @@ def walk(gradients: Gradients, mask: KeyMask, queries: QueryRange, group: Int32,
         if const_expr(gradients.cfg.is_dq_behind):
             num_done = Int32(0)
         m_block += direction
-        if const_expr(gradients.cfg.alternates):
+        if const_expr(gradients.cfg.has_directions):
             left -= 1
     return turn, num_done
 

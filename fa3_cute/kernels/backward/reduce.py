@@ -7,7 +7,7 @@ from cutlass.experimental import primitives
 from ...planning.backward import BackwardConfig
 from ..common.arithmetic import minimum
 from ..common.tile_ring import END, read_tile
-from .blocks import KeyTile, QueryRange, first_key_block, key_tile_of, query_range
+from .blocks import KeyTile, QueryRange, first_key_block, key_tile_of, last_key_block, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
@@ -15,8 +15,8 @@ from .bundles import BwdParams, BwdPipelines, BwdSmem
 def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
     """Per Q tile and warpgroup: its part from shared memory, added in FP32 (PTX ISA, "cp.reduce.async.bulk").
 
-    Deterministic: the CTAs add to a block in the order of their keys. A turn is passed on a Q tile later, when what was
-    added has long arrived, or before the CTA waits for its own.
+    Deterministic: the CTAs add to a block in the order in which they take their keys. A turn is passed on a Q tile
+    later, when what was added has long arrived, or before the CTA waits for its own.
 
     Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as
     it is read.
@@ -78,10 +78,14 @@ def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries
     while num_free <= i:
         at = minimum(i + cute.arch.lane_idx(), last)
         block, head = place_of(params, tile, queries, at)
-        m_block, _ = queries.passing(at, params.group)
+        m_block, _ = queries.passing(at, params.group, tile.is_rising)
         first = first_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
+        num_before = tile.n_block - first
+        if const_expr(cfg.has_directions):
+            if tile.is_rising == 1:
+                num_before = last_key_block(cfg, m_block, tile.seqlen_q, tile.seqlen_k) - tile.n_block
         taken = cute.arch.load(params.order[None, block, head].iterator, Int32, sem="acquire", scope="gpu")
-        missing = ~cute.arch.vote_ballot_sync(taken == tile.n_block - first)
+        missing = ~cute.arch.vote_ballot_sync(taken == num_before)
         num_free = i + cute.arch.popc((missing & -missing) - 1)      # the lanes before the first that misses some
     cute.arch.sync_warp()
     cute.arch.fence_proxy("async.global")

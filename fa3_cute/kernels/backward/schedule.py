@@ -17,7 +17,7 @@ from ..common.tile_ring import end_of, write_tile
 from .barriers import BarrierId
 from .blocks import KeyTile, key_tile_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .order import heads_apart, heads_in_waves, heads_per_section, rises
+from .order import heads_apart, heads_in_waves, heads_per_section, rises, rows_in_l2
 from .place import find_place
 
 
@@ -63,17 +63,33 @@ def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[Key
     """The keys at a place of the global order, and whether there are any. Runs on: whole warps."""
     section, is_rising = None, Int32(0)
     if const_expr(not cfg.is_varlen):
-        heads, num_ctas = params.num_heads_k * params.sequences.batch_size, cute.arch.grid_dim()[0]
-        num_blocks, rows_q = params.k_blocks.num_blocks // params.sequences.batch_size, params.sequences.rows_q
-        if const_expr(cfg.alternates):
-            section = heads_in_waves(heads, num_blocks, num_ctas)
-            is_rising = rises(index, section * num_blocks, num_ctas)
-        elif const_expr(cfg.is_deterministic):
-            least = heads_apart(params.group, ceil_div(rows_q, cfg.tile_m), num_ctas, cfg.is_causal)
-            section = heads_per_section(heads, params.group, rows_q, cfg.head_dim, num_blocks, least)
+        section, is_rising = section_of(cfg, params, index)
     at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group), index,
                     in_sections=cfg.is_causal or cfg.is_deterministic, is_reversed=False, section=section)
-    places = at.block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k
-    direction = (is_rising,) if const_expr(cfg.alternates) else ()
+    n_block = at.block
+    if const_expr(cfg.has_directions and cfg.is_deterministic):
+        if is_rising == 1:               # the last keys first
+            n_block = params.k_blocks.num_blocks // params.sequences.batch_size - 1 - n_block
+    places = n_block, at.head, at.batch, at.offset_q, at.seqlen_q, at.offset_k, at.seqlen_k
+    direction = (is_rising,) if const_expr(cfg.has_directions) else ()
     tile = key_tile_of(cfg)(*places, params.q_blocks.first(at.sequence), at.sequence, *direction)
     return tile, tile.n_block * cfg.tile_n < tile.seqlen_k
+
+
+@cute.jit
+def section_of(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[Int32, Int32]:
+    """Of a dense batch: (heads of a section, whether the first queries pass first the tile at this place)."""
+    heads, num_ctas = params.num_heads_k * params.sequences.batch_size, cute.arch.grid_dim()[0]
+    num_blocks, rows_q = params.k_blocks.num_blocks // params.sequences.batch_size, params.sequences.rows_q
+    in_waves, is_rising = heads_in_waves(heads, num_blocks, num_ctas), Int32(0)
+    if const_expr(cfg.is_deterministic):
+        least = heads_apart(params.group, ceil_div(rows_q, cfg.tile_m), num_ctas, cfg.is_causal)
+        section = heads_per_section(heads, params.group, rows_q, cfg.head_dim, num_blocks, least)
+        if const_expr(cfg.has_directions):
+            if in_waves * params.group * rows_q <= rows_in_l2(cfg.head_dim):
+                section, is_rising = in_waves, Int32(1)
+    else:
+        section = in_waves
+        if const_expr(cfg.has_directions):
+            is_rising = rises(index, section * num_blocks, num_ctas)
+    return section, is_rising
