@@ -91,8 +91,8 @@ WIDE = {
         "18.4; 16x4x1 251, 248, 132, 37.7, 18.3",
     ),
 }
-# {head_dim} of 16-bit queries over FP8 keys; behind + the slots of 16 bit. Microseconds are of an earlier form, in which
-# the same warps widened K and V in turn and Q was in shared memory, H200, 2026-11-29, graph replay.
+# {head_dim} of 16-bit queries over FP8 keys; behind + the slots of 16 bit. Microseconds are of an earlier form, in
+# which the same warps widened K and V in turn and Q was in shared memory, H200, 2026-11-29, graph replay.
 FP8_CACHE = {
     64: DecodeRow(128, 8, 1, 0.7, "64x8k 32:8 233, 16x8k 20.0", 2),
     128: DecodeRow(

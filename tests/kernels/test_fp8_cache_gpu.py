@@ -57,8 +57,8 @@ def test_pages(page_size, stream):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_magnitudes_of_queries(head_dim, stream):
-    """BF16 queries become FP16: a power of two times q, and its inverse times k's descale, changes no bit of the result,
-    far beyond FP16's range."""
+    """BF16 queries become FP16: a power of two times q, and its inverse times k's descale, changes no bit of the
+    result, far beyond FP16's range."""
     problem = make_problem(
         Case("bf16", head_dim, False, 6, 2, 3, 385, 5, True, kv_dtype=FP8), descale=per_batch_and_head
     )

@@ -67,7 +67,7 @@ def test_operands_are_fp16_and_q_stays_in_registers():
     with pytest.raises(ValueError, match="bytes of shared memory: 1 CTAs per SM have 232448 each"):
         replace(deepest, num_kv_stages=deepest.num_kv_stages + 1)
     for dtype in ("bf16", "fp16", "fp8_e4m3"):
-        cfg = decode_config(dtype, 128, False)
+        cfg = decode_config(dtype, 128, False, "fp32")
         assert cfg.gemm_dtype == dtype and not cfg.has_q_in_registers and by_name(cfg.rings)["q"].slots == 1
 
 

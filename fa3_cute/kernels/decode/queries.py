@@ -1,7 +1,8 @@
 """Q in the registers of QK's A operand, where K is widened to FP16 (`cfg.has_q_in_registers`).
 
-FP16 has no number above 65504 and few bits below 2^-14; BF16 goes from 2^-133 to 2^128. But a row of Q may be multiplied
-with a power of two, which its scores' factor takes back: each becomes one whose largest element lies in [2^13, 2^14).
+FP16 has no number above 65504 and few bits below 2^-14; BF16 goes from 2^-133 to 2^128. But a row of Q may be
+multiplied with a power of two, which its scores' factor takes back: each becomes one whose largest element lies in
+[2^13, 2^14).
 What is then a normal FP16 number, down to 2^-27 of the largest, keeps all its bits, and what is smaller is off by 2^-38
 of the largest at most. FP32 holds the scores, |S| < 2^14 * 448 * head_dim, and neither factor is subnormal or infinite.
 """
@@ -22,7 +23,7 @@ ROWS = 2              # of a thread
 EXPONENT_BIAS = 127   # of FP32, and of BF16, which is its upper half
 MANTISSA_BITS = 23
 TOP_EXPONENT = 13     # of a row's largest element in FP16
-MAX_STEPS = 126       # powers of two, either way, whose FP32 numbers are normal: rows below 2^-113 end below TOP_EXPONENT
+MAX_STEPS = 126       # FP32 has 2^126 and its inverse, both normal: rows below 2^-113 end below TOP_EXPONENT
 
 
 @cute.jit
