@@ -395,6 +395,5 @@ class DecodeConfig(KernelConfig):
 
     @property
     def has_q_in_registers(self) -> bool:
-        """Where K and V are widened and leave no room for a slot of Q: consumers have registers there."""
-        rings = smem_bytes(self.wide_rings) + self.kv_ring_bytes
-        return self.widens and rings + self.q_slot_bytes > SMEM_BYTES_PER_CTA
+        """Where K and V are widened: consumers have registers there, and Q's slot is room for another stage."""
+        return self.widens

@@ -16,7 +16,7 @@ class StoredFields:
     """Fields of every kernel's config.
 
     kv_dtype         of K and V in memory, "fp8_e4m3" with another dtype; None: dtype
-    num_wide_slots   of K, and of V, in dtype, beside the rings of what is stored; 0 without kv_dtype
+    num_wide_slots   of K, and of V, in 16 bit, beside the rings of what is stored; 0 without kv_dtype
     """
 
     kv_dtype: str | None = None
@@ -47,13 +47,19 @@ class StoredFields:
 
     @property
     def widens(self) -> bool:
-        """K and V are FP8 in memory and of dtype in the GEMMs (kernels/common/widen.py)."""
+        """K and V are FP8 in memory and of gemm_dtype in the GEMMs (kernels/common/widen.py)."""
         return self.kv_dtype is not None
 
     @property
     def has_descales(self) -> bool:
         """What is stored of K and V is real / descale."""
         return self.is_fp8 or self.widens
+
+    @property
+    def gemm_dtype(self) -> str:
+        """Of the operands of the GEMMs. E4M3 numbers are FP16 numbers, into which one instruction takes two, into BF16
+        four; BF16 queries are scaled row by row to be FP16 (kernels/decode/queries.py), and P has 3 bits more."""
+        return "fp16" if self.widens else self.dtype
 
     @property
     def stored_dtype(self) -> str:
@@ -112,7 +118,7 @@ class StoredFields:
 
     @property
     def wide_rings(self) -> tuple[Ring, ...]:
-        """K and V in dtype; () where they are stored so."""
+        """K and V in gemm_dtype; () where they are stored so."""
         dims = (("k", self.dim_qk), ("v", self.dim_v)) if self.widens else ()
         return tuple(
             Ring(
@@ -121,7 +127,7 @@ class StoredFields:
                 self.tile_n * columns * self.element_bytes,
                 NUM_WIDEN_WARPS,
                 self.num_consumer_warps,
-                f"{name.upper()} in {self.dtype}",
+                f"{name.upper()} in {self.gemm_dtype}",
             )
             for name, columns in dims
         )

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import FP8, FP8_CACHE, FP8_SPLITS, Case, with_heads
-from check import make_problem, run, run_each_and_check
+from check import check, make_problem, run, run_each_and_check
 from descales import per_batch_and_head
 from ragged_problems import Ragged, run_and_check
 from test_decode_gpu import MASKS
 
-from fa3_cute.contract.reference import as_float
+from fa3_cute.contract.reference import as_float, to_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +53,53 @@ def test_pages(page_size, stream):
     case = Case("bf16", 128, True, 8, 2, 0, 0, kv_dtype=FP8)
     queries, keys = (1, 80, 4, 1, 0), (1000, 400, 20, 2100, 50)
     run_and_check(Ragged(case, queries, keys, page_size=page_size), stream, per_batch_and_head)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_magnitudes_of_queries(head_dim, stream):
+    """BF16 queries become FP16: a power of two times q, and its inverse times k's descale, changes no bit of the
+    result, far beyond FP16's range."""
+    problem = make_problem(
+        Case("bf16", head_dim, False, 6, 2, 3, 385, 5, True, kv_dtype=FP8), descale=per_batch_and_head
+    )
+    exponents = np.array([[0, 0], [100, -100], [-100, 30], [30, 100], [-60, -105]])  # [batch, KV head]
+    for tensor in (problem.q, problem.k, problem.v, *problem.descales.values()):
+        tensor.array[...] = tensor.array[:1]
+    of_heads = 2.0 ** exponents.repeat(3, axis=1)[:, None, :, None]
+    problem.q.array[...] = to_bits((as_float(problem.q.array, np.float64) * of_heads).astype(np.float32), "bf16")
+    problem.descales["k_descale"].array[...] *= (2.0**-exponents).astype(np.float32)
+    problem.upload()
+    for num_splits in (1, 3):
+        out, lse = run(problem, stream, num_splits=num_splits)
+        assert (out == out[:1]).all() and (lse == lse[:1]).all() and np.isfinite(lse).all()
+        check(problem, out, lse)
+
+
+def test_spread_of_queries(stream):
+    """Heads of one tile from 2^-100 to 2^4, and elements of a row from 1 down to 2^-60 of the largest."""
+    problem = make_problem(replace(with_heads(WIDE, (16, 2)), has_lse=True))
+    of_heads = 2.0 ** np.linspace(-100, 4, 16).round()[:, None]
+    of_columns = np.where(np.arange(16)[:, None] % 2, 2.0 ** -np.linspace(0, 60, 128).round(), 1.0)
+    values = as_float(problem.q.array, np.float64) * of_heads * of_columns
+    problem.q.array[...] = to_bits(values.astype(np.float32), "bf16")
+    problem.upload()
+    out, lse = run(problem, stream)
+    check(problem, out, lse)
+
+
+def test_queries_that_are_no_numbers(stream):
+    """Of zeros, NaN and Inf in Q: their own rows alone change. Zeros are the mean of V."""
+    problem = make_problem(WIDE)
+    before, _ = run(problem, stream)
+    problem.q.array[:, :, 0] = 0
+    problem.q.array[:, :, 1, 77] = 0x7FC0
+    problem.q.array[:, :, 2, 5] = 0x7F80
+    problem.upload()
+    out, _ = run(problem, stream)
+    assert (out[:, :, 3:] == before[:, :, 3:]).all()
+    found, values = as_float(out, np.float64), as_float(problem.v.array, np.float64)
+    assert np.isnan(found[:, :, 1:3]).all()
+    assert np.abs(found[:, 0, 0] - values[:, :, 0].mean(axis=1)).max() < 1e-3
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)

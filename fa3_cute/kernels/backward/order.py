@@ -21,7 +21,8 @@ Deterministic: the CTAs add to a block of dQ in the order in which they took the
 CTA that runs, or done. Dense causal blocks of a section that share L2 are taken from the last keys on, and queries
 pass each from its diagonal up: where they start together, a block of queries meets the keys at its diagonal first,
 those before them a block of keys' queries later, and so on, which is the order in which they add: nobody waits. Others
-start a few Q tiles apart, in larger sections.
+start one after the other, in the first section by waiting: without a mask in sections of one wave, which are all
+alike, else a few Q tiles apart in larger sections.
 """
 from cutlass import Int32
 
@@ -29,7 +30,7 @@ from ..common.arithmetic import ceil_div, maximum, minimum
 
 L2_BYTES = 32 << 20      # of 50 MB
 BYTES_PER_VALUE = 8      # Q, dO, and dQ in FP32
-MIN_TILES = 128          # of keys: about one for each CTA
+MIN_TILES = 128          # of keys: about one for each CTA, of which an H100 and an H200 have 132
 STEPS_APART = 3          # Q tiles between the starts of neighbouring tiles of keys, deterministic: by a model, in which
                          # passing a turn on takes two; no other number was measured
 

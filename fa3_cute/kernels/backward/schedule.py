@@ -17,7 +17,7 @@ from ..common.tile_ring import end_of, write_tile
 from .barriers import BarrierId
 from .blocks import KeyTile, key_tile_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .order import heads_apart, heads_in_waves, heads_per_section, rises, rows_in_l2
+from .order import MIN_TILES, heads_apart, heads_in_waves, heads_per_section, rises, rows_in_l2
 from .place import find_place
 
 
@@ -78,18 +78,24 @@ def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[Key
 
 @cute.jit
 def section_of(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[Int32, Int32]:
-    """Of a dense batch: (heads of a section, whether the first queries pass first the tile at this place)."""
+    """Of a dense batch: (heads of a section, whether the first queries pass first the tile at this place).
+
+    Deterministic, neither depends on the number of CTAs: dq has the same bits on a part of a GPU.
+    """
     heads, num_ctas = params.num_heads_k * params.sequences.batch_size, cute.arch.grid_dim()[0]
     num_blocks, rows_q = params.k_blocks.num_blocks // params.sequences.batch_size, params.sequences.rows_q
-    in_waves, is_rising = heads_in_waves(heads, num_blocks, num_ctas), Int32(0)
-    if const_expr(cfg.is_deterministic):
-        least = heads_apart(params.group, ceil_div(rows_q, cfg.tile_m), num_ctas, cfg.is_causal)
-        section = heads_per_section(heads, params.group, rows_q, cfg.head_dim, num_blocks, least)
-        if const_expr(cfg.has_directions):
-            if in_waves * params.group * rows_q <= rows_in_l2(cfg.head_dim):
-                section, is_rising = in_waves, Int32(1)
-    else:
-        section = in_waves
+    is_rising = Int32(0)
+    if const_expr(not cfg.is_deterministic):
+        section = heads_in_waves(heads, num_blocks, num_ctas)
         if const_expr(cfg.has_directions):
             is_rising = rises(index, section * num_blocks, num_ctas)
+    else:
+        section = heads_in_waves(heads, num_blocks, MIN_TILES)
+        if const_expr(cfg.has_directions):
+            is_rising = Int32(1)
+        if const_expr(cfg.mask != "full"):
+            if not cfg.has_directions or section * params.group * rows_q > rows_in_l2(cfg.head_dim):
+                least = heads_apart(params.group, ceil_div(rows_q, cfg.tile_m), MIN_TILES, cfg.is_causal)
+                section = heads_per_section(heads, params.group, rows_q, cfg.head_dim, num_blocks, least)
+                is_rising = Int32(0)
     return section, is_rising

@@ -61,9 +61,10 @@ class Attend:
     mods: Optional[RowMods]
 
     @cute.jit
-    def start_tile(self, descales: Optional[Descales], mask: Mask, packed_heads: Int32 | int = 1):
+    def start_tile(self, descales: Optional[Descales], mask: Mask, packed_heads: Int32 | int = 1,
+                   q_factors: Optional[cute.Tensor] = None):
         """Read what the tile's scores and values are to be multiplied with, descales, and ALiBi's slopes; find
-        the rows of attn_mask, and the rows' heads for dropout."""
+        the rows of attn_mask, and the rows' heads for dropout. q_factors: of each row's scores, beside descales."""
         tile = mask.tile
         if const_expr(self.cfg.has_descales):
             self.value_factor = descales.value_factor(tile.kv_head, tile.sequence)
@@ -75,7 +76,8 @@ class Attend:
                 scales, scale = self.softmax.scale_log2, self.scores.scale_log2
             for r in cutlass.range_constexpr(cute.size(scales)):
                 head = self.head_of_row(mask, r, packed_heads)
-                scales[r] = descales.score_factor(scale, head, tile.kv_head, tile.sequence)
+                row_scale = scale if const_expr(q_factors is None) else scale * q_factors[r]
+                scales[r] = descales.score_factor(row_scale, head, tile.kv_head, tile.sequence)
         if const_expr(self.cfg.has_alibi):
             for r in cutlass.range_constexpr(cute.size(self.factors.slopes)):
                 slope = self.scores.slopes[self.head_of_row(mask, r, packed_heads), tile.sequence]

@@ -19,7 +19,7 @@ SMALLEST_SCALE = 2.0 ** -126
 
 def p_scale_log2(cfg: KernelConfig) -> int:
     """How much is added to the exponent of P."""
-    return P_SCALE_LOG2 if cfg.is_fp8 or cfg.widens and cfg.dtype == "bf16" else 0
+    return P_SCALE_LOG2 if cfg.is_fp8 or cfg.gemm_dtype != cfg.dtype else 0
 
 
 @dataclass(frozen=True)

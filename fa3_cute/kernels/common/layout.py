@@ -28,14 +28,13 @@ CONVERT_CHUNK = 8          # elements converted by one vector operation; see `co
 
 
 def element_type(cfg: KernelConfig):
-    """The CUTLASS type of Q and K in QK, and but for `value_type` of P and V in PV."""
+    """The CUTLASS type of Q in memory, and but for FP8 keys beside it of K and V."""
     return ELEMENT_TYPES[cfg.dtype]
 
 
-def value_type(cfg: KernelConfig):
-    """The CUTLASS type of P and V in PV. Of V in FP8 that is widened it is FP16 always: E4M3 numbers are FP16 numbers,
-    into which one instruction takes two, into BF16 four; and P keeps 3 bits more (fp8.py)."""
-    return Float16 if cfg.widens else element_type(cfg)
+def operand_type(cfg: KernelConfig):
+    """The CUTLASS type of Q, K, P and V in the GEMMs."""
+    return ELEMENT_TYPES[cfg.gemm_dtype]
 
 
 def stored_type(cfg: KernelConfig):

@@ -8,7 +8,7 @@ from cutlass import Boolean, Float32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from ...planning.config import KernelConfig, ROWS_PER_WARPGROUP
-from .layout import element_type, value_type
+from .layout import operand_type
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Mmas:
 def make_mmas(cfg: KernelConfig) -> Mmas:
     """S = Q K^T with both operands in shared memory, or Q in registers; O += P V with P in registers and V read
     transposed: by WGMMA itself in 16 bit; FP8's V^T has been transposed already."""
-    element, value, warpgroups = element_type(cfg), value_type(cfg), (cfg.num_consumer_wgs, 1, 1)
+    element, warpgroups = operand_type(cfg), (cfg.num_consumer_wgs, 1, 1)
     v_major = OperandMajorMode.K if cfg.values.is_transposed else OperandMajorMode.MN
     q_source = warpgroup.OperandSource.RMEM if cfg.has_q_in_registers else warpgroup.OperandSource.SMEM
     return Mmas(
         qk=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, OperandMajorMode.K, Float32, warpgroups,
                                        (ROWS_PER_WARPGROUP, cfg.tile_n), q_source),
-        pv=sm90.make_trivial_tiled_mma(value, value, OperandMajorMode.K, v_major, Float32, warpgroups,
+        pv=sm90.make_trivial_tiled_mma(element, element, OperandMajorMode.K, v_major, Float32, warpgroups,
                                        (ROWS_PER_WARPGROUP, cfg.dim_v // cfg.num_value_parts),
                                        warpgroup.OperandSource.RMEM))
 

@@ -53,7 +53,7 @@ class DecodeLayouts:
     sK: cute.ComposedLayout        # (tile_n, dim_qk, num_kv_stages)
     sV: cute.ComposedLayout        # (tile_n, dim_v, num_kv_stages)
     sVt: Optional[cute.ComposedLayout]     # (dim_v, tile_n, num_kv_stages): V^T; None unless cfg.values.is_transposed
-    wide_K: Optional[cute.ComposedLayout]  # (tile_n, dim_qk, num_wide_slots) of cfg.dtype; None unless cfg.widens
+    wide_K: Optional[cute.ComposedLayout]  # (tile_n, dim_qk, num_wide_slots); None unless cfg.widens
     wide_V: Optional[cute.ComposedLayout]  # (tile_n, dim_v, num_wide_slots), as wide_K
 
 

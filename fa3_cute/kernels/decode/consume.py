@@ -9,13 +9,14 @@ from ..common.arithmetic import ceil_div
 from ..common.attend import attend_to, make_attend
 from ..common.barriers import sync_consumers
 from ..common.copies import index_of_piece, is_in_row, row_copy, row_piece
-from ..common.layout import ROW_STEP, element_type, fragment_row
+from ..common.layout import element_type
 from ..common.rotary import Rotary, read_turned
 from ..common.visibility import Visibility
 from ..common.wgmma import Mmas
 from .bundles import DecodeParams, DecodePipelines, DecodeSmem
 from .merge import expect_partials, merge_cluster, merge_clusters, send_partial
 from .new_rows import publish
+from .queries import read_Q_as_operand
 from .split import SplitWork
 
 
@@ -38,12 +39,12 @@ def consume_split(cfg: DecodeConfig, params: DecodeParams, mmas: Mmas, smem: Dec
     warp_row = cute.arch.make_warp_uniform(tidx // 32) * 16      # fragment_row's first one in this warp, then 8 by 8
     num_used = ceil_div(work.num_rows - warp_row, 8)
     attend = make_attend(cfg, params, mmas, smem, pipes, Int32(0), num_used)
+    q_factors = None
     if const_expr(cfg.has_q_in_registers):
-        read_Q_as_operand(cfg, params, attend.tSrQ, work, tidx)
+        q_factors = read_Q_as_operand(cfg, params, attend.tSrQ, work, tidx)
     mask = Visibility(cfg, params.window, work.tile, params.grid.packed_heads).of_thread(tidx)
-    attend.start_tile(params.descales, mask, params.grid.packed_heads)
-    attend = attend_to(cfg, attend, mask, work.blocks, smem.wide_V if cfg.widens else smem.sV, tidx,
-                       new=new)
+    attend.start_tile(params.descales, mask, params.grid.packed_heads, q_factors)
+    attend = attend_to(cfg, attend, mask, work.blocks, smem.wide_V if cfg.widens else smem.sV, tidx, new=new)
     cute.arch.griddepcontrol_launch_dependents()     # any earlier, and the next kernel's CTAs take SMs unevenly
     send_partial(cfg, params, smem, work, attend.acc_O, attend.softmax.row_sum, tidx)
     merge_cluster(cfg, params, smem, work, tidx)
@@ -80,26 +81,6 @@ def read_Q(cfg: DecodeConfig, params: DecodeParams, smem: DecodeSmem, work: Spli
                 read_row(cfg, mQ, tQsQ[None, step, None], tidx)
     cute.arch.fence_view_async_shared()
     sync_consumers(cfg)
-
-
-@cute.jit
-def read_Q_as_operand(cfg: DecodeConfig, params: DecodeParams, tSrQ: cute.Tensor, work: SplitWork, tidx: Int32):
-    """The same from global memory to the registers of QK's A operand, two columns at a time; zeros in the other rows.
-
-    tSrQ   ((2, 2, 2), 1, dim_qk / 16): of 16 columns, pairs, a row and ROW_STEP further down, and 8 columns further on
-    Runs on: the consumers.
-    """
-    pairs = cute.recast_tensor(cute.coalesce(tSrQ), Int32)
-    pairs.fill(0)
-    packed_heads = params.grid.packed_heads
-    for r in cutlass.range_constexpr(2):
-        row = fragment_row(tidx) + ROW_STEP * r
-        if row < work.num_rows:
-            query, head = divmod(work.tile.m_block * cfg.tile_m + row, packed_heads)
-            mQ = params.mQ[work.tile.offset_q + query, None, work.tile.head + head, work.tile.batch]
-            stored = cute.recast_tensor(mQ, Int32)
-            for i in cutlass.range_constexpr(cute.size(pairs) // 2):
-                pairs[2 * i + r] = stored[4 * i + tidx % 4]
 
 
 @cute.jit

@@ -21,9 +21,7 @@ from ..common.fp8 import Descales
 from ..common.keys_values import (
     KeyPlaces, Operand, capacity, key_value_operand, key_value_ring, with_descriptors
 )
-from ..common.layout import (
-    dims_of, element_type, lse_view, smem_ring, stored_type, tensor_view, transposed, value_type, view_as
-)
+from ..common.layout import dims_of, lse_view, operand_type, smem_ring, stored_type, tensor_view, transposed, view_as
 from ..common.pages import ring_of_boxes
 from ..common.ragged import RaggedBatch
 from ..common.row_end import Sinks
@@ -93,14 +91,14 @@ class FlashAttentionDecode:
     def layouts(self) -> DecodeLayouts:
         """Of shared memory."""
         cfg = self.cfg
-        ring = partial(smem_ring, element_type(cfg))
+        ring = partial(smem_ring, operand_type(cfg))
         return DecodeLayouts(
             sQ=None if cfg.has_q_in_registers else ring(cfg.tile_m, cfg.dim_qk, 1),
             sK=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_qk, cfg.num_kv_stages),
             sV=ring_of_boxes(cfg, cfg.tile_n, cfg.dim_v, cfg.num_kv_stages),
             sVt=ring(cfg.dim_v, cfg.tile_n, cfg.num_kv_stages) if cfg.values.is_transposed else None,
             wide_K=ring(cfg.tile_n, cfg.dim_qk, cfg.num_wide_slots) if cfg.widens else None,
-            wide_V=smem_ring(value_type(cfg), cfg.tile_n, cfg.dim_v, cfg.num_wide_slots) if cfg.widens else None)
+            wide_V=ring(cfg.tile_n, cfg.dim_v, cfg.num_wide_slots) if cfg.widens else None)
 
     def operands(self, a, layouts: DecodeLayouts, batches_k: Int32) -> tuple[Operand, Operand]:
         """K and V."""
@@ -244,12 +242,12 @@ class FlashAttentionDecode:
         sPartialLSE = allocator.allocate_tensor(Float32, cute.make_layout(cfg.partial_lines), byte_alignment=16)
         tensor = lambda layout, element: allocator.allocate_tensor(
             element, layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        sQ = tensor(layouts.sQ, element_type(cfg)) if const_expr(not cfg.has_q_in_registers) else None
+        sQ = tensor(layouts.sQ, operand_type(cfg)) if const_expr(not cfg.has_q_in_registers) else None
         sK, sV = (tensor(layout, stored_type(cfg)) for layout in (layouts.sK, layouts.sV))
-        wide_K, wide_V = (tensor(layout, element) if const_expr(cfg.widens) else None for layout, element in (
-            (layouts.wide_K, element_type(cfg)), (layouts.wide_V, value_type(cfg))))
+        wide_K, wide_V = (tensor(layout, operand_type(cfg)) if const_expr(cfg.widens) else None
+                          for layout in (layouts.wide_K, layouts.wide_V))
         is_transposed, wgmma_V = cfg.values.is_transposed, wide_V if const_expr(cfg.widens) else sV
-        sVt = view_as(sV, layouts.sVt, element_type(cfg)) if const_expr(is_transposed) else transposed(wgmma_V)
+        sVt = view_as(sV, layouts.sVt, operand_type(cfg)) if const_expr(is_transposed) else transposed(wgmma_V)
         sPartial = cute.make_tensor(cute.recast_ptr(sK.iterator, dtype=Float32), cute.make_layout(
             (cfg.partial_lines, cfg.dim_v), stride=(cfg.dim_v, 1)))
         smem = DecodeSmem(partials_arrived, sArrived, sPartialLSE, sQ, sK, sV, wide_K, wide_V, sVt, sPartial)
