@@ -102,8 +102,8 @@ FP8_CACHE = {
         3,
         1,
         0.9,
-        "64x8k 32:8 over the time of a 16-bit cache, H200, 2026-11-30: BF16 0.658, FP16 0.677; 128x2x1, operands of the "
-        "queries' type, Q in shared memory, 0.717, 0.725; earlier 128x2x1 322, 16x8k 25.7; 128x3x1+1 353, 27.7; "
+        "64x8k 32:8 over the time of a 16-bit cache, H200, 2026-11-30: BF16 0.658, FP16 0.677; 128x2x1, operands of "
+        "the queries' type, Q in shared memory, 0.717, 0.725; earlier 128x2x1 322, 16x8k 25.7; 128x3x1+1 353, 27.7; "
         "64x8x1+2 455, 33.3",
         2,
     ),
