@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fa3_cute.planning.decode_append import appending
 from fa3_cute.planning.tables import KeySource, decode_config, forward_config
 from fa3_cute.runtime import compiler, sources
 
@@ -80,6 +81,7 @@ def test_the_kernels_keys_cover_their_folders_and_no_command(monkeypatch):
         compiler.cache_key(replace(cfg, mask_mod="name_0"))
     compiler.cache_key(forward_config("bf16", 64, "causal", True, True, source=leftpad))
     compiler.cache_key(decode_config("bf16", 64, True, source=leftpad))
+    compiler.cache_key(appending(decode_config("bf16", 64, True, source=KeySource(True)), "", ""))
     files = {path_of(module) for module in read} - {None}
     folders = [sources.PACKAGE / "kernels" / name for name in ("common", "decode", "forward")]
     kernels = {path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py"}

@@ -319,8 +319,7 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
               tidx: Int32, sinks: Optional[Sinks] = None, new: Optional[NewRow] = None) -> Attend:
     """O and LSE of one Q tile over a range of K/V tiles, from the last one down. Returns the state that it advanced.
 
-    sinks   where the rows end here
-    new     a row that takes its place in the first of these tiles before it is read
+    sinks: where the rows end here; new: a row that takes its place in the first of these tiles before it is read.
     """
     n_block = blocks.n_block_max - 1
     if n_block >= blocks.n_block_min:
@@ -333,9 +332,8 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
                 clear_unused_rows(cfg, sV, attend.v_consumer, num_used, cfg.tile_n, tidx)
         if const_expr(new is not None):
             new.put_value(attend.v_consumer, tidx)
-        # Three ranges, so that the middle one, where the time goes, carries no mask code: tiles cut by the right end of
-        # what the rows see, tiles that they all see, tiles cut by the left end. And nearly all of the middle one has
-        # rows whose maxima are not negative any more, which max_of_bits can go on with.
+        # Three ranges, so that the middle one, where the time goes, has no mask code: tiles cut by the right end of what
+        # rows see, tiles that all see, tiles cut by the left end. Nearly all of the middle have no negative maxima.
         if const_expr(cfg.mask != "full"):
             num_right = blocks.num_cut_right(n_block)
             for i in cutlass.range(num_right, unroll=1):
