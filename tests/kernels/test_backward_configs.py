@@ -89,7 +89,7 @@ def test_main(cfg):
     # tile without dQ, and the last dQ.
     tiles_of_dq = cfg.head_dim if cfg.is_dq_transposed else cfg.tile_m
     of_dq = cfg.tile_n // 16 * (tiles_of_dq // (ROWS_PER_WARPGROUP * cfg.num_dq_wgs))
-    # The kinds: tiles cut by the diagonal, of which queries pass first or last; tiles that all see; a window's left end.
+    # The kinds: tiles cut by the diagonal, passed first or last; tiles that all see; those of a window's left end.
     step, kinds = 2 * cfg.head_dim // 16 + 2 * cfg.tile_m // 16 + of_dq, 2 + cfg.is_local + cfg.has_directions
     # In turns: each kind of iteration with dQ and without.
     without = (step - of_dq) * kinds * cfg.is_dq_in_turns

@@ -332,8 +332,8 @@ def attend_to(cfg: KernelConfig, attend: Attend, mask: Mask, blocks: BlockRange,
                 clear_unused_rows(cfg, sV, attend.v_consumer, num_used, cfg.tile_n, tidx)
         if const_expr(new is not None):
             new.put_value(attend.v_consumer, tidx)
-        # Three ranges, so that the middle one, where the time goes, has no mask code: tiles cut by the right end of what
-        # rows see, tiles that all see, tiles cut by the left end. Nearly all of the middle have no negative maxima.
+        # Three ranges, so that the middle one, where the time goes, has no mask code: tiles cut by the right end of
+        # what rows see, tiles that all see, tiles cut by the left end. Nearly all of the middle has no negative maxima.
         if const_expr(cfg.mask != "full"):
             num_right = blocks.num_cut_right(n_block)
             for i in cutlass.range(num_right, unroll=1):
