@@ -27,17 +27,25 @@ _STRIDES = {
 SIZE_NAMES = ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", "head_dim", "head_dim_v")
 _SIZES = [(name, "int32") for name in SIZE_NAMES]
 _P = lambda *names: [(name, "pointer") for name in names]
+SUM_PARTS = ("dq_sum", "progress", "order", "tile_counter")  # of the workspace, where dQ is a sum
+_SUM_SIZES = [("num_sum_slots", "int32"), ("blocks_per_unit", "int32"), ("num_units", "int32")]  # see sections.py
+# Of the main kernel alone: what the other kernels with GEMMs are not given.
+ONLY_OF_SUMS = {*SUM_PARTS, *(name for name, _ in _SUM_SIZES), "is_rising", "num_behind", "num_sms"}
 _OF_SCORES = ("alibi_slopes", "attn_mask", "rng_state", "d_bias")
 BACKWARD_ARGUMENTS = tuple(
-    _P("q", "k", "v", "dout", "dk", "dv", *_OF_SCORES, "shift", "delta", "dq_sum", "order", "tile_counter")
+    _P("q", "k", "v", "dout", "dq", "dk", "dv", *_OF_SCORES, "shift", "delta", *SUM_PARTS)
     + _LENGTHS
-    + [x for t in ("q", "k", "v", "dout", "dk", "dv") for x in _STRIDES[t]]
+    + [x for t in ("q", "k", "v", "dout", "dq", "dk", "dv") for x in _STRIDES[t]]
     + [(name, "int64") for name in ("alibi_batch_stride", *MASK_STRIDES)]
     + _SIZES
     + [
         ("window_size_left", "int32"),
         ("window_size_right", "int32"),
         ("attention_chunk", "int32"),
+        ("section", "int32"),
+        ("is_rising", "int32"),
+        ("num_behind", "int32"),
+        *_SUM_SIZES,
         ("num_sms", "int32"),
         ("softmax_scale", "float32"),
         ("softcap", "float32"),
@@ -46,11 +54,11 @@ BACKWARD_ARGUMENTS = tuple(
     ]
 )
 PREPARE_ARGUMENTS = tuple(
-    _P("out", "dout", "softmax_lse", "dlse", "s_aux", "shift", "delta", "dq_sum", "order", "tile_counter", "sink_sums")
+    _P("out", "dout", "softmax_lse", "dlse", "s_aux", "shift", "delta", *SUM_PARTS, "sink_sums")
     + _LENGTHS
     + [x for t in ("out", "dout") for x in _STRIDES[t]]
     + _SIZES
-    + [("s_aux_dtype", "int32"), ("softmax_scale", "float32"), ("stream", "stream")]
+    + [*_SUM_SIZES, ("s_aux_dtype", "int32"), ("softmax_scale", "float32"), ("stream", "stream")]
 )
 CLEAR_ARGUMENTS = tuple(
     _P("d_bias")
@@ -60,9 +68,6 @@ CLEAR_ARGUMENTS = tuple(
 )
 # num_blocks: of the prepare kernel, each of which has left a warp's sums
 SINKS_ARGUMENTS = (*_P("d_s_aux", "sink_sums"), ("num_heads", "int32"), ("num_blocks", "int32"), ("stream", "stream"))
-FINISH_ARGUMENTS = tuple(
-    _P("dq", "dq_sum") + _LENGTHS + _STRIDES["dq"] + _SIZES + [("softmax_scale", "float32"), ("stream", "stream")]
-)
 
 
 class GradientFields(DimFields, ScoreFields):
@@ -112,7 +117,7 @@ class GradientFields(DimFields, ScoreFields):
 
 @dataclass(frozen=True)
 class BackwardConfig(GradientFields):
-    """Compile-time choices of a backward pass: those of its main kernel, and of the two around it that share its tiles.
+    """Compile-time choices of a backward pass: those of its main kernel, and of the one before it that shares its tiles.
 
     dtype             of Q, K, V, O and dO: "fp16" or "bf16"; P and dS are rounded to it, accumulation is FP32
     mask              "full", "causal" or "local"
@@ -211,6 +216,7 @@ class BackwardConfig(GradientFields):
             Role("load", range(1), producer),
             Role("reduce", range(1, 2), producer),
             Role("schedule", range(2, 3), producer),
+            Role("watch", range(3, 4), producer),
             Role("consume", range(first, first + self.num_consumer_warps), consumer),
         )
 
@@ -220,7 +226,7 @@ class BackwardConfig(GradientFields):
         warps, row = self.num_consumer_warps, self.head_dim * 2
         vector, readers = FLOAT_BYTES * max(self.tile_m, 128 // FLOAT_BYTES), WARPS_PER_WARPGROUP * self.num_dq_wgs
         return (
-            Ring("tiles", TILE_SLOTS, 0, WARP, warps + 2),
+            Ring("tiles", TILE_SLOTS, 0, WARP, warps + 3),
             Ring("k", 1, self.tile_n * row, 1, warps, "K"),
             Ring("v", 1, self.tile_n * row, 1, warps, "V"),
             Ring("q", self.num_q_stages, self.tile_m * row, 1, warps, "Q"),

@@ -1,4 +1,4 @@
-"""The three kernels of a backward pass as configs, and the entries that they take. Pure Python.
+"""The kernels of a backward pass as configs, and the entries that they take. Pure Python.
 
 A BackwardConfig chooses for all of them. Each compiles from those of its choices that change its code: one prepare
 kernel serves all masks, for instance.
@@ -14,20 +14,16 @@ from ..contract.formats import PARTIAL
 from .backward import (
     BACKWARD_ARGUMENTS,
     CLEAR_ARGUMENTS,
-    CONSUMER_WGS,
     FEATURED,
     FEATURES_OF_ALL,
-    FINISH_ARGUMENTS,
     PREPARE_ARGUMENTS,
     PREPARE_THREADS,
     SHORT,
     SINKS_ARGUMENTS,
     TABLE,
     BackwardConfig,
-    computes_in_turns,
     has_registers,
 )
-from .config import ROWS_PER_WARPGROUP
 from .one_side import ONE_SIDE_ARGUMENTS, OneSideConfig, OneSidePass
 from .one_side import TABLE as ONE_SIDE
 from .pair import PAIR_ARGUMENTS, PairConfig
@@ -44,6 +40,7 @@ SCRATCH = {
     "shift": ("float32", 4, 16),
     "delta": ("float32", 4, 16),
     "dq_sum": ("float32", 4, 16),
+    "progress": ("int32", 4, 4),
     "order": ("int32", 4, 4),
     "tile_counter": ("int32", 4, 4),
     "sink_sums": ("float32", 4, 16),
@@ -66,12 +63,11 @@ def _pointed(name: str) -> tuple[str, int]:
     return ARGUMENTS[name].element, ARGUMENTS[name].alignment
 
 
-PREPARE_ENTRY, MAIN_ENTRY, FINISH_ENTRY, SIDE_ENTRY, PAIR_ENTRY, SINKS_ENTRY, CLEAR_ENTRY = map(
+PREPARE_ENTRY, MAIN_ENTRY, SIDE_ENTRY, PAIR_ENTRY, SINKS_ENTRY, CLEAR_ENTRY = map(
     _entry,
     (
         PREPARE_ARGUMENTS,
         BACKWARD_ARGUMENTS,
-        FINISH_ARGUMENTS,
         ONE_SIDE_ARGUMENTS,
         PAIR_ARGUMENTS,
         SINKS_ARGUMENTS,
@@ -94,7 +90,7 @@ class MainConfig(BackwardConfig):
 
 
 class _Around:
-    """What the configs of the two kernels around the main one have in common: no GEMM, one role."""
+    """What the configs of the kernels without GEMMs have in common: one role."""
 
     is_fp8 = has_descales = False
     uses_setmaxnreg = False
@@ -132,48 +128,6 @@ class PrepareConfig(_Around):
         """Names cache entries and kernels."""
         dims = f"d{self.head_dim}{'_padded' * self.is_padded}"
         return f"bwd_prepare_{self.dtype}_{dims}_{self.tile_m}{'' if self.has_sums else '_no_sums'}"
-
-
-@dataclass(frozen=True)
-class FinishConfig(_Around):
-    """Of the kernel after it, whose threads hold what the main one's consumers held; fields as in BackwardConfig."""
-
-    dtype: str
-    head_dim: int
-    tile_m: int
-    is_dq_transposed: bool
-    is_padded: bool = False
-
-    entry = FINISH_ENTRY
-    arguments = FINISH_ENTRY.arguments
-    kernel = "fa3_cute.kernels.backward.finish.FinishBackward"
-
-    @property
-    def name(self) -> str:
-        """Names cache entries and kernels."""
-        tile = f"{self.tile_m}x{ROWS_PER_WARPGROUP * CONSUMER_WGS}"
-        dims = f"d{self.head_dim}{'_padded' * self.is_padded}"
-        return f"bwd_finish_{self.dtype}_{dims}_{tile}{'_transposed' * self.is_dq_transposed}"
-
-    @property
-    def num_dq_wgs(self) -> int:
-        """Warpgroups of the main kernel that compute dQ of one Q tile."""
-        return 1 if computes_in_turns(self.tile_m, self.is_dq_transposed) else CONSUMER_WGS
-
-    @property
-    def dq_part(self) -> int:
-        """Floats of a tile of dQ that one warpgroup has."""
-        return self.tile_m * self.head_dim // self.num_dq_wgs
-
-    @property
-    def num_threads(self) -> int:
-        """Of a CTA: as many as hold a tile of dQ in the main kernel."""
-        return 128 * self.num_dq_wgs
-
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory of a CTA: a tile of dQ, rounded."""
-        return 2 * self.tile_m * self.head_dim
 
 
 class SideConfig(OneSideConfig):
@@ -227,7 +181,7 @@ class ClearConfig(_OfAll):
     num_threads = CLEAR_THREADS
 
 
-KernelOfPass = PrepareConfig | MainConfig | FinishConfig | SideConfig | KeysConfig | SinksConfig | ClearConfig
+KernelOfPass = PrepareConfig | MainConfig | SideConfig | KeysConfig | SinksConfig | ClearConfig
 
 
 def pass_config(
@@ -270,5 +224,4 @@ def kernels_of(cfg: BackwardConfig | OneSidePass) -> tuple[KernelOfPass, ...]:
     return (
         PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, is_padded=cfg.is_padded),
         MainConfig(**cfg.as_dict()),
-        FinishConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, cfg.is_dq_transposed, cfg.is_padded),
     )

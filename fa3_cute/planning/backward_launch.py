@@ -36,9 +36,9 @@ from .backward_kernels import (
     GRADIENT,
     SCRATCH,
     ClearConfig,
-    FinishConfig,
     KernelOfPass,
     KeysConfig,
+    MainConfig,
     SideConfig,
     SinksConfig,
     kernels_of,
@@ -49,6 +49,7 @@ from .known import MAX_SHAPES, Known
 from .one_side import BIAS, OneSidePass
 from .problem import ProblemShape
 from .score_features import features_of
+from .sections import Sections, main_sections, side_section
 
 PART_ALIGNMENT = 16  # of the parts of a workspace, in bytes
 TENSORS = (*INPUTS, *OUTPUTS)
@@ -125,7 +126,7 @@ class Stage:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The gradients without which it is left out, if none of them is wanted; () if it is never."""
-        own = {FinishConfig: "dq", SinksConfig: "d_s_aux", ClearConfig: "d_bias"}
+        own = {SinksConfig: "d_s_aux", ClearConfig: "d_bias"}
         if isinstance(self.config, KeysConfig):
             return "dk", "dv"
         side = own.get(type(self.config)) or getattr(self.config, "side", "")
@@ -165,21 +166,46 @@ def num_blocks(of: ProblemShape, tile_m: int) -> int:
     return of.seqlen_q // tile_m + of.batch_size if of.is_packed else of.batch_size * -(-of.seqlen_q // tile_m)
 
 
+class Sums(NamedTuple):
+    """What a pass whose dQ is a sum has room for; see sections.py.
+
+    units             KV heads that are added to at once, of all sequences whose lengths are on the device, else of one
+    blocks_per_unit   Q tiles of each of their query heads
+    num_slots         how many of them have room
+    blocks            Q tiles that have room
+    """
+
+    units: int
+    blocks_per_unit: int
+    num_slots: int
+    blocks: int
+
+
+def sums_of(cfg: BackwardConfig | OneSidePass, of: ProblemShape) -> Sums:
+    """Of a pass."""
+    if not cfg.has_sums:
+        return Sums(0, 0, 0, 0)
+    per_head, num_slots = num_blocks(of, cfg.tile_m), main_sections(cfg, of).num_slots
+    units, per_unit = of.num_heads_k * of.batch_size, per_head // of.batch_size
+    if cfg.is_varlen:
+        units, per_unit = of.num_heads_k, per_head
+    return Sums(units, per_unit, num_slots, num_slots * per_unit * (of.num_heads // of.num_heads_k))
+
+
 @lru_cache(MAX_SHAPES)
 def pass_of(shape: BackwardShape) -> Pass:
     """How it is served."""
     of, cfg = shape.forward, shape.config
     prepare, *others = kernels_of(cfg)
     has_queries, has_keys, has_sinks = of.seqlen_q > 0, of.seqlen_k > 0, "s_aux" in of.optionals
-    kernels = [prepare] * has_queries + [
-        kernel for kernel in others if (has_queries if _is_of_queries(kernel) else has_keys)
-    ]
+    kernels = [prepare] * has_queries + [kernel for kernel in others if _has_work(kernel, has_queries, has_keys)]
     kernels += [SinksConfig()] * has_sinks
-    rows = num_blocks(of, cfg.tile_m) * of.num_heads * has_queries
+    rows, sums = num_blocks(of, cfg.tile_m) * of.num_heads * has_queries, sums_of(cfg, of)
     elements = {
         "shift": rows * cfg.tile_m,
         "delta": rows * cfg.tile_m,
-        "dq_sum": rows * cfg.tile_m * cfg.head_dim * cfg.has_sums,
+        "dq_sum": sums.blocks * cfg.tile_m * cfg.head_dim * has_queries,
+        "progress": 2 * sums.units * has_queries,
         "order": rows * cfg.has_sums,
         "tile_counter": int(cfg.has_sums and has_queries),
         "sink_sums": rows * PREPARE_WARPS * has_sinks,
@@ -190,13 +216,20 @@ def pass_of(shape: BackwardShape) -> Pass:
     return Pass(stages, total, tuple(offsets), _extents(shape), scores)
 
 
-def _is_of_queries(cfg: KernelOfPass) -> bool:
-    """Its CTAs have queries: it writes dq."""
-    return isinstance(cfg, FinishConfig | ClearConfig) or isinstance(cfg, SideConfig) and cfg.is_of_queries
+def _has_work(cfg: KernelOfPass, has_queries: bool, has_keys: bool) -> bool:
+    """Where a gradient that it writes has rows."""
+    if isinstance(cfg, MainConfig):
+        return has_queries or has_keys
+    is_of_queries = isinstance(cfg, ClearConfig) or isinstance(cfg, SideConfig) and cfg.is_of_queries
+    return has_queries if is_of_queries else has_keys
 
 
 def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
-    of = shape.forward
+    of, sums, sections = shape.forward, sums_of(shape.config, shape.forward), Sections(0, 0, 0, 0)
+    if isinstance(cfg, MainConfig):
+        sections = main_sections(cfg, of)
+    elif isinstance(cfg, SideConfig | KeysConfig):
+        sections = Sections(side_section(cfg, of), 0, 0, 0)
     values = {
         **{name: getattr(of, name) for name in SIZE_NAMES},
         "window_size_left": of.window_left,
@@ -208,6 +241,12 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
         **dict(zip(("alibi_batch_stride", *MASK_STRIDES), of.strides[-4:], strict=True)),
         "s_aux_dtype": of.sink_dtype,
         "num_blocks": num_blocks(of, shape.config.tile_m) if of.seqlen_q else 0,
+        "section": sections.heads,
+        "is_rising": sections.is_rising,
+        "num_behind": sections.num_behind * (of.seqlen_q > 0),
+        "num_sum_slots": sums.num_slots,
+        "blocks_per_unit": sums.blocks_per_unit,
+        "num_units": sums.units,
     }
     for tensor, strides in shape.strides:
         names = (f"{tensor}_{dim}_stride" for dim in ("batch", "row", "head"))

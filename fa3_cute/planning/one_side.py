@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from .backward import BACKWARD_ARGUMENTS, GradientFields
+from .backward import BACKWARD_ARGUMENTS, ONLY_OF_SUMS, GradientFields
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .dims import DimFields
 from .pair import PairConfig
@@ -24,7 +24,7 @@ PREPARED_ROWS = 128  # of a block of the prepare kernel, for all three: a sequen
 ONE_SIDE_ARGUMENTS = tuple(
     ("gradient", "pointer") if name == "dk" else (name.replace("dk_", "gradient_"), kind)
     for name, kind in BACKWARD_ARGUMENTS
-    if name not in ("dv", "dq_sum", "order", "tile_counter", "num_sms") and not name.startswith("dv_")
+    if name not in {*ONLY_OF_SUMS, "dq", "dv"} and not name.startswith(("dq_", "dv_"))
 )
 
 

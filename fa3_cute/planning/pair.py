@@ -7,14 +7,14 @@ their registers, and of the 5 GEMMs of a backward pass S and dP alone are comput
 from dataclasses import dataclass
 from functools import cached_property
 
-from .backward import BACKWARD_ARGUMENTS, FLOAT_BYTES, GradientFields
+from .backward import BACKWARD_ARGUMENTS, FLOAT_BYTES, ONLY_OF_SUMS, GradientFields
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .rings import WARPS_PER_WARPGROUP, Ring, Role
 
 PAIR_ARGUMENTS = tuple(
     (name, kind)
     for name, kind in BACKWARD_ARGUMENTS
-    if name not in ("dq_sum", "order", "tile_counter", "num_sms", "d_bias")
+    if name not in {*ONLY_OF_SUMS, "dq", "d_bias"} and not name.startswith("dq_")
 )
 
 

@@ -7,7 +7,6 @@ from test_merge_configs import LDG, STG, accesses
 from fa3_cute.planning.backward import SHORT, TABLE
 from fa3_cute.planning.backward_kernels import (
     MASKS,
-    FinishConfig,
     KeysConfig,
     MainConfig,
     PrepareConfig,
@@ -116,16 +115,13 @@ def test_dk_and_dv(cfg):
     assert report.wgmmas == of_values * (3 if cfg.is_local else 2) + of_keys
 
 
-@pytest.mark.parametrize("cfg", of_kind(PrepareConfig | FinishConfig), ids=lambda cfg: cfg.name)
-def test_around(cfg):
-    """They are as fast as memory: tensors are read and written 16 bytes at a time."""
+@pytest.mark.parametrize("cfg", of_kind(PrepareConfig), ids=lambda cfg: cfg.name)
+def test_prepare(cfg):
+    """It is as fast as memory: tensors are read and written 16 bytes at a time."""
     report, kernel = compiled(cfg)
-    is_of_sums = getattr(cfg, "has_sums", True)
-    is_thin = is_of_sums and cfg.head_dim != 96  # whose threads have three pieces of a row
+    is_thin = cfg.has_sums and cfg.head_dim != 96  # whose threads have three pieces of a row
     assert report.wgmmas == 0 and report.registers <= (MOST_REGISTERS if is_thin else MOST_WITHOUT_SUMS)
     vectors = cfg.tile_m * cfg.head_dim * 2 // VECTOR // cfg.num_threads  # of 16-bit elements
-    is_prepare = isinstance(cfg, PrepareConfig)  # O and dO -> dq_sum; the other reads that and writes dQ
-    at_once = 2 if is_prepare else vectors  # prepare reads pieces of O and dO in a loop
-    assert accesses(kernel.code, LDG)[VECTOR] >= 2 * min(at_once, vectors)
-    if is_of_sums:
-        assert accesses(kernel.code, STG)[VECTOR] >= (2 if is_prepare else 1) * vectors
+    assert accesses(kernel.code, LDG)[VECTOR] >= 2 * min(2, vectors)  # pieces of O and dO, in a loop
+    if cfg.has_sums:
+        assert accesses(kernel.code, STG)[VECTOR] >= 2 * vectors

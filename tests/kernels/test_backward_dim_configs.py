@@ -3,7 +3,6 @@
 import pytest
 
 from fa3_cute.planning.backward_kernels import (
-    FinishConfig,
     KeysConfig,
     MainConfig,
     PrepareConfig,
@@ -34,7 +33,7 @@ CONFIGS = chosen()
 
 
 def test_selection_covers_kinds():
-    assert {type(cfg) for cfg in CONFIGS} == {PrepareConfig, MainConfig, FinishConfig, SideConfig, KeysConfig}
+    assert {type(cfg) for cfg in CONFIGS} == {PrepareConfig, MainConfig, SideConfig, KeysConfig}
     for kind in (SideConfig, KeysConfig):
         own = [cfg for cfg in CONFIGS if isinstance(cfg, kind)]
         assert {(cfg.head_dim_v, cfg.is_padded) for cfg in own} >= {(0, True), (128, False), (128, True)}

@@ -17,7 +17,6 @@ from fa3_cute.planning import backward_launch as planning
 from fa3_cute.planning.backward import SHORT, SHORT_QUERIES, TABLE
 from fa3_cute.planning.backward_kernels import (
     CLEAR_ENTRY,
-    FINISH_ENTRY,
     GRADIENT,
     MAIN_ENTRY,
     PREPARE_ENTRY,
@@ -25,7 +24,6 @@ from fa3_cute.planning.backward_kernels import (
     SCRATCH,
     SIDE_ENTRY,
     SINKS_ENTRY,
-    FinishConfig,
     PrepareConfig,
     kernels_of,
     pass_config,
@@ -54,11 +52,12 @@ PACKED = replace(
 ENTRIES = {
     "prepare": PREPARE_ENTRY,
     "main": MAIN_ENTRY,
-    "finish": FINISH_ENTRY,
     "side": SIDE_ENTRY,
     "sinks": SINKS_ENTRY,
     "clear": CLEAR_ENTRY,
 }
+# What the host plans, see sections.py.
+PLANNED = ("section", "is_rising", "num_behind", "num_sum_slots", "blocks_per_unit", "num_units")
 # Of calls with one of planning.SCORES, which others have no room for.
 SCORES = {name: A - (4 + index) * STEP for index, name in enumerate(planning.SCORES)}
 SINKS = {name: SCORES[name] for name in ("s_aux", "d_s_aux")}
@@ -78,7 +77,8 @@ def test_entries_say_what_the_fields_say():
     """Each argument is a field that backward takes, of its kind, or a part of the workspace; no field is left over."""
     taken = {name: item for name, item in contract.ARGUMENTS.items() if contract.BACKWARD in item.takers}
     arguments = [(name.replace(GRADIENT, "dq"), kind) for entry in ENTRIES.values() for name, kind in entry.arguments]
-    others = {"stream": "stream", "num_blocks": "int32", "num_sms": "int32"} | dict.fromkeys(SCRATCH, "pointer")
+    others = {"stream": "stream"} | dict.fromkeys(("num_blocks", "num_sms", *PLANNED), "int32")
+    others |= dict.fromkeys(SCRATCH, "pointer")
     for name, kind in arguments:
         assert kind == (others[name] if name in others else KINDS[taken[name].kind]), name
     assert {name for name, _ in arguments} == taken.keys() | others.keys()
@@ -93,7 +93,7 @@ def test_what_changes_with_every_call(entry):
 
 
 def test_kernels_are_told_by_their_names():
-    """Those of one name are one kernel: masks and lengths make no other prepare and finish kernels."""
+    """Those of one name are one kernel: masks and lengths make no other prepare kernels."""
     everything = [
         kernel
         for row, dtype, *flags, is_short in product(ROWS, ("fp16", "bf16"), *[(False, True)] * 3)
@@ -104,7 +104,6 @@ def test_kernels_are_told_by_their_names():
     count = lambda kind: sum(isinstance(kernel, kind) for kernel in distinct)
     head_dims = lambda rows: len({row[0] for row in rows})
     assert count(PrepareConfig) == 2 * (head_dims(ROWS) + head_dims(SHORT))
-    assert count(FinishConfig) == 2 * (head_dims(TABLE) + head_dims(SHORT))
 
 
 def test_the_selection_has_every_row_and_option():
@@ -169,7 +168,7 @@ def test_passes_without_sums(call, head_dim):
 @pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
 def test_what_kernels_are_told(call, changes, mask, window):
     """By name, whatever order their entries have."""
-    prepare, main, finish = plan(replace(call, deterministic=True, **changes)).stages
+    prepare, main = plan(replace(call, deterministic=True, **changes)).stages
     assert (main.config.mask, main.config.is_varlen, main.config.is_deterministic) == (mask, call is PACKED, True)
     rows_q, rows_k = (700, 900) if call is PACKED else (500, 300)
     sizes = {"batch_size": 2, "seqlen_q": rows_q, "seqlen_k": rows_k, "num_heads": 6, "num_heads_k": 3}
@@ -178,6 +177,8 @@ def test_what_kernels_are_told(call, changes, mask, window):
         "head_dim_v": 64,
     }
     sizes |= {"s_aux_dtype": DataType.FP32, "attention_chunk": 0}
+    planned = (3, 0, 3 * 9, 3, 7, 3) if call is PACKED else (6, int(mask == "causal"), 6 * 3, 6, 4, 6)
+    sizes |= dict(zip(PLANNED, planned, strict=True))
     scales = {"softmax_scale": 64**-0.5, "softcap": 0.0, "p_dropout": 0.0}
     row_q, row_k = 6 * 64, 3 * 64
     strides = {
@@ -189,7 +190,7 @@ def test_what_kernels_are_told(call, changes, mask, window):
         for x in planning.TENSORS
     }
     strides |= dict.fromkeys(("alibi_batch_stride", *MASK_STRIDES), 0)
-    for stage in (prepare, main, finish):
+    for stage in (prepare, main):
         kinds = ("int64", "int32", "float32")
         names = {kind: [name for name, own in stage.config.arguments if own == kind] for kind in kinds}
         assert stage.strides == tuple(strides[name] for name in names["int64"])
@@ -205,7 +206,7 @@ def test_short_sequences_have_tiles_of_their_own(call, mask, more):
     """Their length is a packed batch's in the mean, whose queries are known on the host; head_dim 64 has one row."""
     rows = {"total_q": 2 * (SHORT_QUERIES + more)} if call is PACKED else {"seqlen_q": SHORT_QUERIES + more}
     for head_dim in (64, 128):
-        (_, main, _) = plan(replace(call, head_dim=head_dim, **rows, **mask)).stages
+        _, main = plan(replace(call, head_dim=head_dim, **rows, **mask)).stages
         name = main.config.mask
         row = SHORT[head_dim, name] if head_dim == 128 and not more else TABLE[head_dim, name]
         assert (main.config.tile_m, main.config.is_dq_behind) == (row.tile_m, row.is_dq_behind)
@@ -221,8 +222,8 @@ def test_workspace(call, head_dim):
     call = replace(call, head_dim=head_dim)
     found = plan(call)
     tile_m = found.stages[1].config.tile_m
-    tiles = (700 // tile_m + 2 if call.mode else 2 * -(-500 // tile_m)) * 6
-    sizes = [4 * tiles * tile_m, 4 * tiles * tile_m, 4 * tiles * tile_m * head_dim, 4 * tiles, 4]
+    tiles, units = (700 // tile_m + 2 if call.mode else 2 * -(-500 // tile_m)) * 6, 3 if call.mode else 6
+    sizes = [4 * tiles * tile_m, 4 * tiles * tile_m, 4 * tiles * tile_m * head_dim, 8 * units, 4 * tiles, 4]
     with_sinks = replace(call, **SINKS)
     for own, of_sinks in ((call, 0), (with_sinks, 4 * tiles * 4)):
         found = plan(own)
@@ -230,6 +231,22 @@ def test_workspace(call, head_dim):
         for start, end, size in zip(found.offsets, ends, (*sizes, of_sinks), strict=True):
             assert start % 16 == 0 and 0 <= end - start - size < 16
         assert backward_workspace_size(own) == found.workspace_bytes
+
+
+@pytest.mark.parametrize(
+    "changes, rows",
+    [
+        ({"batch_size": 100}, 3 * 43 * 512),
+        ({"batch_size": 100, "is_causal": True, "deterministic": True}, 300 * 512),
+        ({"batch_size": 16, "seqlen_q": 4096, "seqlen_k": 4096}, 3 * 4 * 4096),
+        ({"seqlen_q": 100_000, "seqlen_k": 100_000}, 3 * 782 * 128),
+    ],
+)
+def test_sums_have_room_for_units_under_way(changes, rows):
+    """Not for all of them: so many rows of each query head of a group."""
+    found = plan(replace(GOOD, workspace_bytes=1 << 40, **changes))
+    room = found.offsets[list(SCRATCH).index("progress")] - found.offsets[list(SCRATCH).index("dq_sum")]
+    assert room == 4 * 64 * 2 * rows
 
 
 def test_a_workspace_must_be_there_and_large_enough():

@@ -30,7 +30,7 @@ module.Call.enqueue = enqueue
 def send(stream=STREAM[0], **changes):
     return int(backward(BackwardParams(**FIELDS | changes), stream))
 """
-KERNELS = ["Prepare", "Main", "Finish"]
+KERNELS = ["Prepare", "Main"]
 STREAM = (1 << 32) + 0x7770
 TILE_N = 128
 SMS = 132
@@ -56,7 +56,9 @@ if not {lengths}:
 cfg = pass_config("bf16", 64, "causal", {lengths} != {{}}, False)
 nbytes = backward_workspace_size(BackwardParams(**FIELDS | call))
 rows = (3000 // cfg.tile_m + 3 if {lengths} else 3 * -(-1000 // cfg.tile_m)) * 12
-parts = dict(shift=0, delta=4 * rows * cfg.tile_m, dq_sum=8 * rows * cfg.tile_m, order=(8 + 256) * rows * cfg.tile_m)
+parts = dict(shift=0, delta=4 * rows * cfg.tile_m, dq_sum=8 * rows * cfg.tile_m)
+parts |= dict(progress=(8 + 256) * rows * cfg.tile_m)
+parts |= dict(order=parts["progress"] + -(-8 * (4 if {lengths} else 12) // 16) * 16)
 parts |= dict(tile_counter=-(-(parts["order"] + 4 * rows) // 16) * 16)
 parts = {{name: WORKSPACE + start for name, start in parts.items()}}
 lengths = {{name: at for name, at in {lengths}.items() if name[:2] in ("cu", "se")}}
@@ -68,41 +70,41 @@ tell(ok=ok, log=log, end=parts["tile_counter"] + 4 - WORKSPACE, nbytes=nbytes, t
 """)
     assert found["ok"] == 0 and [launch["kernel"] for launch in found["log"]] == KERNELS
     assert {launch["stream"] for launch in found["log"]} == {STREAM}
-    prepare, main, finish = found["log"]
+    prepare, main = found["log"]
     is_packed, tile_m = lengths == "PACKED", found["tile_m"]
-    rows_q, rows_k = (3000, 2100) if is_packed else (1000, 700)
-    assert prepare["grid"] == finish["grid"] == [blocks(tile_m, rows_q, is_packed) * 12, 1, 1]
-    assert main["grid"] == [blocks(TILE_N, rows_k, is_packed) * 4, 1, 1]
+    rows_q = 3000 if is_packed else 1000
+    assert prepare["grid"] == [blocks(tile_m, rows_q, is_packed) * 12, 1, 1]
+    assert main["grid"] == [SMS, 1, 1]  # more tiles and duties
     assert 0 <= found["nbytes"] - found["end"] < 16, "the parts fill the workspace"
     given = [{name for name, is_there in launch["given"].items() if is_there} for launch in found["log"]]
     # Of each kernel what it is given, and what it has to know nothing of.
     wanted = (
-        ("out dout softmax_lse dlse shift delta dq_sum order tile_counter", "q k v dq dk dv"),
-        ("dk dv shift delta dq_sum order tile_counter", "out dq softmax_lse dlse"),
-        ("dq dq_sum scale", "q k v out dout dk dv softmax_lse dlse shift delta order tile_counter"),
+        ("out dout softmax_lse dlse shift delta dq_sum progress order tile_counter", "q k v dq dk dv"),
+        ("dq dk dv shift delta dq_sum progress order tile_counter scale", "out softmax_lse dlse"),
     )
     for those, (there, absent) in zip(given, wanted, strict=True):
         assert those >= set(there.split()) and not those & set(absent.split())
-    assert set(main["tma"]) == {found["addresses"][name] for name in ("q", "k", "v", "dout")}
+    assert set(main["tma"]) == {found["addresses"][name] for name in ("q", "k", "v", "dout", "dq", "dk", "dv")}
     assert given[1] >= set(found["lengths"])
     assert all(those >= set(found["lengths"]) & {"cu_seqlens_q", "seqused_q"} for those in given)
     if not is_packed:
-        strides = ("out_batch_stride", "dk_batch_stride", "dq_batch_stride")
-        assert all(those & set(strides) == {stride} for those, stride in zip(given, strides, strict=True))
+        strides = {"out_batch_stride"}, {"dk_batch_stride", "dq_batch_stride"}
+        assert all(those & set.union(*strides) == own for those, own in zip(given, strides, strict=True))
 
 
 def test_the_main_kernel_has_a_cta_per_sm(told):
-    """Tiles of keys beyond those are handed out; the kernels around it have a CTA per Q tile and head."""
+    """Places of the order are handed out; few of them have a CTA each. The kernel before it has one per Q tile and
+    head."""
     found = told("""
 assert send(batch_size=40) == 0
+assert send(batch_size=1, seqlen_k=300) == 0
 tell(grids=[fact["grid"][0] for fact in log])
 """)
-    around, main, last = found["grids"]
-    assert main == SMS < 40 * 6 * 4 and around == last == 40 * 8 * 12
+    assert found["grids"] == [40 * 8 * 12, SMS, 8 * 12, 3 * 4 + 3 * 12]
 
 
 def test_gradients_that_are_not_wanted(told):
-    """Without dq its kernel is not launched; dk and dv are null pointers that the main kernel does not write to."""
+    """They are null pointers that the main kernel does not write to."""
     found = told("""
 values |= ADDRESSES
 def launched(**changes):
@@ -112,12 +114,11 @@ def launched(**changes):
 tell(all=launched(), none_of_q=launched(dq=None), none_of_k=launched(dk=None), only_q=launched(dk=0, dv=0),
      only_v=launched(dq=None, dk=None), again=launched())
 """)
-    prepare, finish = ["Prepare"], ["Finish", "dq"]
-    assert found["all"] == found["again"] == [prepare, ["Main", "dk", "dv"], finish]
-    assert found["none_of_q"] == [prepare, ["Main", "dk", "dv"]]
-    assert found["none_of_k"] == [prepare, ["Main", "dv"], finish]
-    assert found["only_q"] == [prepare, ["Main"], finish]
-    assert found["only_v"] == [prepare, ["Main", "dv"]]
+    main = {calls: found[calls][1] for calls in found}
+    assert all(found[calls] == [["Prepare"], main[calls]] for calls in found)
+    assert main["all"] == main["again"] == ["Main", "dq", "dk", "dv"]
+    assert main["none_of_q"] == ["Main", "dk", "dv"] and main["none_of_k"] == ["Main", "dq", "dv"]
+    assert main["only_q"] == ["Main", "dq"] and main["only_v"] == ["Main", "dv"]
 
 
 @pytest.mark.parametrize("lengths", ["{}", "PACKED"])
@@ -176,14 +177,14 @@ none = dict.fromkeys(("q", "out", "dout", "softmax_lse", "dlse", "dq", "workspac
 values |= ADDRESSES
 no_queries = launched(total_q=0, workspace_bytes=0, **none)
 described = log[0]["tma"]
-tell(no_queries=no_queries, described=described, k=ADDRESSES["k"], v=ADDRESSES["v"],
+tell(no_queries=no_queries, described=described, there=[ADDRESSES[name] for name in ("k", "v", "dk", "dv")],
      no_keys=launched(total_k=0, **dict.fromkeys(("k", "v", "dk", "dv"))),
      size=backward_workspace_size(BackwardParams(**FIELDS | PACKED | dict(total_q=0))))
 """)
     assert found["no_queries"] == [0, ["Main", blocks(TILE_N, 2100, True) * 4, 1, 1]] and found["size"] == 0
-    # q and dout have no address: descriptors are made of k's.
-    assert set(found["described"]) == {found["k"], found["v"]}
-    assert [fact[0] for fact in found["no_keys"][1:]] == ["Prepare", "Finish"] and found["no_keys"][0] == 0
+    # q, dout and dq have no address: descriptors are made of k's.
+    assert set(found["described"]) == set(found["there"])
+    assert [fact[0] for fact in found["no_keys"][1:]] == ["Prepare", "Main"] and found["no_keys"][0] == 0
     assert all(min(fact[1:]) > 0 for fact in found["no_keys"][1:])
 
 
@@ -254,10 +255,10 @@ tell(steps=steps, allocated=number("num_allocations") - allocated)
 """)
     steps = found["steps"]
     assert [step[0] for step in steps] == [0] * 11 + [-9, -9, -1, -9, -16]
-    assert [step[1] for step in steps] == [3] * 8 + [6, 6] + [9] * 6
+    assert [step[1] for step in steps] == [2] * 8 + [4, 4] + [6] * 6
     assert [step[2] for step in steps] == [1] * 8 + [2, 2, 3, 4, 5, 6, 7, 8]
     offsets = [0, 0, 0, 0, 0, 8, 1 << 32, 0, 0, 0, 0]
-    assert [step[3] for step in steps[:11]] == [[STREAM + offset] * 3 for offset in offsets]
+    assert [step[3] for step in steps[:11]] == [[STREAM + offset] * 2 for offset in offsets]
     assert all(step[3] == [] for step in steps[11:]), "refused calls launch nothing"
     everything = dict.fromkeys(steps[0][4], True) | {"other": False}
     changed = {2: {"k": False, "other": True}, 3: {"dq": False, "other": True}, 4: {"dlse": False}}
@@ -267,7 +268,7 @@ tell(steps=steps, allocated=number("num_allocations") - allocated)
 
 
 def test_a_capture_needs_warm_kernels(told):
-    """If one of the three is missing nothing is captured: prepare's kernel is that of another mask, which ran."""
+    """If one of the two is missing nothing is captured: prepare's kernel is that of another mask, which ran."""
     found = told("""
 send()
 cold = dict(is_causal=False)
@@ -281,7 +282,7 @@ tell(refused=refused, warm=warm, captured=[send(**cold), len(log)], broken=numbe
 """)
     status, detail, launched = found["refused"]
     assert status == -103 and "bwd_bf16_d64_full" in detail and "warmup()" in detail and launched == 0
-    assert found["warm"] == [0, 0] and found["captured"] == [0, 3] and found["broken"] == 0
+    assert found["warm"] == [0, 0] and found["captured"] == [0, 2] and found["broken"] == 0
 
 
 def test_failures_leave_the_next_call_alone(told):

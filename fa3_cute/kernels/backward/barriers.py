@@ -1,13 +1,17 @@
-"""Named-barrier ids of the main kernel, besides those of common/barriers.py.
+"""Named-barrier ids of the main kernel, besides those of common/barriers.py. "all": the consumers and the watch role.
 
-id  name       threads        who                         protects
-10  GRADIENTS  all consumers  each twice per tile of keys  the slots of dS, which dK and dV take
-11  LOADED     64             load, schedule               the next tile of keys, not to be taken while one is loaded
+id    name      threads  who                             protects
+4..5  STAGED+i  all      consumers arrive, watch syncs   place i of what leaves, until it is written
+6     FREE      all      watch arrives, consumers sync   the place before the last, and at the end both, until read
+7     SUMS      all      watch arrives, consumers sync   sums of dQ, until they are whole; and slots of dS, until read
+8     LOADED    64       load arrives, schedule syncs    the next place of the order, not to be taken while one is loaded
 """
 import enum
 
 
 class BarrierId(enum.IntEnum):
-    """One each."""
-    GRADIENTS = 10
-    LOADED = 11
+    """First id of each."""
+    STAGED = 4
+    FREE = 6
+    SUMS = 7
+    LOADED = 8

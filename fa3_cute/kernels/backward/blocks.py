@@ -97,7 +97,7 @@ class Extents:
         return Extents(
             of_queries(dim_qk), of_queries(dim_v), of_keys(dim_qk), of_keys(dim_v),
             cute.make_layout((padded, a.num_heads), stride=(1, padded)), q_blocks,
-            Blocks.create(cfg.tile_n, sequences.cu_seqlens_k, a.seqlen_k, a.batch_size))
+            Blocks.create(cfg.tile_n, sequences.cu_seqlens_k, maximum(a.seqlen_k, 1), a.batch_size))
 
 
 @dataclass(frozen=True)

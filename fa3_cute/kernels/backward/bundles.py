@@ -13,7 +13,9 @@ from ..common.block_range import Window
 from ..common.sequences import Sequences
 from ..common.tma import TmaOperand
 from .blocks import Blocks
+from .outgoing import Gradient
 from .scores import Scores
+from .workspace import Sums
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class BwdMmas:
     sdp: cute.TiledMma             # S^T = K Q^T and dP^T = V dO^T
     dkv: cute.TiledMma             # dV += P^T dO and dK += dS^T Q, with P^T and dS^T in registers
     dq: cute.TiledMma              # dQ = dS K, or dQ^T = K^T dS^T
+    dkv_part: cute.TiledMma        # dkv and dq as one warpgroup has them
+    dq_part: cute.TiledMma
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,21 @@ class BwdParams:
     do: TmaOperand                 # (seqlen_q, head_dim_v, num_heads,   batch)
     k: TmaOperand                  # (seqlen_k, head_dim,   num_heads_k, batch)
     v: TmaOperand                  # (seqlen_k, head_dim_v, num_heads_k, batch)
-    mdK: cute.Tensor               # as k
-    mdV: cute.Tensor               # as v
+    dk: Gradient                   # as k
+    dv: Gradient                   # as v
+    dq: Gradient                   # as q
     shift: cute.Tensor             # (padded rows, num_heads) f32, see prepare.py
     delta: cute.Tensor             # (padded rows, num_heads) f32
-    dq_sum: cute.Tensor            # (tile_m * head_dim, Q blocks, num_heads) f32, each block in thread order
+    sums: Sums                     # of dQ, each block in thread order
     order: cute.Tensor             # (1, Q blocks, num_heads) int32: CTAs that have added to a block, if deterministic
-    tile_counter: cute.Tensor      # (1) int32: tiles of keys taken beyond the first of each CTA, see schedule.py
+    tile_counter: cute.Tensor      # (1) int32: places of the order that were taken, see schedule.py
     window: Window                 # used if cfg.is_local
     sequences: Sequences
     q_blocks: Blocks
     k_blocks: Blocks
+    section: Int32                 # units whose tiles of keys run side by side, see planning/sections.py
+    is_rising: Int32               # of deterministic tiles, see order.py
+    num_behind: Int32              # places of the order between a tile of keys and the duty that belongs to it
     num_heads_k: Int32
     group: Int32                   # query heads of a KV head
     scale: Float32
@@ -63,11 +71,12 @@ class BwdLayouts:
 class BwdSmem:
     """Shared-memory tensors."""
     sTiles: cute.Tensor            # (entry_ints(key_tile_of(cfg)), TILE_SLOTS) int32
+    sDuties: cute.Tensor           # (entry_ints(Duty), TILE_SLOTS) int32, of the same ring
     sQ: cute.Tensor
     sdO: cute.Tensor
     sK: cute.Tensor
     sV: cute.Tensor
-    sdS: cute.Tensor               # dK and dV at the end
+    sdS: cute.Tensor               # dK and dV at the end, and dQ of what is finished
     sdQ: cute.Tensor               # (dq_part, num_consumer_wgs) f32, in thread order
     sShift: cute.Tensor           # (tile_m, num_q_stages) f32
     sDelta: cute.Tensor          # (tile_m, num_do_stages) f32

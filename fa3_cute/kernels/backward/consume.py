@@ -6,15 +6,14 @@ from cutlass import Constexpr, Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
-from ..common.barriers import sync_warpgroup
-from ..common.layout import element_type, rounded, smem_ring, unhoisted, view_as
-from ..common.sequences import is_present
+from ..common.layout import element_type, rounded, unhoisted
 from ..common.tile_ring import END, read_tile
-from .barriers import BarrierId
 from .blocks import KeyTile, QueryRange, key_tile_of, query_range
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
+from .duties import Duty, wait_for_sums
+from .finish import make_finisher
 from .gradients import Gradients, clear_unused_rows, filled, make_gradients
-from .store import store_part, write_slot
+from .outgoing import Outgoing, key_part, key_rows, wait_until_free
 from .visible import KeyMask
 
 
@@ -42,8 +41,12 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
                 mask = KeyMask.create(cfg, params.window, tile, tidx)
                 gradients.start_head(tile.kv_head * params.group, tile.sequence)
                 m_block, _ = queries.passing(0, params.group, tile.is_rising)
-                gradients.step_behind(mask, m_block, turn, is_masked=True, has_dq=False)
+                gradients.step_behind(mask, m_block, turn, is_masked=True, has_dq=False, is_first=True)
                 turn, num_done = turn + 1, Int32(1)
+            else:
+                wait_until_free(cfg)
+        else:
+            wait_until_free(cfg)
         walks = walks_of(cfg)
         for i in cutlass.range_constexpr(len(walks)):
             if const_expr(i == 0 or cfg.finds_bounds_again):
@@ -62,18 +65,23 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
                     gradients.finish_dQ(turn - 1)
         for pipe in (pipes.v, pipes.k):
             pipe.consumer_release(pipeline.PipelineState(1, count, Int32(0), count & 1))
-        cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)
-        slot, thread = staging(cfg, smem), unhoisted(tidx)
-        store_keys(cfg, mmas.dkv, gradients.acc_dV, slot, params.mdV, tile, thread)
-        sync_warpgroup(wg_idx)
+        out = Outgoing(cfg, smem, wg_idx, unhoisted(tidx) % 128)
+        wait_for_sums(cfg)
+        finisher = make_finisher(cfg, params, mmas.dq_part, out, read_tile(smem.sDuties[None, count & 1], Duty))
+        first, rows = finisher.start(), key_rows(cfg, tile, wg_idx)
+        finisher.read(0, first)
+        out.stage(mmas.dkv_part, rounded(gradients.acc_dV, element_type(cfg)), key_part(cfg), 0, params.dv, rows)
+        finisher.read(1, finisher.after(first))
         for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
             gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
-        store_keys(cfg, mmas.dkv, gradients.acc_dK, slot, params.mdK, tile, thread)
-        cute.arch.barrier(barrier_id=BarrierId.GRADIENTS, number_of_threads=128 * cfg.num_consumer_wgs)
+        gradients.wait_for_dQ_place(turn)
+        out.stage(mmas.dkv_part, rounded(gradients.acc_dK, element_type(cfg)), key_part(cfg), 1, params.dk, rows)
+        finisher.run()
         with cute.arch.elect_one():
             pipes.tiles.consumer_release(filled(count))
         count += 1
         tile = wait_for_tile(cfg, smem, pipes, count)
+    wait_until_free(cfg)
 
 
 @cute.jit
@@ -144,24 +152,3 @@ def step(gradients: Gradients, mask: KeyMask, m_block: Int32, turn: Int32, is_ma
         gradients.step_behind(mask, m_block, turn, is_masked, has_dq=True)
     else:
         gradients.step_behind(mask, m_block, turn, is_masked, has_dq=False)
-
-
-def staging(cfg: BackwardConfig, smem: BwdSmem) -> cute.Tensor:
-    """(tile_n, head_dim) for dK and dV, in the slots of dS."""
-    layout = smem_ring(element_type(cfg), cfg.tile_n, cfg.head_dim, 1)
-    return view_as(smem.sdS, layout, element_type(cfg))[None, None, 0]
-
-
-@cute.jit
-def store_keys(cfg: BackwardConfig, mma: cute.TiledMma, acc: cute.Tensor, slot: cute.Tensor, mX: cute.Tensor,
-               tile: KeyTile, tidx: Int32):
-    """dK or dV -> the slot -> rows below seqlen_k; not of a null pointer, a gradient that is not wanted.
-
-    Runs on: the consumer warpgroups, each its 64 keys.
-    """
-    wg_idx = tidx // 128
-    if is_present(mX):
-        write_slot(mma, rounded(acc, element_type(cfg)), slot, tidx)
-        sync_warpgroup(wg_idx)
-        where = tile.n_block, tile.offset_k, tile.seqlen_k, tile.kv_head, tile.batch
-        store_part(cfg, slot, wg_idx, mX, where, tidx)

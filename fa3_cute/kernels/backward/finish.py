@@ -1,59 +1,91 @@
-"""After the main kernel: dQ = softmax_scale dq_sum, rounded, rows of the sequences alone."""
+"""What consumers do for a duty: dQ = softmax_scale times the sums, rounded, rows of the sequence alone."""
+from dataclasses import dataclass
+
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import CopyG2ROp, MemoryOrder, MemoryScope
 
-from ...planning.backward import FINISH_ARGUMENTS, BackwardConfig
-from ..common.entry import flat_entry
-from ..common.layout import element_type, rounded, smem_ring, tensor_view, transposed
-from ..common.sequences import Sequences
-from .blocks import Blocks, query_tile
-from .kernel import make_dq_mma
-from .store import store_used_rows, write_slot
-from .workspace import first_quad, in_thread_order, per_block, quads_of
+from ...planning.backward import BackwardConfig
+from ...planning.config import ROWS_PER_WARPGROUP
+from ..common.layout import element_type, rounded
+from .bundles import BwdParams
+from .duties import Duty, rounds_of
+from .outgoing import Outgoing, query_part, query_rows, wait_until_free
+from .workspace import first_quad, in_thread_order, quads_of
 
 
-@flat_entry(FINISH_ARGUMENTS)
-class FinishBackward:
-    """The kernel of one config. Compile `__call__`: its parameters are FINISH_ARGUMENTS, in order."""
+@dataclass
+class Finisher:
+    """Of one consumer warpgroup. Where one warpgroup computes dQ of a tile, it finishes every other tile; else its part
+    of each. Two tiles are on their way at a time.
 
-    def __init__(self, cfg: BackwardConfig):
-        self.cfg = cfg
+    mma    of a warpgroup's part of dQ
+    accs   what the thread has of the next and of the one after it, as the GEMM left them
+    """
+    cfg: Constexpr
+    params: BwdParams
+    mma: cute.TiledMma
+    accs: tuple[cute.Tensor, cute.Tensor]
+    out: Outgoing
+    duty: Duty
 
     @cute.jit
-    def launch(self, a):
-        """dQ = softmax_scale dq_sum"""
-        cfg, sequences = self.cfg, Sequences.create(a)
-        batches = Int32(1) if sequences.is_packed() else a.batch_size
-        blocks = Blocks.create(cfg.tile_m, sequences.cu_seqlens_q, a.seqlen_q, a.batch_size)
-        dq_sum = per_block(a.dq_sum, cfg.tile_m * cfg.head_dim, blocks, a.num_heads)
-        columns = a.head_dim if cfg.is_padded else cfg.head_dim
-        mdQ = tensor_view(a, "dq", (a.seqlen_q, columns, a.num_heads, batches))
-        sdQ = smem_ring(element_type(cfg), cfg.tile_m, cfg.head_dim, 1)
-        self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
-        self.kernel(mdQ, dq_sum, sdQ, make_dq_mma(cfg), blocks, sequences, a.softmax_scale).launch(
-            grid=(blocks.num_blocks * a.num_heads, 1, 1), block=(cfg.num_threads, 1, 1),
-            use_pdl=True, stream=a.stream)
+    def start(self) -> tuple[Int32, Int32, Int32]:
+        """The warpgroup's first tile."""
+        place = self.duty.start()
+        if const_expr(self.cfg.is_dq_in_turns):
+            if self.out.wg_idx == 1:
+                place = self.duty.after(place)
+        return place
 
-    @cute.kernel
-    def kernel(self, mdQ: cute.Tensor, dq_sum: cute.Tensor, layout: cute.ComposedLayout, mma: cute.TiledMma,
-               blocks: Blocks, sequences: Sequences, scale: Float32):
-        """A Q tile of one head per CTA: its threads take what the consumers of the main kernel held."""
-        cute.arch.griddepcontrol_wait()      # for the main kernel
-        cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
-        allocator = cutlass.memory.SmemAllocator()
-        sdQ = allocator.allocate_tensor(element_type(cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        shape = (cfg.head_dim, cfg.tile_m) if cfg.is_dq_transposed else (cfg.tile_m, cfg.head_dim)
-        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
-        part = cute.local_tile(dq_sum[None, tile.block, tile.head], (cfg.dq_part,), (thread // 128,))
-        source = in_thread_order(first_quad(part.iterator, thread % 128), cfg.dq_part)
-        cute.autovec_copy(source[None, None, 0], quads_of(acc))
-        for i in cutlass.range_constexpr(cute.size(acc)):
-            acc[i] = scale * acc[i]
+    @cute.jit
+    def after(self, place: tuple[Int32, Int32, Int32]) -> tuple[Int32, Int32, Int32]:
+        """The warpgroup's next tile."""
+        for _ in cutlass.range_constexpr(self.cfg.num_consumer_wgs // self.cfg.num_dq_wgs):
+            place = self.duty.after(place)
+        return place
+
+    @cute.jit
+    def read(self, which: Constexpr[int], place: tuple[Int32, Int32, Int32]):
+        """The thread's sums of a tile, from L2; zeros if there is none, or they would be live from one tile of keys to
+        the next."""
+        cfg, out, (i, m_block, of_group) = self.cfg, self.out, place
+        self.accs[which].fill(0.0)
+        if i < self.duty.num_tiles:
+            block = self.params.sums.parts[None, self.duty.first_block + m_block, of_group, self.duty.slot]
+            part = Int32(0) if const_expr(cfg.is_dq_in_turns) else out.wg_idx
+            start = first_quad(cute.local_tile(block, (cfg.dq_part,), (part,)).iterator, out.thread)
+            atom = cute.make_copy_atom(CopyG2ROp(), Float32, num_bits_per_copy=128, memory_order=MemoryOrder.RELAXED,
+                                       memory_scope=MemoryScope.GPU)
+            cute.copy(atom, in_thread_order(start, cfg.dq_part)[None, None, 0], quads_of(self.accs[which]))
+
+    @cute.jit
+    def run(self):
+        """All tiles, of which the first two are read; in rounds, of a tile each or of one for each warpgroup."""
+        place = self.start()
+        ahead, num_rounds = self.after(self.after(place)), rounds_of(self.cfg, self.duty)
+        for i in cutlass.range(0, num_rounds, 2, unroll=1):
+            for which in cutlass.range_constexpr(2):
+                if i + which < num_rounds:
+                    self.finish(which, place, ahead)
+                place, ahead = self.after(place), self.after(ahead)
+
+    @cute.jit
+    def finish(self, which: Constexpr[int], place: tuple[Int32, Int32, Int32], ahead: tuple[Int32, Int32, Int32]):
+        """One tile, while the one after the next is read."""
+        cfg, acc = self.cfg, self.accs[which]
+        for j in cutlass.range_constexpr(cute.size(acc)):
+            acc[j] = self.params.scale * acc[j]
         rdQ = rounded(acc, element_type(cfg))
-        slot = transposed(sdQ)[None, None, 0] if cfg.is_dq_transposed else sdQ[None, None, 0]
-        write_slot(mma, rdQ, slot, thread, cfg.is_dq_transposed)
-        cute.arch.sync_threads()
-        num_rows = tile.seqlen - tile.m_block * cfg.tile_m
-        store_used_rows(cfg, sdQ[None, None, 0], tile.rows_of(cfg, mdQ), (num_rows, mdQ.shape[1]), thread,
-                        cfg.num_threads)
+        self.read(which, ahead)
+        wait_until_free(cfg)
+        rows = query_rows(cfg, self.duty, self.params.group, place, self.out.wg_idx)
+        self.out.stage(self.mma, rdQ, query_part(cfg), which, self.params.dq, rows)
+
+
+def make_finisher(cfg: BackwardConfig, params: BwdParams, mma: cute.TiledMma, out: Outgoing, duty: Duty) -> Finisher:
+    """Of a consumer thread."""
+    shape = (ROWS_PER_WARPGROUP, cfg.tile_m if cfg.is_dq_transposed else cfg.head_dim)
+    accs = tuple(cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32) for _ in range(2))
+    return Finisher(cfg, params, mma, accs, out, duty)

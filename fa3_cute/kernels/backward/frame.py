@@ -26,10 +26,9 @@ def shared_params(cfg: BackwardConfig | PairConfig, a, sequences: Sequences, sha
         "do": tma_load(tensor_view(a, "dout", shapes.do), layouts.sdO, cfg.tile_m),
         "k": tma_load(tensor_view(a, "k", shapes.k), layouts.sK, cfg.tile_n),
         "v": tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
-        "mdK": tensor_view(a, "dk", shapes.k), "mdV": tensor_view(a, "dv", shapes.v),
         "shift": cute.make_tensor(a.shift, shapes.vector), "delta": cute.make_tensor(a.delta, shapes.vector),
         "window": Window.create(cfg, a), "sequences": sequences, "q_blocks": shapes.q_blocks,
-        "k_blocks": shapes.k_blocks, "num_heads_k": a.num_heads_k, "group": a.num_heads // a.num_heads_k,
+        "k_blocks": shapes.k_blocks, "section": a.section, "num_heads_k": a.num_heads_k, "group": a.num_heads // a.num_heads_k,
         "scale": a.softmax_scale, "scale_log2": a.softmax_scale * Float32(LOG2_E)}
 
 
@@ -46,11 +45,11 @@ class SharedMemory:
         return self.allocator.allocate_tensor(
             element_type(self.cfg), layout.outer, byte_alignment=1024, swizzle=layout.inner)
 
-    def floats(self, name: str) -> cute.Tensor:
+    def floats(self, name: str, alignment: int = 128) -> cute.Tensor:
         """(floats of a slot, slots) of a ring that has nothing else."""
         ring = self.rings[name]
         layout = cute.make_layout((ring.slot_bytes // FLOAT_BYTES, ring.slots))
-        return self.allocator.allocate_tensor(Float32, layout, byte_alignment=128)
+        return self.allocator.allocate_tensor(Float32, layout, byte_alignment=alignment)
 
     def ring(self, name: str) -> pipeline.PipelineAsync:
         """A ring that threads fill."""

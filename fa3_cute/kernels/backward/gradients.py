@@ -23,6 +23,7 @@ from ..common.barriers import sync_warpgroup
 from ..common.layout import as_operand_a, element_type, rounded, transposed
 from ..common.wgmma import in_flight, issue_gemm
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
+from .outgoing import wait_until_free
 from .scores import Exponents, Scores
 from .visible import KeyMask
 from .workspace import QUAD, in_thread_order, quads_of
@@ -86,9 +87,10 @@ class Gradients:
 
     @cute.jit
     def step_behind(self, mask: KeyMask, m_block: Int32, turn: Int32, is_masked: Constexpr[bool],
-                    has_dq: Constexpr[bool]):
+                    has_dq: Constexpr[bool], is_first: Constexpr[bool] = False):
         """dV and dK of one Q tile and dQ of the one before it, whose dS no warpgroup has to wait for: it runs under the
-        exponentials. Nothing is in flight before or after."""
+        exponentials. Nothing is in flight before or after. is_first: of a tile of keys, before whose dS the gradients
+        of the last one have left its slots."""
         q = do = filled(turn)
         self.wait_for_queries(q, mask, m_block)
         acc_S = self.start_S(turn & 1)
@@ -110,6 +112,8 @@ class Gradients:
         acc_dP = self.start_dP(turn & 1)
         self.start_dV(rP, turn & 1)
         in_flight(1)                     # dP
+        if const_expr(is_first):
+            wait_until_free(self.cfg)
         rdS = self.hand_over(self.score_gradients(acc_S, acc_dP), turn)
         self.start_dK(rdS, turn & 1)
         in_flight(1)                     # dV
@@ -261,11 +265,25 @@ class Gradients:
         return acc_dQ
 
     @cute.jit
-    def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
-        """To the reduce warp, in thread order."""
+    def dQ_slot(self, turn: Int32) -> pipeline.PipelineState:
+        """The warpgroup's, in that turn."""
         slot = emptied(turn)
         if const_expr(not self.cfg.is_dq_in_turns):
             slot = pipeline.PipelineState(self.cfg.num_consumer_wgs, turn, self.wg_idx, turn & 1 ^ 1)
+        return slot
+
+    @cute.jit
+    def wait_for_dQ_place(self, turn: Int32):
+        """Until what was sent before this turn is read, and the warpgroup's slot free for something else."""
+        if const_expr(self.cfg.is_dq_in_turns):
+            if not self.has_turn(turn):
+                turn += 1
+        self.pipes.dq.producer_acquire(self.dQ_slot(turn))
+
+    @cute.jit
+    def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
+        """To the reduce warp, in thread order."""
+        slot = self.dQ_slot(turn)
         self.pipes.dq.producer_acquire(slot)
         cute.autovec_copy(quads_of(acc_dQ), self.sdQ)
         cute.arch.fence_view_async_shared()

@@ -17,12 +17,14 @@ from ..common.tile_ring import entry_ints
 from .blocks import Extents, key_tile_of
 from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .consume import consume
+from .duties import Duty, watch
 from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, shared_params
 from .load import load
+from .outgoing import gradient_of, key_part, query_part
 from .reduce import reduce_dq
 from .schedule import schedule
 from .scores import Scores
-from .workspace import per_block
+from .workspace import Sums
 
 
 @flat_entry(BACKWARD_ARGUMENTS)
@@ -35,22 +37,26 @@ class FlashAttentionBackward:
     # ---- host side: traced once per config, runs at every launch ------------------------------
     @cute.jit
     def launch(self, a):
-        """dV = P^T dO, dK = scale dS^T Q, dq_sum += dS K; dS = P (dP - D), P = exp(scale Q K^T - LSE), dP = dO V^T
+        """dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K; dS = P (dP - D), P = exp(scale Q K^T - LSE), dP = dO V^T
 
         Pointers and strides (in elements) as in fa3_cute.BackwardParams. The prepare kernel runs before every launch:
-        it zeroes `order`, and a deterministic kernel that finds another call's counts there waits forever.
+        it zeroes counts, and a kernel that finds another call's there waits forever.
         """
         cfg, layouts, sequences = self.cfg, self.make_layouts(), Sequences.create(a)
         shapes = Extents.create(cfg, a, sequences, cfg.tile_m)
         q_blocks, k_blocks = shapes.q_blocks, shapes.k_blocks
         params = BwdParams(
             **shared_params(cfg, a, sequences, shapes, layouts),
-            dq_sum=per_block(a.dq_sum, cfg.tile_m * cfg.head_dim, q_blocks, a.num_heads),
+            dk=gradient_of(a, "dk", "k", shapes.k, key_part(cfg)), dv=gradient_of(a, "dv", "v", shapes.v, key_part(cfg)),
+            dq=gradient_of(a, "dq", "q", shapes.q, query_part(cfg)), sums=Sums.create(cfg, a),
             order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
-            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)), scores=Scores.create(cfg, a))
+            tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)), is_rising=a.is_rising,
+            num_behind=a.num_behind,
+            scores=Scores.create(cfg, a))
+        num_places = k_blocks.num_blocks * a.num_heads_k + a.num_behind * params.group
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
-            grid=(minimum(k_blocks.num_blocks * a.num_heads_k, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
+            grid=(minimum(num_places, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
             min_blocks_per_mp=1,             # without it ptxas ignores setmaxnreg (C7508)
             use_pdl=True, stream=a.stream)
 
@@ -66,7 +72,7 @@ class FlashAttentionBackward:
     # ---- device side --------------------------------------------------------------------------
     @cute.kernel
     def kernel(self, params: BwdParams, layouts: BwdLayouts, mmas: BwdMmas):
-        """Warp 0 loads, warp 1 reduces dQ, warp 2 schedules, warp 3 retires; the other warpgroups consume."""
+        """Warp 0 loads, warp 1 reduces dQ, warp 2 schedules, warp 3 watches; the other warpgroups consume."""
         cfg = self.cfg
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
@@ -83,6 +89,8 @@ class FlashAttentionBackward:
                 reduce_dq(cfg, params, smem, pipes)
             if warp_idx == roles["schedule"].warps[0]:
                 schedule(cfg, params, smem, pipes)
+            if warp_idx == roles["watch"].warps[0]:
+                watch(cfg, params, smem, pipes)
         else:
             cute.arch.setmaxregister_increase(roles["consume"].registers)
             consume(cfg, params, mmas, smem, pipes)
@@ -93,9 +101,11 @@ class FlashAttentionBackward:
         memory = SharedMemory(self.cfg, ("tiles", "k", "v", "q", "do", "ds", "dq"))
         entries = cute.make_layout((entry_ints(key_tile_of(self.cfg)), memory.rings["tiles"].slots))
         sTiles = memory.allocator.allocate_tensor(Int32, entries, byte_alignment=16)
+        entries = cute.make_layout((entry_ints(Duty), memory.rings["tiles"].slots))
+        sDuties = memory.allocator.allocate_tensor(Int32, entries, byte_alignment=16)
         sK, sV, sQ, sdO, sdS = (memory.tensor(layout) for layout in (
             layouts.sK, layouts.sV, layouts.sQ, layouts.sdO, layouts.sdS))
-        smem = BwdSmem(sTiles=sTiles, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=memory.floats("dq"),
+        smem = BwdSmem(sTiles=sTiles, sDuties=sDuties, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=memory.floats("dq", 1024),
                        sShift=memory.floats("shift"), sDelta=memory.floats("delta"))
         pipes = BwdPipelines(
             tiles=memory.ring("tiles"), k=memory.tma_ring("k"), v=memory.tma_ring("v"),
@@ -109,12 +119,13 @@ def make_bwd_mmas(cfg: BackwardConfig) -> BwdMmas:
     """Of the five GEMMs."""
     warpgroups = cfg.num_consumer_wgs
     return BwdMmas(sdp=scores_mma(cfg, warpgroups, cfg.tile_m), dkv=gradient_mma(cfg, warpgroups, cfg.head_dim),
-                   dq=make_dq_mma(cfg))
+                   dq=make_dq_mma(cfg, cfg.num_dq_wgs), dkv_part=gradient_mma(cfg, 1, cfg.head_dim),
+                   dq_part=make_dq_mma(cfg, 1))
 
 
-def make_dq_mma(cfg: BackwardConfig) -> cute.TiledMma:
-    """Of dQ = dS K or dQ^T = K^T dS^T, over the warpgroups that compute it."""
-    element, atoms = element_type(cfg), (cfg.num_dq_wgs, 1, 1)
+def make_dq_mma(cfg: BackwardConfig, warpgroups: int) -> cute.TiledMma:
+    """Of dQ = dS K or dQ^T = K^T dS^T."""
+    element, atoms = element_type(cfg), (warpgroups, 1, 1)
     k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
     majors, columns = (k_major, mn_major), cfg.head_dim
     if cfg.is_dq_transposed:

@@ -59,7 +59,7 @@ class OneSideBackward:
             x=x, x2=x2, y=y, y2=y2, mG=tensor_view(a, "gradient", own[1 if cfg.side == "dv" else 0]),
             shift=cute.make_tensor(a.shift, shapes.vector), delta=cute.make_tensor(a.delta, shapes.vector),
             window=Window.create(cfg, a), sequences=sequences, q_blocks=shapes.q_blocks, blocks=blocks,
-            num_heads=num_heads, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
+            num_heads=num_heads, section=a.section, group=a.num_heads // a.num_heads_k, scale=a.softmax_scale,
             scale_log2=a.softmax_scale * Float32(LOG2_E), scores=Scores.create(cfg, a),
             d_bias=None if cfg.has_gradient else BiasGradient.create(a), dropout=Dropout.create(cfg, a))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
@@ -98,7 +98,7 @@ class OneSideBackward:
         """(KeyTile or Tile, sequence, whether it has a row). Runs on: whole warps."""
         cfg = self.cfg
         # Of dense causal queries the last ones first, which see most keys.
-        at = find_place(cfg, params.sequences, params.blocks, (params.num_heads, params.group),
+        at = find_place(cfg, params.sequences, params.blocks, params.num_heads, params.section,
                         cute.arch.block_idx()[0], cfg.is_causal,
                         is_reversed=cfg.is_of_queries and cfg.is_causal and not cfg.is_varlen)
         if const_expr(cfg.is_of_queries):

@@ -31,6 +31,7 @@ class SideParams:
     q_blocks: Blocks               # of the prepare kernel: a sequence's vectors start with one of PREPARED_ROWS rows
     blocks: Blocks                 # of the CTA's side
     num_heads: Int32               # of the CTA's side
+    section: Int32                 # heads whose blocks run side by side, see place.py
     group: Int32                   # query heads of a KV head
     scale: Float32
     scale_log2: Float32

@@ -15,6 +15,7 @@ from ...planning.one_side import PREPARED_ROWS
 from ...planning.pair import PAIR_ARGUMENTS, PairConfig
 from ...planning.rings import by_name
 from ..common.entry import flat_entry
+from ..common.layout import tensor_view
 from ..common.sequences import Sequences
 from .blocks import Extents
 from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, shared_params
@@ -36,7 +37,8 @@ class PairBackward:
         """dV = P^T dO, dK = scale dS^T Q; dS = P (dP - D), P = exp(scale S - LSE), dP = dO V^T"""
         cfg, sequences, layouts = self.cfg, Sequences.create(a), PairLayouts.create(self.cfg)
         shapes = Extents.create(cfg, a, sequences, PREPARED_ROWS)
-        params = PairParams(**shared_params(cfg, a, sequences, shapes, layouts))
+        params = PairParams(**shared_params(cfg, a, sequences, shapes, layouts),
+                            mdK=tensor_view(a, "dk", shapes.k), mdV=tensor_view(a, "dv", shapes.v))
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_pair_mmas(cfg)).launch(
             grid=(shapes.k_blocks.num_blocks * a.num_heads_k, 1, 1), block=(cfg.num_threads, 1, 1),
@@ -69,7 +71,7 @@ class PairBackward:
     def find_tile(self, params: PairParams):
         """(KeyTile, whether it has a row). Runs on: whole warps."""
         cfg = self.cfg
-        at = find_place(cfg, params.sequences, params.k_blocks, (params.num_heads_k, params.group),
+        at = find_place(cfg, params.sequences, params.k_blocks, params.num_heads_k, params.section,
                         cute.arch.block_idx()[0], in_sections=cfg.is_causal, is_reversed=False)
         return at.keys(params.q_blocks), at.block * cfg.tile_n < at.seqlen_k
 

@@ -28,6 +28,7 @@ class PairParams:
     sequences: Sequences
     q_blocks: Blocks               # of the prepare kernel: a sequence's vectors start with one of PREPARED_ROWS rows
     k_blocks: Blocks
+    section: Int32                 # heads whose blocks run side by side, see place.py
     num_heads_k: Int32
     group: Int32                   # query heads of a KV head
     scale: Float32

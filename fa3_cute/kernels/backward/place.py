@@ -1,6 +1,5 @@
 """Which rows a CTA's number in the order of a launch (order.py) stands for."""
 from dataclasses import dataclass
-from typing import Optional
 
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
@@ -9,7 +8,6 @@ from ...planning.backward import GradientFields
 from ..common.order import block_and_head
 from ..common.sequences import Sequences
 from .blocks import Blocks, KeyTile
-from .order import heads_per_section
 
 
 @dataclass(frozen=True)
@@ -31,17 +29,14 @@ class Place:
 
 
 @cute.jit
-def find_place(cfg: GradientFields, sequences: Sequences, blocks: Blocks, heads: tuple[Int32, Int32],
-               index: Int32, in_sections: Constexpr[bool], is_reversed: Constexpr[bool],
-               section: Optional[Int32] = None) -> Place:
+def find_place(cfg: GradientFields, sequences: Sequences, blocks: Blocks, num_heads: Int32,
+               section: Int32, index: Int32, in_sections: Constexpr[bool], is_reversed: Constexpr[bool]) -> Place:
     """At a place of the order. Runs on: whole warps.
 
-    heads         (heads of the side that `blocks` are of, query heads of a KV head)
-    in_sections   blocks of some heads run side by side, unless lengths are on the device
+    num_heads     of the side that `blocks` are of
+    section       heads whose blocks run side by side, if in_sections and lengths are not on the device
     is_reversed   the last blocks come first
-    section       how many heads; None: as many as share L2
     """
-    num_heads, group = heads
     seqlen_q, seqlen_k, offset_q, offset_k = sequences.rows_q, sequences.rows_k, Int32(0), Int32(0)
     if const_expr(cfg.is_varlen):
         head = index // blocks.num_blocks
@@ -54,8 +49,6 @@ def find_place(cfg: GradientFields, sequences: Sequences, blocks: Blocks, heads:
     else:
         all_heads = num_heads * sequences.batch_size
         num_blocks = blocks.num_blocks // sequences.batch_size
-        if const_expr(section is None):
-            section = heads_per_section(all_heads, group, seqlen_q, cfg.head_dim, num_blocks)
         block, any_head = block_and_head(in_sections, is_reversed, index, num_blocks, all_heads, section)
         sequence = any_head // num_heads
         batch, head = sequence, any_head - sequence * num_heads

@@ -25,7 +25,7 @@ from ..common.layout import element_type, lse_view, tensor_view
 from ..common.row_end import Sinks
 from ..common.sequences import Sequences, is_present
 from .blocks import Blocks, QueryTile, query_tile
-from .workspace import QUAD, first_quad, in_thread_order, per_block
+from .workspace import QUAD, Sums, first_quad, in_thread_order, per_block
 
 # Rows of O and of dO that a thread has on the way. A whole call, FP16, 32 x 512 tokens, hidden 2048, H200, 2026-11-29:
 # head_dim 128 490 to 492 us with 1, 486 to 488 with 2, 489 with 4; head_dim 64 the same with all of them.
@@ -41,7 +41,7 @@ class PrepareParams:
     mdLSE: cute.Tensor         # the same, or null
     shift: cute.Tensor         # (tile_m, blocks, num_heads) f32
     delta: cute.Tensor
-    dq_sum: cute.Tensor        # (tile_m * head_dim, blocks, num_heads) f32
+    sums: Sums
     order: cute.Tensor         # (1, blocks, num_heads) int32
     tile_counter: cute.Tensor  # (1) int32
     sink_sums: cute.Tensor     # (PREPARE_WARPS, blocks, num_heads) f32
@@ -68,7 +68,7 @@ class PrepareBackward:
         params = PrepareParams(
             mO=tensor_view(a, "out", shape), mdO=tensor_view(a, "dout", shape), mLSE=lse,
             mdLSE=cute.make_tensor(a.dlse, lse.layout), shift=part(a.shift, cfg.tile_m),
-            delta=part(a.delta, cfg.tile_m), dq_sum=part(a.dq_sum, cfg.tile_m * cfg.head_dim),
+            delta=part(a.delta, cfg.tile_m), sums=Sums.create(cfg, a),
             order=part(a.order, 1), tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
             sink_sums=part(a.sink_sums, PREPARE_WARPS), sinks=Sinks.create(a),
             scale=a.softmax_scale)
@@ -110,15 +110,25 @@ class PrepareBackward:
 
     @cute.jit
     def clear(self, params: PrepareParams, tile: QueryTile, thread: Int32):
-        """dq_sum and order of the tile; the first CTA: tile_counter."""
-        zeros = cute.make_rmem_tensor(QUAD, Float32)
-        zeros.fill(0.0)
-        start = first_quad(params.dq_sum[None, tile.block, tile.head].iterator, thread)
-        target = in_thread_order(start, self.cfg.tile_m * self.cfg.head_dim)
-        for i in cutlass.range_constexpr(cute.size(target, mode=[1])):
-            cute.autovec_copy(zeros, target[None, i, 0])
+        """The tile's sums, if its unit is of those that have a slot first, and order; of the first of a unit progress;
+        the first CTA: tile_counter."""
+        sums = params.sums
+        _, blocks, group, _ = sums.parts.shape
+        sequence, kv_head = tile.block // blocks, tile.head // group
+        block, of_group = tile.block - sequence * blocks, tile.head - kv_head * group
+        unit = sequence * (params.order.shape[2] // group) + kv_head
+        if unit < sums.num_slots:
+            zeros = cute.make_rmem_tensor(QUAD, Float32)
+            zeros.fill(0.0)
+            start = first_quad(sums.parts[None, block, of_group, unit].iterator, thread)
+            target = in_thread_order(start, self.cfg.tile_m * self.cfg.head_dim)
+            for i in cutlass.range_constexpr(cute.size(target, mode=[1])):
+                cute.autovec_copy(zeros, target[None, i, 0])
         if thread == 0:
             params.order[0, tile.block, tile.head] = Int32(0)
+            if block == 0 and of_group == 0:
+                sums.progress[0, unit] = Int32(0)
+                sums.progress[1, unit] = Int32(0)
             if cute.arch.block_idx()[0] == 0:
                 params.tile_counter[0] = Int32(0)
 

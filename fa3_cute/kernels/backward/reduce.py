@@ -9,6 +9,8 @@ from ..common.arithmetic import minimum
 from ..common.tile_ring import END, read_tile
 from .blocks import KeyTile, QueryRange, first_key_block, key_tile_of, last_key_block, query_range
 from .bundles import BwdParams, BwdPipelines, BwdSmem
+from .duties import places_of_unit, unit_of
+from .workspace import add_to_count, wait_for_count
 
 
 @cute.jit
@@ -17,6 +19,9 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
 
     Deterministic: the CTAs add to a block in the order in which they take their keys. A turn is passed on a Q tile
     later, when what was added has long arrived, or before the CTA waits for its own.
+
+    When all of a tile is added, its unit has one more; before the first of it is, whose slot its sums take must be
+    finished.
 
     Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as
     it is read.
@@ -27,26 +32,47 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     while tile.n_block != END:
         queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
         num_passes, num_free, num_passed = queries.num_passes(params.group), Int32(0), Int32(0)
+        unit = unit_of(cfg, params, tile.sequence, tile.kv_head)
+        if num_passes > 0:
+            wait_for_slot(cfg, params, unit)
         for i in cutlass.range(num_passes, unroll=1):
             if const_expr(cfg.is_deterministic):
                 if num_free <= i:
                     num_passed = pass_turns(params, tile, queries, (num_passed, i), 0)
                     num_free = wait_for_turn(cfg, params, tile, queries, i)
-            place = place_of(params, tile, queries, i)
+            m_block, of_group = queries.passing(i, params.group, tile.is_rising)
+            if const_expr(cfg.is_varlen):
+                m_block += tile.first_q_block
+            target = params.sums.parts[None, m_block, of_group, params.sums.slot(unit)]
             for w in cutlass.range_constexpr(cfg.num_dq_wgs):
                 part = consumer.wait_and_advance()
                 slot = part.index if const_expr(cfg.is_dq_in_turns) else w
-                add_part(cfg, params.dq_sum[None, place[0], place[1]], smem.sdQ[None, slot], w)
+                add_part(cfg, target, smem.sdQ[None, slot], w)
                 with cute.arch.elect_one():
                     part.release()
             if const_expr(cfg.is_deterministic):
                 num_passed = pass_turns(params, tile, queries, (num_passed, i), cfg.num_dq_wgs)
         if const_expr(cfg.is_deterministic):
             pass_turns(params, tile, queries, (num_passed, num_passes), 0)
+        if params.sequences.rows_q > 0:
+            if tile.seqlen_k > 0:
+                with cute.arch.elect_one():
+                    cute.arch.cp_async_bulk_wait_group(0, read=False)
+                    add_to_count(params.sums.count(0, unit), 1)
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
         tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
+
+
+@cute.jit
+def wait_for_slot(cfg: BackwardConfig, params: BwdParams, unit: Int32):
+    """Until the unit that had it before has been finished, and its zeros are visible to what is added."""
+    before = unit - params.sums.num_slots
+    if before >= 0:
+        wait_for_count(params.sums.count(1, before), places_of_unit(cfg, params) * params.group)
+        cute.arch.sync_warp()
+        cute.arch.fence_proxy("async.global")
 
 
 def place_of(params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32) -> tuple[Int32, Int32]:

@@ -1,6 +1,8 @@
 """The workspace's parts as tensors, and thread order: how 128 threads leave accumulators in memory for others that hold
 the same elements, 4 floats at a time. Element 4 j + i of thread t lies at 512 j + 4 t + i.
 """
+from dataclasses import dataclass
+
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
@@ -14,6 +16,57 @@ def per_block(pointer: cute.Pointer, size: int, blocks: Blocks, num_heads: Int32
     of_block = cute.assume(Int64(size), divby=size)      # for 16-byte accesses
     return cute.make_tensor(pointer, cute.make_layout(
         (size, blocks.num_blocks, num_heads), stride=(1, of_block, of_block * blocks.num_blocks)))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """dQ in FP32, of as many units (planning/sections.py) as are under way: unit u has the slot u % num_slots, when the
+    unit num_slots before it is finished.
+
+    parts       (tile_m * head_dim, Q blocks of a head, query heads of a KV head, slots) f32
+    progress    (2, units) int32: tiles of keys that are added; duties that are done, for each query head
+    num_slots   of units
+    """
+    parts: cute.Tensor
+    progress: cute.Tensor
+    num_slots: Int32
+
+    @staticmethod
+    def create(cfg, a) -> "Sums":
+        """From a kernel's arguments."""
+        size, group = cfg.tile_m * cfg.head_dim, a.num_heads // a.num_heads_k
+        of_block = cute.assume(Int64(size), divby=size)      # for 16-byte accesses
+        strides = 1, of_block, of_block * a.blocks_per_unit, of_block * a.blocks_per_unit * group
+        parts = cute.make_tensor(a.dq_sum, cute.make_layout((size, a.blocks_per_unit, group, a.num_sum_slots),
+                                                            stride=strides))
+        progress = cute.make_tensor(a.progress, cute.make_layout((2, a.num_units)))
+        return Sums(parts, progress, a.num_sum_slots)
+
+    def slot(self, unit: Int32) -> Int32:
+        """Of a unit."""
+        return unit - unit // self.num_slots * self.num_slots
+
+    def num_units(self) -> Int32:
+        """Of the launch."""
+        return self.progress.shape[1]
+
+    def count(self, which: int, unit: Int32) -> cute.Pointer:
+        """Where it stands how many tiles of keys are added (0), or duties done (1)."""
+        return self.progress[None, unit].iterator + which
+
+
+@cute.jit
+def wait_for_count(counter: cute.Pointer, wanted: Int32):
+    """Until a count of Sums.progress is that, and what was counted is visible. Runs on: whole warps."""
+    count = Int32(-1)
+    while count != wanted:
+        count = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
+
+
+def add_to_count(counter: cute.Pointer, number: Int32 | int):
+    """So many more, behind what this thread has seen or done. Runs on: a thread."""
+    cute.arch.fence_acq_rel_gpu()
+    cute.arch.atomic_add(counter, Int32(number), sem="relaxed", scope="gpu")
 
 
 def quads_of(acc: cute.Tensor) -> cute.Tensor:

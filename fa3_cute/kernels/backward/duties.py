@@ -1,0 +1,186 @@
+"""Duties: which Q tiles of dQ a CTA finishes besides its keys, and the role that watches until it may.
+
+dQ is a sum over tiles of keys, which many CTAs add to. It is finished, scaled and rounded and stored, by whoever takes
+the place in the order (order.py) that lies a section of places behind the one of its keys: as many places as its unit
+has (planning/sections.py), each of them finishes as many of the unit's Q tiles. All tiles of the unit were taken before
+such a place, and are done or with CTAs that run: a CTA waits for places before its own alone. The order goes on
+behind its last tile, for the duties of the last ones.
+
+So sums stay in L2: they are read when the unit's last tile has been added, and what has read them writes the zeros
+that a later unit finds there. Were dQ finished by a kernel of its own, sums of all heads would go to memory and back,
+once for zeros, once for each section that adds to them.
+"""
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from ...planning.backward import BackwardConfig
+from ...planning.rings import WARP
+from ..common.arithmetic import ceil_div
+from ..common.tile_ring import END, read_tile
+from .barriers import BarrierId
+from .blocks import key_tile_of
+from .bundles import BwdParams, BwdPipelines, BwdSmem
+from .outgoing import key_part, key_rows, query_part, query_rows, send, set_free, threads_of
+from .place import find_place
+from .workspace import QUAD, add_to_count, first_quad, wait_for_count
+
+
+@dataclass(frozen=True)
+class Duty:
+    """Q tiles first, first + step, ... of some query heads of a unit."""
+    num_tiles: Int32    # of all these heads
+    first: Int32        # of the sequence
+    step: Int32
+    first_head: Int32   # of the group
+    num_heads: Int32
+    kv_head: Int32
+    batch: Int32        # as in KeyTile
+    offset: Int32       # of the sequence's queries, in tokens
+    seqlen: Int32
+    first_block: Int32  # of the sequence, in the unit
+    slot: Int32         # of the unit's sums
+    unit: Int32         # NOTHING: a place before the first duty
+
+    def start(self) -> tuple[Int32, Int32, Int32]:
+        """(0, Q tile, head of the group): a place of the walk over its tiles."""
+        return Int32(0), self.first, self.first_head
+
+    @cute.jit
+    def after(self, place: tuple[Int32, Int32, Int32]) -> tuple[Int32, Int32, Int32]:
+        """The next one: all heads of a Q tile, then the next Q tile."""
+        i, m_block, head = place
+        head += 1
+        if head == self.first_head + self.num_heads:
+            head = self.first_head
+            m_block += self.step
+        return i + 1, m_block, head
+
+
+NOTHING = -1
+
+
+def no_duty() -> Duty:
+    """Of a place without one."""
+    return Duty(*[Int32(0)] * 11, Int32(NOTHING))
+
+
+@cute.jit
+def unit_of(cfg: BackwardConfig, params: BwdParams, sequence: Int32, kv_head: Int32) -> Int32:
+    """Which unit adds to the same sums."""
+    if const_expr(cfg.is_varlen):
+        return kv_head
+    else:
+        return sequence * params.num_heads_k + kv_head
+
+
+@cute.jit
+def places_of_unit(cfg: BackwardConfig, params: BwdParams) -> Int32:
+    """In the order: its blocks of keys, of whatever length."""
+    if const_expr(cfg.is_varlen):
+        return params.k_blocks.num_blocks
+    else:
+        return params.k_blocks.num_blocks // params.sequences.batch_size
+
+
+@cute.jit
+def num_tiles_of(params: BwdParams) -> Int32:
+    """Places of the order that have tiles of keys."""
+    return params.k_blocks.num_blocks * params.num_heads_k
+
+
+@cute.jit
+def find_duty(cfg: BackwardConfig, params: BwdParams, place: Int32) -> Duty:
+    """Of a place of the order from num_behind on: what belongs to the keys num_behind places before it. Behind the last
+    keys each query head has places of its own, so that many CTAs share the last duties. Runs on: whole warps.
+    """
+    num_tiles, first_head, num_heads = num_tiles_of(params), Int32(0), params.group
+    index = place - params.num_behind
+    if place >= num_tiles:
+        row, num_heads = (place - num_tiles) // params.group, Int32(1)
+        index, first_head = num_tiles - params.num_behind + row, place - num_tiles - row * params.group
+    at = find_place(cfg, params.sequences, params.k_blocks, params.num_heads_k, params.section, index,
+                    in_sections=cfg.is_causal or cfg.is_deterministic, is_reversed=False)
+    step, first_block = places_of_unit(cfg, params), Int32(0)
+    if const_expr(cfg.is_varlen):
+        step = params.k_blocks.first(at.sequence + 1) - params.k_blocks.first(at.sequence)
+        first_block = params.q_blocks.first(at.sequence)
+    unit, num_tiles = unit_of(cfg, params, at.sequence, at.head), Int32(0)
+    if at.block < step and at.block * cfg.tile_m < at.seqlen_q:
+        num_tiles = ceil_div(ceil_div(at.seqlen_q, cfg.tile_m) - at.block, step) * num_heads
+    return Duty(num_tiles, at.block, step, first_head, num_heads, at.head, at.batch, at.offset_q, at.seqlen_q,
+                first_block, params.sums.slot(unit), unit)
+
+
+@cute.jit
+def clear(cfg: BackwardConfig, params: BwdParams, duty: Duty):
+    """Zeros in the place of sums that are read. Runs on: a warp."""
+    zeros = cute.make_rmem_tensor(QUAD, Float32)
+    zeros.fill(0.0)
+    i, m_block, of_group = duty.start()
+    while i < duty.num_tiles:
+        block = params.sums.parts[None, duty.first_block + m_block, of_group, duty.slot]
+        quads = cute.make_tensor(first_quad(block.iterator, cute.arch.lane_idx()), cute.make_layout(
+            (QUAD, cfg.tile_m * cfg.head_dim // WARP // QUAD), stride=(1, WARP * QUAD)))
+        for j in cutlass.range(cute.size(quads, mode=[1]), unroll=8):
+            cute.autovec_copy(zeros, quads[None, j])
+        i, m_block, of_group = duty.after((i, m_block, of_group))
+    cute.arch.sync_warp()
+
+
+@cute.jit
+def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
+    """Per place of the order: waits until the tiles of the duty's unit are all added; sends dV and dK of the tile and dQ
+    of the duty, as consumers leave them; clears the sums that they have read.
+
+    Runs on: warp 3. Synchronises: reads the tile ring; SUMS, STAGED and FREE, with the consumers.
+    """
+    tiles = pipes.tiles.make_consumer()
+    set_free(cfg, 0)
+    tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
+    while tile.n_block != END:
+        duty = read_tile(smem.sDuties[None, tiles.wait().index], Duty)
+        if duty.unit != NOTHING:
+            wait_for_count(params.sums.count(0, duty.unit), places_of_unit(cfg, params))
+        cute.arch.barrier_arrive(barrier_id=BarrierId.SUMS, number_of_threads=threads_of(cfg))
+        all_rows = tuple(key_rows(cfg, tile, w) for w in range(cfg.num_consumer_wgs))
+        send(cfg, smem, 0, key_part(cfg), params.dv, all_rows)
+        send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
+        send_finished(cfg, params, smem, duty)
+        set_free(cfg, 0)
+        if duty.unit != NOTHING and duty.unit + params.sums.num_slots < params.sums.num_units():
+            clear(cfg, params, duty)     # for the unit that has the slot next
+            with cute.arch.elect_one():
+                add_to_count(params.sums.count(1, duty.unit), duty.num_heads)
+        with cute.arch.elect_one():
+            tiles.release()
+        tiles.advance()
+        tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
+
+
+@cute.jit
+def send_finished(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, duty: Duty):
+    """dQ of a duty, round by round."""
+    place, num_rounds = duty.start(), rounds_of(cfg, duty)
+    for i in cutlass.range(0, num_rounds, 2, unroll=1):
+        for which in cutlass.range_constexpr(2):
+            places = [place] * cfg.num_consumer_wgs
+            if const_expr(cfg.is_dq_in_turns):
+                places[1] = duty.after(place)
+            all_rows = tuple(query_rows(cfg, duty, params.group, at, w) for w, at in enumerate(places))
+            if i + which < num_rounds:
+                set_free(cfg, 1)
+                send(cfg, smem, which, query_part(cfg), params.dq, all_rows)
+            place = duty.after(places[-1])
+
+
+def rounds_of(cfg: BackwardConfig, duty: Duty) -> Int32:
+    """In which the consumers finish a duty."""
+    return ceil_div(duty.num_tiles, cfg.num_consumer_wgs // cfg.num_dq_wgs)
+
+
+def wait_for_sums(cfg: BackwardConfig):
+    """Until they are whole, and every warpgroup has read all dS. Runs on: consumers."""
+    cute.arch.barrier(barrier_id=BarrierId.SUMS, number_of_threads=threads_of(cfg))

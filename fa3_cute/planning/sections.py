@@ -1,0 +1,112 @@
+"""Sections of heads whose blocks run side by side, and how many heads' sums of dQ a workspace has room for. Pure Python.
+
+Blocks of rows run in the order of kernels/backward/order.py. A KV head of a batch entry, with its query heads, is a
+*unit*; where lengths are on the device, a KV head of all sequences. A section is some units, whose blocks are the same
+number of places in the order each. dQ of a unit is finished a section later (kernels/backward/duties.py), which is
+when its sums are free for another: SECTIONS_UNDER_WAY of them have room, the others take their places.
+"""
+
+from typing import NamedTuple
+
+from .backward import BackwardConfig
+from .one_side import OneSideConfig
+from .pair import PairConfig
+from .problem import ProblemShape
+
+L2_BYTES = 32 << 20  # of 50 MB
+BYTES_PER_VALUE = 8  # Q, dO, and dQ in FP32
+MIN_TILES = 128  # of a section: about one for each CTA
+CTAS = 132  # of a wave: the SMs of an H100 or H200. With others the order is no other, so that bits do not differ.
+# Q tiles between the starts of neighbouring tiles of keys, deterministic: passing a turn on takes two in a model. 6, 12
+# and 24 take 1.00 to 1.10, 1.03 to 1.35 and 1.06 to 1.48 as long without a mask.
+STEPS_APART = 3
+MANY_BLOCKS = 16
+# Sections between a tile and the duty that belongs to it, and further ones whose sums have room.
+APART = {"waves": (1, 2), "one after the other": (4, 4), "varlen": (4, 5)}
+
+
+class Sections(NamedTuple):
+    """Of a launch.
+
+    heads       units of a section
+    is_rising   deterministic causal tiles run from the last keys on, and the first queries pass them first
+    num_behind  places of the order between a tile and the duty that belongs to it
+    num_slots   units whose sums of dQ have room at a time
+    """
+
+    heads: int
+    is_rising: int
+    num_behind: int
+    num_slots: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    """ceil(a / b) for a >= 0, b > 0."""
+    return -(-a // b)
+
+
+def rows_in_l2(head_dim: int) -> int:
+    """Of Q, dO and dQ."""
+    return L2_BYTES // (BYTES_PER_VALUE * head_dim)
+
+
+def heads_per_section(
+    num_heads: int, group: int, seqlen_q: int, head_dim: int, num_blocks: int, least: int = 1
+) -> int:
+    """Units whose Q, dO and dQ share L2, in sections of about equal size; `least` at least.
+
+    Sections of fewer tiles than MIN_TILES leave CTAs idle at the end of a launch: of 32 tiles, where 8 heads share K and V
+    of 4096 keys, 13 % of the time of 4 causal sequences of 64 heads, if a tile takes as long as it has Q tiles (of 128,
+    1 %).
+    """
+    most = rows_in_l2(head_dim) // max(seqlen_q * group, 1)
+    most = max(most, ceil_div(MIN_TILES, max(num_blocks, 1)), least)
+    return in_equal_parts(num_heads, most)
+
+
+def heads_in_waves(num_heads: int, num_blocks: int) -> int:
+    """Units in sections of about equal size and about one tile for each CTA, if a unit has not more."""
+    return in_equal_parts(num_heads, max((CTAS + num_blocks // 2) // max(num_blocks, 1), 1))
+
+
+def in_equal_parts(num_heads: int, most: int) -> int:
+    """Of the parts of so many heads, of `most` each at most."""
+    return ceil_div(num_heads, ceil_div(num_heads, min(most, max(num_heads, 1)))) if num_heads else 1
+
+
+def heads_apart(group: int, num_q_blocks: int, is_causal: bool) -> int:
+    """In sections of so many heads a tile of keys starts STEPS_APART Q tiles behind the one before it, if CTAs start
+    one after the other: what that one has added to dQ it then need not wait for."""
+    return ceil_div(STEPS_APART * CTAS * (2 if is_causal else 1), max(num_q_blocks * group, 1))
+
+
+def main_sections(cfg: BackwardConfig, of: ProblemShape) -> Sections:
+    """Of the main kernel."""
+    group, num_blocks = of.num_heads // of.num_heads_k, max(ceil_div(of.seqlen_k, cfg.tile_n), 1)
+    units, per_unit = of.num_heads_k * of.batch_size, num_blocks
+    if cfg.is_varlen:
+        units, per_unit = of.num_heads_k, num_blocks * of.batch_size
+        if of.is_packed:
+            per_unit = of.seqlen_k // cfg.tile_n + of.batch_size
+    heads, (behind, spare) = heads_in_waves(units, per_unit), APART["varlen" if cfg.is_varlen else "waves"]
+    is_rising = 0
+    if cfg.is_deterministic and not cfg.is_varlen:
+        behind, spare = APART["one after the other"]
+        is_rising = int(cfg.has_directions and heads * group * of.seqlen_q <= rows_in_l2(cfg.head_dim))
+        if not is_rising and (cfg.mask != "full" or num_blocks >= MANY_BLOCKS):
+            behind, spare = APART["waves"]
+            least = heads_apart(group, ceil_div(of.seqlen_q, cfg.tile_m), cfg.is_causal) if cfg.mask != "full" else 1
+            heads = heads_per_section(units, group, of.seqlen_q, cfg.head_dim, num_blocks, least)
+    return Sections(
+        heads, is_rising, min(behind * heads, units) * per_unit, min((behind + spare) * heads, units)
+    )
+
+
+def side_section(cfg: OneSideConfig | PairConfig, of: ProblemShape) -> int:
+    """Heads of a section of the kernels of one gradient or of two."""
+    is_of_queries = isinstance(cfg, OneSideConfig) and cfg.is_of_queries
+    heads, rows, tile = (
+        (of.num_heads, of.seqlen_q, cfg.tile_rows) if is_of_queries else (of.num_heads_k, of.seqlen_k, cfg.tile_n)
+    )
+    group = of.num_heads // of.num_heads_k
+    return heads_per_section(heads * of.batch_size, group, of.seqlen_q, cfg.head_dim, ceil_div(rows, tile))
