@@ -30,7 +30,7 @@ _P = lambda *names: [(name, "pointer") for name in names]
 SUM_PARTS = ("dq_sum", "progress", "order", "tile_counter")  # of the workspace, where dQ is a sum
 _SUM_SIZES = [("num_sum_slots", "int32"), ("blocks_per_unit", "int32"), ("num_units", "int32")]  # see sections.py
 # Of the main kernel alone: what the other kernels with GEMMs are not given.
-ONLY_OF_SUMS = {*SUM_PARTS, *(name for name, _ in _SUM_SIZES), "is_rising", "num_behind", "num_sms"}
+ONLY_OF_SUMS = {*SUM_PARTS, *(name for name, _ in _SUM_SIZES), "is_rising", "num_behind", "tail_split", "num_sms"}
 _OF_SCORES = ("alibi_slopes", "attn_mask", "rng_state", "d_bias")
 BACKWARD_ARGUMENTS = tuple(
     _P("q", "k", "v", "dout", "dq", "dk", "dv", *_OF_SCORES, "shift", "delta", *SUM_PARTS)
@@ -45,6 +45,7 @@ BACKWARD_ARGUMENTS = tuple(
         ("section", "int32"),
         ("is_rising", "int32"),
         ("num_behind", "int32"),
+        ("tail_split", "int32"),
         *_SUM_SIZES,
         ("num_sms", "int32"),
         ("softmax_scale", "float32"),
@@ -117,7 +118,7 @@ class GradientFields(DimFields, ScoreFields):
 
 @dataclass(frozen=True)
 class BackwardConfig(GradientFields):
-    """Compile-time choices of a backward pass: those of its main kernel, and of the one before it that shares its tiles.
+    """Compile-time choices of a backward pass: those of its main kernel, and of the one before that shares its tiles.
 
     dtype             of Q, K, V, O and dO: "fp16" or "bf16"; P and dS are rounded to it, accumulation is FP32
     mask              "full", "causal" or "local"
@@ -190,7 +191,7 @@ class BackwardConfig(GradientFields):
     def has_directions(self) -> bool:
         """Past some tiles of keys the first queries go first, past the others the last ones: see order.py. With
         features of scores some kernels would spill."""
-        return self.is_causal and not (self.is_varlen or self.feature_names)
+        return self.is_causal and not self.feature_names and (self.is_deterministic or not self.is_varlen)
 
     @property
     def is_dq_in_turns(self) -> bool:

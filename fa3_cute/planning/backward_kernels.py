@@ -225,3 +225,11 @@ def kernels_of(cfg: BackwardConfig | OneSidePass) -> tuple[KernelOfPass, ...]:
         PrepareConfig(cfg.dtype, cfg.head_dim, cfg.tile_m, is_padded=cfg.is_padded),
         MainConfig(**cfg.as_dict()),
     )
+
+
+def has_work(cfg: KernelOfPass, has_queries: bool, has_keys: bool) -> bool:
+    """Where a gradient that it writes has rows."""
+    if isinstance(cfg, MainConfig):
+        return has_queries or has_keys
+    is_of_queries = isinstance(cfg, ClearConfig) or isinstance(cfg, SideConfig) and cfg.is_of_queries
+    return has_queries if is_of_queries else has_keys

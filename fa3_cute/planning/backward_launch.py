@@ -1,6 +1,6 @@
 """A call of `backward` -> its launches and what they are given. Pure Python.
 
-A pass is prepare, main, finish, or prepare and launches of one or two gradients, over the caller's workspace. Of rows,
+A pass is prepare and main, or prepare and launches of one or two gradients, over the caller's workspace. Of rows,
 blocks and keys there is nothing to do where there are none: such launches are left out.
 """
 
@@ -38,9 +38,8 @@ from .backward_kernels import (
     ClearConfig,
     KernelOfPass,
     KeysConfig,
-    MainConfig,
-    SideConfig,
     SinksConfig,
+    has_work,
     kernels_of,
     pass_config,
 )
@@ -49,7 +48,7 @@ from .known import MAX_SHAPES, Known
 from .one_side import BIAS, OneSidePass
 from .problem import ProblemShape
 from .score_features import features_of
-from .sections import Sections, main_sections, side_section
+from .sections import launch_values, num_blocks, sums_of
 
 PART_ALIGNMENT = 16  # of the parts of a workspace, in bytes
 TENSORS = (*INPUTS, *OUTPUTS)
@@ -89,6 +88,9 @@ class BackwardShape(NamedTuple):
         strides = tuple((name, strides_of(p, name)) for name in TENSORS)
         if forward.is_packed:
             strides = tuple((name, (0, row, head)) for name, (_, row, head) in strides)
+        if not forward.seqlen_k:  # which may have any
+            columns = [columns_of(forward, name) if name in ("k", "v", "dk", "dv") else 0 for name, _ in strides]
+            strides = tuple((name, (n, n, n) if n else own) for n, (name, own) in zip(columns, strides, strict=True))
         return BackwardShape(forward, strides, p.deterministic)
 
     @property
@@ -141,6 +143,7 @@ class Pass:
     workspace_bytes   what the caller's workspace must hold; its parts begin at `offsets`, in the order of SCRATCH
     extents           bytes from the address of each of POINTERS to behind its last element
     scores            (bytes likewise, alignment) of each of SCORES; () in calls without
+    has_keys          else TMA's descriptors, whose boxes are loaded and not used, are made of other tensors
     apart             addresses that were found not to overlap
     """
 
@@ -149,6 +152,7 @@ class Pass:
     offsets: tuple[int, ...]
     extents: tuple[int, ...]
     scores: tuple[tuple[int, int], ...] = ()
+    has_keys: bool = True
     apart: tuple[int, ...] = ()
 
     def places(self, addresses: tuple[int, ...]) -> tuple[int, ...]:
@@ -157,39 +161,10 @@ class Pass:
         Where there is no query or no key, tensors may have no address, but TMA's descriptors are made of one.
         """
         q, k, v, out, lse, dout, dlse, dq, dk, dv, workspace, *scores = addresses
-        tensors = q or k, k or q, v or q, out, lse, dout or k, dlse, dq, dk, dv
+        if not self.has_keys:
+            k, v = q, dout
+        tensors = q or k, k, v, out, lse, dout or k, dlse, dq, dk, dv
         return (*tensors, *(scores or _NO_SCORES), *[workspace + offset for offset in self.offsets])
-
-
-def num_blocks(of: ProblemShape, tile_m: int) -> int:
-    """Q tiles of one head of a batch, as kernels/backward/blocks.py lays them out."""
-    return of.seqlen_q // tile_m + of.batch_size if of.is_packed else of.batch_size * -(-of.seqlen_q // tile_m)
-
-
-class Sums(NamedTuple):
-    """What a pass whose dQ is a sum has room for; see sections.py.
-
-    units             KV heads that are added to at once, of all sequences whose lengths are on the device, else of one
-    blocks_per_unit   Q tiles of each of their query heads
-    num_slots         how many of them have room
-    blocks            Q tiles that have room
-    """
-
-    units: int
-    blocks_per_unit: int
-    num_slots: int
-    blocks: int
-
-
-def sums_of(cfg: BackwardConfig | OneSidePass, of: ProblemShape) -> Sums:
-    """Of a pass."""
-    if not cfg.has_sums:
-        return Sums(0, 0, 0, 0)
-    per_head, num_slots = num_blocks(of, cfg.tile_m), main_sections(cfg, of).num_slots
-    units, per_unit = of.num_heads_k * of.batch_size, per_head // of.batch_size
-    if cfg.is_varlen:
-        units, per_unit = of.num_heads_k, per_head
-    return Sums(units, per_unit, num_slots, num_slots * per_unit * (of.num_heads // of.num_heads_k))
 
 
 @lru_cache(MAX_SHAPES)
@@ -198,7 +173,7 @@ def pass_of(shape: BackwardShape) -> Pass:
     of, cfg = shape.forward, shape.config
     prepare, *others = kernels_of(cfg)
     has_queries, has_keys, has_sinks = of.seqlen_q > 0, of.seqlen_k > 0, "s_aux" in of.optionals
-    kernels = [prepare] * has_queries + [kernel for kernel in others if _has_work(kernel, has_queries, has_keys)]
+    kernels = [prepare] * has_queries + [kernel for kernel in others if has_work(kernel, has_queries, has_keys)]
     kernels += [SinksConfig()] * has_sinks
     rows, sums = num_blocks(of, cfg.tile_m) * of.num_heads * has_queries, sums_of(cfg, of)
     elements = {
@@ -213,23 +188,11 @@ def pass_of(shape: BackwardShape) -> Pass:
     sizes = [-(-elements[part] * SCRATCH[part][1] // PART_ALIGNMENT) * PART_ALIGNMENT for part in SCRATCH]
     *offsets, total = accumulate(sizes, initial=0)
     stages, scores = tuple(_stage(kernel, shape) for kernel in kernels), _scores_of(shape) if of.optionals else ()
-    return Pass(stages, total, tuple(offsets), _extents(shape), scores)
-
-
-def _has_work(cfg: KernelOfPass, has_queries: bool, has_keys: bool) -> bool:
-    """Where a gradient that it writes has rows."""
-    if isinstance(cfg, MainConfig):
-        return has_queries or has_keys
-    is_of_queries = isinstance(cfg, ClearConfig) or isinstance(cfg, SideConfig) and cfg.is_of_queries
-    return has_queries if is_of_queries else has_keys
+    return Pass(stages, total, tuple(offsets), _extents(shape), scores, has_keys)
 
 
 def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
-    of, sums, sections = shape.forward, sums_of(shape.config, shape.forward), Sections(0, 0, 0, 0)
-    if isinstance(cfg, MainConfig):
-        sections = main_sections(cfg, of)
-    elif isinstance(cfg, SideConfig | KeysConfig):
-        sections = Sections(side_section(cfg, of), 0, 0, 0)
+    of = shape.forward
     values = {
         **{name: getattr(of, name) for name in SIZE_NAMES},
         "window_size_left": of.window_left,
@@ -241,12 +204,7 @@ def _stage(cfg: KernelOfPass, shape: BackwardShape) -> Stage:
         **dict(zip(("alibi_batch_stride", *MASK_STRIDES), of.strides[-4:], strict=True)),
         "s_aux_dtype": of.sink_dtype,
         "num_blocks": num_blocks(of, shape.config.tile_m) if of.seqlen_q else 0,
-        "section": sections.heads,
-        "is_rising": sections.is_rising,
-        "num_behind": sections.num_behind * (of.seqlen_q > 0),
-        "num_sum_slots": sums.num_slots,
-        "blocks_per_unit": sums.blocks_per_unit,
-        "num_units": sums.units,
+        **launch_values(cfg, shape.config, of),
     }
     for tensor, strides in shape.strides:
         names = (f"{tensor}_{dim}_stride" for dim in ("batch", "row", "head"))

@@ -1,15 +1,15 @@
-"""Sections of heads whose blocks run side by side, and how many heads' sums of dQ a workspace has room for. Pure Python.
+"""Sections of heads whose blocks run side by side, and how many heads' sums of dQ have room at a time. Pure Python.
 
 Blocks of rows run in the order of kernels/backward/order.py. A KV head of a batch entry, with its query heads, is a
-*unit*; where lengths are on the device, a KV head of all sequences. A section is some units, whose blocks are the same
-number of places in the order each. dQ of a unit is finished a section later (kernels/backward/duties.py), which is
-when its sums are free for another: SECTIONS_UNDER_WAY of them have room, the others take their places.
+*unit*; where lengths are on the device, a KV head of all sequences. A section is some units, of as many places in the
+order each. dQ of a unit is finished some sections later (kernels/backward/duties.py): when all of its tiles are done,
+or a CTA would wait for others. Then its sums are free for another unit: few have room at a time, which stay in L2.
 """
 
 from typing import NamedTuple
 
 from .backward import BackwardConfig
-from .one_side import OneSideConfig
+from .one_side import OneSideConfig, OneSidePass
 from .pair import PairConfig
 from .problem import ProblemShape
 
@@ -20,9 +20,14 @@ CTAS = 132  # of a wave: the SMs of an H100 or H200. With others the order is no
 # Q tiles between the starts of neighbouring tiles of keys, deterministic: passing a turn on takes two in a model. 6, 12
 # and 24 take 1.00 to 1.10, 1.03 to 1.35 and 1.06 to 1.48 as long without a mask.
 STEPS_APART = 3
+# Deterministic, of calls without a mask: blocks of keys from which sections that share L2 are faster than those of one
+# wave. With them 2048 queries and more take 1.02 to 1.18 of the time of the same call without order, 512 1.23 to 1.28;
+# with waves 1.07 to 1.18 and 1.09 to 1.2 (BF16, H200, 2026-11-30).
 MANY_BLOCKS = 16
-# Sections between a tile and the duty that belongs to it, and further ones whose sums have room.
-APART = {"waves": (1, 2), "one after the other": (4, 4), "varlen": (4, 5)}
+# (sections from a tile to the duty that belongs to it, further sections whose sums have room). A wave's longest tiles
+# end two waves after its start, when they run first, or three, when they run last; of packed sequences later still.
+APART = {"waves": (1, 2), "one after the other": (4, 4), "varlen": (2, 3)}
+TAIL_PLACES = 8 * CTAS  # behind the last keys: duties of more places are not shared by heads
 
 
 class Sections(NamedTuple):
@@ -50,14 +55,12 @@ def rows_in_l2(head_dim: int) -> int:
     return L2_BYTES // (BYTES_PER_VALUE * head_dim)
 
 
-def heads_per_section(
-    num_heads: int, group: int, seqlen_q: int, head_dim: int, num_blocks: int, least: int = 1
-) -> int:
+def heads_per_section(num_heads: int, group: int, seqlen_q: int, head_dim: int, num_blocks: int, least: int = 1) -> int:
     """Units whose Q, dO and dQ share L2, in sections of about equal size; `least` at least.
 
-    Sections of fewer tiles than MIN_TILES leave CTAs idle at the end of a launch: of 32 tiles, where 8 heads share K and V
-    of 4096 keys, 13 % of the time of 4 causal sequences of 64 heads, if a tile takes as long as it has Q tiles (of 128,
-    1 %).
+    Sections of fewer tiles than MIN_TILES leave CTAs idle at the end of a launch: of 32 tiles, where 8 heads share K
+    and V of 4096 keys, 13 % of the time of 4 causal sequences of 64 heads, if a tile takes as long as it has Q tiles
+    (of 128, 1 %).
     """
     most = rows_in_l2(head_dim) // max(seqlen_q * group, 1)
     most = max(most, ceil_div(MIN_TILES, max(num_blocks, 1)), least)
@@ -89,17 +92,16 @@ def main_sections(cfg: BackwardConfig, of: ProblemShape) -> Sections:
         if of.is_packed:
             per_unit = of.seqlen_k // cfg.tile_n + of.batch_size
     heads, (behind, spare) = heads_in_waves(units, per_unit), APART["varlen" if cfg.is_varlen else "waves"]
-    is_rising = 0
-    if cfg.is_deterministic and not cfg.is_varlen:
+    is_rising = int(cfg.has_directions and cfg.is_varlen)
+    if cfg.is_deterministic:
         behind, spare = APART["one after the other"]
+    if cfg.is_deterministic and not cfg.is_varlen:
         is_rising = int(cfg.has_directions and heads * group * of.seqlen_q <= rows_in_l2(cfg.head_dim))
         if not is_rising and (cfg.mask != "full" or num_blocks >= MANY_BLOCKS):
             behind, spare = APART["waves"]
             least = heads_apart(group, ceil_div(of.seqlen_q, cfg.tile_m), cfg.is_causal) if cfg.mask != "full" else 1
             heads = heads_per_section(units, group, of.seqlen_q, cfg.head_dim, num_blocks, least)
-    return Sections(
-        heads, is_rising, min(behind * heads, units) * per_unit, min((behind + spare) * heads, units)
-    )
+    return Sections(heads, is_rising, min(behind * heads, units) * per_unit, min((behind + spare) * heads, units))
 
 
 def side_section(cfg: OneSideConfig | PairConfig, of: ProblemShape) -> int:
@@ -110,3 +112,52 @@ def side_section(cfg: OneSideConfig | PairConfig, of: ProblemShape) -> int:
     )
     group = of.num_heads // of.num_heads_k
     return heads_per_section(heads * of.batch_size, group, of.seqlen_q, cfg.head_dim, ceil_div(rows, tile))
+
+
+def num_blocks(of: ProblemShape, tile_m: int) -> int:
+    """Q tiles of one head of a batch, as kernels/backward/blocks.py lays them out."""
+    return of.seqlen_q // tile_m + of.batch_size if of.is_packed else of.batch_size * -(-of.seqlen_q // tile_m)
+
+
+class Sums(NamedTuple):
+    """What a pass whose dQ is a sum has room for; see sections.py.
+
+    units             KV heads of batch entries, or of all sequences where lengths are on the device
+    blocks_per_unit   Q tiles of each of their query heads
+    num_slots         how many of them have room
+    blocks            Q tiles that have room
+    """
+
+    units: int
+    blocks_per_unit: int
+    num_slots: int
+    blocks: int
+
+
+def sums_of(cfg: BackwardConfig | OneSidePass, of: ProblemShape) -> Sums:
+    """Of a pass."""
+    if isinstance(cfg, OneSidePass):
+        return Sums(0, 0, 0, 0)
+    per_head, num_slots = num_blocks(of, cfg.tile_m), main_sections(cfg, of).num_slots
+    units, per_unit = of.num_heads_k * of.batch_size, per_head // of.batch_size
+    if cfg.is_varlen:
+        units, per_unit = of.num_heads_k, per_head
+    return Sums(units, per_unit, num_slots, num_slots * per_unit * (of.num_heads // of.num_heads_k))
+
+
+def launch_values(cfg: object, of_pass: BackwardConfig | OneSidePass, of: ProblemShape) -> dict[str, int]:
+    """What kernels are told of all this, by name. cfg: of a launch of the pass."""
+    sums, sections = sums_of(of_pass, of), Sections(0, 0, 0, 0)
+    if isinstance(cfg, BackwardConfig):
+        sections = main_sections(cfg, of)
+    elif isinstance(cfg, OneSideConfig | PairConfig):
+        sections = Sections(side_section(cfg, of), 0, 0, 0)
+    return {
+        "section": sections.heads,
+        "is_rising": sections.is_rising,
+        "num_behind": sections.num_behind * (of.seqlen_q > 0),
+        "tail_split": of.num_heads // of.num_heads_k if sections.num_behind <= TAIL_PLACES else 1,
+        "num_sum_slots": sums.num_slots,
+        "blocks_per_unit": sums.blocks_per_unit,
+        "num_units": sums.units,
+    }

@@ -171,7 +171,7 @@ def rings_in(text: str, cfg) -> list[tuple[str, int, int, int]]:
         "n": n,
         "4n": 4 * n,
         "4r": 4 * cfg.num_dq_wgs,
-        "4n+2": 4 * n + 2,
+        "4n+3": 4 * n + 3,
         "num_q_stages": cfg.num_q_stages,
         "num_do_stages": cfg.num_do_stages,
     }
@@ -193,12 +193,13 @@ def test_the_table_of_rings_is_the_config(cfg):
 
 
 def test_the_table_of_roles_is_the_configs():
-    of_roles = re.findall(r"`(load|schedule|consume)`[^|]*\| (\d+) \|", contract())
+    of_roles = re.findall(r"`(load|schedule|watch|consume)`[^|]*\| (\d+) \|", contract())
     assert {name: int(registers) for name, registers in of_roles} == {
         role.name: role.registers for role in CONFIGS[0].roles if role.name != "reduce"
     }
     warps = {role.name: role.warps for role in CONFIGS[0].roles}
-    assert warps == {"load": range(1), "reduce": range(1, 2), "schedule": range(2, 3), "consume": range(4, 12)}
+    alone = {name: range(i, i + 1) for i, name in enumerate(("load", "reduce", "schedule", "watch"))}
+    assert warps == {**alone, "consume": range(4, 12)}
     producer, consumer = CONFIGS[0].registers
     assert f"{producer} + 2 * {consumer} = 3 * {(producer + 2 * consumer) // 3}," in contract()
 
@@ -222,7 +223,7 @@ def test_a_wrong_table_of_shared_memory_is_found(old, new):
         ("| dq | n |", "| dq | 1 |"),
         ("(4), after", "(1), after"),
         ("| ds |", "| dS |"),
-        ("(4n+2)", "(4n)"),
+        ("(4n+3)", "(4n)"),
         ("(32)", "(1)"),
     ],
 )

@@ -6,11 +6,12 @@ import pytest
 
 from fa3_cute.planning.backward import TABLE, BackwardConfig
 from fa3_cute.planning.backward_kernels import MASKS, pass_config
+from fa3_cute.planning.sections import CTAS, STEPS_APART, heads_apart, heads_in_waves, heads_per_section
 
 pytest.importorskip("cutlass")
 
 from fa3_cute.kernels.backward.blocks import first_key_block, last_key_block, query_range
-from fa3_cute.kernels.backward.order import STEPS_APART, heads_apart, heads_in_waves, heads_per_section, rises
+from fa3_cute.kernels.backward.order import rises
 from fa3_cute.kernels.common.block_range import Window
 from fa3_cute.kernels.common.order import block_and_head
 
@@ -126,9 +127,9 @@ def test_heads_per_section(num_heads, group, seqlen_q, expected):
 def test_heads_apart(group, num_q_blocks, is_causal):
     """CTAs that start one after the other, as many in the time of a tile of keys as there are: neighbouring tiles of
     one head are that many Q tiles apart."""
-    num_ctas, steps = 132, group * num_q_blocks / (2 if is_causal else 1)
-    heads = heads_apart(group, num_q_blocks, num_ctas, is_causal)
-    apart = lambda heads: heads * steps / num_ctas
+    steps = group * num_q_blocks / (2 if is_causal else 1)
+    heads = heads_apart(group, num_q_blocks, is_causal)
+    apart = lambda heads: heads * steps / CTAS
     assert apart(heads) >= STEPS_APART > apart(heads - 1)
 
 
@@ -144,20 +145,21 @@ def test_heads_apart(group, num_q_blocks, is_causal):
         (16, 50, 3),
         (1, 1, 1),
         (10, 0, 10),
+        (0, 7, 1),
     ],
 )
 def test_heads_in_waves(num_heads, num_blocks, expected):
     """About a tile for each of 132 CTAs, in sections of about equal size."""
-    assert heads_in_waves(num_heads, num_blocks, 132) == expected
+    assert heads_in_waves(num_heads, num_blocks) == expected
 
 
 @pytest.mark.parametrize(
-    "num_tiles, num_ctas, waves", [(128, 132, 1), (140, 132, 1), (90, 132, 1), (256, 132, 2), (400, 132, 3), (5, 5, 1)]
+    "num_tiles, waves", [(128, 1), (140, 1), (90, 1), (5, 1), (197, 1), (198, 2), (256, 2), (264, 2), (400, 3)]
 )
-def test_queries_pass_in_turns_up_and_down(num_tiles, num_ctas, waves):
+def test_queries_pass_in_turns_up_and_down(num_tiles, waves):
     """From wave to wave, of a section's whole number of them."""
-    found = [rises(index, num_tiles, num_ctas) for index in range(5 * num_tiles)]
-    wave_of = lambda index: index // num_tiles * waves + min(index % num_tiles // num_ctas, waves - 1)
+    found = [rises(index, num_tiles) for index in range(5 * num_tiles)]
+    wave_of = lambda index: index // num_tiles * waves + min(index % num_tiles // CTAS, waves - 1)
     assert found == [wave_of(index) % 2 for index in range(5 * num_tiles)]
     assert {wave_of(index) for index in range(5 * num_tiles)} == set(range(5 * waves))
 
@@ -166,9 +168,9 @@ def test_queries_pass_in_turns_up_and_down(num_tiles, num_ctas, waves):
 def test_causal_tiles_that_run_together_are_at_the_same_queries(group):
     """CTAs that take a tile when they end one, steps of one length: in a window of steps they read and add to few Q
     tiles, where all in one direction, with 8 heads in a group, are spread over many."""
-    assert distinct_tiles(group, alternates=True) < 0.1 * 132 * WINDOW_STEPS
+    assert distinct_tiles(group, alternates=True) < 0.1 * CTAS * WINDOW_STEPS
     if group > 1:
-        assert distinct_tiles(group, alternates=False) > 0.3 * 132 * WINDOW_STEPS
+        assert distinct_tiles(group, alternates=False) > 0.3 * CTAS * WINDOW_STEPS
 
 
 WINDOW_STEPS = 12
@@ -176,16 +178,16 @@ WINDOW_STEPS = 12
 
 def distinct_tiles(group: int, alternates: bool) -> float:
     """In the mean, in windows of so many steps, while all CTAs run: 32 heads of 32 blocks of keys and of queries."""
-    num_heads, num_blocks, num_ctas = 32, 32, 132
-    section = heads_in_waves(num_heads, num_blocks, num_ctas)
+    num_heads, num_blocks = 32, 32
+    section = heads_in_waves(num_heads, num_blocks)
     waiting = iter(range(num_heads * num_blocks))
-    ctas, steps = [[] for _ in range(num_ctas)], []
+    ctas, steps = [[] for _ in range(CTAS)], []
     while True:
         now = []
         for cta in ctas:
             if not cta and (index := next(waiting, None)) is not None:
                 block, head = block_and_head(True, False, index, num_blocks, num_heads, section)
-                is_rising = alternates and rises(index, section * num_blocks, num_ctas)
+                is_rising = alternates and rises(index, section * num_blocks)
                 rows = range(block, num_blocks)
                 cta += [(head, row, of) for row in (rows if is_rising else rows[::-1]) for of in range(group)][::-1]
             if not cta:

@@ -57,7 +57,7 @@ ENTRIES = {
     "clear": CLEAR_ENTRY,
 }
 # What the host plans, see sections.py.
-PLANNED = ("section", "is_rising", "num_behind", "num_sum_slots", "blocks_per_unit", "num_units")
+PLANNED = ("section", "is_rising", "num_behind", "tail_split", "num_sum_slots", "blocks_per_unit", "num_units")
 # Of calls with one of planning.SCORES, which others have no room for.
 SCORES = {name: A - (4 + index) * STEP for index, name in enumerate(planning.SCORES)}
 SINKS = {name: SCORES[name] for name in ("s_aux", "d_s_aux")}
@@ -177,7 +177,8 @@ def test_what_kernels_are_told(call, changes, mask, window):
         "head_dim_v": 64,
     }
     sizes |= {"s_aux_dtype": DataType.FP32, "attention_chunk": 0}
-    planned = (3, 0, 3 * 9, 3, 7, 3) if call is PACKED else (6, int(mask == "causal"), 6 * 3, 6, 4, 6)
+    is_rising = int(mask == "causal")
+    planned = (3, is_rising, 3 * 9, 2, 3, 7, 3) if call is PACKED else (6, is_rising, 6 * 3, 2, 6, 4, 6)
     sizes |= dict(zip(PLANNED, planned, strict=True))
     scales = {"softmax_scale": 64**-0.5, "softcap": 0.0, "p_dropout": 0.0}
     row_q, row_k = 6 * 64, 3 * 64

@@ -28,7 +28,7 @@ def test_the_tile_ring_is_of_all_roles(cfg):
     ring, roles = by_name(cfg.rings)["tiles"], by_name(cfg.roles)
     assert len(roles["schedule"].warps) == 1
     readers = [warp for name, role in roles.items() if name != "schedule" for warp in role.warps]
-    assert (ring.full, ring.empty) == (WARP, len(readers)) and len(readers) == len(set(readers)) == 10
+    assert (ring.full, ring.empty) == (WARP, len(readers)) and len(readers) == len(set(readers)) == 11
     assert ring.slots == 2, "one is read while the next tile is found"
 
 

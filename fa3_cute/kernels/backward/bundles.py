@@ -50,6 +50,7 @@ class BwdParams:
     section: Int32                 # units whose tiles of keys run side by side, see planning/sections.py
     is_rising: Int32               # of deterministic tiles, see order.py
     num_behind: Int32              # places of the order between a tile of keys and the duty that belongs to it
+    tail_split: Int32              # places that share a duty behind the last keys, see duties.py
     num_heads_k: Int32
     group: Int32                   # query heads of a KV head
     scale: Float32
@@ -76,7 +77,7 @@ class BwdSmem:
     sdO: cute.Tensor
     sK: cute.Tensor
     sV: cute.Tensor
-    sdS: cute.Tensor               # dK and dV at the end, and dQ of what is finished
+    sdS: cute.Tensor               # place 0 of what leaves at the end, see outgoing.py
     sdQ: cute.Tensor               # (dq_part, num_consumer_wgs) f32, in thread order
     sShift: cute.Tensor           # (tile_m, num_q_stages) f32
     sDelta: cute.Tensor          # (tile_m, num_do_stages) f32

@@ -11,7 +11,7 @@ from ..common.tile_ring import END, read_tile
 from .blocks import KeyTile, QueryRange, key_tile_of, query_range
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .duties import Duty, wait_for_sums
-from .finish import make_finisher
+from .finish import finish_all, make_finisher
 from .gradients import Gradients, clear_unused_rows, filled, make_gradients
 from .outgoing import Outgoing, key_part, key_rows, wait_until_free
 from .visible import KeyMask
@@ -23,7 +23,7 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
 
     Runs on: consumer warpgroups.
     Synchronises: reads the tile ring; waits for the full halves of the K, V, Q, dO and dS rings; empties them; fills dS
-    and dQ.
+    and dQ; SUMS, STAGED and FREE, with the watch role.
     """
     tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
@@ -65,23 +65,30 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
                     gradients.finish_dQ(turn - 1)
         for pipe in (pipes.v, pipes.k):
             pipe.consumer_release(pipeline.PipelineState(1, count, Int32(0), count & 1))
-        out = Outgoing(cfg, smem, wg_idx, unhoisted(tidx) % 128)
-        wait_for_sums(cfg)
-        finisher = make_finisher(cfg, params, mmas.dq_part, out, read_tile(smem.sDuties[None, count & 1], Duty))
-        first, rows = finisher.start(), key_rows(cfg, tile, wg_idx)
-        finisher.read(0, first)
-        out.stage(mmas.dkv_part, rounded(gradients.acc_dV, element_type(cfg)), key_part(cfg), 0, params.dv, rows)
-        finisher.read(1, finisher.after(first))
-        for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
-            gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
-        gradients.wait_for_dQ_place(turn)
-        out.stage(mmas.dkv_part, rounded(gradients.acc_dK, element_type(cfg)), key_part(cfg), 1, params.dk, rows)
-        finisher.run()
+        leave(gradients, params, tile, read_tile(smem.sDuties[None, count & 1], Duty), turn)
         with cute.arch.elect_one():
             pipes.tiles.consumer_release(filled(count))
         count += 1
         tile = wait_for_tile(cfg, smem, pipes, count)
     wait_until_free(cfg)
+
+
+@cute.jit
+def leave(gradients: Gradients, params: BwdParams, tile: KeyTile, duty: Duty, turn: Int32):
+    """dV, dK and the duty's dQ, whose first sums come meanwhile, to the places from which they are sent."""
+    cfg, mmas, wg_idx = gradients.cfg, gradients.mmas, gradients.wg_idx
+    out = Outgoing(cfg, gradients.smem, wg_idx, unhoisted(gradients.tidx) % 128)
+    wait_for_sums(cfg)
+    finisher = make_finisher(cfg, params, mmas.dq_part, out, duty)
+    first, rows = finisher.start(), key_rows(cfg, tile, wg_idx)
+    finisher.read(0, first)
+    out.stage(mmas.dkv_part, rounded(gradients.acc_dV, element_type(cfg)), key_part(cfg), 0, params.dv, rows)
+    finisher.read(1, finisher.after(first))
+    for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
+        gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
+    gradients.wait_for_dQ_place(turn)
+    out.stage(mmas.dkv_part, rounded(gradients.acc_dK, element_type(cfg)), key_part(cfg), 1, params.dk, rows)
+    finish_all(finisher)
 
 
 @cute.jit

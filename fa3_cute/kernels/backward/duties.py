@@ -1,10 +1,10 @@
 """Duties: which Q tiles of dQ a CTA finishes besides its keys, and the role that watches until it may.
 
-dQ is a sum over tiles of keys, which many CTAs add to. It is finished, scaled and rounded and stored, by whoever takes
-the place in the order (order.py) that lies a section of places behind the one of its keys: as many places as its unit
-has (planning/sections.py), each of them finishes as many of the unit's Q tiles. All tiles of the unit were taken before
-such a place, and are done or with CTAs that run: a CTA waits for places before its own alone. The order goes on
-behind its last tile, for the duties of the last ones.
+dQ is a sum over tiles of keys, which many CTAs add to. Who takes the place in the order (order.py) that lies some
+sections behind that of other keys (planning/sections.py) finishes some of their unit's Q tiles: those of its duty are
+scaled, rounded and stored. A unit has as many duties as blocks of keys, block b the Q tiles b, b + step, .. All tiles
+of the unit were taken before such a place, and are done or with CTAs that run: a CTA waits for places before its own
+alone. The order goes on behind its last tile, for the duties of the last ones.
 
 So sums stay in L2: they are read when the unit's last tile has been added, and what has read them writes the zeros
 that a later unit finds there. Were dQ finished by a kernel of its own, sums of all heads would go to memory and back,
@@ -86,6 +86,15 @@ def places_of_unit(cfg: BackwardConfig, params: BwdParams) -> Int32:
 
 
 @cute.jit
+def places_of_sequence(cfg: BackwardConfig, params: BwdParams, sequence: Int32) -> Int32:
+    """Of a KV head of a sequence, in the order."""
+    if const_expr(cfg.is_varlen):
+        return params.k_blocks.first(sequence + 1) - params.k_blocks.first(sequence)
+    else:
+        return places_of_unit(cfg, params)
+
+
+@cute.jit
 def num_tiles_of(params: BwdParams) -> Int32:
     """Places of the order that have tiles of keys."""
     return params.k_blocks.num_blocks * params.num_heads_k
@@ -94,18 +103,20 @@ def num_tiles_of(params: BwdParams) -> Int32:
 @cute.jit
 def find_duty(cfg: BackwardConfig, params: BwdParams, place: Int32) -> Duty:
     """Of a place of the order from num_behind on: what belongs to the keys num_behind places before it. Behind the last
-    keys each query head has places of its own, so that many CTAs share the last duties. Runs on: whole warps.
+    keys a duty may be that of tail_split places, some query heads each, so that many CTAs share the last ones.
+
+    Runs on: whole warps.
     """
     num_tiles, first_head, num_heads = num_tiles_of(params), Int32(0), params.group
     index = place - params.num_behind
     if place >= num_tiles:
-        row, num_heads = (place - num_tiles) // params.group, Int32(1)
-        index, first_head = num_tiles - params.num_behind + row, place - num_tiles - row * params.group
+        row, num_heads = (place - num_tiles) // params.tail_split, params.group // params.tail_split
+        index = num_tiles - params.num_behind + row
+        first_head = (place - num_tiles - row * params.tail_split) * num_heads
     at = find_place(cfg, params.sequences, params.k_blocks, params.num_heads_k, params.section, index,
                     in_sections=cfg.is_causal or cfg.is_deterministic, is_reversed=False)
-    step, first_block = places_of_unit(cfg, params), Int32(0)
+    step, first_block = places_of_sequence(cfg, params, at.sequence), Int32(0)
     if const_expr(cfg.is_varlen):
-        step = params.k_blocks.first(at.sequence + 1) - params.k_blocks.first(at.sequence)
         first_block = params.q_blocks.first(at.sequence)
     unit, num_tiles = unit_of(cfg, params, at.sequence, at.head), Int32(0)
     if at.block < step and at.block * cfg.tile_m < at.seqlen_q:
@@ -132,8 +143,8 @@ def clear(cfg: BackwardConfig, params: BwdParams, duty: Duty):
 
 @cute.jit
 def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
-    """Per place of the order: waits until the tiles of the duty's unit are all added; sends dV and dK of the tile and dQ
-    of the duty, as consumers leave them; clears the sums that they have read.
+    """Per place of the order: waits until the tiles of the duty's unit are all added; sends dV and dK of the tile and
+    dQ of the duty, as consumers leave them; clears the sums that they have read, for the unit that has their slot next.
 
     Runs on: warp 3. Synchronises: reads the tile ring; SUMS, STAGED and FREE, with the consumers.
     """
@@ -142,7 +153,7 @@ def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipel
     tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
         duty = read_tile(smem.sDuties[None, tiles.wait().index], Duty)
-        if duty.unit != NOTHING:
+        if duty.num_tiles > 0:
             wait_for_count(params.sums.count(0, duty.unit), places_of_unit(cfg, params))
         cute.arch.barrier_arrive(barrier_id=BarrierId.SUMS, number_of_threads=threads_of(cfg))
         all_rows = tuple(key_rows(cfg, tile, w) for w in range(cfg.num_consumer_wgs))
@@ -151,7 +162,7 @@ def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipel
         send_finished(cfg, params, smem, duty)
         set_free(cfg, 0)
         if duty.unit != NOTHING and duty.unit + params.sums.num_slots < params.sums.num_units():
-            clear(cfg, params, duty)     # for the unit that has the slot next
+            clear(cfg, params, duty)
             with cute.arch.elect_one():
                 add_to_count(params.sums.count(1, duty.unit), duty.num_heads)
         with cute.arch.elect_one():

@@ -61,17 +61,6 @@ class Finisher:
             cute.copy(atom, in_thread_order(start, cfg.dq_part)[None, None, 0], quads_of(self.accs[which]))
 
     @cute.jit
-    def run(self):
-        """All tiles, of which the first two are read; in rounds, of a tile each or of one for each warpgroup."""
-        place = self.start()
-        ahead, num_rounds = self.after(self.after(place)), rounds_of(self.cfg, self.duty)
-        for i in cutlass.range(0, num_rounds, 2, unroll=1):
-            for which in cutlass.range_constexpr(2):
-                if i + which < num_rounds:
-                    self.finish(which, place, ahead)
-                place, ahead = self.after(place), self.after(ahead)
-
-    @cute.jit
     def finish(self, which: Constexpr[int], place: tuple[Int32, Int32, Int32], ahead: tuple[Int32, Int32, Int32]):
         """One tile, while the one after the next is read."""
         cfg, acc = self.cfg, self.accs[which]
@@ -82,6 +71,19 @@ class Finisher:
         wait_until_free(cfg)
         rows = query_rows(cfg, self.duty, self.params.group, place, self.out.wg_idx)
         self.out.stage(self.mma, rdQ, query_part(cfg), which, self.params.dq, rows)
+
+
+@cute.jit
+def finish_all(finisher: Finisher):
+    """All tiles of the warpgroup, of which the first two are read; in rounds, of a tile each or of one for each
+    warpgroup."""
+    place = finisher.start()
+    ahead, num_rounds = finisher.after(finisher.after(place)), rounds_of(finisher.cfg, finisher.duty)
+    for i in cutlass.range(0, num_rounds, 2, unroll=1):
+        for which in cutlass.range_constexpr(2):
+            if i + which < num_rounds:
+                finisher.finish(which, place, ahead)
+            place, ahead = finisher.after(place), finisher.after(ahead)
 
 
 def make_finisher(cfg: BackwardConfig, params: BwdParams, mma: cute.TiledMma, out: Outgoing, duty: Duty) -> Finisher:

@@ -28,8 +28,9 @@ def shared_params(cfg: BackwardConfig | PairConfig, a, sequences: Sequences, sha
         "v": tma_load(tensor_view(a, "v", shapes.v), layouts.sV, cfg.tile_n),
         "shift": cute.make_tensor(a.shift, shapes.vector), "delta": cute.make_tensor(a.delta, shapes.vector),
         "window": Window.create(cfg, a), "sequences": sequences, "q_blocks": shapes.q_blocks,
-        "k_blocks": shapes.k_blocks, "section": a.section, "num_heads_k": a.num_heads_k, "group": a.num_heads // a.num_heads_k,
-        "scale": a.softmax_scale, "scale_log2": a.softmax_scale * Float32(LOG2_E)}
+        "k_blocks": shapes.k_blocks, "section": a.section, "num_heads_k": a.num_heads_k,
+        "group": a.num_heads // a.num_heads_k, "scale": a.softmax_scale,
+        "scale_log2": a.softmax_scale * Float32(LOG2_E)}
 
 
 class SharedMemory:

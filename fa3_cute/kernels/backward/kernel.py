@@ -1,6 +1,6 @@
 """FlashAttention-3 backward for sm_90a: a persistent grid; a CTA takes tiles of 64 keys per consumer warpgroup, past
-each of which the Q tiles go that see them. Warps that load, schedule and add dQ to global memory, two consumer
-warpgroups."""
+each of which the Q tiles go that see them. Warps that load, schedule, add dQ to global memory and watch over what
+leaves, two consumer warpgroups."""
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32
@@ -39,21 +39,21 @@ class FlashAttentionBackward:
     def launch(self, a):
         """dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K; dS = P (dP - D), P = exp(scale Q K^T - LSE), dP = dO V^T
 
-        Pointers and strides (in elements) as in fa3_cute.BackwardParams. The prepare kernel runs before every launch:
-        it zeroes counts, and a kernel that finds another call's there waits forever.
+        Pointers and strides (in elements) as in fa3_cute.BackwardParams. Where there is a query the prepare kernel runs
+        before every launch: it zeroes counts, and a kernel that finds another call's there waits forever.
         """
         cfg, layouts, sequences = self.cfg, self.make_layouts(), Sequences.create(a)
         shapes = Extents.create(cfg, a, sequences, cfg.tile_m)
         q_blocks, k_blocks = shapes.q_blocks, shapes.k_blocks
         params = BwdParams(
             **shared_params(cfg, a, sequences, shapes, layouts),
-            dk=gradient_of(a, "dk", "k", shapes.k, key_part(cfg)), dv=gradient_of(a, "dv", "v", shapes.v, key_part(cfg)),
+            dk=gradient_of(a, "dk", "k", shapes.k, key_part(cfg)),
+            dv=gradient_of(a, "dv", "v", shapes.v, key_part(cfg)),
             dq=gradient_of(a, "dq", "q", shapes.q, query_part(cfg)), sums=Sums.create(cfg, a),
             order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
             tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)), is_rising=a.is_rising,
-            num_behind=a.num_behind,
-            scores=Scores.create(cfg, a))
-        num_places = k_blocks.num_blocks * a.num_heads_k + a.num_behind * params.group
+            num_behind=a.num_behind, tail_split=a.tail_split, scores=Scores.create(cfg, a))
+        num_places = k_blocks.num_blocks * a.num_heads_k + a.num_behind * a.tail_split
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
             grid=(minimum(num_places, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
@@ -105,7 +105,8 @@ class FlashAttentionBackward:
         sDuties = memory.allocator.allocate_tensor(Int32, entries, byte_alignment=16)
         sK, sV, sQ, sdO, sdS = (memory.tensor(layout) for layout in (
             layouts.sK, layouts.sV, layouts.sQ, layouts.sdO, layouts.sdS))
-        smem = BwdSmem(sTiles=sTiles, sDuties=sDuties, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=memory.floats("dq", 1024),
+        sdQ = memory.floats("dq", 1024)      # for what leaves, too
+        smem = BwdSmem(sTiles=sTiles, sDuties=sDuties, sQ=sQ, sdO=sdO, sK=sK, sV=sV, sdS=sdS, sdQ=sdQ,
                        sShift=memory.floats("shift"), sDelta=memory.floats("delta"))
         pipes = BwdPipelines(
             tiles=memory.ring("tiles"), k=memory.tma_ring("k"), v=memory.tma_ring("v"),

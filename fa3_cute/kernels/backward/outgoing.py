@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Int32, Int64, const_expr
+from cutlass import Constexpr, Int32, Int64, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
@@ -36,8 +36,8 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a part belongs: blocks as large as the part, of a sequence's rows and of columns, and how many rows from its
-    first on the sequence has."""
+    """Where a part belongs: blocks as large as the part, of a sequence's rows and of columns, and how many rows from
+    its first on the sequence has."""
     block: Int32
     column_block: Int32
     offset: Int32      # the sequence's first row
@@ -113,8 +113,8 @@ class Outgoing:
     @cute.jit
     def stage(self, mma: cute.TiledMma, rX: cute.Tensor, part: Constexpr, place: Constexpr[int], gradient: Gradient,
               rows: Rows):
-        """A part, rounded, of a warpgroup's GEMM -> a place that is free. Its rows are the GEMM's columns if it is not as
-        wide as a row."""
+        """A part, rounded, of a warpgroup's GEMM -> a place that is free. Its rows are the GEMM's columns if it is not
+        as wide as a row."""
         cfg, is_transposed = self.cfg, cute.size(part, mode=[1]) != self.cfg.head_dim
         slot = slot_at(cfg, self.smem, place, self.wg_idx, part)[None, None, 0]
         write_slot(mma, rX, transposed(slot) if is_transposed else slot, self.thread, is_transposed)

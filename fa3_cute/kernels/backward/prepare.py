@@ -1,4 +1,5 @@
-"""Before the main kernel: what a row adds to its scores and to dP, dq_sum = 0, and what rows add to d_s_aux.
+"""Before the main kernel: what a row adds to its scores and to dP, zeros in the sums of dQ that are under way first,
+and what rows add to d_s_aux.
 
     shift[i] = -LSE[i] / softmax_scale           so that exp(softmax_scale (S + shift)) is P
     delta[i] = dLSE[i] - rowsum(dO[i] O[i])      is added to dP
@@ -58,7 +59,7 @@ class PrepareBackward:
 
     @cute.jit
     def launch(self, a):
-        """shift = -LSE / softmax_scale, delta = dLSE - rowsum(dO O), dq_sum = 0"""
+        """shift = -LSE / softmax_scale, delta = dLSE - rowsum(dO O), the first sums of dQ = 0"""
         cfg, sequences = self.cfg, Sequences.create(a)
         batches = Int32(1) if sequences.is_packed() else a.batch_size
         shape = (a.seqlen_q, a.head_dim_v if cfg.is_padded else cfg.head_dim, a.num_heads, batches)

@@ -18,7 +18,7 @@ from ..common.tile_ring import end_of, write_tile
 from .barriers import BarrierId
 from .blocks import KeyTile, key_tile_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .duties import Duty, find_duty, no_duty, num_tiles_of, places_of_unit, unit_of
+from .duties import NOTHING, Duty, find_duty, no_duty, num_tiles_of, places_of_sequence, places_of_unit, unit_of
 from .order import rises
 from .place import find_place
 
@@ -30,18 +30,22 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
     Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring, and for the load role; fills it.
     """
     producer = pipes.tiles.make_producer()
-    num_places, has_queries = num_tiles_of(params) + params.num_behind * params.group, params.sequences.rows_q > 0
+    num_places, has_queries = num_tiles_of(params) + params.num_behind * params.tail_split, params.sequences.rows_q > 0
     index = cute.arch.block_idx()[0]
     if has_queries:
         index = take(params)
     while index < num_places:
+        slot = producer.acquire()
         tile, is_there = find_tile(cfg, params, index)
-        if is_there or index >= params.num_behind:
-            slot = producer.acquire_and_advance()
-            write_tile(smem.sTiles[None, slot.index], tile)
-            write_tile(smem.sDuties[None, slot.index], duty_of(cfg, params, index, has_queries))
+        write_tile(smem.sTiles[None, slot.index], tile)
+        duty = duty_of(cfg, params, index, has_queries)
+        write_tile(smem.sDuties[None, slot.index], duty)
+        if is_there or duty.num_tiles > 0:
             slot.commit()
+            producer.advance()
             cute.arch.barrier(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
+        elif duty.unit != NOTHING:       # of rows that are not there: done
+            count(params.sums.count(1, duty.unit), duty.num_heads)
         if has_queries:
             index = take(params)
         else:                            # no prepare kernel was launched, which makes the counter 0
@@ -61,6 +65,13 @@ def take(params: BwdParams) -> Int32:
 
 
 @cute.jit
+def count(counter: cute.Pointer, number: Int32):
+    """What has nothing to be seen. Runs on: whole warps."""
+    if cute.arch.lane_idx() == 0:
+        cute.arch.atomic_add(counter, number, sem="relaxed", scope="gpu")
+
+
+@cute.jit
 def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[KeyTile, Boolean]:
     """The keys at a place of the order, and whether there are any; those that are not there count as added.
 
@@ -75,13 +86,13 @@ def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[Key
         if const_expr(not cfg.is_deterministic):
             is_rising = rises(index, params.section * places_of_unit(cfg, params))
         elif is_rising == 1:             # the last keys first
-            n_block = places_of_unit(cfg, params) - 1 - n_block
+            num_blocks = places_of_sequence(cfg, params, at.sequence)
+            if n_block < num_blocks:     # else behind the last sequence
+                n_block = num_blocks - 1 - n_block
         direction = (is_rising,)
     seqlen_q, seqlen_k = at.seqlen_q, at.seqlen_k
     if n_block * cfg.tile_n >= seqlen_k and index < num_tiles and params.sequences.rows_q > 0:
-        with cute.arch.elect_one():
-            counter = params.sums.count(0, unit_of(cfg, params, at.sequence, at.head))
-            cute.arch.atomic_add(counter, Int32(1), sem="relaxed", scope="gpu")
+        count(params.sums.count(0, unit_of(cfg, params, at.sequence, at.head)), Int32(1))
     is_there = index < num_tiles and n_block * cfg.tile_n < seqlen_k
     if not is_there:                     # of no keys and no queries: what is loaded is not used
         n_block, seqlen_q, seqlen_k = Int32(0), Int32(0), Int32(0)
