@@ -1,7 +1,6 @@
 """kernels/backward/duties.py and schedule.py on Python ints: every Q tile of dQ is finished once, by a CTA that waits
-for no place behind its own, from sums that are whole and then zero for the unit that has the slot next. No GPU.
-
-The device's own code runs here, with stand-ins for atomics and for what takes a warp.
+for no place behind its own, from sums that are whole and then zero for the unit that has the slot next. No GPU: the
+device's own code runs here, with stand-ins for atomics and for what takes a warp.
 """
 
 import random
