@@ -8,27 +8,15 @@ import random
 from dataclasses import replace
 
 import pytest
+from test_backward_launch import GOOD, A
 
-from fa3_cute import AttentionMode, BackwardParams, DataType
+from fa3_cute import AttentionMode
 from fa3_cute.contract.backward_params import plain_backward
 from fa3_cute.planning import sections
 from fa3_cute.planning.backward_kernels import MainConfig
-from fa3_cute.planning.backward_launch import POINTERS, BackwardShape, pass_of
+from fa3_cute.planning.backward_launch import BackwardShape, pass_of
 from fa3_cute.planning.sections import main_sections, side_section, sums_of
 
-A, STEP = 0x7F00_0000_0000, 1 << 32
-GOOD = BackwardParams(
-    **{name: A + index * STEP for index, name in enumerate(POINTERS)},
-    workspace=A - STEP,
-    workspace_bytes=STEP,
-    batch_size=2,
-    seqlen_q=500,
-    seqlen_k=300,
-    num_heads=6,
-    num_heads_k=3,
-    head_dim=64,
-    dtype=DataType.BF16,
-)
 MASKS = {"full": {}, "causal": {"is_causal": True}, "local": {"window_size_left": 200, "window_size_right": 0}}
 LENGTHS = ("dense", "packed", "seqused")
 # Sizes of small problems: as many sections as large ones have, where a wave has few CTAs and L2 has room for few rows.
