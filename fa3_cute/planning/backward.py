@@ -28,12 +28,14 @@ SIZE_NAMES = ("batch_size", "seqlen_q", "seqlen_k", "num_heads", "num_heads_k", 
 _SIZES = [(name, "int32") for name in SIZE_NAMES]
 _P = lambda *names: [(name, "pointer") for name in names]
 SUM_PARTS = ("dq_sum", "progress", "order", "tile_counter")  # of the workspace, where dQ is a sum
+_SHARES = [("num_shared", "int32"), ("num_parts", "int32")]
 _SUM_SIZES = [("num_sum_slots", "int32"), ("blocks_per_unit", "int32"), ("num_units", "int32")]  # see sections.py
 # Of the main kernel alone: what the other kernels with GEMMs are not given.
-ONLY_OF_SUMS = {*SUM_PARTS, *(name for name, _ in _SUM_SIZES), "is_rising", "num_behind", "tail_split", "num_sms"}
+_OF_ORDER = "is_rising", "num_behind", "tail_split", "num_sms", "shared_sums"
+ONLY_OF_SUMS = {*SUM_PARTS, *_OF_ORDER, *(name for name, _ in (*_SUM_SIZES, *_SHARES))}
 _OF_SCORES = ("alibi_slopes", "attn_mask", "rng_state", "d_bias")
 BACKWARD_ARGUMENTS = tuple(
-    _P("q", "k", "v", "dout", "dq", "dk", "dv", *_OF_SCORES, "shift", "delta", *SUM_PARTS)
+    _P("q", "k", "v", "dout", "dq", "dk", "dv", *_OF_SCORES, "shift", "delta", *SUM_PARTS, "shared_sums")
     + _LENGTHS
     + [x for t in ("q", "k", "v", "dout", "dq", "dk", "dv") for x in _STRIDES[t]]
     + [(name, "int64") for name in ("alibi_batch_stride", *MASK_STRIDES)]
@@ -46,6 +48,7 @@ BACKWARD_ARGUMENTS = tuple(
         ("is_rising", "int32"),
         ("num_behind", "int32"),
         ("tail_split", "int32"),
+        *_SHARES,
         *_SUM_SIZES,
         ("num_sms", "int32"),
         ("softmax_scale", "float32"),
@@ -192,6 +195,19 @@ class BackwardConfig(GradientFields):
         """Past some tiles of keys the first queries go first, past the others the last ones: see order.py. With
         features of scores some kernels would spill."""
         return self.is_causal and not self.feature_names and (self.is_deterministic or not self.is_varlen)
+
+    @property
+    def shares_tiles(self) -> bool:
+        """CTAs share the last tiles of keys, where all take as long: see kernels/backward/shares.py. Of tiles that do
+        not, the shortest run last; of deterministic ones parts would wait for those of the keys before them."""
+        is_equal = self.mask == "full" and not self.is_varlen
+        return is_equal and not self.is_deterministic and not self.feature_names
+
+    @property
+    def fences_late(self) -> bool:
+        """What a warpgroup writes for others to read through the async proxy is fenced, which waits until it is
+        written, behind the next GEMM's issue: with dQ in turns a Q tile later nobody waits for it."""
+        return self.is_dq_behind and self.tile_m == ROWS_PER_WARPGROUP
 
     @property
     def is_dq_in_turns(self) -> bool:

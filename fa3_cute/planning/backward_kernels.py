@@ -43,6 +43,7 @@ SCRATCH = {
     "progress": ("int32", 4, 4),
     "order": ("int32", 4, 4),
     "tile_counter": ("int32", 4, 4),
+    "shared_sums": ("float32", 4, 16),
     "sink_sums": ("float32", 4, 16),
 }
 

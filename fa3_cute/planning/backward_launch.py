@@ -48,7 +48,7 @@ from .known import MAX_SHAPES, Known
 from .one_side import BIAS, OneSidePass
 from .problem import ProblemShape
 from .score_features import features_of
-from .sections import launch_values, num_blocks, sums_of
+from .sections import floats_of_shares, launch_values, num_blocks, sums_of
 
 PART_ALIGNMENT = 16  # of the parts of a workspace, in bytes
 TENSORS = (*INPUTS, *OUTPUTS)
@@ -183,6 +183,7 @@ def pass_of(shape: BackwardShape) -> Pass:
         "progress": 2 * sums.units * has_queries,
         "order": rows * cfg.has_sums,
         "tile_counter": int(cfg.has_sums and has_queries),
+        "shared_sums": floats_of_shares(cfg, of),
         "sink_sums": rows * PREPARE_WARPS * has_sinks,
     }
     sizes = [-(-elements[part] * SCRATCH[part][1] // PART_ALIGNMENT) * PART_ALIGNMENT for part in SCRATCH]

@@ -27,6 +27,10 @@ MANY_BLOCKS = 16
 # (sections from a tile to the duty that belongs to it, further sections whose sums have room). A wave's longest tiles
 # end two waves after its start, when they run first, or three, when they run last; of packed sequences later still.
 APART = {"waves": (1, 2), "one after the other": (4, 4), "varlen": (2, 3)}
+MOST_PARTS = 8  # of a tile that CTAs share: the last adds what the others have
+LEAST_STEPS = 4  # Q tiles of a part
+SHARING_STEPS = 4  # Q tiles that take as long as the start and the end of a part, and adding
+MOST_SHARED_ROWS = 1 << 24  # of a sequence: products of Q tiles and pieces are int32
 TAIL_PLACES = 8 * CTAS  # behind the last keys: duties of more places are not shared by heads
 
 
@@ -104,6 +108,32 @@ def main_sections(cfg: BackwardConfig, of: ProblemShape) -> Sections:
     return Sections(heads, is_rising, min(behind * heads, units) * per_unit, min((behind + spare) * heads, units))
 
 
+class Shares(NamedTuple):
+    """Of the last tiles of a launch, which CTAs share: how many, and into how many parts they are cut."""
+
+    num_shared: int
+    num_parts: int
+
+
+def shares_of(cfg: object, of: ProblemShape) -> Shares:
+    """Of the main kernel's tiles those that are not a whole number for each CTA, if they take less time in parts."""
+    longest = max(of.seqlen_q, of.seqlen_k)
+    if not (isinstance(cfg, BackwardConfig) and cfg.shares_tiles and of.seqlen_q and of.seqlen_k < MOST_SHARED_ROWS > longest):
+        return Shares(0, 0)
+    group, q_blocks = of.num_heads // of.num_heads_k, ceil_div(of.seqlen_q, cfg.tile_m)
+    shared = of.num_heads_k * of.batch_size * ceil_div(of.seqlen_k, cfg.tile_n) % CTAS
+    most = min(MOST_PARTS * shared, shared * q_blocks * group // LEAST_STEPS, shared * q_blocks)
+    parts = min(CTAS, most, of.num_heads * of.batch_size * q_blocks)
+    saves = parts > shared and q_blocks * group * (parts - shared) > SHARING_STEPS * parts
+    return Shares(shared, parts) if saves else Shares(0, 0)
+
+
+def floats_of_shares(cfg: object, of: ProblemShape) -> int:
+    """What parts leave of dK and dV."""
+    parts = shares_of(cfg, of).num_parts
+    return parts * 2 * cfg.tile_n * cfg.head_dim if isinstance(cfg, BackwardConfig) else 0
+
+
 def side_section(cfg: OneSideConfig | PairConfig, of: ProblemShape) -> int:
     """Heads of a section of the kernels of one gradient or of two."""
     is_of_queries = isinstance(cfg, OneSideConfig) and cfg.is_of_queries
@@ -152,7 +182,10 @@ def launch_values(cfg: object, of_pass: BackwardConfig | OneSidePass, of: Proble
         sections = main_sections(cfg, of)
     elif isinstance(cfg, OneSideConfig | PairConfig):
         sections = Sections(side_section(cfg, of), 0, 0, 0)
+    shared, parts = shares_of(cfg, of)
     return {
+        "num_shared": shared,
+        "num_parts": parts,
         "section": sections.heads,
         "is_rising": sections.is_rising,
         "num_behind": sections.num_behind * (of.seqlen_q > 0),

@@ -122,8 +122,21 @@ class DirectedKeyTile(KeyTile):
     is_rising: Int32 = 0
 
 
+@dataclass(frozen=True)
+class SharedKeyTile(KeyTile):
+    """Of kernels whose last tiles CTAs share, see shares.py: a part of a tile, or a whole one."""
+    begin: Int32 = 0       # Q tiles that pass
+    end: Int32 = 0
+    num_pieces: Int32 = 0
+    part: Int32 = 0        # that its sums are; STORES: it stores them
+    first_part: Int32 = 0  # those of the parts [first_part, end_part) are added to them before
+    end_part: Int32 = 0
+
+
 def key_tile_of(cfg: BackwardConfig) -> type[KeyTile]:
     """What the CTA's tile ring holds."""
+    if cfg.shares_tiles:
+        return SharedKeyTile
     return DirectedKeyTile if cfg.has_directions else KeyTile
 
 
@@ -211,6 +224,15 @@ def query_range(cfg: BackwardConfig, window: Window, n_block: Int32, seqlen_q: I
     full_min = minimum(maximum(full_min, m_block_min) + (1 - is_whole) * m_block_max, m_block_max)
     full_max = maximum(full_min, minimum(full_max, m_block_max))
     return QueryRange(m_block_min, m_block_max, full_min, full_max)
+
+
+def queries_of(cfg: BackwardConfig, window: Window, tile: KeyTile) -> QueryRange:
+    """Of a tile of keys; of a part those that are its own."""
+    queries = query_range(cfg, window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+    if not cfg.shares_tiles:
+        return queries
+    of_part = lambda m_block: minimum(maximum(m_block, tile.begin), tile.end)
+    return QueryRange(tile.begin, tile.end, of_part(queries.m_block_full_min), of_part(queries.m_block_full_max))
 
 
 def first_key_block(cfg: BackwardConfig, window: Window, m_block: Int32, seqlen_q: Int32, seqlen_k: Int32) -> Int32:

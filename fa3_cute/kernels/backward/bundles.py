@@ -15,6 +15,7 @@ from ..common.tma import TmaOperand
 from .blocks import Blocks
 from .outgoing import Gradient
 from .scores import Scores
+from .shares import Shares
 from .workspace import Sums
 
 
@@ -43,6 +44,7 @@ class BwdParams:
     sums: Sums                     # of dQ, each block in thread order
     order: cute.Tensor             # (1, Q blocks, num_heads) int32: CTAs that have added to a block, if deterministic
     tile_counter: cute.Tensor      # (1) int32: places of the order that were taken, see schedule.py
+    shares: Optional[Shares]       # None unless cfg.shares_tiles
     window: Window                 # used if cfg.is_local
     sequences: Sequences
     q_blocks: Blocks

@@ -8,12 +8,13 @@ from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
 from ..common.layout import element_type, rounded, unhoisted
 from ..common.tile_ring import END, read_tile
-from .blocks import KeyTile, QueryRange, key_tile_of, query_range
+from .blocks import KeyTile, QueryRange, key_tile_of, queries_of
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .duties import Duty, wait_for_sums
 from .finish import finish_all, make_finisher
 from .gradients import Gradients, clear_unused_rows, filled, make_gradients
 from .outgoing import Outgoing, key_part, key_rows, wait_until_free
+from .shares import share_sums
 from .visible import KeyMask
 
 
@@ -34,7 +35,7 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
         gradients.acc_dK.fill(0.0)
         gradients.acc_dV.fill(0.0)
         wait_for_keys(cfg, smem, pipes, tile, tidx, count)
-        queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+        queries = queries_of(cfg, params.window, tile)
         has_queries, num_done = queries.m_block_max > queries.m_block_min, Int32(0)
         if const_expr(cfg.is_dq_behind):
             if has_queries:
@@ -52,11 +53,11 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
             if const_expr(i == 0 or cfg.finds_bounds_again):
                 # again: loops are short of registers
                 tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
-                queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+                queries = queries_of(cfg, params.window, tile)
                 mask = KeyMask.create(cfg, params.window, tile, tidx)
             turn, num_done = walk(gradients, mask, queries, params.group, (turn, num_done), walks[i])
         tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
-        queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+        queries = queries_of(cfg, params.window, tile)
         if const_expr(cfg.is_dq_behind):
             if queries.m_block_max > queries.m_block_min:
                 if const_expr(not cfg.is_dq_in_turns):
@@ -79,6 +80,8 @@ def leave(gradients: Gradients, params: BwdParams, tile: KeyTile, duty: Duty, tu
     cfg, mmas, wg_idx = gradients.cfg, gradients.mmas, gradients.wg_idx
     out = Outgoing(cfg, gradients.smem, wg_idx, unhoisted(gradients.tidx) % 128)
     wait_for_sums(cfg)
+    if const_expr(cfg.shares_tiles):
+        share_sums(params.shares, tile, (gradients.acc_dV, gradients.acc_dK), unhoisted(gradients.tidx))
     finisher = make_finisher(cfg, params, mmas.dq_part, out, duty)
     first, rows = finisher.start(), key_rows(cfg, tile, wg_idx)
     finisher.read(0, first)

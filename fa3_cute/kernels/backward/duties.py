@@ -86,6 +86,20 @@ def places_of_unit(cfg: BackwardConfig, params: BwdParams) -> Int32:
 
 
 @cute.jit
+def pieces_of_unit(cfg: BackwardConfig, params: BwdParams) -> Int32:
+    """What a unit's count of added tiles comes to: its places, or pieces of them where tiles have parts."""
+    places = places_of_unit(cfg, params)
+    if const_expr(cfg.shares_tiles):
+        places *= params.shares.num_pieces()
+    return places
+
+
+def pieces_of(cfg: BackwardConfig, tile) -> Int32 | int:
+    """What a tile, or a part of one, adds to that count."""
+    return tile.num_pieces if cfg.shares_tiles else 1
+
+
+@cute.jit
 def places_of_sequence(cfg: BackwardConfig, params: BwdParams, sequence: Int32) -> Int32:
     """Of a KV head of a sequence, in the order."""
     if const_expr(cfg.is_varlen):
@@ -154,11 +168,16 @@ def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipel
     while tile.n_block != END:
         duty = read_tile(smem.sDuties[None, tiles.wait().index], Duty)
         if duty.num_tiles > 0:
-            wait_for_count(params.sums.count(0, duty.unit), places_of_unit(cfg, params))
+            wait_for_count(params.sums.count(0, duty.unit), pieces_of_unit(cfg, params))
+        if const_expr(cfg.shares_tiles):
+            params.shares.wait(tile)
         cute.arch.barrier_arrive(barrier_id=BarrierId.SUMS, number_of_threads=threads_of(cfg))
         all_rows = tuple(key_rows(cfg, tile, w) for w in range(cfg.num_consumer_wgs))
         send(cfg, smem, 0, key_part(cfg), params.dv, all_rows)
         send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
+        if const_expr(cfg.shares_tiles):
+            with cute.arch.elect_one():
+                params.shares.tell(tile)
         send_finished(cfg, params, smem, duty)
         set_free(cfg, 0)
         if duty.unit != NOTHING and duty.unit + params.sums.num_slots < params.sums.num_units():

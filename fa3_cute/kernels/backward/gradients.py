@@ -73,7 +73,8 @@ class Gradients:
             mask.apply(acc_S, m_block)
         self.start_dV(self.make_P(acc_S, mask, m_block, turn & 1), turn & 1)
         in_flight(1)                     # dP is complete, dV may still run
-        rdS = self.hand_over(self.score_gradients(acc_S, acc_dP), turn)
+        rdS = self.write_dS(self.score_gradients(acc_S, acc_dP), turn)
+        self.tell_of_dS(turn)
         self.pipes.ds.consumer_wait(ds)  # every warpgroup's
         acc_dQ = self.start_dQ(turn & 1)
         in_flight(1)                     # dV
@@ -108,14 +109,22 @@ class Gradients:
         if const_expr(has_dq):
             in_flight(0)                 # dQ
             self.release_dS(ds)
-            self.send_dQ(acc_dQ, turn - 1)   # before dP needs its registers
+            self.write_dQ(acc_dQ, turn - 1)  # before dP needs its registers
+            if const_expr(not self.cfg.fences_late):
+                self.tell_of_dQ(turn - 1)
         acc_dP = self.start_dP(turn & 1)
         self.start_dV(rP, turn & 1)
+        if const_expr(has_dq and self.cfg.fences_late):
+            self.tell_of_dQ(turn - 1)
         in_flight(1)                     # dP
         if const_expr(is_first):
             wait_until_free(self.cfg)
-        rdS = self.hand_over(self.score_gradients(acc_S, acc_dP), turn)
+        rdS = self.write_dS(self.score_gradients(acc_S, acc_dP), turn)
+        if const_expr(not self.cfg.fences_late):
+            self.tell_of_dS(turn)
         self.start_dK(rdS, turn & 1)
+        if const_expr(self.cfg.fences_late):
+            self.tell_of_dS(turn)
         in_flight(1)                     # dV
         self.pipes.do.consumer_release(do)
         in_flight(0)                     # dK
@@ -156,16 +165,17 @@ class Gradients:
         clear_unused_rows(self.cfg, (slot,), mask.tile.seqlen_q - m_block * self.cfg.tile_m, self.tidx)
 
     @cute.jit
-    def hand_over(self, rdS: cute.Tensor, turn: Int32) -> cute.Tensor:
+    def write_dS(self, rdS: cute.Tensor, turn: Int32) -> cute.Tensor:
         """This warpgroup's dS to shared memory, for all of them; returns it."""
         slot = emptied(turn)
         self.pipes.ds.producer_acquire(slot)
         cute.copy(self.store_dS, self.store_dS.retile(rdS), self.tSsdS[None, None, None, slot.index])
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            self.pipes.ds.producer_commit(slot)
         return rdS
+
+    @cute.jit
+    def tell_of_dS(self, turn: Int32):
+        """What this warp has written of it is there."""
+        commit_written(self.pipes.ds, emptied(turn))
 
     @cute.jit
     def release_dS(self, ds: pipeline.PipelineState):
@@ -281,15 +291,30 @@ class Gradients:
         self.pipes.dq.producer_acquire(self.dQ_slot(turn))
 
     @cute.jit
-    def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
-        """To the reduce warp, in thread order."""
-        slot = self.dQ_slot(turn)
-        self.pipes.dq.producer_acquire(slot)
+    def write_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
+        """To its slot, in thread order."""
+        self.pipes.dq.producer_acquire(self.dQ_slot(turn))
         cute.autovec_copy(quads_of(acc_dQ), self.sdQ)
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            self.pipes.dq.producer_commit(slot)
+
+    @cute.jit
+    def tell_of_dQ(self, turn: Int32):
+        """The reduce role."""
+        commit_written(self.pipes.dq, self.dQ_slot(turn))
+
+    @cute.jit
+    def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
+        """Both."""
+        self.write_dQ(acc_dQ, turn)
+        self.tell_of_dQ(turn)
+
+
+@cute.jit
+def commit_written(pipe: pipeline.PipelineAsync, slot: pipeline.PipelineState):
+    """A slot that the warp has written, once TMA and WGMMA see it: the fence waits until all is written."""
+    cute.arch.fence_view_async_shared()
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        pipe.producer_commit(slot)
 
 
 def filled(turn: Int32) -> pipeline.PipelineState:

@@ -3,7 +3,7 @@ each of which the Q tiles go that see them. Warps that load, schedule, add dQ to
 leaves, two consumer warpgroups."""
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 
 from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
@@ -24,6 +24,7 @@ from .outgoing import gradient_of, key_part, query_part
 from .reduce import reduce_dq
 from .schedule import schedule
 from .scores import Scores
+from .shares import Shares
 from .workspace import Sums
 
 
@@ -52,8 +53,9 @@ class FlashAttentionBackward:
             dq=gradient_of(a, "dq", "q", shapes.q, query_part(cfg)), sums=Sums.create(cfg, a),
             order=cute.make_tensor(a.order, cute.make_layout((1, q_blocks.num_blocks, a.num_heads))),
             tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)), is_rising=a.is_rising,
-            num_behind=a.num_behind, tail_split=a.tail_split, scores=Scores.create(cfg, a))
-        num_places = k_blocks.num_blocks * a.num_heads_k + a.num_behind * a.tail_split
+            num_behind=a.num_behind, tail_split=a.tail_split, scores=Scores.create(cfg, a),
+            shares=Shares.create(cfg, a) if const_expr(cfg.shares_tiles) else None)
+        num_places = k_blocks.num_blocks * a.num_heads_k - a.num_shared + a.num_parts + a.num_behind * a.tail_split
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
             grid=(minimum(num_places, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),

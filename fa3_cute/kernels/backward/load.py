@@ -17,7 +17,7 @@ from ..common.tile_ring import END, read_tile
 from ..common.tiles import rows_from
 from ..common.tma import TmaOperand, tma_views
 from .barriers import BarrierId
-from .blocks import KeyTile, QueryRange, key_tile_of, query_range
+from .blocks import KeyTile, QueryRange, key_tile_of, queries_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 
@@ -37,7 +37,7 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
         keys = tile.n_block, tile.offset_k, tile.kv_head, tile.batch
         load_tile(cfg, params.v, smem.sV, keys, v_producer.acquire_and_advance())
         load_tile(cfg, params.k, smem.sK, keys, k_producer.acquire_and_advance())
-        queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+        queries = queries_of(cfg, params.window, tile)
         for i in cutlass.range(queries.num_passes(params.group), unroll=1):
             m_block, of_group = queries.passing(i, params.group, tile.is_rising)
             row, head = (tile.first_q_block + m_block) * cfg.tile_m, tile.kv_head * params.group + of_group

@@ -67,10 +67,15 @@ def gradient_of(a, name: str, like: str, shape: tuple, part: cute.ComposedLayout
     return Gradient(tensor, tma_store(cute.make_tensor(there, tensor.layout), part, cute.size(part, mode=[0])))
 
 
+@cute.jit
 def key_rows(cfg: BackwardConfig, tile, wg_idx: Int32 | int) -> Rows:
-    """Of a warpgroup's keys."""
+    """Of a warpgroup's keys; none of a part that another stores (shares.py)."""
     block = tile.n_block * cfg.num_consumer_wgs + wg_idx
-    return Rows(block, Int32(0), tile.offset_k, tile.seqlen_k - block * ROWS_PER_WARPGROUP, tile.kv_head, tile.batch)
+    used = tile.seqlen_k - block * ROWS_PER_WARPGROUP
+    if const_expr(cfg.shares_tiles):
+        if tile.part >= 0:
+            used = Int32(0)
+    return Rows(block, Int32(0), tile.offset_k, used, tile.kv_head, tile.batch)
 
 
 @cute.jit

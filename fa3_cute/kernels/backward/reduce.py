@@ -7,9 +7,9 @@ from cutlass.experimental import primitives
 from ...planning.backward import BackwardConfig
 from ..common.arithmetic import minimum
 from ..common.tile_ring import END, read_tile
-from .blocks import KeyTile, QueryRange, first_key_block, key_tile_of, last_key_block, query_range
+from .blocks import KeyTile, QueryRange, first_key_block, key_tile_of, last_key_block, queries_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .duties import places_of_unit, unit_of
+from .duties import pieces_of, places_of_unit, unit_of
 from .workspace import add_to_count, wait_for_count
 
 
@@ -30,7 +30,7 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     tiles = pipes.tiles.make_consumer()
     tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
-        queries = query_range(cfg, params.window, tile.n_block, tile.seqlen_q, tile.seqlen_k)
+        queries = queries_of(cfg, params.window, tile)
         num_passes, num_free, num_passed = queries.num_passes(params.group), Int32(0), Int32(0)
         unit = unit_of(cfg, params, tile.sequence, tile.kv_head)
         if num_passes > 0:
@@ -58,7 +58,7 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
             if tile.seqlen_k > 0:
                 with cute.arch.elect_one():
                     cute.arch.cp_async_bulk_wait_group(0, read=False)
-                    add_to_count(params.sums.count(0, unit), 1)
+                    add_to_count(params.sums.count(0, unit), pieces_of(cfg, tile))
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()

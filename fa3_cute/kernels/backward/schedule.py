@@ -21,6 +21,7 @@ from .bundles import BwdParams, BwdPipelines, BwdSmem
 from .duties import NOTHING, Duty, find_duty, no_duty, num_tiles_of, places_of_sequence, places_of_unit, unit_of
 from .order import rises
 from .place import find_place
+from .shares import STORES, Share, share_of
 
 
 @cute.jit
@@ -30,15 +31,16 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
     Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring, and for the load role; fills it.
     """
     producer = pipes.tiles.make_producer()
-    num_places, has_queries = num_tiles_of(params) + params.num_behind * params.tail_split, params.sequences.rows_q > 0
-    index = cute.arch.block_idx()[0]
+    num_places, has_queries = num_places_of(cfg, params), params.sequences.rows_q > 0
+    index, is_second = cute.arch.block_idx()[0], Boolean(False)
     if has_queries:
         index = take(params)
     while index < num_places:
         slot = producer.acquire()
-        tile, is_there = find_tile(cfg, params, index)
+        share = share_at(cfg, params, index, is_second)
+        tile, is_there = find_tile(cfg, params, share)
         write_tile(smem.sTiles[None, slot.index], tile)
-        duty = duty_of(cfg, params, index, has_queries)
+        duty = duty_of(cfg, params, share, has_queries)
         write_tile(smem.sDuties[None, slot.index], duty)
         if is_there or duty.num_tiles > 0:
             slot.commit()
@@ -46,13 +48,35 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
             cute.arch.barrier(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
         elif duty.unit != NOTHING:       # of rows that are not there: done
             count(params.sums.count(1, duty.unit), duty.num_heads)
-        if has_queries:
+        if const_expr(cfg.shares_tiles):
+            is_second = not share.is_last
+        if is_second:
+            pass
+        elif has_queries:
             index = take(params)
         else:                            # no prepare kernel was launched, which makes the counter 0
             index += cute.arch.grid_dim()[0]
     slot = producer.acquire_and_advance()
     write_tile(smem.sTiles[None, slot.index], end_of(key_tile_of(cfg)))
     slot.commit()
+
+
+@cute.jit
+def num_places_of(cfg: BackwardConfig, params: BwdParams) -> Int32:
+    """In the order."""
+    num_places = num_tiles_of(params)
+    if const_expr(cfg.shares_tiles):
+        num_places = params.shares.num_places(num_places)
+    return num_places + params.num_behind * params.tail_split
+
+
+@cute.jit
+def share_at(cfg: BackwardConfig, params: BwdParams, index: Int32, is_second: Boolean) -> Share:
+    """Which tile is at a place of the order, or which of two parts."""
+    if const_expr(cfg.shares_tiles):
+        return share_of(params.shares, num_tiles_of(params), index, is_second)
+    else:
+        return Share(index, 0, 1, STORES, 0, 0, True)
 
 
 @cute.jit
@@ -72,15 +96,15 @@ def count(counter: cute.Pointer, number: Int32):
 
 
 @cute.jit
-def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[KeyTile, Boolean]:
+def find_tile(cfg: BackwardConfig, params: BwdParams, share: Share) -> tuple[KeyTile, Boolean]:
     """The keys at a place of the order, and whether there are any; those that are not there count as added.
 
     Runs on: whole warps.
     """
-    num_tiles = num_tiles_of(params)
+    index, num_tiles = share.tile, num_tiles_of(params)
     at = find_place(cfg, params.sequences, params.k_blocks, params.num_heads_k, params.section,
                     minimum(index, num_tiles - 1), in_sections=cfg.is_causal or cfg.is_deterministic, is_reversed=False)
-    n_block, direction = at.block, ()
+    n_block, more = at.block, ()
     if const_expr(cfg.has_directions):
         is_rising = params.is_rising
         if const_expr(not cfg.is_deterministic):
@@ -89,22 +113,27 @@ def find_tile(cfg: BackwardConfig, params: BwdParams, index: Int32) -> tuple[Key
             num_blocks = places_of_sequence(cfg, params, at.sequence)
             if n_block < num_blocks:     # else behind the last sequence
                 n_block = num_blocks - 1 - n_block
-        direction = (is_rising,)
+        more = (is_rising,)
     seqlen_q, seqlen_k = at.seqlen_q, at.seqlen_k
     if n_block * cfg.tile_n >= seqlen_k and index < num_tiles and params.sequences.rows_q > 0:
-        count(params.sums.count(0, unit_of(cfg, params, at.sequence, at.head)), Int32(1))
+        count(params.sums.count(0, unit_of(cfg, params, at.sequence, at.head)), Int32(share.end - share.begin))
     is_there = index < num_tiles and n_block * cfg.tile_n < seqlen_k
     if not is_there:                     # of no keys and no queries: what is loaded is not used
         n_block, seqlen_q, seqlen_k = Int32(0), Int32(0), Int32(0)
+    if const_expr(cfg.shares_tiles):
+        begin, end = share.blocks(params.shares, seqlen_q, cfg.tile_m)
+        more = begin, end, share.end - share.begin, share.part, share.first_part, share.end_part
     places = n_block, at.head, at.batch, at.offset_q, seqlen_q, at.offset_k, seqlen_k
-    tile = key_tile_of(cfg)(*places, params.q_blocks.first(at.sequence), at.sequence, *direction)
+    tile = key_tile_of(cfg)(*places, params.q_blocks.first(at.sequence), at.sequence, *more)
     return tile, is_there
 
 
 @cute.jit
-def duty_of(cfg: BackwardConfig, params: BwdParams, index: Int32, has_queries: Boolean) -> Duty:
+def duty_of(cfg: BackwardConfig, params: BwdParams, share: Share, has_queries: Boolean) -> Duty:
     """Of a place of the order. Runs on: whole warps."""
-    duty = no_duty()
-    if has_queries and index >= params.num_behind:
-        duty = find_duty(cfg, params, index)
+    duty, has_duty = no_duty(), has_queries and share.tile >= params.num_behind
+    if const_expr(cfg.shares_tiles):
+        has_duty = has_duty and share.has_duty(params.shares)
+    if has_duty:
+        duty = find_duty(cfg, params, share.tile)
     return duty

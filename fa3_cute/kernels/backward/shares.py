@@ -1,0 +1,151 @@
+"""The last tiles of keys of a launch, which CTAs share: which part of one is at a place of the order, and how what
+parts have of dK and dV comes together. Which tiles these are, and into how many parts they are cut, is the host's
+(planning/sections.py).
+
+Tiles seldom are a whole number for each CTA: of 4096 equal ones 132 CTAs have 31 each, and four have one more, as long
+as which all others wait. So the last `num_shared` tiles are cut by their Q tiles into `num_parts` parts of equal
+length, one after the other: a part is of one tile, or the end of one and the start of the next. With num_parts pieces in
+a tile, all parts have num_shared.
+
+The last part of a tile adds what the others have left in the workspace to its own sums, in their order, and stores dK
+and dV: the same bits in every call. A part that has the start of a tile too computes that first: so it waits for
+nobody before others can have what it leaves, and nobody waits for more than a part's time. Whom it waits for has an
+earlier place in the order.
+"""
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import CopyG2ROp, MemoryOrder, MemoryScope
+
+from ...planning.backward import BackwardConfig
+from ...planning.config import ROWS_PER_WARPGROUP
+from ..common.arithmetic import ceil_div, maximum, minimum
+from .workspace import add_to_count, first_quad, in_thread_order, quads_of, wait_for_count
+
+STORES = -1      # as `part` of a tile of keys: its dK and dV are stored
+QUADS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of a launch.
+
+    num_shared   tiles, the last ones
+    num_parts    into which they are cut; 0 if there are none
+    sums         (64 * head_dim, warpgroups, dV and dK, parts) f32: what parts leave, in thread order
+    is_left      (parts) int32: 1 as soon as it is there
+    """
+    num_shared: Int32
+    num_parts: Int32
+    sums: cute.Tensor
+    is_left: cute.Tensor
+
+    @staticmethod
+    def create(cfg: BackwardConfig, a) -> "Shares":
+        """From a kernel's arguments. Counts of turns have room for `is_left`: calls that share tiles have no turns."""
+        size = ROWS_PER_WARPGROUP * cfg.head_dim
+        sums = cute.make_tensor(a.shared_sums, cute.make_layout(
+            (size, cfg.num_consumer_wgs, 2, a.num_parts),
+            stride=(1, size, cfg.num_consumer_wgs * size, 2 * cfg.num_consumer_wgs * size)))
+        return Shares(a.num_shared, a.num_parts, sums, cute.make_tensor(a.order, cute.make_layout(a.num_parts)))
+
+    def num_pieces(self) -> Int32:
+        """Of a tile."""
+        return maximum(self.num_parts, 1)
+
+    def num_places(self, num_tiles: Int32) -> Int32:
+        """Of the order, before those that have duties alone."""
+        return num_tiles - self.num_shared + self.num_parts
+
+    @cute.jit
+    def wait(self, tile):
+        """Until all parts whose sums the tile's are added to have left them. Runs on: whole warps."""
+        for part in cutlass.range(tile.first_part, tile.end_part, unroll=1):
+            wait_for_count(self.is_left[None].iterator + part, Int32(1))
+
+    @cute.jit
+    def tell(self, tile):
+        """The part's sums are there, of which all threads that this one has heard of have written theirs. Runs on: a
+        thread."""
+        if tile.part != STORES:
+            add_to_count(self.is_left[None].iterator + tile.part, 1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of a place of the order. With STORES and no other part it is a whole tile."""
+    tile: Int32        # among those of the launch; from their number on: a place that has a duty alone
+    begin: Int32       # of the tile's pieces
+    end: Int32
+    part: Int32
+    first_part: Int32
+    end_part: Int32
+    is_last: Boolean   # of the place
+
+    def blocks(self, shares: Shares, seqlen_q: Int32, tile_m: int) -> tuple[Int32, Int32]:
+        """[begin, end) of the Q tiles that pass."""
+        number, pieces = ceil_div(seqlen_q, tile_m), shares.num_pieces()
+        return number * self.begin // pieces, number * self.end // pieces
+
+    def has_duty(self, shares: Shares) -> Boolean:
+        """The place has the duty that belongs to a place num_behind before the tile's: one of the tile's parts has, the
+        first that has nothing else before it in the order that is not whole."""
+        return self.is_last & (self.begin < maximum(shares.num_shared, 1))
+
+
+@cute.jit
+def share_of(shares: Shares, num_tiles: Int32, index: Int32, is_second: Boolean) -> Share:
+    """At a place of the order, of whose two tiles the later comes first."""
+    tile, begin, end, part = index, Int32(0), shares.num_pieces(), Int32(STORES)
+    first_part, end_part, is_last = Int32(0), Int32(0), Boolean(True)
+    first, num_places = num_tiles - shares.num_shared, shares.num_places(num_tiles)
+    if index >= num_places:
+        tile = num_tiles + index - num_places
+    elif index >= first:
+        number = index - first
+        row = number * shares.num_shared // shares.num_parts
+        tile, begin = first + row, number * shares.num_shared - row * shares.num_parts
+        rest = begin + shares.num_shared - shares.num_parts
+        end = minimum(begin + shares.num_shared, shares.num_parts)
+        if rest > 0 and not is_second:
+            tile, begin, end, part, is_last = tile + 1, Int32(0), rest, number, Boolean(False)
+        elif rest < 0:
+            part = number
+        else:
+            first_part, end_part = row * shares.num_parts // shares.num_shared, number
+    return Share(tile, begin, end, part, first_part, end_part, is_last)
+
+
+@cute.jit
+def share_sums(shares: Shares, tile, accs: tuple[cute.Tensor, cute.Tensor], tidx: Int32):
+    """dV and dK of a part that another stores -> the workspace; to those of one that stores, what others have left.
+
+    Runs on: a consumer warpgroup, when those others have (Shares.wait).
+    """
+    if tile.part != STORES:
+        for which in cutlass.range_constexpr(2):
+            cute.autovec_copy(quads_of(accs[which]), thread_sums(shares, tile.part, which, accs, tidx))
+    for which in cutlass.range_constexpr(2):
+        for part in cutlass.range(tile.first_part, tile.end_part, unroll=1):
+            add_sums(accs[which], thread_sums(shares, part, which, accs, tidx))
+
+
+def thread_sums(shares: Shares, part: Int32, which: int, accs: tuple, tidx: Int32) -> cute.Tensor:
+    """(4, quads): a thread's, of a part's dV or dK."""
+    start = first_quad(shares.sums[None, tidx // 128, which, part].iterator, tidx % 128)
+    return in_thread_order(start, 128 * cute.size(accs[which]))[None, None, 0]
+
+
+@cute.jit
+def add_sums(acc: cute.Tensor, sums: cute.Tensor):
+    """acc += sums, of which few are in registers at a time."""
+    atom = cute.make_copy_atom(CopyG2ROp(), Float32, num_bits_per_copy=128, memory_order=MemoryOrder.RELAXED,
+                               memory_scope=MemoryScope.GPU)
+    quads, some = quads_of(acc), cute.make_rmem_tensor((4, QUADS_AT_ONCE), Float32)
+    for first in cutlass.range_constexpr(0, cute.size(quads, mode=[1]), QUADS_AT_ONCE):
+        cute.copy(atom, cute.local_tile(sums, (4, QUADS_AT_ONCE), (0, first // QUADS_AT_ONCE)), some)
+        for j in cutlass.range_constexpr(QUADS_AT_ONCE):
+            for i in cutlass.range_constexpr(4):
+                quads[i, first + j] += some[i, j]
