@@ -104,6 +104,7 @@ OPERATIONS = {
     },
     "control": {
         "BRA": (0x147,),
+        "BRX": (0x149,),
         "CALL": (0x144,),
         "RET": (0x150,),
         "YIELD": (0x146,),

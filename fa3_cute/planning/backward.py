@@ -191,6 +191,14 @@ class BackwardConfig(GradientFields):
         return self.is_dq_behind and (self.is_local or self.has_alibi)
 
     @property
+    def finds_places_again(self) -> frozenset[str]:
+        """Of dQ and dS those whose place in shared memory a thread computes for each Q tile, where consumers have no
+        registers in which to keep it."""
+        if not (self.is_dq_behind and self.is_dq_transposed and self.tile_m > ROWS_PER_WARPGROUP):
+            return frozenset()
+        return frozenset({"dS"} if self.is_local else {"dQ", "dS"})
+
+    @property
     def has_directions(self) -> bool:
         """Past some tiles of keys the first queries go first, past the others the last ones: see order.py. With
         features of scores some kernels would spill."""
@@ -204,10 +212,15 @@ class BackwardConfig(GradientFields):
         return is_equal and not self.is_deterministic and not self.feature_names
 
     @property
-    def fences_late(self) -> bool:
-        """What a warpgroup writes for others to read through the async proxy is fenced, which waits until it is
-        written, behind the next GEMM's issue: with dQ in turns a Q tile later nobody waits for it."""
-        return self.is_dq_behind and self.tile_m == ROWS_PER_WARPGROUP
+    def late_fences(self) -> frozenset[str]:
+        """Which of dQ and dS a warpgroup fences, once it has written them for the async proxy, behind the next GEMM's
+        issue: the fence waits until all is written, and with dQ a Q tile behind nobody waits for either. Of 128 queries
+        dQ's would come behind twice as many exponentials."""
+        if not self.is_dq_behind:
+            return frozenset()
+        if self.tile_m == 2 * ROWS_PER_WARPGROUP:
+            return frozenset({"dS"} if self.mask == "full" else ())
+        return frozenset(("dQ", "dS"))
 
     @property
     def is_dq_in_turns(self) -> bool:
@@ -273,9 +286,15 @@ class Row(NamedTuple):
 WIDE = Row(
     80,
     True,
-    False,
+    True,
     "80 queries: at N = 64, A and B of S and dP take all of shared memory's bandwidth, and 64 take 1.04 to 1.08 times "
-    "as long at 16k tokens; dQ a tile later takes 1.02",
+    "as long at 16k tokens; dQ of its own tile takes 1.00 to 1.03",
+)
+UNEVEN = Row(
+    80,
+    True,
+    False,
+    "80 queries; where rows behind a sequence's last are cleared, registers spill with dQ a tile later",
 )
 NARROW = Row(
     64,
@@ -309,6 +328,8 @@ TABLE = {
     (96, "causal"): TURNS,
     (96, "local"): TURNS,
 }
+# Where lengths are on the device.
+VARLEN = {(128, mask): UNEVEN for mask in ("full", "causal", "local")}
 # Where sequences have SHORT_QUERIES at most, in the mean.
 SHORT_QUERIES = 1024
 SHORT = {(128, mask): NARROW for mask in ("full", "causal", "local")}

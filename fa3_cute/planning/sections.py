@@ -118,7 +118,12 @@ class Shares(NamedTuple):
 def shares_of(cfg: object, of: ProblemShape) -> Shares:
     """Of the main kernel's tiles those that are not a whole number for each CTA, if they take less time in parts."""
     longest = max(of.seqlen_q, of.seqlen_k)
-    if not (isinstance(cfg, BackwardConfig) and cfg.shares_tiles and of.seqlen_q and of.seqlen_k < MOST_SHARED_ROWS > longest):
+    if not (
+        isinstance(cfg, BackwardConfig)
+        and cfg.shares_tiles
+        and of.seqlen_q
+        and of.seqlen_k < MOST_SHARED_ROWS > longest
+    ):
         return Shares(0, 0)
     group, q_blocks = of.num_heads // of.num_heads_k, ceil_div(of.seqlen_q, cfg.tile_m)
     shared = of.num_heads_k * of.batch_size * ceil_div(of.seqlen_k, cfg.tile_n) % CTAS

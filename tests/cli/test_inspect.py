@@ -237,7 +237,6 @@ def test_units_agree_with_nvdisasm(cfg, tmp_path):
     mnemonics = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\w+)", listing, re.MULTILINE)
     unit_of = {mnemonic: unit for unit, names in units.OPERATIONS.items() for mnemonic in names}
     unit_of |= dict.fromkeys(("CGAERRBAR", "UCGABAR_ARV", "UCGABAR_WAIT"), "control")
-    unit_of["BRX"] = units.OTHER  # of a jump table, one in a kernel of four roles and more
     assert not set(mnemonics) - unit_of.keys()
     mix = units.instruction_mix(kernel.opcodes)
     assert mix == {unit: sum(unit_of[name] == unit for name in mnemonics) for unit in mix}

@@ -1,175 +1,26 @@
-"""kernels/backward/duties.py and schedule.py on Python ints: every Q tile of dQ is finished once, by a CTA that waits
-for no place behind its own, from sums that are whole and then zero for the unit that has the slot next. No GPU: the
-device's own code runs here, with stand-ins for atomics and for what takes a warp.
+"""Duties: every Q tile of dQ is finished once, by a CTA that waits for no place behind its own, from sums that are
+whole and then zero for the unit that has the slot next. No GPU: the device's own code runs here (backward_order.py).
 """
 
-import random
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import accumulate, product
-from types import FunctionType, SimpleNamespace
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
-from device_code import as_python
-
-from fa3_cute.planning import sections
-from fa3_cute.planning.backward import TILE_SLOTS
-from fa3_cute.planning.backward_kernels import pass_config
-from fa3_cute.planning.sections import main_sections, sums_of
 
 pytest.importorskip("cutlass")
 
-from fa3_cute.kernels.backward import blocks, duties, finish, outgoing, place, schedule
-from fa3_cute.kernels.backward.blocks import Blocks, first_key_block, last_key_block, query_range
+from backward_order import WINDOWS, Case, Counted, Grid, Launch, python_roles
+
+from fa3_cute.kernels.backward import duties, finish, outgoing
 from fa3_cute.kernels.backward.duties import NOTHING, Duty, rounds_of
-from fa3_cute.kernels.backward.reduce import place_of
-from fa3_cute.kernels.backward.workspace import Sums
-from fa3_cute.kernels.common import sequences
-from fa3_cute.kernels.common.block_range import Window
-from fa3_cute.kernels.common.sequences import Sequences
-
-MODULES = (blocks, duties, finish, outgoing, place, schedule, sequences)
-# So many sections as large problems have, in small ones.
-FEW = {"CTAS": 6, "MIN_TILES": 5, "L2_BYTES": 1 << 19}
-WINDOWS = {"full": (0, 0), "causal": (0, 0), "local": (150, 20)}
-
-
-def find(of: Blocks, block: int) -> int:
-    """Blocks.find, by looking at all: the last sequence that starts at or before a block."""
-    return max(sequence for sequence in range(of.batch_size) if of.first(sequence) <= block)
-
-
-class Warp(SimpleNamespace):
-    """Of the schedule role, which takes one place and then those behind the last. It is cute.arch, its own ring of
-    tiles, and remembers what atomics have counted."""
-
-    block_idx, grid_dim = lambda self: (self.place,), lambda self: (1 << 30,)
-    lane_idx, elect_one, index = lambda self: 0, lambda self: nullcontext(), 0
-    barrier = advance = lambda self, **_: None
-    make_producer = acquire = acquire_and_advance = lambda self: self
-    commit = lambda self: self.given.append((self.written["tile"], self.written["duty"]))
-    atomic_add = lambda self, at, number, **_: self.counts.update({at: number})
-    write = lambda self, at, value: self.written.update({at: value})
-    take = lambda self, params: next(self.taken)
-
-    def run(self, cfg, params, place: int) -> list:
-        """[(tile, duty)] that the role gives to the others at a place: [] where neither is there."""
-        self.place, self.taken, self.given, self.written = place, iter((place, 1 << 30)), [], {"duty": None}
-        slots = SimpleNamespace(sTiles={(None, 0): "tile"}, sDuties={(None, 0): "duty"})
-        schedule.schedule(cfg, params, slots, SimpleNamespace(tiles=self))
-        *found, end = self.given
-        assert end[0] is None
-        return found
+from fa3_cute.kernels.backward.shares import STORES
 
 
 @pytest.fixture(scope="module", autouse=True)
 def device():
     """The roles' code as Python: what it counts and sends."""
-    warp = Warp(counts=Counter(), sent=[])
-    loops = SimpleNamespace(range=lambda *ends, unroll: range(*ends), range_constexpr=range)
-    stand_ins = {"Int32": int, "is_present": lambda array: array is not None, "cutlass": loops}
-    stand_ins |= {"set_free": lambda *_: None, "query_part": lambda cfg: None, "end_of": lambda kind: None}
-    stand_ins |= {"take": warp.take, "write_tile": warp.write}
-    stand_ins["send"] = lambda cfg, smem, which, part, gradient, all_rows: warp.sent.append((which, all_rows))
-    with pytest.MonkeyPatch.context() as patch:
-        for module in MODULES:
-            for name, value in list(vars(module).items()):
-                if name in stand_ins:
-                    patch.setattr(module, name, stand_ins[name])
-                elif isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
-                    patch.setattr(module, name, as_python(value))
-        for kind in (Blocks, Duty, Sequences, finish.Finisher):
-            for name, value in list(vars(kind).items()):
-                if hasattr(method := getattr(kind, name), "__wrapped__"):
-                    written = as_python(method)
-                    patch.setattr(kind, name, staticmethod(written) if isinstance(value, staticmethod) else written)
-        patch.setattr(Blocks, "find", find)
-        patch.setattr(schedule, "cute", SimpleNamespace(arch=warp))
-        for name, value in FEW.items():
-            patch.setattr(sections, name, value)
-        yield warp
-
-
-@dataclass(frozen=True)
-class Case:
-    """queries, keys: of each sequence, those that are used. What lies between packed sequences is not used either."""
-
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    lengths: str = "dense"
-    mask: str = "full"
-    head_dim: int = 64
-    num_heads_k: int = 2
-    group: int = 2
-    is_deterministic: bool = False
-
-    def __str__(self):
-        kind = f"{self.lengths}-{self.mask}{'-deterministic' * self.is_deterministic}"
-        return f"{kind}-{self.head_dim}-{len(self.keys)}x{max(self.queries)}x{max(self.keys)}"
-
-
-class Counted(Sums):
-    """Whose counts are named."""
-
-    count = lambda self, which, unit: (which, unit)
-
-
-class Launch:
-    """What the host tells a kernel, and where its sequences lie: {(batch, first row): (queries, keys)}."""
-
-    def __init__(self, case: Case):
-        batch, is_packed = len(case.queries), case.lengths == "packed"
-        flags = case.lengths != "dense", case.is_deterministic
-        self.cfg = cfg = pass_config("bf16", case.head_dim, case.mask, *flags, is_short=max(case.queries) <= 1024)
-        self.case, self.group = case, case.group
-        arrays, rows = [None] * 4, [max(case.queries), max(case.keys)]
-        if is_packed:
-            # A row before the first sequence and some behind the last; every third has rows that are not used.
-            both = [(of, 1 if any(of) else 0) for of in (case.queries, case.keys)]
-            given = [[n + 7 * some * (i % 3 == 2) for i, n in enumerate(of)] for of, some in both]
-            starts = [list(accumulate(of, initial=some)) for of, (_, some) in zip(given, both, strict=True)]
-            arrays = [*starts, case.queries, case.keys]
-            rows = [start[-1] + 300 * some for start, (_, some) in zip(starts, both, strict=True)]
-        elif case.lengths == "seqused":
-            arrays, rows = [None, None, case.queries, case.keys], [max(case.queries) + 130, max(case.keys) + 130]
-        heads = {"num_heads": case.num_heads_k * case.group, "num_heads_k": case.num_heads_k}
-        of = SimpleNamespace(batch_size=batch, seqlen_q=rows[0], seqlen_k=rows[1], is_packed=is_packed, **heads)
-        found, self.sums = main_sections(cfg, of), sums_of(cfg, of)
-        self.params = params = SimpleNamespace(num_heads_k=case.num_heads_k, group=case.group, dq=None)
-        params.tail_split = case.group if case.num_heads_k % 2 else 1  # one of what the host chooses
-        params.section, params.is_rising, params.num_behind, num_slots = found
-        params.sums = Counted(None, SimpleNamespace(shape=(2, self.sums.units)), num_slots)
-        params.window, params.sequences = Window(*WINDOWS[case.mask], None), Sequences(*arrays, batch, *rows)
-        params.q_blocks = Blocks.create(cfg.tile_m, arrays[0], rows[0], batch)
-        params.k_blocks = Blocks.create(cfg.tile_n, arrays[1], max(rows[1], 1), batch)
-        where = [(0, start) for start in arrays[0][:-1]] if is_packed else [(i, 0) for i in range(batch)]
-        lengths = zip(where, case.queries, case.keys, strict=True)
-        self.lengths = {at: (queries, keys) for at, queries, keys in lengths if queries}
-        first_keys = [(0, start) for start in arrays[1][:-1]] if is_packed else where
-        blocks_of_keys = [range(-(-keys // cfg.tile_n)) for keys in case.keys]
-        self.key_tiles = {(*at, n) for at, own in zip(first_keys, blocks_of_keys, strict=True) for n in own}
-        self.num_tiles = duties.num_tiles_of(params)
-        self.num_places = self.num_tiles + found.num_behind * params.tail_split
-        self.places_of_unit = duties.places_of_unit(cfg, params)
-
-    def all_tiles(self) -> Counter:
-        """{(batch, first row of the sequence, head, Q tile): 1}"""
-        heads, tile_m = range(self.case.num_heads_k * self.group), self.cfg.tile_m
-        tiles = [(at, range(-(-queries // tile_m))) for at, (queries, _) in self.lengths.items()]
-        return Counter((*at, head, m_block) for at, own in tiles for head, m_block in product(heads, own))
-
-    def tiles_of(self, duty: Duty) -> list[tuple[int, int]]:
-        """(Q tile, head of the group) in the order in which they are finished."""
-        found, at = [], duty.start()
-        while at[0] < duty.num_tiles:
-            found.append(at[1:])
-            at = duty.after(at)
-        return found
-
-    def queries_of(self, n_block: int, lengths: tuple[int, int]):
-        """QueryRange of a block of keys."""
-        return query_range(self.cfg, self.params.window, n_block, *lengths)
+    yield from python_roles()
 
 
 SHAPES = (
@@ -202,13 +53,14 @@ def test_every_tile_is_finished_once_and_every_count_is_reached(device, case):
     finished, keys, places = Counter(), Counter(), set()
     for index in range(launch.num_places):
         for tile, duty in device.run(launch.cfg, launch.params, index):
-            assert (duty.unit == NOTHING) == (index < launch.params.num_behind)
+            has_duty = index >= launch.params.num_behind
+            assert (duty.unit != NOTHING) == has_duty or launch.shares.num_parts and has_duty
             unit = duties.unit_of(launch.cfg, launch.params, tile.sequence, tile.kv_head)
             if tile.seqlen_k:  # as the reduce role does
-                keys[tile.batch, tile.offset_k, tile.n_block, tile.kv_head] += 1
-                device.counts[0, unit] += 1
+                keys[tile.batch, tile.offset_k, tile.n_block, tile.kv_head] += getattr(tile, "part", STORES) == STORES
+                device.counts[0, unit] += duties.pieces_of(launch.cfg, tile)
             else:
-                assert launch.queries_of(tile.n_block, (tile.seqlen_q, 0)).num_passes(launch.group) == 0
+                assert launch.queries_of(tile).num_passes(launch.group) == 0
             if duty.unit != NOTHING:  # as the watch role does
                 device.counts[1, duty.unit] += duty.num_heads
             for m_block, of_group in launch.tiles_of(duty):
@@ -219,7 +71,7 @@ def test_every_tile_is_finished_once_and_every_count_is_reached(device, case):
                 places.add((duty.unit, duty.first_block + m_block, of_group))
     assert finished == launch.all_tiles() and len(places) == finished.total()
     assert keys == Counter((*at, head) for at in launch.key_tiles for head in range(case.num_heads_k))
-    wanted = enumerate((launch.places_of_unit, launch.places_of_unit * launch.group))
+    wanted = enumerate((launch.pieces_of_unit, launch.duties_of_unit))
     assert device.counts == {(which, u): number for which, number in wanted for u in range(launch.sums.units)}
 
 
@@ -277,99 +129,6 @@ def test_the_cases_have_all_kinds_of_tiles_and_duties():
     assert sum(launch.params.num_behind < launch.num_tiles for launch in found) > 30
 
 
-class Grid:
-    """CTAs that run at any speed, and may be few: each does what is at its places, in their order, and has taken the
-    next one by then. Sums of dQ are numbers of tiles of keys that are added; those that nobody made zero are absent."""
-
-    def __init__(self, launch: Launch, device: Warp, num_ctas: int, seed: int, waits_for_slots: bool = True):
-        self.launch, self.params, self.device, self.counts = launch, launch.params, device, device.counts
-        self.draw, self.waits_for_slots = random.Random(seed), waits_for_slots
-        self.taken, self.turns, self.finished = 0, Counter(), Counter()
-        of_unit = range(launch.sums.blocks_per_unit), range(launch.group)
-        self.sums = dict.fromkeys(product(range(self.params.sums.num_slots), *of_unit), 0)
-        self.counts.clear()
-        self.queues = [[] for _ in range(num_ctas)]
-        self.works = [self.work(queue) for queue in self.queues]
-        self.waits = list(map(next, self.works))
-
-    def run(self):
-        """Until there is nothing left to do."""
-        ctas = list(range(len(self.queues)))
-        while self.taken < self.launch.num_places or any(self.queues):
-            self.draw.shuffle(ctas)
-            if not any(map(self.step, ctas)):
-                raise TimeoutError("all CTAs wait")
-
-    def step(self, cta: int) -> bool:
-        """Whether the CTA has done something."""
-        queue, may_take = self.queues[cta], self.taken < self.launch.num_places
-        if may_take and (not queue or len(queue) < TILE_SLOTS and self.draw.random() < 0.5):
-            queue += self.device.run(self.launch.cfg, self.params, self.taken)
-            self.taken += 1
-            return True
-        if is_ready := self.waits[cta]():
-            self.waits[cta] = next(self.works[cta])
-        return is_ready
-
-    def work(self, queue: list):
-        """Yields what must hold before the next step."""
-        while True:
-            yield lambda: len(queue) > 0
-            tile, duty = queue[0]
-            yield from self.add(tile)
-            if duty.unit != NOTHING:
-                yield from self.finish(duty)
-            queue.pop(0)
-
-    def add(self, tile):
-        """What the reduce role does."""
-        params, cfg = self.params, self.launch.cfg
-        unit = duties.unit_of(cfg, params, tile.sequence, tile.kv_head)
-        queries = self.launch.queries_of(tile.n_block, (tile.seqlen_q, tile.seqlen_k))
-        before, wanted = unit - params.sums.num_slots, self.launch.places_of_unit * params.group
-        passes, passed = range(queries.num_passes(params.group)), None
-        if passes and before >= 0 and self.waits_for_slots:
-            yield lambda: self.counts[1, before] == wanted
-        for i in passes:
-            block_and_head = place_of(params, tile, queries, i)
-            m_block, of_group = queries.passing(i, params.group, tile.is_rising)
-            if cfg.is_deterministic:
-                self.turns[passed] += 1  # a Q tile later
-                num_before, passed = self.num_before(tile, m_block), block_and_head
-                yield lambda at=block_and_head, number=num_before: self.turns[at] == number
-            where = params.sums.slot(unit), m_block + tile.first_q_block * cfg.is_varlen, of_group
-            assert where in self.sums, "not zero before the first is added"
-            self.sums[where] += 1
-            yield lambda: True
-        self.turns[passed] += 1
-        if tile.seqlen_k > 0:
-            self.counts[0, unit] += 1
-
-    def num_before(self, tile, m_block: int) -> int:
-        """CTAs that add to a Q tile before this one."""
-        cfg, lengths = self.launch.cfg, (tile.seqlen_q, tile.seqlen_k)
-        if tile.is_rising:
-            return last_key_block(cfg, m_block, *lengths) - tile.n_block
-        return tile.n_block - first_key_block(cfg, self.params.window, m_block, *lengths)
-
-    def finish(self, duty: Duty):
-        """What the watch role and the consumers do."""
-        if duty.num_tiles > 0:
-            yield lambda: self.counts[0, duty.unit] == self.launch.places_of_unit
-        has_next = duty.unit + self.params.sums.num_slots < self.launch.sums.units
-        for m_block, of_group in self.launch.tiles_of(duty):
-            at, where = (duty.batch, duty.offset), (duty.slot, duty.first_block + m_block, of_group)
-            n_blocks = range(-(-self.launch.lengths[at][1] // self.launch.cfg.tile_n))
-            ranges = [self.launch.queries_of(n_block, self.launch.lengths[at]) for n_block in n_blocks]
-            assert self.sums.pop(where) == sum(of.m_block_min <= m_block < of.m_block_max for of in ranges)
-            self.finished[*at, duty.kv_head * self.params.group + of_group, m_block] += 1
-            yield lambda: True
-            if has_next:
-                self.sums[where] = 0
-        if has_next:
-            self.counts[1, duty.unit] += duty.num_heads
-
-
 @pytest.mark.parametrize("num_ctas", [1, 3, 40])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nobody_waits_forever(device, case, num_ctas):
@@ -378,8 +137,8 @@ def test_nobody_waits_forever(device, case, num_ctas):
     grid.run()
     assert grid.finished == launch.all_tiles() and grid.taken == launch.num_places
     units = range(launch.sums.units)
-    assert all(device.counts[0, unit] == launch.places_of_unit for unit in units)
-    with_next = {unit for unit in units if device.counts[1, unit] == launch.places_of_unit * launch.group}
+    assert all(device.counts[0, unit] == launch.pieces_of_unit for unit in units)
+    with_next = {unit for unit in units if device.counts[1, unit] == launch.duties_of_unit}
     assert with_next == set(units[: -launch.params.sums.num_slots])
 
 
@@ -389,7 +148,7 @@ def test_what_would_wait_forever_is_found(device, mask, is_deterministic):
     launch = Launch(Case((300,) * 30, (300,) * 30, mask=mask, is_deterministic=is_deterministic))
     params, sums = launch.params, launch.params.sums
     assert sums.num_slots < launch.sums.units
-    params.sums = Counted(None, sums.progress, params.num_behind // launch.places_of_unit)
+    params.sums = Counted(None, sums.progress, params.num_behind // duties.places_of_unit(launch.cfg, params))
     with pytest.raises(TimeoutError):
         Grid(launch, device, 1, seed=1).run()
     with pytest.raises(AssertionError):

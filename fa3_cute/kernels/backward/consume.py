@@ -17,6 +17,9 @@ from .outgoing import Outgoing, key_part, key_rows, wait_until_free
 from .shares import share_sums
 from .visible import KeyMask
 
+# Of `turn`, where consumers have no register for the number of tiles of keys too: of both the last two bits are used.
+COUNT_BIT = 29
+
 
 @cute.jit
 def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem, pipes: BwdPipelines):
@@ -48,14 +51,19 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
                 wait_until_free(cfg)
         else:
             wait_until_free(cfg)
+        if const_expr(cfg.finds_places_again):
+            turn |= count << COUNT_BIT
         walks = walks_of(cfg)
         for i in cutlass.range_constexpr(len(walks)):
             if const_expr(i == 0 or cfg.finds_bounds_again):
                 # again: loops are short of registers
-                tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
+                which = turn >> COUNT_BIT if const_expr(cfg.finds_places_again) else count
+                tile = read_tile(smem.sTiles[None, which & 1], key_tile_of(cfg))
                 queries = queries_of(cfg, params.window, tile)
                 mask = KeyMask.create(cfg, params.window, tile, tidx)
             turn, num_done = walk(gradients, mask, queries, params.group, (turn, num_done), walks[i])
+        if const_expr(cfg.finds_places_again):
+            count, turn = turn >> COUNT_BIT & 3, turn & 3
         tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
         queries = queries_of(cfg, params.window, tile)
         if const_expr(cfg.is_dq_behind):

@@ -6,9 +6,9 @@ scaled, rounded and stored. A unit has as many duties as blocks of keys, block b
 of the unit were taken before such a place, and are done or with CTAs that run: a CTA waits for places before its own
 alone. The order goes on behind its last tile, for the duties of the last ones.
 
-So sums stay in L2: they are read when the unit's last tile has been added, and what has read them writes the zeros
-that a later unit finds there. Were dQ finished by a kernel of its own, sums of all heads would go to memory and back,
-once for zeros, once for each section that adds to them.
+So sums stay in L2, but for deterministic calls, of which more are under way: they are read when the unit's last tile
+has been added, and what has read them writes the zeros that a later unit finds there. Were dQ finished by a kernel of
+its own, sums of all heads would go to memory and back, once for zeros, once for each section that adds to them.
 """
 from dataclasses import dataclass
 

@@ -20,7 +20,7 @@ from cutlass.experimental import primitives
 from ...planning.backward import BackwardConfig, GradientFields
 from ..common.copies import clear_rows
 from ..common.barriers import sync_warpgroup
-from ..common.layout import as_operand_a, element_type, rounded, transposed
+from ..common.layout import as_operand_a, element_type, rounded, transposed, unhoisted
 from ..common.wgmma import in_flight, issue_gemm
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .outgoing import wait_until_free
@@ -110,20 +110,20 @@ class Gradients:
             in_flight(0)                 # dQ
             self.release_dS(ds)
             self.write_dQ(acc_dQ, turn - 1)  # before dP needs its registers
-            if const_expr(not self.cfg.fences_late):
+            if const_expr("dQ" not in self.cfg.late_fences):
                 self.tell_of_dQ(turn - 1)
         acc_dP = self.start_dP(turn & 1)
         self.start_dV(rP, turn & 1)
-        if const_expr(has_dq and self.cfg.fences_late):
+        if const_expr(has_dq and "dQ" in self.cfg.late_fences):
             self.tell_of_dQ(turn - 1)
         in_flight(1)                     # dP
         if const_expr(is_first):
             wait_until_free(self.cfg)
         rdS = self.write_dS(self.score_gradients(acc_S, acc_dP), turn)
-        if const_expr(not self.cfg.fences_late):
+        if const_expr("dS" not in self.cfg.late_fences):
             self.tell_of_dS(turn)
         self.start_dK(rdS, turn & 1)
-        if const_expr(self.cfg.fences_late):
+        if const_expr("dS" in self.cfg.late_fences):
             self.tell_of_dS(turn)
         in_flight(1)                     # dV
         self.pipes.do.consumer_release(do)
@@ -169,7 +169,10 @@ class Gradients:
         """This warpgroup's dS to shared memory, for all of them; returns it."""
         slot = emptied(turn)
         self.pipes.ds.producer_acquire(slot)
-        cute.copy(self.store_dS, self.store_dS.retile(rdS), self.tSsdS[None, None, None, slot.index])
+        store, target = self.store_dS, self.tSsdS
+        if const_expr("dS" in self.cfg.finds_places_again):
+            store, target = places_of_dS(self.cfg, self.mmas, self.smem, unhoisted(self.tidx))
+        cute.copy(store, store.retile(rdS), target[None, None, None, slot.index])
         return rdS
 
     @cute.jit
@@ -294,7 +297,10 @@ class Gradients:
     def write_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
         """To its slot, in thread order."""
         self.pipes.dq.producer_acquire(self.dQ_slot(turn))
-        cute.autovec_copy(quads_of(acc_dQ), self.sdQ)
+        place = self.sdQ
+        if const_expr("dQ" in self.cfg.finds_places_again):
+            place = place_of_dQ(self.cfg, self.smem, self.wg_idx, unhoisted(self.tidx))
+        cute.autovec_copy(quads_of(acc_dQ), place)
 
     @cute.jit
     def tell_of_dQ(self, turn: Int32):
@@ -365,6 +371,18 @@ def of_columns(acc: cute.Tensor, sX: cute.Tensor, tidx: Int32) -> cute.Tensor:
                             cute.make_layout((2, cute.size(acc) // QUAD), stride=(1, 8)))
 
 
+def places_of_dS(cfg: BackwardConfig, mmas: BwdMmas, smem: BwdSmem, tidx: Int32) -> tuple[cute.TiledCopy, cute.Tensor]:
+    """Gradients.store_dS and tSsdS of a thread."""
+    stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(True, 4), element_type(cfg))
+    store = cute.make_tiled_copy_C(stmatrix, mmas.sdp).get_slice(tidx)
+    return store, store.partition_D(transposed(smem.sdS))
+
+
+def place_of_dQ(cfg: BackwardConfig, smem: BwdSmem, wg_idx: Int32, tidx: Int32) -> cute.Tensor:
+    """Gradients.sdQ of a thread."""
+    return in_thread_order(smem.sdQ[None, wg_idx].iterator + QUAD * (tidx % 128), cfg.dq_part)[None, None, 0]
+
+
 def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem, pipes: BwdPipelines,
                    tidx: Int32, wg_idx: Int32) -> Gradients:
     """Fragments and state of consumer warpgroup `wg_idx`."""
@@ -373,19 +391,18 @@ def make_gradients(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: 
     operand_a = lambda mma, sX: mma.make_fragment_A(part(mma).partition_A(sX))
     operand_b = lambda mma, sX: mma.make_fragment_B(part(mma).partition_B(sX))
     dq_part = mmas.dq.get_slice(0 if cfg.is_dq_in_turns else first_threads(wg_idx))
-    sdSt, sKt = transposed(smem.sdS), transposed(smem.sK)
+    sKt = transposed(smem.sK)
     sA, sB = (sKt, smem.sdS) if cfg.is_dq_transposed else (smem.sdS, sKt)
-    stmatrix = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(True, 4), element_type(cfg))
-    store_dS = cute.make_tiled_copy_C(stmatrix, mmas.sdp).get_slice(tidx)
+    store_dS, tSsdS = places_of_dS(cfg, mmas, smem, tidx)
     acc_dK, acc_dV = (cute.make_rmem_tensor(mmas.dkv.partition_shape_C((cfg.tile_n, cfg.head_dim)), Float32)
                       for _ in range(2))
-    sdQ = in_thread_order(smem.sdQ[None, wg_idx].iterator + QUAD * (tidx % 128), cfg.dq_part)[None, None, 0]
+    sdQ = place_of_dQ(cfg, smem, wg_idx, tidx)
     return Gradients(
         cfg, mmas, smem,
         tSrK=operand_a(mmas.sdp, smem.sK), tSrQ=operand_b(mmas.sdp, smem.sQ),
         tPrV=operand_a(mmas.sdp, smem.sV), tPrdO=operand_b(mmas.sdp, smem.sdO),
         tVrdO=operand_b(mmas.dkv, transposed(smem.sdO)), tKrQ=operand_b(mmas.dkv, transposed(smem.sQ)),
         tQrA=mmas.dq.make_fragment_A(dq_part.partition_A(sA)), tQrB=mmas.dq.make_fragment_B(dq_part.partition_B(sB)),
-        tSsdS=store_dS.partition_D(sdSt), store_dS=store_dS, acc_dK=acc_dK, acc_dV=acc_dV,
+        tSsdS=tSsdS, store_dS=store_dS, acc_dK=acc_dK, acc_dV=acc_dV,
         pipes=pipes, wg_idx=wg_idx, sdQ=sdQ, scale_log2=params.scale_log2, tidx=tidx,
         scores=params.scores, slope=Float32(0.0) if cfg.has_alibi else None)

@@ -111,7 +111,7 @@ def threads_of(cfg: BackwardConfig) -> int:
 class Outgoing:
     """Of one consumer warpgroup. thread: in it."""
     cfg: Constexpr
-    smem: object
+    smem: object         # BwdSmem of bundles.py, which has Gradient from here
     wg_idx: Int32
     thread: Int32
 

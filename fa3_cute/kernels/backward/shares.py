@@ -2,10 +2,10 @@
 parts have of dK and dV comes together. Which tiles these are, and into how many parts they are cut, is the host's
 (planning/sections.py).
 
-Tiles seldom are a whole number for each CTA: of 4096 equal ones 132 CTAs have 31 each, and four have one more, as long
-as which all others wait. So the last `num_shared` tiles are cut by their Q tiles into `num_parts` parts of equal
-length, one after the other: a part is of one tile, or the end of one and the start of the next. With num_parts pieces in
-a tile, all parts have num_shared.
+Tiles seldom are a whole number for each CTA: of 4096 equal ones 132 CTAs have 31 each, and four have one more, for as
+long as which all others wait. So the last `num_shared` tiles are cut by their Q tiles into `num_parts` parts of equal
+length, one after the other: a part is of one tile, or the end of one and the start of the next. If a tile has num_parts
+pieces, a part has num_shared.
 
 The last part of a tile adds what the others have left in the workspace to its own sums, in their order, and stores dK
 and dV: the same bits in every call. A part that has the start of a tile too computes that first: so it waits for
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32
 from cutlass.cute.nvgpu import CopyG2ROp, MemoryOrder, MemoryScope
 
 from ...planning.backward import BackwardConfig
@@ -90,8 +90,8 @@ class Share:
         return number * self.begin // pieces, number * self.end // pieces
 
     def has_duty(self, shares: Shares) -> Boolean:
-        """The place has the duty that belongs to a place num_behind before the tile's: one of the tile's parts has, the
-        first that has nothing else before it in the order that is not whole."""
+        """Of the places whose last tile this is, the first has the duty that belongs to the place num_behind before the
+        tile's: all tiles before this one are in places before it."""
         return self.is_last & (self.begin < maximum(shares.num_shared, 1))
 
 
