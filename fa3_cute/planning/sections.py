@@ -27,7 +27,8 @@ MANY_BLOCKS = 16
 # (sections from a tile to the duty that belongs to it, further sections whose sums have room). A wave's longest tiles
 # end two waves after its start, when they run first, or three, when they run last; of packed sequences later still.
 APART = {"waves": (1, 2), "one after the other": (4, 4), "varlen": (2, 3)}
-MOST_PARTS = 8  # of a tile that CTAs share: the last adds what the others have
+# Of tiles that CTAs share, by reasoning; sharing was measured, none of these by itself.
+MOST_PARTS = 8  # of a tile: the last adds what the others have
 LEAST_STEPS = 4  # Q tiles of a part
 SHARING_STEPS = 4  # Q tiles that take as long as the start and the end of a part, and adding
 MOST_SHARED_ROWS = 1 << 24  # of a sequence: products of Q tiles and pieces are int32
@@ -117,13 +118,7 @@ class Shares(NamedTuple):
 
 def shares_of(cfg: object, of: ProblemShape) -> Shares:
     """Of the main kernel's tiles those that are not a whole number for each CTA, if they take less time in parts."""
-    longest = max(of.seqlen_q, of.seqlen_k)
-    if not (
-        isinstance(cfg, BackwardConfig)
-        and cfg.shares_tiles
-        and of.seqlen_q
-        and of.seqlen_k < MOST_SHARED_ROWS > longest
-    ):
+    if not (isinstance(cfg, BackwardConfig) and cfg.shares_tiles) or max(of.seqlen_q, of.seqlen_k) >= MOST_SHARED_ROWS:
         return Shares(0, 0)
     group, q_blocks = of.num_heads // of.num_heads_k, ceil_div(of.seqlen_q, cfg.tile_m)
     shared = of.num_heads_k * of.batch_size * ceil_div(of.seqlen_k, cfg.tile_n) % CTAS
@@ -135,8 +130,8 @@ def shares_of(cfg: object, of: ProblemShape) -> Shares:
 
 def floats_of_shares(cfg: object, of: ProblemShape) -> int:
     """What parts leave of dK and dV."""
-    parts = shares_of(cfg, of).num_parts
-    return parts * 2 * cfg.tile_n * cfg.head_dim if isinstance(cfg, BackwardConfig) else 0
+    parts = shares_of(cfg, of).num_parts  # the last of which leaves nothing
+    return (parts - 1) * 2 * cfg.tile_n * cfg.head_dim if parts and isinstance(cfg, BackwardConfig) else 0
 
 
 def side_section(cfg: OneSideConfig | PairConfig, of: ProblemShape) -> int:

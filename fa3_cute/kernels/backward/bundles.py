@@ -42,7 +42,8 @@ class BwdParams:
     shift: cute.Tensor             # (padded rows, num_heads) f32, see prepare.py
     delta: cute.Tensor             # (padded rows, num_heads) f32
     sums: Sums                     # of dQ, each block in thread order
-    order: cute.Tensor             # (1, Q blocks, num_heads) int32: CTAs that have added to a block, if deterministic
+    order: cute.Tensor             # (1, Q blocks, num_heads) int32: CTAs that have added to a block, if deterministic;
+                                   # else the first are Shares.is_left
     tile_counter: cute.Tensor      # (1) int32: places of the order that were taken, see schedule.py
     shares: Optional[Shares]       # None unless cfg.shares_tiles
     window: Window                 # used if cfg.is_local

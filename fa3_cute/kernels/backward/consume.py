@@ -17,7 +17,8 @@ from .outgoing import Outgoing, key_part, key_rows, wait_until_free
 from .shares import share_sums
 from .visible import KeyMask
 
-# Of `turn`, where consumers have no register for the number of tiles of keys too: of both the last two bits are used.
+# Of `turn`, where consumers have no register for the number of tiles of keys too: from here on that number's. Of both
+# the last two bits are used; fewer than 2^29 Q tiles pass a tile of keys.
 COUNT_BIT = 29
 
 

@@ -110,7 +110,7 @@ def places_of_sequence(cfg: BackwardConfig, params: BwdParams, sequence: Int32) 
 
 @cute.jit
 def num_tiles_of(params: BwdParams) -> Int32:
-    """Places of the order that have tiles of keys."""
+    """Tiles of keys."""
     return params.k_blocks.num_blocks * params.num_heads_k
 
 
@@ -174,10 +174,10 @@ def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipel
         cute.arch.barrier_arrive(barrier_id=BarrierId.SUMS, number_of_threads=threads_of(cfg))
         all_rows = tuple(key_rows(cfg, tile, w) for w in range(cfg.num_consumer_wgs))
         send(cfg, smem, 0, key_part(cfg), params.dv, all_rows)
-        send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
-        if const_expr(cfg.shares_tiles):
+        if const_expr(cfg.shares_tiles):     # both are left before dV is in its place
             with cute.arch.elect_one():
                 params.shares.tell(tile)
+        send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
         send_finished(cfg, params, smem, duty)
         set_free(cfg, 0)
         if duty.unit != NOTHING and duty.unit + params.sums.num_slots < params.sums.num_units():

@@ -74,7 +74,7 @@ class Gradients:
         self.start_dV(self.make_P(acc_S, mask, m_block, turn & 1), turn & 1)
         in_flight(1)                     # dP is complete, dV may still run
         rdS = self.write_dS(self.score_gradients(acc_S, acc_dP), turn)
-        self.tell_of_dS(turn)
+        commit_written(self.pipes.ds, emptied(turn))
         self.pipes.ds.consumer_wait(ds)  # every warpgroup's
         acc_dQ = self.start_dQ(turn & 1)
         in_flight(1)                     # dV
@@ -111,20 +111,20 @@ class Gradients:
             self.release_dS(ds)
             self.write_dQ(acc_dQ, turn - 1)  # before dP needs its registers
             if const_expr("dQ" not in self.cfg.late_fences):
-                self.tell_of_dQ(turn - 1)
+                commit_written(self.pipes.dq, self.dQ_slot(turn - 1))
         acc_dP = self.start_dP(turn & 1)
         self.start_dV(rP, turn & 1)
         if const_expr(has_dq and "dQ" in self.cfg.late_fences):
-            self.tell_of_dQ(turn - 1)
+            commit_written(self.pipes.dq, self.dQ_slot(turn - 1))
         in_flight(1)                     # dP
         if const_expr(is_first):
             wait_until_free(self.cfg)
         rdS = self.write_dS(self.score_gradients(acc_S, acc_dP), turn)
         if const_expr("dS" not in self.cfg.late_fences):
-            self.tell_of_dS(turn)
+            commit_written(self.pipes.ds, emptied(turn))
         self.start_dK(rdS, turn & 1)
         if const_expr("dS" in self.cfg.late_fences):
-            self.tell_of_dS(turn)
+            commit_written(self.pipes.ds, emptied(turn))
         in_flight(1)                     # dV
         self.pipes.do.consumer_release(do)
         in_flight(0)                     # dK
@@ -174,11 +174,6 @@ class Gradients:
             store, target = places_of_dS(self.cfg, self.mmas, self.smem, unhoisted(self.tidx))
         cute.copy(store, store.retile(rdS), target[None, None, None, slot.index])
         return rdS
-
-    @cute.jit
-    def tell_of_dS(self, turn: Int32):
-        """What this warp has written of it is there."""
-        commit_written(self.pipes.ds, emptied(turn))
 
     @cute.jit
     def release_dS(self, ds: pipeline.PipelineState):
@@ -303,15 +298,10 @@ class Gradients:
         cute.autovec_copy(quads_of(acc_dQ), place)
 
     @cute.jit
-    def tell_of_dQ(self, turn: Int32):
-        """The reduce role."""
-        commit_written(self.pipes.dq, self.dQ_slot(turn))
-
-    @cute.jit
     def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
-        """Both."""
+        """The same, and the reduce role is told."""
         self.write_dQ(acc_dQ, turn)
-        self.tell_of_dQ(turn)
+        commit_written(self.pipes.dq, self.dQ_slot(turn))
 
 
 @cute.jit

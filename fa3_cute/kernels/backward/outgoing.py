@@ -20,6 +20,7 @@ from ..common.sequences import is_present
 from ..common.tiles import rows_from
 from ..common.tma import TmaOperand, tma_store, tma_views
 from .barriers import BarrierId
+from .shares import STORES
 from .store import store_used_rows, write_slot
 
 
@@ -73,7 +74,7 @@ def key_rows(cfg: BackwardConfig, tile, wg_idx: Int32 | int) -> Rows:
     block = tile.n_block * cfg.num_consumer_wgs + wg_idx
     used = tile.seqlen_k - block * ROWS_PER_WARPGROUP
     if const_expr(cfg.shares_tiles):
-        if tile.part >= 0:
+        if tile.part != STORES:
             used = Int32(0)
     return Rows(block, Int32(0), tile.offset_k, used, tile.kv_head, tile.batch)
 

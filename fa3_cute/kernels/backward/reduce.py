@@ -20,8 +20,8 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     Deterministic: the CTAs add to a block in the order in which they take their keys. A turn is passed on a Q tile
     later, when what was added has long arrived, or before the CTA waits for its own.
 
-    When all of a tile is added, its unit has one more; before the first of it is, whose slot its sums take must be
-    finished.
+    When all of a tile is added, its unit has one more, or its pieces more where tiles are shared; before the first of
+    it is, whose slot its sums take must be finished.
 
     Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as
     it is read.

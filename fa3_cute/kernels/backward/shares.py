@@ -8,9 +8,9 @@ length, one after the other: a part is of one tile, or the end of one and the st
 pieces, a part has num_shared.
 
 The last part of a tile adds what the others have left in the workspace to its own sums, in their order, and stores dK
-and dV: the same bits in every call. A part that has the start of a tile too computes that first: so it waits for
-nobody before others can have what it leaves, and nobody waits for more than a part's time. Whom it waits for has an
-earlier place in the order.
+and dV: the same bits in every call of as many heads and sequences. A part that has the start of a tile too computes
+that first, and so waits for no other part before others can have what it leaves: parts start together and end together.
+Whom one waits for has an earlier place in the order.
 """
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from ..common.arithmetic import ceil_div, maximum, minimum
 from .workspace import add_to_count, first_quad, in_thread_order, quads_of, wait_for_count
 
 STORES = -1      # as `part` of a tile of keys: its dK and dV are stored
-QUADS_AT_ONCE = 8
+QUADS_AT_ONCE = 4       # of a thread's 8, 12 or 16
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Share:
     part: Int32
     first_part: Int32
     end_part: Int32
-    is_last: Boolean   # of the place
+    is_last: Boolean   # of the two tiles of a place, or the only one
 
     def blocks(self, shares: Shares, seqlen_q: Int32, tile_m: int) -> tuple[Int32, Int32]:
         """[begin, end) of the Q tiles that pass."""
@@ -97,7 +97,7 @@ class Share:
 
 @cute.jit
 def share_of(shares: Shares, num_tiles: Int32, index: Int32, is_second: Boolean) -> Share:
-    """At a place of the order, of whose two tiles the later comes first."""
+    """At a place of the order. Where there are two tiles, the later comes first, then, is_second, the other."""
     tile, begin, end, part = index, Int32(0), shares.num_pieces(), Int32(STORES)
     first_part, end_part, is_last = Int32(0), Int32(0), Boolean(True)
     first, num_places = num_tiles - shares.num_shared, shares.num_places(num_tiles)
