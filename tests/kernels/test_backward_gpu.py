@@ -61,6 +61,9 @@ LONG = served(
     for head_dim in HEAD_DIMS
     for is_causal in (False, True)
 )
+SHARED = served(
+    BackwardCase(Case("bf16", head_dim, False, 12, 12, 1100, 1500)) for head_dim in HEAD_DIMS if head_dim <= 128
+)
 # A pass without sums has no order to keep.
 DETERMINISTIC = [case for case in BF16 if config_of(case).has_sums and config_of(case, True) in KERNELS]
 
@@ -247,6 +250,18 @@ def test_dk_and_dv_have_the_same_bits_in_every_call(case, stream):
         dq, dk, dv = problem.run(stream, **given)
         assert_same_bits((None, dk, dv), first)
     problem.check(dq, dk, dv)
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_shared_tiles(case, stream):
+    """144 of them: CTAs share the last 12, whose parts begin and end within tiles."""
+    problem = BackwardProblem(case)
+    given, _ = workspace_of(problem)
+    first = problem.run(stream, **given)
+    problem.check(*first)
+    for _ in range(REPEATS - 1):
+        _, dk, dv = problem.run(stream, **given)
+        assert_same_bits((None, dk, dv), first)
 
 
 @pytest.mark.parametrize("case", ONE_SIDE, ids=str)

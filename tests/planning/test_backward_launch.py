@@ -14,7 +14,7 @@ from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.contract.scores import MASK_STRIDES
 from fa3_cute.contract.status import FlashAttentionError, Problem, last_error
 from fa3_cute.planning import backward_launch as planning
-from fa3_cute.planning.backward import SHORT, SHORT_QUERIES, TABLE
+from fa3_cute.planning.backward import SHORT, SHORT_QUERIES, TABLE, VARLEN
 from fa3_cute.planning.backward_kernels import (
     CLEAR_ENTRY,
     GRADIENT,
@@ -29,6 +29,7 @@ from fa3_cute.planning.backward_kernels import (
     pass_config,
 )
 from fa3_cute.planning.one_side import OneSidePass
+from fa3_cute.planning.sections import floats_of_shares
 from fa3_cute.planning.selections import backward_configs, backward_dim_configs, backward_kernels
 
 A, STEP = 0x7F00_0000_0000, 1 << 32
@@ -58,6 +59,7 @@ ENTRIES = {
 }
 # What the host plans, see sections.py.
 PLANNED = ("section", "is_rising", "num_behind", "tail_split", "num_sum_slots", "blocks_per_unit", "num_units")
+PLANNED += ("num_shared", "num_parts")
 # Of calls with one of planning.SCORES, which others have no room for.
 SCORES = {name: A - (4 + index) * STEP for index, name in enumerate(planning.SCORES)}
 SINKS = {name: SCORES[name] for name in ("s_aux", "d_s_aux")}
@@ -179,7 +181,7 @@ def test_what_kernels_are_told(call, changes, mask, window):
     sizes |= {"s_aux_dtype": DataType.FP32, "attention_chunk": 0}
     is_rising = int(mask == "causal")
     planned = (3, is_rising, 3 * 9, 2, 3, 7, 3) if call is PACKED else (6, is_rising, 6 * 3, 2, 6, 4, 6)
-    sizes |= dict(zip(PLANNED, planned, strict=True))
+    sizes |= dict(zip(PLANNED, (*planned, 0, 0), strict=True))
     scales = {"softmax_scale": 64**-0.5, "softcap": 0.0, "p_dropout": 0.0}
     row_q, row_k = 6 * 64, 3 * 64
     strides = {
@@ -209,7 +211,8 @@ def test_short_sequences_have_tiles_of_their_own(call, mask, more):
     for head_dim in (64, 128):
         _, main = plan(replace(call, head_dim=head_dim, **rows, **mask)).stages
         name = main.config.mask
-        row = SHORT[head_dim, name] if head_dim == 128 and not more else TABLE[head_dim, name]
+        table = TABLE | (VARLEN if call is PACKED else {}) | ({} if more else SHORT)
+        row = table[head_dim, name]
         assert (main.config.tile_m, main.config.is_dq_behind) == (row.tile_m, row.is_dq_behind)
 
 
@@ -225,6 +228,10 @@ def test_workspace(call, head_dim):
     tile_m = found.stages[1].config.tile_m
     tiles, units = (700 // tile_m + 2 if call.mode else 2 * -(-500 // tile_m)) * 6, 3 if call.mode else 6
     sizes = [4 * tiles * tile_m, 4 * tiles * tile_m, 4 * tiles * tile_m * head_dim, 8 * units, 4 * tiles, 4]
+    sizes += [
+        4 * floats_of_shares(found.stages[1].config, planning.BackwardShape.of(contract.plain_backward(call)).forward)
+    ]
+    assert (sizes[-1] > 0) == (head_dim == 128 and not call.mode), "of 4 Q tiles nothing would be saved"
     with_sinks = replace(call, **SINKS)
     for own, of_sinks in ((call, 0), (with_sinks, 4 * tiles * 4)):
         found = plan(own)

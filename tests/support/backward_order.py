@@ -219,6 +219,8 @@ class Grid:
             yield lambda: len(queue) > 0
             tile, duty = queue[0]
             yield from self.add(tile)
+            if duty.num_tiles > 0:
+                yield lambda number=duty.unit: self.counts[0, number] == self.launch.pieces_of_unit
             yield from self.share(tile)
             if duty.unit != NOTHING:
                 yield from self.finish(duty)
@@ -277,8 +279,6 @@ class Grid:
 
     def finish(self, duty: Duty):
         """What the watch role and the consumers do."""
-        if duty.num_tiles > 0:
-            yield lambda: self.counts[0, duty.unit] == self.launch.pieces_of_unit
         has_next = duty.unit + self.params.sums.num_slots < self.launch.sums.units
         for m_block, of_group in self.launch.tiles_of(duty):
             at, where = (duty.batch, duty.offset), (duty.slot, duty.first_block + m_block, of_group)
