@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("cutlass")
 
-from backward_order import WINDOWS, Case, Counted, Grid, Launch, python_roles
+from backward_order import WINDOWS, Case, Counted, Grid, Launch, grid_of, python_roles
 
 from fa3_cute.kernels.backward import duties, finish, outgoing
 from fa3_cute.kernels.backward.duties import NOTHING, Duty, rounds_of
@@ -132,9 +132,8 @@ def test_the_cases_have_all_kinds_of_tiles_and_duties():
 @pytest.mark.parametrize("num_ctas", [1, 3, 40])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nobody_waits_forever(device, case, num_ctas):
-    launch = Launch(case)
-    grid = Grid(launch, device, num_ctas, seed=num_ctas)
-    grid.run()
+    grid = grid_of(case, device, num_ctas)
+    launch = grid.launch
     assert grid.finished == launch.all_tiles() and grid.taken == launch.num_places
     units = range(launch.sums.units)
     assert all(device.counts[0, unit] == launch.pieces_of_unit for unit in units)

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("cutlass")
 
-from backward_order import Case, Grid, Launch, python_roles
+from backward_order import Case, Launch, grid_of, python_roles
 
 from fa3_cute.kernels.backward.shares import QUADS_AT_ONCE, STORES
 from fa3_cute.kernels.backward.workspace import QUAD
@@ -40,9 +40,8 @@ CASES = [random_case(random.Random(seed)) for seed in range(60)]
 @pytest.mark.parametrize("num_ctas", [1, 4, 40])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_q_tile_passes_every_tile_of_keys_once(device, case, num_ctas):
-    launch = Launch(case)
-    grid = Grid(launch, device, num_ctas, seed=num_ctas)
-    grid.run()
+    grid = grid_of(case, device, num_ctas)
+    launch = grid.launch
     assert grid.finished == launch.all_tiles() and not grid.left
     q_tiles, blocks = -(-case.queries[0] // launch.cfg.tile_m), -(-case.keys[0] // launch.cfg.tile_n)
     tiles = set(product(range(len(case.keys)), range(blocks), range(case.num_heads_k)))

@@ -291,3 +291,10 @@ class Grid:
                 self.sums[where] = 0
         if has_next:
             self.counts[1, duty.unit] += duty.num_heads
+
+
+def grid_of(case: Case, device: Warp, num_ctas: int) -> Grid:
+    """A launch that has run to its end."""
+    grid = Grid(Launch(case), device, num_ctas, seed=num_ctas)
+    grid.run()
+    return grid
