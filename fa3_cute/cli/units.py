@@ -97,6 +97,7 @@ OPERATIONS = {
         "LDGDEPBAR": (0x1AF,),
         "STG": (0x186,),
         "ATOMG": (0x1A8,),
+        "REDG": (0x18E,),
         "LDC": (0x182,),
         "LDL": (0x183,),
         "STL": (0x187,),

@@ -193,12 +193,10 @@ class BackwardConfig(GradientFields):
     @property
     def finds_places_again(self) -> frozenset[str]:
         """Of dQ and dS those whose place in shared memory a thread computes for each Q tile, where consumers have no
-        registers in which to keep it; these kernels have one for both turns and tiles, too (consume.COUNT_BIT). With a
-        window it is dQ's place for which a register is left, found by trying.
+        registers in which to keep it; these kernels have one for both turns and tiles, too (consume.COUNT_BIT).
         """
-        if not (self.is_dq_behind and self.is_dq_transposed and self.tile_m > ROWS_PER_WARPGROUP):
-            return frozenset()
-        return frozenset({"dS"} if self.is_local else {"dQ", "dS"})
+        is_short = self.is_dq_behind and self.is_dq_transposed and self.tile_m > ROWS_PER_WARPGROUP
+        return frozenset(("dQ", "dS") if is_short else ())
 
     @property
     def has_directions(self) -> bool:
@@ -212,6 +210,13 @@ class BackwardConfig(GradientFields):
         not, the shortest run last; of deterministic ones parts would wait for those of the keys before them."""
         is_equal = self.mask == "full" and not self.is_varlen
         return is_equal and not self.is_deterministic and not self.feature_names
+
+    @property
+    def use_pingpong(self) -> bool:
+        """Warpgroups issue S one after the other, so that exponentials of one run under GEMMs of the other. With tiles
+        of 128 queries (head_dim 64) calls of 2048 and of 16k queries take 0.98 to 0.99 of the time; at 128 and 96,
+        whose tiles are smaller, 1.00 to 1.03 (BF16, H200, 2026-11-30)."""
+        return self.is_dq_behind and self.tile_m == 2 * ROWS_PER_WARPGROUP
 
     @property
     def late_fences(self) -> frozenset[str]:
@@ -231,6 +236,11 @@ class BackwardConfig(GradientFields):
     def is_dq_in_turns(self) -> bool:
         """One warpgroup computes dQ of a Q tile, another that of the next."""
         return computes_in_turns(self.tile_m, self.is_dq_transposed)
+
+    @property
+    def num_reducers(self) -> int:
+        """Warps that add dQ to global memory."""
+        return 2 if self.is_deterministic else 1
 
     @property
     def num_dq_wgs(self) -> int:
@@ -287,26 +297,33 @@ class Row(NamedTuple):
     reason: str
 
 
-# Times of the whole call, BF16, 16k tokens, hidden 2048, H200, 2026-11-29.
+# Times of the whole call, BF16, 16k tokens, hidden 2048, H200, 2026-11-29 and 30.
 WIDE = Row(
     80,
     True,
     True,
-    "80 queries: at N = 64, A and B of S and dP take all of shared memory's bandwidth, and 64 take 1.04 to 1.08 times "
-    "as long at 16k tokens; dQ of its own tile takes 1.00 to 1.03",
+    "80 queries: at N = 64, A and B of S and dP take all of shared memory's bandwidth; 64 take 1.00 to 1.02 times as "
+    "long at 16k tokens, dQ of its own tile 1.00 to 1.03",
 )
 UNEVEN = Row(
-    80,
+    64,
     True,
-    False,
-    "80 queries; where rows behind a sequence's last are cleared, registers spill with dQ a tile later",
+    True,
+    "where rows behind a sequence's last are cleared, 80 queries have no registers for dQ a tile later: 8 x 2048 take "
+    "1.03 to 1.04 times as long",
 )
 NARROW = Row(
     64,
     True,
     True,
-    "of 512 queries 80 fill 7 tiles where 6.4 would do, and causal ones cross the diagonal for longer: they take 1.11 "
-    "to 1.15 times as long, of 1024 queries 1.04 to 1.06",
+    "of 512 queries 80 fill 7 tiles where 6.4 would do, and take 1.11 to 1.15 times as long, of 1024 1.04 to 1.06",
+)
+CROSSING = Row(
+    64,
+    True,
+    True,
+    "80 queries cross the diagonal for longer: causal calls of 16k queries take 1.01 times as long, of 4096 1.04, "
+    "windows of 1024 keys 1.04 to 1.05",
 )
 SQUARE = Row(
     128,
@@ -327,17 +344,17 @@ TABLE = {
     (64, "causal"): SQUARE,
     (64, "local"): SQUARE,
     (128, "full"): WIDE,
-    (128, "causal"): WIDE,
-    (128, "local"): WIDE,
+    (128, "causal"): CROSSING,
+    (128, "local"): CROSSING,
     (96, "full"): TURNS,
     (96, "causal"): TURNS,
     (96, "local"): TURNS,
 }
-# Where lengths are on the device.
-VARLEN = {(128, mask): UNEVEN for mask in ("full", "causal", "local")}
+# Where lengths are on the device, of whatever sequences.
+VARLEN = {(128, "full"): UNEVEN}
 # Where sequences have SHORT_QUERIES at most, in the mean.
 SHORT_QUERIES = 1024
-SHORT = {(128, mask): NARROW for mask in ("full", "causal", "local")}
+SHORT = {(128, "full"): NARROW}
 
 # Features that the kernel of all gradients has, one at a time: with two of them it spills, and with softcap at head_dim
 # 64, whose Q tiles have 128 rows.

@@ -199,7 +199,7 @@ def pass_config(
     """The pass of a row of the tables; one without sums has the same bits in every call, asked for or not."""
     if head_dim in ONE_SIDE or not has_registers(head_dim, features):
         return OneSidePass(dtype, head_dim, mask, is_varlen, features, **dict(dims))
-    table = TABLE | (VARLEN if is_varlen else {}) | (SHORT if is_short else {})
+    table = TABLE | (VARLEN if is_varlen else SHORT if is_short else {})
     row = FEATURED[head_dim] if features else table[head_dim, mask]
     choices = row.tile_m, row.is_dq_transposed, row.is_dq_behind
     return BackwardConfig(dtype, head_dim, mask, is_varlen, is_deterministic, *choices, **dict(features | dims))
@@ -211,7 +211,8 @@ def reason_of(cfg: BackwardConfig | OneSidePass) -> str:
         return cfg.row.reason
     if any(getattr(cfg, field) for field in FEATURES_OF_ALL):
         return FEATURED[cfg.head_dim].reason
-    rows = (table[cfg.head_dim, cfg.mask] for table in (TABLE, TABLE | VARLEN, TABLE | SHORT))
+    tables = (TABLE | VARLEN,) if cfg.is_varlen else (TABLE, TABLE | SHORT)
+    rows = (table[cfg.head_dim, cfg.mask] for table in tables)
     return next(row.reason for row in rows if (row.tile_m, row.is_dq_behind) == (cfg.tile_m, cfg.is_dq_behind))
 
 

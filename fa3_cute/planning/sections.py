@@ -17,16 +17,21 @@ L2_BYTES = 32 << 20  # of 50 MB
 BYTES_PER_VALUE = 8  # Q, dO, and dQ in FP32
 MIN_TILES = 128  # of a section: about one for each CTA
 CTAS = 132  # of a wave: the SMs of an H100 or H200. With others the order is no other, so that bits do not differ.
-# Q tiles between the starts of neighbouring tiles of keys, deterministic: passing a turn on takes two in a model. 6, 12
-# and 24 take 1.00 to 1.10, 1.03 to 1.35 and 1.06 to 1.48 as long without a mask.
+# Q tiles between the starts of neighbouring tiles of keys, of deterministic calls with a mask: by a model in which
+# passing a turn on takes two.
 STEPS_APART = 3
-# Deterministic, of calls without a mask: blocks of keys from which sections that share L2 are faster than those of one
-# wave. With them 2048 queries and more take 1.02 to 1.18 of the time of the same call without order, 512 1.23 to 1.28;
-# with waves 1.07 to 1.18 and 1.09 to 1.2 (BF16, H200, 2026-11-30).
+# Deterministic, of calls without a mask, blocks of keys start one after the other, each when the one before has added
+# to the first Q tile. The fewer of a head run side by side the sooner all do; but the more heads do, the less L2 has of
+# each. From so many blocks on a section has so many waves, and so many heads at least. Of 2048, 4096 and 16k queries,
+# head_dim 64, calls then take 1.05, 1.03 and 1.01 of the time of the same call without order; with one wave 1.09, 1.06
+# and 1.4, with as many heads as L2 has room for 1.11, 1.09 and 1.04 (BF16, H200, 2026-11-30).
 MANY_BLOCKS = 16
+WAVES_IN_ORDER = 2
+LEAST_HEADS_IN_ORDER = 3
 # (sections from a tile to the duty that belongs to it, further sections whose sums have room). A wave's longest tiles
 # end two waves after its start, when they run first, or three, when they run last; of packed sequences later still.
-APART = {"waves": (1, 2), "one after the other": (4, 4), "varlen": (2, 3)}
+# Pairs of sections, of which one runs each way, end together.
+APART = {"waves": (1, 2), "pairs": (2, 2), "one after the other": (4, 4), "varlen": (2, 3)}
 # Of tiles that CTAs share, by reasoning; sharing was measured, none of these by itself.
 MOST_PARTS = 8  # of a tile: the last adds what the others have
 LEAST_STEPS = 4  # Q tiles of a part
@@ -39,7 +44,8 @@ class Sections(NamedTuple):
     """Of a launch.
 
     heads       units of a section
-    is_rising   deterministic causal tiles run from the last keys on, and the first queries pass them first
+    is_rising   deterministic causal tiles run from the last keys on, and the first queries pass them first: dense ones
+                of every other section
     num_behind  places of the order between a tile and the duty that belongs to it
     num_slots   units whose sums of dQ have room at a time
     """
@@ -72,9 +78,9 @@ def heads_per_section(num_heads: int, group: int, seqlen_q: int, head_dim: int, 
     return in_equal_parts(num_heads, most)
 
 
-def heads_in_waves(num_heads: int, num_blocks: int) -> int:
-    """Units in sections of about equal size and about one tile for each CTA, if a unit has not more."""
-    return in_equal_parts(num_heads, max((CTAS + num_blocks // 2) // max(num_blocks, 1), 1))
+def heads_in_waves(num_heads: int, num_blocks: int, waves: int = 1, least: int = 1) -> int:
+    """Units in sections of about equal size and about so many tiles for each CTA, if so many units have not more."""
+    return in_equal_parts(num_heads, max((waves * CTAS + num_blocks // 2) // max(num_blocks, 1), least))
 
 
 def in_equal_parts(num_heads: int, most: int) -> int:
@@ -102,10 +108,15 @@ def main_sections(cfg: BackwardConfig, of: ProblemShape) -> Sections:
         behind, spare = APART["one after the other"]
     if cfg.is_deterministic and not cfg.is_varlen:
         is_rising = int(cfg.has_directions and heads * group * of.seqlen_q <= rows_in_l2(cfg.head_dim))
-        if not is_rising and (cfg.mask != "full" or num_blocks >= MANY_BLOCKS):
+        if is_rising:
+            behind, spare = APART["pairs"]
+        elif cfg.mask != "full":
             behind, spare = APART["waves"]
-            least = heads_apart(group, ceil_div(of.seqlen_q, cfg.tile_m), cfg.is_causal) if cfg.mask != "full" else 1
+            least = heads_apart(group, ceil_div(of.seqlen_q, cfg.tile_m), cfg.is_causal)
             heads = heads_per_section(units, group, of.seqlen_q, cfg.head_dim, num_blocks, least)
+        elif num_blocks >= MANY_BLOCKS:
+            behind, spare = APART["waves"]
+            heads = heads_in_waves(units, per_unit, WAVES_IN_ORDER, LEAST_HEADS_IN_ORDER)
     return Sections(heads, is_rising, min(behind * heads, units) * per_unit, min((behind + spare) * heads, units))
 
 

@@ -186,13 +186,15 @@ def all_configs() -> list[FwdConfig | DecodeConfig]:
 
 def backward_configs() -> list[BackwardConfig | OneSidePass]:
     """Of the passes some that stand for all: BF16 with each row of the table, dense and with lengths on the device, and
-    in turn FP16 and deterministic ones; of short sequences one with each mask. Of those of one gradient each, BF16 with
-    each head_dim and mask, dense and with lengths in turn, and one in FP16."""
+    in turn FP16 and deterministic ones, of which dense ones without a mask all; those of short sequences, deterministic
+    too. Of those of one gradient each, BF16 with each head_dim and mask, dense and with lengths in turn, and one in
+    FP16."""
     rows = list(BACKWARD)
     bf16 = [pass_config("bf16", *row, is_varlen, False) for row in rows for is_varlen in (False, True)]
     fp16 = [pass_config("fp16", *row, number % 2 == 1, False) for number, row in enumerate(rows) if number % 3]
     ordered = [pass_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(rows) if number % 3]
-    short = [pass_config("bf16", *row, row[1] != "full", row[1] == "local", is_short=True) for row in SHORT]
+    ordered += [pass_config("bf16", *row, False, True) for row in rows if row[1] == "full"]
+    short = [pass_config("bf16", *row, False, is_det, is_short=True) for row in SHORT for is_det in (False, True)]
     others = [row for row in ROWS if row not in BACKWARD]
     one_side = [OneSidePass("bf16", *row, number % 2 == 1) for number, row in enumerate(others)]
     return [*bf16, *fp16, *ordered, *short, *one_side, OneSidePass("fp16", 192, "causal", True)]

@@ -12,7 +12,7 @@ pytest.importorskip("cutlass")
 
 from backward_order import WINDOWS, Case, Counted, Grid, Launch, grid_of, python_roles
 
-from fa3_cute.kernels.backward import duties, finish, outgoing
+from fa3_cute.kernels.backward import duties, finish, outgoing, watch
 from fa3_cute.kernels.backward.duties import NOTHING, Duty, rounds_of
 from fa3_cute.kernels.backward.shares import STORES
 
@@ -58,7 +58,7 @@ def test_every_tile_is_finished_once_and_every_count_is_reached(device, case):
             unit = duties.unit_of(launch.cfg, launch.params, tile.sequence, tile.kv_head)
             if tile.seqlen_k:  # as the reduce role does
                 keys[tile.batch, tile.offset_k, tile.n_block, tile.kv_head] += getattr(tile, "part", STORES) == STORES
-                device.counts[0, unit] += duties.pieces_of(launch.cfg, tile)
+                device.counts[0, unit] += launch.cfg.num_reducers * duties.pieces_of(launch.cfg, tile)
             else:
                 assert launch.queries_of(tile).num_passes(launch.group) == 0
             if duty.unit != NOTHING:  # as the watch role does
@@ -94,7 +94,7 @@ def test_consumers_and_the_watch_role_go_the_same_way(device, case):
     places = range(launch.params.num_behind, launch.num_places)
     for _, duty in [both for index in places for both in device.run(cfg, launch.params, index)]:
         device.sent.clear()
-        duties.send_finished(cfg, launch.params, None, duty)
+        watch.send_finished(cfg, launch.params, None, duty)
         assert len(device.sent) == rounds_of(cfg, duty)
         ways = [consumers_way(launch, duty, w) for w in range(cfg.num_consumer_wgs)]
         assert device.sent == [(i % 2, all_rows) for i, all_rows in enumerate(zip(*ways, strict=True))]

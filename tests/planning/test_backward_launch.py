@@ -110,7 +110,7 @@ def test_kernels_are_told_by_their_names():
 
 def test_the_selection_has_every_row_and_option():
     everything = backward_configs()
-    assert len(set(everything)) == len(everything) <= 40
+    assert len(set(everything)) == len(everything) <= 42
     configs = [cfg for cfg in everything if cfg.has_sums]
     rows = {(cfg.head_dim, cfg.mask, cfg.is_varlen) for cfg in configs if cfg.dtype == "bf16"}
     assert rows == {(*row, is_varlen) for row in TABLE for is_varlen in (False, True)}
@@ -245,7 +245,7 @@ def test_workspace(call, head_dim):
     "changes, rows",
     [
         ({"batch_size": 100}, 3 * 43 * 512),
-        ({"batch_size": 100, "is_causal": True, "deterministic": True}, 300 * 512),
+        ({"batch_size": 100, "is_causal": True, "deterministic": True}, 4 * 43 * 512),
         ({"batch_size": 16, "seqlen_q": 4096, "seqlen_k": 4096}, 3 * 4 * 4096),
         ({"seqlen_q": 100_000, "seqlen_k": 100_000}, 3 * 782 * 128),
     ],

@@ -156,11 +156,12 @@ ONE_HEAD = DENSE | {"batch_size": 1, "num_heads": 32, "num_heads_k": 1}
         (GROUPS, "causal", "dense", False, (4, 0, 4 * 32, 12)),
         (ONE_HEAD, "full", "dense", False, (1, 0, 32, 1)),
         # Deterministic: those of a section that shares L2 start together, others one after the other.
-        (SHORT, "causal", "dense", True, (32, 1, 4 * 32 * 4, 256)),
-        (DENSE, "causal", "dense", True, (4, 1, 4 * 4 * 32, 32)),
+        (SHORT, "causal", "dense", True, (32, 1, 2 * 32 * 4, 128)),
+        (DENSE, "causal", "dense", True, (4, 1, 2 * 4 * 32, 16)),
         (DENSE | {"batch_size": 1, "seqlen_q": 65536, "seqlen_k": 65536}, "causal", "dense", True, (1, 0, 512, 3)),
         (DENSE, "local", "dense", True, (8, 0, 8 * 32, 24)),
         (DENSE, "full", "dense", True, (8, 0, 8 * 32, 24)),
+        (LONG, "full", "dense", True, (3, 0, 3 * 128, 9)),
         (SHORT, "full", "dense", True, (32, 0, 4 * 32 * 4, 256)),
         (GROUPS, "causal", "dense", True, (4, 0, 4 * 32, 12)),
         # A KV head of all sequences, each of which has a place more if they are packed.

@@ -12,10 +12,9 @@ from types import FunctionType, SimpleNamespace
 import pytest
 from device_code import as_python
 
-from fa3_cute.kernels.backward import blocks, duties, finish, outgoing, place, schedule, shares
+from fa3_cute.kernels.backward import blocks, duties, finish, outgoing, place, schedule, shares, watch
 from fa3_cute.kernels.backward.blocks import Blocks, first_key_block, last_key_block, queries_of, query_range
 from fa3_cute.kernels.backward.duties import NOTHING, Duty
-from fa3_cute.kernels.backward.reduce import place_of
 from fa3_cute.kernels.backward.shares import STORES, Share, Shares
 from fa3_cute.kernels.backward.workspace import Sums
 from fa3_cute.kernels.common import sequences
@@ -26,7 +25,7 @@ from fa3_cute.planning.backward import TILE_SLOTS
 from fa3_cute.planning.backward_kernels import pass_config
 from fa3_cute.planning.sections import main_sections, shares_of, sums_of
 
-MODULES = (blocks, duties, finish, outgoing, place, schedule, sequences, shares)
+MODULES = (blocks, duties, finish, outgoing, place, schedule, sequences, shares, watch)
 # So many sections as large problems have, in small ones.
 FEW = {"CTAS": 6, "MIN_TILES": 5, "L2_BYTES": 1 << 19, "LEAST_STEPS": 1, "SHARING_STEPS": 0}
 WINDOWS = {"full": (0, 0), "causal": (0, 0), "local": (150, 20)}
@@ -53,7 +52,7 @@ class Warp(SimpleNamespace):
     def run(self, cfg, params, place: int) -> list:
         """[(tile, duty)] that the role gives to the others at a place: [] where neither is there."""
         self.place, self.taken, self.given, self.written = place, iter((place, 1 << 30)), [], {"duty": None}
-        slots = SimpleNamespace(sTiles={(None, 0): "tile"}, sDuties={(None, 0): "duty"})
+        slots = SimpleNamespace(sTiles={(None, 0): "tile"}, sDuties={(None, 0): "duty", (None, 1): "before"})
         schedule.schedule(cfg, params, slots, SimpleNamespace(tiles=self))
         *found, end = self.given
         assert end[0] is None
@@ -66,7 +65,7 @@ def python_roles():
     loops = SimpleNamespace(range=lambda *ends, unroll: range(*ends), range_constexpr=range)
     stand_ins = {"Int32": int, "Boolean": bool, "is_present": lambda array: array is not None, "cutlass": loops}
     stand_ins |= {"set_free": lambda *_: None, "query_part": lambda cfg: None, "end_of": lambda kind: None}
-    stand_ins |= {"take": warp.take, "write_tile": warp.write}
+    stand_ins |= {"take": warp.take, "write_tile": warp.write, "free_sums_before": lambda *_: None}
     stand_ins["send"] = lambda cfg, smem, which, part, gradient, all_rows: warp.sent.append((which, all_rows))
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES:
@@ -227,26 +226,44 @@ class Grid:
             queue.pop(0)
 
     def add(self, tile):
-        """What the reduce role does."""
+        """What the warps do that add to dQ, each at its own speed."""
+        cfg, parity = self.launch.cfg, self.draw.randrange(2)
+        every = slice(0, None, 1)
+        if cfg.num_reducers == 1:
+            works = [self.add_parts(tile, every, cfg.num_dq_wgs)]
+        elif cfg.is_dq_in_turns:
+            works = [self.add_parts(tile, slice(first, None, 2), 1) for first in (parity, 1 - parity)]
+        else:
+            works = [self.add_parts(tile, every, 1) for _ in range(cfg.num_dq_wgs)]
+        waits = {work: next(work) for work in works}
+        while waits:
+            yield lambda: any(wait() for wait in waits.values())
+            work = self.draw.choice([work for work, wait in waits.items() if wait()])
+            if (wait := next(work, None)) is None:
+                del waits[work]
+            else:
+                waits[work] = wait
+
+    def add_parts(self, tile, own: slice, number: int):
+        """One of the warps: so many parts of each of its own Q tiles."""
         params, cfg = self.params, self.launch.cfg
         unit = duties.unit_of(cfg, params, tile.sequence, tile.kv_head)
         queries = self.launch.queries_of(tile)
         before, wanted = unit - params.sums.num_slots, self.launch.duties_of_unit
-        passes, passed = range(queries.num_passes(params.group)), None
+        passes = range(queries.num_passes(params.group))
+        yield lambda: True
         if passes and before >= 0 and self.waits_for_slots:
             yield lambda: self.counts[1, before] == wanted
-        for i in passes:
-            block_and_head = place_of(params, tile, queries, i)
-            m_block, of_group = queries.passing(i, params.group, tile.is_rising)
-            if cfg.is_deterministic:
-                self.turns[passed] += 1  # a Q tile later
-                num_before, passed = self.num_before(tile, m_block), block_and_head
-                yield lambda at=block_and_head, number=num_before: self.turns[at] == number
+        for m_block, of_group in [queries.passing(i, params.group, tile.is_rising) for i in passes[own]]:
             where = params.sums.slot(unit), m_block + tile.first_q_block * cfg.is_varlen, of_group
+            if cfg.is_deterministic:
+                at, num_before = (unit, *where), cfg.num_dq_wgs * self.num_before(tile, m_block)
+                yield lambda at=at, number=num_before: self.turns[at] >= number
+                assert self.turns[at] < num_before + cfg.num_dq_wgs
+                self.turns[at] += number
             assert where in self.sums, "not zero before the first is added"
-            self.sums[where] += 1
+            self.sums[where] += number
             yield lambda: True
-        self.turns[passed] += 1
         if tile.seqlen_k > 0:
             self.counts[0, unit] += duties.pieces_of(cfg, tile)
 
@@ -284,7 +301,8 @@ class Grid:
             at, where = (duty.batch, duty.offset), (duty.slot, duty.first_block + m_block, of_group)
             n_blocks = range(-(-self.launch.lengths[at][1] // self.launch.cfg.tile_n))
             ranges = [self.launch.range_of(n_block, self.launch.lengths[at]) for n_block in n_blocks]
-            assert self.sums.pop(where) == sum(of.m_block_min <= m_block < of.m_block_max for of in ranges)
+            number = sum(of.m_block_min <= m_block < of.m_block_max for of in ranges)
+            assert self.sums.pop(where) == self.launch.cfg.num_dq_wgs * number
             self.finished[*at, duty.kv_head * self.params.group + of_group, m_block] += 1
             yield lambda: True
             if has_next:

@@ -42,7 +42,7 @@ class BwdParams:
     shift: cute.Tensor             # (padded rows, num_heads) f32, see prepare.py
     delta: cute.Tensor             # (padded rows, num_heads) f32
     sums: Sums                     # of dQ, each block in thread order
-    order: cute.Tensor             # (1, Q blocks, num_heads) int32: CTAs that have added to a block, if deterministic;
+    order: cute.Tensor             # (1, Q blocks, num_heads) int32: parts that CTAs have added, if deterministic;
                                    # else the first are Shares.is_left
     tile_counter: cute.Tensor      # (1) int32: places of the order that were taken, see schedule.py
     shares: Optional[Shares]       # None unless cfg.shares_tiles
@@ -90,9 +90,9 @@ class BwdSmem:
 class BwdPipelines:
     """Barrier arrays only; each role makes its own producer or consumer, whose state stays a local variable."""
     tiles: pipeline.PipelineAsync  # schedule warp -> every other role
-    k: pipeline.PipelineTmaAsync   # load warp -> consumers, once per tile of keys
+    k: pipeline.PipelineTmaAsync   # load warp -> consumers, once per tile of keys that is loaded
     v: pipeline.PipelineTmaAsync   # the same
     q: pipeline.PipelineTmaAsync   # load warp -> consumers: Q and the rows' shift
     do: pipeline.PipelineTmaAsync  # load warp -> consumers: dO and the rows' delta
     ds: pipeline.PipelineAsync     # every consumer warp -> every consumer warp
-    dq: pipeline.PipelineAsync     # a slot per consumer warpgroup, filled in every round -> reduce warp
+    dq: pipeline.PipelineAsync     # a slot per consumer warpgroup, filled in every round -> the warp that adds it

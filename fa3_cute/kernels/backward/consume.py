@@ -8,6 +8,7 @@ from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
 from ..common.layout import element_type, rounded, unhoisted
 from ..common.tile_ring import END, read_tile
+from .barriers import open_turns
 from .blocks import KeyTile, QueryRange, key_tile_of, queries_of
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .duties import Duty, wait_for_sums
@@ -33,25 +34,18 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
     tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
     gradients = make_gradients(cfg, params, mmas, smem, pipes, tidx, wg_idx)
+    open_turns(cfg, wg_idx)
     count = turn = Int32(0)      # of tiles of keys, of Q tiles
+    num_keys = Int32(0) if cfg.is_varlen else None   # of tiles with K and V, where not all are
     tile = wait_for_tile(cfg, smem, pipes, count)
     while tile.n_block != END:
         gradients.acc_dK.fill(0.0)
         gradients.acc_dV.fill(0.0)
-        wait_for_keys(cfg, smem, pipes, tile, tidx, count)
-        queries = queries_of(cfg, params.window, tile)
-        has_queries, num_done = queries.m_block_max > queries.m_block_min, Int32(0)
-        if const_expr(cfg.is_dq_behind):
-            if has_queries:
-                mask = KeyMask.create(cfg, params.window, tile, tidx)
-                gradients.start_head(tile.kv_head * params.group, tile.sequence)
-                m_block, _ = queries.passing(0, params.group, tile.is_rising)
-                gradients.step_behind(mask, m_block, turn, is_masked=True, has_dq=False, is_first=True)
-                turn, num_done = turn + 1, Int32(1)
-            else:
-                wait_until_free(cfg)
-        else:
-            wait_until_free(cfg)
+        if const_expr(not cfg.is_varlen):
+            wait_for_keys(cfg, smem, pipes, tile, tidx, count)
+        elif tile.seqlen_k > 0:
+            wait_for_keys(cfg, smem, pipes, tile, tidx, num_keys)
+        turn, num_done = pass_first(gradients, params, tile, turn)
         if const_expr(cfg.finds_places_again):
             turn |= count << COUNT_BIT
         walks = walks_of(cfg)
@@ -73,14 +67,37 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
                     gradients.finish_dQ(turn - 1)
                 elif gradients.has_turn(turn - 1):
                     gradients.finish_dQ(turn - 1)
-        for pipe in (pipes.v, pipes.k):
-            pipe.consumer_release(pipeline.PipelineState(1, count, Int32(0), count & 1))
+        if const_expr(not cfg.is_varlen):
+            release_keys(pipes, count)
+        elif tile.seqlen_k > 0:
+            release_keys(pipes, num_keys)
+            num_keys += 1
         leave(gradients, params, tile, read_tile(smem.sDuties[None, count & 1], Duty), turn)
         with cute.arch.elect_one():
             pipes.tiles.consumer_release(filled(count))
         count += 1
         tile = wait_for_tile(cfg, smem, pipes, count)
     wait_until_free(cfg)
+
+
+@cute.jit
+def pass_first(gradients: Gradients, params: BwdParams, tile: KeyTile, turn: Int32) -> tuple[Int32, Int32]:
+    """The first Q tile, where it has no dQ of the one before; returns turn behind it, and how many have passed."""
+    cfg, num_done = gradients.cfg, Int32(0)
+    queries = queries_of(cfg, params.window, tile)
+    has_queries = queries.m_block_max > queries.m_block_min
+    if const_expr(cfg.is_dq_behind):
+        if has_queries:
+            mask = KeyMask.create(cfg, params.window, tile, gradients.tidx)
+            gradients.start_head(tile.kv_head * params.group, tile.sequence)
+            m_block, _ = queries.passing(0, params.group, tile.is_rising)
+            gradients.step_behind(mask, m_block, turn, is_masked=True, has_dq=False, is_first=True)
+            turn, num_done = turn + 1, Int32(1)
+        else:
+            wait_until_free(cfg)
+    else:
+        wait_until_free(cfg)
+    return turn, num_done
 
 
 @cute.jit
@@ -118,6 +135,12 @@ def wait_for_keys(cfg: BackwardConfig, smem: BwdSmem, pipes: BwdPipelines, tile:
     if const_expr(cfg.is_varlen):
         slots = smem.sK[None, None, 0], smem.sV[None, None, 0]
         clear_unused_rows(cfg, slots, tile.seqlen_k - tile.n_block * cfg.tile_n, tidx)
+
+
+def release_keys(pipes: BwdPipelines, number: Int32):
+    """K and V, of that number among those that were loaded."""
+    for pipe in (pipes.v, pipes.k):
+        pipe.consumer_release(pipeline.PipelineState(1, number, Int32(0), number & 1))
 
 
 def walks_of(cfg: BackwardConfig) -> tuple[tuple[int, tuple[int, ...]], ...]:

@@ -1,4 +1,4 @@
-"""Duties: which Q tiles of dQ a CTA finishes besides its keys, and the role that watches until it may.
+"""Duties: which Q tiles of dQ a CTA finishes besides its keys.
 
 dQ is a sum over tiles of keys, which many CTAs add to. Who takes the place in the order (order.py) that lies some
 sections behind that of other keys (planning/sections.py) finishes some of their unit's Q tiles: those of its duty are
@@ -19,13 +19,11 @@ from cutlass import Float32, Int32, const_expr
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP
 from ..common.arithmetic import ceil_div
-from ..common.tile_ring import END, read_tile
 from .barriers import BarrierId
-from .blocks import key_tile_of
-from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .outgoing import key_part, key_rows, query_part, query_rows, send, set_free, threads_of
+from .bundles import BwdParams
+from .outgoing import threads_of
 from .place import find_place
-from .workspace import QUAD, add_to_count, first_quad, wait_for_count
+from .workspace import QUAD, add_to_count, first_quad
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,9 @@ def places_of_unit(cfg: BackwardConfig, params: BwdParams) -> Int32:
 
 @cute.jit
 def pieces_of_unit(cfg: BackwardConfig, params: BwdParams) -> Int32:
-    """What a unit's count of added tiles comes to: its places, or pieces of them where tiles have parts."""
-    places = places_of_unit(cfg, params)
+    """What a unit's count of added tiles comes to: its places, of each warp that adds, or pieces of them where tiles
+    have parts."""
+    places = cfg.num_reducers * places_of_unit(cfg, params)
     if const_expr(cfg.shares_tiles):
         places *= params.shares.num_pieces()
     return places
@@ -140,6 +139,15 @@ def find_duty(cfg: BackwardConfig, params: BwdParams, place: Int32) -> Duty:
 
 
 @cute.jit
+def free_sums(cfg: BackwardConfig, params: BwdParams, duty: Duty):
+    """Clears the sums that a duty has read and counts it, if a later unit has their slot. Runs on: a warp."""
+    if duty.unit != NOTHING and duty.unit + params.sums.num_slots < params.sums.num_units():
+        clear(cfg, params, duty)
+        with cute.arch.elect_one():
+            add_to_count(params.sums.count(1, duty.unit), duty.num_heads)
+
+
+@cute.jit
 def clear(cfg: BackwardConfig, params: BwdParams, duty: Duty):
     """Zeros in the place of sums that are read. Runs on: a warp."""
     zeros = cute.make_rmem_tensor(QUAD, Float32)
@@ -153,57 +161,6 @@ def clear(cfg: BackwardConfig, params: BwdParams, duty: Duty):
             cute.autovec_copy(zeros, quads[None, j])
         i, m_block, of_group = duty.after((i, m_block, of_group))
     cute.arch.sync_warp()
-
-
-@cute.jit
-def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
-    """Per place of the order: waits until the tiles of the duty's unit are all added; sends dV and dK of the tile and
-    dQ of the duty, as consumers leave them; clears the sums that they have read, for the unit that has their slot next.
-
-    Runs on: warp 3. Synchronises: reads the tile ring; SUMS, STAGED and FREE, with the consumers.
-    """
-    tiles = pipes.tiles.make_consumer()
-    set_free(cfg, 0)
-    tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
-    while tile.n_block != END:
-        duty = read_tile(smem.sDuties[None, tiles.wait().index], Duty)
-        if duty.num_tiles > 0:
-            wait_for_count(params.sums.count(0, duty.unit), pieces_of_unit(cfg, params))
-        if const_expr(cfg.shares_tiles):
-            params.shares.wait(tile)
-        cute.arch.barrier_arrive(barrier_id=BarrierId.SUMS, number_of_threads=threads_of(cfg))
-        all_rows = tuple(key_rows(cfg, tile, w) for w in range(cfg.num_consumer_wgs))
-        send(cfg, smem, 0, key_part(cfg), params.dv, all_rows)
-        if const_expr(cfg.shares_tiles):     # both are left before dV is in its place
-            with cute.arch.elect_one():
-                params.shares.tell(tile)
-        send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
-        send_finished(cfg, params, smem, duty)
-        set_free(cfg, 0)
-        if duty.unit != NOTHING and duty.unit + params.sums.num_slots < params.sums.num_units():
-            clear(cfg, params, duty)
-            with cute.arch.elect_one():
-                add_to_count(params.sums.count(1, duty.unit), duty.num_heads)
-        with cute.arch.elect_one():
-            tiles.release()
-        tiles.advance()
-        tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
-
-
-@cute.jit
-def send_finished(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, duty: Duty):
-    """dQ of a duty, round by round."""
-    place, num_rounds = duty.start(), rounds_of(cfg, duty)
-    for i in cutlass.range(0, num_rounds, 2, unroll=1):
-        for which in cutlass.range_constexpr(2):
-            places = [place] * cfg.num_consumer_wgs
-            if const_expr(cfg.is_dq_in_turns):
-                places[1] = duty.after(place)
-            all_rows = tuple(query_rows(cfg, duty, params.group, at, w) for w, at in enumerate(places))
-            if i + which < num_rounds:
-                set_free(cfg, 1)
-                send(cfg, smem, which, query_part(cfg), params.dq, all_rows)
-            place = duty.after(places[-1])
 
 
 def rounds_of(cfg: BackwardConfig, duty: Duty) -> Int32:

@@ -22,6 +22,7 @@ from ..common.copies import clear_rows
 from ..common.barriers import sync_warpgroup
 from ..common.layout import as_operand_a, element_type, rounded, transposed, unhoisted
 from ..common.wgmma import in_flight, issue_gemm
+from .barriers import pass_turn, wait_turn
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .outgoing import wait_until_free
 from .scores import Exponents, Scores
@@ -94,12 +95,14 @@ class Gradients:
         of the last one have left its slots."""
         q = do = filled(turn)
         self.wait_for_queries(q, mask, m_block)
+        wait_turn(self.cfg, self.wg_idx)
         acc_S = self.start_S(turn & 1)
         if const_expr(has_dq):
             ds = filled(turn - 1)
             self.pipes.ds.consumer_wait(ds)
             acc_dQ = self.start_dQ((turn - 1) & 1)
         in_flight(int(has_dq))           # S is complete
+        pass_turn(self.cfg, self.wg_idx)
         if const_expr(self.cfg.has_softcap):
             self.scores.cap(acc_S)
         if const_expr(is_masked):
@@ -131,8 +134,7 @@ class Gradients:
         self.pipes.q.consumer_release(q)
 
     def has_turn(self, turn: Int32) -> Boolean:
-        """It is this warpgroup that computes dQ of the Q tile of that turn; so it is one slot of dS and dQ's that it
-        has to do with."""
+        """This warpgroup computes dQ of the Q tile of that turn: one slot of dS and of dQ is its alone."""
         return turn & 1 == self.wg_idx
 
     @cute.jit
@@ -299,7 +301,7 @@ class Gradients:
 
     @cute.jit
     def send_dQ(self, acc_dQ: cute.Tensor, turn: Int32):
-        """The same, and the reduce role is told."""
+        """The same, and the warp that adds it is told."""
         self.write_dQ(acc_dQ, turn)
         commit_written(self.pipes.dq, self.dQ_slot(turn))
 

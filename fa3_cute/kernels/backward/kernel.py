@@ -17,7 +17,7 @@ from ..common.tile_ring import entry_ints
 from .blocks import Extents, key_tile_of
 from .bundles import BwdLayouts, BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .consume import consume
-from .duties import Duty, watch
+from .duties import Duty
 from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, shared_params
 from .load import load
 from .outgoing import gradient_of, key_part, query_part
@@ -25,6 +25,7 @@ from .reduce import reduce_dq
 from .schedule import schedule
 from .scores import Scores
 from .shares import Shares
+from .watch import watch
 from .workspace import Sums
 
 

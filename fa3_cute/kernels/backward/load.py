@@ -23,7 +23,7 @@ from .bundles import BwdParams, BwdPipelines, BwdSmem
 
 @cute.jit
 def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
-    """Per tile of keys: V and K, as soon as their last reader is done; then the pairs of Q and dO that pass.
+    """Per tile of keys: V and K, if any, as soon as their last reader is done; then the pairs of Q and dO that pass.
 
     Runs on: warp 0. Synchronises: reads the tile ring; tells the schedule role that a tile's loads are all issued;
     waits for the empty halves of the Q, dO, V and K rings; TMA signals the full halves.
@@ -35,8 +35,12 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
     tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
         keys = tile.n_block, tile.offset_k, tile.kv_head, tile.batch
-        load_tile(cfg, params.v, smem.sV, keys, v_producer.acquire_and_advance())
-        load_tile(cfg, params.k, smem.sK, keys, k_producer.acquire_and_advance())
+        has_keys = True
+        if const_expr(cfg.is_varlen):    # places of the order may have none
+            has_keys = tile.seqlen_k > 0
+        if has_keys:
+            load_tile(cfg, params.v, smem.sV, keys, v_producer.acquire_and_advance())
+            load_tile(cfg, params.k, smem.sK, keys, k_producer.acquire_and_advance())
         queries = queries_of(cfg, params.window, tile)
         for i in cutlass.range(queries.num_passes(params.group), unroll=1):
             m_block, of_group = queries.passing(i, params.group, tile.is_rising)

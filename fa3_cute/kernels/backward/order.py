@@ -20,14 +20,17 @@ causal, H200, 2026-11-30).
 Deterministic: the CTAs add to a block of dQ in the order in which they took their keys; what one waits for is with a
 CTA that runs, or done. Dense causal blocks of a section that share L2 are taken from the last keys on, and queries
 pass each from its diagonal up: where they start together, a block of queries meets the keys at its diagonal first,
-those before them a block of keys' queries later, and so on, which is the order in which they add: nobody waits. Others
-start one after the other, in the first section by waiting, and a few Q tiles apart in the others, whose sections are
-larger.
+those before them a block of keys' queries later, and so on, which is the order in which they add: nobody waits. They
+end one after the other, the first keys last, and in the next section the first keys start first, at the last queries:
+each where the one before it was a block of keys' queries ago. Both sections together take as long for every CTA, and
+the next two start together; where all were taken from the last keys on, the longest would start last: 16 heads of 16k
+queries of 128 columns take 1.06 times as long, by a count of steps. Others start one after the other, in the first
+section by waiting.
 """
 from cutlass import Int32
 
 from ...planning.sections import CTAS
-from ..common.arithmetic import maximum, minimum
+from ..common.arithmetic import ceil_div, maximum, minimum
 
 
 def rises(index: Int32, num_tiles: Int32) -> Int32:
@@ -37,3 +40,8 @@ def rises(index: Int32, num_tiles: Int32) -> Int32:
     section = index // num_tiles
     wave = minimum((index - section * num_tiles) // CTAS, waves - 1)
     return (section * waves + wave) % 2
+
+
+def rises_in_order(index: Int32, num_in_section: Int32, num_tiles: Int32) -> Int32:
+    """The same of deterministic tiles, of sections with so many places: in every other one, not in the last."""
+    return (ceil_div(num_tiles, num_in_section) - 1 - index // num_in_section) % 2

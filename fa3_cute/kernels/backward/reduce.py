@@ -1,6 +1,12 @@
-"""Reduce role: one warp adds the warpgroups' parts of dQ to global memory, one bulk reduction each."""
+"""Reduce role: one warp adds the warpgroups' parts of dQ to global memory, one bulk reduction each, in FP32 (PTX ISA,
+"cp.reduce.async.bulk"). Deterministic, two warps do, in the order in which CTAs take their keys.
+
+Before the first of a tile's are added, the unit whose slot its sums take must be finished; when all are, the tile's
+unit has one more: of each warp, where there are two, and of a tile that is shared its pieces.
+"""
 import cutlass
 import cutlass.cute as cute
+import cutlass.pipeline as pipeline
 from cutlass import Constexpr, Int32, const_expr
 from cutlass.experimental import primitives
 
@@ -15,54 +21,98 @@ from .workspace import add_to_count, wait_for_count
 
 @cute.jit
 def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
-    """Per Q tile and warpgroup: its part from shared memory, added in FP32 (PTX ISA, "cp.reduce.async.bulk").
-
-    Deterministic: the CTAs add to a block in the order in which they take their keys. A turn is passed on a Q tile
-    later, when what was added has long arrived, or before the CTA waits for its own.
-
-    When all of a tile is added, its unit has one more, or its pieces more where tiles are shared; before the first of
-    it is, whose slot its sums take must be finished.
+    """Per tile of keys: what consumers leave of dQ of the Q tiles that pass, or in order what one warpgroup does.
 
     Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as
     it is read.
     """
-    consumer = pipes.dq.make_consumer()
+    consumer, turn = pipes.dq.make_consumer(), Int32(0) if cfg.is_deterministic else None
     tiles = pipes.tiles.make_consumer()
     tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
-        queries = queries_of(cfg, params.window, tile)
-        num_passes, num_free, num_passed = queries.num_passes(params.group), Int32(0), Int32(0)
-        unit = unit_of(cfg, params, tile.sequence, tile.kv_head)
-        if num_passes > 0:
-            wait_for_slot(cfg, params, unit)
-        for i in cutlass.range(num_passes, unroll=1):
-            if const_expr(cfg.is_deterministic):
-                if num_free <= i:
-                    num_passed = pass_turns(params, tile, queries, (num_passed, i), 0)
-                    num_free = wait_for_turn(cfg, params, tile, queries, i)
-            m_block, of_group = queries.passing(i, params.group, tile.is_rising)
-            if const_expr(cfg.is_varlen):
-                m_block += tile.first_q_block
-            target = params.sums.parts[None, m_block, of_group, params.sums.slot(unit)]
-            for w in cutlass.range_constexpr(cfg.num_dq_wgs):
-                part = consumer.wait_and_advance()
-                slot = part.index if const_expr(cfg.is_dq_in_turns) else w
-                add_part(cfg, target, smem.sdQ[None, slot], w)
-                with cute.arch.elect_one():
-                    part.release()
-            if const_expr(cfg.is_deterministic):
-                num_passed = pass_turns(params, tile, queries, (num_passed, i), cfg.num_dq_wgs)
         if const_expr(cfg.is_deterministic):
-            pass_turns(params, tile, queries, (num_passed, num_passes), 0)
-        if params.sequences.rows_q > 0:
-            if tile.seqlen_k > 0:
-                with cute.arch.elect_one():
-                    cute.arch.cp_async_bulk_wait_group(0, read=False)
-                    add_to_count(params.sums.count(0, unit), pieces_of(cfg, tile))
+            turn = add_in_order(cfg, params, smem, pipes, tile, turn, 0)
+        else:
+            consumer = add_all(cfg, params, smem, consumer, tile)
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
         tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
+
+
+@cute.jit
+def add_all(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, consumer: pipeline.PipelineConsumer, tile: KeyTile
+            ) -> pipeline.PipelineConsumer:
+    """The parts of all warpgroups, as they come; returns where the consumer is behind them."""
+    queries = queries_of(cfg, params.window, tile)
+    num_passes = queries.num_passes(params.group)
+    unit = unit_of(cfg, params, tile.sequence, tile.kv_head)
+    if num_passes > 0:
+        wait_for_slot(cfg, params, unit)
+    for i in cutlass.range(num_passes, unroll=1):
+        target = target_of(cfg, params, tile, unit, queries.passing(i, params.group, tile.is_rising))
+        for w in cutlass.range_constexpr(cfg.num_dq_wgs):
+            part = consumer.wait_and_advance()
+            source = smem.sdQ[None, part.index if const_expr(cfg.is_dq_in_turns) else w]
+            with cute.arch.elect_one():
+                add_part(cfg, target, source, w)
+            with cute.arch.elect_one():
+                part.release()
+    count_as_added(params, tile, unit, pieces_of(cfg, tile))
+    return consumer
+
+
+@cute.jit
+def add_in_order(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile,
+                 turn: Int32, w: Constexpr[int]) -> Int32:
+    """The parts of warpgroup w, each when the CTAs of the keys before these have added theirs. Two warps do this, one
+    for each warpgroup: on its way to the next CTA a turn waits until what was added has arrived, longer than a
+    warpgroup takes to compute another part.
+
+    turn: Q tiles that have passed the CTA before; returns those after these.
+    """
+    queries, unit = queries_of(cfg, params.window, tile), unit_of(cfg, params, tile.sequence, tile.kv_head)
+    num_passes = queries.num_passes(params.group)
+    first, step = Int32(0), 1
+    if const_expr(cfg.is_dq_in_turns):
+        first, step = (turn + w) % 2, 2
+    if num_passes > 0:
+        wait_for_slot(cfg, params, unit)
+    num_free = Int32(0)
+    for i in cutlass.range(first, num_passes, step, unroll=1):
+        if num_free <= i:
+            num_free = wait_for_turn(cfg, params, tile, queries, i, step)
+        part = pipeline.PipelineState(cfg.num_consumer_wgs, turn + i, Int32(w), (turn + i) // step % 2)
+        pipes.dq.consumer_wait(part)
+        passing = queries.passing(i, params.group, tile.is_rising)
+        of_part = 0 if const_expr(cfg.is_dq_in_turns) else w
+        target = target_of(cfg, params, tile, unit, passing)
+        with cute.arch.elect_one():
+            add_part(cfg, target, smem.sdQ[None, w], of_part)
+            pipes.dq.consumer_release(part)
+            pass_turn(counter_of(params, tile, passing))
+    count_as_added(params, tile, unit, pieces_of(cfg, tile))
+    return turn + num_passes
+
+
+@cute.jit
+def target_of(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, unit: Int32, passing: tuple[Int32, Int32]
+              ) -> cute.Tensor:
+    """The sums of a Q tile that passes."""
+    m_block, of_group = passing
+    if const_expr(cfg.is_varlen):
+        m_block += tile.first_q_block
+    return params.sums.parts[None, m_block, of_group, params.sums.slot(unit)]
+
+
+@cute.jit
+def count_as_added(params: BwdParams, tile: KeyTile, unit: Int32, pieces: Int32 | int):
+    """Of a tile's pieces so many, once they are."""
+    if params.sequences.rows_q > 0:
+        if tile.seqlen_k > 0:
+            with cute.arch.elect_one():
+                cute.arch.cp_async_bulk_wait_group(0, read=False)
+                add_to_count(params.sums.count(0, unit), pieces)
 
 
 @cute.jit
@@ -75,59 +125,51 @@ def wait_for_slot(cfg: BackwardConfig, params: BwdParams, unit: Int32):
         cute.arch.fence_proxy("async.global")
 
 
-def place_of(params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32) -> tuple[Int32, Int32]:
-    """(block, head) of the i-th Q tile that passes."""
-    m_block, of_group = queries.passing(i, params.group, tile.is_rising)
-    return tile.first_q_block + m_block, tile.kv_head * params.group + of_group
+def counter_of(params: BwdParams, tile: KeyTile, passing: tuple[Int32, Int32]) -> cute.Pointer:
+    """Where it stands how many parts CTAs have added to a Q tile that passes."""
+    m_block, of_group = passing
+    block, head = tile.first_q_block + m_block, tile.kv_head * params.group + of_group
+    return params.order[None, block, head].iterator
 
 
-@cute.jit
 def add_part(cfg: BackwardConfig, target: cute.Tensor, source: cute.Tensor, w: int):
-    """A warpgroup's part of a block of dQ; until it is read."""
-    with cute.arch.elect_one():
-        primitives.cp_reduce_async_bulk_global_shared_cta(
-            (target.iterator + w * cfg.dq_part).llvm_ptr, source.iterator.llvm_ptr, 4 * cfg.dq_part,
-            op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
-        cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+    """A warpgroup's part of a block of dQ; until it is read. Runs on: a thread."""
+    primitives.cp_reduce_async_bulk_global_shared_cta(
+        (target.iterator + w * cfg.dq_part).llvm_ptr, source.iterator.llvm_ptr, 4 * cfg.dq_part,
+        op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
+    cute.arch.cp_async_bulk_commit_group()
+    cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 @cute.jit
-def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32) -> Int32:
+def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries: QueryRange, i: Int32,
+                  step: Constexpr[int]) -> Int32:
     """Until all CTAs of the keys before these have added to the i-th Q tile; for how many of those that pass, from the
-    first on, this is known to be so.
+    first on, this is known to be so, of every step-th.
 
     Each lane looks at another tile: a CTA that runs well behind the one before it looks once for 32 of them. The lane
     that adds next, by the async proxy, comes after what all of them have acquired.
     """
     num_free, last = Int32(0), queries.num_passes(params.group) - 1
     while num_free <= i:
-        at = minimum(i + cute.arch.lane_idx(), last)
-        block, head = place_of(params, tile, queries, at)
-        m_block, _ = queries.passing(at, params.group, tile.is_rising)
-        first = first_key_block(cfg, params.window, m_block, tile.seqlen_q, tile.seqlen_k)
+        at = minimum(i + step * cute.arch.lane_idx(), last)
+        passing = queries.passing(at, params.group, tile.is_rising)
+        first = first_key_block(cfg, params.window, passing[0], tile.seqlen_q, tile.seqlen_k)
         num_before = tile.n_block - first
         if const_expr(cfg.has_directions):
             if tile.is_rising == 1:
-                num_before = last_key_block(cfg, m_block, tile.seqlen_q, tile.seqlen_k) - tile.n_block
-        taken = cute.arch.load(params.order[None, block, head].iterator, Int32, sem="acquire", scope="gpu")
-        missing = ~cute.arch.vote_ballot_sync(taken == num_before)
-        num_free = i + cute.arch.popc((missing & -missing) - 1)      # the lanes before the first that misses some
+                num_before = last_key_block(cfg, passing[0], tile.seqlen_q, tile.seqlen_k) - tile.n_block
+        added = cute.arch.load(counter_of(params, tile, passing), Int32, sem="acquire", scope="gpu")
+        missing = ~cute.arch.vote_ballot_sync(added >= cfg.num_dq_wgs * num_before)
+        # the lanes before the first that misses some
+        num_free = i + step * cute.arch.popc((missing & -missing) - 1)
     cute.arch.sync_warp()
     cute.arch.fence_proxy("async.global")
     return num_free
 
 
 @cute.jit
-def pass_turns(params: BwdParams, tile: KeyTile, queries: QueryRange, turns: tuple[Int32, Int32],
-               num_later: Constexpr[int]) -> Int32:
-    """Of the Q tiles [begin, end), of which there is one at most, once all parts but the last num_later are added, not
-    only read: what the next CTA adds comes after them. Returns end."""
-    begin, end = turns
-    if begin < end:
-        block, head = place_of(params, tile, queries, begin)
-        with cute.arch.elect_one():
-            cute.arch.cp_async_bulk_wait_group(num_later, read=False)
-            cute.arch.fence_acq_rel_gpu()
-            cute.arch.atomic_add(params.order[None, block, head].iterator, Int32(1), sem="relaxed", scope="gpu")
-    return end
+def pass_turn(counter: cute.Pointer):
+    """To the next CTA, once what this thread has sent is added, not only read. Runs on: a thread."""
+    cute.arch.cp_async_bulk_wait_group(0, read=False)
+    cute.arch.red(counter, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")

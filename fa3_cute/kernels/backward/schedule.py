@@ -7,19 +7,24 @@ and leave CTAs idle at the end of a launch.
 
 Duties wait for tiles before them in the order, and deterministic tiles do. So the first place is taken too: whom one
 waits for is then with a CTA that runs, however few of the grid's CTAs run at a time, in whatever order they came.
+
+Deterministic, it also frees the sums that the duty before has read.
 """
+import cutlass
 import cutlass.cute as cute
+import cutlass.pipeline as pipeline
 from cutlass import Boolean, Int32, const_expr
 
-from ...planning.backward import BackwardConfig
+from ...planning.backward import TILE_SLOTS, BackwardConfig
 from ...planning.rings import WARP
 from ..common.arithmetic import minimum
-from ..common.tile_ring import end_of, write_tile
+from ..common.tile_ring import end_of, read_tile, write_tile
 from .barriers import BarrierId
 from .blocks import KeyTile, key_tile_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .duties import NOTHING, Duty, find_duty, no_duty, num_tiles_of, places_of_sequence, places_of_unit, unit_of
-from .order import rises
+from .duties import (NOTHING, Duty, find_duty, free_sums, no_duty, num_tiles_of, places_of_sequence, places_of_unit,
+                     unit_of)
+from .order import rises, rises_in_order
 from .place import find_place
 from .shares import STORES, Share, share_of
 
@@ -31,6 +36,9 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
     Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring, and for the load role; fills it.
     """
     producer = pipes.tiles.make_producer()
+    if const_expr(cfg.is_deterministic):
+        for i in cutlass.range_constexpr(TILE_SLOTS):
+            write_tile(smem.sDuties[None, i], no_duty())
     num_places, has_queries = num_places_of(cfg, params), params.sequences.rows_q > 0
     index, is_second = cute.arch.block_idx()[0], Boolean(False)
     if has_queries:
@@ -45,6 +53,8 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
         if is_there or duty.num_tiles > 0:
             slot.commit()
             producer.advance()
+            if const_expr(cfg.is_deterministic):
+                free_sums_before(cfg, params, smem, producer)
             cute.arch.barrier(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
         elif duty.unit != NOTHING:       # of rows that are not there: done
             count(params.sums.count(1, duty.unit), duty.num_heads)
@@ -59,6 +69,18 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
     slot = producer.acquire_and_advance()
     write_tile(smem.sTiles[None, slot.index], end_of(key_tile_of(cfg)))
     slot.commit()
+    if const_expr(cfg.is_deterministic):
+        free_sums_before(cfg, params, smem, producer)
+
+
+@cute.jit
+def free_sums_before(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, producer: pipeline.PipelineProducer):
+    """Those of the duty before the one that was given last, as soon as all roles are done with it. Here, since the
+    watch role adds to dQ by then: nobody in the CTA waits for this role before all of the new tile is loaded.
+
+    producer: where the ring's next entry comes, and the one before the last was.
+    """
+    free_sums(cfg, params, read_tile(smem.sDuties[None, producer.acquire().index], Duty))
 
 
 @cute.jit
@@ -109,16 +131,21 @@ def find_tile(cfg: BackwardConfig, params: BwdParams, share: Share) -> tuple[Key
         is_rising = params.is_rising
         if const_expr(not cfg.is_deterministic):
             is_rising = rises(index, params.section * places_of_unit(cfg, params))
-        elif is_rising == 1:             # the last keys first
-            num_blocks = places_of_sequence(cfg, params, at.sequence)
-            if n_block < num_blocks:     # else behind the last sequence
-                n_block = num_blocks - 1 - n_block
+        else:
+            if const_expr(not cfg.is_varlen):
+                is_rising *= rises_in_order(minimum(index, num_tiles - 1),
+                                            params.section * places_of_unit(cfg, params), num_tiles)
+            if is_rising == 1:           # the last keys first
+                num_blocks = places_of_sequence(cfg, params, at.sequence)
+                if n_block < num_blocks:     # else behind the last sequence
+                    n_block = num_blocks - 1 - n_block
         more = (is_rising,)
     seqlen_q, seqlen_k = at.seqlen_q, at.seqlen_k
     if n_block * cfg.tile_n >= seqlen_k and index < num_tiles and params.sequences.rows_q > 0:
-        count(params.sums.count(0, unit_of(cfg, params, at.sequence, at.head)), Int32(share.end - share.begin))
+        num_pieces = cfg.num_reducers * (share.end - share.begin)
+        count(params.sums.count(0, unit_of(cfg, params, at.sequence, at.head)), Int32(num_pieces))
     is_there = index < num_tiles and n_block * cfg.tile_n < seqlen_k
-    if not is_there:                     # of no keys and no queries: what is loaded is not used
+    if not is_there:                     # of no keys and no queries: what is loaded, if anything, is not used
         n_block, seqlen_q, seqlen_k = Int32(0), Int32(0), Int32(0)
     if const_expr(cfg.shares_tiles):
         begin, end = share.blocks(params.shares, seqlen_q, cfg.tile_m)

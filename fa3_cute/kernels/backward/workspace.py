@@ -24,8 +24,8 @@ class Sums:
     unit num_slots before it is finished.
 
     parts       (tile_m * head_dim, Q blocks of a head, query heads of a KV head, slots) f32
-    progress    (2, units) int32: tiles of keys that are added, or pieces of them (shares.py); duties that are done, for
-                each query head
+    progress    (2, units) int32: tiles of keys that are added, by each warp that adds, or pieces of them (shares.py);
+                duties that are done, for each query head
     num_slots   of units
     """
     parts: cute.Tensor

@@ -1,0 +1,180 @@
+"""Roles of the backward main kernel's CTAs: whatever their speeds all end, each Q tile of dQ is finished once from sums
+that are whole, nothing in shared memory is overwritten before it is read, and deterministic sums are added in order.
+No GPU: the roles are models (backward_roles.py), of what the device's own code schedules.
+"""
+
+from collections import Counter
+from functools import partial
+from itertools import product
+from random import Random
+
+import pytest
+
+pytest.importorskip("cutlass")
+
+import backward_order
+from backward_order import WINDOWS, Case, Launch, python_roles
+from backward_roles import NOW, Cta, RolesGrid
+from test_backward_duties import CASES
+from test_backward_shares import random_case
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device():
+    """The schedule role's code as Python."""
+    yield from python_roles()
+
+
+LENGTHS = (300, 0, 1, 128, 640, 64, 200)
+# Of more units than slots of sums, which are few enough that CTAs wait for them.
+MANY_UNITS = (
+    Case((300,) * 12, (500,) * 12),
+    Case((700,) * 9, (700,) * 9, group=3),
+    Case((640,) * 10, (300,) * 10, head_dim=96, num_heads_k=1, group=3),
+    Case((640,) * 10, (1000,) * 10, head_dim=96, group=1),
+    Case((900,) * 8, (900,) * 8, head_dim=128, num_heads_k=3, group=1),
+    Case(LENGTHS, (260, 100, 0, 129, 513, 1, 384), "packed", head_dim=96, num_heads_k=9, group=1),
+    Case(LENGTHS, (260, 0, 0, 129, 513, 1, 384), "seqused", head_dim=128, num_heads_k=13, group=1),
+)
+
+
+def in_order(case: Case, mask: str) -> Case:
+    """The case with that mask, deterministic."""
+    return Case(**vars(case) | {"mask": mask, "is_deterministic": True})
+
+
+IN_ORDER = [case for case in CASES if case.is_deterministic]
+IN_ORDER += [in_order(case, mask) for case, mask in product(MANY_UNITS, WINDOWS)]
+AS_THEY_COME = [case for case in CASES if not case.is_deterministic]
+SHARED = [random_case(Random(seed)) for seed in (5, 6, 10, 11, 14, 19, 31, 41, 42, 58, 59)]  # those with parts
+
+
+def run_all(launch: Launch, device, num_ctas: int, kind: type[Cta] = Cta) -> RolesGrid:
+    """A launch that has run to its end: every Q tile is finished once, and every count is reached."""
+    grid = RolesGrid(launch, device, num_ctas, num_ctas, kind)
+    grid.run()
+    parts = range(launch.cfg.num_dq_wgs)
+    assert grid.finished == Counter((*tile, part) for tile in launch.all_tiles() for part in parts)
+    assert grid.taken == launch.num_places + num_ctas
+    units = range(launch.sums.units)
+    assert all(device.counts[0, unit] == launch.pieces_of_unit for unit in units)
+    with_next = {unit for unit in units if device.counts[1, unit] == launch.duties_of_unit}
+    assert with_next == set(units[: -launch.params.sums.num_slots])
+    return grid
+
+
+@pytest.mark.parametrize("num_ctas", [1, 3, 40])
+@pytest.mark.parametrize("case", IN_ORDER, ids=str)
+def test_in_order(device, case, num_ctas):
+    """To each element blocks of keys are added one after the other, the first or the last ones first."""
+    grid = run_all(Launch(case), device, num_ctas)
+    assert all(order in (sorted(order), sorted(order, reverse=True)) for order in grid.order.values())
+
+
+@pytest.mark.parametrize("num_ctas", [1, 3, 40])
+@pytest.mark.parametrize("case", AS_THEY_COME, ids=str)
+def test_as_they_come(device, case, num_ctas):
+    """One warp adds the parts of all warpgroups, and the watch role frees the sums."""
+    run_all(Launch(case), device, num_ctas)
+
+
+@pytest.mark.parametrize("num_ctas", [1, 3, 40])
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_shared_tiles(device, case, num_ctas):
+    """Every Q tile passes each tile of keys once, and a warpgroup stores its keys once others' sums are there."""
+    grid = run_all(launch := Launch(case), device, num_ctas)
+    q_tiles, blocks = -(-case.queries[0] // launch.cfg.tile_m), range(-(-case.keys[0] // launch.cfg.tile_n))
+    warpgroups = range(launch.cfg.num_consumer_wgs)
+    assert set(grid.stored) == set(product(range(len(case.keys)), blocks, range(case.num_heads_k), warpgroups))
+    assert all(sorted(passed) == list(range(q_tiles)) for passed in grid.stored.values()) and not grid.parts
+
+
+@pytest.mark.parametrize("num_ctas", [1, 3, 40])
+@pytest.mark.parametrize("case", [case for case in CASES if case.head_dim == 128], ids=str)
+def test_dq_of_its_own_q_tile(device, case, num_ctas, monkeypatch):
+    """As calls with ALiBi have it at 128 columns."""
+    featured = partial(backward_order.pass_config, features=frozenset({("has_alibi", True)}))
+    monkeypatch.setattr(backward_order, "pass_config", featured)
+    assert not (launch := Launch(case)).cfg.is_dq_behind
+    run_all(launch, device, num_ctas)
+
+
+def test_the_cases_have_all_kinds(device):
+    """Of kernels, of directions, and of launches with fewer slots than units and with shared tiles."""
+    ordered, others, shared = (list(map(Launch, cases)) for cases in (IN_ORDER, AS_THEY_COME, SHARED))
+    kinds = set(product(((128, False), (64, False), (64, True)), (False, True))) | {((80, True), False)}
+    for found in (ordered, others):
+        assert {((of.cfg.tile_m, of.cfg.is_dq_transposed), of.cfg.is_varlen) for of in found} == kinds
+        assert sum(of.params.sums.num_slots < of.sums.units for of in found) > 10
+    assert {of.params.is_rising for of in ordered if of.cfg.is_varlen} == {0, 1}
+    assert {of.params.is_rising for of in ordered if not of.cfg.is_varlen} == {0, 1}
+    assert {of.cfg.tile_m for of in shared} == {64, 80, 128} and all(of.shares.num_parts > 0 for of in shared)
+
+
+class OtherParity(Cta):
+    """Adds dQ in the phases in which it is not there."""
+
+    def parity_of_dq(self, turn: int, step: int) -> int:
+        """The other."""
+        return super().parity_of_dq(turn, step) ^ 1
+
+
+class SameFirstPass(Cta):
+    """As if an even number of Q tiles had passed the CTA before each tile of keys."""
+
+    def first_pass(self, turn: int, w: int) -> int:
+        """The same in each tile of keys."""
+        return w
+
+
+class KeepsSums(Cta):
+    """Frees no sums."""
+
+    def free_sums(self, duty):
+        """Nothing."""
+        yield NOW
+
+
+class FreesSumsLate(Cta):
+    """When the new tile is loaded: for that it may have to wait for these sums."""
+
+    def after_giving(self, turn: int):
+        """First the load role."""
+        yield self.loaded.arrive("schedule")
+        yield from self.free_sums_before(turn)
+
+
+class FreesSumsEarly(Cta):
+    """When the next entry is given, not when all have left this one."""
+
+    def free_sums_before(self, turn: int):
+        """Without waiting."""
+        yield from self.free_sums(self.tiles.content[turn % 2].duty)
+
+
+class FreesPlacesEarly(Cta):
+    """Those of parts that are sent and not read."""
+
+    def set_free(self, num_left: int):
+        """One more."""
+        super().set_free(num_left + 1)
+
+
+OF_OTHERS, WAITING = (AssertionError, "another part of dQ"), (TimeoutError, "waiting: ")
+WRONG = (
+    (OtherParity, OF_OTHERS, MANY_UNITS, (1, 40)),
+    (SameFirstPass, OF_OTHERS, MANY_UNITS[5:6], (1, 3, 40)),
+    (KeepsSums, WAITING, MANY_UNITS[3:5], (1, 40)),
+    (FreesSumsLate, WAITING, MANY_UNITS[:2] + MANY_UNITS[4:5], (40,)),
+    (FreesSumsEarly, (AssertionError, "zeros where the sums were not read"), MANY_UNITS[3:], (1, 40)),
+    (FreesPlacesEarly, (AssertionError, "not sent"), MANY_UNITS, (1, 40)),
+)
+
+
+@pytest.mark.parametrize("kind, found, cases, numbers", WRONG, ids=[kind.__name__ for kind, *_ in WRONG])
+def test_what_is_wrong_is_found(device, kind, found, cases, numbers):
+    """With every mask, in every case."""
+    error, message = found
+    for case, mask, num_ctas in product(cases, WINDOWS, numbers):
+        with pytest.raises(error, match=message):
+            run_all(Launch(in_order(case, mask)), device, num_ctas, kind)
