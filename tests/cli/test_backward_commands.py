@@ -16,7 +16,7 @@ SIZES = ["--num-heads", "6", "--num-heads-k", "2", "--seqlen-q", "700", "--head-
     "argv, mains, sided",
     [
         ([], 2 * len(TABLE), 2 * 6),
-        (["--all"], 2 * 4 * (len(TABLE) + len(SHORT)), 2 * 2 * 6),
+        (["--all"], 2 * (4 * len(TABLE) + 2 * len(SHORT)), 2 * 2 * 6),
         (["--varlen", "--dtype", "bf16"], len(TABLE), 6),
         (["--head-dim", "64", "--causal", "--dtype", "fp16,fp8_e4m3"], 1, 0),
         (["--head-dim", "256"], 0, 2 * 3),

