@@ -56,12 +56,12 @@ def test_every_tile_is_finished_once_and_every_count_is_reached(device, case):
             has_duty = index >= launch.params.num_behind
             assert (duty.unit != NOTHING) == has_duty or launch.shares.num_parts and has_duty
             unit = duties.unit_of(launch.cfg, launch.params, tile.sequence, tile.kv_head)
-            if tile.seqlen_k:  # as the reduce role does
+            if tile.seqlen_k:  # as those that add do
                 keys[tile.batch, tile.offset_k, tile.n_block, tile.kv_head] += getattr(tile, "part", STORES) == STORES
                 device.counts[0, unit] += launch.cfg.num_reducers * duties.pieces_of(launch.cfg, tile)
             else:
                 assert launch.queries_of(tile).num_passes(launch.group) == 0
-            if duty.unit != NOTHING:  # as the watch role does
+            if duty.unit != NOTHING:  # as those that free sums do
                 device.counts[1, duty.unit] += duty.num_heads
             for m_block, of_group in launch.tiles_of(duty):
                 assert launch.lengths[at := (duty.batch, duty.offset)][0] == duty.seqlen > m_block * launch.cfg.tile_m

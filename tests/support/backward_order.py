@@ -295,7 +295,7 @@ class Grid:
         return tile.n_block - first_key_block(cfg, self.params.window, m_block, *lengths)
 
     def finish(self, duty: Duty):
-        """What the watch role and the consumers do."""
+        """What the watch role and the consumers do, deterministic the schedule role too."""
         has_next = duty.unit + self.params.sums.num_slots < self.launch.sums.units
         for m_block, of_group in self.launch.tiles_of(duty):
             at, where = (duty.batch, duty.offset), (duty.slot, duty.first_block + m_block, of_group)
