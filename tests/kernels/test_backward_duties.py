@@ -1,5 +1,5 @@
-"""Duties: every Q tile of dQ is finished once, by a CTA that waits for no place behind its own, from sums that are
-whole and then zero for the unit that has the slot next. No GPU: the device's own code runs here (backward_order.py).
+"""Duties: every Q tile of dQ is finished once, round by round by all that take part. That nobody waits forever is
+test_backward_roles.py's. No GPU: the device's own code runs here (backward_order.py).
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("cutlass")
 
-from backward_order import WINDOWS, Case, Counted, Grid, Launch, grid_of, python_roles
+from backward_order import WINDOWS, Case, Launch, python_roles
 
 from fa3_cute.kernels.backward import duties, finish, outgoing, watch
 from fa3_cute.kernels.backward.duties import NOTHING, Duty, rounds_of
@@ -127,32 +127,3 @@ def test_the_cases_have_all_kinds_of_tiles_and_duties():
     assert {launch.params.is_rising for launch in found} == {0, 1}
     assert sum(launch.params.sums.num_slots < launch.sums.units for launch in found) > 20
     assert sum(launch.params.num_behind < launch.num_tiles for launch in found) > 30
-
-
-@pytest.mark.parametrize("num_ctas", [1, 3, 40])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_nobody_waits_forever(device, case, num_ctas):
-    grid = grid_of(case, device, num_ctas)
-    launch = grid.launch
-    assert grid.finished == launch.all_tiles() and grid.taken == launch.num_places
-    units = range(launch.sums.units)
-    assert all(device.counts[0, unit] == launch.pieces_of_unit for unit in units)
-    with_next = {unit for unit in units if device.counts[1, unit] == launch.duties_of_unit}
-    assert with_next == set(units[: -launch.params.sums.num_slots])
-
-
-@pytest.mark.parametrize("mask, is_deterministic", list(product(WINDOWS, (False, True))))
-def test_what_would_wait_forever_is_found(device, mask, is_deterministic):
-    """Duties before the last tile of their unit, and tiles before the duties whose slot they take."""
-    launch = Launch(Case((300,) * 30, (300,) * 30, mask=mask, is_deterministic=is_deterministic))
-    params, sums = launch.params, launch.params.sums
-    assert sums.num_slots < launch.sums.units
-    params.sums = Counted(None, sums.progress, params.num_behind // duties.places_of_unit(launch.cfg, params))
-    with pytest.raises(TimeoutError):
-        Grid(launch, device, 1, seed=1).run()
-    with pytest.raises(AssertionError):
-        Grid(launch, device, 7, seed=1, waits_for_slots=False).run()
-    params.sums, params.num_behind = sums, 1
-    launch.num_places = launch.num_tiles + params.num_behind * launch.group
-    with pytest.raises(TimeoutError):
-        Grid(launch, device, 1, seed=1).run()

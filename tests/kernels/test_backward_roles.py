@@ -3,20 +3,19 @@ that are whole, nothing in shared memory is overwritten before it is read, and d
 No GPU: the roles are models (backward_roles.py), of what the device's own code schedules.
 """
 
-from collections import Counter
 from functools import partial
 from itertools import product
-from random import Random
 
 import pytest
 
 pytest.importorskip("cutlass")
 
 import backward_order
-from backward_order import WINDOWS, Case, Launch, python_roles
-from backward_roles import NOW, Cta, RolesGrid
+from backward_order import WINDOWS, Case, Counted, Launch, python_roles
+from backward_roles import NOW, Cta, run_all
 from test_backward_duties import CASES
-from test_backward_shares import random_case
+
+from fa3_cute.kernels.backward import duties
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,21 +45,6 @@ def in_order(case: Case, mask: str) -> Case:
 IN_ORDER = [case for case in CASES if case.is_deterministic]
 IN_ORDER += [in_order(case, mask) for case, mask in product(MANY_UNITS, WINDOWS)]
 AS_THEY_COME = [case for case in CASES if not case.is_deterministic]
-SHARED = [random_case(Random(seed)) for seed in (5, 6, 10, 11, 14, 19, 31, 41, 42, 58, 59)]  # those with parts
-
-
-def run_all(launch: Launch, device, num_ctas: int, kind: type[Cta] = Cta) -> RolesGrid:
-    """A launch that has run to its end: every Q tile is finished once, and every count is reached."""
-    grid = RolesGrid(launch, device, num_ctas, num_ctas, kind)
-    grid.run()
-    parts = range(launch.cfg.num_dq_wgs)
-    assert grid.finished == Counter((*tile, part) for tile in launch.all_tiles() for part in parts)
-    assert grid.taken == launch.num_places + num_ctas
-    units = range(launch.sums.units)
-    assert all(device.counts[0, unit] == launch.pieces_of_unit for unit in units)
-    with_next = {unit for unit in units if device.counts[1, unit] == launch.duties_of_unit}
-    assert with_next == set(units[: -launch.params.sums.num_slots])
-    return grid
 
 
 @pytest.mark.parametrize("num_ctas", [1, 3, 40])
@@ -79,17 +63,6 @@ def test_as_they_come(device, case, num_ctas):
 
 
 @pytest.mark.parametrize("num_ctas", [1, 3, 40])
-@pytest.mark.parametrize("case", SHARED, ids=str)
-def test_shared_tiles(device, case, num_ctas):
-    """Every Q tile passes each tile of keys once, and a warpgroup stores its keys once others' sums are there."""
-    grid = run_all(launch := Launch(case), device, num_ctas)
-    q_tiles, blocks = -(-case.queries[0] // launch.cfg.tile_m), range(-(-case.keys[0] // launch.cfg.tile_n))
-    warpgroups = range(launch.cfg.num_consumer_wgs)
-    assert set(grid.stored) == set(product(range(len(case.keys)), blocks, range(case.num_heads_k), warpgroups))
-    assert all(sorted(passed) == list(range(q_tiles)) for passed in grid.stored.values()) and not grid.parts
-
-
-@pytest.mark.parametrize("num_ctas", [1, 3, 40])
 @pytest.mark.parametrize("case", [case for case in CASES if case.head_dim == 128], ids=str)
 def test_dq_of_its_own_q_tile(device, case, num_ctas, monkeypatch):
     """As calls with ALiBi have it at 128 columns."""
@@ -100,15 +73,14 @@ def test_dq_of_its_own_q_tile(device, case, num_ctas, monkeypatch):
 
 
 def test_the_cases_have_all_kinds(device):
-    """Of kernels, of directions, and of launches with fewer slots than units and with shared tiles."""
-    ordered, others, shared = (list(map(Launch, cases)) for cases in (IN_ORDER, AS_THEY_COME, SHARED))
+    """Of kernels, of directions, and of launches with fewer slots than units."""
+    ordered, others = (list(map(Launch, cases)) for cases in (IN_ORDER, AS_THEY_COME))
     kinds = set(product(((128, False), (64, False), (64, True)), (False, True))) | {((80, True), False)}
     for found in (ordered, others):
         assert {((of.cfg.tile_m, of.cfg.is_dq_transposed), of.cfg.is_varlen) for of in found} == kinds
         assert sum(of.params.sums.num_slots < of.sums.units for of in found) > 10
     assert {of.params.is_rising for of in ordered if of.cfg.is_varlen} == {0, 1}
     assert {of.params.is_rising for of in ordered if not of.cfg.is_varlen} == {0, 1}
-    assert {of.cfg.tile_m for of in shared} == {64, 80, 128} and all(of.shares.num_parts > 0 for of in shared)
 
 
 class OtherParity(Cta):
@@ -178,3 +150,29 @@ def test_what_is_wrong_is_found(device, kind, found, cases, numbers):
     for case, mask, num_ctas in product(cases, WINDOWS, numbers):
         with pytest.raises(error, match=message):
             run_all(Launch(in_order(case, mask)), device, num_ctas, kind)
+
+
+class WaitsForNoSlot(Cta):
+    """Adds to sums of the unit before."""
+
+    def wait_for_slot(self, entry):
+        """Not at all."""
+        yield NOW
+        return duties.unit_of(self.cfg, self.launch.params, entry.tile.sequence, entry.tile.kv_head)
+
+
+@pytest.mark.parametrize("mask, is_deterministic", list(product(WINDOWS, (False, True))))
+def test_what_would_wait_forever_is_found(device, mask, is_deterministic):
+    """Tiles before the duties whose slot they take, and duties before the last tile of their unit."""
+    launch = Launch(Case((300,) * 30, (300,) * 30, mask=mask, is_deterministic=is_deterministic))
+    params, sums = launch.params, launch.params.sums
+    assert sums.num_slots < launch.sums.units
+    params.sums = Counted(None, sums.progress, params.num_behind // duties.places_of_unit(launch.cfg, params))
+    with pytest.raises(TimeoutError):
+        run_all(launch, device, 1)
+    with pytest.raises(AssertionError):  # sums of two units
+        run_all(launch, device, 7, WaitsForNoSlot)
+    params.sums, params.num_behind = sums, 1
+    launch.num_places = launch.num_tiles + params.num_behind * launch.group
+    with pytest.raises(TimeoutError):
+        run_all(launch, device, 1)

@@ -1,5 +1,6 @@
 """Tiles of keys that CTAs share: every Q tile passes each of them once, what parts leave is added once by the part that
-stores, and nobody waits for a place behind its own. No GPU: the device's own code runs here (backward_order.py).
+stores, and nobody waits for a place behind its own. No GPU: models of the roles run (backward_roles.py), of what
+the device's own code schedules.
 """
 
 import random
@@ -10,7 +11,8 @@ import pytest
 
 pytest.importorskip("cutlass")
 
-from backward_order import Case, Launch, grid_of, python_roles
+from backward_order import Case, Launch, python_roles
+from backward_roles import run_all
 
 from fa3_cute.kernels.backward.shares import QUADS_AT_ONCE, STORES
 from fa3_cute.kernels.backward.workspace import QUAD
@@ -40,13 +42,12 @@ CASES = [random_case(random.Random(seed)) for seed in range(60)]
 @pytest.mark.parametrize("num_ctas", [1, 4, 40])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_q_tile_passes_every_tile_of_keys_once(device, case, num_ctas):
-    grid = grid_of(case, device, num_ctas)
-    launch = grid.launch
-    assert grid.finished == launch.all_tiles() and not grid.left
-    q_tiles, blocks = -(-case.queries[0] // launch.cfg.tile_m), -(-case.keys[0] // launch.cfg.tile_n)
-    tiles = set(product(range(len(case.keys)), range(blocks), range(case.num_heads_k)))
-    assert set(grid.stored) == tiles
-    assert all(sorted(passed) == list(range(q_tiles)) for passed in grid.stored.values())
+    """And a warpgroup stores its keys once others' sums are there."""
+    grid = run_all(launch := Launch(case), device, num_ctas)
+    q_tiles, blocks = -(-case.queries[0] // launch.cfg.tile_m), range(-(-case.keys[0] // launch.cfg.tile_n))
+    warpgroups = range(launch.cfg.num_consumer_wgs)
+    assert set(grid.stored) == set(product(range(len(case.keys)), blocks, range(case.num_heads_k), warpgroups))
+    assert all(sorted(passed) == list(range(q_tiles)) for passed in grid.stored.values()) and not grid.parts
 
 
 def test_parts_are_of_equal_length(device):

@@ -1,8 +1,7 @@
 """kernels/backward/schedule.py and duties.py on Python ints: the device's own code, with stand-ins for atomics and for
-what takes a warp; and CTAs that do what it says, in any order.
+what takes a warp. backward_roles.py has the CTAs that do what it says.
 """
 
-import random
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ from device_code import as_python
 
 from fa3_cute.kernels.backward import blocks, duties, finish, outgoing, place, schedule, shares, watch
 from fa3_cute.kernels.backward.blocks import Blocks, first_key_block, last_key_block, queries_of, query_range
-from fa3_cute.kernels.backward.duties import NOTHING, Duty
-from fa3_cute.kernels.backward.shares import STORES, Share, Shares
+from fa3_cute.kernels.backward.duties import Duty
+from fa3_cute.kernels.backward.shares import Share, Shares
 from fa3_cute.kernels.backward.workspace import Sums
 from fa3_cute.kernels.common import sequences
 from fa3_cute.kernels.common.block_range import Window
 from fa3_cute.kernels.common.sequences import Sequences
 from fa3_cute.planning import sections
-from fa3_cute.planning.backward import TILE_SLOTS
 from fa3_cute.planning.backward_kernels import pass_config
 from fa3_cute.planning.sections import main_sections, shares_of, sums_of
 
@@ -176,143 +174,9 @@ class Launch:
         """QueryRange of a tile of keys, or of a part."""
         return queries_of(self.cfg, self.params.window, tile)
 
-
-class Grid:
-    """CTAs that run at any speed, and may be few: each does what is at its places, in their order, and has taken the
-    next one by then. Sums of dQ are numbers of tiles of keys that are added; those that nobody made zero are absent."""
-
-    def __init__(self, launch: Launch, device: Warp, num_ctas: int, seed: int, waits_for_slots: bool = True):
-        self.launch, self.params, self.device, self.counts = launch, launch.params, device, device.counts
-        self.draw, self.waits_for_slots = random.Random(seed), waits_for_slots
-        self.taken, self.turns, self.finished = 0, Counter(), Counter()
-        self.left, self.stored = {}, {}  # by part, and by tile of keys
-        of_unit = range(launch.sums.blocks_per_unit), range(launch.group)
-        self.sums = dict.fromkeys(product(range(self.params.sums.num_slots), *of_unit), 0)
-        self.counts.clear()
-        self.queues = [[] for _ in range(num_ctas)]
-        self.works = [self.work(queue) for queue in self.queues]
-        self.waits = list(map(next, self.works))
-
-    def run(self):
-        """Until there is nothing left to do."""
-        ctas = list(range(len(self.queues)))
-        while self.taken < self.launch.num_places or any(self.queues):
-            self.draw.shuffle(ctas)
-            if not any(map(self.step, ctas)):
-                raise TimeoutError("all CTAs wait")
-
-    def step(self, cta: int) -> bool:
-        """Whether the CTA has done something."""
-        queue, may_take = self.queues[cta], self.taken < self.launch.num_places
-        if may_take and (not queue or len(queue) < TILE_SLOTS and self.draw.random() < 0.5):
-            queue += self.device.run(self.launch.cfg, self.params, self.taken)
-            self.taken += 1
-            return True
-        if is_ready := self.waits[cta]():
-            self.waits[cta] = next(self.works[cta])
-        return is_ready
-
-    def work(self, queue: list):
-        """Yields what must hold before the next step."""
-        while True:
-            yield lambda: len(queue) > 0
-            tile, duty = queue[0]
-            yield from self.add(tile)
-            if duty.num_tiles > 0:
-                yield lambda number=duty.unit: self.counts[0, number] == self.launch.pieces_of_unit
-            yield from self.share(tile)
-            if duty.unit != NOTHING:
-                yield from self.finish(duty)
-            queue.pop(0)
-
-    def add(self, tile):
-        """What the warps do that add to dQ, each at its own speed."""
-        cfg, parity = self.launch.cfg, self.draw.randrange(2)
-        every = slice(0, None, 1)
-        if cfg.num_reducers == 1:
-            works = [self.add_parts(tile, every, cfg.num_dq_wgs)]
-        elif cfg.is_dq_in_turns:
-            works = [self.add_parts(tile, slice(first, None, 2), 1) for first in (parity, 1 - parity)]
-        else:
-            works = [self.add_parts(tile, every, 1) for _ in range(cfg.num_dq_wgs)]
-        waits = {work: next(work) for work in works}
-        while waits:
-            yield lambda: any(wait() for wait in waits.values())
-            work = self.draw.choice([work for work, wait in waits.items() if wait()])
-            if (wait := next(work, None)) is None:
-                del waits[work]
-            else:
-                waits[work] = wait
-
-    def add_parts(self, tile, own: slice, number: int):
-        """One of the warps: so many parts of each of its own Q tiles."""
-        params, cfg = self.params, self.launch.cfg
-        unit = duties.unit_of(cfg, params, tile.sequence, tile.kv_head)
-        queries = self.launch.queries_of(tile)
-        before, wanted = unit - params.sums.num_slots, self.launch.duties_of_unit
-        passes = range(queries.num_passes(params.group))
-        yield lambda: True
-        if passes and before >= 0 and self.waits_for_slots:
-            yield lambda: self.counts[1, before] == wanted
-        for m_block, of_group in [queries.passing(i, params.group, tile.is_rising) for i in passes[own]]:
-            where = params.sums.slot(unit), m_block + tile.first_q_block * cfg.is_varlen, of_group
-            if cfg.is_deterministic:
-                at, num_before = (unit, *where), cfg.num_dq_wgs * self.num_before(tile, m_block)
-                yield lambda at=at, number=num_before: self.turns[at] >= number
-                assert self.turns[at] < num_before + cfg.num_dq_wgs
-                self.turns[at] += number
-            assert where in self.sums, "not zero before the first is added"
-            self.sums[where] += number
-            yield lambda: True
-        if tile.seqlen_k > 0:
-            self.counts[0, unit] += duties.pieces_of(cfg, tile)
-
-    def share(self, tile):
-        """What the watch role and the consumers do where a tile has parts: the Q tiles that have passed."""
-        if not self.launch.cfg.shares_tiles or not tile.seqlen_k:
-            return
-        queries = self.launch.queries_of(tile)
-        passed = list(range(queries.m_block_min, queries.m_block_max))
-        keys = tile.batch, tile.n_block, tile.kv_head
-        parts = range(tile.first_part, tile.end_part)
-        yield lambda: all(part in self.left for part in parts)
-        for part in parts:
-            of_keys, of_part = self.left.pop(part)
-            assert of_keys == keys
-            passed += of_part
-        if tile.part == STORES:
-            assert keys not in self.stored
-            self.stored[keys] = passed
-        else:
-            assert not parts and tile.part not in self.left
-            self.left[tile.part] = keys, passed
-
     def num_before(self, tile, m_block: int) -> int:
-        """CTAs that add to a Q tile before this one."""
-        cfg, lengths = self.launch.cfg, (tile.seqlen_q, tile.seqlen_k)
+        """CTAs that add to a Q tile before that of a tile of keys, deterministic."""
+        lengths = tile.seqlen_q, tile.seqlen_k
         if tile.is_rising:
-            return last_key_block(cfg, m_block, *lengths) - tile.n_block
-        return tile.n_block - first_key_block(cfg, self.params.window, m_block, *lengths)
-
-    def finish(self, duty: Duty):
-        """What the watch role and the consumers do, deterministic the schedule role too."""
-        has_next = duty.unit + self.params.sums.num_slots < self.launch.sums.units
-        for m_block, of_group in self.launch.tiles_of(duty):
-            at, where = (duty.batch, duty.offset), (duty.slot, duty.first_block + m_block, of_group)
-            n_blocks = range(-(-self.launch.lengths[at][1] // self.launch.cfg.tile_n))
-            ranges = [self.launch.range_of(n_block, self.launch.lengths[at]) for n_block in n_blocks]
-            number = sum(of.m_block_min <= m_block < of.m_block_max for of in ranges)
-            assert self.sums.pop(where) == self.launch.cfg.num_dq_wgs * number
-            self.finished[*at, duty.kv_head * self.params.group + of_group, m_block] += 1
-            yield lambda: True
-            if has_next:
-                self.sums[where] = 0
-        if has_next:
-            self.counts[1, duty.unit] += duty.num_heads
-
-
-def grid_of(case: Case, device: Warp, num_ctas: int) -> Grid:
-    """A launch that has run to its end."""
-    grid = Grid(Launch(case), device, num_ctas, seed=num_ctas)
-    grid.run()
-    return grid
+            return last_key_block(self.cfg, m_block, *lengths) - tile.n_block
+        return tile.n_block - first_key_block(self.cfg, self.params.window, m_block, *lengths)

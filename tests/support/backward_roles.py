@@ -5,11 +5,12 @@ A role is a generator (barriers.py); so is a warpgroup, whose warps run together
 rings turn together. Slots and places of shared memory know what is in them.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import count, product
+from random import Random
 
 from backward_consumer import WARPGROUP, Consumer, Entry
-from backward_order import Grid, Launch, Warp
+from backward_order import Launch, Warp
 from barriers import NOW, NamedBarrier, Role, Slots, run
 
 from fa3_cute.kernels.backward import duties
@@ -22,7 +23,7 @@ from fa3_cute.planning.rings import WARP, by_name
 class Cta:
     """Shared memory and barriers of a CTA, and the roles of one warp. w: which warpgroup's dQ a warp adds."""
 
-    def __init__(self, grid: "RolesGrid"):
+    def __init__(self, grid: "Grid"):
         """Before it has begun."""
         self.grid, self.launch = grid, grid.launch
         self.cfg = cfg = grid.launch.cfg
@@ -183,7 +184,7 @@ class Cta:
         for i in range(first, len(entry.passes), step):
             m_block, of_group = passing = entry.passes[i]
             at = entry.tile.first_q_block + m_block, entry.tile.kv_head * self.launch.group + of_group
-            number = cfg.num_dq_wgs * self.grid.num_before(entry.tile, m_block)
+            number = cfg.num_dq_wgs * self.launch.num_before(entry.tile, m_block)
             yield lambda at=at, number=number: turns[at] >= number
             assert turns[at] < number + cfg.num_dq_wgs, "CTAs of later keys have added"
             yield self.dq.full[w].passed(self.parity_of_dq(turn + i, step))
@@ -230,19 +231,25 @@ class Cta:
         self.free.arrive("watch")
 
 
-class RolesGrid(Grid):
-    """Whose CTAs are of roles, each at its own speed. Sums are of warpgroups' parts.
+class Grid:
+    """CTAs of roles, each at its own speed.
 
+    counts   those of Sums.progress
+    turns    {(Q block, head): parts of dQ that are added in order}
+    sums     {(slot, Q block, head of the group, part): tiles of keys that are added}; what nobody made zero is absent
     order    {(Q block, head, part): blocks of keys in the order in which they were added}
     parts    {(part of a tile, warpgroup): (keys, Q tiles that have passed)}; left: those that may be read
+    stored   {(keys, warpgroup): Q tiles that have passed}
     """
 
     def __init__(self, launch: Launch, device: Warp, num_ctas: int, seed: int, kind: type[Cta] = Cta):
         """CTAs of that kind."""
-        super().__init__(launch, device, 0, seed)
+        self.launch, self.params, self.device, self.counts = launch, launch.params, device, device.counts
+        self.draw, self.taken, self.turns, self.finished = Random(seed), 0, Counter(), Counter()
+        self.order, self.parts, self.left, self.stored = defaultdict(list), {}, {}, {}
         places = range(self.params.sums.num_slots), range(launch.sums.blocks_per_unit), range(launch.group)
         self.sums = dict.fromkeys(product(*places, range(launch.cfg.num_dq_wgs)), 0)
-        self.order, self.parts = defaultdict(list), {}
+        self.counts.clear()
         ctas = [(i, name, work) for i in range(num_ctas) for name, work in kind(self).roles().items()]
         self.roles = [Role(f"{name} of CTA {i}", work, self.draw.uniform(0.02, 1.0)) for i, name, work in ctas]
 
@@ -254,3 +261,17 @@ class RolesGrid(Grid):
     def run(self):
         """Until all roles have ended."""
         run(self.roles, self.draw)
+
+
+def run_all(launch: Launch, device: Warp, num_ctas: int, kind: type[Cta] = Cta) -> Grid:
+    """A launch that has run to its end: every Q tile is finished once, and every count is reached."""
+    grid = Grid(launch, device, num_ctas, num_ctas, kind)
+    grid.run()
+    parts = range(launch.cfg.num_dq_wgs)
+    assert grid.finished == Counter((*tile, part) for tile in launch.all_tiles() for part in parts)
+    assert grid.taken == launch.num_places + num_ctas
+    units = range(launch.sums.units)
+    assert all(device.counts[0, unit] == launch.pieces_of_unit for unit in units)
+    with_next = {unit for unit in units if device.counts[1, unit] == launch.duties_of_unit}
+    assert with_next == set(units[: -launch.params.sums.num_slots])
+    return grid
