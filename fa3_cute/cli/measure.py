@@ -132,8 +132,9 @@ class Stopwatch:
     def rounds(self, works: dict[Any, Work], rounds: int, batch_ms: float) -> dict[Any, list[Batch]]:
         """`rounds` batches of about `batch_ms` for each work, interleaved, after one round that is not recorded.
 
-        The order turns: A B C, B C A, ... The card's clock and temperature drift by more than the differences that
-        matter, so only batches of one round are comparable: take ratios per round.
+        The order turns, and goes back in every other round: A B C, A C B, C A B, ... so that none always comes behind
+        the same one, whose power the clock still answers to. Clock and temperature drift by more than the differences
+        that matter, so only batches of one round are comparable: take ratios per round.
         """
         counts = {}
         for name, work in works.items():
@@ -143,7 +144,7 @@ class Stopwatch:
         batches = {name: [] for name in works}
         order = list(works)
         for number in range(rounds + 1):
-            for name in order:
+            for name in order if number % 2 == 0 else order[::-1]:
                 batch = self.time(works[name], counts[name])
                 if number > 0:
                     batches[name].append(batch)

@@ -11,7 +11,7 @@ from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_byte
 from .score_features import Features, ScoreFields
 
 FLOAT_BYTES = 4
-PREPARE_THREADS = 128
+PREPARE_THREADS = 256
 PREPARE_WARPS = PREPARE_THREADS // WARP
 CONSUMER_WGS = 2  # of the main kernel and those of one gradient
 TILE_SLOTS = 2  # tiles of keys that a CTA knows of
@@ -214,8 +214,8 @@ class BackwardConfig(GradientFields):
     @property
     def use_pingpong(self) -> bool:
         """Warpgroups issue S one after the other, so that exponentials of one run under GEMMs of the other. With tiles
-        of 128 queries (head_dim 64) calls of 2048 and of 16k queries take 0.98 to 0.99 of the time; at 128 and 96,
-        whose tiles are smaller, 1.00 to 1.03 (BF16, H200, 2026-11-30)."""
+        of 128 queries (head_dim 64) calls of 2048 and of 16k queries take 0.97 to 1.00 of the time; with the smaller
+        tiles of 128 1.02 to 1.03, causal 1.00, with those of 96, causal, 1.02 to 1.04 (BF16, H200, 2026-11-30)."""
         return self.is_dq_behind and self.tile_m == 2 * ROWS_PER_WARPGROUP
 
     @property

@@ -17,6 +17,7 @@ from .backward import (
     FEATURED,
     FEATURES_OF_ALL,
     PREPARE_ARGUMENTS,
+    FLOAT_BYTES,
     PREPARE_THREADS,
     SHORT,
     SINKS_ARGUMENTS,
@@ -123,7 +124,11 @@ class PrepareConfig(_Around):
     arguments = PREPARE_ENTRY.arguments
     kernel = "fa3_cute.kernels.backward.prepare.PrepareBackward"
     num_threads = PREPARE_THREADS
-    smem_bytes = 0
+
+    @property
+    def smem_bytes(self) -> int:
+        """A sum for each row."""
+        return FLOAT_BYTES * self.tile_m
 
     @property
     def name(self) -> str:

@@ -23,8 +23,8 @@ STEPS_APART = 3
 # Deterministic, of calls without a mask, blocks of keys start one after the other, each when the one before has added
 # to the first Q tile. The fewer of a head run side by side the sooner all do; but the more heads do, the less L2 has of
 # each. From so many blocks on a section has so many waves, and so many heads at least. Of 2048, 4096 and 16k queries,
-# head_dim 64, calls then take 1.05, 1.03 and 1.01 of the time of the same call without order; with one wave 1.09, 1.06
-# and 1.4, with as many heads as L2 has room for 1.11, 1.09 and 1.04 (BF16, H200, 2026-11-30).
+# head_dim 64, calls then take 1.05 to 1.09, 1.03 to 1.06 and 1.01 to 1.06 of the time of the same call without order;
+# with one wave 1.09, 1.06 and 1.4, with as many heads as L2 has room for 1.11, 1.09 and 1.04 (BF16, H200, 2026-11-30).
 MANY_BLOCKS = 16
 WAVES_IN_ORDER = 2
 LEAST_HEADS_IN_ORDER = 3

@@ -157,11 +157,12 @@ class QueryTile:
 
 
 @cute.jit
-def query_tile(blocks: Blocks, sequences: Sequences) -> QueryTile:
-    """Of a CTA, one per block and head; its rows may all lie behind the sequence's last. Runs on: whole warps."""
+def query_tile(blocks: Blocks, sequences: Sequences, num_heads: Int32) -> QueryTile:
+    """Of a CTA, one per block and head, of which all heads' come first: their rows are neighbours in memory. Its rows
+    may all lie behind the sequence's last. Runs on: whole warps."""
     index = cute.arch.block_idx()[0]
-    head = index // blocks.num_blocks
-    block = index - head * blocks.num_blocks
+    block = index // num_heads
+    head = index - block * num_heads
     sequence = blocks.find(block)
     offset, seqlen, _, _ = sequences.place(sequence)
     return QueryTile(block, block - blocks.first(sequence), head, sequences.batch_coordinate(sequence), offset, seqlen)

@@ -6,9 +6,9 @@ from cutlass import Constexpr, Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP, by_name
+from ..common.barriers import open_turnstile
 from ..common.layout import element_type, rounded, unhoisted
 from ..common.tile_ring import END, read_tile
-from .barriers import open_turns
 from .blocks import KeyTile, QueryRange, key_tile_of, queries_of
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .duties import Duty, wait_for_sums
@@ -34,7 +34,7 @@ def consume(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdSmem
     tidx = cute.arch.thread_idx()[0] - WARP * by_name(cfg.roles)["consume"].warps[0]
     wg_idx = cute.arch.make_warp_uniform(tidx // 128)
     gradients = make_gradients(cfg, params, mmas, smem, pipes, tidx, wg_idx)
-    open_turns(cfg, wg_idx)
+    open_turnstile(cfg, wg_idx)
     count = turn = Int32(0)      # of tiles of keys, of Q tiles
     num_keys = Int32(0) if cfg.is_varlen else None   # of tiles with K and V, where not all are
     tile = wait_for_tile(cfg, smem, pipes, count)

@@ -12,9 +12,8 @@ its own, sums of all heads would go to memory and back, once for zeros, once for
 """
 from dataclasses import dataclass
 
-import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP
@@ -23,7 +22,7 @@ from .barriers import BarrierId
 from .bundles import BwdParams
 from .outgoing import threads_of
 from .place import find_place
-from .workspace import QUAD, add_to_count, first_quad
+from .workspace import add_to_count, clear_block
 
 
 @dataclass(frozen=True)
@@ -150,15 +149,10 @@ def free_sums(cfg: BackwardConfig, params: BwdParams, duty: Duty):
 @cute.jit
 def clear(cfg: BackwardConfig, params: BwdParams, duty: Duty):
     """Zeros in the place of sums that are read. Runs on: a warp."""
-    zeros = cute.make_rmem_tensor(QUAD, Float32)
-    zeros.fill(0.0)
     i, m_block, of_group = duty.start()
     while i < duty.num_tiles:
         block = params.sums.parts[None, duty.first_block + m_block, of_group, duty.slot]
-        quads = cute.make_tensor(first_quad(block.iterator, cute.arch.lane_idx()), cute.make_layout(
-            (QUAD, cfg.tile_m * cfg.head_dim // WARP // QUAD), stride=(1, WARP * QUAD)))
-        for j in cutlass.range(cute.size(quads, mode=[1]), unroll=8):
-            cute.autovec_copy(zeros, quads[None, j])
+        clear_block(block, cute.arch.lane_idx(), WARP)
         i, m_block, of_group = duty.after((i, m_block, of_group))
     cute.arch.sync_warp()
 

@@ -19,10 +19,9 @@ from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig, GradientFields
 from ..common.copies import clear_rows
-from ..common.barriers import sync_warpgroup
+from ..common.barriers import pass_turn, sync_warpgroup, wait_turn
 from ..common.layout import as_operand_a, element_type, rounded, transposed, unhoisted
 from ..common.wgmma import in_flight, issue_gemm
-from .barriers import pass_turn, wait_turn
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
 from .outgoing import wait_until_free
 from .scores import Exponents, Scores

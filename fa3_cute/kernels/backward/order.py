@@ -24,7 +24,7 @@ those before them a block of keys' queries later, and so on, which is the order 
 end one after the other, the first keys last, and in the next section the first keys start first, at the last queries:
 each where the one before it was a block of keys' queries ago. Both sections together take as long for every CTA, and
 the next two start together; where all were taken from the last keys on, the longest would start last: 16 heads of 16k
-queries of 128 columns take 1.06 times as long, by a count of steps. Others start one after the other, in the first
+queries of 128 columns take 1.07 times as long, by a count of steps. Others start one after the other, in the first
 section by waiting.
 """
 from cutlass import Int32

@@ -20,17 +20,19 @@ from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 from ...planning.backward import PREPARE_ARGUMENTS, PREPARE_THREADS, PREPARE_WARPS, BackwardConfig
 from ...planning.rings import WARP
 from ..common.arithmetic import LOG2_E
-from ..common.copies import is_in_row, row_copy, threads_per_row
+from ..common.copies import is_in_row, piece_size, row_copy, threads_per_row
 from ..common.entry import flat_entry
 from ..common.layout import element_type, lse_view, tensor_view
 from ..common.row_end import Sinks
 from ..common.sequences import Sequences, is_present
 from .blocks import Blocks, QueryTile, query_tile
-from .workspace import QUAD, Sums, first_quad, in_thread_order, per_block
+from .workspace import Sums, clear_block, per_block
 
-# Rows of O and of dO that a thread has on the way. A whole call, FP16, 32 x 512 tokens, hidden 2048, H200, 2026-11-29:
-# head_dim 128 490 to 492 us with 1, 486 to 488 with 2, 489 with 4; head_dim 64 the same with all of them.
-STEPS_IN_FLIGHT = 2
+# 16-byte pieces of O, and as many of dO, that a thread has on the way at most. Where few sequences are on few SMs a CTA
+# then waits for memory once: for all of a Q tile's rows, with their LSE. The sequences of 256, 512 and 128 at 16 heads
+# take 4.3 us here; with 128 threads, two steps of 4 to 8 on the way and LSE behind them 6.8, and the whole call 1.05 to
+# 1.12 times as long (head_dim 128 and 64, BF16, H200, 2026-11-30).
+MOST_PIECES_IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -82,28 +84,34 @@ class PrepareBackward:
         """A Q tile of one head per CTA."""
         cute.arch.griddepcontrol_wait()      # for whatever has written the lengths, and all else that is read here
         cute.arch.griddepcontrol_launch_dependents()
-        cfg, tile, thread = self.cfg, query_tile(blocks, sequences), cute.arch.thread_idx()[0]
-        if const_expr(cfg.has_sums):
-            self.clear(params, tile, thread)
+        cfg, tile, thread = self.cfg, query_tile(blocks, sequences, params.order.shape[2]), cute.arch.thread_idx()[0]
+        lse, dlse = self.read_row(params, tile, thread)
         element = element_type(cfg)
         copy, first_row, rows_per_step = row_copy(cfg.head_dim, element, thread, PREPARE_THREADS)
         per_row = threads_per_row(cfg.head_dim, element)
         sink, of_sink = -Float32.inf, Float32(0.0)
         if params.sinks.address != 0:
             sink = params.sinks.read(tile.head)
+        sProducts = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(cfg.tile_m))
         gO, gdO = (copy.partition_S(tile.rows_of(cfg, mX)) for mX in (params.mO, params.mdO))
         num_steps = -(-cfg.tile_m // rows_per_step)
-        # Of so few steps (head_dim 96: 3) one: both would leave one over, of which a loop of pairs reads half in vain.
-        steps_in_flight = STEPS_IN_FLIGHT if num_steps > STEPS_IN_FLIGHT else 1
-        for first in cutlass.range(0, num_steps, steps_in_flight, unroll=1):
-            rows = [(first + i) * rows_per_step + first_row for i in range(steps_in_flight)]
+        most = max(1, MOST_PIECES_IN_FLIGHT * per_row * piece_size(element) // cfg.head_dim)
+        in_flight = max(n for n in range(1, most + 1) if num_steps % n == 0)
+        for first in cutlass.range(0, num_steps, in_flight, unroll=1):
+            rows = [(first + i) * rows_per_step + first_row for i in range(in_flight)]
             are_used = [(tile.m_block * cfg.tile_m + row < tile.seqlen) & (row < cfg.tile_m) for row in rows]
             pairs = [[read_step(cfg, gX, first + i, is_used, params.mO.shape[1], thread) for gX in (gO, gdO)]
                      for i, is_used in enumerate(are_used)]
-            for i in cutlass.range_constexpr(len(rows)):
+            for i in cutlass.range_constexpr(in_flight):
                 product = row_sum(*pairs[i], per_row)
                 if thread % per_row == 0 and rows[i] < cfg.tile_m:
-                    of_sink += self.write_row(params, tile, rows[i], are_used[i], product, sink)
+                    sProducts[rows[i]] = product
+        if const_expr(cfg.has_sums):
+            self.clear(params, tile, thread)
+        cute.arch.sync_threads()
+        if thread < cfg.tile_m:
+            is_used = tile.m_block * cfg.tile_m + thread < tile.seqlen
+            of_sink = self.write_row(params, tile, thread, is_used, (sProducts[thread], lse, dlse), sink)
         if params.sinks.address != 0:
             of_sink = cute.arch.warp_reduction_sum(of_sink)
             if thread % WARP == 0:
@@ -119,12 +127,7 @@ class PrepareBackward:
         block, of_group = tile.block - sequence * blocks, tile.head - kv_head * group
         unit = sequence * (params.order.shape[2] // group) + kv_head
         if unit < sums.num_slots:
-            zeros = cute.make_rmem_tensor(QUAD, Float32)
-            zeros.fill(0.0)
-            start = first_quad(sums.parts[None, block, of_group, unit].iterator, thread)
-            target = in_thread_order(start, self.cfg.tile_m * self.cfg.head_dim)
-            for i in cutlass.range_constexpr(cute.size(target, mode=[1])):
-                cute.autovec_copy(zeros, target[None, i, 0])
+            clear_block(sums.parts[None, block, of_group, unit], thread, PREPARE_THREADS)
         if thread == 0:
             params.order[0, tile.block, tile.head] = Int32(0)
             if block == 0 and of_group == 0:
@@ -134,16 +137,24 @@ class PrepareBackward:
                 params.tile_counter[0] = Int32(0)
 
     @cute.jit
-    def write_row(self, params: PrepareParams, tile: QueryTile, row: Int32, is_used: Boolean, product: Float32,
-                  sink: Float32) -> Float32:
-        """shift and delta of a row of the tile, whose dO O sums up to `product`; returns what it adds to d_s_aux."""
-        shift, delta, of_sink = -Float32.inf, Float32(0.0), Float32(0.0)
-        if is_used:
-            query = tile.offset + tile.m_block * self.cfg.tile_m + row
-            lse, delta = params.mLSE[query, tile.head, tile.batch], -product
-            shift = -lse / params.scale
+    def read_row(self, params: PrepareParams, tile: QueryTile, row: Int32) -> tuple[Float32, Float32]:
+        """LSE and dLSE of a row of the tile; zeros of one that is not there, and where there is no dLSE."""
+        lse, dlse, query = Float32(0.0), Float32(0.0), tile.m_block * self.cfg.tile_m + row
+        if row < self.cfg.tile_m and query < tile.seqlen:
+            lse = params.mLSE[tile.offset + query, tile.head, tile.batch]
             if is_present(params.mdLSE):
-                delta += params.mdLSE[query, tile.head, tile.batch]
+                dlse = params.mdLSE[tile.offset + query, tile.head, tile.batch]
+        return lse, dlse
+
+    @cute.jit
+    def write_row(self, params: PrepareParams, tile: QueryTile, row: Int32, is_used: Boolean,
+                  values: tuple[Float32, Float32, Float32], sink: Float32) -> Float32:
+        """shift and delta of a row of the tile; returns what it adds to d_s_aux. values: rowsum(dO O), LSE, dLSE."""
+        shift, delta, of_sink = -Float32.inf, Float32(0.0), Float32(0.0)
+        product, lse, dlse = values
+        if is_used:
+            delta = dlse - product
+            shift = -lse / params.scale
             if sink != -Float32.inf:
                 below = Float32(0.0) if sink == lse else sink - lse      # of two that are +inf it is NaN
                 of_sink = cute.math.exp2(below * LOG2_E, fastmath=True) * delta

@@ -90,7 +90,7 @@ def add_in_order(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: B
         with cute.arch.elect_one():
             add_part(cfg, target, smem.sdQ[None, w], of_part)
             pipes.dq.consumer_release(part)
-            pass_turn(counter_of(params, tile, passing))
+            pass_on(counter_of(params, tile, passing))
     count_as_added(params, tile, unit, pieces_of(cfg, tile))
     return turn + num_passes
 
@@ -169,7 +169,7 @@ def wait_for_turn(cfg: BackwardConfig, params: BwdParams, tile: KeyTile, queries
 
 
 @cute.jit
-def pass_turn(counter: cute.Pointer):
+def pass_on(counter: cute.Pointer):
     """To the next CTA, once what this thread has sent is added, not only read. Runs on: a thread."""
     cute.arch.cp_async_bulk_wait_group(0, read=False)
     cute.arch.red(counter, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")

@@ -3,8 +3,9 @@ the same elements, 4 floats at a time. Element 4 j + i of thread t lies at 512 j
 """
 from dataclasses import dataclass
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Constexpr, Float32, Int32, Int64
 
 from .blocks import Blocks
 
@@ -57,6 +58,17 @@ class Sums:
 
 
 @cute.jit
+def clear_block(block: cute.Tensor, thread: Int32, threads: Constexpr[int]):
+    """Zeros in the place of a block's sums. Runs on: so many threads."""
+    zeros = cute.make_rmem_tensor(QUAD, Float32)
+    zeros.fill(0.0)
+    layout = cute.make_layout((QUAD, cute.size(block) // threads // QUAD), stride=(1, threads * QUAD))
+    quads = cute.make_tensor(first_quad(block.iterator, thread), layout)
+    for j in cutlass.range(cute.size(quads, mode=[1]), unroll=8):
+        cute.autovec_copy(zeros, quads[None, j])
+
+
+@cute.jit
 def wait_for_count(counter: cute.Pointer, wanted: Int32):
     """Until a count of Sums.progress is that, and what was counted is visible. Runs on: whole warps."""
     count = Int32(-1)
@@ -81,6 +93,6 @@ def in_thread_order(start: cute.Pointer, size: int, slots: int = 1) -> cute.Tens
 
 
 def first_quad(start: cute.Pointer, thread: Int32) -> cute.Pointer:
-    """Where one of 128 threads has its first in a slot of global memory. Shared memory's addresses are plain sums: with
+    """Where one of the threads has its first in a slot of global memory. Shared memory's addresses are plain sums: with
     an assumption the compiler makes other code of the kernels' loops, not less."""
     return start + cute.assume(QUAD * thread, divby=QUAD)
