@@ -144,7 +144,8 @@ class Stopwatch:
         batches = {name: [] for name in works}
         order = list(works)
         for number in range(rounds + 1):
-            for name in order if number % 2 == 0 else order[::-1]:
+            is_forth = number % 2 == 0 or len(order) == 2  # two in turn are back and forth already
+            for name in order if is_forth else order[::-1]:
                 batch = self.time(works[name], counts[name])
                 if number > 0:
                     batches[name].append(batch)

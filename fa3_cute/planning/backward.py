@@ -12,7 +12,7 @@ from .score_features import Features, ScoreFields
 
 FLOAT_BYTES = 4
 PREPARE_THREADS = 256
-PREPARE_WARPS = PREPARE_THREADS // WARP
+SINK_WARPS = 4  # of the prepare kernel: those that have rows, one a thread, of which a Q tile has 128 at most
 CONSUMER_WGS = 2  # of the main kernel and those of one gradient
 TILE_SLOTS = 2  # tiles of keys that a CTA knows of
 # Per thread of the producer and of the consumers: 24 + 2 * 240 = 3 * 168, all that the 384 threads of a CTA start with.
@@ -70,7 +70,7 @@ CLEAR_ARGUMENTS = tuple(
     + [(name, "int32") for name in ("batch_size", "seqlen_q", "seqlen_k", "num_heads")]
     + [("stream", "stream")]
 )
-# num_blocks: of the prepare kernel, each of which has left a warp's sums
+# num_blocks: of the prepare kernel, each of which has left a sum of each of its first warps
 SINKS_ARGUMENTS = (*_P("d_s_aux", "sink_sums"), ("num_heads", "int32"), ("num_blocks", "int32"), ("stream", "stream"))
 
 

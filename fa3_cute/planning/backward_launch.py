@@ -31,7 +31,7 @@ from ..contract.scores import ELEMENT_BYTES as SCORE_BYTES
 from ..contract.scores import MASK_STRIDES
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
-from .backward import PREPARE_WARPS, SHORT_QUERIES, SIZE_NAMES, BackwardConfig
+from .backward import SINK_WARPS, SHORT_QUERIES, SIZE_NAMES, BackwardConfig
 from .backward_kernels import (
     GRADIENT,
     SCRATCH,
@@ -184,7 +184,7 @@ def pass_of(shape: BackwardShape) -> Pass:
         "order": rows * cfg.has_sums,
         "tile_counter": int(cfg.has_sums and has_queries),
         "shared_sums": floats_of_shares(cfg, of),
-        "sink_sums": rows * PREPARE_WARPS * has_sinks,
+        "sink_sums": rows * SINK_WARPS * has_sinks,
     }
     sizes = [-(-elements[part] * SCRATCH[part][1] // PART_ALIGNMENT) * PART_ALIGNMENT for part in SCRATCH]
     *offsets, total = accumulate(sizes, initial=0)

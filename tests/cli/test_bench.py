@@ -46,6 +46,21 @@ def test_rounds_interleave(monkeypatch):
     assert "".join(order) == "abc" + "abc" + "acb" + "cab" + "cba"  # calibration, the unrecorded round, three rounds
 
 
+def test_two_come_behind_each_other_in_turn(monkeypatch):
+    stream, order = FakeStream(), []
+
+    def launch(name):
+        def run():
+            stream.now += 10.0
+            order.append(name)
+
+        return run
+
+    works = {name: Work(launch(name)) for name in "ab"}
+    fake_stopwatch(stream, monkeypatch).rounds(works, 3, batch_ms=30)
+    assert "".join(order[10:]) == "".join(3 * name for name in "ab" + "ba" + "ab" + "ba")
+
+
 def test_a_graph_is_many_calls(monkeypatch):
     stream, captured = FakeStream(), []
     stopwatch = fake_stopwatch(stream, monkeypatch)

@@ -8,8 +8,8 @@ A row that sees no key (LSE = -inf, or +inf as others write it) has delta = 0, a
 scores are masked. Rows behind the sequence's last have the shift -inf: P = 0. Both are padded to whole Q tiles, which
 bulk copies can read.
 
-A sink is a key of value 0, hence of dP = 0, and d_s_aux the sum of exp(s_aux - LSE[i]) delta[i]. Each warp leaves that
-of its rows, in the same order in every call; sinks.py adds them up.
+A sink is a key of value 0, hence of dP = 0, and d_s_aux the sum of exp(s_aux - LSE[i]) delta[i]. Each warp that
+has rows leaves that of its own, in the same order in every call; sinks.py adds them up.
 """
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 
-from ...planning.backward import PREPARE_ARGUMENTS, PREPARE_THREADS, PREPARE_WARPS, BackwardConfig
+from ...planning.backward import PREPARE_ARGUMENTS, PREPARE_THREADS, SINK_WARPS, BackwardConfig
 from ...planning.rings import WARP
 from ..common.arithmetic import LOG2_E
 from ..common.copies import is_in_row, piece_size, row_copy, threads_per_row
@@ -47,7 +47,7 @@ class PrepareParams:
     sums: Sums
     order: cute.Tensor         # (1, blocks, num_heads) int32
     tile_counter: cute.Tensor  # (1) int32
-    sink_sums: cute.Tensor     # (PREPARE_WARPS, blocks, num_heads) f32
+    sink_sums: cute.Tensor     # (SINK_WARPS, blocks, num_heads) f32
     sinks: Sinks
     scale: Float32
 
@@ -73,7 +73,7 @@ class PrepareBackward:
             mdLSE=cute.make_tensor(a.dlse, lse.layout), shift=part(a.shift, cfg.tile_m),
             delta=part(a.delta, cfg.tile_m), sums=Sums.create(cfg, a),
             order=part(a.order, 1), tile_counter=cute.make_tensor(a.tile_counter, cute.make_layout(1)),
-            sink_sums=part(a.sink_sums, PREPARE_WARPS), sinks=Sinks.create(a),
+            sink_sums=part(a.sink_sums, SINK_WARPS), sinks=Sinks.create(a),
             scale=a.softmax_scale)
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(params, blocks, sequences).launch(
@@ -114,7 +114,7 @@ class PrepareBackward:
             of_sink = self.write_row(params, tile, thread, is_used, (sProducts[thread], lse, dlse), sink)
         if params.sinks.address != 0:
             of_sink = cute.arch.warp_reduction_sum(of_sink)
-            if thread % WARP == 0:
+            if thread % WARP == 0 and thread < SINK_WARPS * WARP:
                 params.sink_sums[thread // WARP, tile.block, tile.head] = of_sink
 
     @cute.jit

@@ -6,7 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from ...planning.backward import PREPARE_WARPS, SINKS_ARGUMENTS
+from ...planning.backward import SINK_WARPS, SINKS_ARGUMENTS
 from ...planning.backward_kernels import SinksConfig
 from ...planning.rings import WARP
 from ..common.entry import flat_entry
@@ -23,8 +23,8 @@ class SinkGradients:
     def launch(self, a):
         """d_s_aux[head] = the sum of sink_sums[.., head]"""
         sums = cute.make_tensor(a.sink_sums, cute.make_layout(
-            (PREPARE_WARPS, a.num_blocks, a.num_heads),
-            stride=(1, Int64(PREPARE_WARPS), Int64(PREPARE_WARPS) * a.num_blocks)))
+            (SINK_WARPS, a.num_blocks, a.num_heads),
+            stride=(1, Int64(SINK_WARPS), Int64(SINK_WARPS) * a.num_blocks)))
         d_s_aux = cute.make_tensor(a.d_s_aux, cute.make_layout(a.num_heads))
         self.kernel.set_name_prefix(f"fa3_cute_{self.cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
         self.kernel(d_s_aux, sums, a.num_blocks).launch(
@@ -36,7 +36,7 @@ class SinkGradients:
         lane, head = cute.arch.lane_idx(), cute.arch.block_idx()[0]
         total = Float32(0.0)
         for block in cutlass.range(lane, num_blocks, WARP, unroll=4):
-            part = cute.make_rmem_tensor(PREPARE_WARPS, Float32)
+            part = cute.make_rmem_tensor(SINK_WARPS, Float32)
             cute.autovec_copy(sums[None, block, head], part)
             total += (part[0] + part[1]) + (part[2] + part[3])
         total = cute.arch.warp_reduction_sum(total)

@@ -7,6 +7,8 @@ id    name        threads  who                                       protects
 10    CONSUMERS   256      two warpgroups sync                       what they read or write together
 11    P_FULL      256      warpgroup 0 arrives, warpgroup 1 syncs    P and factors in shared memory, until written (mla)
 12    P_EMPTY     256      warpgroup 1 arrives, warpgroup 0 syncs    the same, until read
+
+The main backward kernel has EPILOGUE and TURN of these; from 7 on its ids are those of backward/barriers.py.
 """
 import enum
 
@@ -37,7 +39,8 @@ def open_turnstile(cfg: KernelConfig, wg_idx: Int32):
 
 @cute.jit
 def wait_turn(cfg: KernelConfig, wg_idx: Int32):
-    """Block until the previous warpgroup has issued its GEMMs."""
+    """Block until the previous warpgroup has passed its turn on: when its GEMMs are issued, backward when its S is
+    complete."""
     if const_expr(cfg.use_pingpong):
         cute.arch.barrier(barrier_id=BarrierId.TURN + wg_idx, number_of_threads=256)
 
