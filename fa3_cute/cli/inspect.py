@@ -235,7 +235,7 @@ def roles(cfg: Config) -> dict[str, int | None] | None:
     """Registers per thread after setmaxnreg; None for a kernel that has none."""
     if not cfg.uses_setmaxnreg:
         return None
-    if isinstance(cfg, DecodeConfig):
+    if isinstance(cfg, DecodeConfig) or getattr(cfg, "is_split", False):
         return {role.name: role.registers for role in cfg.roles}
     return dict(zip(("producer", "consumer"), cfg.registers, strict=True))
 

@@ -1,20 +1,20 @@
-"""BackwardConfig: compile-time choices of the backward kernels, and the table that makes them. Pure Python."""
+"""BackwardConfig: compile-time choices of the backward kernels; backward_tables.py makes them. Pure Python."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from ..contract.scores import MASK_STRIDES
+from . import split
 from .config import ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from .dims import DimFields
 from .rings import WARP, WARPS_PER_WARPGROUP, Ring, Role, num_threads, smem_bytes
-from .score_features import Features, ScoreFields
+from .score_features import ScoreFields
 
 FLOAT_BYTES = 4
 PREPARE_THREADS = 256
 SINK_WARPS = 4  # of the prepare kernel: those that have rows, one a thread, of which a Q tile has 128 at most
 CONSUMER_WGS = 2  # of the main kernel and those of one gradient
-TILE_SLOTS = 2  # tiles of keys that a CTA knows of
+TILE_SLOTS = split.TILE_SLOTS
 # Per thread of the producer and of the consumers: 24 + 2 * 240 = 3 * 168, all that the 384 threads of a CTA start with.
 # setmaxnreg waits for registers that it cannot have.
 REGISTERS = (24, 240)
@@ -79,6 +79,7 @@ class GradientFields(DimFields, ScoreFields):
 
     num_consumer_wgs = CONSUMER_WGS
     registers = REGISTERS
+    is_split = False
     is_fp8 = has_descales = False
     packs_heads = False
     uses_setmaxnreg = True
@@ -131,6 +132,8 @@ class BackwardConfig(GradientFields):
     is_dq_transposed  dQ^T = K^T dS^T, each warpgroup its columns of dQ, for which tile_m need not be a multiple of 64
                       per warpgroup; else dQ = dS K, each its rows, or of 64 rows the warpgroups all of it in turns
     is_dq_behind      dQ is computed a Q tile later, when every warpgroup's dS has long been there
+    is_split          each consumer warpgroup has one of S, dP and dQ (planning/split.py), else 64 keys; dV and dK come
+                      a Q tile later than S
     has_softcap ..    of ScoreFields
     is_padded         of DimFields: threads store as many columns as rows have; V has tiles as wide as K's
     """
@@ -143,8 +146,10 @@ class BackwardConfig(GradientFields):
     tile_m: int
     is_dq_transposed: bool
     is_dq_behind: bool
+    is_split: bool = False
 
-    num_q_stages = num_do_stages = num_ds_stages = 2  # slots: all that turns with the Q tiles turns together
+    # Slots: all that turns with the Q tiles turns together. Those of dS are of P and dS if is_split.
+    num_q_stages = num_do_stages = num_ds_stages = 2
     has_sums = True  # of dQ, in the workspace
 
     def __post_init__(self):
@@ -159,10 +164,18 @@ class BackwardConfig(GradientFields):
             (self.head_dim_v == 0, f"head_dim_v={self.head_dim_v}: must be 0, head_dim"),
             (self.mask in ("full", "causal", "local"), f"mask={self.mask!r}: must be 'full', 'causal' or 'local'"),
             (
-                self.tile_m % (16 if self.is_dq_transposed else self.tile_n) == 0 or self.is_dq_in_turns,
-                f"tile_m={self.tile_m}: must be a multiple of {16 if self.is_dq_transposed else self.tile_n}",
+                self.tile_m % self.rows_step == 0,
+                f"tile_m={self.tile_m}: must be a multiple of {self.rows_step}",
             ),
             (not self.is_dq_in_turns or self.is_dq_behind, f"tile_m={self.tile_m}: dQ must be a Q tile behind"),
+            (
+                not self.is_split or (self.head_dim, self.tile_m, self.is_deterministic) == (192, 64, False),
+                "is_split: must be of head_dim 192 and 64 queries, and not deterministic",
+            ),
+            (
+                not (self.is_split and self.feature_names),
+                f"is_split: must be without features of scores, not {self.feature_names[1:]}",
+            ),
             (
                 not self.is_dq_transposed or self.head_dim % self.tile_n == 0,
                 f"head_dim={self.head_dim}: must be a multiple of {self.tile_n}, M of dQ^T, if is_dq_transposed",
@@ -183,7 +196,18 @@ class BackwardConfig(GradientFields):
     @property
     def tile_n(self) -> int:
         """Keys of a CTA: a warpgroup has the 64 of one WGMMA, with their dK and dV in its registers."""
-        return ROWS_PER_WARPGROUP * self.num_consumer_wgs
+        return split.TILE_N if self.is_split else ROWS_PER_WARPGROUP * self.num_consumer_wgs
+
+    @property
+    def num_consumer_wgs(self) -> int:
+        return split.CONSUMER_WGS if self.is_split else CONSUMER_WGS
+
+    @property
+    def rows_step(self) -> int:
+        """What tile_m is a multiple of."""
+        if self.is_split or self.is_dq_in_turns:
+            return ROWS_PER_WARPGROUP
+        return 16 if self.is_dq_transposed else self.tile_n
 
     @property
     def finds_bounds_again(self) -> bool:
@@ -226,7 +250,7 @@ class BackwardConfig(GradientFields):
         2026-11-30). At 64, with 128 queries, both take 1.00 to 1.04, dQ's comes behind twice as many exponentials; dS
         alone 0.99 to 1.00 without a mask, 1.00 to 1.02 with one.
         """
-        if not self.is_dq_behind:
+        if not self.is_dq_behind or self.is_split:
             return frozenset()
         if self.tile_m == 2 * ROWS_PER_WARPGROUP:
             return frozenset({"dS"} if self.mask == "full" else ())
@@ -234,8 +258,8 @@ class BackwardConfig(GradientFields):
 
     @property
     def is_dq_in_turns(self) -> bool:
-        """One warpgroup computes dQ of a Q tile, another that of the next."""
-        return computes_in_turns(self.tile_m, self.is_dq_transposed)
+        """One warpgroup computes dQ of a Q tile, another that of the next: dQ = dS K has rows for one alone."""
+        return self.tile_m == ROWS_PER_WARPGROUP and not (self.is_dq_transposed or self.is_split)
 
     @property
     def num_reducers(self) -> int:
@@ -257,17 +281,20 @@ class BackwardConfig(GradientFields):
         """Who does what: the producer warpgroup's warps, then the consumers."""
         producer, consumer = self.registers
         first = WARPS_PER_WARPGROUP
+        consume = Role("consume", range(first, first + self.num_consumer_warps), consumer)
         return (
             Role("load", range(1), producer),
             Role("reduce", range(1, 2), producer),
             Role("schedule", range(2, 3), producer),
             Role("watch", range(3, 4), producer),
-            Role("consume", range(first, first + self.num_consumer_warps), consumer),
+            *(split.consumer_roles() if self.is_split else [consume]),
         )
 
     @cached_property
     def rings(self) -> tuple[Ring, ...]:
         """In the order of their slots in shared memory. One lane of a warp arrives where warps are counted."""
+        if self.is_split:
+            return split.rings_of(self)
         warps, row = self.num_consumer_warps, self.head_dim * 2
         vector, readers = FLOAT_BYTES * max(self.tile_m, 128 // FLOAT_BYTES), WARPS_PER_WARPGROUP * self.num_dq_wgs
         return (
@@ -281,93 +308,3 @@ class BackwardConfig(GradientFields):
             Ring("shift", self.num_q_stages, vector, 0, 0, "shift"),
             Ring("delta", self.num_do_stages, vector, 0, 0, "delta"),
         )
-
-
-def computes_in_turns(tile_m: int, is_dq_transposed: bool) -> bool:
-    """dQ = dS K has rows for one warpgroup alone."""
-    return tile_m == ROWS_PER_WARPGROUP and not is_dq_transposed
-
-
-class Row(NamedTuple):
-    """tile_m, is_dq_transposed and is_dq_behind of some problems, and why."""
-
-    tile_m: int
-    is_dq_transposed: bool
-    is_dq_behind: bool
-    reason: str
-
-
-# Times of the whole call, BF16, 16k tokens, hidden 2048, H200, 2026-11-29 and 30.
-WIDE = Row(
-    80,
-    True,
-    True,
-    "80 queries: at N = 64, A and B of S and dP take all of shared memory's bandwidth; 64 take 1.00 to 1.02 times as "
-    "long at 16k tokens, dQ of its own tile 1.00 to 1.03",
-)
-UNEVEN = Row(
-    64,
-    True,
-    True,
-    "where rows behind a sequence's last are cleared, 80 queries have no registers for dQ a tile later: 8 x 2048 take "
-    "1.03 to 1.04 times as long",
-)
-NARROW = Row(
-    64,
-    True,
-    True,
-    "of 512 queries 80 fill 7 tiles where 6.4 would do, and take 1.11 to 1.15 times as long, of 1024 1.04 to 1.06",
-)
-CROSSING = Row(
-    64,
-    True,
-    True,
-    "80 queries cross the diagonal for longer: causal calls of 16k queries take 1.01 times as long, of 4096 1.04, "
-    "windows of 1024 keys 1.04 to 1.05",
-)
-SQUARE = Row(
-    128,
-    False,
-    True,
-    "dQ a tile later, under the exponentials: dQ of its own tile takes up to 1.11 times as long; 96 queries, whose dQ "
-    "is split by queries, take 1.09 to 1.18",
-)
-TURNS = Row(
-    64,
-    False,
-    True,
-    "64 queries, whose dQ warpgroups compute in turns: three kernels of one gradient each take 1.38 to 1.45 times as "
-    "long; 128 queries spill",
-)
-TABLE = {
-    (64, "full"): SQUARE,
-    (64, "causal"): SQUARE,
-    (64, "local"): SQUARE,
-    (128, "full"): WIDE,
-    (128, "causal"): CROSSING,
-    (128, "local"): CROSSING,
-    (96, "full"): TURNS,
-    (96, "causal"): TURNS,
-    (96, "local"): TURNS,
-}
-# Where lengths are on the device, of whatever sequences.
-VARLEN = {(128, "full"): UNEVEN}
-# Where sequences have SHORT_QUERIES at most, in the mean.
-SHORT_QUERIES = 1024
-SHORT = {(128, "full"): NARROW}
-
-# Features that the kernel of all gradients has, one at a time: with two of them it spills, and with softcap at head_dim
-# 64, whose Q tiles have 128 rows.
-FEATURES_OF_ALL = frozenset(("has_softcap", "has_alibi", "has_chunks"))
-# Its rows with one of them, by head_dim.
-FEATURED = {
-    64: SQUARE,
-    96: TURNS,
-    128: Row(64, True, False, "not measured: with 80 queries some of the features spill"),
-}
-
-
-def has_registers(head_dim: int, features: Features) -> bool:
-    """The kernel of all gradients does not spill with these features."""
-    fields = {field for field, _ in features}
-    return len(fields) <= 1 and fields <= FEATURES_OF_ALL and (head_dim, fields) != (64, {"has_softcap"})

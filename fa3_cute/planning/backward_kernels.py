@@ -14,18 +14,13 @@ from ..contract.formats import PARTIAL
 from .backward import (
     BACKWARD_ARGUMENTS,
     CLEAR_ARGUMENTS,
-    FEATURED,
-    FEATURES_OF_ALL,
-    PREPARE_ARGUMENTS,
     FLOAT_BYTES,
+    PREPARE_ARGUMENTS,
     PREPARE_THREADS,
-    SHORT,
     SINKS_ARGUMENTS,
-    TABLE,
-    VARLEN,
     BackwardConfig,
-    has_registers,
 )
+from .backward_tables import FEATURED, FEATURES_OF_ALL, SHORT, TABLE, VARLEN, has_registers
 from .one_side import ONE_SIDE_ARGUMENTS, OneSideConfig, OneSidePass
 from .one_side import TABLE as ONE_SIDE
 from .pair import PAIR_ARGUMENTS, PairConfig
@@ -33,7 +28,7 @@ from .rings import WARP
 from .score_features import NO_FEATURES, Features
 
 MASKS = ("full", "causal", "local")
-ROWS = (*TABLE, *product(ONE_SIDE, MASKS))  # (head_dim, mask) of all passes
+ROWS = tuple(dict.fromkeys((*TABLE, *product(ONE_SIDE, MASKS))))  # (head_dim, mask) of all passes
 
 CLEAR_THREADS = 128
 GRADIENT = "gradient"  # what SideConfig's kernel calls its own
@@ -202,12 +197,19 @@ def pass_config(
     dims: Features = NO_FEATURES,
 ) -> BackwardConfig | OneSidePass:
     """The pass of a row of the tables; one without sums has the same bits in every call, asked for or not."""
-    if head_dim in ONE_SIDE or not has_registers(head_dim, features):
+    if not has_one_kernel(head_dim, features, is_deterministic, dims):
         return OneSidePass(dtype, head_dim, mask, is_varlen, features, **dict(dims))
     table = TABLE | (VARLEN if is_varlen else SHORT if is_short else {})
     row = FEATURED[head_dim] if features else table[head_dim, mask]
-    choices = row.tile_m, row.is_dq_transposed, row.is_dq_behind
+    choices = row.tile_m, row.is_dq_transposed, row.is_dq_behind, row.is_split
     return BackwardConfig(dtype, head_dim, mask, is_varlen, is_deterministic, *choices, **dict(features | dims))
+
+
+def has_one_kernel(head_dim: int, features: Features, is_deterministic: bool, dims: Features) -> bool:
+    """Of all gradients."""
+    if (head_dim, "full") not in TABLE or not has_registers(head_dim, features):
+        return False
+    return not TABLE[head_dim, "full"].is_split or not (is_deterministic or dict(dims).get("head_dim_v"))
 
 
 def reason_of(cfg: BackwardConfig | OneSidePass) -> str:

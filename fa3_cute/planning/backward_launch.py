@@ -31,7 +31,7 @@ from ..contract.scores import ELEMENT_BYTES as SCORE_BYTES
 from ..contract.scores import MASK_STRIDES
 from ..contract.sentences import must
 from ..contract.status import Problem, Status, shown
-from .backward import SINK_WARPS, SHORT_QUERIES, SIZE_NAMES, BackwardConfig
+from .backward import SINK_WARPS, SIZE_NAMES, BackwardConfig
 from .backward_kernels import (
     GRADIENT,
     SCRATCH,
@@ -43,6 +43,7 @@ from .backward_kernels import (
     kernels_of,
     pass_config,
 )
+from .backward_tables import SHORT_QUERIES
 from .dims import dim_fields
 from .known import MAX_SHAPES, Known
 from .one_side import BIAS, OneSidePass

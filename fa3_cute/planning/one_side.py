@@ -1,5 +1,6 @@
-"""OneSideConfig: a backward kernel of one gradient, for head dims whose three do not fit one CTA, and for what is done
-to scores that the kernel of all three has no registers for. Pure Python.
+"""OneSideConfig: a backward kernel of one gradient, for head dims whose three do not fit one CTA (of 192 columns only
+in calls that are not deterministic), and for what is done to scores that the kernel of all three has no registers for.
+Pure Python.
 
 A CTA holds rows of one side, of queries for dQ or of keys for dK or dV, and their gradient in registers, while tiles of
 the other side pass. Nothing is added up across CTAs: there is no sum in FP32, no order to keep, and the same bits in

@@ -3,17 +3,19 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from ..contract.formats import ELEMENT_BYTES, FP8, PARTIAL, VALUE_DIMS, WIDE_DIMS
-from .backward import SHORT
-from .backward import TABLE as BACKWARD
 from .backward import BackwardConfig
-from .backward_kernels import ROWS, KernelOfPass, kernels_of, pass_config
+from .backward_kernels import MASKS, KernelOfPass, kernels_of, pass_config
+from .backward_tables import SHORT
+from .backward_tables import TABLE as BACKWARD
 from .config import DecodeConfig, FwdConfig
 from .decode_append import AppendingConfig, appending
 from .decode_rows import DECODE
 from .key_source import PAGE_BOXES
 from .mla import MlaConfig, mla_config
+from .one_side import TABLE as ONE_SIDE
 from .one_side import OneSidePass
 from .packing import PACKED_FEATURES
 from .tables import (
@@ -192,11 +194,11 @@ def backward_configs() -> list[BackwardConfig | OneSidePass]:
     rows = list(BACKWARD)
     bf16 = [pass_config("bf16", *row, is_varlen, False) for row in rows for is_varlen in (False, True)]
     fp16 = [pass_config("fp16", *row, number % 2 == 1, False) for number, row in enumerate(rows) if number % 3]
-    ordered = [pass_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(rows) if number % 3]
-    ordered += [pass_config("bf16", *row, False, True) for row in rows if row[1] == "full"]
+    in_order = [row for row in rows if not BACKWARD[row].is_split]
+    ordered = [pass_config("bf16", *row, number % 2 == 0, True) for number, row in enumerate(in_order) if number % 3]
+    ordered += [pass_config("bf16", *row, False, True) for row in in_order if row[1] == "full"]
     short = [pass_config("bf16", *row, False, is_det, is_short=True) for row in SHORT for is_det in (False, True)]
-    others = [row for row in ROWS if row not in BACKWARD]
-    one_side = [OneSidePass("bf16", *row, number % 2 == 1) for number, row in enumerate(others)]
+    one_side = [OneSidePass("bf16", *row, number % 2 == 1) for number, row in enumerate(product(ONE_SIDE, MASKS))]
     return [*bf16, *fp16, *ordered, *short, *one_side, OneSidePass("fp16", 192, "causal", True)]
 
 

@@ -18,8 +18,8 @@ from fa3_cute.contract.head_dims import columns_of
 from fa3_cute.contract.params import DataType, is_packed
 from fa3_cute.contract.reference import to_bits
 from fa3_cute.contract.status import Status
-from fa3_cute.planning.backward import SHORT_QUERIES
 from fa3_cute.planning.backward_launch import BackwardShape, workspace_bytes
+from fa3_cute.planning.backward_tables import SHORT_QUERIES
 
 DENSE = BackwardCase(Case("bf16", 64, True, 6, 2, 70, 50, 2), has_dlse=True)
 PACKED = next(case for case in backward_cases(64) if case.layout == "gaps" and case.used)

@@ -4,7 +4,6 @@ import fingerprints
 import pytest
 from test_merge_configs import LDG, STG, accesses
 
-from fa3_cute.planning.backward import SHORT, TABLE
 from fa3_cute.planning.backward_kernels import (
     MASKS,
     KeysConfig,
@@ -13,6 +12,7 @@ from fa3_cute.planning.backward_kernels import (
     SideConfig,
     kernels_of,
 )
+from fa3_cute.planning.backward_tables import SHORT, TABLE
 from fa3_cute.planning.config import REGISTERS_PER_SM, ROWS_PER_WARPGROUP, SMEM_BYTES_PER_CTA
 from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 from fa3_cute.planning.selections import backward_configs
@@ -83,16 +83,34 @@ def compiled(cfg):
 def test_main(cfg):
     report, _ = compiled(cfg)
     assert report.registers == REGISTERS_PER_SM // cfg.num_threads // 8 * 8
-    # A Q tile is head_dim/16 WGMMAs for S and dP each, tile_m/16 for dV and dK each, and for dQ tile_n/16 per tile of
-    # its M; the code holds it once per kind of iteration, and where dQ is a Q tile behind once more: the first
-    # tile without dQ, and the last dQ.
+    assert report.wgmmas == (wgmmas_of_roles if cfg.is_split else wgmmas)(cfg)
+
+
+def kinds_of(cfg) -> int:
+    """Of iterations: tiles cut by the diagonal, passed first or last; tiles that all see; those of a window's left
+    end."""
+    return 2 + cfg.is_local + cfg.has_directions
+
+
+def wgmmas(cfg) -> int:
+    """A Q tile is head_dim/16 for S and dP each, tile_m/16 for dV and dK each, and for dQ tile_n/16 per tile of its M;
+    the code holds it once per kind of iteration, and where dQ is a Q tile behind once more: the first tile without dQ,
+    and the last dQ."""
     tiles_of_dq = cfg.head_dim if cfg.is_dq_transposed else cfg.tile_m
     of_dq = cfg.tile_n // 16 * (tiles_of_dq // (ROWS_PER_WARPGROUP * cfg.num_dq_wgs))
-    # The kinds: tiles cut by the diagonal, passed first or last; tiles that all see; those of a window's left end.
-    step, kinds = 2 * cfg.head_dim // 16 + 2 * cfg.tile_m // 16 + of_dq, 2 + cfg.is_local + cfg.has_directions
+    step, kinds = 2 * cfg.head_dim // 16 + 2 * cfg.tile_m // 16 + of_dq, kinds_of(cfg)
     # In turns: each kind of iteration with dQ and without.
     without = (step - of_dq) * kinds * cfg.is_dq_in_turns
-    assert report.wgmmas == step * (kinds + cfg.is_dq_behind) + without
+    return step * (kinds + cfg.is_dq_behind) + without
+
+
+def wgmmas_of_roles(cfg) -> int:
+    """Scores: two halves of S and three blocks of gradients in each kind of iteration, S in the first, gradients in the
+    last. Products: dP and two blocks, in the loop and in the first and the last. Queries: a block and a third of
+    dQ."""
+    own, block = cfg.head_dim // 16, cfg.tile_m // 16
+    scores = (2 * own + 3 * block) * (kinds_of(cfg) + 1)
+    return scores + 2 * (own + 2 * block) + block + cfg.tile_n // 16
 
 
 @pytest.mark.parametrize("cfg", of_kind(SideConfig), ids=lambda cfg: cfg.name)
@@ -119,7 +137,7 @@ def test_dk_and_dv(cfg):
 def test_prepare(cfg):
     """It is as fast as memory: tensors are read and written 16 bytes at a time."""
     report, kernel = compiled(cfg)
-    is_thin = cfg.has_sums and cfg.head_dim != 96  # whose threads have three pieces of a row
+    is_thin = cfg.has_sums and cfg.head_dim not in (96, 192)  # whose threads have three pieces of a row
     assert report.wgmmas == 0 and report.registers <= (MOST_REGISTERS if is_thin else MOST_WITHOUT_SUMS)
     vectors = cfg.tile_m * cfg.head_dim * 2 // VECTOR // cfg.num_threads  # of 16-bit elements
     assert accesses(kernel.code, LDG)[VECTOR] >= 2 * min(2, vectors)  # pieces of O and dO, in a loop

@@ -39,10 +39,15 @@ SHAPES = (
     Case((300, 0, 1, 128, 640), (0, 100, 260, 129, 640), "seqused", num_heads_k=9, group=1),
     Case((5,) * 3, (0,) * 3, "seqused", num_heads_k=3),
     Case((300, 0, 5), (0,) * 3, "packed", num_heads_k=3),
+    Case((300,) * 5, (500,) * 5, head_dim=192, group=1),
+    Case((700,) * 4, (150,) * 4, head_dim=192, num_heads_k=3, group=2),
+    Case((300, 0, 1, 128, 640, 64, 200), (260, 100, 0, 129, 513, 1, 384), "packed", head_dim=192, num_heads_k=7),
+    Case((300, 0, 1, 128, 640), (0, 100, 260, 129, 640), "seqused", head_dim=192, num_heads_k=9, group=1),
 )
 CASES = [
     Case(**vars(case) | {"mask": mask, "is_deterministic": is_deterministic})
     for case, mask, is_deterministic in product(SHAPES, WINDOWS, (False, True))
+    if case.head_dim != 192 or not is_deterministic  # which has kernels of one gradient
 ]
 
 
@@ -90,7 +95,8 @@ def test_consumers_and_the_watch_role_go_the_same_way(device, case):
     """Round by round, each through the same tiles, of which every row and column is stored once."""
     launch = Launch(case)
     cfg, stored = launch.cfg, Counter()
-    rows_of_part = cfg.tile_m if cfg.is_dq_transposed or cfg.is_dq_in_turns else cfg.tile_m // 2
+    has_columns = outgoing.has_columns(cfg)
+    rows_of_part = cfg.tile_m if has_columns or cfg.is_dq_in_turns else cfg.tile_m // 2
     places = range(launch.params.num_behind, launch.num_places)
     for _, duty in [both for index in places for both in device.run(cfg, launch.params, index)]:
         device.sent.clear()
@@ -102,7 +108,7 @@ def test_consumers_and_the_watch_role_go_the_same_way(device, case):
             first = rows.block * rows_of_part
             used = range(first, first + min(rows.used, rows_of_part))
             stored.update((rows.batch, rows.offset, rows.head, row, rows.column_block) for row in used)
-    heads, columns = range(case.num_heads_k * case.group), range(2 if cfg.is_dq_transposed else 1)
+    heads, columns = range(case.num_heads_k * case.group), range(cfg.num_consumer_wgs if has_columns else 1)
     of_each = [(at, product(heads, range(queries), columns)) for at, (queries, _) in launch.lengths.items()]
     assert stored == Counter((*at, *of) for at, own in of_each for of in own)
 
@@ -122,8 +128,8 @@ def test_without_queries_tiles_have_no_duties(device, mask):
 
 def test_the_cases_have_all_kinds_of_tiles_and_duties():
     found = [Launch(case) for case in CASES]
-    kinds = {(launch.cfg.tile_m, launch.cfg.is_dq_transposed) for launch in found}
-    assert kinds == {(128, False), (64, False), (64, True), (80, True)}
+    kinds = {(launch.cfg.tile_m, launch.cfg.is_dq_transposed, launch.cfg.is_split) for launch in found}
+    assert kinds == {(128, False, False), (64, False, False), (64, True, False), (80, True, False), (64, False, True)}
     assert {launch.params.is_rising for launch in found} == {0, 1}
     assert sum(launch.params.sums.num_slots < launch.sums.units for launch in found) > 20
     assert sum(launch.params.num_behind < launch.num_tiles for launch in found) > 30

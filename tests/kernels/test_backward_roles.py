@@ -12,7 +12,8 @@ pytest.importorskip("cutlass")
 
 import backward_order
 from backward_order import WINDOWS, Case, Counted, Launch, python_roles
-from backward_roles import NOW, Cta, run_all
+from backward_roles import NOW, Cta
+from backward_split import SplitConsumer, SplitCta, run_all
 from test_backward_duties import CASES
 
 from fa3_cute.kernels.backward import duties
@@ -42,9 +43,20 @@ def in_order(case: Case, mask: str) -> Case:
     return Case(**vars(case) | {"mask": mask, "is_deterministic": True})
 
 
+def of_kernel(case: Case, mask: str) -> Case:
+    """The same, if its kernel has an order."""
+    return Case(**vars(case) | {"mask": mask}) if case.head_dim == 192 else in_order(case, mask)
+
+
 IN_ORDER = [case for case in CASES if case.is_deterministic]
 IN_ORDER += [in_order(case, mask) for case, mask in product(MANY_UNITS, WINDOWS)]
+SPLIT_UNITS = (
+    Case((640,) * 10, (1000,) * 10, head_dim=192, group=1),
+    Case((900,) * 8, (900,) * 8, head_dim=192, num_heads_k=3, group=3),
+    Case(LENGTHS, (260, 0, 0, 129, 513, 1, 384), "packed", head_dim=192, num_heads_k=13, group=1),
+)
 AS_THEY_COME = [case for case in CASES if not case.is_deterministic]
+AS_THEY_COME += [Case(**vars(case) | {"mask": mask}) for case, mask in product(SPLIT_UNITS, WINDOWS)]
 
 
 @pytest.mark.parametrize("num_ctas", [1, 3, 40])
@@ -76,8 +88,12 @@ def test_the_cases_have_all_kinds(device):
     """Of kernels, of directions, and of launches with fewer slots than units."""
     ordered, others = (list(map(Launch, cases)) for cases in (IN_ORDER, AS_THEY_COME))
     kinds = set(product(((128, False), (64, False), (64, True)), (False, True))) | {((80, True), False)}
-    for found in (ordered, others):
+    whole = [of for of in others if not of.cfg.is_split]
+    for found in (ordered, whole):
         assert {((of.cfg.tile_m, of.cfg.is_dq_transposed), of.cfg.is_varlen) for of in found} == kinds
+    split = [of for of in others if of.cfg.is_split]
+    assert {(of.case.mask, of.cfg.is_varlen) for of in split} == set(product(WINDOWS, (False, True)))
+    for found in (ordered, whole, split):
         assert sum(of.params.sums.num_slots < of.sums.units for of in found) > 10
     assert {of.params.is_rising for of in ordered if of.cfg.is_varlen} == {0, 1}
     assert {of.params.is_rising for of in ordered if not of.cfg.is_varlen} == {0, 1}
@@ -132,6 +148,48 @@ class FreesPlacesEarly(Cta):
         super().set_free(num_left + 1)
 
 
+class FreesSplitPlacesEarly(SplitCta, FreesPlacesEarly):
+    """The same, of halves."""
+
+
+class OneSlotOfDq(SplitCta):
+    """The reduce warp releases a part when it has sent it, not when it is read."""
+
+    def empty_dq(self, slot: int, content: tuple):
+        """The one after it, too."""
+        super().empty_dq(slot, content)
+        self.dq.empty[slot ^ 1].arrive()
+
+
+class ForgetsProducts(SplitConsumer):
+    """Writes P before the products role has read the one before."""
+
+    def place_of_p(self):
+        """Without waiting for it."""
+        return NOW
+
+
+class ForgetsLeaving(SplitConsumer):
+    """Begins a tile of keys before what leaves of the last one is read."""
+
+    def sync(self, barrier):
+        """Arrives on FREE, and waits for nobody."""
+        wait = super().sync(barrier)
+        return NOW if barrier is self.cta.free else wait
+
+
+class Hasty(SplitCta):
+    """Whose consumers forget the products role."""
+
+    consumer = ForgetsProducts
+
+
+class Careless(SplitCta):
+    """Whose consumers forget what leaves."""
+
+    consumer = ForgetsLeaving
+
+
 OF_OTHERS, WAITING = (AssertionError, "another part of dQ"), (TimeoutError, "waiting: ")
 WRONG = (
     (OtherParity, OF_OTHERS, MANY_UNITS, (1, 40)),
@@ -140,6 +198,10 @@ WRONG = (
     (FreesSumsLate, WAITING, MANY_UNITS[:2] + MANY_UNITS[4:5], (40,)),
     (FreesSumsEarly, (AssertionError, "zeros where the sums were not read"), MANY_UNITS[3:], (1, 40)),
     (FreesPlacesEarly, (AssertionError, "not sent"), MANY_UNITS, (1, 40)),
+    (FreesSplitPlacesEarly, (AssertionError, "not sent"), SPLIT_UNITS, (1, 40)),
+    (OneSlotOfDq, (AssertionError, "dQ where another is not added"), SPLIT_UNITS, (1, 40)),
+    (Hasty, (AssertionError, "where the one before is not read"), SPLIT_UNITS, (1, 40)),
+    (Careless, (AssertionError, "not sent"), SPLIT_UNITS, (1, 40)),
 )
 
 
@@ -149,7 +211,7 @@ def test_what_is_wrong_is_found(device, kind, found, cases, numbers):
     error, message = found
     for case, mask, num_ctas in product(cases, WINDOWS, numbers):
         with pytest.raises(error, match=message):
-            run_all(Launch(in_order(case, mask)), device, num_ctas, kind)
+            run_all(Launch(of_kernel(case, mask)), device, num_ctas, kind)
 
 
 class WaitsForNoSlot(Cta):

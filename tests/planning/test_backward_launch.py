@@ -14,11 +14,11 @@ from fa3_cute.contract.formats import UNBOUNDED_WINDOW
 from fa3_cute.contract.scores import MASK_STRIDES
 from fa3_cute.contract.status import FlashAttentionError, Problem, last_error
 from fa3_cute.planning import backward_launch as planning
-from fa3_cute.planning.backward import SHORT, SHORT_QUERIES, TABLE, VARLEN
 from fa3_cute.planning.backward_kernels import (
     CLEAR_ENTRY,
     GRADIENT,
     MAIN_ENTRY,
+    MASKS,
     PREPARE_ENTRY,
     ROWS,
     SCRATCH,
@@ -28,11 +28,14 @@ from fa3_cute.planning.backward_kernels import (
     kernels_of,
     pass_config,
 )
+from fa3_cute.planning.backward_tables import SHORT, SHORT_QUERIES, TABLE, VARLEN
+from fa3_cute.planning.one_side import TABLE as ONE_SIDE
 from fa3_cute.planning.one_side import OneSidePass
 from fa3_cute.planning.sections import floats_of_shares
 from fa3_cute.planning.selections import backward_configs, backward_dim_configs, backward_kernels
 
 A, STEP = 0x7F00_0000_0000, 1 << 32
+SPLIT = [row for row, chosen in TABLE.items() if chosen.is_split]
 SAME = ScoreMod(lambda score, batch, head, query, key, info, aux: score, name="same", key="same")
 ADDRESSES = {name: A + index * STEP for index, name in enumerate(planning.POINTERS)}
 GOOD = BackwardParams(
@@ -95,7 +98,7 @@ def test_what_changes_with_every_call(entry):
 
 
 def test_kernels_are_told_by_their_names():
-    """Those of one name are one kernel: masks and lengths make no other prepare kernels."""
+    """Those of one name are one kernel: masks and lengths make no other prepare kernels, passes without sums do."""
     everything = [
         kernel
         for row, dtype, *flags, is_short in product(ROWS, ("fp16", "bf16"), *[(False, True)] * 3)
@@ -105,25 +108,26 @@ def test_kernels_are_told_by_their_names():
     assert len({kernel.name for kernel in distinct}) == len(distinct)
     count = lambda kind: sum(isinstance(kernel, kind) for kernel in distinct)
     head_dims = lambda rows: len({row[0] for row in rows})
-    assert count(PrepareConfig) == 2 * (head_dims(ROWS) + head_dims(SHORT))
+    assert count(PrepareConfig) == 2 * (head_dims(ROWS) + head_dims(SHORT) + head_dims(SPLIT))
 
 
 def test_the_selection_has_every_row_and_option():
     everything = backward_configs()
-    assert len(set(everything)) == len(everything) <= 42
+    assert len(set(everything)) == len(everything) <= 55
     configs = [cfg for cfg in everything if cfg.has_sums]
     rows = {(cfg.head_dim, cfg.mask, cfg.is_varlen) for cfg in configs if cfg.dtype == "bf16"}
     assert rows == {(*row, is_varlen) for row in TABLE for is_varlen in (False, True)}
     for facts in (("fp16", False), ("bf16", True)):
         own = [cfg for cfg in configs if (cfg.dtype, cfg.is_deterministic) == facts]
-        assert {(cfg.head_dim, cfg.is_varlen) for cfg in own} == set(product({row[0] for row in TABLE}, (False, True)))
+        head_dims = {row[0] for row in TABLE if not (row in SPLIT and facts[1])}
+        assert {(cfg.head_dim, cfg.is_varlen) for cfg in own} == set(product(head_dims, (False, True)))
         assert len({cfg.mask for cfg in own}) > 1
     short = [cfg for cfg in configs if (cfg.head_dim, cfg.mask) in SHORT and cfg.tile_m == SHORT[128, cfg.mask].tile_m]
     assert {(cfg.head_dim, cfg.mask) for cfg in short} == set(SHORT)
     for name in ("is_varlen", "is_deterministic"):
         assert {getattr(cfg, name) for cfg in short} == {False, True}
     one_side = [cfg for cfg in everything if not cfg.has_sums]
-    assert {(cfg.head_dim, cfg.mask) for cfg in one_side} == set(ROWS) - set(TABLE)
+    assert {(cfg.head_dim, cfg.mask) for cfg in one_side} == set(product(ONE_SIDE, MASKS)) <= set(ROWS)
     for name in ("head_dim", "mask"):
         of_rows = {getattr(cfg, name) for cfg in one_side}
         assert {(getattr(cfg, name), cfg.is_varlen) for cfg in one_side} == set(product(of_rows, (False, True)))
@@ -135,16 +139,15 @@ def test_the_selection_has_every_row_and_option():
 @pytest.mark.parametrize("head_dim", [192, 256])
 @pytest.mark.parametrize("call", [GOOD, PACKED], ids=["dense", "packed"])
 def test_passes_without_sums(call, head_dim):
-    """Asked for the same bits or not: the same kernels, and a workspace without sums."""
-    is_packed, call = call is PACKED, replace(call, head_dim=head_dim, is_causal=True)
-    passes = [plan(replace(call, deterministic=value)) for value in (False, True)]
-    kernels = [[stage.config for stage in found.stages] for found in passes]
-    assert kernels[0] == kernels[1] == list(kernels_of(OneSidePass("bf16", head_dim, "causal", is_packed)))
+    """Asked for the same bits or, at 256, not: the same kernels, and a workspace without sums."""
+    is_packed, call = call is PACKED, replace(call, head_dim=head_dim, is_causal=True, deterministic=True)
+    passes = [plan(replace(call, deterministic=value)) for value in {True, head_dim == 192}]
+    kernels = list(kernels_of(OneSidePass("bf16", head_dim, "causal", is_packed)))
+    assert all([stage.config for stage in found.stages] == kernels for found in passes)
     assert [stage.outputs for stage in passes[0].stages] == [(), ("dq",), ("dk", "dv")]
     blocks = 700 // 128 + 2 if is_packed else 2 * 4
     for found in passes:
-        assert found.workspace_bytes == 2 * 4 * blocks * 128 * 6
-        assert backward_workspace_size(call) == found.workspace_bytes
+        assert found.workspace_bytes == backward_workspace_size(call) == 2 * 4 * blocks * 128 * 6
         places = found.places(tuple(range(len(planning.POINTERS) + 1)))
         for stage, own in zip(found.stages[1:], ({GRADIENT: "dq"}, {"dk": "dk", "dv": "dv"}), strict=True):
             given = dict(zip(stage.config.entry.per_call, stage.pick(places), strict=False))

@@ -155,6 +155,11 @@ ONE_HEAD = DENSE | {"batch_size": 1, "num_heads": 32, "num_heads_k": 1}
         (SHORT, "causal", "dense", False, (32, 0, 32 * 4, 96)),
         (GROUPS, "causal", "dense", False, (4, 0, 4 * 32, 12)),
         (ONE_HEAD, "full", "dense", False, (1, 0, 32, 1)),
+        # Of 96 keys 171 tiles: with a mask three units fill four waves, of 86 tiles three two waves.
+        (LONG | {"head_dim": 192, "num_heads": 12, "num_heads_k": 12}, "full", "dense", False, (1, 0, 171, 3)),
+        (LONG | {"head_dim": 192, "num_heads": 12, "num_heads_k": 12}, "causal", "dense", False, (3, 0, 3 * 171, 9)),
+        (LONG | {"head_dim": 192, "seqlen_q": 8192, "seqlen_k": 8192}, "causal", "dense", False, (3, 0, 3 * 86, 9)),
+        (DENSE | {"head_dim": 192}, "causal", "dense", False, (3, 0, 3 * 43, 9)),
         # Deterministic: those of a section that shares L2 start together, others one after the other.
         (SHORT, "causal", "dense", True, (32, 1, 2 * 32 * 4, 128)),
         (DENSE, "causal", "dense", True, (4, 1, 2 * 4 * 32, 16)),
@@ -216,7 +221,7 @@ def test_without_keys_or_queries(rows, launched, num_behind):
 )
 def test_side_section(sizes, side, expected):
     """Heads of the side whose rows CTAs have."""
-    shape = shape_of("causal", head_dim=192, **sizes)
+    shape = shape_of("causal", head_dim=192, is_deterministic=True, **sizes)
     cfg = shape.config
     configs = {side.side: side for side in cfg.sides} | ({"dk": cfg.pair} if cfg.pair else {})
     assert side_section(configs[side], shape.forward) == expected

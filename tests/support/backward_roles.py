@@ -23,12 +23,14 @@ from fa3_cute.planning.rings import WARP, by_name
 class Cta:
     """Shared memory and barriers of a CTA, and the roles of one warp. w: which warpgroup's dQ a warp adds."""
 
+    consumer = Consumer
+
     def __init__(self, grid: "Grid"):
         """Before it has begun."""
         self.grid, self.launch = grid, grid.launch
         self.cfg = cfg = grid.launch.cfg
         rings = {name: ring._replace(name="", slot_bytes=0, label="") for name, ring in by_name(cfg.rings).items()}
-        assert rings["k"] == rings["v"] and rings["q"] == rings["do"], "one stands for both"
+        assert rings["k"] == rings["v"] and (cfg.is_split or rings["q"] == rings["do"]), "one stands for both"
         self.tiles, self.k, self.q, self.ds, self.dq = (Slots(rings[name]) for name in ("tiles", "k", "q", "ds", "dq"))
         self.tiles.content = [Entry(None, no_duty())] * self.tiles.number
         self.free, self.sums, *self.staged = (NamedBarrier(threads_of(cfg)) for _ in range(4))
@@ -42,7 +44,7 @@ class Cta:
         watch = self.follow(self.watch)
         self.set_free(0)
         warps = {"schedule": self.schedule(), "load": self.follow(self.load), "reduce": self.follow(self.reduce)}
-        consumers = {f"consumer {w}": Consumer(self, w).work() for w in range(self.cfg.num_consumer_wgs)}
+        consumers = {f"consumer {w}": self.consumer(self, w).work() for w in range(self.cfg.num_consumer_wgs)}
         return warps | {"watch": watch} | consumers
 
     def follow(self, work, num_warps: int = 1):
@@ -207,16 +209,24 @@ class Cta:
         if cfg.shares_tiles:
             yield lambda: all(part in self.grid.left for part in range(tile.first_part, tile.end_part))
         self.sums.arrive("watch")
-        yield from self.send(0)
-        if cfg.shares_tiles and tile.part != STORES:
-            self.grid.left[tile.part] = True
-        yield from self.send(1)
+        yield from self.send_keys(tile)
         for i in range(rounds_of(cfg, duty)):
             self.set_free(1)
             yield from self.send(i % 2)
         self.set_free(0)
         if not cfg.is_deterministic:
             yield from self.free_sums(duty)
+
+    def send_keys(self, tile):
+        """dV and dK."""
+        yield from self.send(0)
+        self.tell_of_part(tile)
+        yield from self.send(1)
+
+    def tell_of_part(self, tile):
+        """That its sums are there, if another stores them."""
+        if self.cfg.shares_tiles and tile.part != STORES:
+            self.grid.left[tile.part] = True
 
     def send(self, place: int):
         """What all warpgroups have left there."""

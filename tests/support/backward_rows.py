@@ -7,8 +7,9 @@ from backward_cases import BackwardCase
 
 from fa3_cute.contract.formats import tile_dims
 from fa3_cute.planning import backward_launch as planning
-from fa3_cute.planning.backward import SHORT_QUERIES, BackwardConfig
+from fa3_cute.planning.backward import BackwardConfig
 from fa3_cute.planning.backward_kernels import pass_config
+from fa3_cute.planning.backward_tables import SHORT_QUERIES
 from fa3_cute.planning.one_side import OneSidePass
 from fa3_cute.planning.selections import backward_configs
 

@@ -21,7 +21,7 @@ from .workspace import Sums
 
 @dataclass(frozen=True)
 class BwdMmas:
-    """The five GEMMs, over all consumer warpgroups; keys are on M of the first three."""
+    """The five GEMMs, over all consumer warpgroups; keys are on M of the first three. Of split.py: make_split_mmas."""
     sdp: cute.TiledMma             # S^T = K Q^T and dP^T = V dO^T
     dkv: cute.TiledMma             # dV += P^T dO and dK += dS^T Q, with P^T and dS^T in registers
     dq: cute.TiledMma              # dQ = dS K, or dQ^T = K^T dS^T
@@ -68,7 +68,7 @@ class BwdLayouts:
     sdO: cute.ComposedLayout       # (tile_m, head_dim, num_do_stages)
     sK: cute.ComposedLayout        # (tile_n, head_dim, 1)
     sV: cute.ComposedLayout        # (tile_n, head_dim, 1)
-    sdS: cute.ComposedLayout       # (tile_m, tile_n, num_ds_stages)
+    sdS: cute.ComposedLayout       # (tile_m, tile_n, num_ds_stages), if split of P and of dS
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class BwdSmem:
     sdO: cute.Tensor
     sK: cute.Tensor
     sV: cute.Tensor
-    sdS: cute.Tensor               # place 0 of what leaves at the end, see outgoing.py
-    sdQ: cute.Tensor               # (dq_part, num_consumer_wgs) f32, in thread order
+    sdS: cute.Tensor               # if split P and dS; place 0 of what leaves at the end, see outgoing.py
+    sdQ: cute.Tensor               # (dq_part, slots) f32, in thread order
     sShift: cute.Tensor           # (tile_m, num_q_stages) f32
     sDelta: cute.Tensor          # (tile_m, num_do_stages) f32
 
@@ -94,5 +94,6 @@ class BwdPipelines:
     v: pipeline.PipelineTmaAsync   # the same
     q: pipeline.PipelineTmaAsync   # load warp -> consumers: Q and the rows' shift
     do: pipeline.PipelineTmaAsync  # load warp -> consumers: dO and the rows' delta
-    ds: pipeline.PipelineAsync     # every consumer warp -> every consumer warp
+    ds: pipeline.PipelineAsync     # every consumer warp -> every consumer warp; of split.py products -> all
+    p: Optional[pipeline.PipelineAsync]    # of split.py alone: scores -> scores and products
     dq: pipeline.PipelineAsync     # a slot per consumer warpgroup, filled in every round -> the warp that adds it

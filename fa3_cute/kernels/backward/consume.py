@@ -16,7 +16,7 @@ from .finish import finish_all, make_finisher
 from .gradients import Gradients, clear_unused_rows, filled, make_gradients
 from .outgoing import Outgoing, key_part, key_rows, wait_until_free
 from .shares import share_sums
-from .visible import KeyMask
+from .visible import KeyMask, RowMask
 
 # Of `turn`, where consumers have no register for the number of tiles of keys too: from here on that number's. Of both
 # the last two bits are used; fewer than 2^29 Q tiles pass a tile of keys.
@@ -88,7 +88,7 @@ def pass_first(gradients: Gradients, params: BwdParams, tile: KeyTile, turn: Int
     has_queries = queries.m_block_max > queries.m_block_min
     if const_expr(cfg.is_dq_behind):
         if has_queries:
-            mask = KeyMask.create(cfg, params.window, tile, gradients.tidx)
+            mask = mask_of(cfg, params, tile, gradients.tidx)
             gradients.start_head(tile.kv_head * params.group, tile.sequence)
             m_block, _ = queries.passing(0, params.group, tile.is_rising)
             gradients.step_behind(mask, m_block, turn, is_masked=True, has_dq=False, is_first=True)
@@ -100,6 +100,11 @@ def pass_first(gradients: Gradients, params: BwdParams, tile: KeyTile, turn: Int
     return turn, num_done
 
 
+def mask_of(cfg, params, tile, tidx):
+    """Of a consumer thread."""
+    return (RowMask if cfg.is_split else KeyMask).create(cfg, params.window, tile, tidx)
+
+
 @cute.jit
 def leave(gradients: Gradients, params: BwdParams, tile: KeyTile, duty: Duty, turn: Int32):
     """dV, dK and the duty's dQ, whose first sums come meanwhile, to the places from which they are sent."""
@@ -107,16 +112,17 @@ def leave(gradients: Gradients, params: BwdParams, tile: KeyTile, duty: Duty, tu
     out = Outgoing(cfg, gradients.smem, wg_idx, unhoisted(gradients.tidx) % 128)
     wait_for_sums(cfg)
     if const_expr(cfg.shares_tiles):
-        share_sums(params.shares, tile, (gradients.acc_dV, gradients.acc_dK), unhoisted(gradients.tidx))
+        accs = (0, gradients.acc_dV), (1, gradients.acc_dK)
+        share_sums(params.shares, tile, accs, unhoisted(gradients.tidx))
     finisher = make_finisher(cfg, params, mmas.dq_part, out, duty)
     first, rows = finisher.start(), key_rows(cfg, tile, wg_idx)
     finisher.read(0, first)
-    out.stage(mmas.dkv_part, rounded(gradients.acc_dV, element_type(cfg)), key_part(cfg), 0, params.dv, rows)
+    out.stage(mmas.dkv_part, rounded(gradients.acc_dV, element_type(cfg)), key_part(cfg), 0, params.dv, rows, False)
     finisher.read(1, finisher.after(first))
     for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
         gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
     gradients.wait_for_dQ_place(turn)
-    out.stage(mmas.dkv_part, rounded(gradients.acc_dK, element_type(cfg)), key_part(cfg), 1, params.dk, rows)
+    out.stage(mmas.dkv_part, rounded(gradients.acc_dK, element_type(cfg)), key_part(cfg), 1, params.dk, rows, False)
     finish_all(finisher)
 
 

@@ -7,7 +7,6 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import CopyG2ROp, MemoryOrder, MemoryScope
 
 from ...planning.backward import BackwardConfig
-from ...planning.config import ROWS_PER_WARPGROUP
 from ..common.layout import element_type, rounded
 from .bundles import BwdParams
 from .duties import Duty, rounds_of
@@ -70,7 +69,7 @@ class Finisher:
         self.read(which, ahead)
         wait_until_free(cfg)
         rows = query_rows(cfg, self.duty, self.params.group, place, self.out.wg_idx)
-        self.out.stage(self.mma, rdQ, query_part(cfg), which, self.params.dq, rows)
+        self.out.stage(self.mma, rdQ, query_part(cfg), which, self.params.dq, rows, cfg.is_dq_transposed)
 
 
 @cute.jit
@@ -88,6 +87,7 @@ def finish_all(finisher: Finisher):
 
 def make_finisher(cfg: BackwardConfig, params: BwdParams, mma: cute.TiledMma, out: Outgoing, duty: Duty) -> Finisher:
     """Of a consumer thread."""
-    shape = (ROWS_PER_WARPGROUP, cfg.tile_m if cfg.is_dq_transposed else cfg.head_dim)
+    shape = cute.size(query_part(cfg), mode=[0]), cute.size(query_part(cfg), mode=[1])
+    shape = shape[::-1] if cfg.is_dq_transposed else shape
     accs = tuple(cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32) for _ in range(2))
     return Finisher(cfg, params, mma, accs, out, duty)

@@ -8,7 +8,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 
 from ...planning.backward import BACKWARD_ARGUMENTS, BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
-from ...planning.rings import by_name
+from ...planning.rings import WARPS_PER_WARPGROUP, by_name
 from ..common.arithmetic import minimum
 from ..common.entry import flat_entry
 from ..common.layout import element_type, smem_ring
@@ -25,6 +25,8 @@ from .reduce import reduce_dq
 from .schedule import schedule
 from .scores import Scores
 from .shares import Shares
+from .split import make_split_mmas
+from .split_consume import consume_split
 from .watch import watch
 from .workspace import Sums
 
@@ -58,7 +60,7 @@ class FlashAttentionBackward:
             shares=Shares.create(cfg, a) if const_expr(cfg.shares_tiles) else None)
         num_places = k_blocks.num_blocks * a.num_heads_k - a.num_shared + a.num_parts + a.num_behind * a.tail_split
         self.kernel.set_name_prefix(f"fa3_cute_{cfg.name}", remove_cutlass_symbol=True, keep_mangled_name=False)
-        self.kernel(params, layouts, make_bwd_mmas(cfg)).launch(
+        self.kernel(params, layouts, (make_split_mmas if cfg.is_split else make_bwd_mmas)(cfg)).launch(
             grid=(minimum(num_places, a.num_sms), 1, 1), block=(cfg.num_threads, 1, 1),
             min_blocks_per_mp=1,             # without it ptxas ignores setmaxnreg (C7508)
             use_pdl=True, stream=a.stream)
@@ -84,7 +86,7 @@ class FlashAttentionBackward:
         smem, pipes = self.allocate(layouts)
         cute.arch.griddepcontrol_wait()      # for the prepare kernel
         roles = by_name(cfg.roles)
-        if warp_idx < roles["consume"].warps[0]:
+        if warp_idx < WARPS_PER_WARPGROUP:
             cute.arch.setmaxregister_decrease(roles["load"].registers)
             if warp_idx == roles["load"].warps[0]:
                 load(cfg, params, smem, pipes)
@@ -94,6 +96,8 @@ class FlashAttentionBackward:
                 schedule(cfg, params, smem, pipes)
             if warp_idx == roles["watch"].warps[0]:
                 watch(cfg, params, smem, pipes)
+        elif const_expr(cfg.is_split):
+            consume_split(cfg, params, mmas, smem, pipes)
         else:
             cute.arch.setmaxregister_increase(roles["consume"].registers)
             consume(cfg, params, mmas, smem, pipes)
@@ -101,7 +105,8 @@ class FlashAttentionBackward:
     @cute.jit
     def allocate(self, layouts: BwdLayouts):
         """Carve shared memory; initialise and publish the mbarriers."""
-        memory = SharedMemory(self.cfg, ("tiles", "k", "v", "q", "do", "ds", "dq"))
+        of_split = ("p",) if self.cfg.is_split else ()
+        memory = SharedMemory(self.cfg, ("tiles", "k", "v", "q", "do", *of_split, "ds", "dq"))
         entries = cute.make_layout((entry_ints(key_tile_of(self.cfg)), memory.rings["tiles"].slots))
         sTiles = memory.allocator.allocate_tensor(Int32, entries, byte_alignment=16)
         entries = cute.make_layout((entry_ints(Duty), memory.rings["tiles"].slots))
@@ -114,7 +119,7 @@ class FlashAttentionBackward:
         pipes = BwdPipelines(
             tiles=memory.ring("tiles"), k=memory.tma_ring("k"), v=memory.tma_ring("v"),
             q=memory.tma_ring("q", "shift"), do=memory.tma_ring("do", "delta"), ds=memory.ring("ds"),
-            dq=memory.ring("dq"))
+            p=memory.ring("p") if self.cfg.is_split else None, dq=memory.ring("dq"))
         publish_barriers()
         return smem, pipes
 

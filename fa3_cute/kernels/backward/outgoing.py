@@ -48,14 +48,21 @@ class Rows:
 
 
 def key_part(cfg: BackwardConfig) -> cute.ComposedLayout:
-    """(64, head_dim, 1): a warpgroup's keys of dK or dV, in shared memory."""
+    """(64, head_dim, 1): a warpgroup's keys of dK or dV, in shared memory; if is_split half of its columns."""
+    if cfg.is_split:
+        return smem_ring(element_type(cfg), cfg.tile_n // 2, ROWS_PER_WARPGROUP, 1)
     return smem_ring(element_type(cfg), ROWS_PER_WARPGROUP, cfg.head_dim, 1)
 
 
 def query_part(cfg: BackwardConfig) -> cute.ComposedLayout:
     """(queries, columns, 1): what a warpgroup has of a tile of dQ."""
-    rows, columns = (cfg.tile_m, ROWS_PER_WARPGROUP) if cfg.is_dq_transposed else (ROWS_PER_WARPGROUP, cfg.head_dim)
+    rows, columns = (cfg.tile_m, ROWS_PER_WARPGROUP) if has_columns(cfg) else (ROWS_PER_WARPGROUP, cfg.head_dim)
     return smem_ring(element_type(cfg), rows, columns, 1)
+
+
+def has_columns(cfg: BackwardConfig) -> bool:
+    """A warpgroup has some columns of dQ."""
+    return cfg.is_dq_transposed or cfg.is_split
 
 
 @cute.jit
@@ -69,14 +76,17 @@ def gradient_of(a, name: str, like: str, shape: tuple, part: cute.ComposedLayout
 
 
 @cute.jit
-def key_rows(cfg: BackwardConfig, tile, wg_idx: Int32 | int) -> Rows:
+def key_rows(cfg: BackwardConfig, tile, wg_idx: Int32 | int, half: int = 0) -> Rows:
     """Of a warpgroup's keys; none of a part that another stores (shares.py)."""
-    block = tile.n_block * cfg.num_consumer_wgs + wg_idx
+    block, column_block = tile.n_block * cfg.num_consumer_wgs + wg_idx, Int32(0)
     used = tile.seqlen_k - block * ROWS_PER_WARPGROUP
+    if const_expr(cfg.is_split):
+        block, column_block = 2 * tile.n_block + half, Int32(wg_idx)
+        used = tile.seqlen_k - block * (cfg.tile_n // 2)
     if const_expr(cfg.shares_tiles):
         if tile.part != STORES:
             used = Int32(0)
-    return Rows(block, Int32(0), tile.offset_k, used, tile.kv_head, tile.batch)
+    return Rows(block, column_block, tile.offset_k, used, tile.kv_head, tile.batch)
 
 
 @cute.jit
@@ -84,7 +94,7 @@ def query_rows(cfg: BackwardConfig, duty, group: Int32, place: tuple[Int32, Int3
     """Of a warpgroup's part of a tile of dQ; none if the place lies behind the duty's last."""
     i, m_block, of_group = place
     block, column_block, used = m_block, Int32(0), duty.seqlen - m_block * cfg.tile_m
-    if const_expr(cfg.is_dq_transposed):
+    if const_expr(has_columns(cfg)):
         column_block = Int32(wg_idx)
     elif const_expr(not cfg.is_dq_in_turns):
         block, used = cfg.num_dq_wgs * m_block + wg_idx, used - ROWS_PER_WARPGROUP * wg_idx
@@ -98,6 +108,9 @@ def slot_at(cfg: BackwardConfig, smem, place: int, wg_idx: Int32 | int, part: cu
     address = smem.sdS.iterator.toint() + wg_idx * 2 * ROWS_PER_WARPGROUP * cfg.head_dim
     if place == 1:
         address = smem.sdQ.iterator.toint() + wg_idx * 4 * cfg.dq_part
+    if cfg.is_split:
+        start = (smem.sdQ if place == 1 else smem.sdS).iterator.toint()
+        address = start + wg_idx * 2 * ROWS_PER_WARPGROUP * cfg.tile_m
     element = element_type(cfg)
     ptr = cute.make_ptr(element, Int32(address), cute.AddressSpace.smem, assumed_align=1024)
     return cute.make_tensor(cute.recast_ptr(ptr, part.inner, dtype=element), part.outer)
@@ -118,15 +131,29 @@ class Outgoing:
 
     @cute.jit
     def stage(self, mma: cute.TiledMma, rX: cute.Tensor, part: Constexpr, place: Constexpr[int], gradient: Gradient,
-              rows: Rows):
-        """A part, rounded, of a warpgroup's GEMM -> a place that is free. Its rows are the GEMM's columns if it is not
-        as wide as a row."""
-        cfg, is_transposed = self.cfg, cute.size(part, mode=[1]) != self.cfg.head_dim
-        slot = slot_at(cfg, self.smem, place, self.wg_idx, part)[None, None, 0]
+              rows: Rows, is_transposed: Constexpr[bool]):
+        """A part, rounded, of the warpgroup's GEMM -> a place that is free."""
+        self.write(mma, rX, part, place, self.wg_idx, is_transposed)
+        self.tell(place)
+        self.store_rest(part, place, gradient, rows, self.wg_idx)
+
+    def write(self, mma: cute.TiledMma, rX: cute.Tensor, part: cute.ComposedLayout, place: int, block: Int32 | int,
+              is_transposed: bool):
+        """The same, to so many-th of a place's parts; is_transposed: its rows are the GEMM's columns."""
+        slot = slot_at(self.cfg, self.smem, place, block, part)[None, None, 0]
         write_slot(mma, rX, transposed(slot) if is_transposed else slot, self.thread, is_transposed)
-        cute.arch.barrier_arrive(barrier_id=BarrierId.STAGED + place, number_of_threads=threads_of(cfg))
+
+    def tell(self, place: int):
+        """The watch role, that the warpgroup's parts are in a place."""
+        cute.arch.barrier_arrive(barrier_id=BarrierId.STAGED + place, number_of_threads=threads_of(self.cfg))
+
+    @cute.jit
+    def store_rest(self, part: Constexpr, place: Constexpr[int], gradient: Gradient, rows: Rows, block: Int32 | int):
+        """A part that is not whole, where lengths are on the device."""
+        cfg = self.cfg
         if const_expr(cfg.is_varlen):
             if rows.used < cute.size(part, mode=[0]) and is_present(gradient.tensor):
+                slot = slot_at(cfg, self.smem, place, block, part)[None, None, 0]
                 sync_warpgroup(self.wg_idx)
                 shape = cute.size(part, mode=[0]), cute.size(part, mode=[1])
                 mX = rows_from(cfg, rows.offset, gradient.tensor[None, None, rows.head, rows.batch])

@@ -16,6 +16,7 @@ from ..common.tile_ring import END, read_tile
 from .blocks import KeyTile, QueryRange, first_key_block, key_tile_of, last_key_block, queries_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 from .duties import pieces_of, places_of_unit, unit_of
+from .gradients import filled
 from .workspace import add_to_count, wait_for_count
 
 
@@ -26,12 +27,15 @@ def reduce_dq(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdP
     Runs on: warp 1. Synchronises: reads the tile ring; waits for the full halves of the dQ ring; empties it as soon as
     it is read.
     """
-    consumer, turn = pipes.dq.make_consumer(), Int32(0) if cfg.is_deterministic else None
+    consumer = pipes.dq.make_consumer()
+    turn = Int32(0) if cfg.is_deterministic or cfg.is_split else None
     tiles = pipes.tiles.make_consumer()
     tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
         if const_expr(cfg.is_deterministic):
             turn = add_in_order(cfg, params, smem, pipes, tile, turn, 0)
+        elif const_expr(cfg.is_split):
+            turn = add_split(cfg, params, smem, pipes, tile, turn)
         else:
             consumer = add_all(cfg, params, smem, consumer, tile)
         with cute.arch.elect_one():
@@ -60,6 +64,35 @@ def add_all(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, consumer: pip
                 part.release()
     count_as_added(params, tile, unit, pieces_of(cfg, tile))
     return consumer
+
+
+@cute.jit
+def add_split(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, tile: KeyTile, turn: Int32
+              ) -> Int32:
+    """The parts that the queries role leaves one after the other (split.py), two of them on their way at a time.
+
+    turn: Q tiles that have passed the CTA before; returns those after these.
+    """
+    queries, unit = queries_of(cfg, params.window, tile), unit_of(cfg, params, tile.sequence, tile.kv_head)
+    num_passes = queries.num_passes(params.group)
+    if num_passes > 0:
+        wait_for_slot(cfg, params, unit)
+    for i in cutlass.range(num_passes, unroll=1):
+        target = target_of(cfg, params, tile, unit, queries.passing(i, params.group, tile.is_rising))
+        for w in cutlass.range(cfg.num_dq_wgs, unroll=1):
+            number = (turn + i) * cfg.num_dq_wgs + w
+            pipes.dq.consumer_wait(filled(number))
+            with cute.arch.elect_one():
+                start_part(cfg, target, smem.sdQ[None, number & 1], w)
+                if i + w > 0:
+                    cute.arch.cp_async_bulk_wait_group(1, read=True)
+                    pipes.dq.consumer_release(filled(number - 1))
+    if num_passes > 0:
+        with cute.arch.elect_one():
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            pipes.dq.consumer_release(filled((turn + num_passes) * cfg.num_dq_wgs - 1))
+    count_as_added(params, tile, unit, pieces_of(cfg, tile))
+    return turn + num_passes
 
 
 @cute.jit
@@ -134,11 +167,16 @@ def counter_of(params: BwdParams, tile: KeyTile, passing: tuple[Int32, Int32]) -
 
 def add_part(cfg: BackwardConfig, target: cute.Tensor, source: cute.Tensor, w: int):
     """A warpgroup's part of a block of dQ; until it is read. Runs on: a thread."""
+    start_part(cfg, target, source, w)
+    cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+def start_part(cfg: BackwardConfig, target: cute.Tensor, source: cute.Tensor, w: Int32 | int):
+    """The same, left on its way."""
     primitives.cp_reduce_async_bulk_global_shared_cta(
         (target.iterator + w * cfg.dq_part).llvm_ptr, source.iterator.llvm_ptr, 4 * cfg.dq_part,
         op=primitives.CpReduceOp.ADD, type=primitives.CpReduceType.F32)
     cute.arch.cp_async_bulk_commit_group()
-    cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 @cute.jit

@@ -20,7 +20,6 @@ from cutlass import Boolean, Float32, Int32
 from cutlass.cute.nvgpu import CopyG2ROp, MemoryOrder, MemoryScope
 
 from ...planning.backward import BackwardConfig
-from ...planning.config import ROWS_PER_WARPGROUP
 from ..common.arithmetic import ceil_div, maximum, minimum
 from .workspace import add_to_count, first_quad, in_thread_order, quads_of, wait_for_count
 
@@ -34,7 +33,7 @@ class Shares:
 
     num_shared   tiles, the last ones
     num_parts    into which they are cut; 0 if there are none
-    sums         (64 * head_dim, warpgroups, dV and dK, parts) f32: what parts leave, in thread order
+    sums         (tile_n * head_dim / warpgroups, warpgroups, dV and dK, parts) f32: what parts leave, in thread order
     is_left      (parts) int32: 1 as soon as it is there
     """
     num_shared: Int32
@@ -45,7 +44,7 @@ class Shares:
     @staticmethod
     def create(cfg: BackwardConfig, a) -> "Shares":
         """From a kernel's arguments. Counts of turns have room for `is_left`: calls that share tiles have no turns."""
-        size = ROWS_PER_WARPGROUP * cfg.head_dim
+        size = cfg.tile_n * cfg.head_dim // cfg.num_consumer_wgs
         sums = cute.make_tensor(a.shared_sums, cute.make_layout(
             (size, cfg.num_consumer_wgs, 2, a.num_parts),
             stride=(1, size, cfg.num_consumer_wgs * size, 2 * cfg.num_consumer_wgs * size)))
@@ -119,23 +118,24 @@ def share_of(shares: Shares, num_tiles: Int32, index: Int32, is_second: Boolean)
 
 
 @cute.jit
-def share_sums(shares: Shares, tile, accs: tuple[cute.Tensor, cute.Tensor], tidx: Int32):
+def share_sums(shares: Shares, tile, accs: tuple[tuple[int, cute.Tensor], ...], tidx: Int32):
     """dV and dK of a part that another stores -> the workspace; to those of one that stores, what others have left.
 
+    accs: (0 of dV or 1 of dK, accumulator)
     Runs on: a consumer warpgroup, when those others have (Shares.wait).
     """
     if tile.part != STORES:
-        for which in cutlass.range_constexpr(2):
-            cute.autovec_copy(quads_of(accs[which]), thread_sums(shares, tile.part, which, accs, tidx))
-    for which in cutlass.range_constexpr(2):
+        for which, acc in accs:
+            cute.autovec_copy(quads_of(acc), thread_sums(shares, tile.part, which, acc, tidx))
+    for which, acc in accs:
         for part in cutlass.range(tile.first_part, tile.end_part, unroll=1):
-            add_sums(accs[which], thread_sums(shares, part, which, accs, tidx))
+            add_sums(acc, thread_sums(shares, part, which, acc, tidx))
 
 
-def thread_sums(shares: Shares, part: Int32, which: int, accs: tuple, tidx: Int32) -> cute.Tensor:
+def thread_sums(shares: Shares, part: Int32, which: int, acc: cute.Tensor, tidx: Int32) -> cute.Tensor:
     """(4, quads): a thread's, of a part's dV or dK."""
     start = first_quad(shares.sums[None, tidx // 128, which, part].iterator, tidx % 128)
-    return in_thread_order(start, 128 * cute.size(accs[which]))[None, None, 0]
+    return in_thread_order(start, 128 * cute.size(acc))[None, None, 0]
 
 
 @cute.jit

@@ -64,3 +64,37 @@ class KeyMask:
                 if const_expr(self.cfg.is_local):
                     is_visible = is_visible & (end > col_offset(c))
                 S[r, c] = S[r, c] if is_visible else -Float32.inf
+
+
+@dataclass(frozen=True)
+class RowMask:
+    """The same where S has queries as rows and keys as columns."""
+    cfg: Constexpr
+    window: Window
+    tile: KeyTile
+    first_row: Int32       # this thread's first row of a Q tile
+    first_key: Int32       # and the key of its first column, of the sequence
+
+    @staticmethod
+    def create(cfg: GradientFields, window: Window, tile: KeyTile, tidx: Int32) -> "RowMask":
+        """Of thread `tidx` of the warpgroup."""
+        return RowMask(cfg, window, tile, fragment_row(unhoisted(tidx)), tile.n_block * cfg.tile_n + fragment_col(tidx))
+
+    @cute.jit
+    def apply(self, acc_S: cute.Tensor, m_block: Int32, first: Constexpr[int] = 0):
+        """acc_S[i, j] = -inf where query i of Q tile m_block does not see key j."""
+        first_key = self.first_key + first
+        S, tile = as_rows_cols(acc_S), self.tile
+        for r in cutlass.range_constexpr(cute.size(S, mode=[0])):
+            query = m_block * self.cfg.tile_m + self.first_row + r * ROW_STEP
+            diagonal = query + tile.seqlen_k - tile.seqlen_q - first_key
+            end = tile.seqlen_k - first_key           # it sees the columns [start, end)
+            if const_expr(self.cfg.mask != "full"):
+                end = minimum(end, diagonal + 1 + (self.window.right if self.cfg.is_local else 0))
+            if const_expr(self.cfg.is_local):
+                start = diagonal - self.window.left
+            for c in cutlass.range_constexpr(cute.size(S, mode=[1])):
+                is_visible = end > col_offset(c)
+                if const_expr(self.cfg.is_local):
+                    is_visible = is_visible & (start <= col_offset(c))
+                S[r, c] = S[r, c] if is_visible else -Float32.inf

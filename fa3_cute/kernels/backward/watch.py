@@ -40,6 +40,13 @@ def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipel
         if const_expr(cfg.shares_tiles):     # both are left before dV is in its place
             with cute.arch.elect_one():
                 params.shares.tell(tile)
+        if const_expr(cfg.is_split):         # half the keys at a time, at either place
+            others = tuple(key_rows(cfg, tile, w, 1) for w in range(cfg.num_consumer_wgs))
+            send(cfg, smem, 1, key_part(cfg), params.dv, others)
+            set_free(cfg, 1)
+            send(cfg, smem, 0, key_part(cfg), params.dk, all_rows)
+            set_free(cfg, 1)
+            all_rows = others
         send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
         send_finished(cfg, params, smem, duty)
         set_free(cfg, 0)
