@@ -111,8 +111,9 @@ def backward(params: BackwardParams, stream=None) -> Status:
 
     Returns and raises as `forward`; `explain` and `warmup` take these params too. All launches are captured into a CUDA
     graph: two; three where dq, and dk with dv, have one each (head_dim 256; 192 deterministic or with 128 columns of
-    V), with some features of scores four; one more with d_s_aux and two with d_bias. dk and dv have the same bits in every call, dq where it has a launch of its own, else
-    with deterministic=True alone; d_bias that is summed may differ.
+    V), with some features of scores four; one more with d_s_aux and two with d_bias. dk and dv have the same bits in
+    every call, dq where it has a launch of its own, else with deterministic=True alone; d_bias that is summed may
+    differ.
     Source: FlashAttention-2 (Dao 2023), algorithm 2; backward_reference in contract/backward_reference.py defines it.
     """
     found = backward_launch.checked(params)
