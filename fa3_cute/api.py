@@ -101,8 +101,7 @@ def merge_attention(params: MergeParams, stream=None) -> Status:
 def backward(params: BackwardParams, stream=None) -> Status:
     """The gradients dq, dk and dv of a `forward` call, enqueued on a stream; returns at once.
 
-        P = exp(softmax_scale q k^T - softmax_lse), masked;   D = rowsum(dout * out) - dlse
-        dS = P * (dout v^T - D)
+        P = exp(softmax_scale q k^T - softmax_lse), masked;   dS = P * (dout v^T - rowsum(dout * out) + dlse)
         dv = P^T dout,   dk = softmax_scale dS^T q,   dq = softmax_scale dS k
 
     params   one call (see BackwardParams), with a workspace of backward_workspace_size(params) bytes; it may be changed

@@ -89,7 +89,7 @@ def heads_in_whole_waves(num_heads: int, num_blocks: int, heads: int) -> int:
     """So many units, or as few more as fill their last wave, if some do.
 
     Tiles of 96 keys do not: 16k of them are 171, of which 39 run alone in a second wave. With three units in a section
-    of 12 causal calls take 0.95 to 0.96 of the time (head_dim 192, BF16, H200, 2026-11-30).
+    of 12 causal calls take about 0.95 of the time (head_dim 192, BF16, H200, 2026-11-30).
     """
     for more in range(heads, min(heads + MOST_HEADS_MORE, num_heads) + 1):
         found = in_equal_parts(num_heads, more)

@@ -98,9 +98,9 @@ def test_consumers_and_the_watch_role_go_the_same_way(device, case):
     has_columns = outgoing.has_columns(cfg)
     rows_of_part = cfg.tile_m if has_columns or cfg.is_dq_in_turns else cfg.tile_m // 2
     places = range(launch.params.num_behind, launch.num_places)
-    for _, duty in [both for index in places for both in device.run(cfg, launch.params, index)]:
+    for tile, duty in [both for index in places for both in device.run(cfg, launch.params, index)]:
         device.sent.clear()
-        watch.send_finished(cfg, launch.params, None, duty)
+        watch.send_finished(cfg, launch.params, None, duty, tile.seqlen_k > 0)
         assert len(device.sent) == rounds_of(cfg, duty)
         ways = [consumers_way(launch, duty, w) for w in range(cfg.num_consumer_wgs)]
         assert device.sent == [(i % 2, all_rows) for i, all_rows in enumerate(zip(*ways, strict=True))]

@@ -116,14 +116,18 @@ class Consumer:
         yield self.sync(self.cta.sums)
         if self.cfg.shares_tiles and entry.tile.seqlen_k > 0:
             self.share(entry.tile)
+        has_keys = entry.tile.seqlen_k > 0
         self.read(entry.duty, 0)
-        self.stage(0)
+        if has_keys:
+            self.stage(0)
         self.read(entry.duty, 1)
-        yield self.dq_place(self.turn if self.has_turn(self.turn) else self.turn + 1)
-        self.stage(1)
+        if has_keys:
+            yield self.dq_place(self.turn if self.has_turn(self.turn) else self.turn + 1)
+            self.stage(1)
         for i in range(rounds_of(self.cfg, entry.duty)):
             self.read(entry.duty, i + 2)
-            yield self.sync(self.cta.free)
+            if has_keys or i > 0:
+                yield self.sync(self.cta.free)
             self.stage(i % 2)
 
     def stage(self, place: int):

@@ -15,6 +15,7 @@ from barriers import NOW, NamedBarrier, Role, Slots, run
 
 from fa3_cute.kernels.backward import duties
 from fa3_cute.kernels.backward.duties import NOTHING, Duty, no_duty, pieces_of, rounds_of
+from fa3_cute.kernels.backward.load import FEW_TILES
 from fa3_cute.kernels.backward.outgoing import threads_of
 from fa3_cute.kernels.backward.shares import STORES
 from fa3_cute.planning.rings import WARP, by_name
@@ -70,6 +71,8 @@ class Cta:
                 self.give(turn, Entry(tile, duty, self.passes_of(tile)))
                 turn += 1
                 yield from self.after_giving(turn)
+                if tile.seqlen_k == 0:
+                    yield lambda duty=duty: self.grid.counts[0, duty.unit] == self.launch.pieces_of_unit
             yield NOW
             place = self.grid.take()
         yield self.tiles.emptied(turn)
@@ -122,6 +125,13 @@ class Cta:
             self.q.content[turn % 2] = entry, passing
             self.q.full[turn % 2].arrive()
             self.num_loaded[1] += 1
+        yield from self.tell_of_loads(len(entry.passes) == 1)
+
+    def tell_of_loads(self, is_only: bool):
+        """The schedule role, late where CTAs have few tiles. is_only: of a single Q tile."""
+        turn = self.num_loaded[1]
+        if self.grid.has_few_tiles:
+            yield self.ds.filled(turn - 1) if is_only else self.q.emptied(turn)
         self.loaded.arrive("load")
 
     def reduce(self, entry: Entry):
@@ -209,9 +219,12 @@ class Cta:
         if cfg.shares_tiles:
             yield lambda: all(part in self.grid.left for part in range(tile.first_part, tile.end_part))
         self.sums.arrive("watch")
-        yield from self.send_keys(tile)
+        has_keys = tile.seqlen_k > 0
+        if has_keys:
+            yield from self.send_keys(tile)
         for i in range(rounds_of(cfg, duty)):
-            self.set_free(1)
+            if has_keys or i > 0:
+                self.set_free(1)
             yield from self.send(i % 2)
         self.set_free(0)
         if not cfg.is_deterministic:
@@ -260,6 +273,7 @@ class Grid:
         places = range(self.params.sums.num_slots), range(launch.sums.blocks_per_unit), range(launch.group)
         self.sums = dict.fromkeys(product(*places, range(launch.cfg.num_dq_wgs)), 0)
         self.counts.clear()
+        self.has_few_tiles = launch.num_tiles <= FEW_TILES * num_ctas
         ctas = [(i, name, work) for i in range(num_ctas) for name, work in kind(self).roles().items()]
         self.roles = [Role(f"{name} of CTA {i}", work, self.draw.uniform(0.02, 1.0)) for i, name, work in ctas]
 

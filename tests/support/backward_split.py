@@ -146,18 +146,22 @@ class SplitConsumer(Consumer):
         yield self.sync(cta.sums)
         if self.cfg.shares_tiles and entry.tile.seqlen_k > 0:
             self.share(entry.tile)
-        self.stage(0)
-        for i in range(2):
-            yield cta.dq.emptied(self.cfg.num_dq_wgs * self.turn + i)
-        self.stage(1)
+        has_keys = entry.tile.seqlen_k > 0
+        if has_keys:
+            self.stage(0)
+            for i in range(2):
+                yield cta.dq.emptied(self.cfg.num_dq_wgs * self.turn + i)
+            self.stage(1)
         self.read(entry.duty, 0)
-        for place in range(2):
-            yield self.sync(cta.free)
-            self.stage(place)
+        if has_keys:
+            for place in range(2):
+                yield self.sync(cta.free)
+                self.stage(place)
         self.read(entry.duty, 1)
         for i in range(rounds_of(self.cfg, entry.duty)):
             self.read(entry.duty, i + 2)
-            yield self.sync(cta.free)
+            if has_keys or i > 0:
+                yield self.sync(cta.free)
             self.stage(i % 2)
 
     def stage(self, place: int):
@@ -194,7 +198,7 @@ class SplitCta(Cta):
             slots.content[turn % 2] = entry, passing
             slots.full[turn % 2].arrive()
             self.num_loaded[1] += slots is self.do
-        self.loaded.arrive("load")
+        yield from self.tell_of_loads(len(entry.passes) == 1)
 
     def reduce(self, entry: Entry):
         """Adds parts as they come, of which two are on their way."""

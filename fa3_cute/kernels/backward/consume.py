@@ -107,7 +107,8 @@ def mask_of(cfg, params, tile, tidx):
 
 @cute.jit
 def leave(gradients: Gradients, params: BwdParams, tile: KeyTile, duty: Duty, turn: Int32):
-    """dV, dK and the duty's dQ, whose first sums come meanwhile, to the places from which they are sent."""
+    """dV and dK, if there are keys, and the duty's dQ, whose first sums come meanwhile, to the places from which they
+    are sent."""
     cfg, mmas, wg_idx = gradients.cfg, gradients.mmas, gradients.wg_idx
     out = Outgoing(cfg, gradients.smem, wg_idx, unhoisted(gradients.tidx) % 128)
     wait_for_sums(cfg)
@@ -117,13 +118,15 @@ def leave(gradients: Gradients, params: BwdParams, tile: KeyTile, duty: Duty, tu
     finisher = make_finisher(cfg, params, mmas.dq_part, out, duty)
     first, rows = finisher.start(), key_rows(cfg, tile, wg_idx)
     finisher.read(0, first)
-    out.stage(mmas.dkv_part, rounded(gradients.acc_dV, element_type(cfg)), key_part(cfg), 0, params.dv, rows, False)
+    if tile.seqlen_k > 0:
+        out.stage(mmas.dkv_part, rounded(gradients.acc_dV, element_type(cfg)), key_part(cfg), 0, params.dv, rows, False)
     finisher.read(1, finisher.after(first))
-    for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
-        gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
-    gradients.wait_for_dQ_place(turn)
-    out.stage(mmas.dkv_part, rounded(gradients.acc_dK, element_type(cfg)), key_part(cfg), 1, params.dk, rows, False)
-    finish_all(finisher)
+    if tile.seqlen_k > 0:
+        for i in cutlass.range_constexpr(cute.size(gradients.acc_dK)):
+            gradients.acc_dK[i] = params.scale * gradients.acc_dK[i]
+        gradients.wait_for_dQ_place(turn)
+        out.stage(mmas.dkv_part, rounded(gradients.acc_dK, element_type(cfg)), key_part(cfg), 1, params.dk, rows, False)
+    finish_all(finisher, tile.seqlen_k > 0)
 
 
 @cute.jit

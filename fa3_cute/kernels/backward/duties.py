@@ -17,7 +17,7 @@ from cutlass import Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.rings import WARP
-from ..common.arithmetic import ceil_div
+from ..common.arithmetic import ceil_div, maximum
 from .barriers import BarrierId
 from .bundles import BwdParams
 from .outgoing import threads_of
@@ -127,7 +127,7 @@ def find_duty(cfg: BackwardConfig, params: BwdParams, place: Int32) -> Duty:
         first_head = (place - num_tiles - row * params.tail_split) * num_heads
     at = find_place(cfg, params.sequences, params.k_blocks, params.num_heads_k, params.section, index,
                     in_sections=cfg.is_causal or cfg.is_deterministic, is_reversed=False)
-    step, first_block = places_of_sequence(cfg, params, at.sequence), Int32(0)
+    step, first_block = maximum(ceil_div(at.seqlen_k, cfg.tile_n), 1), Int32(0)
     if const_expr(cfg.is_varlen):
         first_block = params.q_blocks.first(at.sequence)
     unit, num_tiles = unit_of(cfg, params, at.sequence, at.head), Int32(0)

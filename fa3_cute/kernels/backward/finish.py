@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import CopyG2ROp, MemoryOrder, MemoryScope
 
 from ...planning.backward import BackwardConfig
@@ -60,28 +60,30 @@ class Finisher:
             cute.copy(atom, in_thread_order(start, cfg.dq_part)[None, None, 0], quads_of(self.accs[which]))
 
     @cute.jit
-    def finish(self, which: Constexpr[int], place: tuple[Int32, Int32, Int32], ahead: tuple[Int32, Int32, Int32]):
-        """One tile, while the one after the next is read."""
+    def finish(self, which: Constexpr[int], place: tuple[Int32, Int32, Int32], ahead: tuple[Int32, Int32, Int32],
+               is_behind: Boolean):
+        """One tile, while the one after the next is read. is_behind: something was sent before."""
         cfg, acc = self.cfg, self.accs[which]
         for j in cutlass.range_constexpr(cute.size(acc)):
             acc[j] = self.params.scale * acc[j]
         rdQ = rounded(acc, element_type(cfg))
         self.read(which, ahead)
-        wait_until_free(cfg)
+        if is_behind:
+            wait_until_free(cfg)
         rows = query_rows(cfg, self.duty, self.params.group, place, self.out.wg_idx)
         self.out.stage(self.mma, rdQ, query_part(cfg), which, self.params.dq, rows, cfg.is_dq_transposed)
 
 
 @cute.jit
-def finish_all(finisher: Finisher):
+def finish_all(finisher: Finisher, has_keys: Boolean):
     """All tiles of the warpgroup, of which the first two are read; in rounds, of a tile each or of one for each
-    warpgroup."""
+    warpgroup. has_keys: dV and dK of some were sent before."""
     place = finisher.start()
     ahead, num_rounds = finisher.after(finisher.after(place)), rounds_of(finisher.cfg, finisher.duty)
     for i in cutlass.range(0, num_rounds, 2, unroll=1):
         for which in cutlass.range_constexpr(2):
             if i + which < num_rounds:
-                finisher.finish(which, place, ahead)
+                finisher.finish(which, place, ahead, has_keys | (i + which > 0))
             place, ahead = finisher.after(place), finisher.after(ahead)
 
 

@@ -22,7 +22,7 @@ from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, sha
 from .load import load
 from .outgoing import gradient_of, key_part, query_part
 from .reduce import reduce_dq
-from .schedule import schedule
+from .schedule import ask_for_place, schedule
 from .scores import Scores
 from .shares import Shares
 from .split import make_split_mmas
@@ -83,9 +83,13 @@ class FlashAttentionBackward:
         if warp_idx == 0:
             for operand in (params.q, params.do, params.k, params.v):
                 cpasync.prefetch_descriptor(operand.atom)
+        roles, has_queries, first = by_name(cfg.roles), params.sequences.rows_q > 0, Int32(0)
+        if has_queries & (warp_idx == roles["schedule"].warps[0]):
+            first = ask_for_place(params)
         smem, pipes = self.allocate(layouts)
-        cute.arch.griddepcontrol_wait()      # for the prepare kernel
-        roles = by_name(cfg.roles)
+        is_early = (warp_idx == roles["load"].warps[0]) | (warp_idx == roles["schedule"].warps[0])
+        if not (has_queries & is_early):     # see schedule.py; without queries there is no prepare kernel
+            cute.arch.griddepcontrol_wait()
         if warp_idx < WARPS_PER_WARPGROUP:
             cute.arch.setmaxregister_decrease(roles["load"].registers)
             if warp_idx == roles["load"].warps[0]:
@@ -93,7 +97,7 @@ class FlashAttentionBackward:
             if warp_idx == roles["reduce"].warps[0]:
                 reduce_dq(cfg, params, smem, pipes)
             if warp_idx == roles["schedule"].warps[0]:
-                schedule(cfg, params, smem, pipes)
+                schedule(cfg, params, smem, pipes, first)
             if warp_idx == roles["watch"].warps[0]:
                 watch(cfg, params, smem, pipes)
         elif const_expr(cfg.is_split):

@@ -6,7 +6,7 @@ from typing import Optional
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Constexpr, Int32, const_expr
+from cutlass import Boolean, Constexpr, Int32, const_expr
 from cutlass.experimental import primitives
 
 from ...planning.backward import BackwardConfig, GradientFields
@@ -19,6 +19,15 @@ from ..common.tma import TmaOperand, tma_views
 from .barriers import BarrierId
 from .blocks import KeyTile, QueryRange, key_tile_of, queries_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
+from .duties import num_tiles_of
+from .gradients import emptied, filled
+from .split import full
+
+# Tiles of keys for each CTA, in the mean, up to which a CTA takes its next place late. Of the sequences of 256, 512 and
+# 128 at 16 heads, whose 112 tiles are in 160 places, one that is done with 128 keys would take a tile of 512 that
+# another CTA still looks for: the call takes 1.15 times as long (head_dim 64, BF16, H200, 2026-12-01). Of many tiles of
+# few queries the next one would come too late: 10000 sequences of 1 to 40 take 1.17 to 1.27 times as long.
+FEW_TILES = 2
 
 
 @cute.jit
@@ -26,12 +35,12 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
     """Per tile of keys: V and K, if any, as soon as their last reader is done; then the pairs of Q and dO that pass.
 
     Runs on: warp 0. Synchronises: reads the tile ring; tells the schedule role that a tile's loads are all issued;
-    waits for the empty halves of the Q, dO, V and K rings; TMA signals the full halves.
+    waits for the empty halves of the Q, dO, V and K rings, and as wait_for_last does; TMA signals the full halves.
     """
-    q = QueryTiles(cfg, params.q, smem.sQ, pipes.q.make_producer(), params.shift, smem.sShift)
-    do = QueryTiles(cfg, params.do, smem.sdO, pipes.do.make_producer(), params.delta, smem.sDelta)
+    q = QueryTiles(cfg, params.q, smem.sQ, pipes.q.make_producer(), params.shift, smem.sShift, True)
+    do = QueryTiles(cfg, params.do, smem.sdO, pipes.do.make_producer(), params.delta, smem.sDelta, True)
     k_producer, v_producer = pipes.k.make_producer(), pipes.v.make_producer()
-    tiles = pipes.tiles.make_consumer()
+    tiles, turn = pipes.tiles.make_consumer(), Int32(0)
     tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
     while tile.n_block != END:
         keys = tile.n_block, tile.offset_k, tile.kv_head, tile.batch
@@ -47,11 +56,28 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
             row, head = (tile.first_q_block + m_block) * cfg.tile_m, tile.kv_head * params.group + of_group
             q.bring(tile, head, m_block, row)
             do.bring(tile, head, m_block, row)
+        turn += queries.num_passes(params.group)
+        if num_tiles_of(params) <= FEW_TILES * cute.arch.grid_dim()[0]:
+            wait_for_last(cfg, pipes, turn, queries.num_passes(params.group) == 1)
         cute.arch.barrier_arrive(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
         with cute.arch.elect_one():
             tiles.release()
         tiles.advance()
         tile = read_tile(smem.sTiles[None, tiles.wait().index], key_tile_of(cfg))
+
+
+@cute.jit
+def wait_for_last(cfg: BackwardConfig, pipes: BwdPipelines, turn: Int32, is_only: Boolean):
+    """Until consumers have read all of a tile's Q tiles but one, or written dS of its only one.
+
+    turn: Q tiles so far.
+    """
+    if is_only:
+        pipes.ds.consumer_wait((full if const_expr(cfg.is_split) else filled)(turn - 1))
+    else:
+        is_read = pipes.q.producer_try_acquire(emptied(turn))
+        while not is_read:
+            is_read = pipes.q.producer_try_acquire(emptied(turn))
 
 
 @dataclass
@@ -63,12 +89,15 @@ class QueryTiles:
     producer: pipeline.PipelineProducer
     values: cute.Tensor                # (padded rows, num_heads) f32
     sValues: Optional[cute.Tensor]     # (tile_m, slot) f32; None where they are not wanted
+    is_early: Constexpr = False        # the kernel before, which writes values, may still run
 
     @cute.jit
     def bring(self, tile: KeyTile, head: Int32, m_block: Int32, row: Int32):
         """Q tile m_block of a head of the tile's sequence; row: of its first value among the padded ones."""
         slot = self.producer.acquire_and_advance()
         load_tile(self.cfg, self.op, self.ring, (m_block, tile.offset_q, head, tile.batch), slot)
+        if const_expr(self.is_early):
+            cute.arch.griddepcontrol_wait()
         if const_expr(self.sValues is not None):
             load_rows(self.cfg, self.values[None, head], row, self.sValues[None, slot.index], slot.barrier)
 

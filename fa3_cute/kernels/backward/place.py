@@ -7,7 +7,7 @@ from cutlass import Constexpr, Int32, const_expr
 from ...planning.backward import GradientFields
 from ..common.order import block_and_head
 from ..common.sequences import Sequences
-from .blocks import Blocks, KeyTile
+from .blocks import Blocks, KeyTile, whole_times
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def find_place(cfg: GradientFields, sequences: Sequences, blocks: Blocks, num_he
     """
     seqlen_q, seqlen_k, offset_q, offset_k = sequences.rows_q, sequences.rows_k, Int32(0), Int32(0)
     if const_expr(cfg.is_varlen):
-        head = index // blocks.num_blocks
+        head = whole_times(index, blocks.num_blocks)
         block = index - head * blocks.num_blocks
         if const_expr(is_reversed):
             block = blocks.num_blocks - 1 - block

@@ -83,8 +83,11 @@ class PrepareBackward:
     def kernel(self, params: PrepareParams, blocks: Blocks, sequences: Sequences):
         """A Q tile of one head per CTA."""
         cute.arch.griddepcontrol_wait()      # for whatever has written the lengths, and all else that is read here
-        cute.arch.griddepcontrol_launch_dependents()
-        cfg, tile, thread = self.cfg, query_tile(blocks, sequences, params.order.shape[2]), cute.arch.thread_idx()[0]
+        thread = cute.arch.thread_idx()[0]
+        if thread == 0:
+            self.clear_counts(params)
+            cute.arch.griddepcontrol_launch_dependents()
+        cfg, tile = self.cfg, query_tile(blocks, sequences, params.order.shape[2])
         lse, dlse = self.read_row(params, tile, thread)
         element = element_type(cfg)
         copy, first_row, rows_per_step = row_copy(cfg.head_dim, element, thread, PREPARE_THREADS)
@@ -118,23 +121,27 @@ class PrepareBackward:
                 params.sink_sums[thread // WARP, tile.block, tile.head] = of_sink
 
     @cute.jit
+    def clear_counts(self, params: PrepareParams):
+        """Those that the main kernel adds to before it waits for this one, which starts when all CTAs have done this:
+        the first CTA's tile_counter, of the first of each unit its progress. Runs on: a thread."""
+        if const_expr(self.cfg.has_sums):
+            index, num_heads = cute.arch.block_idx()[0], params.order.shape[2]
+            unit, block, of_group = place_in_sums(params, index // num_heads, index % num_heads)
+            if index == 0:
+                params.tile_counter[0] = Int32(0)
+            if block == 0 and of_group == 0:
+                params.sums.progress[0, unit] = Int32(0)
+                params.sums.progress[1, unit] = Int32(0)
+                cute.arch.fence_acq_rel_gpu()
+
+    @cute.jit
     def clear(self, params: PrepareParams, tile: QueryTile, thread: Int32):
-        """The tile's sums, if its unit is of those that have a slot first, and order; of the first of a unit progress;
-        the first CTA: tile_counter."""
-        sums = params.sums
-        _, blocks, group, _ = sums.parts.shape
-        sequence, kv_head = tile.block // blocks, tile.head // group
-        block, of_group = tile.block - sequence * blocks, tile.head - kv_head * group
-        unit = sequence * (params.order.shape[2] // group) + kv_head
-        if unit < sums.num_slots:
-            clear_block(sums.parts[None, block, of_group, unit], thread, PREPARE_THREADS)
+        """The tile's sums, if its unit is of those that have a slot first, and order."""
+        unit, block, of_group = place_in_sums(params, tile.block, tile.head)
+        if unit < params.sums.num_slots:
+            clear_block(params.sums.parts[None, block, of_group, unit], thread, PREPARE_THREADS)
         if thread == 0:
             params.order[0, tile.block, tile.head] = Int32(0)
-            if block == 0 and of_group == 0:
-                sums.progress[0, unit] = Int32(0)
-                sums.progress[1, unit] = Int32(0)
-            if cute.arch.block_idx()[0] == 0:
-                params.tile_counter[0] = Int32(0)
 
     @cute.jit
     def read_row(self, params: PrepareParams, tile: QueryTile, row: Int32) -> tuple[Float32, Float32]:
@@ -163,6 +170,13 @@ class PrepareBackward:
         params.shift[row, tile.block, tile.head] = shift
         params.delta[row, tile.block, tile.head] = delta
         return of_sink
+
+
+def place_in_sums(params: PrepareParams, block: Int32, head: Int32) -> tuple[Int32, Int32, Int32]:
+    """Of a Q tile and a head: their unit, the tile among the unit's, the head among the group's."""
+    _, blocks, group, _ = params.sums.parts.shape
+    sequence, kv_head = block // blocks, head // group
+    return sequence * (params.order.shape[2] // group) + kv_head, block - sequence * blocks, head - kv_head * group
 
 
 @cute.jit

@@ -3,7 +3,12 @@ the tile ring, from which the others read.
 
 A CTA takes the next place that nobody has taken when it has loaded the last Q tile of the one before: a tile that is
 taken starts at once. One that waited for its CTA would hold up all that come after it in the order, if deterministic,
-and leave CTAs idle at the end of a launch.
+and leave CTAs idle at the end of a launch. So where CTAs have few tiles (load.py) it takes the next one later still,
+and behind a place that has a duty alone when that duty can be done.
+
+Of small launches the first place is on the way to everything else. It is taken, found and its K, V and Q are loaded
+while the prepare kernel runs, which has waited for all kernels before it, and zeroes counts before it lets this one
+start.
 
 Duties wait for tiles before them in the order, and deterministic tiles do. So the first place is taken too: whom one
 waits for is then with a CTA that runs, however few of the grid's CTAs run at a time, in whatever order they came.
@@ -22,16 +27,17 @@ from ..common.tile_ring import end_of, read_tile, write_tile
 from .barriers import BarrierId
 from .blocks import KeyTile, key_tile_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .duties import (NOTHING, Duty, find_duty, free_sums, no_duty, num_tiles_of, places_of_sequence, places_of_unit,
-                     unit_of)
+from .duties import (NOTHING, Duty, find_duty, free_sums, no_duty, num_tiles_of, pieces_of_unit, places_of_sequence,
+                     places_of_unit, unit_of)
 from .order import rises, rises_in_order
 from .place import find_place
 from .shares import STORES, Share, share_of
+from .workspace import wait_for_count
 
 
 @cute.jit
-def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines):
-    """What the CTA does, then END.
+def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, first: Int32):
+    """What the CTA does, then END. first: what `ask_for_place` returned, where there are queries.
 
     Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring, and for the load role; fills it.
     """
@@ -42,7 +48,7 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
     num_places, has_queries = num_places_of(cfg, params), params.sequences.rows_q > 0
     index, is_second = cute.arch.block_idx()[0], Boolean(False)
     if has_queries:
-        index = take(params)
+        index = cute.arch.shuffle_sync(first, 0)
     while index < num_places:
         slot = producer.acquire()
         share = share_at(cfg, params, index, is_second)
@@ -56,6 +62,8 @@ def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPi
             if const_expr(cfg.is_deterministic):
                 free_sums_before(cfg, params, smem, producer)
             cute.arch.barrier(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
+            if not is_there:             # until it can be done, others may do the next
+                wait_for_count(params.sums.count(0, duty.unit), pieces_of_unit(cfg, params))
         elif duty.unit != NOTHING:       # of rows that are not there: done
             count(params.sums.count(1, duty.unit), duty.num_heads)
         if const_expr(cfg.shares_tiles):
@@ -101,13 +109,18 @@ def share_at(cfg: BackwardConfig, params: BwdParams, index: Int32, is_second: Bo
         return Share(index, 0, 1, STORES, 0, 0, True)
 
 
-@cute.jit
 def take(params: BwdParams) -> Int32:
     """How many places were taken before, in the whole grid. Runs on: whole warps."""
+    return cute.arch.shuffle_sync(ask_for_place(params), 0)
+
+
+@cute.jit
+def ask_for_place(params: BwdParams) -> Int32:
+    """The same, in lane 0, which nobody has waited for. Runs on: whole warps."""
     taken = Int32(0)
     if cute.arch.lane_idx() == 0:
         taken = cute.arch.atomic_add(params.tile_counter.iterator, Int32(1), sem="relaxed", scope="gpu")
-    return cute.arch.shuffle_sync(taken, 0)
+    return taken
 
 
 @cute.jit

@@ -133,21 +133,23 @@ def leave(columns: Columns, params: BwdParams, smem: BwdSmem, count: Int32, turn
     parts = [(which, block, [rounded(half_of(acc, half), element) for half in range(2)])
              for which, block, acc in gradients]
     tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
-    for half in cutlass.range_constexpr(2):
-        if const_expr(half == 1):
-            columns.wait_for_dQ_places(turn)
-        stage_half(columns, out, params.dv, [(block, halves) for which, block, halves in parts if which == 0], tile,
-                   half)
+    if tile.seqlen_k > 0:
+        for half in cutlass.range_constexpr(2):
+            if const_expr(half == 1):
+                columns.wait_for_dQ_places(turn)
+            stage_half(columns, out, params.dv, [(block, halves) for which, block, halves in parts if which == 0],
+                       tile, half)
     duty = read_tile(smem.sDuties[None, count & 1], Duty)
     finisher = make_finisher(cfg, params, columns.mmas.dq_part, out, duty)
     first = finisher.start()
     finisher.read(0, first)
-    for half in cutlass.range_constexpr(2):
-        wait_until_free(cfg)
-        stage_half(columns, out, params.dk, [(block, halves) for which, block, halves in parts if which == 1], tile,
-                   half)
+    if tile.seqlen_k > 0:
+        for half in cutlass.range_constexpr(2):
+            wait_until_free(cfg)
+            stage_half(columns, out, params.dk, [(block, halves) for which, block, halves in parts if which == 1],
+                       tile, half)
     finisher.read(1, finisher.after(first))
-    finish_all(finisher)
+    finish_all(finisher, tile.seqlen_k > 0)
 
 
 @cute.jit

@@ -2,12 +2,12 @@
 at the end of a tile of keys (outgoing.py)."""
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Boolean, Int32, const_expr
 
 from ...planning.backward import BackwardConfig
 from ..common.tile_ring import END, read_tile
 from .barriers import BarrierId
-from .blocks import key_tile_of
+from .blocks import KeyTile, key_tile_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 from .duties import Duty, free_sums, pieces_of_unit, rounds_of
 from .outgoing import key_part, key_rows, query_part, query_rows, send, set_free, threads_of
@@ -35,20 +35,9 @@ def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipel
         if const_expr(cfg.shares_tiles):
             params.shares.wait(tile)
         cute.arch.barrier_arrive(barrier_id=BarrierId.SUMS, number_of_threads=threads_of(cfg))
-        all_rows = tuple(key_rows(cfg, tile, w) for w in range(cfg.num_consumer_wgs))
-        send(cfg, smem, 0, key_part(cfg), params.dv, all_rows)
-        if const_expr(cfg.shares_tiles):     # both are left before dV is in its place
-            with cute.arch.elect_one():
-                params.shares.tell(tile)
-        if const_expr(cfg.is_split):         # half the keys at a time, at either place
-            others = tuple(key_rows(cfg, tile, w, 1) for w in range(cfg.num_consumer_wgs))
-            send(cfg, smem, 1, key_part(cfg), params.dv, others)
-            set_free(cfg, 1)
-            send(cfg, smem, 0, key_part(cfg), params.dk, all_rows)
-            set_free(cfg, 1)
-            all_rows = others
-        send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
-        send_finished(cfg, params, smem, duty)
+        if tile.seqlen_k > 0:
+            send_gradients(cfg, params, smem, tile)
+        send_finished(cfg, params, smem, duty, tile.seqlen_k > 0)
         set_free(cfg, 0)
         if const_expr(not cfg.is_deterministic):
             free_sums(cfg, params, duty)
@@ -59,8 +48,27 @@ def watch(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipel
 
 
 @cute.jit
-def send_finished(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, duty: Duty):
-    """dQ of a duty, round by round."""
+def send_gradients(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, tile: KeyTile):
+    """dV and dK of a tile of keys."""
+    all_rows = tuple(key_rows(cfg, tile, w) for w in range(cfg.num_consumer_wgs))
+    send(cfg, smem, 0, key_part(cfg), params.dv, all_rows)
+    if const_expr(cfg.shares_tiles):     # both are left before dV is in its place
+        with cute.arch.elect_one():
+            params.shares.tell(tile)
+    if const_expr(cfg.is_split):         # half the keys at a time, at either place
+        others = tuple(key_rows(cfg, tile, w, 1) for w in range(cfg.num_consumer_wgs))
+        send(cfg, smem, 1, key_part(cfg), params.dv, others)
+        set_free(cfg, 1)
+        send(cfg, smem, 0, key_part(cfg), params.dk, all_rows)
+        set_free(cfg, 1)
+        all_rows = others
+    send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
+
+
+@cute.jit
+def send_finished(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, duty: Duty, has_keys: Boolean):
+    """dQ of a duty, round by round. has_keys: dV and dK come before; else both places are free at the first round, and
+    nobody waits for them: a second arrival on FREE would meet consumers that have yet to sync on the one before."""
     place, num_rounds = duty.start(), rounds_of(cfg, duty)
     for i in cutlass.range(0, num_rounds, 2, unroll=1):
         for which in cutlass.range_constexpr(2):
@@ -68,7 +76,8 @@ def send_finished(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, duty: D
             if const_expr(cfg.is_dq_in_turns):
                 places[1] = duty.after(place)
             all_rows = tuple(query_rows(cfg, duty, params.group, at, w) for w, at in enumerate(places))
-            if i + which < num_rounds:
+            if (i + which < num_rounds) & (has_keys | (i + which > 0)):
                 set_free(cfg, 1)
+            if i + which < num_rounds:
                 send(cfg, smem, which, query_part(cfg), params.dq, all_rows)
             place = duty.after(places[-1])
