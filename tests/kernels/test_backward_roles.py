@@ -148,6 +148,14 @@ class FreesPlacesEarly(Cta):
         super().set_free(num_left + 1)
 
 
+class FreesTwice(Cta):
+    """Places before the first round of a duty without keys, which are free."""
+
+    def is_behind(self, tile, i: int) -> bool:
+        """Each round."""
+        return True
+
+
 class FreesSplitPlacesEarly(SplitCta, FreesPlacesEarly):
     """The same, of halves."""
 
@@ -198,6 +206,7 @@ WRONG = (
     (FreesSumsLate, WAITING, MANY_UNITS[:2] + MANY_UNITS[4:5], (40,)),
     (FreesSumsEarly, (AssertionError, "zeros where the sums were not read"), MANY_UNITS[3:], (1, 40)),
     (FreesPlacesEarly, (AssertionError, "not sent"), MANY_UNITS, (1, 40)),
+    (FreesTwice, (AssertionError, "arrives twice|not sent"), MANY_UNITS, (1, 40)),
     (FreesSplitPlacesEarly, (AssertionError, "not sent"), SPLIT_UNITS, (1, 40)),
     (OneSlotOfDq, (AssertionError, "dQ where another is not added"), SPLIT_UNITS, (1, 40)),
     (Hasty, (AssertionError, "where the one before is not read"), SPLIT_UNITS, (1, 40)),

@@ -219,16 +219,19 @@ class Cta:
         if cfg.shares_tiles:
             yield lambda: all(part in self.grid.left for part in range(tile.first_part, tile.end_part))
         self.sums.arrive("watch")
-        has_keys = tile.seqlen_k > 0
-        if has_keys:
+        if tile.seqlen_k > 0:
             yield from self.send_keys(tile)
         for i in range(rounds_of(cfg, duty)):
-            if has_keys or i > 0:
+            if self.is_behind(tile, i):
                 self.set_free(1)
             yield from self.send(i % 2)
         self.set_free(0)
         if not cfg.is_deterministic:
             yield from self.free_sums(duty)
+
+    def is_behind(self, tile, i: int) -> bool:
+        """Something is sent before that round of a duty."""
+        return tile.seqlen_k > 0 or i > 0
 
     def send_keys(self, tile):
         """dV and dK."""
