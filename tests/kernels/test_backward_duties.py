@@ -61,6 +61,8 @@ def test_every_tile_is_finished_once_and_every_count_is_reached(device, case):
             has_duty = index >= launch.params.num_behind
             assert (duty.unit != NOTHING) == has_duty or launch.shares.num_parts and has_duty
             unit = duties.unit_of(launch.cfg, launch.params, tile.sequence, tile.kv_head)
+            wanted = [] if tile.seqlen_k else [((0, duty.unit), launch.pieces_of_unit)]
+            assert device.waited == wanted, "behind a duty alone, until the unit's tiles are added"
             if tile.seqlen_k:  # as those that add do
                 keys[tile.batch, tile.offset_k, tile.n_block, tile.kv_head] += getattr(tile, "part", STORES) == STORES
                 device.counts[0, unit] += launch.cfg.num_reducers * duties.pieces_of(launch.cfg, tile)

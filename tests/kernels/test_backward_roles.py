@@ -156,6 +156,31 @@ class FreesTwice(Cta):
         return True
 
 
+class FreesSplitTwice(SplitCta, FreesTwice):
+    """The same, of halves."""
+
+
+class LoadsOneMore(Cta):
+    """Takes the next place, where CTAs have few tiles, when a Q tile more is read than pass."""
+
+    def tell_of_loads(self, is_only: bool):
+        """As if another had passed."""
+        if self.grid.has_few_tiles:
+            yield self.q.emptied(self.num_loaded[1] + 2)
+        self.loaded.arrive("load")
+
+
+class WaitsBeforeFreeing(Cta):
+    """The schedule role frees sums when the duty behind them can be done."""
+
+    def after_giving(self, turn: int):
+        """For that a tile may wait for these sums."""
+        duty = self.tiles.content[(turn - 1) % self.tiles.number].duty
+        if duty.num_tiles:
+            yield lambda: self.grid.counts[0, duty.unit] == self.launch.pieces_of_unit
+        yield from super().after_giving(turn)
+
+
 class FreesSplitPlacesEarly(SplitCta, FreesPlacesEarly):
     """The same, of halves."""
 
@@ -207,6 +232,9 @@ WRONG = (
     (FreesSumsEarly, (AssertionError, "zeros where the sums were not read"), MANY_UNITS[3:], (1, 40)),
     (FreesPlacesEarly, (AssertionError, "not sent"), MANY_UNITS, (1, 40)),
     (FreesTwice, (AssertionError, "arrives twice|not sent"), MANY_UNITS, (1, 40)),
+    (FreesSplitTwice, (AssertionError, "arrives twice|not sent"), SPLIT_UNITS, (1, 40)),
+    (LoadsOneMore, WAITING, MANY_UNITS[2:3], (40,)),
+    (WaitsBeforeFreeing, WAITING, MANY_UNITS[1:2], (40,)),
     (FreesSplitPlacesEarly, (AssertionError, "not sent"), SPLIT_UNITS, (1, 40)),
     (OneSlotOfDq, (AssertionError, "dQ where another is not added"), SPLIT_UNITS, (1, 40)),
     (Hasty, (AssertionError, "where the one before is not read"), SPLIT_UNITS, (1, 40)),

@@ -45,10 +45,13 @@ class Warp(SimpleNamespace):
     commit = lambda self: self.given.append((self.written["tile"], self.written["duty"]))
     atomic_add = lambda self, at, number, **_: self.counts.update({at: number})
     write = lambda self, at, value: self.written.update({at: value})
+    wait_for_count = lambda self, at, wanted: self.waited.append((at, wanted))
     take, shuffle_sync = lambda self, params: next(self.taken), lambda self, value, lane: value
 
     def run(self, cfg, params, place: int) -> list:
-        """[(tile, duty)] that the role gives to the others at a place: [] where neither is there."""
+        """[(tile, duty)] that the role gives to the others at a place: [] where neither is there. waited: for which
+        counts it waits behind it, and what for."""
+        self.waited = []
         self.place, self.taken, self.given, self.written = place, iter((1 << 30,)), [], {"duty": None}
         slots = SimpleNamespace(sTiles={(None, 0): "tile"}, sDuties={(None, 0): "duty", (None, 1): "before"})
         schedule.schedule(cfg, params, slots, SimpleNamespace(tiles=self), place)
@@ -64,7 +67,7 @@ def python_roles():
     stand_ins = {"Int32": int, "Boolean": bool, "is_present": lambda array: array is not None, "cutlass": loops}
     stand_ins |= {"set_free": lambda *_: None, "query_part": lambda cfg: None, "end_of": lambda kind: None}
     stand_ins |= {"take": warp.take, "write_tile": warp.write}
-    stand_ins |= dict.fromkeys(("free_sums_before", "wait_for_count"), lambda *_: None)
+    stand_ins |= {"free_sums_before": lambda *_: None, "wait_for_count": warp.wait_for_count}
     stand_ins["send"] = lambda cfg, smem, which, part, gradient, all_rows: warp.sent.append((which, all_rows))
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES:

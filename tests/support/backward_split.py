@@ -221,11 +221,11 @@ class SplitCta(Cta):
     def send_keys(self, tile):
         """Half the keys of dV, then of dK."""
         yield from self.send(0)
+        self.tell_of_part(tile)
         yield from self.send(1)
         self.set_free(1)
         yield from self.send(0)
         self.set_free(1)
-        self.tell_of_part(tile)
         yield from self.send(1)
 
 
