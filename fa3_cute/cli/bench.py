@@ -48,7 +48,6 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import groupby
-from statistics import median
 
 from .. import backward, forward
 from ..contract.formats import (
@@ -65,12 +64,13 @@ from . import environment
 from . import host
 from . import peers
 from . import plot
-from .case import COPIED_BYTES, Case, Tensors
+from .case import Case, Tensors
 from .gradients import GradientTensors
 from .latent import LatentCase, LatentTensors
-from .measure import Batch, Stopwatch, Work, in_turn
+from .measure import Stopwatch, Work, in_turn
 from .passes import BOTH, FORWARD
 from .options import cannot_run, count, milliseconds, new_file, one_or_more
+from .results import bandwidths, medians, ratio
 from .shown import ARITHMETIC, OURS, OURS_8, OURS_16, Shown
 from .suites import append
 from .suites import backward as gradients
@@ -103,9 +103,9 @@ SUITES = {
 HOST = "host"  # a suite of its own kind: host.py
 COPY = "copy"
 CASE_WIDTH = 38  # at least
-FLOPS_PER_CLOCK_AND_SM = {1: 8192, 2: 4096}  # dense WGMMA, by the bytes of an operand's element
-# Relative error (norm) of a right answer on normal inputs, by the same. BF16 rounding of P and of O leaves about 2e-3.
-# E4M3 has 4 significant bits: rounding P to it leaves 2.6e-2, in a peer's O too, which may itself be E4M3.
+# Relative error (norm) of a right answer on normal inputs, by the bytes of an operand's element. BF16 rounding of P and
+# of O leaves about 2e-3. E4M3 has 4 significant bits: rounding P to it leaves 2.6e-2, in a peer's O too, which may
+# itself be E4M3.
 WRONG = {1: 6e-2, 2: 1e-2}
 
 
@@ -131,6 +131,13 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--rounds", type=count, default=7, metavar="N")
     parser.add_argument("--batch-ms", type=milliseconds, default=40, metavar="MS", help="length of one timed batch")
+    parser.add_argument(
+        "--settle-ms",
+        type=milliseconds,
+        default=0.0,
+        metavar="MS",
+        help="how long the same work runs before each timed batch; default: not at all",
+    )
     parser.add_argument(
         "--json", type=new_file, metavar="FILE", help="also write environment, rows and conclusions to FILE"
     )
@@ -262,10 +269,10 @@ class Bench:
                 for (case, name), work in works.items()
             }
         copy = {COPY: Work(self.tensors[OURS].copy_much)} if cases[0].l2 else {}
-        batches = self.stopwatch.rounds(works | copy, self.args.rounds, self.args.batch_ms)
+        batches = self.stopwatch.rounds(works | copy, self.args.rounds, self.args.batch_ms, self.args.settle_ms)
         results: dict[Case, dict] = {case: {} for case in cases}
         for (case, name), work in works.items():
-            result = self.result(problems[case, name], batches[case, name], batches[case, OURS])
+            result = medians(problems[case, name], batches[case, name], batches[case, OURS], self.num_sms)
             result["replayed"] = work.calls > 1
             result["host_bound"] |= is_short and work.calls == 1
             result |= bandwidths(problems[case, name], batches[case, name], batches[COPY]) if copy else {}
@@ -337,47 +344,6 @@ class Bench:
         how its keys are split is part of the call, nor is a batch over pages, which may be two launches."""
         measured = case if case.is_decode or case.page_size else case.shortened(128)
         return self.stopwatch.host_microseconds(self.call(self.tensors[OURS], measured))
-
-    def result(self, case: Case, batches: list[Batch], ours: list[Batch]) -> dict:
-        """Medians over the rounds of one implementation, and its time over ours, round by round."""
-        milliseconds = median(batch.milliseconds for batch in batches)
-        tflops = case.flops / milliseconds / 1e9
-        clock, power = (middle(getattr(batch, name) for batch in batches) for name in ("clock_mhz", "power_watts"))
-        return {
-            "ms": milliseconds,
-            "tflops": tflops,
-            "peak": clock and tflops * 1e6 / (self.num_sms * FLOPS_PER_CLOCK_AND_SM[case.element_bytes] * clock),
-            "clock_mhz": clock,
-            "power_watts": power,
-            "ratio": ratio(batches, ours),
-            "host_bound": sum(batch.is_host_bound for batch in batches) > len(batches) / 2,
-            "rounds_ms": [batch.milliseconds for batch in batches],
-        }
-
-
-def ratio(batches: list[Batch], others: list[Batch]) -> float:
-    """The time over another one, the median over the rounds."""
-    return median(mine.milliseconds / other.milliseconds for mine, other in zip(batches, others, strict=True))
-
-
-def bandwidths(case: Case, batches: list[Batch], copies: list[Batch]) -> dict:
-    """GB/s of one implementation and of the copy, medians over the rounds, and the first over the second, per round."""
-
-    def rates(nbytes: int, timed: list[Batch]) -> list[float]:
-        return [nbytes / batch.milliseconds / 1e6 for batch in timed]
-
-    own, copy = rates(case.nbytes, batches), rates(2 * COPIED_BYTES, copies)
-    return {
-        "gbs": median(own),
-        "copy_gbs": median(copy),
-        "of_copy": median(mine / theirs for mine, theirs in zip(own, copy, strict=True)),
-    }
-
-
-def middle(values) -> float | None:
-    """The median of those that are known; None if none is."""
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
 
 
 def columns(names, shown: Shown = ARITHMETIC, longest: int = 0) -> list[tuple[str, int]]:

@@ -25,6 +25,7 @@ def describe(device, monitor, peers: dict, args) -> dict:
         "peers": {name: peer.version for name, peer in peers.items()},
         "rounds": args.rounds,
         "batch_ms": args.batch_ms,
+        "settle_ms": args.settle_ms,
     }
 
 

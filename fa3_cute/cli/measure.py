@@ -129,23 +129,29 @@ class Stopwatch:
         graph = builder.complete()
         return Work(lambda: graph.launch(self.stream), calls)
 
-    def rounds(self, works: dict[Any, Work], rounds: int, batch_ms: float) -> dict[Any, list[Batch]]:
-        """`rounds` batches of about `batch_ms` for each work, interleaved, after one round that is not recorded.
+    def rounds(
+        self, works: dict[Any, Work], rounds: int, batch_ms: float, settle_ms: float = 0.0
+    ) -> dict[Any, list[Batch]]:
+        """`rounds` batches of about `batch_ms` for each work, interleaved, after one round that is not recorded; before
+        each batch as much of the same work as takes `settle_ms`, until the clock answers to its power alone.
 
         The order turns, and goes back in every other round: A B C, A C B, C A B, ... so that none always comes behind
         the same one, whose power the clock still answers to. Clock and temperature drift by more than the differences
         that matter, so only batches of one round are comparable: take ratios per round.
         """
-        counts = {}
+        counts, to_settle = {}, {}
         for name, work in works.items():
             self.time(work, 2)
             launch_ms = self.time(work, 3).milliseconds * work.calls
             counts[name] = min(MAX_LAUNCHES, max(3, ceil(batch_ms / launch_ms)))
+            to_settle[name] = ceil(settle_ms / launch_ms)
         batches = {name: [] for name in works}
         order = list(works)
         for number in range(rounds + 1):
             is_forth = number % 2 == 0 or len(order) == 2  # two in turn are back and forth already
             for name in order if is_forth else order[::-1]:
+                for done in range(0, to_settle[name], MAX_LAUNCHES):
+                    self.time(works[name], min(MAX_LAUNCHES, to_settle[name] - done))
                 batch = self.time(works[name], counts[name])
                 if number > 0:
                     batches[name].append(batch)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from fake_gpu import FakeStream, fake_stopwatch, install
 
-from fa3_cute.cli import bench, main, measure, peers, shown
+from fa3_cute.cli import bench, main, measure, peers, results, shown
 from fa3_cute.cli.case import Case
 from fa3_cute.cli.measure import CALLS_PER_GRAPH, Batch, Stopwatch, Work
 from fa3_cute.cli.suites import varlen, window
@@ -61,6 +61,27 @@ def test_two_come_behind_each_other_in_turn(monkeypatch):
     assert "".join(order[10:]) == "".join(3 * name for name in "ab" + "ba" + "ab" + "ba")
 
 
+def test_the_same_work_settles_the_clock(monkeypatch):
+    """Before each batch that is recorded, in as many launches as it takes."""
+    stream, order, timed = FakeStream(), [], []
+
+    def launch(name, milliseconds):
+        def run():
+            stream.now += milliseconds
+            order.append(name)
+
+        return run
+
+    stopwatch = fake_stopwatch(stream, monkeypatch)
+    time = stopwatch.time
+    monkeypatch.setattr(stopwatch, "time", lambda work, count: timed.append(count) or time(work, count))
+    works = {name: Work(launch(name, milliseconds)) for name, milliseconds in (("a", 10.0), ("b", 50.0))}
+    batches = stopwatch.rounds(works, 1, batch_ms=30, settle_ms=100)
+    assert timed == [2, 3, 2, 3] + [10, 3, 2, 3] + [2, 3, 10, 3]  # calibration, the unrecorded round, the other one
+    assert "".join(order[10:]) == 13 * "a" + 5 * "b" + 5 * "b" + 13 * "a"
+    assert [batch.milliseconds for name in "ab" for batch in batches[name]] == pytest.approx([10, 50])
+
+
 def test_a_graph_is_many_calls(monkeypatch):
     stream, captured = FakeStream(), []
     stopwatch = fake_stopwatch(stream, monkeypatch)
@@ -95,12 +116,11 @@ def test_result_is_a_median_of_ratios():
     ours = [Batch(ms, 5.0, 1600, 690.0) for ms in (1.0, 2.0, 4.0)]
     theirs = [Batch(ms, 5000.0, 1500, None) for ms in (1.1, 2.4, 3.0)]
     case = Case("bf16", 128, False, 1024, 1024, 1, 16, 16)
-    run = SimpleNamespace(num_sms=132)
-    result = bench.Bench.result(run, case, theirs, ours)
+    result = results.medians(case, theirs, ours, 132)
     assert result["ratio"] == pytest.approx(1.1)
     assert result["ms"] == 2.4 and result["tflops"] == pytest.approx(case.flops / 2.4e9)
     assert result["peak"] == pytest.approx(result["tflops"] * 1e12 / (132 * 4096 * 1500e6))
-    assert result["host_bound"] and not bench.Bench.result(run, case, ours, ours)["host_bound"]
+    assert result["host_bound"] and not results.medians(case, ours, ours, 132)["host_bound"]
     assert result["power_watts"] is None
     assert shown.rate(result).endswith("*")
 
@@ -171,6 +191,20 @@ def test_bench_from_end_to_end(fake_gpu, tmp_path, monkeypatch, capsys):
     assert all(row["errors"][bench.OURS] < 5e-3 for row in written["rows"])
 
 
+@pytest.mark.parametrize("options, settle_ms", [([], 0), (["--settle-ms", "20"], 20)])
+def test_the_time_to_settle_is_in_the_report(options, settle_ms, fake_gpu, tmp_path, capsys):
+    """In its command, where it was given."""
+    file = tmp_path / "rows.json"
+    argv = [*BENCH, "--full", *options, "--json", str(file)]
+    assert main(argv) == 0
+    assert json.loads(file.read_text())["environment"]["settle_ms"] == settle_ms
+    capsys.readouterr()
+    assert main(["report", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"\n    python -m fa3_cute {' '.join(argv)}\n")
+    assert ("--settle-ms 20 " in said) == bool(options)
+
+
 def test_bench_of_packed_sequences_and_windows(fake_gpu, tmp_path, monkeypatch, capsys):
     """Offsets, totals and windows reach `forward`; short calls are replayed; the conclusions are printed and kept."""
     monkeypatch.setattr(varlen, "LAYOUTS", {varlen.PER_SEQUENCE: (3, 1, 40, 7), varlen.IN_2K: (51,)})
@@ -236,7 +270,7 @@ def test_bench_fails_on_a_wrong_result(fake_gpu, monkeypatch, capsys):
     monkeypatch.setattr(
         Stopwatch,
         "rounds",
-        lambda self, works, rounds, batch_ms: {name: [Batch(1.0, 1.0, None, None)] for name in works},
+        lambda self, works, rounds, batch_ms, settle_ms: {name: [Batch(1.0, 1.0, None, None)] for name in works},
     )
     assert main([*BENCH, "--causal"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "bf16 d64 causal h4:2 2x96: fa3_cute is off by nan"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fake_append import AppendingGpu
 
-from fa3_cute.cli import bench, main, peers
+from fa3_cute.cli import bench, main, peers, results
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli.case import Case
 from fa3_cute.cli.features import arrays_of
@@ -91,7 +91,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(append, "PAGES", (0, 16))
     monkeypatch.setattr(append, "HEAD_DIM", 64)
     monkeypatch.setattr(case_module, "COLD_BYTES", 200_000)
-    for module in (case_module, bench):
+    for module in (case_module, results):
         monkeypatch.setattr(module, "COPIED_BYTES", 300_000)
     return AppendingGpu(monkeypatch)
 

@@ -11,7 +11,7 @@ import pytest
 from fake_gpu import COPY_MS, FakeBuilder, install
 
 from fa3_cute import AttentionMode
-from fa3_cute.cli import bench, main, peers, report, shown
+from fa3_cute.cli import bench, main, peers, report, results, shown
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli.case import Case
 from fa3_cute.cli.measure import CALLS_PER_GRAPH, Batch, Work, in_turn
@@ -98,7 +98,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(decode, "PROBLEMS", {64: ((2, 96, 4, 2),)})
     monkeypatch.setattr(decode, "LARGE_BYTES", 50_000)
     monkeypatch.setattr(case_module, "COLD_BYTES", 200_000)
-    for module in (case_module, bench):
+    for module in (case_module, results):
         monkeypatch.setattr(module, "COPIED_BYTES", 300_000)
     return install(monkeypatch)
 
@@ -199,7 +199,7 @@ def test_bandwidths_are_medians_over_the_rounds():
     case = Case("bf16", 128, False, 1, 8192, 16, 16, 2, l2="cold")
     assert case.nbytes == 134_217_728 + 131_072
     ours, copies = ([Batch(ms, 1.0, None, None) for ms in list_] for list_ in ((0.04, 0.05, 0.02), (0.5, 1.0, 0.25)))
-    found = bench.bandwidths(case, ours, copies)
+    found = results.bandwidths(case, ours, copies)
     copied = 2 * case_module.COPIED_BYTES
     assert found["gbs"] == pytest.approx(case.nbytes / 0.04 / 1e6)
     assert found["copy_gbs"] == pytest.approx(copied / 0.5 / 1e6)

@@ -4,7 +4,6 @@ import json
 from argparse import ArgumentParser
 from dataclasses import replace
 from math import prod
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from fake_gpu import OFFSET_BITS, fake_stopwatch
 
 from fa3_cute import DataType
 from fa3_cute.runtime import launch
-from fa3_cute.cli import bench, dev, main, report, trial
+from fa3_cute.cli import bench, dev, main, report, results, trial
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli.case import Case
 from fa3_cute.cli.measure import Batch
@@ -103,10 +102,7 @@ def test_bytes():
 def test_peak_and_limits():
     case = Case(FP8, 128, False, 1024, 1024, 1, 16, 16)
     batches = [Batch(1.0, 1.0, 1500, None)]
-    eight, sixteen = (
-        bench.Bench.result(SimpleNamespace(num_sms=132), each, batches, batches)["peak"]
-        for each in bench.own(case).values()
-    )
+    eight, sixteen = (results.medians(each, batches, batches, 132)["peak"] for each in bench.own(case).values())
     assert eight == pytest.approx(case.flops / 1e-3 / (132 * 8192 * 1500e6)) and sixteen == pytest.approx(2 * eight)
     limits = [bench.limit(FP8, name) for name in (OURS, "fa3", OURS_16)] + [bench.limit("fp16", OURS)]
     assert limits == [6e-2, 6e-2, 1e-2, 1e-2]
@@ -175,7 +171,7 @@ def test_decode_in_fp8(gpu, tmp_path, monkeypatch, capsys):
     """Each type takes turns on its own sets of K and V; bandwidths count its own bytes."""
     monkeypatch.setattr(decode, "PROBLEMS", {64: ((2, 1024, 4, 2),)})
     monkeypatch.setattr(case_module, "COLD_BYTES", 2_000_000)
-    for module in (case_module, bench):
+    for module in (case_module, results):
         monkeypatch.setattr(module, "COPIED_BYTES", 300_000)
     file = tmp_path / "rows.json"
     assert (

@@ -10,7 +10,7 @@ import pytest
 from fake_append import AppendingGpu
 
 from fa3_cute import DataType
-from fa3_cute.cli import bench, main
+from fa3_cute.cli import bench, main, results
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli.case import Case, call_of
 from fa3_cute.cli.features import arrays_of
@@ -104,7 +104,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(fp8cache, "APPENDING_HEADS", ((4, 2),))
     monkeypatch.setattr(fp8cache, "PROBLEMS", {64: ((2, 64, 4, 2),)})
     monkeypatch.setattr(case_module, "COLD_BYTES", 100_000)
-    for module in (case_module, bench):
+    for module in (case_module, results):
         monkeypatch.setattr(module, "COPIED_BYTES", 300_000)
     return AppendingGpu(monkeypatch)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fake_gpu import install
 
-from fa3_cute.cli import bench, features, main, peers, report
+from fa3_cute.cli import bench, features, main, peers, report, results
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli.case import Case
 from fa3_cute.cli.features import BIAS, Feature
@@ -187,7 +187,7 @@ def test_rows_of_a_problem_share_their_rounds(fake_gpu, monkeypatch):
     """And are compared round by round."""
     timed = []
 
-    def rounds(self, works, rounds, batch_ms):
+    def rounds(self, works, rounds, batch_ms, settle_ms):
         timed.append(list(works))
         return {key: [Batch(1.0 + place, 1.0, None, None)] * 2 for place, key in enumerate(works)}
 
@@ -203,7 +203,7 @@ def test_rows_of_a_problem_share_their_rounds(fake_gpu, monkeypatch):
 
 def test_a_ratio_is_the_median_over_rounds():
     mine, others = ([Batch(ms, 1.0, None, None) for ms in times] for times in ((1.0, 6.0, 9.0), (2.0, 2.0, 3.0)))
-    assert bench.ratio(mine, others) == 3
+    assert results.ratio(mine, others) == 3
 
 
 def test_conclusions_beside_a_peer(fake_gpu):

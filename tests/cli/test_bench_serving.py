@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_gpu import install
 
-from fa3_cute.cli import bench, main, peers, report
+from fa3_cute.cli import bench, main, peers, report, results
 from fa3_cute.cli import case as case_module
 from fa3_cute.cli.case import Case
 from fa3_cute.cli.measure import Work
@@ -102,7 +102,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(serving, "MIXED_HEADS", (4, 2))
     monkeypatch.setattr(serving, "BATCHES", {"mixed": ((1, 40, 3), (100, 40, 7)), "prompts": ((40, 9), (40, 9))})
     monkeypatch.setattr(case_module, "COLD_BYTES", 200_000)
-    for module in (case_module, bench):
+    for module in (case_module, results):
         monkeypatch.setattr(module, "COPIED_BYTES", 300_000)
     return install(monkeypatch)
 

@@ -33,6 +33,7 @@ def test_version(capsys):
         (["bench", "--num-heads-k", "0"], "must be at least 1"),
         (["bench", "--batch-ms", "0"], "0: must be positive and finite"),
         (["bench", "--batch-ms", "nan"], "nan: must be positive and finite"),
+        (["bench", "--settle-ms", "-1"], "-1: must be positive and finite"),
         (["bench", "--rounds", "9" * 5000], "must be an int"),
         (["compile", "--jobs", "0"], "0: must be at least 1"),
         (["dev", "--seqlen", "0"], "0: must be at least 1"),
