@@ -43,6 +43,16 @@ SHAPES = (
     Case((700,) * 4, (150,) * 4, head_dim=192, num_heads_k=3, group=2),
     Case((300, 0, 1, 128, 640, 64, 200), (260, 100, 0, 129, 513, 1, 384), "packed", head_dim=192, num_heads_k=7),
     Case((300, 0, 1, 128, 640), (0, 100, 260, 129, 640), "seqused", head_dim=192, num_heads_k=9, group=1),
+    # Of which all units are under way at once.
+    Case((300, 0, 1, 128, 640, 64, 200), (260, 100, 0, 129, 513, 1, 384), "packed", group=1),
+    Case((300, 0, 1, 128, 640), (0, 100, 260, 129, 640), "seqused", head_dim=96, num_heads_k=1, group=3),
+    Case((60, 300, 60, 300), (300, 0, 100, 129), "packed", head_dim=128),
+    Case((0, 7, 200), (0, 0, 513), "seqused", head_dim=128),
+    Case((300, 0, 1, 128, 640, 64, 200), (260, 100, 0, 129, 513, 1, 384), "packed", head_dim=192, group=1),
+    Case((300, 0, 1, 128, 640), (0, 100, 260, 129, 640), "seqused", head_dim=192, num_heads_k=1),
+    Case((40, 0, 130, 5) * 9, (100, 1, 0, 200) * 9, "packed", num_heads_k=1),  # more sequences than lanes
+    Case((40, 0, 130, 5) * 9, (100, 1, 0, 200) * 9, "seqused", head_dim=128, group=1),
+    Case((40, 0, 130, 5) * 9, (100, 1, 0, 200) * 9, "packed", head_dim=192, num_heads_k=1, group=1),
 )
 CASES = [
     Case(**vars(case) | {"mask": mask, "is_deterministic": is_deterministic})
@@ -58,7 +68,7 @@ def test_every_tile_is_finished_once_and_every_count_is_reached(device, case):
     finished, keys, places = Counter(), Counter(), set()
     for index in range(launch.num_places):
         for tile, duty in device.run(launch.cfg, launch.params, index):
-            has_duty = index >= launch.params.num_behind
+            has_duty = index >= launch.order.num_behind
             assert (duty.unit != NOTHING) == has_duty or launch.shares.num_parts and has_duty
             unit = duties.unit_of(launch.cfg, launch.params, tile.sequence, tile.kv_head)
             wanted = [] if tile.seqlen_k else [((0, duty.unit), launch.pieces_of_unit)]
@@ -77,6 +87,7 @@ def test_every_tile_is_finished_once_and_every_count_is_reached(device, case):
                 assert duty.first_block + m_block < launch.sums.blocks_per_unit
                 places.add((duty.unit, duty.first_block + m_block, of_group))
     assert finished == launch.all_tiles() and len(places) == finished.total()
+    assert not launch.num_left_out() or launch.params.sums.num_slots >= launch.sums.units, "nobody waits for duties"
     assert keys == Counter((*at, head) for at in launch.key_tiles for head in range(case.num_heads_k))
     wanted = enumerate((launch.pieces_of_unit, launch.duties_of_unit))
     assert device.counts == {(which, u): number for which, number in wanted for u in range(launch.sums.units)}
@@ -99,13 +110,14 @@ def test_consumers_and_the_watch_role_go_the_same_way(device, case):
     cfg, stored = launch.cfg, Counter()
     has_columns = outgoing.has_columns(cfg)
     rows_of_part = cfg.tile_m if has_columns or cfg.is_dq_in_turns else cfg.tile_m // 2
-    places = range(launch.params.num_behind, launch.num_places)
+    places = range(launch.order.num_behind, launch.num_places)
     for tile, duty in [both for index in places for both in device.run(cfg, launch.params, index)]:
         device.sent.clear()
         watch.send_finished(cfg, launch.params, None, duty, tile.seqlen_k > 0)
-        assert len(device.sent) == rounds_of(cfg, duty)
+        sent = [of for of in device.sent if of != "free"]
+        assert len(sent) == rounds_of(cfg, duty)
         ways = [consumers_way(launch, duty, w) for w in range(cfg.num_consumer_wgs)]
-        assert device.sent == [(i % 2, all_rows) for i, all_rows in enumerate(zip(*ways, strict=True))]
+        assert sent == [(i % 2, "dq", all_rows) for i, all_rows in enumerate(zip(*ways, strict=True))]
         for rows in [rows for way in ways for rows in way]:
             first = rows.block * rows_of_part
             used = range(first, first + min(rows.used, rows_of_part))
@@ -121,7 +133,8 @@ def test_without_queries_tiles_have_no_duties(device, mask):
     launch = Launch(Case((0, 0, 0), (100, 0, 300), "packed", mask))
     assert launch.params.sequences.rows_q == 0
     device.counts.clear()
-    launch.params.num_behind, places = 0, range(launch.num_tiles)  # as the host has it
+    assert launch.params.num_behind == 0 and launch.order is launch.params
+    places = range(launch.num_tiles)
     tiles, found = zip(*[both for i in places for both in device.run(launch.cfg, launch.params, i)], strict=True)
     where = {(tile.batch, tile.offset_k, tile.n_block) for tile in tiles if tile.seqlen_k}
     assert where == launch.key_tiles and len(where) == 4
@@ -135,3 +148,20 @@ def test_the_cases_have_all_kinds_of_tiles_and_duties():
     assert {launch.params.is_rising for launch in found} == {0, 1}
     assert sum(launch.params.sums.num_slots < launch.sums.units for launch in found) > 20
     assert sum(launch.params.num_behind < launch.num_tiles for launch in found) > 30
+    packed_and_used, orders = ("packed", "seqused"), ("some are left out", "more sequences than lanes", "some later")
+    for is_split, flags in ((False, (False, True)), (True, (False,))):
+        kinds = {of_order(launch) for launch in found if launch.cfg.is_varlen and launch.cfg.is_split == is_split}
+        wanted = set(product(packed_and_used, orders, flags))
+        assert kinds >= wanted if not is_split else wanted - {("seqused", orders[1], False)}
+
+
+def of_order(launch: Launch) -> tuple[str, str, bool]:
+    """(lengths, whether the launch has a list that leaves out some places, or why it has none, is_deterministic)"""
+    order, case = "", launch.case
+    if launch.num_left_out():
+        order = "some are left out"
+    elif launch.params.num_behind < launch.num_tiles:
+        order = "some later"
+    elif len(case.keys) > 32:
+        order = "more sequences than lanes"
+    return case.lengths, order, case.is_deterministic

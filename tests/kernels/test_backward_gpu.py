@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from backward_cases import NAMES, BackwardCase, backward_cases, inputs_of
+from backward_cases import LAYOUTS, NAMES, BackwardCase, backward_cases, inputs_of
 from backward_problems import BackwardProblem
 from backward_rows import KERNELS, as_if_long, config_of, mask_of, rows_of
 from cases import Case
@@ -81,6 +81,8 @@ FAMILIES = one_per_config(BF16)
 ONE_SIDE = [case for case in FAMILIES if not config_of(case).has_sums]
 WITH_SUMS = [case for case in FAMILIES if config_of(case).has_sums]
 ORDERED = one_per_config(DETERMINISTIC, True)
+# Packed ones, of each head_dim one.
+IN_PLACE = list({case.forward.head_dim: case for case in BF16 if case.layout == "of lanes"}.values())
 # Of each head_dim one dense and one with lengths.
 LAUNCHES = list({(case.forward.head_dim, bool(case.lengths)): case for case in FAMILIES}.values())
 
@@ -291,6 +293,37 @@ def run_in_turn(stream) -> None:
         backward(problem.params(**given), stream).check()
     for problem in problems:
         problem.check(*problem.results(stream))
+
+
+@pytest.mark.parametrize("case", IN_PLACE, ids=str)
+def test_lengths_change_in_place(case, stream):
+    """Between calls, on their stream: no kernel that starts early has those of the call before."""
+    problem = BackwardProblem(case)
+    layout = LAYOUTS[case.layout]
+    both = [layout, replace(layout, q=layout.q[::-1], k=layout.k[::-1])]
+    copies = [{name: contiguous(name, (len(of),), "int32") for name, of in each.cu_seqlens.items()} for each in both]
+    for each, own in zip(both, copies, strict=True):
+        for name, tensor in own.items():
+            tensor.array[...] = each.cu_seqlens[name]
+            tensor.image.upload()
+    given, _ = workspace_of(problem)
+
+    def results(*turns: int):
+        for turn in turns:
+            for name, tensor in copies[turn].items():
+                problem.lengths[name].image.buffer.copy_from(tensor.image.buffer, stream=stream)
+            backward(problem.params(**given), stream).check()
+        return problem.results(stream)
+
+    expected = [results(turn) for turn in range(2)]
+    assert all((got != wanted).any() for got, wanted in zip(*expected, strict=True)), "the lengths make no difference"
+    for number in range(REPEATS):
+        turns = (0, 1) if number % 2 else (1, 0)
+        dq, *of_keys = results(*turns)
+        found, wanted = as_float(dq), as_float(expected[turns[1]][0])
+        assert np.array_equal(np.isnan(found), np.isnan(wanted))
+        assert np.nanmax(abs(found - wanted)) <= 2e-2 * np.nanmax(abs(wanted))
+        assert_same_bits((None, *of_keys), expected[turns[1]])
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------

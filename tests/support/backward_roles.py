@@ -66,7 +66,7 @@ class Cta:
         while place < self.launch.num_places:
             yield self.tiles.emptied(turn)
             self.tiles.content[turn % self.tiles.number] = None
-            for tile, duty in self.grid.device.run(self.cfg, self.launch.params, place):
+            for tile, duty in self.found_at(place):
                 yield self.tiles.emptied(turn)
                 self.give(turn, Entry(tile, duty, self.passes_of(tile)))
                 turn += 1
@@ -79,6 +79,10 @@ class Cta:
         self.give(turn, Entry(None, no_duty()))
         if self.cfg.is_deterministic:
             yield from self.free_sums_before(turn + 1)
+
+    def found_at(self, place: int) -> list:
+        """What the device's own code finds at a place of the order: [(tile, duty)]."""
+        return self.grid.device.run(self.cfg, self.launch.params, place)
 
     def passes_of(self, tile) -> tuple[tuple[int, int], ...]:
         """The Q tiles and heads that pass a tile of keys, in their order."""
@@ -295,7 +299,8 @@ def run_all(launch: Launch, device: Warp, num_ctas: int, kind: type[Cta] = Cta) 
     grid = Grid(launch, device, num_ctas, num_ctas, kind)
     grid.run()
     parts = range(launch.cfg.num_dq_wgs)
-    assert grid.finished == Counter((*tile, part) for tile in launch.all_tiles() for part in parts)
+    wanted = Counter((*tile, part) for tile in launch.all_tiles() for part in parts)
+    assert grid.finished == wanted, "Q tiles that are finished never or twice"
     assert grid.taken == launch.num_places + num_ctas
     units = range(launch.sums.units)
     assert all(device.counts[0, unit] == launch.pieces_of_unit for unit in units)

@@ -11,6 +11,7 @@ from backward_roles import NOW, Cta, Grid
 from barriers import Slots
 
 from fa3_cute.kernels.backward.duties import rounds_of
+from fa3_cute.kernels.backward.outgoing import has_second_half
 from fa3_cute.kernels.backward.split import PRODUCTS, QUERIES, SCORES
 from fa3_cute.planning.rings import WARPS_PER_WARPGROUP, by_name
 
@@ -141,19 +142,19 @@ class SplitConsumer(Consumer):
         slots.content[0].remove((self.w, turn))
 
     def leave(self, entry: Entry):
-        """Half the keys of dV, then of dK, at either place; then the duty's dQ."""
+        """Half the keys of dV, then of dK, at either place, or the first half of both; then the duty's dQ."""
         cta = self.cta
         yield self.sync(cta.sums)
         if self.cfg.shares_tiles and entry.tile.seqlen_k > 0:
             self.share(entry.tile)
         has_keys = entry.tile.seqlen_k > 0
+        self.read(entry.duty, 0)
         if has_keys:
             self.stage(0)
             for i in range(2):
                 yield cta.dq.emptied(self.cfg.num_dq_wgs * self.turn + i)
             self.stage(1)
-        self.read(entry.duty, 0)
-        if has_keys:
+        if self.has_second_half(entry.tile):
             for place in range(2):
                 yield self.sync(cta.free)
                 self.stage(place)
@@ -163,6 +164,10 @@ class SplitConsumer(Consumer):
             if has_keys or i > 0:
                 yield self.sync(cta.free)
             self.stage(i % 2)
+
+    def has_second_half(self, tile) -> bool:
+        """That leaves."""
+        return has_second_half(self.cfg, tile)
 
     def stage(self, place: int):
         """The warpgroup's part of what leaves, in a place where nothing else is."""
@@ -219,14 +224,19 @@ class SplitCta(Cta):
         self.count_as_added(entry, unit)
 
     def send_keys(self, tile):
-        """Half the keys of dV, then of dK."""
+        """Half the keys of dV, then of dK; or the first half of both."""
         yield from self.send(0)
         self.tell_of_part(tile)
         yield from self.send(1)
-        self.set_free(1)
-        yield from self.send(0)
-        self.set_free(1)
-        yield from self.send(1)
+        if self.has_second_half(tile):
+            self.set_free(1)
+            yield from self.send(0)
+            self.set_free(1)
+            yield from self.send(1)
+
+    def has_second_half(self, tile) -> bool:
+        """That is sent."""
+        return has_second_half(self.cfg, tile)
 
 
 def run_all(launch: Launch, device: Warp, num_ctas: int, kind: type[Cta] | None = None) -> Grid:

@@ -69,6 +69,17 @@ class Blocks:
                 end = minimum(end, found + step)
         return found
 
+    @cute.jit
+    def locate(self, index: Int32, num_heads: Int32, is_reversed: Constexpr[bool]) -> tuple[Int32, Int32, Int32]:
+        """(block of a sequence, head, sequence) at a place of the order: all of a head, then those of the next one.
+        is_reversed: the last blocks come first. Runs on: whole warps."""
+        head = whole_times(index, self.num_blocks)
+        block = index - head * self.num_blocks
+        if const_expr(is_reversed):
+            block = self.num_blocks - 1 - block
+        sequence = self.find(block)
+        return block - self.first(sequence), head, sequence
+
 
 @dataclass(frozen=True)
 class Extents:

@@ -2,7 +2,7 @@
 
 dQ is a sum over tiles of keys, which many CTAs add to. Who takes the place in the order (order.py) that lies some
 sections behind that of other keys (planning/sections.py) finishes some of their unit's Q tiles: those of its duty are
-scaled, rounded and stored. A unit has as many duties as blocks of keys, block b the Q tiles b, b + step, .. All tiles
+scaled, rounded and stored. A sequence has as many duties as blocks of keys, block b the Q tiles b, b + step, .. All tiles
 of the unit were taken before such a place, and are done or with CTAs that run: a CTA waits for places before its own
 alone. The order goes on behind its last tile, for the duties of the last ones.
 
@@ -95,15 +95,6 @@ def pieces_of_unit(cfg: BackwardConfig, params: BwdParams) -> Int32:
 def pieces_of(cfg: BackwardConfig, tile) -> Int32 | int:
     """What a tile, or a part of one, adds to that count."""
     return tile.num_pieces if cfg.shares_tiles else 1
-
-
-@cute.jit
-def places_of_sequence(cfg: BackwardConfig, params: BwdParams, sequence: Int32) -> Int32:
-    """Of a KV head of a sequence, in the order."""
-    if const_expr(cfg.is_varlen):
-        return params.k_blocks.first(sequence + 1) - params.k_blocks.first(sequence)
-    else:
-        return places_of_unit(cfg, params)
 
 
 @cute.jit

@@ -22,7 +22,7 @@ from .frame import SharedMemory, gradient_mma, publish_barriers, scores_mma, sha
 from .load import load
 from .outgoing import gradient_of, key_part, query_part
 from .reduce import reduce_dq
-from .schedule import ask_for_place, schedule
+from .schedule import ask_first, nothing_yet, schedule
 from .scores import Scores
 from .shares import Shares
 from .split import make_split_mmas
@@ -83,9 +83,9 @@ class FlashAttentionBackward:
         if warp_idx == 0:
             for operand in (params.q, params.do, params.k, params.v):
                 cpasync.prefetch_descriptor(operand.atom)
-        roles, has_queries, first = by_name(cfg.roles), params.sequences.rows_q > 0, Int32(0)
+        roles, has_queries, first = by_name(cfg.roles), params.sequences.rows_q > 0, nothing_yet(cfg)
         if has_queries & (warp_idx == roles["schedule"].warps[0]):
-            first = ask_for_place(params)
+            first = ask_first(cfg, params)
         smem, pipes = self.allocate(layouts)
         is_early = (warp_idx == roles["load"].warps[0]) | (warp_idx == roles["schedule"].warps[0])
         if not (has_queries & is_early):     # see schedule.py; without queries there is no prepare kernel

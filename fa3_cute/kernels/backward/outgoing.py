@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, const_expr
+from cutlass import Boolean, Constexpr, Int32, Int64, const_expr
 
 from ...planning.backward import BackwardConfig
 from ...planning.config import ROWS_PER_WARPGROUP
@@ -87,6 +87,12 @@ def key_rows(cfg: BackwardConfig, tile, wg_idx: Int32 | int, half: int = 0) -> R
         if tile.part != STORES:
             used = Int32(0)
     return Rows(block, column_block, tile.offset_k, used, tile.kv_head, tile.batch)
+
+
+def has_second_half(cfg: BackwardConfig, tile) -> Boolean:
+    """If is_split: there are more than half of a tile's keys. Dense calls, whose tiles but a last one are whole, send
+    both halves of any."""
+    return tile.seqlen_k > (tile.n_block * cfg.tile_n + cfg.tile_n // 2 if cfg.is_varlen else 0)
 
 
 @cute.jit

@@ -7,7 +7,7 @@ from cutlass import Constexpr, Int32, const_expr
 from ...planning.backward import GradientFields
 from ..common.order import block_and_head
 from ..common.sequences import Sequences
-from .blocks import Blocks, KeyTile, whole_times
+from .blocks import Blocks, KeyTile
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,9 @@ def find_place(cfg: GradientFields, sequences: Sequences, blocks: Blocks, num_he
     """
     seqlen_q, seqlen_k, offset_q, offset_k = sequences.rows_q, sequences.rows_k, Int32(0), Int32(0)
     if const_expr(cfg.is_varlen):
-        head = whole_times(index, blocks.num_blocks)
-        block = index - head * blocks.num_blocks
-        if const_expr(is_reversed):
-            block = blocks.num_blocks - 1 - block
-        sequence = blocks.find(block)
+        block, head, sequence = blocks.locate(index, num_heads, is_reversed)
         offset_q, seqlen_q, offset_k, seqlen_k = sequences.place(sequence)
-        block, batch = block - blocks.first(sequence), sequences.batch_coordinate(sequence)
+        batch = sequences.batch_coordinate(sequence)
     else:
         all_heads = num_heads * sequences.batch_size
         num_blocks = blocks.num_blocks // sequences.batch_size

@@ -1,5 +1,8 @@
-"""Before the main kernel: what a row adds to its scores and to dP, zeros in the sums of dQ that are under way first,
-and what rows add to d_s_aux.
+"""Before the main kernel: what a row adds to its scores and to dP, zeros in the main kernel's counts and in the sums of
+dQ that are under way first, and what rows add to d_s_aux.
+
+Counts come first, and at once: the main kernel starts when all CTAs have zeroed theirs. Where they do it when rows are
+on their way, calls of 256, 512 and 128 take 1.03 to 1.10 times as long (BF16, H200, 2026-12-01).
 
     shift[i] = -LSE[i] / softmax_scale           so that exp(softmax_scale (S + shift)) is P
     delta[i] = dLSE[i] - rowsum(dO[i] O[i])      is added to dP
@@ -122,16 +125,16 @@ class PrepareBackward:
 
     @cute.jit
     def clear_counts(self, params: PrepareParams):
-        """Those that the main kernel adds to before it waits for this one, which starts when all CTAs have done this:
-        the first CTA's tile_counter, of the first of each unit its progress. Runs on: a thread."""
+        """Those that the main kernel adds to before it waits for this one, and which starts when all CTAs have done this:
+        the first CTA's tile_counter, of one unit each its progress. There are no more units than CTAs. Runs on: a thread.
+        """
         if const_expr(self.cfg.has_sums):
-            index, num_heads = cute.arch.block_idx()[0], params.order.shape[2]
-            unit, block, of_group = place_in_sums(params, index // num_heads, index % num_heads)
+            index = cute.arch.block_idx()[0]
             if index == 0:
                 params.tile_counter[0] = Int32(0)
-            if block == 0 and of_group == 0:
-                params.sums.progress[0, unit] = Int32(0)
-                params.sums.progress[1, unit] = Int32(0)
+            if index < params.sums.num_units():
+                params.sums.progress[0, index] = Int32(0)
+                params.sums.progress[1, index] = Int32(0)
                 cute.arch.fence_acq_rel_gpu()
 
     @cute.jit

@@ -15,6 +15,9 @@ waits for is then with a CTA that runs, however few of the grid's CTAs run at a 
 
 Deterministic, it also frees the sums that the duty before has read.
 """
+from dataclasses import dataclass
+from typing import Optional
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -22,13 +25,14 @@ from cutlass import Boolean, Int32, const_expr
 
 from ...planning.backward import TILE_SLOTS, BackwardConfig
 from ...planning.rings import WARP
-from ..common.arithmetic import minimum
+from ..common.arithmetic import ceil_div, minimum
 from ..common.tile_ring import end_of, read_tile, write_tile
 from .barriers import BarrierId
 from .blocks import KeyTile, key_tile_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .duties import (NOTHING, Duty, find_duty, free_sums, no_duty, num_tiles_of, pieces_of_unit, places_of_sequence,
-                     places_of_unit, unit_of)
+from .duties import (NOTHING, Duty, find_duty, free_sums, no_duty, num_tiles_of, pieces_of_unit, places_of_unit,
+                     unit_of)
+from .listed import in_listed_order, lengths_of_lane
 from .order import rises, rises_in_order
 from .place import find_place
 from .shares import STORES, Share, share_of
@@ -36,25 +40,30 @@ from .workspace import wait_for_count
 
 
 @cute.jit
-def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, first: Int32):
-    """What the CTA does, then END. first: what `ask_for_place` returned, where there are queries.
+def schedule(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipelines, first: "First"):
+    """What the CTA does, then END. first: what `ask_first` returned, where there are queries.
 
-    Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring, and for the load role; fills it.
+    Runs on: warp 2. Synchronises: waits for the empty halves of the tile ring, and for the load role; behind a place
+    that has a duty alone for the counts of its unit; fills the ring.
     """
     producer = pipes.tiles.make_producer()
     if const_expr(cfg.is_deterministic):
         for i in cutlass.range_constexpr(TILE_SLOTS):
             write_tile(smem.sDuties[None, i], no_duty())
-    num_places, has_queries = num_places_of(cfg, params), params.sequences.rows_q > 0
+    order = in_listed_order(cfg, params, first.lengths) if const_expr(cfg.is_varlen) else params
+    num_places, has_queries = num_places_of(cfg, order), params.sequences.rows_q > 0
     index, is_second = cute.arch.block_idx()[0], Boolean(False)
     if has_queries:
-        index = cute.arch.shuffle_sync(first, 0)
+        index = cute.arch.shuffle_sync(first.place, 0)
+    if const_expr(cfg.is_varlen):
+        if index == 0:
+            count_left_out(cfg, params, order)
     while index < num_places:
         slot = producer.acquire()
-        share = share_at(cfg, params, index, is_second)
-        tile, is_there = find_tile(cfg, params, share)
+        share = share_at(cfg, order, index, is_second)
+        tile, is_there = find_tile(cfg, order, share)
         write_tile(smem.sTiles[None, slot.index], tile)
-        duty = duty_of(cfg, params, share, has_queries)
+        duty = duty_of(cfg, order, share, has_queries)
         write_tile(smem.sDuties[None, slot.index], duty)
         if is_there or duty.num_tiles > 0:
             slot.commit()
@@ -123,11 +132,42 @@ def ask_for_place(params: BwdParams) -> Int32:
     return taken
 
 
+@dataclass(frozen=True)
+class First:
+    """What the role asks for before the CTA's barriers are made, and has when they are.
+
+    place     as ask_for_place
+    lengths   listed.py; None where they are on the host
+    """
+    place: Int32
+    lengths: Optional[tuple[Int32, Int32]]
+
+
+def nothing_yet(cfg: BackwardConfig) -> First:
+    """Of the other roles."""
+    return First(Int32(0), (Int32(0), Int32(0)) if cfg.is_varlen else None)
+
+
+@cute.jit
+def ask_first(cfg: BackwardConfig, params: BwdParams) -> First:
+    """Runs on: whole warps."""
+    return First(ask_for_place(params), lengths_of_lane(params) if const_expr(cfg.is_varlen) else None)
+
+
 @cute.jit
 def count(counter: cute.Pointer, number: Int32):
     """What has nothing to be seen. Runs on: whole warps."""
     if cute.arch.lane_idx() == 0:
         cute.arch.atomic_add(counter, number, sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def count_left_out(cfg: BackwardConfig, params: BwdParams, order: BwdParams):
+    """Of each unit the places that the launch has, and its order has not. Runs on: whole warps."""
+    number = cfg.num_reducers * (params.k_blocks.num_blocks - order.k_blocks.num_blocks)
+    if number > 0:
+        for unit in cutlass.range(cute.arch.lane_idx(), params.sums.num_units(), WARP, unroll=1):
+            cute.arch.atomic_add(params.sums.count(0, unit), number, sem="relaxed", scope="gpu")
 
 
 @cute.jit
@@ -149,8 +189,8 @@ def find_tile(cfg: BackwardConfig, params: BwdParams, share: Share) -> tuple[Key
                 is_rising *= rises_in_order(minimum(index, num_tiles - 1),
                                             params.section * places_of_unit(cfg, params), num_tiles)
             if is_rising == 1:           # the last keys first
-                num_blocks = places_of_sequence(cfg, params, at.sequence)
-                if n_block < num_blocks:     # else behind the last sequence
+                num_blocks = ceil_div(at.seqlen_k, cfg.tile_n)
+                if n_block < num_blocks:     # else behind the last key
                     n_block = num_blocks - 1 - n_block
         more = (is_rising,)
     seqlen_q, seqlen_k = at.seqlen_q, at.seqlen_k

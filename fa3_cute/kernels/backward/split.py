@@ -109,8 +109,19 @@ class Columns:
                    zero_init=False)
 
     @cute.jit
+    def wait_for_keys(self, num_used: Int32, number: Int32):
+        """Until K and V are there, the CTA's number-th. num_used: keys that are the sequence's. Rows behind them are
+        zeroed by the role that multiplies them by zeros of P or dS; S of theirs is masked."""
+        for pipe in (self.pipes.v, self.pipes.k):
+            pipe.consumer_wait(full(number))
+        if const_expr(self.cfg.is_varlen and self.role != SCORES):
+            sX = self.smem.sV if const_expr(self.role == PRODUCTS) else self.smem.sK
+            clear_unused_rows(self.cfg, (sX[None, None, 0],), num_used, self.thread())
+
+    @cute.jit
     def wait_for_queries(self, turn: Int32, num_used: Int32):
-        """Until a Q tile is there. num_used: its rows that are the sequence's."""
+        """Until a Q tile is there. num_used: its rows that are the sequence's. Those behind them are zeroed for all roles,
+        which multiply them when they have waited for P. Runs on: scores."""
         self.pipes.q.consumer_wait(filled(turn))
         if const_expr(self.cfg.is_varlen):
             clear_unused_rows(self.cfg, (self.smem.sQ[None, None, turn & 1],), num_used, self.thread())
@@ -221,7 +232,7 @@ class Columns:
         self.pipes.ds.producer_acquire(empty(turn))
         self.write_dS(acc_dP, deltas)
         commit_written(self.pipes.ds, empty(turn))
-        self.wait_for_queries(turn, num_used)
+        self.pipes.q.consumer_wait(filled(turn))
 
     @cute.jit
     def write_dS(self, acc_dP: cute.Tensor, deltas: list[Float32]):
@@ -285,14 +296,14 @@ class Columns:
 
 
 @cute.jit
-def pass_queries(columns: Columns, turn: Int32, num_used: Int32, has_before: Boolean):
+def pass_queries(columns: Columns, turn: Int32, has_before: Boolean):
     """dK and dQ of one Q tile. The reduce role is told of a part of dQ when the next GEMM is issued, since the fence
     before waits until all is written; has_before: of the last part of the Q tile before, too.
 
     Runs on: queries.
     """
     pipes, parts = columns.pipes, columns.cfg.num_dq_wgs
-    columns.wait_for_queries(turn, num_used)
+    pipes.q.consumer_wait(filled(turn))
     columns.start_dK(turn)
     if has_before:
         columns.commit_dQ(parts * turn - 1)

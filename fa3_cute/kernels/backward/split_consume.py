@@ -7,14 +7,14 @@ from ...planning.backward import BackwardConfig
 from ...planning.rings import WARPS_PER_WARPGROUP
 from ...planning.split import REGISTERS
 from ..common.layout import element_type, rounded, unhoisted
-from ..common.tile_ring import END, read_tile
-from .blocks import KeyTile, key_tile_of, queries_of
+from ..common.tile_ring import END, end_of, read_tile
+from .blocks import KeyTile, QueryRange, key_tile_of, queries_of
 from .bundles import BwdMmas, BwdParams, BwdPipelines, BwdSmem
-from .consume import pass_first, release_keys, wait_for_keys, wait_for_tile, walk, walks_of
+from .consume import pass_first, release_keys, wait_for_tile, walk, walks_of
 from .duties import Duty, wait_for_sums
 from .finish import finish_all, make_finisher
 from .gradients import filled
-from .outgoing import Outgoing, key_part, key_rows, wait_until_free
+from .outgoing import Outgoing, has_second_half, key_part, key_rows, wait_until_free
 from .shares import share_sums
 from .split import BLOCKS_OF_DV, PRODUCTS, QUERIES, SCORES, Columns, make_columns, pass_queries
 from .visible import RowMask
@@ -54,9 +54,9 @@ def consume_as(cfg: BackwardConfig, params: BwdParams, mmas: BwdMmas, smem: BwdS
     tile = wait_for_tile(cfg, smem, pipes, count)
     while tile.n_block != END:
         if const_expr(not cfg.is_varlen):
-            wait_for_keys(cfg, smem, pipes, tile, columns.thread(), count)
+            columns.wait_for_keys(tile.seqlen_k, count)
         elif tile.seqlen_k > 0:
-            wait_for_keys(cfg, smem, pipes, tile, columns.thread(), num_keys)
+            columns.wait_for_keys(tile.seqlen_k - tile.n_block * cfg.tile_n, num_keys)
         turn = pass_all(columns, params, tile, turn, count)
         if const_expr(not cfg.is_varlen):
             release_keys(pipes, count)
@@ -82,10 +82,12 @@ def pass_all(columns: Columns, params: BwdParams, tile: KeyTile, turn: Int32, co
     if const_expr(columns.role == SCORES):
         turn, num_done = pass_first(columns, params, tile, turn)
         for a_walk in walks_of(cfg):     # bounds are found again for each: there are no registers to keep them
-            tile = read_tile(columns.smem.sTiles[None, count & 1], key_tile_of(cfg))
+            tile, queries = end_of(key_tile_of(cfg)), QueryRange(*[Int32(0)] * 4)
+            if num_passes > 1:           # else all have passed
+                tile = read_tile(columns.smem.sTiles[None, count & 1], key_tile_of(cfg))
+                queries = queries_of(cfg, params.window, tile)
             mask = RowMask.create(cfg, params.window, tile, columns.tidx)
-            turn, num_done = walk(columns, mask, queries_of(cfg, params.window, tile), params.group, (turn, num_done),
-                                  a_walk)
+            turn, num_done = walk(columns, mask, queries, params.group, (turn, num_done), a_walk)
     else:
         wait_until_free(cfg)
         first = Int32(0)
@@ -94,11 +96,10 @@ def pass_all(columns: Columns, params: BwdParams, tile: KeyTile, turn: Int32, co
                 columns.pass_products(turn, used_rows(columns, params, tile, Int32(0)), False)
             first = Int32(1)
         for i in cutlass.range(first, num_passes, unroll=1):
-            num_used = used_rows(columns, params, tile, i)
             if const_expr(columns.role == PRODUCTS):
-                columns.pass_products(turn + i, num_used, True)
+                columns.pass_products(turn + i, used_rows(columns, params, tile, i), True)
             else:
-                pass_queries(columns, turn + i, num_used, i > 0)
+                pass_queries(columns, turn + i, i > 0)
         turn += num_passes
     if num_passes > 0:
         if const_expr(columns.role == QUERIES):
@@ -132,36 +133,39 @@ def leave(columns: Columns, params: BwdParams, smem: BwdSmem, count: Int32, turn
         columns.acc_dK[i] = params.scale * columns.acc_dK[i]
     parts = [(which, block, [rounded(half_of(acc, half), element) for half in range(2)])
              for which, block, acc in gradients]
-    tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
-    if tile.seqlen_k > 0:
-        for half in cutlass.range_constexpr(2):
-            if const_expr(half == 1):
-                columns.wait_for_dQ_places(turn)
-            stage_half(columns, out, params.dv, [(block, halves) for which, block, halves in parts if which == 0],
-                       tile, half)
+    of_dv, of_dk = ([(block, halves) for which, block, halves in parts if which == gradient] for gradient in range(2))
     duty = read_tile(smem.sDuties[None, count & 1], Duty)
     finisher = make_finisher(cfg, params, columns.mmas.dq_part, out, duty)
     first = finisher.start()
     finisher.read(0, first)
+    tile = read_tile(smem.sTiles[None, count & 1], key_tile_of(cfg))
     if tile.seqlen_k > 0:
+        stage_half(columns, out, params.dv, of_dv, tile, 0, 0)
+        columns.wait_for_dQ_places(turn)
+        if const_expr(not cfg.is_varlen):
+            stage_half(columns, out, params.dv, of_dv, tile, 1, 1)
+        elif has_second_half(cfg, tile):
+            stage_half(columns, out, params.dv, of_dv, tile, 1, 1)
+        else:
+            stage_half(columns, out, params.dk, of_dk, tile, 0, 1)
+    if has_second_half(cfg, tile):
         for half in cutlass.range_constexpr(2):
             wait_until_free(cfg)
-            stage_half(columns, out, params.dk, [(block, halves) for which, block, halves in parts if which == 1],
-                       tile, half)
+            stage_half(columns, out, params.dk, of_dk, tile, half, half)
     finisher.read(1, finisher.after(first))
     finish_all(finisher, tile.seqlen_k > 0)
 
 
 @cute.jit
 def stage_half(columns: Columns, out: Outgoing, gradient, blocks: Constexpr[list], tile: KeyTile,
-               half: Constexpr[int]):
-    """Half the keys of a role's blocks of a gradient, to a place of the half's number."""
+               half: Constexpr[int], place: Constexpr[int]):
+    """Half the keys of a role's blocks of a gradient, to a place."""
     cfg, mma = columns.cfg, columns.mmas.dkv_part
     for block, halves in blocks:
-        out.write(mma, halves[half], key_part(cfg), half, block, True)
-    out.tell(half)
+        out.write(mma, halves[half], key_part(cfg), place, block, True)
+    out.tell(place)
     for block, _ in blocks:
-        out.store_rest(key_part(cfg), half, gradient, key_rows(cfg, tile, block, half), block)
+        out.store_rest(key_part(cfg), place, gradient, key_rows(cfg, tile, block, half), block)
 
 
 def half_of(acc: cute.Tensor, half: int) -> cute.Tensor:

@@ -2,13 +2,16 @@
 between is the kernels' own."""
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, const_expr
+from cutlass import Constexpr, Int32, Int64, const_expr
 
 from ...planning.backward import BackwardConfig, GradientFields
 from ...planning.config import ROWS_PER_WARPGROUP
-from ..common.copies import is_in_row, row_copy
+from ..common.copies import PIECE_BYTES, is_in_row, row_copy, threads_per_row
 from ..common.layout import element_type
 from ..common.tiles import rows_from
+
+ELEMENT_BYTES = 2      # of a gradient
+LOW = (1 << 32) - 1
 
 
 @cute.jit
@@ -43,30 +46,45 @@ def store_part(cfg: GradientFields, slot: cute.Tensor, part: Int32 | int, mX: cu
 @cute.jit
 def store_used_rows(cfg: BackwardConfig, sX: cute.Tensor, gX: cute.Tensor, used: tuple, thread: Int32,
                     num_threads: Constexpr[int]):
-    """The first rows of sX -> gX, in 16-byte pieces. used: (rows, columns) that gX has."""
+    """The first rows of sX -> gX, in 16-byte pieces. used: (rows, columns) that gX has.
+
+    Where the thread's first piece goes is found once, in front of the branches, in each of which it takes 50
+    instructions. What ends a tile runs once a tile, and 10000 sequences of 1 to 40 take 1.07 to 1.13 times as long by
+    those (head_dim 192, BF16, H200, 2026-12-01).
+    """
     rows, columns = (cute.size(sX, mode=[mode]) for mode in (0, 1))
     copy, first_row, rows_per_step = row_copy(columns, element_type(cfg), thread, num_threads)
-    tXsX, tXgX = copy.partition_S(sX), copy.partition_D(gX)
+    tXsX, address = copy.partition_S(sX), found_once(copy.partition_D(gX)[None, 0, 0].iterator.toint())
+    step_bytes = gX.stride[0] * (rows_per_step * ELEMENT_BYTES)
     for step in cutlass.range_constexpr(-(-rows // rows_per_step)):
         row = step * rows_per_step + first_row
         if row < used[0] and row < rows:
-            store_row(cfg, tXsX, tXgX, step, (used[1], columns), thread)
+            store_row(cfg, tXsX[None, step, None], address + step * step_bytes, (used[1], columns), thread)
+
+
+def found_once(address: Int64) -> Int64:
+    """The same, which the compiler does not compute anew in every branch that needs it."""
+    low, high = (cute.arch.shuffle_sync_bfly(Int32(half), 0) for half in (address & LOW, address >> 32))
+    return Int64(high) << 32 | Int64(low) & LOW
 
 
 @cute.jit
-def store_row(cfg: BackwardConfig, tXsX: cute.Tensor, tXgX: cute.Tensor, step: Constexpr[int], columns: tuple,
-              thread: Int32):
-    """The thread's pieces of its row of a step of `row_copy`. columns: that rows of gX have, and of sX."""
-    for c in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+def store_row(cfg: BackwardConfig, pieces: cute.Tensor, address: Int64, columns: tuple, thread: Int32):
+    """The thread's pieces of a row in shared memory, (piece, column) of `row_copy`, to where the first one belongs in
+    global memory and those behind it. columns: that rows of the latter have, and of the former."""
+    element = element_type(cfg)
+    column_bytes = PIECE_BYTES * threads_per_row(columns[1], element)
+    for c in cutlass.range_constexpr(cute.size(pieces, mode=[1])):
         if const_expr(cfg.is_padded):
-            if is_in_row(columns[0], columns[1], element_type(cfg), thread, c):
-                move_piece(tXsX, tXgX, step, c)
+            if is_in_row(columns[0], columns[1], element, thread, c):
+                move_piece(pieces[None, c], address + c * column_bytes)
         else:
-            move_piece(tXsX, tXgX, step, c)
+            move_piece(pieces[None, c], address + c * column_bytes)
 
 
-def move_piece(tXsX: cute.Tensor, tXgX: cute.Tensor, step: int, column: int):
-    """One of `row_copy`'s pieces, through registers."""
-    piece = cute.make_rmem_tensor_like(tXsX[None, 0, 0])
-    cute.autovec_copy(tXsX[None, step, column], piece)
-    cute.autovec_copy(piece, tXgX[None, step, column])
+def move_piece(piece: cute.Tensor, address: Int64):
+    """From shared to global memory, through registers."""
+    rX = cute.make_rmem_tensor_like(piece)
+    target = cute.make_ptr(piece.element_type, address, cute.AddressSpace.gmem, assumed_align=PIECE_BYTES)
+    cute.autovec_copy(piece, rX)
+    cute.autovec_copy(rX, cute.make_tensor(target, piece.shape))

@@ -10,7 +10,7 @@ from .barriers import BarrierId
 from .blocks import KeyTile, key_tile_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
 from .duties import Duty, free_sums, pieces_of_unit, rounds_of
-from .outgoing import key_part, key_rows, query_part, query_rows, send, set_free, threads_of
+from .outgoing import has_second_half, key_part, key_rows, query_part, query_rows, send, set_free, threads_of
 from .reduce import add_in_order
 from .workspace import wait_for_count
 
@@ -55,14 +55,25 @@ def send_gradients(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, tile: 
     if const_expr(cfg.shares_tiles):     # both are left before dV is in its place
         with cute.arch.elect_one():
             params.shares.tell(tile)
-    if const_expr(cfg.is_split):         # half the keys at a time, at either place
-        others = tuple(key_rows(cfg, tile, w, 1) for w in range(cfg.num_consumer_wgs))
-        send(cfg, smem, 1, key_part(cfg), params.dv, others)
-        set_free(cfg, 1)
-        send(cfg, smem, 0, key_part(cfg), params.dk, all_rows)
-        set_free(cfg, 1)
-        all_rows = others
-    send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
+    if const_expr(cfg.is_split and not cfg.is_varlen):
+        send_second_half(cfg, params, smem, tile, all_rows)
+    elif const_expr(cfg.is_split):
+        if has_second_half(cfg, tile):
+            send_second_half(cfg, params, smem, tile, all_rows)
+        else:
+            send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
+    else:
+        send(cfg, smem, 1, key_part(cfg), params.dk, all_rows)
+
+
+def send_second_half(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, tile: KeyTile, first_half: tuple):
+    """Of dV, then both of dK: half the keys at a time, at either place."""
+    others = tuple(key_rows(cfg, tile, w, 1) for w in range(cfg.num_consumer_wgs))
+    send(cfg, smem, 1, key_part(cfg), params.dv, others)
+    set_free(cfg, 1)
+    send(cfg, smem, 0, key_part(cfg), params.dk, first_half)
+    set_free(cfg, 1)
+    send(cfg, smem, 1, key_part(cfg), params.dk, others)
 
 
 @cute.jit
