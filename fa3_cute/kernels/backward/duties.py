@@ -2,9 +2,9 @@
 
 dQ is a sum over tiles of keys, which many CTAs add to. Who takes the place in the order (order.py) that lies some
 sections behind that of other keys (planning/sections.py) finishes some of their unit's Q tiles: those of its duty are
-scaled, rounded and stored. A sequence has as many duties as blocks of keys, block b the Q tiles b, b + step, .. All tiles
-of the unit were taken before such a place, and are done or with CTAs that run: a CTA waits for places before its own
-alone. The order goes on behind its last tile, for the duties of the last ones.
+scaled, rounded and stored. A sequence has as many duties as blocks of keys, block b the Q tiles b, b + step, .. All
+tiles of the unit were taken before such a place, and are done or with CTAs that run: a CTA waits for places before its
+own alone. The order goes on behind its last tile, for the duties of the last ones.
 
 So sums stay in L2, but for deterministic calls, of which more are under way: they are read when the unit's last tile
 has been added, and what has read them writes the zeros that a later unit finds there. Were dQ finished by a kernel of

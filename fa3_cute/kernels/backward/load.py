@@ -23,10 +23,10 @@ from .duties import num_tiles_of
 from .gradients import emptied, filled
 from .split import full
 
-# Places of tiles of keys for each CTA, in the mean, up to which a CTA takes its next one late. Of the sequences of 256, 512 and
-# 128 at 16 heads, whose 112 tiles are in 160 places, one that is done with 128 keys would take a tile of 512 that
-# another CTA still looks for: the call takes 1.15 times as long (head_dim 64, BF16, H200, 2026-12-01). Of many tiles of
-# few queries the next one would come too late: 10000 sequences of 1 to 40 take 1.17 to 1.27 times as long.
+# Places of tiles of keys for each CTA, in the mean, up to which a CTA takes its next one late. Of the sequences of 256,
+# 512 and 128 at 16 heads, whose 112 tiles are in 160 places, one that is done with 128 keys would take a tile of 512
+# that another CTA still looks for: the call takes 1.15 times as long (head_dim 64, BF16, H200, 2026-12-01). Of many
+# tiles of few queries the next one would come too late: 10000 sequences of 1 to 40 take 1.17 to 1.27 times as long.
 FEW_TILES = 2
 
 
@@ -68,8 +68,8 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
 
 @cute.jit
 def wait_for_last(cfg: BackwardConfig, pipes: BwdPipelines, turn: Int32, is_only: Boolean):
-    """Until consumers have read all of a tile's Q tiles but one, or written dS of its only one. Where none passes, of the
-    Q tiles before it.
+    """Until consumers have read all of a tile's Q tiles but one, or written dS of its only one; of Q tiles before it
+    where none passes.
 
     turn: Q tiles so far.
     """

@@ -2,7 +2,7 @@
 dQ that are under way first, and what rows add to d_s_aux.
 
 Counts come first, and at once: the main kernel starts when all CTAs have zeroed theirs. Where they do it when rows are
-on their way, calls of 256, 512 and 128 take 1.03 to 1.10 times as long (BF16, H200, 2026-12-01).
+on their way, calls of 256, 512 and 128 take 1.03 to 1.09 times as long (BF16, H200, 2026-12-01).
 
     shift[i] = -LSE[i] / softmax_scale           so that exp(softmax_scale (S + shift)) is P
     delta[i] = dLSE[i] - rowsum(dO[i] O[i])      is added to dP
@@ -125,8 +125,8 @@ class PrepareBackward:
 
     @cute.jit
     def clear_counts(self, params: PrepareParams):
-        """Those that the main kernel adds to before it waits for this one, and which starts when all CTAs have done this:
-        the first CTA's tile_counter, of one unit each its progress. There are no more units than CTAs. Runs on: a thread.
+        """Those that the main kernel adds to before it waits for this one, when all CTAs have done it: the first CTA's
+        tile_counter, of one unit each its progress. There are no more units than CTAs. Runs on: a thread.
         """
         if const_expr(self.cfg.has_sums):
             index = cute.arch.block_idx()[0]

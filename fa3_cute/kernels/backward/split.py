@@ -112,16 +112,16 @@ class Columns:
     def wait_for_keys(self, num_used: Int32, number: Int32):
         """Until K and V are there, the CTA's number-th. num_used: keys that are the sequence's. Rows behind them are
         zeroed by the role that multiplies them by zeros of P or dS; S of theirs is masked."""
-        for pipe in (self.pipes.v, self.pipes.k):
-            pipe.consumer_wait(full(number))
+        self.pipes.v.consumer_wait(full(number))
+        self.pipes.k.consumer_wait(full(number))
         if const_expr(self.cfg.is_varlen and self.role != SCORES):
             sX = self.smem.sV if const_expr(self.role == PRODUCTS) else self.smem.sK
             clear_unused_rows(self.cfg, (sX[None, None, 0],), num_used, self.thread())
 
     @cute.jit
     def wait_for_queries(self, turn: Int32, num_used: Int32):
-        """Until a Q tile is there. num_used: its rows that are the sequence's. Those behind them are zeroed for all roles,
-        which multiply them when they have waited for P. Runs on: scores."""
+        """Until a Q tile is there. num_used: its rows that are the sequence's. Those behind them are zeroed, for all
+        roles: others multiply them when they have waited for P. Runs on: scores."""
         self.pipes.q.consumer_wait(filled(turn))
         if const_expr(self.cfg.is_varlen):
             clear_unused_rows(self.cfg, (self.smem.sQ[None, None, turn & 1],), num_used, self.thread())
