@@ -16,7 +16,7 @@ from backward_roles import NOW, Cta
 from backward_split import SplitConsumer, SplitCta, run_all
 from test_backward_duties import CASES
 
-from fa3_cute.kernels.backward import duties
+from fa3_cute.kernels.backward import duties, schedule
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,6 +55,13 @@ SPLIT_UNITS = (
     Case((900,) * 8, (900,) * 8, head_dim=192, num_heads_k=3, group=3),
     Case(LENGTHS, (260, 0, 0, 129, 513, 1, 384), "packed", head_dim=192, num_heads_k=13, group=1),
 )
+# Of which all units are under way, so that there is a list.
+LISTED = (
+    Case(LENGTHS, (260, 100, 0, 129, 513, 1, 384), "packed", group=1),
+    Case((300, 0, 1, 128, 640), (0, 100, 260, 129, 640), "seqused", head_dim=96, num_heads_k=1, group=3),
+    Case((0, 7, 200), (0, 0, 513), "seqused", head_dim=128),
+)
+LISTED_SPLIT = (Case(LENGTHS, (260, 100, 0, 129, 513, 1, 384), "packed", head_dim=192, group=1),)
 AS_THEY_COME = [case for case in CASES if not case.is_deterministic]
 AS_THEY_COME += [Case(**vars(case) | {"mask": mask}) for case, mask in product(SPLIT_UNITS, WINDOWS)]
 
@@ -170,6 +177,46 @@ class LoadsOneMore(Cta):
         self.loaded.arrive("load")
 
 
+class CountsNoneLeftOut(Cta):
+    """Places that the list has not are counted by nobody."""
+
+    def found_at(self, place: int) -> list:
+        """Also at the first."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(schedule, "count_left_out", lambda *_: None)
+            return super().found_at(place)
+
+
+class CountsLeftOutByAll(Cta):
+    """By each CTA, not by the one with the first place alone."""
+
+    def schedule(self):
+        """Once more before what it does."""
+        yield NOW
+        schedule.count_left_out(self.cfg, self.launch.params, self.launch.order)
+        yield from super().schedule()
+
+
+class SendsSecondHalf(SplitCta):
+    """Of all tiles."""
+
+    def has_second_half(self, tile) -> bool:
+        """Any."""
+        return tile.seqlen_k > 0
+
+
+class LeavesSecondHalf(SplitConsumer):
+    """Of all tiles."""
+
+    has_second_half = SendsSecondHalf.has_second_half
+
+
+class LeavesMore(SplitCta):
+    """Whose consumers do."""
+
+    consumer = LeavesSecondHalf
+
+
 class WaitsBeforeFreeing(Cta):
     """The schedule role frees sums when the duty behind them can be done."""
 
@@ -224,6 +271,7 @@ class Careless(SplitCta):
 
 
 OF_OTHERS, WAITING = (AssertionError, "another part of dQ"), (TimeoutError, "waiting: ")
+OF_HALVES = (AssertionError, TimeoutError), "where what leaves is not sent|were not read|waiting: "
 WRONG = (
     (OtherParity, OF_OTHERS, MANY_UNITS, (1, 40)),
     (SameFirstPass, OF_OTHERS, MANY_UNITS[5:6], (1, 3, 40)),
@@ -239,6 +287,10 @@ WRONG = (
     (OneSlotOfDq, (AssertionError, "dQ where another is not added"), SPLIT_UNITS, (1, 40)),
     (Hasty, (AssertionError, "where the one before is not read"), SPLIT_UNITS, (1, 40)),
     (Careless, (AssertionError, "not sent"), SPLIT_UNITS, (1, 40)),
+    (CountsNoneLeftOut, WAITING, LISTED, (1, 3, 40)),
+    (CountsLeftOutByAll, WAITING, LISTED, (1, 3, 40)),
+    (SendsSecondHalf, OF_HALVES, SPLIT_UNITS[2:] + LISTED_SPLIT, (1, 40)),
+    (LeavesMore, OF_HALVES, SPLIT_UNITS[2:] + LISTED_SPLIT, (1, 40)),
 )
 
 
@@ -249,6 +301,20 @@ def test_what_is_wrong_is_found(device, kind, found, cases, numbers):
     for case, mask, num_ctas in product(cases, WINDOWS, numbers):
         with pytest.raises(error, match=message):
             run_all(Launch(of_kernel(case, mask)), device, num_ctas, kind)
+
+
+@pytest.mark.parametrize("case", LISTED + LISTED_SPLIT, ids=str)
+@pytest.mark.parametrize("mask", WINDOWS)
+def test_a_list_without_sequences_of_no_keys_is_found(device, case, mask, monkeypatch):
+    """Nobody would finish their dQ."""
+    monkeypatch.setattr(backward_order, "blocks_of", lambda cfg, keys: -(-keys // cfg.tile_n))
+    with pytest.raises(AssertionError, match="finished never"):
+        run_all(Launch(of_kernel(case, mask)), device, 3)
+
+
+def test_the_lists_leave_out_places(device):
+    """Of all these; or those counts were right."""
+    assert all(Launch(case).num_left_out() > 0 for case in LISTED + LISTED_SPLIT)
 
 
 class WaitsForNoSlot(Cta):

@@ -61,7 +61,12 @@ LAYOUTS = {
     "no queries": Layout((0, 0, 0), (5, 0, 70), after=2),
     "no keys": Layout((7, 0, 133), (0, 0, 0), after=2),
     # As many as the lanes of a warp, which list them (kernels/backward/listed.py).
-    "of lanes": Layout(tuple(37 * i % 150 for i in range(32)), tuple(53 * i % 210 for i in range(32)), before=1),
+    # First: keys about half of a tile of 96.
+    "of lanes": Layout(
+        (70, 40, 65, 130, 20, *(37 * i % 150 for i in range(27))),
+        (48, 49, 96, 144, 145, *(53 * i % 210 for i in range(27))),
+        before=1,
+    ),
     # More than 32: a block's sequence is searched for among 32 at a time.
     "short ones": Layout(tuple(7 * i % 9 for i in range(75)), tuple(11 * i % 13 for i in range(75)), after=1),
     "long one": Layout((1, 700, 64), (3, 650, 128), before=230),

@@ -58,7 +58,8 @@ def blocks_of(cfg, keys: int) -> int:
 def in_listed_order(cfg, params, _=None):
     """listed.in_listed_order, by sorting; the launch's own params if it has no list."""
     blocks, sequences = params.k_blocks, params.sequences
-    if sequences.batch_size > 32 or params.num_behind < blocks.num_blocks * params.num_heads_k:
+    has_list = sequences.batch_size <= 32 and params.num_behind == blocks.num_blocks * params.num_heads_k
+    if not (has_list and listed.are_few(params)):
         return params
     lengths = [sequences.place(i)[1::2] for i in range(sequences.batch_size)]
     longest = sorted(range(len(lengths)), key=lambda i: -lengths[i][0])

@@ -15,7 +15,7 @@ from barriers import NOW, NamedBarrier, Role, Slots, run
 
 from fa3_cute.kernels.backward import duties
 from fa3_cute.kernels.backward.duties import NOTHING, Duty, no_duty, pieces_of, rounds_of
-from fa3_cute.kernels.backward.load import FEW_TILES
+from fa3_cute.kernels.backward.listed import FEW_TILES
 from fa3_cute.kernels.backward.outgoing import threads_of
 from fa3_cute.kernels.backward.shares import STORES
 from fa3_cute.planning.rings import WARP, by_name

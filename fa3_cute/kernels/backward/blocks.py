@@ -1,5 +1,5 @@
 """Blocks of rows of a batch, padded so that a sequence starts a block: where they lie, and what a block of keys is seen
-by. Plain arithmetic but for `Blocks.find`: the CPU tests run it against brute force.
+by. Plain arithmetic but for `Blocks.find` and what asks it: the CPU tests run it against brute force.
 
 A sequence that starts r packed rows behind the first one's start has its first block at r / block_rows + sequence:
 blocks of different sequences never meet, and no length has to be known on the host. There are at most

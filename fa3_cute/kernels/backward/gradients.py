@@ -328,7 +328,8 @@ def emptied(turn: Int32) -> pipeline.PipelineState:
 def clear_unused_rows(cfg: GradientFields, slots: tuple[cute.Tensor, ...], num_used: Int32, tidx: Int32):
     """Zero the rows from num_used on of the tiles in some slots: they may hold NaN, which P = dS = 0 would not silence.
 
-    Each warpgroup does it for itself, so that none waits for another: they write the same zeros.
+    Each warpgroup does it for itself, so that none waits for another: they write the same zeros. In split.py those do
+    whose products need it.
     """
     rows = cute.size(slots[0], mode=[0])
     if num_used < rows:

@@ -19,15 +19,9 @@ from ..common.tma import TmaOperand, tma_views
 from .barriers import BarrierId
 from .blocks import KeyTile, QueryRange, key_tile_of, queries_of
 from .bundles import BwdParams, BwdPipelines, BwdSmem
-from .duties import num_tiles_of
 from .gradients import emptied, filled
+from .listed import are_few
 from .split import full
-
-# Places of tiles of keys for each CTA, in the mean, up to which a CTA takes its next one late. Of the sequences of 256,
-# 512 and 128 at 16 heads, whose 112 tiles are in 160 places, one that is done with 128 keys would take a tile of 512
-# that another CTA still looks for: the call takes 1.15 times as long (head_dim 64, BF16, H200, 2026-12-01). Of many
-# tiles of few queries the next one would come too late: 10000 sequences of 1 to 40 take 1.17 to 1.27 times as long.
-FEW_TILES = 2
 
 
 @cute.jit
@@ -57,7 +51,7 @@ def load(cfg: BackwardConfig, params: BwdParams, smem: BwdSmem, pipes: BwdPipeli
             q.bring(tile, head, m_block, row)
             do.bring(tile, head, m_block, row)
         turn += queries.num_passes(params.group)
-        if num_tiles_of(params) <= FEW_TILES * cute.arch.grid_dim()[0]:
+        if are_few(params):
             wait_for_last(cfg, pipes, turn, queries.num_passes(params.group) == 1)
         cute.arch.barrier_arrive(barrier_id=BarrierId.LOADED, number_of_threads=2 * WARP)
         with cute.arch.elect_one():

@@ -111,7 +111,7 @@ class Columns:
     @cute.jit
     def wait_for_keys(self, num_used: Int32, number: Int32):
         """Until K and V are there, the CTA's number-th. num_used: keys that are the sequence's. Rows behind them are
-        zeroed by the role that multiplies them by zeros of P or dS; S of theirs is masked."""
+        zeroed by the role whose products, dP or dQ, have zeros of P or dS as factors; S of theirs is masked."""
         self.pipes.v.consumer_wait(full(number))
         self.pipes.k.consumer_wait(full(number))
         if const_expr(self.cfg.is_varlen and self.role != SCORES):
@@ -121,7 +121,7 @@ class Columns:
     @cute.jit
     def wait_for_queries(self, turn: Int32, num_used: Int32):
         """Until a Q tile is there. num_used: its rows that are the sequence's. Those behind them are zeroed, for all
-        roles: others multiply them when they have waited for P. Runs on: scores."""
+        roles: others multiply them behind P or dS. Runs on: scores."""
         self.pipes.q.consumer_wait(filled(turn))
         if const_expr(self.cfg.is_varlen):
             clear_unused_rows(self.cfg, (self.smem.sQ[None, None, turn & 1],), num_used, self.thread())

@@ -11,7 +11,6 @@ from ..common.layout import element_type
 from ..common.tiles import rows_from
 
 ELEMENT_BYTES = 2      # of a gradient
-LOW = (1 << 32) - 1
 
 
 @cute.jit
@@ -64,8 +63,7 @@ def store_used_rows(cfg: BackwardConfig, sX: cute.Tensor, gX: cute.Tensor, used:
 
 def found_once(address: Int64) -> Int64:
     """The same, which the compiler does not compute anew in every branch that needs it."""
-    low, high = (cute.arch.shuffle_sync_bfly(Int32(half), 0) for half in (address & LOW, address >> 32))
-    return Int64(high) << 32 | Int64(low) & LOW
+    return cute.arch.shuffle_sync_bfly(address, 0)
 
 
 @cute.jit
