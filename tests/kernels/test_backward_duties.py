@@ -50,6 +50,11 @@ SHAPES = (
     Case((0, 7, 200), (0, 0, 513), "seqused", head_dim=128),
     Case((300, 0, 1, 128, 640, 64, 200), (260, 100, 0, 129, 513, 1, 384), "packed", head_dim=192, group=1),
     Case((300, 0, 1, 128, 640), (0, 100, 260, 129, 640), "seqused", head_dim=192, num_heads_k=1),
+    # Of too many tiles for a list.
+    Case((300, 0, 1, 128, 640, 64, 200), (260, 100, 0, 129, 1300, 1, 384), "packed", group=1),
+    Case((300, 0, 1, 128, 640), (0, 100, 260, 129, 640), "seqused", head_dim=128, group=1),
+    Case((300, 0, 1, 128, 640, 64, 200), (260, 100, 0, 129, 900, 1, 384), "packed", head_dim=192, group=1),
+    Case((300, 0, 1, 128, 640), (0, 100, 260, 129, 640), "seqused", head_dim=192, group=1),
     Case((40, 0, 130, 5) * 9, (100, 1, 0, 200) * 9, "packed", num_heads_k=1),  # more sequences than lanes
     Case((40, 0, 130, 5) * 9, (100, 1, 0, 200) * 9, "seqused", head_dim=128, group=1),
     Case((40, 0, 130, 5) * 9, (100, 1, 0, 200) * 9, "packed", head_dim=192, num_heads_k=1, group=1),
@@ -149,10 +154,10 @@ def test_the_cases_have_all_kinds_of_tiles_and_duties():
     assert {launch.params.is_rising for launch in found} == {0, 1}
     assert sum(launch.params.sums.num_slots < launch.sums.units for launch in found) > 20
     assert sum(launch.params.num_behind < launch.num_tiles for launch in found) > 30
-    packed_and_used, orders = ("packed", "seqused"), ("some are left out", "more sequences than lanes", "some later")
+    orders = "some are left out", "more sequences than lanes", "some later", "not few"
     for is_split, flags in ((False, (False, True)), (True, (False,))):
         kinds = {of_order(launch) for launch in found if launch.cfg.is_varlen and launch.cfg.is_split == is_split}
-        assert kinds >= set(product(packed_and_used, orders, flags))
+        assert kinds >= set(product(("packed", "seqused"), orders, flags))
 
 
 def of_order(launch: Launch) -> tuple[str, str, bool]:
@@ -164,4 +169,6 @@ def of_order(launch: Launch) -> tuple[str, str, bool]:
         order = "some later"
     elif len(case.keys) > 32:
         order = "more sequences than lanes"
+    elif launch.order is launch.params:
+        order = "not few"
     return case.lengths, order, case.is_deterministic

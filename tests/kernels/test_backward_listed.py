@@ -145,7 +145,7 @@ def test_lanes_that_part_are_found(lanes):
         lanes.run(lambda: lanes.shuffle_sync(1, 0) if lanes.lane else lanes.vote_ballot_sync(True))
 
 
-def test_the_cases_have_all_kinds(device):
+def test_the_cases_have_all_kinds(lanes):
     """Sequences of the same length, and of no keys or queries; places that are left out."""
     found = [Launch(case) for case in CASES]
     assert {len(case.keys) for case in CASES} == set(range(1, 33))

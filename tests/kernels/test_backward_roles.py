@@ -17,6 +17,7 @@ from backward_split import SplitConsumer, SplitCta, run_all
 from test_backward_duties import CASES
 
 from fa3_cute.kernels.backward import duties, schedule
+from fa3_cute.kernels.backward.listed import are_few
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +102,7 @@ def test_the_cases_have_all_kinds(device):
     split = [of for of in others if of.cfg.is_split]
     assert {(of.case.mask, of.cfg.is_varlen) for of in split} == set(product(WINDOWS, (False, True)))
     for found in (ordered, whole, split):
+        assert {(of.cfg.is_varlen, are_few(of.params)) for of in found} == set(product((False, True), repeat=2))
         assert sum(of.params.sums.num_slots < of.sums.units for of in found) > 10
     assert {of.params.is_rising for of in ordered if of.cfg.is_varlen} == {0, 1}
     assert {of.params.is_rising for of in ordered if not of.cfg.is_varlen} == {0, 1}

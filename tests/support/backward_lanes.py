@@ -11,6 +11,7 @@ from device_code import as_python
 from fa3_cute.kernels.backward import blocks, listed, schedule
 from fa3_cute.kernels.backward.blocks import Blocks
 from fa3_cute.planning.rings import WARP
+from fa3_cute.planning.sections import CTAS
 
 FIND = as_python(Blocks.find)
 
@@ -71,6 +72,7 @@ def python_lanes():
         for module in (blocks, listed, schedule):
             patch.setattr(module, "cute", SimpleNamespace(arch=lanes))
         patch.setattr(schedule, "WARP", WARP)
+        patch.setattr(listed, "CTAS", CTAS)
         patch.setattr(Blocks, "find", FIND)
         yield lanes
 

@@ -30,6 +30,7 @@ MODULES = (blocks, duties, finish, listed, outgoing, place, schedule, sequences,
 KINDS = (Blocks, Duty, ListedBlocks, Sequences, Share, Shares, finish.Finisher)
 # So many sections as large problems have, in small ones.
 FEW = {"CTAS": 6, "MIN_TILES": 5, "L2_BYTES": 1 << 19, "LEAST_STEPS": 1, "SHARING_STEPS": 0}
+FEW_CTAS = 24  # of listed.py, so that tiles of some launches are not few
 WINDOWS = {"full": (0, 0), "causal": (0, 0), "local": (150, 20)}
 
 
@@ -120,6 +121,7 @@ def python_roles():
         patch.setattr(Blocks, "find", find)
         for name, value in {"cute": SimpleNamespace(arch=warp), "WARP": 1, "in_listed_order": in_listed_order}.items():
             patch.setattr(schedule, name, value)
+        patch.setattr(listed, "CTAS", FEW_CTAS)
         for name, value in FEW.items():
             patch.setattr(sections, name, value)
         yield warp

@@ -15,7 +15,7 @@ from barriers import NOW, NamedBarrier, Role, Slots, run
 
 from fa3_cute.kernels.backward import duties
 from fa3_cute.kernels.backward.duties import NOTHING, Duty, no_duty, pieces_of, rounds_of
-from fa3_cute.kernels.backward.listed import FEW_TILES
+from fa3_cute.kernels.backward.listed import are_few
 from fa3_cute.kernels.backward.outgoing import threads_of
 from fa3_cute.kernels.backward.shares import STORES
 from fa3_cute.planning.rings import WARP, by_name
@@ -280,7 +280,7 @@ class Grid:
         places = range(self.params.sums.num_slots), range(launch.sums.blocks_per_unit), range(launch.group)
         self.sums = dict.fromkeys(product(*places, range(launch.cfg.num_dq_wgs)), 0)
         self.counts.clear()
-        self.has_few_tiles = launch.num_tiles <= FEW_TILES * num_ctas
+        self.has_few_tiles = are_few(launch.params)
         ctas = [(i, name, work) for i in range(num_ctas) for name, work in kind(self).roles().items()]
         self.roles = [Role(f"{name} of CTA {i}", work, self.draw.uniform(0.02, 1.0)) for i, name, work in ctas]
 
