@@ -3,6 +3,7 @@
 """
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from random import Random
 
@@ -94,6 +95,16 @@ def test_launches_without_a_list_have_all_places(lanes, case):
         sequence = find(params.k_blocks, index % num_blocks)
         block = index % num_blocks - params.k_blocks.first(sequence)
         assert located(lanes, orders, index) == (block, index // num_blocks, sequence)
+
+
+def test_lengths_that_are_not_valid_make_no_more_places(lanes):
+    """Of more keys than tensors have: counts would not come to the launch's places, and duties wait forever."""
+    launch = Launch(Case((300, 7), (500, 129), "seqused"))
+    params = launch.params
+    params.sequences = replace(params.sequences, seqused_k=(5000, 7000))
+    orders, num_blocks = orders_of(lanes, launch), params.k_blocks.num_blocks
+    assert {order.k_blocks.num_blocks for order in orders} == {num_blocks}
+    assert len({located(lanes, orders, index) for index in range(2 * num_blocks)}) == 2 * num_blocks
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[13], CASES[63], UNLISTED[0]], ids=str)

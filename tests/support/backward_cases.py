@@ -137,8 +137,8 @@ def backward_cases(head_dim: int) -> list[BackwardCase]:
     turns = list(product(("bf16", "fp16"), HEADS.values(), (False, True)))
     cases: list[BackwardCase] = []
 
-    def add(mask, seqlen_q: int, seqlen_k: int, batch: int, **facts) -> None:
-        dtype, (heads, heads_k), has_dlse = turns[7 * len(cases) % len(turns)]
+    def add(mask, seqlen_q: int, seqlen_k: int, batch: int, turn=None, **facts) -> None:
+        dtype, (heads, heads_k), has_dlse = turn or turns[7 * len(cases) % len(turns)]
         forward = Case(dtype, head_dim, mask == "causal", heads, heads_k, seqlen_q, seqlen_k, batch)
         if not isinstance(mask, str):
             forward = replace(forward, window=mask)
@@ -155,6 +155,11 @@ def backward_cases(head_dim: int) -> list[BackwardCase]:
         gaps = LAYOUTS["gaps"]
         add(mask, gaps.total_q, gaps.total_k, len(gaps.q), layout="gaps", used=USED_OF_GAPS)
         add(mask, *USED[0], batch=len(USED[1]["seqused_q"]), used=USED[1])
+    of_windows = [case for case in cases if case.forward.window != (-1, -1)]
+    had = {(case.forward.dtype, case.forward.num_heads, case.has_dlse) for case in of_windows}
+    for turn in turns:
+        if (turn[0], turn[1][0], turn[2]) not in had:
+            add((50, 20), gaps.total_q, gaps.total_k, len(gaps.q), turn, layout="gaps")
     return cases
 
 
